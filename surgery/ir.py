@@ -1,0 +1,308 @@
+"""The nouns that the stages hand to each other: frozen values, no behaviour beyond saving and loading.
+
+`Module → trace → Program → couple → Coupling → score → Scores → allocate → Plan → cut → CompactModel → check → Report`.
+
+This module imports neither torch nor anything else heavy, so that a device can read a plan or a report without it.
+A *unit* is the smallest thing that can be removed: an equivalence class of indices that live and die together across
+parameters and activations. A *group* is a set of units of the same kind (the output channels of one convolution and all
+that is tied to them; the heads of one attention). A *site* is one axis of one parameter or buffer that a group touches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import InvalidInput, PlanMismatch
+
+PLAN_SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """One tensor input of the network: `dynamic` lists the axes whose size may change from call to call."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    dynamic: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One traced operation. `source` is the user's own ``file:line``; `module` the dotted path it ran in."""
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    source: str
+    module: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Program:
+    """A traced network.
+
+    Attributes:
+        graph: a `torch.fx.GraphModule` over ATen operators, functional (no in-place operators), whose `get_attr` targets
+            are the dense model's own parameter and buffer names.
+        nodes: what the graph computes, in order; a readable copy for reports.
+        inputs: the tensor inputs in forward's order.
+        example_args: positional example inputs, batch 2 where the batch axis is dynamic.
+        example_kwargs: keyword example inputs.
+        fingerprint: SHA-256 over operators, parameter names and shapes: equal for two copies of one architecture.
+        notes: what the user should know: a static fallback, a specialised axis.
+        model: the user's own module, never changed.
+        tracer: `export` or `torch-pruning`.
+    """
+
+    graph: Any
+    nodes: tuple[Node, ...]
+    inputs: tuple[InputSpec, ...]
+    example_args: tuple[Any, ...]
+    example_kwargs: Mapping[str, Any]
+    fingerprint: str
+    notes: tuple[str, ...]
+    model: Any
+    tracer: str = "export"
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One axis of one parameter or buffer: `index[k]` holds the positions along the axis that unit k of the group owns."""
+
+    tensor: str
+    axis: int
+    index: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Units of one kind, any subset of which may be removed, as long as one remains.
+
+    Attributes:
+        name: ``tensor:axis`` of the first site; unique and the same for every copy of the architecture.
+        units: one id per unit, ids being private to the `Coupling`.
+        sites: every parameter axis the group touches.
+        inexact: why removal changes what a norm or mean averages over, or None where removal is exact.
+    """
+
+    name: str
+    units: tuple[int, ...]
+    sites: tuple[Site, ...]
+    inexact: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of units."""
+        return len(self.units)
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """A parameter axis that is not cut, and why (with the operator and the user's source line)."""
+
+    tensor: str
+    axis: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Coupling:
+    """What may be cut.
+
+    Attributes:
+        groups: disjoint; their order is the order of first use in the program.
+        frozen: parameter axes with at least one index that is never cut.
+        shapes: parameter and buffer name → dense shape.
+        facts: what `couple` remembers for `cut`, `check` and `cost` (labels of every value); private to those stages.
+    """
+
+    groups: tuple[Group, ...]
+    frozen: tuple[Frozen, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    facts: Any = None
+
+    def group(self, name: str) -> Group:
+        """Return the group called `name`; raises PlanMismatch where there is none."""
+        for candidate in self.groups:
+            if candidate.name == name:
+                return candidate
+        raise PlanMismatch(f"no group '{name}' in this model: the plan was made for another architecture; make a new plan")
+
+
+Scores = Mapping[str, tuple[float, ...]]
+"""Group name → importance of each unit, comparable between groups; the lowest is removed first."""
+
+CostFn = Callable[[Mapping[str, Sequence[int]]], int]
+"""Dead units per group name → cost of what is left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What to keep, as a fraction of the dense model (0 < R < 1): exactly one of the three is set.
+
+    Raises:
+        InvalidInput: none or several are set, or the fraction is not strictly between 0 and 1.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    channels: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {k: v for k, v in asdict(self).items() if v is not None}
+        if len(given) != 1:
+            raise InvalidInput(f"a budget names exactly one of macs, params, channels; got {sorted(given) or 'none'}")
+        name, value = next(iter(given.items()))
+        if not (isinstance(value, (int, float)) and 0.0 < value < 1.0):
+            raise InvalidInput(f"budget {name}={value!r}: the fraction of the dense model to keep must lie strictly between 0 and 1")
+
+    @property
+    def kind(self) -> str:
+        """`macs`, `params` or `channels`."""
+        return next(k for k, v in asdict(self).items() if v is not None)
+
+    @property
+    def fraction(self) -> float:
+        """The fraction of the dense model to keep."""
+        return float(next(v for v in asdict(self).values() if v is not None))
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Along `axis` of `tensor` (dense length `size`) the positions `dead` are removed, in increasing order."""
+
+    tensor: str
+    axis: int
+    size: int
+    dead: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which units die, and therefore which positions of which tensors. Self-contained: survives a trip through JSON.
+
+    Attributes:
+        dead: group name → indices of the removed units within the group, increasing.
+        sizes: group name → dense number of units, for every group of the model.
+        cuts: the same decision per parameter axis.
+        budget: what was asked for, or None for a plan made by hand.
+        fingerprint: of the program it was made for.
+        inputs: the network's input signature.
+        settings: criterion, scope, seed and the like, as given.
+        notes: decisions with reasons.
+    """
+
+    dead: Mapping[str, tuple[int, ...]]
+    sizes: Mapping[str, int]
+    cuts: tuple[Cut, ...]
+    fingerprint: str
+    inputs: tuple[InputSpec, ...]
+    budget: Budget | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text: sorted keys, byte-identical for equal plans."""
+        data = {"schema": PLAN_SCHEMA, **asdict(self)}
+        return json.dumps(data, sort_keys=True, indent=1) + "\n"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of `to_json`, hexadecimal."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_json` to `path`, through a temporary file in the same folder."""
+        target = Path(path)
+        partial = target.with_name(target.name + ".partial")
+        partial.write_text(self.to_json(), encoding="utf-8")
+        partial.replace(target)
+
+    @classmethod
+    def from_json(cls, text: str, origin: str = "plan") -> Plan:
+        """Parse what `to_json` wrote; raises PlanMismatch where the text is not a plan of this schema."""
+        try:
+            data = json.loads(text)
+            schema = data.pop("schema")
+            if schema != PLAN_SCHEMA:
+                raise PlanMismatch(f"{origin}: plan schema {schema}, this version reads {PLAN_SCHEMA}; make a new plan")
+            return cls(
+                dead={k: tuple(v) for k, v in data["dead"].items()},
+                sizes=dict(data["sizes"]),
+                cuts=tuple(Cut(c["tensor"], c["axis"], c["size"], tuple(c["dead"])) for c in data["cuts"]),
+                fingerprint=data["fingerprint"],
+                inputs=tuple(
+                    InputSpec(i["name"], tuple(i["shape"]), i["dtype"], tuple(i["dynamic"])) for i in data["inputs"]
+                ),
+                budget=Budget(**data["budget"]) if data["budget"] else None,
+                settings=data["settings"],
+                notes=tuple(data["notes"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PlanMismatch(f"{origin}: not a plan file ({error}); `surgery shrink` writes one as plan.json") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan; raises PlanMismatch where the file is missing or is not a plan."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanMismatch(f"cannot read plan {path}: {error}") from error
+        return cls.from_json(text, origin=str(path))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompactModel:
+    """A smaller copy of the dense model.
+
+    Attributes:
+        module: trainable; the dense model's call signature and parameter names.
+        kind: `module` for the user's own class with sliced submodules, `graph` for the rewritten program.
+        why: why it is of that kind.
+        graph: the rewritten program as a `torch.fx.GraphModule` (the same object as `module` for kind `graph`).
+        lost_in_training: what a graph module no longer does in `.train()`: stochastic depth, attention dropout.
+    """
+
+    module: Any
+    kind: str
+    why: str
+    graph: Any
+    lost_in_training: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What the oracle found. Errors are relative to the part of the output that varies with the input.
+
+    Attributes:
+        replayed: number of values whose labels were replayed through the cut program and found equal.
+        error_float64: on distinct, well-conditioned values.
+        error_real: on the real weights in their own precision; None where their output does not vary with the input.
+        varying_real: share of the real weights' output that varies with the input.
+        reference: what the compact model was compared with, in words.
+        notes: what could not be told, and why.
+    """
+
+    replayed: int
+    error_float64: float
+    error_real: float | None
+    varying_real: float
+    reference: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What report.json holds: `data` is plain JSON, documented in docs/report.md, versioned by `data["schema"]`."""
+
+    data: Mapping[str, Any]
+
+    def to_json(self) -> str:
+        """Return JSON text with sorted keys."""
+        return json.dumps(self.data, sort_keys=True, indent=1) + "\n"
