@@ -1,0 +1,199 @@
+"""The output folder: built beside its final place and swapped in as a whole, so that it is never half old and half new.
+
+A run writes into a hidden sibling folder, ``.NAME.partial-XXXX``, which takes the place of ``NAME`` in one step when
+everything in it is done. Whatever ends the run before that (a failed check, Ctrl-C, SIGTERM, the power) leaves the
+previous set as it was. A run holds a lock on its sibling folder while it lives, so the next one can tell a leftover
+from the work of a neighbour, and clears the former away.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from surgery.errors import InvalidInput
+
+DENSE_ONNX = "dense.onnx"
+COMPACT_ONNX = "compact.onnx"
+COMPACT_PT2 = "compact.pt2"
+COMPACT_WEIGHTS = "compact.safetensors"
+PLAN = "plan.json"
+REPORT = "report.json"
+REPORT_TEXT = "report.md"
+NAMES = (DENSE_ONNX, COMPACT_ONNX, COMPACT_PT2, COMPACT_WEIGHTS, PLAN, REPORT, REPORT_TEXT)
+"""What a finished set consists of; models above 2 GB bring a ``.data`` file beside their ``.onnx``."""
+
+_OURS = {*NAMES, f"{DENSE_ONNX}.data", f"{COMPACT_ONNX}.data"}
+_USERS_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EBUSY}
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def prepare(out: str | Path) -> Path:
+    """Return the absolute output folder after making sure that a set can be written there.
+
+    Leftovers of killed runs are removed, and a set that one of them had moved aside is put back. Call it before the
+    long work, so that a folder that cannot be written costs no waiting.
+
+    Args:
+        out: the folder to be; need not exist, nor its parents.
+
+    Raises:
+        InvalidInput: the place cannot be written, or holds files that a swap of the whole folder would remove.
+    """
+    target = Path(out).expanduser().resolve()
+    _refuse_unsafe(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _tidy(target)
+        shutil.rmtree(tempfile.mkdtemp(prefix=_prefix(target, "partial"), dir=target.parent), ignore_errors=True)
+    except OSError as error:
+        raise InvalidInput(_cannot_write(target, error)) from error
+    return target
+
+
+@contextmanager
+def output_set(out: str | Path) -> Iterator[Path]:
+    """Yield an empty folder; what the block leaves in it becomes `out` as a whole when the block succeeds.
+
+    Args:
+        out: the final folder; an earlier set in it stays untouched until the swap, and is removed after it.
+
+    Yields:
+        The folder to write into, on the same file system as `out`.
+
+    Raises:
+        InvalidInput: the place cannot be written (no permission, no space), or holds foreign files.
+    """
+    target = prepare(out)
+    try:
+        partial = Path(tempfile.mkdtemp(prefix=_prefix(target, "partial"), dir=target.parent))
+    except OSError as error:
+        raise InvalidInput(_cannot_write(target, error)) from error
+    lock = _lock(partial)
+    try:
+        yield partial
+        partial.chmod(0o777 & ~_umask())
+        _swap(partial, target)
+    except OSError as error:
+        if error.errno in _USERS_FAULT and _inside(error.filename, target.parent):
+            raise InvalidInput(_cannot_write(target, error)) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        _unlock(lock)
+
+
+def _refuse_unsafe(target: Path) -> None:
+    """Raise InvalidInput where swapping the whole folder would take something of the user's with it."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InvalidInput(f"--out {target}: is a file, not a folder; name a folder")
+    if target == Path.cwd() or os.path.ismount(target):
+        raise InvalidInput(f"--out {target}: cannot be replaced as a whole here; name a folder inside it")
+    if not os.access(target, os.W_OK | os.X_OK):
+        raise InvalidInput(f"--out {target}: cannot be written; change its permissions or name another folder")
+    foreign = sorted(entry.name for entry in target.iterdir() if entry.name not in _OURS)
+    if foreign:
+        shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        raise InvalidInput(
+            f"--out {target}: holds {shown}, which replacing the folder would remove; move them or name another folder"
+        )
+
+
+def _tidy(target: Path) -> None:
+    """Put back a set that a killed run had moved aside, and remove the folders of runs that no longer live."""
+    for aside in sorted(target.parent.glob(f"{_prefix(target, 'previous')}*")):
+        if not target.exists() and _abandoned(aside):
+            aside.rename(target)
+    for kind in ("partial", "previous"):
+        for folder in target.parent.glob(f"{_prefix(target, kind)}*"):
+            if _abandoned(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _swap(partial: Path, target: Path) -> None:
+    """Put `partial` in the place of `target`; afterwards `partial` is gone or holds the previous set."""
+    if not target.exists():
+        partial.rename(target)
+        return
+    if _exchange(partial, target):
+        return
+    aside = target.parent / (_prefix(target, "previous") + partial.name.rsplit("-", 1)[-1])
+    target.rename(aside)
+    try:
+        partial.rename(target)
+    except BaseException:
+        # Ctrl-C between the two steps included: nothing may leave the user without either set.
+        if not target.exists():
+            aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two folders in one step of the file system; False where that cannot be had (not Linux, NFS)."""
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    result = rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), ctypes.c_uint(_RENAME_EXCHANGE))
+    return bool(result == 0)
+
+
+def _lock(folder: Path) -> int | None:
+    """Hold the folder as this run's own until `_unlock` or the end of the process; None without such locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: leftovers are then never cleared, which is safe.
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # A file system without locks.
+        os.close(handle)
+        return None
+    return handle
+
+
+def _unlock(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)
+
+
+def _abandoned(folder: Path) -> bool:
+    """Whether no living run holds the folder."""
+    try:
+        handle = _lock(folder)
+    except OSError:
+        return False
+    _unlock(handle)
+    return handle is not None
+
+
+def _prefix(target: Path, kind: str) -> str:
+    return f".{target.name}.{kind}-"
+
+
+def _umask() -> int:
+    """Return the process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _inside(filename: object, folder: Path) -> bool:
+    return filename is None or (isinstance(filename, str | os.PathLike) and Path(filename).is_relative_to(folder))
+
+
+def _cannot_write(target: Path, error: OSError) -> str:
+    return f"--out {target}: cannot be written ({error.strerror or error}); name a folder that can, with room to spare"

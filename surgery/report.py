@@ -1,0 +1,393 @@
+"""What a run found, as plain data: the dictionary that report.json holds, and its two readable forms.
+
+`describe` says what was decided and verified, `measured` adds the files and the clock; `render_terminal` and
+`render_markdown` show the same figures to a reader. The schema is documented in docs/report.md. Nothing here computes
+a cost or measures a time: that is handed in, so a report can be rendered again from its JSON, without torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.resources import files
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from surgery import __version__
+from surgery.ir import CheckResult, CompactModel, Coupling, Plan, Program
+
+SCHEMA = 1
+VERDICT = "accuracy unknown: not fit to deploy"
+
+COLUMNS = (
+    "model",
+    "params",
+    "MACs",
+    "ONNX",
+    "p50 ms",
+    "p90 ms",
+    "p99 ms",
+    "items /s",
+    "speedup",
+    "95% interval",
+    "memory",
+)
+"""Headers of the table of models, in the order of `cells`."""
+
+_SHOWN_GROUPS = 24
+_SHOWN_REASONS = 8
+
+
+def describe(
+    program: Program,
+    coupling: Coupling,
+    plan: Plan,
+    *,
+    compact: CompactModel | None = None,
+    verdict: CheckResult | None = None,
+    costs: Mapping[str, tuple[int, int]],
+) -> dict[str, Any]:
+    """Return the report on a decision: what is cut, what stays and why, and what the check found.
+
+    Args:
+        program: the traced dense model.
+        coupling: its groups.
+        plan: which units die.
+        compact: the smaller model, or None where nothing was cut yet (`surgery show`).
+        verdict: what the check found, or None where nothing was checked.
+        costs: ``params``, ``macs`` and ``channels`` → (dense, kept), in parameters, MACs per batch element, units.
+
+    Returns:
+        JSON-ready data of schema `SCHEMA`, without files and times.
+    """
+    dense, kept = ({key: pair[side] for key, pair in costs.items()} for side in (0, 1))
+    rows = [("dense", dense), ("masked", dense), ("compact", kept)]
+    return {
+        "schema": SCHEMA,
+        "tool": {"name": "model-surgery", "version": __version__},
+        "accuracy": {"status": "unknown", "verdict": VERDICT, "next_command": None},
+        "model": {
+            "name": type(program.model).__name__,
+            "weights": None,
+            "fingerprint": program.fingerprint,
+            "tracer": program.tracer,
+            "inputs": [_plain(spec) for spec in program.inputs],
+        },
+        "budget": _budget(plan, costs),
+        "settings": json.loads(json.dumps(dict(plan.settings))),
+        "plan": {"digest": plan.digest, "notes": list(plan.notes)},
+        "compact": _compact(compact),
+        "models": [
+            {"name": name, "parameters": cost["params"], "macs": cost["macs"], "onnx_bytes": None}
+            for name, cost in rows
+        ],
+        "groups": _groups(coupling, plan),
+        "frozen": [_plain(frozen) for frozen in coupling.frozen],
+        "check": _plain(verdict) if verdict else None,
+        "timing": None,
+        "files": {},
+        "stages_s": {},
+        "notes": list(program.notes),
+    }
+
+
+def measured(
+    data: Mapping[str, Any],
+    *,
+    onnx_bytes: Mapping[str, int],
+    timing: Mapping[str, Any] | None,
+    files_sha256: Mapping[str, str],
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Return the report with the files that were written and the times that were measured.
+
+    Args:
+        data: what `describe` returned; left unchanged.
+        onnx_bytes: row name → size of its ONNX file, weights included.
+        timing: the timer's own dictionary, or None where nothing was timed.
+        files_sha256: file name → SHA-256, hexadecimal.
+        notes: what exporting and timing want the user to know.
+    """
+    models = [{**row, "onnx_bytes": onnx_bytes.get(row["name"])} for row in data["models"]]
+    return {
+        **data,
+        "models": models,
+        "timing": timing,
+        "files": dict(files_sha256),
+        "notes": [*data["notes"], *notes],
+    }
+
+
+def named(
+    data: Mapping[str, Any], *, name: str, weights: str, next_command: str, notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the report with what only the caller knows: where the model came from, and what to do next.
+
+    Args:
+        data: what `describe` returned; left unchanged.
+        name: of the model, as the user would say it.
+        weights: where they came from.
+        next_command: a command line that can be typed as it stands.
+        notes: what loading wants the user to know; they come first.
+    """
+    return {
+        **data,
+        "accuracy": {**data["accuracy"], "next_command": next_command},
+        "model": {**data["model"], "name": name, "weights": weights},
+        "notes": [*notes, *data["notes"]],
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Return a dataclass as what JSON makes of it: tuples are lists, as they are when the report is read back."""
+    return json.loads(json.dumps(asdict(value)))
+
+
+def _budget(plan: Plan, costs: Mapping[str, tuple[int, int]]) -> dict[str, Any] | None:
+    if plan.budget is None:
+        return None
+    dense, kept = costs[plan.budget.kind]
+    return {
+        "kind": plan.budget.kind,
+        "fraction": plan.budget.fraction,
+        "dense": dense,
+        "kept": kept,
+        "kept_fraction": kept / dense if dense else 1.0,
+    }
+
+
+def _compact(compact: CompactModel | None) -> dict[str, Any] | None:
+    if compact is None:
+        return None
+    return {"kind": compact.kind, "why": compact.why, "lost_in_training": list(compact.lost_in_training)}
+
+
+def _groups(coupling: Coupling, plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": group.name,
+            "from": group.size,
+            "to": group.size - len(plan.dead.get(group.name, ())),
+            "inexact": group.inexact,
+            "sites": [f"{site.tensor}:{site.axis}" for site in group.sites],
+        }
+        for group in coupling.groups
+    ]
+
+
+# The readable forms. -------------------------------------------------------------------------------------------------
+
+
+def headline(data: Mapping[str, Any]) -> str:
+    """Return the first line a reader sees: no figure is shown before it."""
+    accuracy = data["accuracy"]
+    if accuracy["next_command"]:
+        return f"{accuracy['verdict']}; next: {accuracy['next_command']}"
+    return f"{accuracy['verdict']}; next: evaluate the compact model on your own data"
+
+
+def cells(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return the table of models as text, one tuple per row in the order of `COLUMNS`; ``-`` where not measured.
+
+    Where times were measured, the last row is the dense model against its own copy: the timer's test of itself.
+    """
+    timing = data["timing"] or {"rows": (), "aa": None}
+    times = {row["name"]: row for row in timing["rows"]}
+    rows = [_row(model, times.get(model["name"], {})) for model in data["models"]]
+    if timing["aa"]:
+        rows.append(("dense A/A", *([""] * 7), *_ratio(timing["aa"]), ""))
+    return rows
+
+
+def _row(model: Mapping[str, Any], times: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        model["name"],
+        _si(model["parameters"]),
+        _si(model["macs"]),
+        _size(model["onnx_bytes"]),
+        *(_ms(times.get(key)) for key in ("p50_ms", "p90_ms", "p99_ms")),
+        _number(times.get("throughput_per_s")),
+        *_ratio(times.get("speedup")),
+        _size(times.get("peak_memory_bytes")),
+    )
+
+
+def cut_lines(data: Mapping[str, Any]) -> list[str]:
+    """Return one line per cut group: its name, from how many units to how many, and whether that is inexact."""
+    cut = [group for group in data["groups"] if group["to"] < group["from"]]
+    width = max((len(group["name"]) for group in cut), default=0)
+    return [
+        f"{group['name']:<{width}} {group['from']:>5} → {group['to']}" + (" (inexact)" if group["inexact"] else "")
+        for group in cut
+    ]
+
+
+def inexact_lines(data: Mapping[str, Any]) -> list[str]:
+    """Return one line per cut group whose removal changes what a norm or mean averages over."""
+    return [f"{g['name']}: {g['inexact']}" for g in data["groups"] if g["inexact"] and g["to"] < g["from"]]
+
+
+def frozen_lines(data: Mapping[str, Any]) -> list[str]:
+    """Return one line per reason for leaving axes whole, the most frequent first, with how many and an example."""
+    count = Counter(frozen["reason"] for frozen in data["frozen"])
+    example = {f["reason"]: f"{f['tensor']}:{f['axis']}" for f in reversed(data["frozen"])}
+    return [
+        f"{reason}: {example[reason]}" + (f" and {n - 1} more" if n > 1 else "") for reason, n in count.most_common()
+    ]
+
+
+def budget_line(data: Mapping[str, Any]) -> str:
+    """Return what was asked for and what is kept, or the empty string for a plan made without a budget."""
+    budget = data["budget"]
+    if budget is None:
+        return ""
+    return (
+        f"budget: keep at most {budget['fraction']:g} of the {budget['kind']}; "
+        f"kept {budget['kept_fraction']:.4f} ({_si(budget['kept'])} of {_si(budget['dense'])})"
+    )
+
+
+def compact_line(data: Mapping[str, Any]) -> str:
+    """Return which kind of module came back, and why; the empty string where nothing was cut."""
+    compact = data["compact"]
+    if compact is None:
+        return ""
+    kind = "the model's own class" if compact["kind"] == "module" else "a graph module"
+    return f"compact model: {kind} ({compact['why']})"
+
+
+def check_line(data: Mapping[str, Any]) -> str:
+    """Return what the check found, in one sentence; the empty string where nothing was checked."""
+    check = data["check"]
+    if check is None:
+        return ""
+    real = "cannot be told" if check["error_real"] is None else f"{check['error_real']:.1e}"
+    return (
+        f"check: equal to {check['reference']}; labels of {check['replayed']} values replayed, "
+        f"relative error {check['error_float64']:.1e} in float64, {real} on the real weights"
+    )
+
+
+def timing_line(data: Mapping[str, Any]) -> str:
+    """Return what the times were measured on and whether they can be believed; empty where nothing was timed."""
+    timing = data["timing"]
+    if timing is None:
+        return ""
+    where, settings = timing["environment"], timing["settings"]
+    verdict = "reliable" if timing["reliable"] else "UNRELIABLE"
+    return (
+        f"times: {verdict}: {timing['why']}; ONNX Runtime {where['onnxruntime']} on {where['cpu']}, "
+        f"threads {settings['threads']}, batch {settings['batch']}, {timing['rounds']} rounds"
+    )
+
+
+def _sentences(data: Mapping[str, Any]) -> list[str]:
+    lines = (budget_line(data), compact_line(data), check_line(data), timing_line(data))
+    return [line for line in lines if line]
+
+
+def note_lines(data: Mapping[str, Any]) -> list[str]:
+    """Return everything else the user should know: fallbacks, losses in training, doubts of check and timer."""
+    lost = (data["compact"] or {}).get("lost_in_training", [])
+    return [
+        *data["notes"],
+        *data["plan"]["notes"],
+        *(f"in training the compact model has no {item}" for item in lost),
+        *(data["check"] or {}).get("notes", []),
+    ]
+
+
+def render_terminal(data: Mapping[str, Any], console: Console) -> None:
+    """Print the report: verdict, table of models, what was cut and what was not; long lists are summarised."""
+    console.print(headline(data), soft_wrap=True, markup=False, highlight=False, style="bold yellow")
+    console.print("", _table(data), "", sep="\n")
+    for line in _sentences(data):
+        console.print(line, markup=False, highlight=False)
+    _section(console, "cut (group: units from → to)", cut_lines(data), limit=_SHOWN_GROUPS)
+    _section(console, "inexact: normalised over the survivors", inexact_lines(data), limit=_SHOWN_GROUPS)
+    _section(console, "frozen, and why", frozen_lines(data), limit=_SHOWN_REASONS)
+    _section(console, "notes", note_lines(data), limit=None)
+
+
+def _table(data: Mapping[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    rows = cells(data)
+    shown = [k for k in range(len(COLUMNS)) if k == 0 or any(row[k] not in ("-", "") for row in rows)]
+    for k in shown:
+        table.add_column(COLUMNS[k].replace(" ", "\n"), justify="left" if k == 0 else "right")
+    for row in rows:
+        table.add_row(*(escape(row[k]) for k in shown))
+    return table
+
+
+def _section(console: Console, title: str, lines: Sequence[str], *, limit: int | None) -> None:
+    if not lines:
+        return
+    console.print(f"\n[bold]{title}[/bold]")
+    shown = lines if limit is None else lines[:limit]
+    for line in shown:
+        console.print(f"  {line}", markup=False, highlight=False)
+    if len(shown) < len(lines):
+        console.print(f"  … and {len(lines) - len(shown)} more, all in the report (--json, report.json)", markup=False)
+
+
+def render_markdown(data: Mapping[str, Any]) -> str:
+    """Return report.md: the same as on the terminal, with every list complete."""
+    import jinja2  # Here, so that `surgery --help` does not pay for it.
+
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string(files("surgery").joinpath("templates/report.md.j2").read_text("utf-8"))
+    return template.render(
+        data=data,
+        columns=COLUMNS,
+        rows=cells(data),
+        headline=headline(data),
+        sentences=_sentences(data),
+        sections={
+            "Cut: group, units from → to": cut_lines(data),
+            "Inexact: normalised over the survivors": inexact_lines(data),
+            "Frozen, and why": frozen_lines(data),
+            "Notes": note_lines(data),
+        },
+    )
+
+
+# Figures as text. ----------------------------------------------------------------------------------------------------
+
+
+def _si(value: int | None) -> str:
+    """11689512 → ``11.69 M``."""
+    if value is None:
+        return "-"
+    for scale, letter in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if value >= scale:
+            return f"{value / scale:.4g} {letter}"
+    return str(value)
+
+
+def _size(value: int | None) -> str:
+    """46755000 → ``46.76 MB`` (decimal megabytes)."""
+    return "-" if value is None else f"{_si(value)}B"
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _ratio(value: Mapping[str, float] | None) -> tuple[str, str]:
+    """Speedup and its 95 % interval."""
+    if value is None:
+        return "-", "-"
+    return f"{value['value']:.2f}x", f"{value['low']:.2f}-{value['high']:.2f}"

@@ -1,0 +1,156 @@
+"""The output folder is replaced as a whole or not at all, whatever ends the run."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from surgery import artefacts
+from surgery.errors import InvalidInput
+
+
+def write_set(out: Path, text: str) -> None:
+    with artefacts.output_set(out) as folder:
+        (folder / artefacts.PLAN).write_text(text)
+
+
+def contents(out: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in out.iterdir()}
+
+
+def neighbours(out: Path) -> list[str]:
+    return sorted(path.name for path in out.parent.iterdir() if path != out)
+
+
+def child_in_the_middle(out: Path) -> subprocess.Popen[str]:
+    """Start a run that has written half of its files and waits."""
+    code = f"""
+        import sys, time
+        from surgery import artefacts
+        with artefacts.output_set({str(out)!r}) as folder:
+            (folder / artefacts.PLAN).write_text("half")
+            print("ready", flush=True)
+            time.sleep(60)
+    """
+    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "ready\n"
+    return child
+
+
+def test_a_finished_block_becomes_the_folder(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "net"
+    write_set(out, "first")
+    assert contents(out) == {"plan.json": "first"}
+    assert neighbours(out) == []
+
+
+def test_a_second_set_replaces_the_first_as_a_whole(tmp_path: Path) -> None:
+    out = tmp_path / "net"
+    write_set(out, "first")
+    with artefacts.output_set(out) as folder:
+        (folder / artefacts.REPORT).write_text("second")
+        assert contents(out) == {"plan.json": "first"}
+    assert contents(out) == {"report.json": "second"}
+    assert neighbours(out) == []
+
+
+def test_the_folder_is_readable_by_others_as_any_new_folder_is(tmp_path: Path) -> None:
+    write_set(tmp_path / "net", "first")
+    ordinary = tmp_path / "ordinary"
+    ordinary.mkdir()
+    assert (tmp_path / "net").stat().st_mode == ordinary.stat().st_mode
+
+
+def test_without_an_atomic_exchange_the_set_is_replaced_in_two_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artefacts, "_exchange", lambda first, second: False)
+    out = tmp_path / "net"
+    write_set(out, "first")
+    write_set(out, "second")
+    assert contents(out) == {"plan.json": "second"}
+    assert neighbours(out) == []
+
+
+@pytest.mark.parametrize("error", [ValueError("export failed"), KeyboardInterrupt()])
+def test_a_failing_block_leaves_the_previous_set(tmp_path: Path, error: BaseException) -> None:
+    out = tmp_path / "net"
+    write_set(out, "first")
+    with pytest.raises(type(error)), artefacts.output_set(out) as folder:
+        (folder / artefacts.PLAN).write_text("half")
+        raise error
+    assert contents(out) == {"plan.json": "first"}
+    assert neighbours(out) == []
+
+
+def test_a_killed_run_leaves_the_previous_set_and_the_next_run_clears_its_leftovers(tmp_path: Path) -> None:
+    out = tmp_path / "net"
+    write_set(out, "first")
+    child = child_in_the_middle(out)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert contents(out) == {"plan.json": "first"}
+    assert len(neighbours(out)) == 1
+    write_set(out, "second")
+    assert contents(out) == {"plan.json": "second"}
+    assert neighbours(out) == []
+
+
+def test_a_living_neighbour_is_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "net"
+    child = child_in_the_middle(out)
+    try:
+        write_set(out, "first")
+        assert len(neighbours(out)) == 1
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_set_that_a_killed_run_had_moved_aside_is_put_back(tmp_path: Path) -> None:
+    out = tmp_path / "net"
+    write_set(out, "first")
+    out.rename(tmp_path / ".net.previous-abc")
+    assert artefacts.prepare(out) == out
+    assert contents(out) == {"plan.json": "first"}
+    assert neighbours(out) == []
+
+
+def test_files_of_the_users_are_refused_not_removed(tmp_path: Path) -> None:
+    out = tmp_path / "net"
+    write_set(out, "first")
+    (out / "finetuned.pt").write_text("a week of work")
+    with pytest.raises(InvalidInput, match=r"finetuned\.pt"):
+        write_set(out, "second")
+    assert contents(out) == {"plan.json": "first", "finetuned.pt": "a week of work"}
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidInput, match="cannot be written"):
+        artefacts.prepare(tmp_path / "file" / "net")
+    with pytest.raises(InvalidInput, match="is a file"):
+        artefacts.prepare(tmp_path / "file")
+
+
+def test_the_current_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidInput, match="name a folder inside it"):
+        artefacts.prepare(".")
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    out = tmp_path / "net"
+    with pytest.raises(InvalidInput, match="No space left"), artefacts.output_set(out):
+        raise OSError(28, "No space left on device")
+    assert not out.exists()
+
+
+def test_other_errors_of_the_system_are_not_disguised(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), artefacts.output_set(tmp_path / "net"):
+        (tmp_path / "absent").read_text()

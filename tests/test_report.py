@@ -1,0 +1,151 @@
+"""The report says the same figures in JSON, on the terminal and in Markdown, and never a speedup before its verdict."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from surgery import report
+from surgery.ir import Budget, CheckResult, CompactModel, Coupling, Cut, Frozen, Group, InputSpec, Plan, Program, Site
+
+
+@dataclass
+class Net:
+    """Stands for the user's module: the report needs its class name only."""
+
+
+def group(name: str, size: int, inexact: str | None = None) -> Group:
+    site = Site(name.rsplit(":", 1)[0], 0, tuple((k,) for k in range(size)))
+    return Group(name=name, units=tuple(range(size)), sites=(site,), inexact=inexact)
+
+
+@pytest.fixture
+def data() -> dict[str, Any]:
+    inputs = (InputSpec("x", (2, 3, 8, 8), "float32", (0,)),)
+    program = Program(
+        graph=None, nodes=(), inputs=inputs, example_args=(), example_kwargs={}, fingerprint="f" * 64,
+        notes=("height and width are fixed",), model=Net(),
+    )  # fmt: skip
+    groups = (group("conv1.weight:0", 16), group("fc.weight:0", 8, "layer norm at net.py:7"), group("last.weight:0", 4))
+    frozen = tuple(Frozen(f"head.{k}.weight", 0, "network output") for k in range(3))
+    coupling = Coupling(groups, (*frozen, Frozen("stem.weight", 1, "network input")), {})
+    plan = Plan(
+        dead={"conv1.weight:0": (0, 3), "fc.weight:0": (1,)},
+        sizes={g.name: g.size for g in groups},
+        cuts=(Cut("conv1.weight", 0, 16, (0, 3)),),
+        fingerprint="f" * 64,
+        inputs=inputs,
+        budget=Budget(macs=0.5),
+        settings={"criterion": "l1"},
+    )
+    compact = CompactModel(None, "graph", "view(-1, 320) at net.py:9 is literal", None, ("stochastic depth",))
+    return report.describe(
+        program,
+        coupling,
+        plan,
+        compact=compact,
+        verdict=CheckResult(40, 1e-14, 2e-7, 0.5, "the dense model with dead slices zeroed"),
+        costs={"params": (1000, 480), "macs": (2_000_000, 990_000), "channels": (28, 25)},
+    )
+
+
+def interval(value: float) -> dict[str, float]:
+    return {"value": value, "low": value - 0.01, "high": value + 0.01}
+
+
+def timed(data: dict[str, Any], *, reliable: bool = True) -> dict[str, Any]:
+    rows = [
+        {"name": name, "p50_ms": p50, "p90_ms": p50 * 1.1, "p99_ms": None, "throughput_per_s": 1000 / p50,
+         "speedup": interval(10 / p50), "peak_memory_bytes": 123_000_000}
+        for name, p50 in (("dense", 10.0), ("masked", 10.0), ("compact", 5.0))
+    ]  # fmt: skip
+    timing = {
+        "rows": rows, "aa": interval(1.0), "reliable": reliable, "why": "the baseline came out at 1.000", "rounds": 12,
+        "environment": {"onnxruntime": "1.31", "cpu": "a processor"}, "settings": {"threads": 1, "batch": 1},
+    }  # fmt: skip
+    sizes = {"dense": 4000, "masked": 4000, "compact": 2000}
+    return report.measured(data, onnx_bytes=sizes, timing=timing, files_sha256={"plan.json": "ab"}, notes=["a note"])
+
+
+def terminal(data: dict[str, Any], width: int = 110) -> str:
+    stream = io.StringIO()
+    report.render_terminal(data, Console(file=stream, width=width))
+    return stream.getvalue()
+
+
+def test_the_report_is_json_and_comes_back_equal(data: dict[str, Any]) -> None:
+    full = timed(data)
+    assert json.loads(json.dumps(full)) == full
+    assert full["schema"] == report.SCHEMA
+
+
+def test_the_budget_is_reported_with_what_was_kept(data: dict[str, Any]) -> None:
+    assert data["budget"] == {
+        "kind": "macs", "fraction": 0.5, "dense": 2_000_000, "kept": 990_000, "kept_fraction": 0.495,
+    }  # fmt: skip
+
+
+def test_masking_removes_nothing(data: dict[str, Any]) -> None:
+    dense, masked, compact = data["models"]
+    assert {**masked, "name": "dense"} == dense
+    assert (compact["parameters"], compact["macs"]) == (480, 990_000)
+
+
+def test_every_group_is_listed_cut_or_not(data: dict[str, Any]) -> None:
+    sizes = {g["name"]: (g["from"], g["to"]) for g in data["groups"]}
+    assert sizes == {"conv1.weight:0": (16, 14), "fc.weight:0": (8, 7), "last.weight:0": (4, 4)}
+
+
+def test_the_first_line_everywhere_is_the_verdict_and_the_next_command(data: dict[str, Any]) -> None:
+    command = "python -i -c 'import surgery [not markup]'"
+    full = timed(report.named(data, name="net", weights="random", next_command=command))
+    for text in (terminal(full, width=60), report.render_markdown(full)):
+        assert text.splitlines()[0] == f"accuracy unknown: not fit to deploy; next: {command}"
+
+
+def test_the_terminal_names_what_was_cut_what_is_frozen_and_what_is_inexact(data: dict[str, Any]) -> None:
+    text = terminal(timed(data))
+    assert "16 → 14" in text
+    assert "last.weight" not in text
+    assert "network output: head.0.weight:0 and 2 more" in text
+    assert "fc.weight:0: layer norm at net.py:7" in text
+    assert "view(-1, 320) at net.py:9 is literal" in text
+    assert "stochastic depth" in text
+
+
+def test_the_table_has_the_four_rows_and_leaves_out_what_nobody_measured(data: dict[str, Any]) -> None:
+    rows = {row[0]: dict(zip(report.COLUMNS, row, strict=True)) for row in report.cells(timed(data))}
+    assert list(rows) == ["dense", "masked", "compact", "dense A/A"]
+    assert rows["compact"]["speedup"] == "2.00x"
+    assert rows["compact"]["95% interval"] == "1.99-2.01"
+    assert rows["compact"]["ONNX"] == "2 kB"
+    assert rows["compact"]["p99 ms"] == "-"
+    assert "p99" not in terminal(timed(data))
+    assert "p50" in terminal(timed(data))
+    assert "p50" not in terminal(data)
+
+
+def test_an_unreliable_measurement_says_so(data: dict[str, Any]) -> None:
+    assert "UNRELIABLE" in terminal(timed(data, reliable=False))
+    assert "UNRELIABLE" not in terminal(timed(data))
+
+
+def test_long_lists_are_summarised_on_the_terminal_and_complete_in_markdown(data: dict[str, Any]) -> None:
+    extra = [{"name": f"block{k}.weight:0", "from": 8, "to": 4, "inexact": None, "sites": []} for k in range(40)]
+    full = {**data, "groups": extra}
+    assert "block39.weight:0" not in terminal(full)
+    assert "and 16 more" in terminal(full)
+    assert "block39.weight:0" in report.render_markdown(full)
+
+
+def test_markdown_holds_the_table_and_the_notes(data: dict[str, Any]) -> None:
+    text = report.render_markdown(timed(data))
+    assert "| compact | 480 | 990 k | 2 kB | 5 | 5.5 | - | 200 | 2.00x | 1.99-2.01 | 123 MB |" in text
+    assert "- height and width are fixed" in text
+    assert "- a note" in text
+    assert "- `plan.json`: SHA-256 `ab`" in text
