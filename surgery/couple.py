@@ -1,0 +1,305 @@
+"""Run a program on unit labels: which indices of which parameters live and die together.
+
+Every axis of every parameter and buffer starts with fresh labels; network inputs have none, and what reaches a network
+output is frozen. Operator rules tie labels on the way. What is left as separate classes are the units; units that touch
+the same axes in the same way form a group. The same machine, given locked labels, replays a cut program.
+
+Source: coupled groups after Fang et al. 2023 (arXiv:2301.12900); axes as conjunctions of factors after Shardy's
+sharding rules; running movement operators on integer labels is our own way to be exact by construction.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from surgery.errors import InvalidInput
+from surgery.ir import Coupling, Frozen, Group, Program, Site
+from surgery.labels import Atoms, Mask, Value
+from surgery.ops.registry import Call, Rewrite, Rule, rules
+from surgery.trace import hint, source_of
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Wiring:
+    """What coupling found out, kept for cutting, counting and checking.
+
+    Attributes:
+        atoms: the labels.
+        values: node name → `Value`, a tuple of them, or a concrete number for symbolic sizes.
+        calls: node name → argument name → `Value` or concrete argument, for every operator call.
+        params: parameter or buffer name → `Value`.
+        roots: group name → root label of each unit.
+    """
+
+    atoms: Atoms
+    values: Mapping[str, Any]
+    calls: Mapping[str, Mapping[str, Any]]
+    params: Mapping[str, Value]
+    roots: Mapping[str, tuple[int, ...]]
+
+    def dead_roots(self, dead: Mapping[str, Sequence[int]]) -> Mask:
+        """Mark the roots of the dead units; dead units are given per group name."""
+        mask = np.zeros(self.atoms.count, dtype=np.bool_)
+        for name, units in dead.items():
+            mask[np.asarray(self.roots[name], dtype=np.int64)[list(units)]] = True
+        return mask
+
+
+class Masks:
+    """Which indices of which value survive, computed once per distinct axis."""
+
+    def __init__(self, wiring: Wiring, dead: Mask) -> None:
+        self._wiring, self._dead = wiring, dead
+        self._known: dict[tuple[int, int], tuple[Value, Mask]] = {}
+
+    def __call__(self, value: Value, axis: int) -> Mask:
+        """Mask (length of the axis,) of the survivors."""
+        key = (id(value), axis)
+        if key not in self._known:
+            mask = self._wiring.atoms.keep(value.axes[axis], value.shape[axis], self._dead)
+            self._known[key] = (value, mask)
+        return self._known[key][1]
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        """Compact shape of a value."""
+        return tuple(int(self(value, a).sum()) if value.axes[a] else s for a, s in enumerate(value.shape))
+
+
+# -- the machine -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """An operator call with its arguments by name: `raw` as they stand in the graph, `concrete` as the rules see them."""
+
+    raw: Mapping[str, Any]
+    concrete: Mapping[str, Any]
+
+
+def bind(node: torch.fx.Node, lookup: Callable[[torch.fx.Node], Any]) -> Bound:
+    """Name a call's arguments by the operator's schema; `lookup` gives the value of an argument node."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        raw: dict[str, Any] = {str(k): a for k, a in enumerate(node.args)} | dict(node.kwargs)
+    else:
+        raw = {}
+        for k, argument in enumerate(schema.arguments):
+            if k < len(node.args):
+                raw[argument.name] = node.args[k]
+            elif argument.name in node.kwargs:
+                raw[argument.name] = node.kwargs[argument.name]
+            elif argument.has_default_value():
+                raw[argument.name] = argument.default_value
+    concrete = {k: torch.fx.map_arg(v, lookup) for k, v in raw.items()}
+    return Bound(raw, concrete)
+
+
+def run(
+    graph: torch.fx.GraphModule,
+    params: Callable[[str, Tensor], Value],
+    shapes: Callable[[torch.fx.Node], Any],
+    atoms: Atoms,
+) -> tuple[dict[str, Any], dict[str, Bound]]:
+    """Run a graph on labels.
+
+    Args:
+        graph: functional ATen graph.
+        params: labels of a parameter or buffer by name.
+        shapes: output shape(s) of a node: one shape, a list of shapes, or a number for a symbolic size.
+        atoms: open, to couple; locked, to verify.
+
+    Returns:
+        Value of every node, and the bound arguments of every operator call.
+    """
+    table = rules()
+    values: dict[str, Any] = {}
+    calls: dict[str, Bound] = {}
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            values[node.name] = _plain(shapes(node))
+        elif node.op == "get_attr":
+            values[node.name] = params(str(node.target), attribute(graph, str(node.target)))
+        elif node.op == "output":
+            _freeze_outputs(node, values, atoms)
+        else:
+            bound = bind(node, lambda n: values[n.name])
+            calls[node.name] = bound
+            values[node.name] = _apply(node, bound, table.get(str(node.target)), shapes(node), atoms)
+    return values, calls
+
+
+def _plain(shape: Any) -> Any:
+    if isinstance(shape, tuple):
+        return Value.plain(shape)
+    return [_plain(s) for s in shape] if isinstance(shape, list) else shape
+
+
+def _apply(node: torch.fx.Node, bound: Bound, rule: Rule | None, shape: Any, atoms: Atoms) -> Any:
+    if node.target is operator.getitem:
+        return bound.concrete["0"][bound.concrete["1"]]
+    if not isinstance(shape, (tuple, list)):  # a symbolic size: its concrete value is the example's
+        return shape
+    where = source_of(node)
+    atoms.where = f"{node.target}" + (f" at {where}" if where else "")
+    many = isinstance(shape, list)
+    outputs = [s for s in shape if isinstance(s, tuple)] if many else [shape]
+    call = Call(node.name, bound.concrete, outputs, atoms, many=many, raw=bound.raw)
+    if rule is None:
+        call.freeze_the_rest("no rule for this operator; to cut through it, add one in surgery/ops/")
+        return _plain(shape)
+    result = rule.couple(call)
+    call.freeze_the_rest("the operator needs this axis whole")
+    return result
+
+
+def _freeze_outputs(node: torch.fx.Node, values: Mapping[str, Any], atoms: Atoms) -> None:
+    atoms.where = "network output"
+    for source in node.all_input_nodes:
+        value = values[source.name]
+        for v in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(v, Value):
+                for layers in v.axes:
+                    atoms.freeze(layers, "network output")
+
+
+def attribute(module: Any, path: str) -> Any:
+    """Follow a dotted path."""
+    for part in path.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def dense_shapes(node: torch.fx.Node) -> Any:
+    """Shapes of a traced node, symbolic sizes at the example's value."""
+    return shapes_of(node.meta.get("val"))
+
+
+def shapes_of(value: Any) -> Any:
+    """A tensor's shape, a list of them, or a plain number."""
+    if isinstance(value, Tensor):
+        return tuple(hint(s) for s in value.shape)
+    if isinstance(value, (tuple, list)):
+        return [shapes_of(v) for v in value]
+    if isinstance(value, (torch.SymInt, int)) and not isinstance(value, bool):
+        return hint(value)
+    return value
+
+
+# -- coupling --------------------------------------------------------------------------------------------------------
+
+
+def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
+    """Find the groups of units that may be removed.
+
+    Args:
+        program: what `trace` returned.
+        keep: shell patterns over parameter and module names; every axis of what they match stays whole.
+
+    Returns:
+        Groups, frozen axes with reasons, and the labels that later stages need.
+
+    Raises:
+        InvalidInput: a pattern matches nothing; the message lists near names.
+    """
+    atoms = Atoms()
+    params: dict[str, Value] = {}
+    kept = kept_names(program, keep)
+
+    def labels(name: str, tensor: Tensor) -> Value:
+        if name not in params:
+            if not isinstance(tensor, Tensor):
+                raise InvalidInput(f"'{name}' is not a tensor")
+            axes = tuple((atoms.fresh(size),) if size > 1 else () for size in tensor.shape)
+            params[name] = Value(tuple(tensor.shape), axes, name)
+            if name in kept:
+                for layers in axes:
+                    atoms.freeze(layers, f"kept by --keep {kept[name]}")
+        return params[name]
+
+    values, calls = run(program.graph, labels, dense_shapes, atoms)
+    atoms.settle()
+    groups = tuple(_groups(atoms, params))
+    roots = {group.name: group.units for group in groups}
+    wiring = Wiring(atoms, values, {k: b.concrete for k, b in calls.items()}, params, roots)
+    shapes = {name: value.shape for name, value in params.items()}
+    return Coupling(groups, tuple(_frozen(atoms, params, groups)), shapes, wiring)
+
+
+def kept_names(program: Program, patterns: Sequence[str]) -> dict[str, str]:
+    """Parameter or buffer name → the pattern that keeps it."""
+    names = [str(n.target) for n in program.graph.graph.nodes if n.op == "get_attr"]
+    modules = [name for name, _ in program.model.named_modules() if name]
+    kept: dict[str, str] = {}
+    for pattern in patterns:
+        matched = set(fnmatch.filter(names, pattern))
+        for module in fnmatch.filter(modules, pattern):
+            matched.update(n for n in names if n.startswith(module + "."))
+        if not matched:
+            near = difflib.get_close_matches(pattern, [*modules, *names], n=3, cutoff=0.3)
+            raise InvalidInput(
+                f"--keep {pattern!r} matches no module or parameter; near names: {', '.join(near) or 'none'}"
+            )
+        kept.update(dict.fromkeys(matched, pattern))
+    return kept
+
+
+def _groups(atoms: Atoms, params: Mapping[str, Value]) -> Iterator[Group]:
+    """Units that touch the same axes in the same way, in order of first appearance; single units cannot be cut."""
+    places: dict[int, dict[tuple[str, int], list[int]]] = {}
+    signature: dict[int, list[tuple[str, int, int, int]]] = {}
+    for name, value in params.items():
+        for axis, layers in enumerate(value.axes):
+            for k, layer in enumerate(atoms.canon(layers)):
+                order = np.argsort(layer, kind="stable")
+                roots, starts = np.unique(layer[order], return_index=True)
+                for root, positions in zip(roots.tolist(), np.split(order, starts[1:]), strict=True):
+                    if root:
+                        places.setdefault(root, {}).setdefault((name, axis), []).extend(positions.tolist())
+                        signature.setdefault(root, []).append((name, axis, k, len(positions)))
+    members: dict[Any, list[int]] = {}
+    for root, sites in places.items():
+        members.setdefault((tuple(signature[root]), atoms.facts.inexact.get(root)), []).append(root)
+        del sites
+    for roots in members.values():
+        if len(roots) > 1:
+            roots.sort(key=lambda r: next(iter(places[r].values())))
+            keys = list(places[roots[0]])
+            sites_ = tuple(Site(t, a, tuple(tuple(sorted(places[r][t, a])) for r in roots)) for t, a in keys)
+            yield Group(_name(keys, places[roots[0]]), tuple(roots), sites_, atoms.facts.inexact.get(roots[0]))
+
+
+def _name(keys: Sequence[tuple[str, int]], first: Mapping[tuple[str, int], Sequence[int]]) -> str:
+    tensor, axis = keys[0]
+    return f"{tensor}:{axis}@{min(first[keys[0]])}x{len(first[keys[0]])}"
+
+
+def _frozen(atoms: Atoms, params: Mapping[str, Value], groups: Sequence[Group]) -> Iterator[Frozen]:
+    """Axes with indices that are never cut. Kernel axes and the like, which no network cuts, are left out."""
+    cuttable = {root for group in groups for root in group.units}
+    for name, value in params.items():
+        for axis, layers in enumerate(value.axes):
+            reasons: dict[str, None] = {}
+            for layer in layers:
+                for label in np.unique(layer).tolist():
+                    if not set(atoms.expand(label)) & cuttable:
+                        reasons[atoms.reason(label) or "a single unit, which the axis cannot do without"] = None
+            for reason in reasons:
+                if "needs this axis whole" not in reason or len(value.shape) < 3 or axis < 2:
+                    yield Frozen(name, axis, reason)
+                break
+
+
+def rewrite_view(wiring: Wiring, masks: Masks, name: str, raw: Mapping[str, Any]) -> Rewrite:
+    """What a rule's `rewrite` sees of the call `name`."""
+    out = wiring.values[name]
+    outputs = tuple(out) if isinstance(out, (tuple, list)) else (out,)
+    return Rewrite(wiring.calls[name], raw, outputs, masks)

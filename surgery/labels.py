@@ -1,0 +1,347 @@
+"""Unit labels: which index of which axis lives and dies with which, as a union-find over integers.
+
+Every axis of a value carries *layers*: integer vectors as long as the axis. An index is alive where the labels of
+all its layers are alive; label 0 is always alive. Labels are tied together (`tie`), kept for ever (`freeze`), or found
+to be the conjunction of others (`factor`): when a reshape splits an axis of 768 channels into 12 heads of 64, channel
+``64 h + d`` is alive exactly where head ``h`` and head dimension ``d`` are. All three only ever add equations that are
+*sufficient* for a sound cut: where a structure is not understood, more is tied together, never less. A label that is
+neither frozen nor a conjunction is a *root*: a unit, the smallest thing that can be removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Layer = NDArray[np.int64]
+Layers = tuple[Layer, ...]
+Mask = NDArray[np.bool_]
+
+
+class LabelMismatch(Exception):
+    """Locked labels were asked to change: the cut program is not wired like the dense one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor as the coupling sees it: its shape, and for each axis the layers of labels (none: never cut)."""
+
+    shape: tuple[int, ...]
+    axes: tuple[Layers, ...]
+    param: str = ""
+
+    @classmethod
+    def plain(cls, shape: Sequence[int]) -> Value:
+        """A value none of whose axes can be cut."""
+        return cls(tuple(shape), ((),) * len(shape))
+
+
+def is_constant(layer: Layer) -> bool:
+    """Whether one label covers the whole axis: such a layer says nothing about wiring."""
+    return bool(len(layer) == 0 or (layer == layer[0]).all())
+
+
+def same_partition(a: Layer, b: Layer) -> bool:
+    """Whether two layers group the indices of an axis in the same way."""
+    pairs = np.unique(np.stack((a, b)), axis=1).shape[1]
+    return bool(pairs == len(np.unique(a)) == len(np.unique(b)))
+
+
+@dataclass
+class Facts:
+    """What is known about labels: shared between the atoms that coupled and their locked view."""
+
+    parent: list[int] = field(default_factory=lambda: [0])
+    frozen: dict[int, str] = field(default_factory=lambda: {0: ""})
+    parts: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    claimed: set[int] = field(default_factory=set)
+    inexact: dict[int, str] = field(default_factory=dict)
+    axis_size: dict[int, int] = field(default_factory=dict)
+    remembered: dict[str, Layer] = field(default_factory=dict)
+
+
+class Atoms:
+    """The union-find; `where` names the operator at work, for reasons and messages.
+
+    `locked(dead)` gives a view that raises LabelMismatch for every equation that does not hold already: the same
+    operator rules then verify a cut program instead of coupling a dense one.
+    """
+
+    def __init__(self, facts: Facts | None = None, dead: Mask | None = None) -> None:
+        self.facts = facts or Facts()
+        self.dead = dead
+        self.where = ""
+
+    def locked(self, dead: Mask) -> Atoms:
+        """Return a read-only view in which the roots marked in `dead` (length `count`) have been removed."""
+        return Atoms(self.facts, dead)
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether equations are verified rather than added."""
+        return self.dead is not None
+
+    @property
+    def count(self) -> int:
+        """One more than the largest label."""
+        return len(self.facts.parent)
+
+    # -- making labels -------------------------------------------------------------------------------------------
+
+    def fresh(self, count: int) -> Layer:
+        """Return `count` new labels."""
+        self._must_be_open("new labels")
+        start = self.count
+        self.facts.parent.extend(range(start, start + count))
+        return np.arange(start, start + count, dtype=np.int64)
+
+    def created(self, key: str, count: int) -> Layer:
+        """Labels for an axis that operator `key` creates; when locked, the survivors of those it created before."""
+        if self.dead is None:
+            self.facts.remembered[key] = self.fresh(count)
+            return self.facts.remembered[key]
+        layer = self.facts.remembered.get(key)
+        if layer is None:
+            raise LabelMismatch(f"{self.where}: creates an axis the dense program does not have")
+        kept = layer[self.keep((layer,), len(layer), self.dead)]
+        if len(kept) != count:
+            raise LabelMismatch(f"{self.where}: creates {count} indices where {len(kept)} survive")
+        return kept
+
+    # -- equations -----------------------------------------------------------------------------------------------
+
+    def tie(self, a: Layers, b: Layers, length: int) -> None:
+        """Let index i of one axis live and die with index i of another, for all i < length."""
+        left, right = self.canon(a), self.canon(b)
+        if self.is_locked:
+            self._verify_equal(left, right, length)
+            return
+        left, right = _without_shared(left, right)
+        for x in left:  # layers that cut the axis up in the same way are taken to be the same thing
+            match = next((y for y in right if len(left) > 1 and len(right) > 1 and same_partition(x, y)), None)
+            if match is not None:
+                right = tuple(y for y in right if y is not match)
+                left = tuple(y for y in left if y is not x)
+                self._tie_indices((x,), (match,), length)
+        self._tie_indices(left, right, length)
+
+    def _tie_indices(self, left: Layers, right: Layers, length: int) -> None:
+        if len(left) == len(right) == 1:
+            different = left[0] != right[0]
+            for x, y in zip(left[0][different].tolist(), right[0][different].tolist(), strict=True):
+                self._equate([x], [y])
+        elif left or right:
+            for i in range(length):
+                self._equate([int(x[i]) for x in left], [int(y[i]) for y in right])
+
+    def _verify_equal(self, left: Layers, right: Layers, length: int) -> None:
+        left = tuple(x for x in left if not is_constant(x))
+        right = tuple(x for x in right if not is_constant(x))
+        left, right = _without_shared(left, right)
+        for i in range(length):
+            a, b = {int(x[i]) for x in left} - {0}, {int(x[i]) for x in right} - {0}
+            if a != b:
+                raise LabelMismatch(f"{self.where}: index {i} joins unit {sorted(a)} with unit {sorted(b)}")
+
+    def _equate(self, a: Sequence[int], b: Sequence[int]) -> None:
+        """Make two conjunctions equal, by the weakest sufficient equations found."""
+        left = list(dict.fromkeys(root for x in a for root in self.expand(x)))
+        right = list(dict.fromkeys(root for x in b for root in self.expand(x)))
+        common = set(left) & set(right)
+        left, right = [x for x in left if x not in common], [x for x in right if x not in common]
+        if not left or not right:
+            for root in left + right:
+                self._freeze_root(root, self._inherited_reason(a, b))
+        elif len(left) == len(right) == 1:
+            self._union_roots(left[0], right[0])
+        elif len(left) == 1 or len(right) == 1:
+            single, parts = (left[0], right) if len(left) == 1 else (right[0], left)
+            self._define_root(single, tuple(parts))
+        else:
+            for root in (left + right)[1:]:
+                self._union_roots(left[0], root)
+
+    def _inherited_reason(self, a: Sequence[int], b: Sequence[int]) -> str:
+        reasons = (self.facts.frozen.get(self.find(x), "") for x in (*a, *b))
+        return next((r for r in reasons if r), f"{self.where}: meets an axis that is not cut")
+
+    def _union_roots(self, a: int, b: int) -> None:
+        a, b = self.find(a), self.find(b)
+        if a == b:
+            return
+        self._must_be_open(f"units {a} and {b} to be one")
+        low, high = min(a, b), max(a, b)
+        facts = self.facts
+        facts.parent[high] = low
+        if high in facts.claimed:
+            facts.claimed.add(low)
+        if high in facts.inexact:
+            facts.inexact.setdefault(low, facts.inexact[high])
+        if high in facts.axis_size:
+            facts.axis_size[low] = max(facts.axis_size[high], facts.axis_size.get(low, 0))
+
+    def _define_root(self, label: int, parts: tuple[int, ...]) -> None:
+        self._must_be_open(f"unit {label} to be split")
+        for part in parts:
+            if label in self.facts.inexact:
+                self.facts.inexact.setdefault(part, self.facts.inexact[label])
+            if label in self.facts.claimed:
+                self.facts.claimed.add(part)
+        self.facts.parts[label] = parts
+
+    def _freeze_root(self, root: int, reason: str) -> None:
+        self._must_be_open(f"unit {root} to be kept")
+        self.facts.frozen[root] = reason
+
+    def _must_be_open(self, what: str) -> None:
+        if self.is_locked:
+            raise LabelMismatch(f"{self.where}: the cut program needs {what}, the dense one does not")
+
+    def freeze(self, layers: Layers, reason: str) -> None:
+        """Keep everything on this axis for ever. Nothing to do when locked: survivors are alive anyway."""
+        if self.is_locked:
+            return
+        for label in {int(x) for layer in layers for x in np.unique(layer)}:
+            for root in self.expand(label):
+                self._freeze_root(root, reason)
+
+    def factor(self, labels: NDArray[np.int64]) -> tuple[Layers, ...]:
+        """Spread one layer, given per element of an array, over the array's axes.
+
+        Where the labels vary along one axis only, they are that axis' layer. Where they vary along several, the
+        survivors must stay a rectangle: each label becomes the conjunction of one new label per axis.
+
+        Returns:
+            For each axis of `labels` its layers: none or one.
+        """
+        axes = [a for a in range(labels.ndim) if _varies(labels, a)]
+        out: list[Layers] = [()] * labels.ndim
+        if not axes:
+            if labels.size:
+                self.freeze((labels.reshape(-1)[:1],), f"{self.where}: removing it would leave nothing of the axis")
+            return tuple(out)
+        first = tuple(slice(None) if a in axes else 0 for a in range(labels.ndim))
+        core = np.ascontiguousarray(labels[first])
+        if len(axes) == 1:
+            out[axes[0]] = (core,)
+            return tuple(out)
+        self._must_be_open("an axis to be split that is whole in the dense one")
+        layers = [self.fresh(size) for size in core.shape]
+        for layer in layers:
+            self.facts.axis_size.update(dict.fromkeys(layer.tolist(), len(layer)))
+        for index, label in np.ndenumerate(core):
+            self._equate([int(label)], [int(layer[i]) for layer, i in zip(layers, index, strict=True)])
+        for a, layer in zip(axes, layers, strict=True):
+            out[a] = (layer,)
+        return tuple(out)
+
+    def claim(self, layers: Layers) -> None:
+        """Say that an operator computes on this axis by itself (attention heads, convolution groups)."""
+        if not self.is_locked:
+            self.facts.claimed.update(int(x) for layer in self.canon(layers) for x in np.unique(layer))
+
+    def mark_inexact(self, layers: Layers, reason: str) -> None:
+        """Mark that removing these changes what a norm or a mean averages over."""
+        if not self.is_locked:
+            for layer in self.canon(layers):
+                for root in np.unique(layer):
+                    self.facts.inexact.setdefault(int(root), reason)
+
+    # -- what is known -------------------------------------------------------------------------------------------
+
+    def find(self, label: int) -> int:
+        """Return the representative of `label`."""
+        parent = self.facts.parent
+        root = label
+        while parent[root] != root:
+            root = parent[root]
+        while parent[label] != root:
+            parent[label], label = root, parent[label]
+        return root
+
+    def slots(self, label: int) -> tuple[int, ...]:
+        """The roots whose conjunction `label` is, with 0 in the place of each frozen part."""
+        root = self.find(label)
+        if root in self.facts.frozen:
+            return (0,)
+        if root not in self.facts.parts:
+            return (root,)
+        return tuple(slot for part in self.facts.parts[root] for slot in self.slots(part))
+
+    def expand(self, label: int) -> list[int]:
+        """The roots whose conjunction `label` is; none where it is always alive."""
+        return [slot for slot in dict.fromkeys(self.slots(label)) if slot]
+
+    def canon(self, layers: Layers) -> Layers:
+        """Rewrite layers in terms of roots; layers that are always alive vanish, equal ones merge."""
+        out: list[Layer] = []
+        for layer in layers:
+            unique, inverse = np.unique(layer, return_inverse=True)
+            slots = [self.slots(int(x)) for x in unique]
+            for k in range(max((len(s) for s in slots), default=0)):
+                column = np.array([s[k] if k < len(s) else 0 for s in slots], dtype=np.int64)[inverse]
+                if column.any() and not any(np.array_equal(column, other) for other in out):
+                    out.append(column)
+        return tuple(out)
+
+    def keep(self, layers: Layers, length: int, dead: Mask) -> Mask:
+        """Mask (length,) of the indices that survive when the roots marked in `dead` are removed."""
+        mask = np.ones(length, dtype=np.bool_)
+        for layer in self.canon(layers):
+            mask &= ~dead[layer]
+        return mask
+
+    def reason(self, label: int) -> str | None:
+        """Why `label` is never cut, or None where it can be."""
+        root = self.find(label)
+        if root in self.facts.frozen:
+            return self.facts.frozen[root]
+        if root not in self.facts.parts:
+            return None
+        reasons = [self.reason(part) for part in self.facts.parts[root]]
+        return None if None in reasons else reasons[0]
+
+    def settle(self) -> None:
+        """Keep the parts of conjunctions that no operator computes on by itself.
+
+        A channel shuffle views C channels as (2, C/2): nothing is gained by offering to remove one of the two halves.
+        Where no part is claimed, the one on the longest axis stays.
+        """
+        facts = self.facts
+        unwanted: set[int] = set()
+        wanted: set[int] = set()
+        for label in list(facts.parts):
+            parts = self.expand(label)
+            claimed = [p for p in parts if p in facts.claimed]
+            chosen = claimed or [max(parts, key=lambda p: facts.axis_size.get(p, 0))] if parts else []
+            wanted.update(chosen)
+            unwanted.update(p for p in parts if p not in chosen and p in facts.axis_size)
+        for root in sorted(unwanted - wanted):
+            self._freeze_root(root, "part of a reshaped axis that no operator computes on by itself")
+
+
+def _varies(labels: NDArray[np.int64], axis: int) -> bool:
+    if labels.shape[axis] <= 1 or labels.strides[axis] == 0:
+        return False
+    first = np.take(labels, [0], axis=axis)
+    return bool((labels != first).any())
+
+
+def _without_shared(left: Layers, right: Layers) -> tuple[Layers, Layers]:
+    """Drop the layers that both sides have."""
+    shared = [x for x in left if any(np.array_equal(x, y) for y in right)]
+    if not shared:
+        return left, right
+
+    def rest(layers: Layers) -> Layers:
+        return tuple(x for x in layers if not any(np.array_equal(x, y) for y in shared))
+
+    return rest(left), rest(right)
+
+
+def gather(layers: Iterable[Layer], index: NDArray[np.int64]) -> Layers:
+    """Pick the indices `index` out of every layer."""
+    return tuple(layer[index] for layer in layers)

@@ -1,0 +1,114 @@
+"""Scaled-dot-product attention and softmax. Softmax axes are never cut; the scale is made explicit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.labels import Layers, Value
+from surgery.ops.examples import Built, between_convs
+from surgery.ops.registry import Call, Rewrite, Rule, Shape, register
+
+
+def _couple_sdpa(call: Call) -> Value:
+    """Query (.., L, E), key (.., S, E), value (.., S, V), mask (.., L, S); output (.., L, V)."""
+    q, k, v, mask = call.value("query"), call.value("key"), call.value("value"), call.optional("attn_mask")
+    features = call.tie(q, -1, k, -1)
+    call.atoms.claim(features)
+    for tokens in (k, v):
+        call.freeze(tokens, -2, "softmax runs over these tokens")
+    call.freeze(q, -2, "attention tokens")
+    out = call.passed(v, -1)
+    call.atoms.claim(out)
+    rank = len(q.shape)
+    axes: dict[int, Layers] = {rank - 1: out}
+    for back in range(3, rank + 1):
+        axes[rank - back] = _heads(call, (q, k, v), back)
+        if mask is not None and len(mask.shape) >= back and mask.shape[-back] > 1:
+            call.tie_layers(call.passed(mask, -back), axes[rank - back], mask.shape[-back])
+    if mask is not None:
+        call.freeze(mask, -1, "softmax runs over these tokens")
+        call.freeze(mask, -2, "attention tokens")
+    return call.out(axes)
+
+
+def _heads(call: Call, operands: tuple[Value, Value, Value], back: int) -> Layers:
+    q, k, v = operands
+    if not q.shape[-back] == k.shape[-back] == v.shape[-back]:  # grouped queries: heads are shared in a pattern
+        for operand in operands:
+            call.freeze(operand, -back, "heads shared between queries")
+        return ()
+    call.tie(q, -back, k, -back)
+    layers = call.tie(q, -back, v, -back)
+    call.atoms.claim(layers)
+    return layers
+
+
+def _explicit_scale(r: Rewrite) -> Mapping[str, Any]:
+    if r.bound["scale"] is not None:
+        return {}
+    return {"scale": 1.0 / sqrt(r.bound["query"].shape[-1])}
+
+
+def _sdpa_macs(shapes: Mapping[str, Shape], out: Shape) -> int:
+    q, k, v = shapes["query"], shapes["key"], shapes["value"]
+    return prod(q) * k[-2] + prod(q[:-1]) * k[-2] * v[-1]
+
+
+class _Attention(nn.Module):
+    """Three projections, heads, attention, a projection out."""
+
+    def __init__(self, width: int = 12, heads: int = 3) -> None:
+        super().__init__()
+        self.heads, self.size = heads, width // heads
+        self.q, self.k, self.v = nn.Linear(7, width), nn.Linear(7, width), nn.Linear(7, width)
+        self.out = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        """(B, N, 7) to (B, N, 5)."""
+        b, n, _ = x.shape
+        q, k, v = (f(x).reshape(b, n, self.heads, self.size).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).reshape(b, n, self.heads * self.size))
+
+
+def _attention_example() -> Built:
+    return _Attention(), (torch.randn(2, 6, 7),)
+
+
+def _couple_softmax(call: Call) -> Value:
+    x, dim = call.value("self"), call["dim"]
+    call.freeze(x, dim, "softmax runs over this axis")
+    kept = {a: call.passed(x, a) for a in range(len(x.shape)) if a != dim % len(x.shape)}
+    return call.out(kept)
+
+
+def _softmax_rule(op: str, function: Any) -> Rule:
+    return Rule(
+        op=op,
+        family="attention",
+        couple=_couple_softmax,
+        example=between_convs(function),
+        says="the axis it runs over is never cut",
+    )
+
+
+register(
+    Rule(
+        op="aten.scaled_dot_product_attention.default",
+        family="attention",
+        couple=_couple_sdpa,
+        rewrite=_explicit_scale,
+        masked=("query", "key", "value"),
+        macs=_sdpa_macs,
+        example=_attention_example,
+        says="heads tied, head dimensions of query and key contracted, tokens never cut; scale made explicit",
+    ),
+    _softmax_rule("aten.softmax.int", lambda x: torch.softmax(x, 3)),
+    _softmax_rule("aten._softmax.default", lambda x: torch.ops.aten._softmax(x, 3, False)),
+    _softmax_rule("aten.log_softmax.int", lambda x: torch.log_softmax(x, 2)),
+)

@@ -1,0 +1,130 @@
+"""Convolutions, plain, grouped, depthwise and transposed: block-diagonal contractions over channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.labels import Value
+from surgery.ops.examples import Between, Built, between_convs
+from surgery.ops.registry import Call, Rewrite, Rule, Shape, join, register
+
+
+def _couple(call: Call, *, transposed: bool) -> Value:
+    """Input (N, C, ..), weight (O, C/g, ..), or (C, O/g, ..) when transposed; output (N, O, ..)."""
+    x, weight, groups = call.value("input"), call.value("weight"), call["groups"]
+    channel = len(x.shape) - len(weight.shape) + 1  # 0 for an input without batch axis
+    along_in, along_out = (0, 1) if transposed else (1, 0)
+    inside = x.shape[channel] // groups
+    outside = call.outputs[0][channel] // groups
+    if transposed:
+        weight_groups, weight_in = call.split(weight, along_in, (groups, inside))
+        weight_out = call.passed(weight, along_out)
+    else:
+        weight_groups, weight_out = call.split(weight, along_out, (groups, outside))
+        weight_in = call.passed(weight, along_in)
+    x_groups, x_in = call.split(x, channel, (groups, inside))
+    call.tie_layers(x_in, weight_in, inside)
+    whole = call.tie_layers(x_groups, weight_groups, groups)
+    call.atoms.claim(whole)
+    out = join(whole, weight_out, (groups, outside))
+    bias = call.optional("bias")
+    if bias is not None:
+        call.tie_layers(out, call.passed(bias, 0), groups * outside)
+    kept = {0: call.passed(x, 0)} if channel else {}
+    return call.out({**kept, channel: out})
+
+
+def _groups(r: Rewrite, *, transposed: bool) -> Mapping[str, Any]:
+    x, weight = r.bound["input"], r.bound["weight"]
+    channel = len(x.shape) - len(weight.shape) + 1
+    keep = r.keep("input", channel)
+    groups = r.bound["groups"]
+    alive = keep.reshape(groups, -1).any(axis=1)
+    return {"groups": int(alive.sum())}
+
+
+def _macs(shapes: Mapping[str, Shape], out: Shape, *, transposed: bool) -> int:
+    x, weight = shapes["input"], shapes["weight"]
+    return x[0] * prod(weight) * prod((x if transposed else out)[2:])
+
+
+def _grouped(module: nn.Module) -> Built:
+    net = Between(nn.Conv2d(3, 8, 3), module, nn.Conv2d(8, 4, 3))
+    return net, (torch.randn(2, 3, 14, 14),)
+
+
+def _one_dimensional(module: nn.Module) -> Built:
+    return Between(nn.Conv1d(3, 8, 3), module, nn.Conv1d(8, 4, 3)), (torch.randn(2, 3, 14),)
+
+
+def _three_dimensional(module: nn.Module) -> Built:
+    return Between(nn.Conv3d(3, 8, 3), module, nn.Conv3d(8, 4, 1)), (torch.randn(2, 3, 6, 6, 6),)
+
+
+_EXAMPLES = {
+    "conv1d.default": lambda: _one_dimensional(nn.Conv1d(8, 8, 3, groups=2)),
+    "conv2d.default": lambda: _grouped(nn.Conv2d(8, 8, 3, groups=2)),
+    "conv3d.default": lambda: _three_dimensional(nn.Conv3d(8, 8, 3, groups=8)),
+    "conv1d.padding": lambda: _one_dimensional(nn.Conv1d(8, 8, 3, padding="same")),
+    "conv2d.padding": lambda: _grouped(nn.Conv2d(8, 8, 3, padding="same", groups=8)),
+    "conv3d.padding": lambda: _three_dimensional(nn.Conv3d(8, 8, 3, padding="same")),
+    "conv_transpose1d.default": lambda: _one_dimensional(nn.ConvTranspose1d(8, 8, 3, groups=2)),
+    "conv_transpose2d.input": lambda: _grouped(nn.ConvTranspose2d(8, 8, 3, groups=4)),
+    "conv_transpose3d.input": lambda: _three_dimensional(nn.ConvTranspose3d(8, 8, 3)),
+}
+
+
+def _rule(name: str) -> Rule:
+    transposed = "transpose" in name
+    return Rule(
+        op=f"aten.{name}",
+        family="convolution",
+        couple=lambda call: _couple(call, transposed=transposed),
+        rewrite=lambda r: _groups(r, transposed=transposed),
+        masked=("input",),
+        macs=lambda shapes, out: _macs(shapes, out, transposed=transposed),
+        example=_EXAMPLES[name],
+        says="input channels contracted per group; groups die whole, or shrink alike; `groups` rewritten",
+    )
+
+
+register(*(_rule(name) for name in _EXAMPLES))
+
+
+def _couple_fold(call: Call) -> Value:
+    """im2col / col2im: (N, C, H, W) <-> (N, C k k, L): only the channel axis carries labels."""
+    x = call.value("input" if "input" in call.bound else "self")
+    kernel = prod(call["kernel_size"])
+    if len(x.shape) == 4:  # im2col
+        layers = join(call.passed(x, 1), (), (x.shape[1], kernel))
+    else:
+        layers, inner = call.split(x, 1, (x.shape[1] // kernel, kernel))
+        call.atoms.freeze(inner, f"{call.atoms.where}: kernel positions")
+    return call.out({0: call.passed(x, 0), 1: layers})
+
+
+register(
+    Rule(
+        op="aten.im2col.default",
+        family="convolution",
+        couple=_couple_fold,
+        example=between_convs(
+            lambda x: nn.functional.unfold(x, 3, padding=1).reshape(x.shape[0], 72, x.shape[2], x.shape[3]), after=72
+        ),
+        says="channels repeat once per kernel position",
+    ),
+    Rule(
+        op="aten.col2im.default",
+        family="convolution",
+        couple=_couple_fold,
+        example=between_convs(
+            lambda x: nn.functional.fold(nn.functional.unfold(x, 2, stride=2), (10, 10), 2, stride=2)
+        ),
+        says="kernel positions of one channel are added up",
+    ),
+)

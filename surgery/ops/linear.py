@@ -1,0 +1,137 @@
+"""Linear layers and matrix products: contractions of the last axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from surgery.labels import Layers, Value
+from surgery.ops.examples import between_linears, fork_linears
+from surgery.ops.registry import Call, Rule, Shape, register
+
+
+def _couple_linear(call: Call) -> Value:
+    """Input (.., I), weight (O, I), bias (O,), output (.., O)."""
+    x, weight, bias = call.value("input"), call.value("weight"), call.optional("bias")
+    call.tie(x, -1, weight, 1)
+    out = call.passed(weight, 0)
+    if bias is not None:
+        out = call.tie(weight, 0, bias, 0)
+    last = len(x.shape) - 1
+    return call.out({**{a: call.passed(x, a) for a in range(last)}, last: out})
+
+
+def _matmul(call: Call, a: Value, b: Value) -> Value:
+    """(.., M, K) @ (.., K, N); vectors on either side as torch.matmul has them; leading axes broadcast."""
+    contracted = call.tie(a, -1, b, -2 if len(b.shape) > 1 else 0)
+    call.atoms.claim(contracted)
+    rank = len(call.outputs[0])
+    axes: dict[int, Layers] = {}
+    if len(b.shape) > 1:
+        axes[rank - 1] = call.passed(b, -1)
+    if len(a.shape) > 1:
+        axes[rank - (2 if len(b.shape) > 1 else 1)] = call.passed(a, -2)
+    for back in range(3, max(len(a.shape), len(b.shape)) + 1):
+        axes[rank - back] = _batch_axis(call, a, b, back)
+    for layers in axes.values():
+        call.atoms.claim(layers)
+    return call.out(axes)
+
+
+def _batch_axis(call: Call, a: Value, b: Value, back: int) -> Layers:
+    """Axis -back of both operands, where they have it: tied where neither is broadcast."""
+    wide = [v for v in (a, b) if len(v.shape) >= back and v.shape[-back] > 1]
+    if len(wide) == 2:
+        return call.tie(a, -back, b, -back)
+    return call.passed(wide[0], -back) if wide else ()
+
+
+def _couple_addmm(call: Call) -> Value:
+    """Bias (.., N) + a (M, K) @ b (K, N)."""
+    out = _matmul(call, call.value("mat1"), call.value("mat2"))
+    bias = call.value("self")
+    axes = dict(enumerate(out.axes))
+    for back in range(1, len(bias.shape) + 1):
+        a = len(out.shape) - back
+        if bias.shape[-back] > 1:
+            axes[a] = call.tie_layers(call.passed(bias, -back), out.axes[a], out.shape[a])
+    return call.out(axes)
+
+
+def _linear_macs(shapes: Mapping[str, Shape], out: Shape) -> int:
+    return prod(shapes["input"]) * shapes["weight"][0]
+
+
+def _of_two(op: str, first: str, second: str, says: str) -> Rule:
+    names = {"aten.bmm.default": torch.bmm, "aten.matmul.default": torch.matmul}
+    function = names.get(op, torch.matmul)
+    return Rule(
+        op=op,
+        family="matrix product",
+        couple=lambda call: _matmul(call, call.value(first), call.value(second)),
+        masked=(first, second),
+        macs=lambda shapes, out: prod(out) * shapes[first][-1],
+        example=fork_linears(lambda a, b: function(function(a, b.transpose(1, 2)), b)),
+        says=says,
+    )
+
+
+class _RawProduct(nn.Module):
+    """x @ W with a bare two-dimensional parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(12, 10))
+        self.bias = nn.Parameter(torch.randn(10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Flatten the tokens, multiply, restore them."""
+        return torch.addmm(self.bias, x.flatten(0, 1), self.weight).reshape(x.shape[0], x.shape[1], 10)
+
+
+class _Square(nn.Module):
+    """Products of plain matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(12, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Flatten the tokens, multiply, restore them."""
+        return torch.mm(x.flatten(0, 1), self.weight).reshape(x.shape[0], x.shape[1], 10)
+
+
+register(
+    Rule(
+        op="aten.linear.default",
+        family="matrix product",
+        couple=_couple_linear,
+        masked=("input",),
+        macs=_linear_macs,
+        example=between_linears(nn.Linear(12, 9), after=9),
+        says="input features contracted",
+    ),
+    _of_two("aten.matmul.default", "self", "other", "inner axes contracted, outer ones pass, leading ones tied"),
+    _of_two("aten.bmm.default", "self", "mat2", "inner axes contracted, batch axis tied"),
+    Rule(
+        op="aten.mm.default",
+        family="matrix product",
+        couple=lambda call: _matmul(call, call.value("self"), call.value("mat2")),
+        masked=("self",),
+        macs=lambda shapes, out: prod(out) * shapes["self"][-1],
+        example=between_linears(_Square(), after=10),
+        says="inner axes contracted",
+    ),
+    Rule(
+        op="aten.addmm.default",
+        family="matrix product",
+        couple=_couple_addmm,
+        masked=("mat1",),
+        macs=lambda shapes, out: prod(out) * shapes["mat1"][-1],
+        example=between_linears(_RawProduct(), after=10),
+        says="inner axes contracted, bias tied to the outputs",
+    ),
+)

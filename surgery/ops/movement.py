@@ -1,0 +1,324 @@
+"""Movement operators: run on integer labels, what comes out is the rule. Baked-in sizes follow the survivors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from surgery.labels import Layers, Value
+from surgery.ops.examples import between_convs, between_linears, fork_convs
+from surgery.ops.registry import Call, Coupled, Example, Replacement, Rewrite, Rule, Shape, register
+
+aten = torch.ops.aten
+Changes = Mapping[str, Any] | Replacement
+
+
+def _run(call: Call, op: Any, dtype: torch.dtype = torch.int64) -> Coupled:
+    extra = {k: v for k, v in call.bound.items() if not isinstance(v, Value)}
+    name = next(k for k, v in call.bound.items() if isinstance(v, Value))
+    return call.move(call.value(name), lambda labels: op(**{name: labels, **extra}), dtype)
+
+
+def _moves(
+    name: str,
+    function: Callable[[Tensor], Tensor],
+    *,
+    rewrite: Callable[[Rewrite], Changes] | None = None,
+    example: Example | None = None,
+    after: int = 0,
+    dtype: torch.dtype = torch.int64,
+) -> Rule:
+    packet, overload = name.rsplit(".", 1)
+    op = getattr(getattr(aten, packet), overload)
+    return Rule(
+        op=f"aten.{name}",
+        family="movement",
+        couple=lambda call: _run(call, op, dtype),
+        rewrite=rewrite,
+        example=example or between_convs(function, after=after),
+        says="run on labels",
+    )
+
+
+def _sizes(argument: str) -> Callable[[Rewrite], Changes]:
+    """Literal output sizes follow the survivors."""
+
+    def rewrite(r: Rewrite) -> Changes:
+        return {argument: r.sizes(argument, r.outputs[0].shape, r.shape_of(r.outputs[0]))}
+
+    return rewrite
+
+
+def _unflatten_sizes(r: Rewrite) -> Changes:
+    first = r.bound["dim"] % len(r.bound["self"].shape)
+    count = len(r.bound["sizes"])
+    out = r.outputs[0]
+    dense, compact = out.shape[first : first + count], r.shape_of(out)[first : first + count]
+    return {"sizes": r.sizes("sizes", dense, compact)}
+
+
+def _split_sizes(r: Rewrite) -> Changes:
+    """chunk and split: where the survivors are spread unevenly, name the size of every piece."""
+    dim = r.bound["dim"] % len(r.bound["self"].shape)
+    pieces = [r.shape_of(out)[dim] for out in r.outputs]
+    if all(out.shape[dim] == piece for out, piece in zip(r.outputs, pieces, strict=True)):
+        return {}
+    return Replacement(aten.split_with_sizes.default, (r.raw["self"], pieces, dim))
+
+
+def _bounds(r: Rewrite) -> Changes:
+    """Slice: start and end count survivors; with a step, the survivors are picked by a constant index."""
+    dim = r.bound["dim"] % len(r.bound["self"].shape)
+    keep = r.keep("self", dim)
+    if keep.all():
+        return {}
+    size = len(keep)
+    start, stop, step = slice(r.bound["start"], r.bound["end"], r.bound.get("step", 1)).indices(size)
+    if step == 1:
+        first = int(keep[:start].sum())
+        return {"start": first, "end": first + int(keep[start:stop].sum())}
+    return _picked(r, dim, np.arange(start, stop, step))
+
+
+def _picked(r: Rewrite, dim: int, source: Any) -> Replacement:
+    """The compact output along `dim` as a constant selection of the compact input; `source` are dense positions."""
+    keep = r.keep("self", dim)
+    position = np.cumsum(keep) - 1
+    index = position[source[keep[source]]]
+    return Replacement(aten.index_select.default, (r.raw["self"], dim, torch.from_numpy(index)))
+
+
+def _rolled(r: Rewrite) -> Changes:
+    x: Value = r.bound["self"]
+    changed = [
+        a
+        for a in range(len(x.shape))
+        if a in {d % len(x.shape) for d in r.bound["dims"]} and not r.keep("self", a).all()
+    ]
+    if not changed:
+        return {}
+    shifts = list(r.raw["shifts"])
+    for k, dim in enumerate(r.bound["dims"]):
+        keep = r.keep("self", dim)
+        shift = r.bound["shifts"][k] % len(keep)
+        shifts[k] = int(keep[len(keep) - shift :].sum())
+    return {"shifts": shifts}
+
+
+def _squeezed(r: Rewrite) -> Changes:
+    """An axis that has shrunk to one must not vanish: say which axes do."""
+    dense: Shape = r.bound["self"].shape
+    wanted = r.bound.get("dim", range(len(dense)))
+    wanted = [wanted] if isinstance(wanted, int) else list(wanted)
+    gone = [d for d in wanted if dense[d] == 1]
+    return (
+        Replacement(aten.squeeze.dims, (r.raw["self"], gone))
+        if gone
+        else Replacement(aten.alias.default, (r.raw["self"],))
+    )
+
+
+def _couple_cat(call: Call) -> Value:
+    tensors = [t for t in call["tensors"] if t.shape != (0,)]
+    rank = len(call.outputs[0])
+    dim = call["dim"] % rank
+    axes: dict[int, Layers] = {}
+    for a in range(rank):
+        if a == dim:
+            axes[a] = _concatenated(call, tensors, dim)
+            continue
+        layers = call.passed(tensors[0], a)
+        for other in tensors[1:]:
+            layers = call.tie(tensors[0], a, other, a)
+        axes[a] = layers
+    return call.out(axes)
+
+
+def _concatenated(call: Call, tensors: Sequence[Value], dim: int) -> Layers:
+    pieces = [call.atoms.canon(call.passed(t, dim)) for t in tensors]
+    depth = max(len(p) for p in pieces)
+    zeros = [np.zeros(t.shape[dim], dtype=np.int64) for t in tensors]
+    return tuple(
+        np.concatenate([p[k] if k < len(p) else z for p, z in zip(pieces, zeros, strict=True)]) for k in range(depth)
+    )
+
+
+def _couple_stack(call: Call) -> Value:
+    tensors, rank = call["tensors"], len(call.outputs[0])
+    dim = call["dim"] % rank
+    axes: dict[int, Layers] = {}
+    for a in range(rank - 1):
+        layers = call.passed(tensors[0], a)
+        for other in tensors[1:]:
+            layers = call.tie(tensors[0], a, other, a)
+        axes[a if a < dim else a + 1] = layers
+    return call.out(axes)
+
+
+def _couple_expand(call: Call) -> Value:
+    """An axis grown out of length one is the same all along: its indices may go, one by one."""
+    x, shape = call.value("self"), call.outputs[0]
+    lead = len(shape) - len(x.shape)
+    axes: dict[int, Layers] = {}
+    for a, size in enumerate(shape):
+        if a >= lead and x.shape[a - lead] == size:
+            axes[a] = call.passed(x, a - lead)
+        elif size > 1 and isinstance(call.raw_size(a), int):
+            axes[a] = (call.atoms.created(f"{call.key}:{a}", size),)
+    return call.out(axes)
+
+
+def _pads(bound: Mapping[str, Any], rank: int) -> list[tuple[int, int]]:
+    """(before, after) for each axis; torch lists them from the last axis backwards."""
+    flat = list(bound["pad"]) + [0] * (2 * rank - len(bound["pad"]))
+    return [(flat[2 * (rank - 1 - a)], flat[2 * (rank - 1 - a) + 1]) for a in range(rank)]
+
+
+def _couple_pad(call: Call) -> Coupled:
+    """Constant padding of a labelled axis adds indices that may go again."""
+    x = call.value("self")
+    if call.bound.get("mode", "constant") != "constant":
+        return _run(call, aten.pad.default, torch.float64)
+    axes: dict[int, Layers] = {}
+    for a, (before, after) in enumerate(_pads(call.bound, len(x.shape))):
+        layers = call.atoms.canon(call.passed(x, a))
+        if before < 0 or after < 0:
+            call.freeze(x, a, "cropped by negative padding")
+            layers = ()
+        if layers and (before or after):
+            axes[a] = _padded(call, layers, a, before, after)
+        else:
+            axes[a] = layers
+    return call.out(axes)
+
+
+def _padded(call: Call, layers: Layers, axis: int, before: int, after: int) -> Layers:
+    first = call.atoms.created(f"{call.key}:{axis}:before", before)
+    last = call.atoms.created(f"{call.key}:{axis}:after", after)
+    none = [np.zeros(len(first), dtype=np.int64), np.zeros(len(last), dtype=np.int64)]
+    head = np.concatenate([first, layers[0], last])
+    return (head, *(np.concatenate([none[0], layer, none[1]]) for layer in layers[1:]))
+
+
+def _rewrite_pad(r: Rewrite) -> Changes:
+    rank = len(r.bound["self"].shape)
+    flat = list(r.raw["pad"])
+    for a, (before, after) in enumerate(_pads(r.bound, rank)):
+        keep = r.mask(r.outputs[0], a)
+        at = 2 * (rank - 1 - a)
+        if not keep.all() and at < len(flat):
+            flat[at], flat[at + 1] = int(keep[:before].sum()), int(keep[len(keep) - after :].sum())
+    return {"pad": flat}
+
+
+def _frozen_axis(name: str, function: Callable[[Tensor], Tensor], *, argument: str = "dim") -> Rule:
+    """select and unbind name single indices of an axis: it is never cut; the others pass."""
+    packet, overload = name.rsplit(".", 1)
+    op = getattr(getattr(aten, packet), overload)
+
+    def couple(call: Call) -> Coupled:
+        call.freeze(call.value("self"), call[argument], "single indices of this axis are picked out")
+        return _run(call, op)
+
+    return Rule(
+        op=f"aten.{name}",
+        family="movement",
+        couple=couple,
+        example=between_convs(function),
+        says="the axis whose indices it names is never cut",
+    )
+
+
+def _swap(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+def _back(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+register(
+    _moves("view.default", lambda x: aten.view(x, [x.shape[0], 2, 4, 10, 10]).flatten(1, 2), rewrite=_sizes("size")),
+    _moves("reshape.default", lambda x: x.transpose(2, 3).reshape(x.shape[0], 8, 10, 10), rewrite=_sizes("shape")),
+    _moves("_unsafe_view.default", lambda x: aten._unsafe_view(x, [x.shape[0], 8, 10, 10]), rewrite=_sizes("size")),
+    _moves("flatten.using_ints", torch.flatten, example=between_linears(lambda x: x.flatten(1), after=72)),
+    _moves(
+        "unflatten.int",
+        lambda x: aten.unflatten.int(x, 1, [4, 2]).flatten(1, 2),
+        rewrite=_unflatten_sizes,
+    ),
+    _moves("permute.default", lambda x: _back(_swap(x))),
+    _moves("transpose.int", lambda x: x.transpose(1, 2).transpose(1, 2)),
+    _moves("swapaxes.default", lambda x: aten.swapaxes(aten.swapaxes(x, 1, 2), 1, 2)),
+    _moves("movedim.int", lambda x: x.movedim(1, 3).movedim(3, 1)),
+    _moves(
+        "t.default",
+        lambda x: x,
+        example=between_linears(lambda x: aten.t(aten.t(x.flatten(0, 1))).unflatten(0, (-1, 6))),
+    ),
+    _moves("unsqueeze.default", lambda x: x.unsqueeze(1).squeeze(1)),
+    _moves("squeeze.dim", lambda x: aten.squeeze.dim(x.unsqueeze(2), 2), rewrite=_squeezed),
+    _moves("squeeze.dims", lambda x: aten.squeeze.dims(x.unsqueeze(2), [2]), rewrite=_squeezed),
+    _moves("squeeze.default", lambda x: aten.squeeze.default(x.unsqueeze(2)), rewrite=_squeezed),
+    _moves("slice.Tensor", lambda x: x[:, 2:7], rewrite=_bounds, after=5),
+    _moves("flip.default", lambda x: x.flip(1)),
+    _moves("roll.default", lambda x: x.roll(3, 1), rewrite=_rolled),
+    _moves("repeat.default", lambda x: x.repeat(1, 2, 1, 1), after=16),
+    _moves("tile.default", lambda x: aten.tile(x, [1, 2, 1, 1]), after=16),
+    _moves("repeat_interleave.self_int", lambda x: x.repeat_interleave(2, 1), after=16),
+    _moves("pixel_shuffle.default", lambda x: F.pixel_shuffle(x, 2), after=2),
+    _moves("pixel_unshuffle.default", lambda x: F.pixel_unshuffle(x, 2), after=32),
+    _moves("channel_shuffle.default", lambda x: aten.channel_shuffle(x, 2)),
+    _moves("chunk.default", lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), rewrite=_split_sizes),
+    _moves("split.Tensor", lambda x: torch.cat(x.split(3, 1)[::-1], 1), rewrite=_split_sizes),
+    _moves("split_with_sizes.default", lambda x: torch.cat(x.split([3, 5], 1)[::-1], 1), rewrite=_split_sizes),
+    _moves("tensor_split.sections", lambda x: torch.cat(x.tensor_split(3, 1)[::-1], 1), rewrite=_split_sizes),
+    _moves("unfold.default", lambda x: x.unfold(2, 3, 1).sum(-1)),
+    _moves("reflection_pad2d.default", lambda x: F.pad(x, (1, 1, 1, 1), "reflect"), dtype=torch.float64),
+    _moves("replication_pad2d.default", lambda x: F.pad(x, (1, 1, 1, 1), "replicate"), dtype=torch.float64),
+    _frozen_axis("select.int", lambda x: x + x[:, :, :, 0].unsqueeze(3)),
+    _frozen_axis("unbind.int", lambda x: torch.stack(x.unbind(2), 2)),
+    Rule(
+        op="aten.cat.default",
+        family="movement",
+        couple=_couple_cat,
+        example=fork_convs(lambda a, b: torch.cat([a, b], 1), after=16),
+        says="labels laid end to end",
+    ),
+    Rule(
+        op="aten.stack.default",
+        family="movement",
+        couple=_couple_stack,
+        example=fork_convs(lambda a, b: torch.stack([a, b], 1).flatten(1, 2), after=16),
+        says="ties its operands",
+    ),
+    Rule(
+        op="aten.expand.default",
+        family="movement",
+        couple=_couple_expand,
+        rewrite=_sizes("size"),
+        example=fork_convs(lambda a, b: a * b.mean((1, 2, 3), keepdim=True).expand(-1, 8, 10, 10)),
+        says="indices of a grown axis may go one by one",
+    ),
+    Rule(
+        op="aten.pad.default",
+        family="movement",
+        couple=_couple_pad,
+        rewrite=_rewrite_pad,
+        example=between_convs(lambda x: F.pad(x, (0, 0, 0, 0, 2, 3)), after=13),
+        says="constant padding of channels may go channel by channel",
+    ),
+    Rule(
+        op="aten.constant_pad_nd.default",
+        family="movement",
+        couple=_couple_pad,
+        rewrite=_rewrite_pad,
+        example=between_convs(lambda x: aten.constant_pad_nd(x, [1, 1, 0, 0, 2, 3]), after=13),
+        says="constant padding of channels may go channel by channel",
+    ),
+)

@@ -1,0 +1,211 @@
+"""Normalisations. Per-channel ones tie index by index; those that average over a cut axis become inexact.
+
+An axis normaliser does not commute with zeroing: where its axis is cut, it means "normalise over the survivors".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.labels import Value
+from surgery.ops.examples import between_convs, between_linears
+from surgery.ops.registry import Call, Coupled, Dead, Rewrite, Rule, Shape, join, register
+
+
+def _couple_batch(call: Call) -> Coupled:
+    """Input (N, C, ..), every other tensor (C,)."""
+    x = call.value("input")
+    channel = 1 if len(x.shape) > 1 else 0
+    layers = call.passed(x, channel)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        other = call.optional(name)
+        if other is not None:
+            layers = call.tie(x, channel, other, 0)
+    kept = {a: call.passed(x, a) for a in range(len(x.shape)) if a != channel}
+    out = call.out({**kept, channel: layers})
+    return (out, *(Value.plain(s) for s in call.outputs[1:])) if call.many else out
+
+
+def _normalised(x: Value, call_shape: Any) -> int:
+    return len(x.shape) - len(call_shape)
+
+
+def _couple_layer(call: Call) -> Value:
+    """Input (.., *normalized_shape), weight and bias (*normalized_shape)."""
+    x = call.value("input")
+    first = _normalised(x, call["normalized_shape"])
+    axes = {a: call.passed(x, a) for a in range(len(x.shape))}
+    for a in range(first, len(x.shape)):
+        for name in ("weight", "bias"):
+            other = call.optional(name)
+            if other is not None:
+                axes[a] = call.tie(x, a, other, a - first)
+        call.atoms.claim(axes[a])
+        call.atoms.mark_inexact(axes[a], f"{call.atoms.where} normalises over the survivors")
+    return call.out(axes)
+
+
+def _rewrite_layer(r: Rewrite) -> Mapping[str, Any]:
+    x = r.bound["input"]
+    return {"normalized_shape": list(r.shape("input")[_normalised(x, r.bound["normalized_shape"]) :])}
+
+
+def _moments(x: Tensor, alive: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and variance over `dims`, of the elements where `alive` (broadcastable to x) is true."""
+    weight = alive.to(x.dtype).expand_as(x)
+    count = weight.sum(dims, keepdim=True)
+    mean = (x * weight).sum(dims, keepdim=True) / count
+    return mean, ((x - mean) ** 2 * weight).sum(dims, keepdim=True) / count
+
+
+def _alive(dead: Dead, x: Tensor, name: str = "input") -> Tensor:
+    mask = torch.ones([1] * x.dim(), dtype=torch.bool)
+    for (owner, axis), alive in dead.alive.items():
+        if owner == name:
+            mask = mask & alive.reshape([-1 if a == axis else 1 for a in range(x.dim())])
+    return mask
+
+
+def _affine(dead: Dead, y: Tensor, shape: list[int]) -> Tensor:
+    if dead.bound.get("weight") is not None:
+        y = y * dead.bound["weight"].reshape(shape)
+    if dead.bound.get("bias") is not None:
+        y = y + dead.bound["bias"].reshape(shape)
+    return y
+
+
+def _reference_layer(dead: Dead) -> Tensor:
+    x: Tensor = dead.bound["input"]
+    shape = list(dead.bound["normalized_shape"])
+    mean, var = _moments(x, _alive(dead, x), tuple(range(x.dim() - len(shape), x.dim())))
+    return _affine(dead, (x - mean) / torch.sqrt(var + dead.bound["eps"]), shape)
+
+
+def _reference_rms(dead: Dead) -> Tensor:
+    x: Tensor = dead.bound["input"]
+    shape = list(dead.bound["normalized_shape"])
+    dims = tuple(range(x.dim() - len(shape), x.dim()))
+    weight = _alive(dead, x).to(x.dtype).expand_as(x)
+    eps = dead.bound["eps"]
+    square = (x * x * weight).sum(dims, keepdim=True) / weight.sum(dims, keepdim=True)
+    return _affine(dead, x / torch.sqrt(square + (torch.finfo(x.dtype).eps if eps is None else eps)), shape)
+
+
+def _couple_group(call: Call) -> Value:
+    """Input (N, C, ..): whole groups die exactly; members of every group die alike, inexactly."""
+    x, groups = call.value("input"), call["num_groups"]
+    size = x.shape[1] // groups
+    flat = call.passed(x, 1)
+    for name in ("weight", "bias"):
+        other = call.optional(name)
+        if other is not None:
+            flat = call.tie(x, 1, other, 0)
+    outer, inner = call.split_layers(flat, (groups, size))
+    call.atoms.claim(outer)
+    call.atoms.claim(inner)
+    call.atoms.mark_inexact(inner, f"{call.atoms.where} normalises over the survivors")
+    kept = {a: call.passed(x, a) for a in range(len(x.shape)) if a != 1}
+    for a in range(2, len(x.shape)):
+        call.freeze(x, a, "normalises over this axis")
+    return call.out({**kept, 1: join(outer, inner, (groups, size))})
+
+
+def _rewrite_group(r: Rewrite) -> Mapping[str, Any]:
+    keep = r.keep("input", 1).reshape(r.bound["num_groups"], -1)
+    return {"num_groups": int(keep.any(axis=1).sum())}
+
+
+def _reference_group(dead: Dead) -> Tensor:
+    x: Tensor = dead.bound["input"]
+    groups = dead.bound["num_groups"]
+    split = x.reshape(x.shape[0], groups, -1)
+    alive = _alive(dead, x).expand(1, *x.shape[1:]).reshape(1, groups, -1)
+    alive = alive | ~alive.any(dim=2, keepdim=True)  # a dead group's own value does not matter, but must not be NaN
+    mean, var = _moments(split, alive, (2,))
+    y = ((split - mean) / torch.sqrt(var + dead.bound["eps"])).reshape(x.shape)
+    return _affine(dead, y, [1, -1] + [1] * (x.dim() - 2))
+
+
+def _counted(per_element: int, *, affine: int) -> Any:
+    def macs(shapes: Mapping[str, Shape], out: Shape) -> int:
+        return prod(shapes["input"]) * (affine if "weight" in shapes else per_element)
+
+    return macs
+
+
+class _WithScale(nn.Module):
+    """RMS norm with a weight, of the width that the examples use."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis."""
+        return nn.functional.rms_norm(x, [x.shape[-1]], self.weight, 1e-6)
+
+
+register(
+    Rule(
+        op="aten.batch_norm.default",
+        family="norm",
+        couple=_couple_batch,
+        macs=_counted(1, affine=2),
+        example=between_convs(nn.BatchNorm2d(8)),
+        says="one scale and shift per channel: ties them",
+    ),
+    Rule(
+        op="aten._native_batch_norm_legit_no_training.default",
+        family="norm",
+        couple=_couple_batch,
+        macs=_counted(1, affine=2),
+        example=between_convs(
+            lambda x: torch.ops.aten._native_batch_norm_legit_no_training(
+                x, None, None, torch.zeros(x.shape[1]), torch.ones(x.shape[1]), 0.1, 1e-5
+            )[0]
+        ),
+        says="one scale and shift per channel: ties them",
+    ),
+    Rule(
+        op="aten.instance_norm.default",
+        family="norm",
+        couple=_couple_batch,
+        macs=_counted(4, affine=5),
+        example=between_convs(nn.InstanceNorm2d(8, affine=True)),
+        says="normalises each channel over space: ties scale and shift",
+    ),
+    Rule(
+        op="aten.layer_norm.default",
+        family="norm",
+        couple=_couple_layer,
+        rewrite=_rewrite_layer,
+        reference=_reference_layer,
+        macs=_counted(4, affine=5),
+        example=between_linears(nn.LayerNorm(12)),
+        says="inexact where the normalised axis is cut: normalises over the survivors",
+    ),
+    Rule(
+        op="aten.rms_norm.default",
+        family="norm",
+        couple=_couple_layer,
+        rewrite=_rewrite_layer,
+        reference=_reference_rms,
+        example=between_linears(_WithScale(12)),
+        says="inexact where the normalised axis is cut: normalises over the survivors",
+    ),
+    Rule(
+        op="aten.group_norm.default",
+        family="norm",
+        couple=_couple_group,
+        rewrite=_rewrite_group,
+        reference=_reference_group,
+        macs=_counted(4, affine=5),
+        example=between_convs(nn.GroupNorm(4, 8)),
+        says="whole groups die exactly; members of all groups alike, inexactly",
+    ),
+)

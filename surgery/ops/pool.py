@@ -1,0 +1,84 @@
+"""Pooling and resizing over space: batch and channel axes pass, spatial axes are never cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from surgery.ops.examples import Built, between_convs
+from surgery.ops.registry import Call, Coupled, Rule, Shape, register
+
+aten = torch.ops.aten
+
+
+def _couple(call: Call, spatial: int) -> Coupled:
+    x = call.tensors()[0]
+    for a in range(len(x.shape) - spatial, len(x.shape)):
+        call.freeze(x, a, "pooled or resized")
+    kept = {a: call.passed(x, a) for a in range(len(x.shape) - spatial)}
+    if call.many:
+        return tuple(call.out(kept, index=k) for k in range(len(call.outputs)))
+    return call.out(kept)
+
+
+def _times(factor: int, *, of_output: bool) -> Callable[[Mapping[str, Shape], Shape], int]:
+    def macs(shapes: Mapping[str, Shape], out: Shape) -> int:
+        return factor * prod(out if of_output else next(iter(shapes.values())))
+
+    return macs
+
+
+def _line(function: Callable[[Tensor], Tensor]) -> Callable[[], Built]:
+    return between_convs(lambda x: function(x.flatten(2)).unflatten(2, (-1, 5)))
+
+
+def _rule(
+    name: str,
+    spatial: int,
+    function: Callable[[Tensor], Tensor],
+    macs: Callable[[Mapping[str, Shape], Shape], int] | None = None,
+) -> Rule:
+    example = _line(function) if spatial == 1 else between_convs(function)
+    return Rule(
+        op=f"aten.{name}",
+        family="pooling and resizing",
+        couple=lambda call: _couple(call, spatial),
+        example=example,
+        macs=macs,
+        says="passes batch and channels",
+    )
+
+
+def _volume(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: function(x.unsqueeze(2)).squeeze(2)
+
+
+def _bilinear(x: Tensor) -> Tensor:
+    return aten.upsample_bilinear2d.vec(x, [20, 20], False, None)
+
+
+_INPUT, _OUTPUT, _FOUR = _times(1, of_output=False), _times(1, of_output=True), _times(4, of_output=True)
+
+register(
+    _rule("max_pool1d.default", 1, lambda x: F.max_pool1d(x, 2)),
+    _rule("max_pool2d.default", 2, lambda x: F.max_pool2d(x, 2)),
+    _rule("max_pool3d.default", 3, _volume(lambda x: F.max_pool3d(x, (1, 2, 2)))),
+    _rule("max_pool2d_with_indices.default", 2, lambda x: aten.max_pool2d_with_indices(x, [2, 2])[0]),
+    _rule("avg_pool1d.default", 1, lambda x: F.avg_pool1d(x, 2)),
+    _rule("avg_pool2d.default", 2, lambda x: F.avg_pool2d(x, 2)),
+    _rule("avg_pool3d.default", 3, _volume(lambda x: F.avg_pool3d(x, (1, 2, 2)))),
+    _rule("adaptive_avg_pool1d.default", 1, lambda x: F.adaptive_avg_pool1d(x, 50), _INPUT),
+    _rule("adaptive_avg_pool2d.default", 2, lambda x: F.adaptive_avg_pool2d(x, 5), _INPUT),
+    _rule("adaptive_avg_pool3d.default", 3, _volume(lambda x: F.adaptive_avg_pool3d(x, (1, 5, 5))), _INPUT),
+    _rule("_adaptive_avg_pool2d.default", 2, lambda x: aten._adaptive_avg_pool2d(x, [5, 5]), _INPUT),
+    _rule("adaptive_max_pool2d.default", 2, lambda x: aten.adaptive_max_pool2d(x, [5, 5])[0]),
+    _rule("upsample_nearest2d.default", 2, lambda x: aten.upsample_nearest2d(x, [20, 20]), _OUTPUT),
+    _rule("upsample_nearest2d.vec", 2, lambda x: aten.upsample_nearest2d.vec(x, [20, 20], None), _OUTPUT),
+    _rule("upsample_bilinear2d.default", 2, lambda x: aten.upsample_bilinear2d(x, [20, 20], False), _FOUR),
+    _rule("upsample_bilinear2d.vec", 2, _bilinear, _FOUR),
+    _rule("upsample_bicubic2d.vec", 2, lambda x: aten.upsample_bicubic2d.vec(x, [20, 20], False, None)),
+)

@@ -1,0 +1,134 @@
+"""Reductions. Sums contract; means over a cut axis average over the survivors; order statistics freeze their axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.labels import Layers, Value
+from surgery.ops.examples import between_convs, between_linears
+from surgery.ops.registry import Call, Coupled, Dead, Rule, register
+
+aten = torch.ops.aten
+
+
+def _dims(call_dim: Any, rank: int) -> list[int]:
+    if call_dim is None:
+        return list(range(rank))
+    dims = [call_dim] if isinstance(call_dim, int) else list(call_dim)
+    return [d % rank for d in dims] or list(range(rank))
+
+
+def _passed(call: Call, x: Value, reduced: list[int]) -> Coupled:
+    keepdim = bool(call.bound.get("keepdim", False))
+    axes: dict[int, Layers] = {}
+    position = 0
+    for a in range(len(x.shape)):
+        if a not in reduced:
+            axes[position] = call.passed(x, a)
+        position += a not in reduced or keepdim
+    outs = tuple(call.out(axes, index=k) for k in range(len(call.outputs)))
+    return outs if call.many else outs[0]
+
+
+def _couple_sum(call: Call) -> Coupled:
+    x = call.value("self")
+    reduced = _dims(call.bound.get("dim"), len(x.shape))
+    for a in reduced:
+        call.passed(x, a)
+    return _passed(call, x, reduced)
+
+
+def _couple_mean(call: Call) -> Coupled:
+    x = call.value("self")
+    reduced = _dims(call.bound.get("dim"), len(x.shape))
+    for a in reduced:
+        call.atoms.mark_inexact(call.passed(x, a), f"{call.atoms.where} averages over the survivors")
+    return _passed(call, x, reduced)
+
+
+def _reference_mean(dead: Dead) -> Tensor:
+    x: Tensor = dead.bound["self"]
+    reduced = _dims(dead.bound.get("dim"), x.dim())
+    mean: Tensor = dead.run(self=dead.zeroed("self"))
+    for (_, axis), alive in dead.alive.items():
+        if axis in reduced:
+            mean = mean * (alive.numel() / int(alive.sum()))
+    return mean
+
+
+def _couple_frozen(call: Call) -> Coupled:
+    """Axes over which the result depends on every index are never cut; the others pass."""
+    x = call.value("self")
+    reduced = _dims(call.bound.get("dim"), len(x.shape))
+    for a in reduced:
+        call.freeze(x, a, "depends on every index of this axis")
+    return _passed(call, x, reduced)
+
+
+def _couple_scan(call: Call) -> Coupled:
+    """Same shape out: the axis it runs along is never cut."""
+    x = call.value("self")
+    dim = call["dim"] % len(x.shape)
+    call.freeze(x, dim, "depends on every index of this axis")
+    kept = {a: call.passed(x, a) for a in range(len(x.shape)) if a != dim}
+    outs = tuple(call.out(kept, index=k) for k in range(len(call.outputs)))
+    return outs if call.many else outs[0]
+
+
+def _frozen(name: str, function: Callable[[Tensor], Tensor], *, scan: bool = False) -> Rule:
+    return Rule(
+        op=f"aten.{name}",
+        family="reduction",
+        couple=_couple_scan if scan else _couple_frozen,
+        example=between_convs(function),
+        says="the axis it runs over is never cut",
+    )
+
+
+def _means(name: str, function: Callable[[Tensor], Tensor]) -> Rule:
+    return Rule(
+        op=f"aten.{name}",
+        family="reduction",
+        couple=_couple_mean,
+        masked=("self",),
+        reference=_reference_mean,
+        example=between_linears(function),
+        says="inexact where the reduced axis is cut: averages over the survivors",
+    )
+
+
+register(
+    Rule(
+        op="aten.sum.dim_IntList",
+        family="reduction",
+        couple=_couple_sum,
+        masked=("self",),
+        example=between_linears(lambda x: x * x.sum(-1, keepdim=True)),
+        says="a contraction with ones",
+    ),
+    Rule(
+        op="aten.sum.default",
+        family="reduction",
+        couple=_couple_sum,
+        masked=("self",),
+        example=between_linears(lambda x: x * x.sum()),
+        says="a contraction with ones",
+    ),
+    _means("mean.dim", lambda x: x * x.mean(-1, keepdim=True)),
+    _means("mean.default", lambda x: x * x.mean()),
+    _frozen("amax.default", lambda x: x + x.amax((2, 3), keepdim=True)),
+    _frozen("amin.default", lambda x: x + x.amin((2, 3), keepdim=True)),
+    _frozen("max.dim", lambda x: x + x.max(2, keepdim=True)[0]),
+    _frozen("min.dim", lambda x: x + x.min(2, keepdim=True)[0]),
+    _frozen("argmax.default", lambda x: x + x.argmax(2, keepdim=True)),
+    _frozen("var.correction", lambda x: x + x.var((2, 3), keepdim=True)),
+    _frozen("std.correction", lambda x: x + x.std((2, 3), keepdim=True)),
+    _frozen("var_mean.correction", lambda x: x + torch.var_mean(x, (2, 3), keepdim=True)[0]),
+    _frozen("linalg_vector_norm.default", lambda x: x / (1 + torch.linalg.vector_norm(x, 2, (2, 3), keepdim=True))),
+    _frozen("cumsum.default", lambda x: x.cumsum(2), scan=True),
+    _frozen("sort.default", lambda x: x.sort(2)[0], scan=True),
+)

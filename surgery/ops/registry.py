@@ -1,0 +1,288 @@
+"""The registry of operator rules, and what a rule gets to see.
+
+A rule is one value and the only place that knows its operator: how it couples (`couple`), how arguments that bake in a
+size are rewritten (`rewrite`), what it means when some of its inputs are dead (`masked` or `reference`), what it costs
+(`macs`), and an example that tests it. To add an operator, register one rule; everything else finds it here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from surgery.labels import Atoms, Layers, Mask, Value
+
+Shape = tuple[int, ...]
+Coupled = Value | tuple[Value, ...]
+
+
+class Call:
+    """One operator call as its `couple` function sees it.
+
+    Tensor arguments are `Value`s, everything else is concrete. Every labelled axis of every tensor argument that the rule
+    does not handle, by `passed`, `tie`, `split`, `freeze` or `move`, is frozen afterwards: a forgotten axis is never cut.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        bound: Mapping[str, Any],
+        outputs: Sequence[Shape],
+        atoms: Atoms,
+        *,
+        many: bool = False,
+        raw: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.key = key
+        self.bound = bound
+        self._raw = raw or {}
+        self.outputs = tuple(outputs)
+        self.atoms = atoms
+        self.many = many
+        self._handled: set[tuple[int, int]] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        return self.bound[name]
+
+    def value(self, name: str) -> Value:
+        """The tensor argument `name`."""
+        found = self.bound[name]
+        if not isinstance(found, Value):
+            raise TypeError(f"{self.atoms.where}: argument {name} is not a tensor")
+        return found
+
+    def optional(self, name: str) -> Value | None:
+        """The tensor argument `name`, or None where it is not given."""
+        found = self.bound.get(name)
+        return found if isinstance(found, Value) else None
+
+    def raw_size(self, axis: int) -> Any:
+        """The size of an output axis as it stands in the graph: an int, or a node where known only at run time."""
+        sizes = self._raw.get("size", ())
+        return sizes[axis] if axis < len(sizes) else None
+
+    def tensors(self) -> list[Value]:
+        """All tensor arguments, in order, those inside lists included."""
+        out: list[Value] = []
+        for arg in self.bound.values():
+            items = arg if isinstance(arg, (list, tuple)) else (arg,)
+            out.extend(x for x in items if isinstance(x, Value))
+        return out
+
+    def passed(self, value: Value, axis: int) -> Layers:
+        """The labels of an axis which the rule passes on or otherwise answers for."""
+        axis %= len(value.shape)
+        self._handled.add((id(value), axis))
+        return value.axes[axis]
+
+    def tie(self, a: Value, axis_a: int, b: Value, axis_b: int) -> Layers:
+        """Let two axes of equal length live and die index by index together; returns their labels."""
+        left, right = self.passed(a, axis_a), self.passed(b, axis_b)
+        return self.tie_layers(left, right, a.shape[axis_a])
+
+    def tie_layers(self, left: Layers, right: Layers, length: int) -> Layers:
+        """The same for bare layers."""
+        if length > 1:
+            self.atoms.tie(left, right, length)
+        return left if len(left) >= len(right) else right
+
+    def freeze(self, value: Value, axis: int, why: str) -> None:
+        """Never cut this axis, because of `why`."""
+        layers = self.passed(value, axis)
+        if layers:
+            self.atoms.freeze(layers, f"{self.atoms.where}: {why}")
+
+    def split(self, value: Value, axis: int, sizes: tuple[int, int]) -> tuple[Layers, Layers]:
+        """Read an axis as (outer, inner) and return the labels of each part."""
+        return self.split_layers(self.passed(value, axis), sizes)
+
+    def split_layers(self, layers: Layers, sizes: tuple[int, int]) -> tuple[Layers, Layers]:
+        """The same for bare layers."""
+        outer: Layers = ()
+        inner: Layers = ()
+        for layer in self.atoms.canon(layers):
+            a, b = self.atoms.factor(layer.reshape(sizes))
+            outer, inner = outer + a, inner + b
+        return outer, inner
+
+    def out(self, axes: Mapping[int, Layers], index: int = 0) -> Value:
+        """The output with these labels on these axes and none elsewhere."""
+        shape = self.outputs[index]
+        layers: list[Layers] = [()] * len(shape)
+        for axis, labels in axes.items():
+            if shape[axis] > 1:
+                layers[axis % len(shape)] = tuple(labels)
+        return Value(shape, tuple(layers))
+
+    def move(self, value: Value, function: Callable[[Tensor], Any], dtype: torch.dtype = torch.int64) -> Coupled:
+        """Run a movement operator on the labels of one tensor argument: what comes out is the rule."""
+        axes: list[list[Layers]] = [[()] * len(shape) for shape in self.outputs]
+        for axis, size in enumerate(value.shape):
+            layers = self.passed(value, axis)
+            for layer in self.atoms.canon(layers) if size > 1 else ():
+                view = torch.from_numpy(layer.copy()).to(dtype)
+                view = (
+                    view.reshape([-1 if a == axis else 1 for a in range(len(value.shape))])
+                    .expand(value.shape)
+                    .contiguous()
+                )
+                moved = function(view)
+                for k, result in enumerate(moved if self.many else (moved,)):
+                    for a, found in enumerate(self.atoms.factor(result.detach().to(torch.int64).numpy())):
+                        axes[k][a] = axes[k][a] + found
+        values = tuple(Value(s, tuple(x)) for s, x in zip(self.outputs, axes, strict=True))
+        return values if self.many else values[0]
+
+    def freeze_the_rest(self, why: str) -> None:
+        """Freeze what no rule answered for."""
+        for value in self.tensors():
+            for axis, layers in enumerate(value.axes):
+                if layers and (id(value), axis) not in self._handled:
+                    self.atoms.freeze(layers, f"{self.atoms.where}: {why}")
+
+
+def join(outer: Layers, inner: Layers, sizes: tuple[int, int]) -> Layers:
+    """The labels of a flat axis of sizes[0] * sizes[1] from those of its (outer, inner) parts."""
+    return tuple(np.repeat(x, sizes[1]) for x in outer) + tuple(np.tile(x, sizes[0]) for x in inner)
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """A size known only at run time, times numerator over denominator: what is left of a cut symbolic size."""
+
+    node: Any
+    numerator: int
+    denominator: int
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """Another operator that does on the compact tensors what the traced one did on the dense ones."""
+
+    op: Any
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One operator call as its `rewrite` function sees it, when its inputs have become smaller.
+
+    Attributes:
+        bound: argument name → `Value` (dense) or concrete value.
+        raw: argument name → what stands in the graph: nodes for tensors and for sizes known only at run time.
+        outputs: dense outputs.
+        mask: (value, axis) → which indices survive.
+    """
+
+    bound: Mapping[str, Any]
+    raw: Mapping[str, Any]
+    outputs: tuple[Value, ...]
+    mask: Callable[[Value, int], Mask]
+
+    def shape(self, name: str) -> Shape:
+        """Compact shape of the tensor argument `name`."""
+        return self.shape_of(self.bound[name])
+
+    def shape_of(self, value: Value) -> Shape:
+        """Compact shape of a value."""
+        return tuple(int(self.mask(value, a).sum()) for a in range(len(value.shape)))
+
+    def keep(self, name: str, axis: int) -> Mask:
+        """Which indices of an axis of the tensor argument `name` survive."""
+        value: Value = self.bound[name]
+        return self.mask(value, axis % len(value.shape))
+
+    def sizes(self, name: str, dense: Sequence[int], compact: Sequence[int]) -> list[Any]:
+        """A list of literal sizes brought from the dense to the compact ones; -1 and unchanged ones stay."""
+        out: list[Any] = []
+        for raw, d, c in zip(self.raw[name], dense, compact, strict=True):
+            if d == c or (isinstance(raw, int) and raw == -1):
+                out.append(raw)
+            else:
+                out.append(c if isinstance(raw, int) else Scaled(raw, c, d))
+        return out
+
+
+@dataclass(frozen=True)
+class Dead:
+    """One operator call on real tensors, when some of its inputs count as removed.
+
+    Attributes:
+        op: the ATen operator.
+        bound: argument name → tensor or plain value, dense.
+        alive: (argument name, axis) → boolean tensor of the survivors, for axes where some are dead.
+    """
+
+    op: Any
+    bound: Mapping[str, Any]
+    alive: Mapping[tuple[str, int], Tensor]
+
+    def zeroed(self, name: str) -> Tensor:
+        """The tensor argument with its dead slices set to zero."""
+        tensor: Tensor = self.bound[name]
+        for (owner, axis), alive in self.alive.items():
+            if owner == name:
+                shape = [-1 if a == axis else 1 for a in range(tensor.dim())]
+                tensor = torch.where(alive.reshape(shape), tensor, torch.zeros((), dtype=tensor.dtype))
+        return tensor
+
+    def run(self, **changed: Any) -> Any:
+        """Run the operator with some arguments exchanged."""
+        return self.op(**{**self.bound, **changed})
+
+
+Example = Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """All that is known about one operator.
+
+    Attributes:
+        op: its ATen name, such as ``aten.conv2d.default``.
+        family: which kind of operator it is, for the table of operators.
+        couple: labels of the inputs → labels of the outputs, tying and freezing on the way.
+        example: a small network around the operator, and its inputs; tests cut and check it.
+        rewrite: arguments that change when the inputs become smaller.
+        masked: tensor arguments whose dead slices count as zero (contracted axes).
+        reference: what the operator means when some inputs are dead, where zeroing them is not it.
+        macs: (input shapes by name, output shape) → multiply-adds, by fvcore's formula; None: not counted.
+        says: one line for the table of operators.
+    """
+
+    op: str
+    family: str
+    couple: Callable[[Call], Coupled]
+    example: Example
+    rewrite: Callable[[Rewrite], Mapping[str, Any] | Replacement] | None = None
+    masked: tuple[str, ...] = ()
+    reference: Callable[[Dead], Any] | None = None
+    macs: Callable[[Mapping[str, Shape], Shape], int] | None = None
+    says: str = field(default="")
+
+
+_RULES: dict[str, Rule] = {}
+
+
+def register(*rules: Rule) -> None:
+    """Add rules; an operator registered twice is an error."""
+    for rule in rules:
+        if rule.op in _RULES:
+            raise ValueError(f"{rule.op} is registered twice: change the rule in surgery/ops/, do not add another")
+        _RULES[rule.op] = rule
+
+
+def rules() -> Mapping[str, Rule]:
+    """All rules by operator name; imports the families on first use."""
+    package = importlib.import_module("surgery.ops")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"surgery.ops.{module.name}")
+    return MappingProxyType(_RULES)

@@ -1,0 +1,380 @@
+"""Turn a module into a `Program`: the only room that calls `torch.export`.
+
+The batch axis is traced as dynamic (inputs of batch 1 are repeated to 2, because 1 would be baked in), height and width
+where the model permits. The captured graph is cleaned of run-time assertions and of in-place operators, so that every
+later stage sees plain functions from values to values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from surgery.errors import InvalidInput, UnsupportedModel
+from surgery.ir import InputSpec, Node, Program
+
+_LIBRARIES = (str(Path(torch.__file__).parent) + "/", "<eval_with_key>", "<string>", "importlib")
+_ASSERTIONS = ("_assert", "sym_constrain", "_guards_fn")
+
+
+def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Program:
+    """Capture `model` in eval mode as a graph of ATen operators.
+
+    Args:
+        model: any module that `torch.export` can capture; left as it was, mode included.
+        example_inputs: one tensor or a tuple of positional inputs, such as (1, 3, 224, 224) of float32.
+        example_kwargs: keyword inputs.
+
+    Returns:
+        The program. Batch is dynamic, or `notes` says why not.
+
+    Raises:
+        InvalidInput: a weight is not finite, or the inputs are not tensors the model accepts.
+        UnsupportedModel: the model cannot be captured; names the user's own source line.
+    """
+    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    kwargs = dict(example_kwargs or {})
+    _require_finite(model)
+    args, kwargs = _at_batch_two(args, kwargs)
+    with evaluating(model), quiet():
+        exported, notes = _export(model, args, kwargs)
+        graph = _clean(exported)
+    names = _input_names(graph)
+    inputs = _describe_inputs(graph, names)
+    notes = (*notes, *_fixed_axes(inputs))
+    return Program(
+        graph=graph,
+        nodes=tuple(_describe(n) for n in graph.graph.nodes if n.op == "call_function"),
+        inputs=inputs,
+        example_args=args,
+        example_kwargs=kwargs,
+        fingerprint=_fingerprint(graph),
+        notes=notes,
+        model=model,
+    )
+
+
+# -- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def _require_finite(model: nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InvalidInput(f"weight '{name}' holds NaN or infinite values; load a sound checkpoint")
+
+
+def _at_batch_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Repeat inputs of batch 1; inputs that do not share a first axis are left alone."""
+    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    if not tensors:
+        raise InvalidInput(
+            "example inputs hold no tensor; pass a tensor or a tuple of tensors such as (1, 3, 224, 224)"
+        )
+    if any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
+        return args, kwargs
+
+    def twice(x: Any) -> Any:
+        return torch.cat([x, x.flip(-1) if x.is_floating_point() else x]) if isinstance(x, Tensor) else x
+
+    doubled: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(twice, (args, kwargs))
+    return doubled
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every submodule in eval mode for the time of the block; flags are set directly, no hook runs."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        for m, _ in modes:
+            m.training = False
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the warnings and log lines of `torch.export`; its exceptions are not touched."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+# -- capture ---------------------------------------------------------------------------------------------------------
+
+
+def _axes(batch: Any, space: Any) -> Any:
+    """Which axes of a tensor of rank r are dynamic."""
+
+    def of(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.dim() == 0:
+            return None
+        axes = {0: batch} if batch is not None else {}
+        if space is not None and x.dim() in (4, 5):
+            axes.update({x.dim() - 2: space, x.dim() - 1: space})
+        return axes or None
+
+    return of
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[str, ...]]:
+    """Try dynamic batch and space, then dynamic batch, then everything fixed."""
+    attempts = ((Dim.DYNAMIC, Dim.AUTO), (Dim.DYNAMIC, None), (None, None))
+    why = ""
+    for batch, space in attempts:
+        shapes = pytree.tree_map(_axes(batch, space), (args, kwargs)) if batch is not None else None
+        try:
+            with torch.no_grad():
+                exported = torch.export.export(model, args, kwargs, dynamic_shapes=_by_position(shapes), strict=False)
+        except Exception as error:  # torch.export raises whatever the user's forward or its own passes raise
+            why = f"{where_raised(error)}: {first_line(error)}"
+            last = error
+            continue
+        notes = (
+            ()
+            if batch is not None
+            else (f"batch is fixed at the example's: a dynamic one could not be traced ({why})",)
+        )
+        return exported, notes
+    _refuse_wrong_inputs(model, args, kwargs)
+    raise UnsupportedModel(
+        f"torch.export cannot capture this model, at {why}; rewrite that line without control flow on tensor values, "
+        "or try --tracer torch-pruning, or --part for a submodule that can be captured"
+    ) from last
+
+
+def _by_position(shapes: Any) -> Any:
+    """Dynamic axes in the order of the inputs, keyword inputs last."""
+    return None if shapes is None else (*shapes[0], *shapes[1].values())
+
+
+def _refuse_wrong_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Where the model does not even run on the inputs, that is what to say."""
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:  # whatever the user's forward raises
+        shapes = [tuple(x.shape) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        raise InvalidInput(
+            f"the model does not run on inputs of shape {shapes}: {where_raised(error)}: {first_line(error)}; "
+            "give the shape it expects with --input-shape"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def where_raised(error: BaseException) -> str:
+    """`file:line` of the innermost frame outside torch: the user's own line."""
+    found = ""
+    seen: BaseException | None = error
+    while seen is not None:
+        for frame in traceback.extract_tb(seen.__traceback__):
+            if not frame.filename.startswith(_LIBRARIES) and Path(frame.filename).parent != Path(__file__).parent:
+                found = f"{frame.filename}:{frame.lineno}"
+        mentioned = re.findall(r'File "([^"]+)", line (\d+)', str(seen))
+        own = [f"{f}:{n}" for f, n in mentioned if not f.startswith(_LIBRARIES)]
+        found = own[-1] if own else found
+        if found:
+            return found
+        seen = seen.__cause__ or seen.__context__
+    return "an unknown line"
+
+
+# -- cleaning --------------------------------------------------------------------------------------------------------
+
+
+def _clean(exported: Any) -> torch.fx.GraphModule:
+    graph = exported.module(check_guards=False)
+    _drop_assertions(graph)
+    if not _functionalise(graph):
+        graph = exported.run_decompositions({}).module(check_guards=False)
+        _drop_assertions(graph)
+        _functionalise(graph)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return _plain(graph)
+
+
+def _plain(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The same graph in an ordinary GraphModule, without what `ExportedProgram.module()` hooks on.
+
+    Where all inputs are plain arguments, outputs are rebuilt by the graph itself (it can return tuples and dictionaries):
+    such a module can be copied and saved without torch's pytree machinery.
+    """
+    info = getattr(graph.graph._codegen, "pytree_info", None)
+    placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    output = next(n for n in graph.graph.nodes if n.op == "output")
+    if info is not None and _flat_inputs(info.in_spec, len(placeholders)) and _plain_containers(info.out_spec):
+        output.args = (pytree.tree_unflatten(list(output.args[0]), info.out_spec),)
+        graph.graph.set_codegen(torch.fx.graph.CodeGen())
+    plain = torch.fx.GraphModule(graph, graph.graph, "Program")
+    plain.eval()
+    return plain
+
+
+def _flat_inputs(spec: Any, count: int) -> bool:
+    return bool(
+        spec.num_leaves == count and all(leaf.is_leaf() for part in spec.children() for leaf in part.children())
+    )
+
+
+def _plain_containers(spec: Any) -> bool:
+    if spec.is_leaf():
+        return True
+    return spec.type in (tuple, list, dict) and all(_plain_containers(child) for child in spec.children())
+
+
+def _drop_assertions(graph: torch.fx.GraphModule) -> None:
+    for node in reversed(list(graph.graph.nodes)):
+        called = node.op in ("call_function", "call_module") and not node.users
+        if called and any(mark in str(node.target) for mark in _ASSERTIONS):
+            graph.graph.erase_node(node)
+
+
+def _functionalise(graph: torch.fx.GraphModule) -> bool:
+    """Replace in-place operators by plain ones; False where a mutated value is seen through a view."""
+    order = {node: k for k, node in enumerate(graph.graph.nodes)}
+    family = _alias_families(graph)
+    for node in list(graph.graph.nodes):
+        if not _mutates(node):
+            continue
+        target = node.args[0]
+        if target.op != "call_function" or _plain_overload(node.target) is None:
+            return False
+        relatives = [n for n in family[target] if n is not target and n is not node]
+        if any(order[user] > order[node] for relative in relatives for user in relative.users):
+            return False
+        node.target = _plain_overload(node.target)
+        target.replace_all_uses_with(node, delete_user_cb=lambda user, at=order[node]: order[user] > at)
+    return True
+
+
+def _mutates(node: torch.fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and schema.is_mutable
+
+
+def _plain_overload(op: Any) -> Any:
+    packet, overload = op.name().removeprefix("aten::"), op._overloadname
+    name = packet.split(".")[0]
+    if not name.endswith("_") or not hasattr(torch.ops.aten, name[:-1]):
+        return None
+    return getattr(getattr(torch.ops.aten, name[:-1]), overload, None)
+
+
+def _alias_families(graph: torch.fx.GraphModule) -> dict[torch.fx.Node, list[torch.fx.Node]]:
+    """Values that may share memory: joined by operators whose result may be a view of an argument."""
+    family: dict[torch.fx.Node, list[torch.fx.Node]] = {}
+    for node in graph.graph.nodes:
+        family[node] = [node]
+        schema = getattr(node.target, "_schema", None)
+        views = schema is None or any(r.alias_info is not None for r in schema.returns) or "dropout" in str(node.target)
+        if node.op == "call_function" and views and not _mutates(node):
+            for source in node.all_input_nodes:
+                merged = list(dict.fromkeys(family[source] + family[node]))
+                for member in merged:
+                    family[member] = merged
+    return family
+
+
+# -- describing ------------------------------------------------------------------------------------------------------
+
+
+def _input_names(graph: torch.fx.GraphModule) -> list[str]:
+    return [n.name for n in graph.graph.nodes if n.op == "placeholder"]
+
+
+def _describe_inputs(graph: torch.fx.GraphModule, names: list[str]) -> tuple[InputSpec, ...]:
+    specs = []
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, Tensor):
+            dynamic = tuple(a for a, s in enumerate(value.shape) if is_symbolic(s))
+            shape = tuple(hint(s) for s in value.shape)
+            specs.append(InputSpec(node.name, shape, str(value.dtype).removeprefix("torch."), dynamic))
+    return tuple(specs)
+
+
+def _fixed_axes(inputs: tuple[InputSpec, ...]) -> tuple[str, ...]:
+    notes = []
+    for spec in inputs:
+        fixed = [a for a in (2, 3) if len(spec.shape) == 4 and a not in spec.dynamic]
+        if fixed:
+            size = " x ".join(str(spec.shape[a]) for a in fixed)
+            notes.append(
+                f"input '{spec.name}': the model bakes in the size {size} of axes {fixed}; other sizes will not run"
+            )
+    return tuple(notes)
+
+
+def is_symbolic(size: Any) -> bool:
+    """Whether a traced size may differ from call to call."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
+
+
+def hint(size: Any) -> int:
+    """The example's value of a size that may be symbolic."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def source_of(node: torch.fx.Node) -> str:
+    """`file:line` of the user's code that made this node; the innermost frame outside torch."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    own = [(f, n) for f, n in frames if not f.startswith(_LIBRARIES)]
+    return "{}:{}".format(*own[-1]) if own else ""
+
+
+def module_of(node: torch.fx.Node) -> str:
+    """Dotted path of the innermost module whose forward made this node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] if isinstance(entry, tuple) else str(entry) for entry in stack.values()]
+    return paths[-1] if paths else ""
+
+
+def _describe(node: torch.fx.Node) -> Node:
+    value = node.meta.get("val")
+    shape = tuple(hint(s) for s in value.shape) if isinstance(value, Tensor) else ()
+    return Node(node.name, str(node.target), shape, source_of(node), module_of(node))
+
+
+def _fingerprint(graph: torch.fx.GraphModule) -> str:
+    digest = hashlib.sha256()
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            value = _attribute(graph, node.target)
+            digest.update(f"{node.target} {tuple(getattr(value, 'shape', ()))}\n".encode())
+        elif node.op == "call_function":
+            literals = [str(a) for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, (int, float))]
+            digest.update(f"{node.target} {' '.join(literals)}\n".encode())
+    return digest.hexdigest()
+
+
+def _attribute(module: Any, path: str) -> Any:
+    for part in path.split("."):
+        module = getattr(module, part)
+    return module
