@@ -1,0 +1,195 @@
+"""One ONNX Runtime session, set up the same way wherever it is timed, and random inputs that fit it.
+
+The timer and its child process both go through this room, so that load time, memory and latency belong to one and the
+same configuration. Imports neither torch nor onnx: a device needs ONNX Runtime and NumPy only.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as _native
+
+from surgery.errors import InvalidInput
+
+PROVIDER = "CPUExecutionProvider"
+
+# ONNX Runtime's exceptions share no base class of their own below `Exception`.
+RUNTIME_ERRORS: tuple[type[Exception], ...] = (
+    RuntimeError,
+    ValueError,
+    *(v for v in vars(_native).values() if isinstance(v, type) and issubclass(v, Exception)),
+)
+
+_DTYPES = {
+    "float": "float32",
+    "double": "float64",
+    "float16": "float16",
+    "bool": "bool",
+    **{name: name for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a model is run.
+
+    Attributes:
+        batch: length of the batch axis: axis 0 where it is dynamic, and any axis named `batch`.
+        threads: `intra_op_num_threads`; operators themselves run one after the other.
+        seed: of the random inputs.
+        shapes: input name → whole shape, for inputs with dynamic axes other than the batch axis.
+
+    Raises:
+        InvalidInput: a value is out of range; more threads than this process has cores.
+    """
+
+    batch: int = 1
+    threads: int = 1
+    seed: int = 0
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in (("batch", self.batch), ("threads", self.threads)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InvalidInput(f"{name}={value!r}: give a whole number of 1 or more")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise InvalidInput(f"seed={self.seed!r}: give a whole number of 0 or more")
+        if self.threads > available_cores():
+            raise InvalidInput(
+                f"threads={self.threads}: this process may use {available_cores()} cores, and threads that share one "
+                "would measure waiting; ask for fewer"
+            )
+        for name, shape in self.shapes.items():
+            if not all(isinstance(size, int) and size > 0 for size in shape):
+                raise InvalidInput(f"input shape {tuple(shape)} of '{name}': every size must be a whole number above 0")
+
+
+def available_cores() -> int:
+    """Return the number of logical cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def model_file(path: str | Path) -> Path:
+    """Return `path` if it is a file that can be read and is not empty; raises InvalidInput otherwise."""
+    target = Path(path)
+    try:
+        with target.open("rb") as stream:
+            empty = not stream.read(1)
+    except OSError as error:
+        raise InvalidInput(
+            f"cannot read model {target}: {error.strerror or error}; give the path of an ONNX file"
+        ) from error
+    if empty:
+        raise InvalidInput(f"model {target} is an empty file; export it again")
+    return target
+
+
+def file_bytes(path: Path) -> int:
+    """Return the size of the model on disk, in bytes, with weights kept beside it in ``<name>.data``."""
+    beside = path.with_name(path.name + ".data")
+    return path.stat().st_size + (beside.stat().st_size if beside.is_file() else 0)
+
+
+def session_options(threads: int) -> onnxruntime.SessionOptions:
+    """Return the options every session here uses: sequential operators, all graph optimisations, `threads` threads."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    return options
+
+
+def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    """Return a session on the CPU; raises InvalidInput where ONNX Runtime cannot load the file."""
+    try:
+        return onnxruntime.InferenceSession(str(path), session_options(threads), providers=[PROVIDER])
+    except RUNTIME_ERRORS as error:
+        raise InvalidInput(
+            f"ONNX Runtime cannot load {path}: {_first_line(error)}; check or re-export the file"
+        ) from error
+
+
+def random_inputs(session: onnxruntime.InferenceSession, path: Path, settings: Settings) -> dict[str, NDArray[Any]]:
+    """Return one random array per input of the session: floats normal, integers 0 or 1 (always valid as an index).
+
+    The values depend on the seed and the input's name only, so that models with the same inputs run on the same values.
+
+    Raises:
+        InvalidInput: an axis has no size, a shape contradicts the model, or an input is not a numeric tensor.
+    """
+    inputs = session.get_inputs()
+    shapes = {item.name: _shape(item.name, item.shape, path, settings) for item in inputs}
+    if inputs and settings.batch not in {shape[0] for shape in shapes.values() if shape}:
+        first = inputs[0].name
+        raise InvalidInput(
+            f"{path}: input '{first}' has the fixed shape {shapes[first]}, so it cannot run at batch={settings.batch}; "
+            "ask for its own batch or export it with a dynamic batch axis"
+        )
+    return {item.name: _values(item.name, item.type, shapes[item.name], path, settings.seed) for item in inputs}
+
+
+def run_once(session: onnxruntime.InferenceSession, inputs: Mapping[str, NDArray[Any]], path: Path) -> None:
+    """Run the session and throw the outputs away; raises InvalidInput where the model refuses its inputs."""
+    try:
+        session.run(None, inputs)
+    except RUNTIME_ERRORS as error:
+        shapes = {name: value.shape for name, value in inputs.items()}
+        raise InvalidInput(
+            f"{path} does not run on inputs of shape {shapes}: {_first_line(error)}; give input_shapes"
+        ) from error
+
+
+def _shape(name: str, declared: list[int | str | None], path: Path, settings: Settings) -> tuple[int, ...]:
+    given = settings.shapes.get(name)
+    if given is not None and len(given) != len(declared):
+        raise InvalidInput(
+            f"{path}: input '{name}' has {len(declared)} axes {declared}, the given shape {given} has {len(given)}"
+        )
+    sizes: list[int] = []
+    for axis, size in enumerate(declared):
+        if not isinstance(size, int) and (axis == 0 or size == "batch"):
+            sizes.append(settings.batch)
+        elif given is not None:
+            if isinstance(size, int) and size != given[axis]:
+                raise InvalidInput(
+                    f"{path}: axis {axis} of input '{name}' is {size} in the model, {given[axis]} in the given shape"
+                )
+            sizes.append(given[axis])
+        elif isinstance(size, int):
+            sizes.append(size)
+        else:
+            raise InvalidInput(
+                f"{path}: axis {axis} of input '{name}' is dynamic ({size or 'unnamed'}); "
+                f"give input_shapes={{'{name}': (...)}}"
+            )
+    return tuple(sizes)
+
+
+def _values(name: str, kind: str, shape: tuple[int, ...], path: Path, seed: int) -> NDArray[Any]:
+    dtype = _DTYPES.get(kind.removeprefix("tensor(").removesuffix(")"))
+    if dtype is None:
+        raise InvalidInput(
+            f"{path}: input '{name}' is a {kind}, and random values can be made for numeric tensors only"
+        )
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    if dtype.startswith("float"):
+        return rng.standard_normal(shape).astype(dtype)
+    return rng.integers(0, 2, shape).astype(dtype)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0].rstrip(".;") if text else type(error).__name__
