@@ -1,0 +1,376 @@
+"""Scores, costs and a budget make a plan: plain arithmetic, no torch.
+
+A *ladder* is the steps by which one group may shrink; a *schedule* is the order in which the steps of all groups are
+taken, from the dense model (state 0) to the smallest one. Cost falls along a schedule, so the first state that meets
+the budget is found by bisection, in a dozen or so calls of the cost function; by construction, putting back its last
+step would exceed the budget. `plan_from_dead` is the one place where dead units become dead positions of tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from surgery.errors import BudgetUnreachable, IllegalCut, InvalidInput, PlanMismatch
+from surgery.ir import Budget, CostFn, Coupling, Cut, Group, InputSpec, Plan, Scores, Site
+
+SCOPES = ("global", "uniform")
+INEXACT = ("never", "if-needed", "always")
+NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
+
+
+def allocate(
+    coupling: Coupling,
+    scores: Scores,
+    budget: Budget,
+    *,
+    cost: CostFn | None,
+    fingerprint: str,
+    inputs: tuple[InputSpec, ...],
+    scope: str = "global",
+    round_to: int = 1,
+    inexact: str = "if-needed",
+    settings: Mapping[str, Any] = NO_SETTINGS,
+) -> Plan:
+    """Return the plan that removes least, in order of score, and meets the budget.
+
+    Args:
+        coupling: the groups.
+        scores: importance per unit; within a group the lowest goes first, ties in order of the units.
+        budget: fraction of the dense model to keep.
+        cost: dead units per group name → MACs or parameters of what is left, whichever the budget names; None for
+            `channels`, which are counted here: the fraction of the units of all groups.
+        fingerprint: of the program, for the plan.
+        inputs: of the program, for the plan.
+        scope: `global` ranks the steps of all groups by their units' mean score; `uniform` keeps one fraction of every
+            group, rounded up to a size that the group may have.
+        round_to: what is left of a group that is cut is a multiple of this, counted in positions along the longest
+            stretch that the group has on a first axis (the output channels of its widest producer).
+        inexact: `never` leaves inexact groups whole, `if-needed` cuts them only where the budget cannot be met without
+            (and then ranks them with the others), `always` ranks them with the others from the start.
+        settings: criterion, seed and the like, kept in the plan as given.
+
+    Returns:
+        A plan whose kept cost is at most the budget's fraction of the dense cost, and more than it with the last step
+        put back: one unit, or what `round_to` makes of it; one width level with `uniform`. Every group keeps a unit,
+        or with `round_to` a whole multiple.
+
+    Raises:
+        BudgetUnreachable: not even the smallest model meets the budget.
+        InvalidInput: unknown option, or scores that do not fit the groups.
+        IllegalCut: an axis would be left empty.
+    """
+    _check_options(scope=scope, round_to=round_to, inexact=inexact)
+    _check_scores(coupling, scores)
+    meter = _Meter.of(coupling, budget, cost)
+    make_schedule = _global_schedule if scope == "global" else _uniform_schedule
+    ladders = [_ladder(group, scores[group.name], round_to) for group in coupling.groups]
+    notes: list[str] = []
+    for chosen in _attempts(coupling, inexact):
+        schedule = make_schedule([ladder for ladder in ladders if ladder.group in chosen])
+        dead = _first_within(schedule, meter)
+        if dead is not None:
+            break
+        reached = meter.kept(schedule.dead(schedule.length))
+        notes.append(f"with {len(chosen)} of {len(ladders)} groups at their smallest, {reached} remain")
+    else:
+        raise BudgetUnreachable(_unreachable(meter, notes[-1], coupling, inexact=inexact, round_to=round_to))
+    notes += [f"kept {meter.kept(dead)}", *_left_whole(coupling, chosen, ladders, inexact=inexact, round_to=round_to)]
+    return plan_from_dead(
+        coupling, dead, fingerprint=fingerprint, inputs=inputs, budget=budget, settings=settings, notes=notes
+    )
+
+
+def plan_from_dead(
+    coupling: Coupling,
+    dead: Mapping[str, Iterable[int]],
+    *,
+    fingerprint: str,
+    inputs: tuple[InputSpec, ...],
+    budget: Budget | None = None,
+    settings: Mapping[str, Any] = NO_SETTINGS,
+    notes: Sequence[str] = (),
+) -> Plan:
+    """Return the plan that removes these units.
+
+    Args:
+        coupling: the groups.
+        dead: group name → indices of the removed units within the group, in any order; groups may be missing.
+        fingerprint: of the program.
+        inputs: of the program.
+        budget: what was asked for, or None for a plan made by hand.
+        settings: kept in the plan as given: JSON values.
+        notes: decisions with reasons.
+
+    Raises:
+        PlanMismatch: a group or a unit that the coupling does not have.
+        IllegalCut: a group, or an axis of a tensor, would be left without a unit.
+    """
+    units = {name: _valid_units(coupling.group(name), indices) for name, indices in dead.items()}
+    units = {group.name: units[group.name] for group in coupling.groups if units.get(group.name)}
+    return Plan(
+        dead=units,
+        sizes={group.name: group.size for group in coupling.groups},
+        cuts=_cuts(coupling, units),
+        fingerprint=fingerprint,
+        inputs=inputs,
+        budget=budget,
+        settings=dict(settings),
+        notes=tuple(notes),
+    )
+
+
+# From units to positions. --------------------------------------------------------------------------------------------
+
+
+def _valid_units(group: Group, indices: Iterable[int]) -> tuple[int, ...]:
+    try:
+        units = tuple(sorted({operator.index(index) for index in indices}))
+    except TypeError as error:
+        raise PlanMismatch(f"group '{group.name}': the units to remove must be whole numbers ({error})") from error
+    strange = [unit for unit in units if not 0 <= unit < group.size]
+    if strange:
+        raise PlanMismatch(f"group '{group.name}' has units 0 to {group.size - 1}, the plan removes unit {strange[0]}")
+    if len(units) == group.size:
+        raise IllegalCut(f"the plan removes all {group.size} units of group '{group.name}': at least one must remain")
+    return units
+
+
+def _cuts(coupling: Coupling, units: Mapping[str, Sequence[int]]) -> tuple[Cut, ...]:
+    """One cut per axis; a position that several units own (a head and a head dimension) dies with the first of them."""
+    positions: dict[tuple[str, int], set[int]] = {}
+    for group in coupling.groups:
+        for site in group.sites if group.name in units else ():
+            owned = positions.setdefault((site.tensor, site.axis), set())
+            owned.update(position for unit in units[group.name] for position in site.index[unit])
+    cuts = []
+    for (tensor, axis), owned in positions.items():
+        size = coupling.shapes[tensor][axis]
+        if len(owned) == size:
+            raise IllegalCut(
+                f"the plan would leave nothing of axis {axis} of {tensor}, {size} long: remove fewer units"
+            )
+        if owned:
+            cuts.append(Cut(tensor, axis, size, tuple(sorted(owned))))
+    return tuple(cuts)
+
+
+# Ladders and schedules. ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Ladder:
+    """How one group may shrink.
+
+    Attributes:
+        group: name of the group.
+        order: all its units, in the order in which they go.
+        ends: number of units removed after each step, increasing and below the group's size.
+        keys: importance of each step: mean score of its units; never falls along the ladder.
+    """
+
+    group: str
+    order: tuple[int, ...]
+    ends: tuple[int, ...]
+    keys: tuple[float, ...]
+
+    @property
+    def fractions(self) -> tuple[float, ...]:
+        """The fraction of the group's units kept after each step."""
+        size = len(self.order)
+        return tuple((size - end) / size for end in self.ends)
+
+
+@dataclass(frozen=True, slots=True)
+class _Schedule:
+    """States 0 (dense) to `length`; `taken(state)` is the number of steps taken on each ladder."""
+
+    ladders: Sequence[_Ladder]
+    length: int
+    taken: Callable[[int], Sequence[int]]
+
+    def dead(self, state: int) -> dict[str, tuple[int, ...]]:
+        """Group name → dead units, for the groups that are cut."""
+        return {
+            ladder.group: tuple(sorted(ladder.order[: ladder.ends[steps - 1]]))
+            for ladder, steps in zip(self.ladders, self.taken(state), strict=True)
+            if steps
+        }
+
+
+def _ladder(group: Group, scores: Sequence[float], round_to: int) -> _Ladder:
+    values = np.asarray(scores, dtype=np.float64)
+    order = np.argsort(values, kind="stable")
+    left = sum(widths := _widths(group))
+    ends = []
+    for removed, unit in enumerate(order[:-1], start=1):
+        left -= widths[unit]
+        if left > 0 and left % round_to == 0:
+            ends.append(removed)
+    steps = pairwise([0, *ends])
+    means = [float(values[order[start:end]].mean()) for start, end in steps]
+    keys = np.maximum.accumulate(means) if means else np.empty(0)  # sorted already, but for rounding
+    return _Ladder(group.name, tuple(order.tolist()), tuple(ends), tuple(keys.tolist()))
+
+
+def _widths(group: Group) -> list[int]:
+    """Positions per unit along the longest stretch of the group on a first axis: the channels that a runtime sees.
+
+    Later axes may hold a channel many times over (a linear layer after a flattened image), which would hide its width.
+    """
+
+    def stretch(site: Site) -> int:
+        return sum(len(owned) for owned in site.index)
+
+    first = [site for site in group.sites if site.axis == 0]
+    widest = max(first or group.sites, key=stretch, default=None)
+    return [len(owned) for owned in widest.index] if widest else [1] * group.size
+
+
+def _global_schedule(ladders: Sequence[_Ladder]) -> _Schedule:
+    """Take steps one at a time, least important first; ties in the order of groups, then of steps."""
+    owners = np.array([k for k, ladder in enumerate(ladders) for _ in ladder.ends], dtype=np.int64)
+    keys = np.array([key for ladder in ladders for key in ladder.keys], dtype=np.float64)
+    ranked = owners[np.argsort(keys, kind="stable")]
+
+    def taken(state: int) -> list[int]:
+        return [int(steps) for steps in np.bincount(ranked[:state], minlength=len(ladders))]
+
+    return _Schedule(ladders, len(ranked), taken)
+
+
+def _uniform_schedule(ladders: Sequence[_Ladder]) -> _Schedule:
+    """Take all groups down together: at level f each keeps the smallest size it may have that is at least f of it."""
+    fractions = [np.array(ladder.fractions) for ladder in ladders]
+    levels = sorted({fraction for ladder in ladders for fraction in ladder.fractions}, reverse=True)
+
+    def taken(state: int) -> list[int]:
+        return [int((kept >= levels[state - 1]).sum()) if state else 0 for kept in fractions]
+
+    return _Schedule(ladders, len(levels), taken)
+
+
+# The budget. ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Meter:
+    """What is left, in the currency of the budget."""
+
+    kind: str
+    fraction: float
+    dense: int
+    cost: CostFn
+
+    @classmethod
+    def of(cls, coupling: Coupling, budget: Budget, cost: CostFn | None) -> _Meter:
+        if budget.kind == "channels":
+            total = sum(group.size for group in coupling.groups)
+            return cls("channels", budget.fraction, total, lambda dead: total - sum(map(len, dead.values())))
+        if cost is None:
+            raise InvalidInput(f"a budget on {budget.kind} needs a cost function: pass `cost`, or give budget channels")
+        return cls(budget.kind, budget.fraction, cost({}), cost)
+
+    def share(self, dead: Mapping[str, Sequence[int]]) -> float:
+        """Fraction of the dense cost that is left (a quotient: 29 of 100 is 0.29, as 0.29 * 100 is not)."""
+        return self.cost(dead) / self.dense if self.dense else 1.0
+
+    def kept(self, dead: Mapping[str, Sequence[int]]) -> str:
+        """What is left, in words."""
+        return f"{self.cost(dead):,} of {self.dense:,} {self.kind} ({_percent(self.share(dead))})"
+
+
+def _first_within(schedule: _Schedule, meter: _Meter) -> dict[str, tuple[int, ...]] | None:
+    """Dead units of the first state within the budget, or None; the state before it exceeds the budget."""
+    over, within = 0, schedule.length
+    if meter.share(schedule.dead(within)) > meter.fraction:
+        return None
+    while within - over > 1:
+        middle = (over + within) // 2
+        if meter.share(schedule.dead(middle)) > meter.fraction:
+            over = middle
+        else:
+            within = middle
+    return schedule.dead(within)
+
+
+def _attempts(coupling: Coupling, inexact: str) -> list[frozenset[str]]:
+    """Names of the groups that may be cut: sets to be tried in turn."""
+    every = frozenset(group.name for group in coupling.groups)
+    exact = frozenset(group.name for group in coupling.groups if group.inexact is None)
+    attempts = {"never": [exact], "always": [every], "if-needed": [exact, every]}[inexact]
+    return attempts[:1] if exact == every else attempts
+
+
+# Words. --------------------------------------------------------------------------------------------------------------
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.4g} %"
+
+
+def _left_whole(
+    coupling: Coupling, chosen: frozenset[str], ladders: Sequence[_Ladder], *, inexact: str, round_to: int
+) -> list[str]:
+    """Why groups were not considered at all."""
+    notes = []
+    spared = Counter(group.inexact for group in coupling.groups if group.name not in chosen)
+    why = "inexact cuts were ruled out" if inexact == "never" else "exact groups sufficed"
+    notes += [f"{count} inexact groups left whole, as {why}: {reason}" for reason, count in spared.items()]
+    narrow = [
+        ladder.group for ladder in ladders if ladder.group in chosen and not ladder.ends and len(ladder.order) > 1
+    ]
+    if narrow:
+        notes.append(f"left whole for want of a smaller multiple of {round_to}: {', '.join(narrow)}")
+    return notes
+
+
+def _unreachable(meter: _Meter, reached: str, coupling: Coupling, *, inexact: str, round_to: int) -> str:
+    """What was reachable, what is frozen, what to do."""
+    wish = f"cannot get down to {_percent(meter.fraction)} of the {meter.kind}: {reached}"
+    frozen = _frozen_reasons(coupling)
+    hints = ["raise the budget"]
+    if inexact == "never" and any(group.inexact for group in coupling.groups):
+        hints.append("allow inexact groups to be cut")
+    if round_to > 1:
+        hints.append(f"round to less than {round_to}")
+    return f"{wish}; frozen: {'; '.join(frozen) or 'nothing'}; {' or '.join(hints)}"
+
+
+def _frozen_reasons(coupling: Coupling, most: int = 3) -> list[str]:
+    """The reasons that hold most parameters; a tensor with several frozen axes counts once per reason."""
+    tensors: dict[str, set[str]] = {}
+    for frozen in coupling.frozen:
+        tensors.setdefault(frozen.reason, set()).add(frozen.tensor)
+    sizes = {reason: sum(math.prod(coupling.shapes[name]) for name in names) for reason, names in tensors.items()}
+    ranked = sorted(sizes, key=lambda reason: -sizes[reason])[:most]
+    return [f"{reason} ({sizes[reason]:,} parameters: {', '.join(sorted(tensors[reason])[:2])})" for reason in ranked]
+
+
+# Checking what comes in. ---------------------------------------------------------------------------------------------
+
+
+def _check_options(*, scope: str, round_to: int, inexact: str) -> None:
+    if scope not in SCOPES:
+        raise InvalidInput(f"no scope '{scope}'; there are {', '.join(SCOPES)}")
+    if inexact not in INEXACT:
+        raise InvalidInput(f"no policy '{inexact}' for inexact groups; there are {', '.join(INEXACT)}")
+    if not isinstance(round_to, int) or round_to < 1:
+        raise InvalidInput(f"round_to={round_to!r}: give a whole number of at least 1")
+
+
+def _check_scores(coupling: Coupling, scores: Scores) -> None:
+    for group in coupling.groups:
+        values = scores.get(group.name, ())
+        if len(values) != group.size:
+            raise InvalidInput(f"group '{group.name}' has {group.size} units and {len(values)} scores: score it anew")
+        if not all(map(math.isfinite, values)):
+            raise InvalidInput(f"group '{group.name}' has scores that are not finite numbers")
