@@ -1,0 +1,234 @@
+"""Read state dicts from files and fit them to a model, without ever unpickling foreign objects.
+
+A checkpoint in the wild is a state dict under some wrapper (`state_dict`, `model`, `ema`, ...), its keys behind some
+prefix (`module.` of data parallel, `_orig_mod.` of `torch.compile`, `model.` of training frameworks), for some number
+of classes. This room undoes the first two, tells the third, and says in one sentence what does not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from surgery.errors import InvalidInput
+
+_AVERAGED = ("state_dict_ema", "model_ema", "ema")
+_WRAPPERS = (*_AVERAGED, "state_dict", "model_state_dict", "model", "module")
+_PREFIXES = ("module.", "model.", "_orig_mod.")
+_PREFIX_PAIRS = tuple((outer, inner) for outer in _PREFIXES for inner in _PREFIXES)
+_STATISTICS = ("running_mean", "running_var")
+_DEPTH = 4
+_LISTED = 3
+_REFUSED_OBJECT = re.compile(r"GLOBAL ([\w.]+)|got <class '([\w.]+)'")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A state dict read from `path`; `notes` say which of several was taken."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """How a state dict differs from what a model wants; false where it fits.
+
+    Attributes:
+        missing: the model's keys that the file lacks.
+        unexpected: the file's keys that the model lacks.
+        shapes: key → (the model's shape, the file's shape), where both have it.
+    """
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.shapes)
+
+    def describe(self) -> str:
+        """Return the differences in words, up to three of each kind."""
+        parts = []
+        if self.missing:
+            parts.append(f"{len(self.missing)} missing ({_some(self.missing)})")
+        if self.unexpected:
+            parts.append(f"{len(self.unexpected)} unexpected ({_some(self.unexpected)})")
+        if self.shapes:
+            told = [f"{key}: expected {want}, found {found}" for key, (want, found) in self.shapes.items()]
+            parts.append(f"{len(self.shapes)} of another shape ({_some(told, '; ')})")
+        return ", ".join(parts)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a safetensors file, or a `torch.save` file of tensors in plain containers.
+
+    Args:
+        path: safetensors where the name ends so; anything else is read by torch's `weights_only` unpickler.
+
+    Returns:
+        The state dict, taken out of its wrappers; averaged (EMA) weights are preferred where there are several.
+
+    Raises:
+        InvalidInput: the file is missing, truncated, of another kind, or holds pickled objects (which are never run).
+    """
+    if not path.is_file():
+        raise InvalidInput(f"no checkpoint file {path}; --weights takes auto, random or the path of a state dict")
+    data = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    wrappers = _unwrap(data)
+    if wrappers is None:
+        held = f"the keys {_some([str(k) for k in data])}" if isinstance(data, Mapping) else f"a {type(data).__name__}"
+        raise InvalidInput(f"{path} holds no state dict (found {held}); save one with torch.save(model.state_dict())")
+    tensors, notes = wrappers
+    return Checkpoint(path, tensors, notes)
+
+
+def compare(module: nn.Module, tensors: Mapping[str, Tensor]) -> Mismatch:
+    """Compare names and shapes; an absent `num_batches_tracked` is no difference."""
+    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items() if isinstance(value, Tensor)}
+    found = {key: tuple(value.shape) for key, value in tensors.items()}
+    return Mismatch(
+        missing=tuple(k for k in wanted if k not in found and not k.endswith("num_batches_tracked")),
+        unexpected=tuple(k for k in found if k not in wanted and not k.endswith("num_batches_tracked")),
+        shapes={k: (wanted[k], found[k]) for k in wanted if k in found and wanted[k] != found[k]},
+    )
+
+
+def without_prefixes(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    """Strip `module.`, `model.` and `_orig_mod.` as long as that makes more keys match `wanted`."""
+    best = dict(tensors)
+    while True:
+        variants = [{_strip(key, prefix): value for key, value in best.items()} for prefix in _PREFIXES]
+        variants += [{_strip(_strip(k, outer), inner): v for k, v in best.items()} for outer, inner in _PREFIX_PAIRS]
+        better = max(variants, key=lambda variant: _overlap(variant, wanted))
+        if _overlap(better, wanted) <= _overlap(best, wanted) or len(better) < len(best):
+            return best
+        best = better
+
+
+def class_counts(mismatch: Mismatch) -> tuple[int, ...]:
+    """Return the numbers of classes that could explain the differing shapes, the last layer's first."""
+    counts = [found[0] for want, found in mismatch.shapes.values() if found and want and want[0] != found[0]]
+    return tuple(dict.fromkeys(reversed(counts)))[:_LISTED]
+
+
+def fit(module: nn.Module, checkpoint: Checkpoint, *, label: str) -> None:
+    """Load a checkpoint into a module built for it, in place.
+
+    Args:
+        module: whose parameters and buffers are overwritten.
+        checkpoint: what `read_checkpoint` returned.
+        label: what to call the model in messages.
+
+    Raises:
+        InvalidInput: keys or shapes differ, or a tensor holds NaN or infinite values.
+    """
+    tensors = without_prefixes(checkpoint.tensors, module.state_dict().keys())
+    mismatch = compare(module, tensors)
+    if mismatch:
+        hint = "give the class count with --model-arg num_classes=N" if mismatch.shapes else "check the model's name"
+        raise InvalidInput(f"checkpoint {checkpoint.path} does not fit {label}: {mismatch.describe()}; {hint}")
+    module.load_state_dict(tensors, strict=False)
+    check_finite(module, origin=str(checkpoint.path))
+
+
+def check_finite(module: nn.Module, *, origin: str) -> None:
+    """Raise InvalidInput, naming the tensor, where a parameter or norm statistic is not finite, or a buffer is NaN."""
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+            continue
+        # Attention masks are buffers in which minus infinity is meant.
+        strict = isinstance(_find(module, name), nn.Parameter) or name.endswith(_STATISTICS)
+        bad = ~torch.isfinite(value) if strict else torch.isnan(value)
+        if bool(bad.any()):
+            raise InvalidInput(
+                f"{origin}: {name} holds {int(bad.sum())} NaN or infinite values out of {value.numel()}; "
+                "use a checkpoint from before training diverged"
+            )
+
+
+def _find(module: nn.Module, name: str) -> Any:
+    owner, _, leaf = name.rpartition(".")
+    try:
+        return getattr(module.get_submodule(owner), leaf, None)
+    except AttributeError:  # a module that renames its keys on saving
+        return None
+
+
+def _some(names: Collection[str], separator: str = ", ") -> str:
+    listed = separator.join(list(names)[:_LISTED])
+    return listed + (separator + "..." if len(names) > _LISTED else "")
+
+
+def _strip(key: str, prefix: str) -> str:
+    # `torch.compile` of a submodule leaves its prefix in the middle of the key.
+    return key.replace(prefix, "") if prefix == "_orig_mod." else key.removeprefix(prefix)
+
+
+def _overlap(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> int:
+    return sum(key in wanted for key in tensors)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(path, device="cpu"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InvalidInput(f"cannot read {path}: truncated, or not a safetensors file ({error})") from error
+
+
+def _read_pickle(path: Path) -> Any:
+    # Training scripts keep their arguments and best score beside the weights: plain data, safe to rebuild.
+    scalar = np.float64(0).__reduce__()[0]
+    harmless: list[Any] = [argparse.Namespace, np.dtype]
+    harmless += [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
+    harmless += [type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)]
+    try:
+        with torch.serialization.safe_globals(harmless), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols and TorchScript: what matters raises
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _pickled_objects(path, str(error)) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, UnicodeDecodeError) as error:
+        if "TorchScript" in str(error):
+            raise _pickled_objects(path, "TorchScript") from error
+        raise InvalidInput(f"cannot read {path}: truncated, or not a file written by torch.save") from error
+
+
+def _pickled_objects(path: Path, message: str) -> InvalidInput:
+    named = _REFUSED_OBJECT.search(message)
+    if named is None and "TorchScript" not in message:
+        return InvalidInput(f"cannot read {path}: truncated, or not a file written by torch.save")
+    what = (named.group(1) or named.group(2)) if named else "a TorchScript program"
+    return InvalidInput(
+        f"{path} holds pickled objects ({what}), not only weights, and was not loaded; build the model as "
+        "FILE.py:CALLABLE and give its weights as torch.save(model.state_dict(), ...)"
+    )
+
+
+def _unwrap(data: Any, depth: int = _DEPTH) -> tuple[dict[str, Tensor], tuple[str, ...]] | None:
+    """Find the state dict: (tensors, notes), or None where there is none within `depth` wrappers."""
+    if not isinstance(data, Mapping) or depth == 0:
+        return None
+    present = [name for name in _WRAPPERS if isinstance(data.get(name), Mapping)]
+    for name in present:
+        inner = _unwrap(data[name], depth - 1)
+        if inner is not None:
+            others = [other for other in present if other != name] if name in _AVERAGED else []
+            notes = [f"the file holds {_some(present)}: the averaged weights '{name}' were taken"] if others else []
+            return inner[0], (*inner[1], *notes)
+    tensors = {str(key): value.detach() for key, value in data.items() if isinstance(value, Tensor)}
+    return (tensors, ()) if tensors else None
