@@ -1,8 +1,7 @@
 """Rounds of blocks: one session alive at a time, in shuffled order, until every ratio's interval is narrow.
 
 A block creates a session, warms it up, times some runs and destroys it. A round is one block of each competitor. Rounds
-in which other processes left too few cores for the model's threads are kept apart by `Watch` and do not count, as long
-as enough others do.
+that other processes disturbed are told by `Watch` and do not count, as long as enough others do.
 """
 
 from __future__ import annotations

@@ -71,15 +71,14 @@ def describe(threads: int) -> dict[str, Any]:
 class Watch:
     """Tells which rounds of a measurement other processes disturbed, by the processor time they took meanwhile.
 
-    Disturbed means that they left fewer cores than the model has threads. The system counts in steps of 10 ms, so
-    rounds are judged in groups of half a second or more.
+    Disturbed means that they used more than a tenth of the machine. Even with cores to spare that shows: neighbouring
+    cores share caches, memory and clock frequency, and on virtual machines often one physical core. The system counts
+    in steps of 10 ms, so rounds are judged in groups of half a second or more.
 
     Attributes:
-        threads: threads of the models that are measured.
         shares: for each judged round, the share of the machine's capacity that others used, from 0 to 1.
     """
 
-    threads: int
     shares: list[float] = field(default_factory=list)
     _pending: int = 0
     _start: tuple[float, float] = field(default_factory=lambda: _clocks())
@@ -93,21 +92,15 @@ class Watch:
     def judge(self) -> None:
         """Judge the rounds that are still pending, however short they were."""
         now = _clocks()
-        capacity_s = max(now[0] - self._start[0], 1e-9) * _machine_cores()
+        capacity_s = max(now[0] - self._start[0], 1e-9) * (psutil.cpu_count() or 1)
         share = min(1.0, max(0.0, (now[1] - self._start[1]) / capacity_s))
         self.shares += [share] * self._pending
         self._pending, self._start = 0, now
 
     @property
     def undisturbed(self) -> list[int]:
-        """Positions of the judged rounds in which every thread could have a core of its own."""
-        cores = _machine_cores()
-        free = max(0, cores - self.threads) / cores
-        return [i for i, share in enumerate(self.shares) if share <= free + TOLERATED_SHARE]
-
-
-def _machine_cores() -> int:
-    return psutil.cpu_count() or 1
+        """Positions of the judged rounds in which others left the machine alone."""
+        return [i for i, share in enumerate(self.shares) if share <= TOLERATED_SHARE]
 
 
 def _clocks() -> tuple[float, float]:

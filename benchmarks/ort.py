@@ -68,11 +68,11 @@ class Timing:
         aa: the baseline against itself in sessions of its own; None where not asked for.
         reliable: whether `aa` lies within 1.00 ± 0.02, on enough rounds.
         why: the reason for `reliable`, in words.
-        rounds: number of rounds that count; each holds one block of every model. Rounds in which other processes took
-            the cores are left out, as long as twelve others remain.
+        rounds: number of rounds that count; each holds one block of every model. Rounds in which other processes used
+            more than a tenth of the machine are left out, as long as twelve others remain.
         stopped: which rule ended the measurement.
-        environment: runtime, processor, session options; `other_processes`, the share of the machine that others used in
-            the rounds that count; `disturbed_rounds`, how many rounds they took the cores in.
+        environment: runtime, processor, session options; `other_processes`, the share of the machine that others used
+            in the rounds that count; `disturbed_rounds`, how many rounds they disturbed.
         settings: batch, seed and limits as given.
     """
 
@@ -151,7 +151,7 @@ def time(
     firsts = _fresh(files, settings, report) if fresh else {}
     control = Entry(files[base], entries[base].inputs, entries[base].block_runs) if aa else None
     environment = describe(threads)
-    race = Race(entries, control, entries[base], settings, limits, report, Watch(threads))
+    race = Race(entries, control, entries[base], settings, limits, report, Watch())
     stopped = race_to_end(race)
     ratio = race.ratio(control) if control else None
     reliable, why = _verdict(ratio, race)
