@@ -1,0 +1,279 @@
+"""Does an ONNX file compute what the torch model computes?
+
+Both run on random inputs, at several batch sizes, and the difference is measured against the part of the output that
+varies with the input: a constant offset common to all outputs would otherwise hide a wrong program. Where hardly
+anything varies, the comparison is blind, and says so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime
+import torch
+
+from exporters.signature import BATCH, HEIGHT, WIDTH, Call, bind, name_outputs
+from surgery.errors import CheckFailed, InvalidInput
+
+TOLERANCE = 1e-4
+"""Largest relative error of an export in float32."""
+BLIND = 1e-3
+"""Where less than this share of an output varies with the input, comparing it proves nothing."""
+ROUNDING = 1e-5
+"""Differences up to this share of the whole output are float32 rounding, summed over a network."""
+
+BATCHES = (1, 2, 7)
+DRAWS = 3
+_NEAR = 0.05
+_TINY = 1e-30
+_FATAL_ONLY = 4
+
+
+@dataclass(frozen=True, slots=True)
+class OutputParity:
+    """How one output compares, at worst over all runs. For whole numbers, shares of differing elements instead.
+
+    Attributes:
+        error: largest difference over the largest value of the part that varies with the input.
+        varying: largest value of the part that varies with the input over the largest value of the output.
+        difference: largest difference over the largest value of the output.
+    """
+
+    error: float
+    varying: float
+    difference: float
+
+    @property
+    def blind(self) -> bool:
+        """Whether so little varies with the input that `error` says nothing."""
+        return self.varying < BLIND
+
+    @property
+    def unclear(self) -> bool:
+        """Whether the values themselves leave open if the programs are equal: blind, or lost in rounding."""
+        return self.blind or (self.error > TOLERANCE and self.difference <= ROUNDING)
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """Comparison of an ONNX file with a torch model.
+
+    Attributes:
+        outputs: by name.
+        batches: batch sizes that were run; one that the torch model itself refuses is left out.
+    """
+
+    outputs: Mapping[str, OutputParity]
+    batches: tuple[int, ...]
+
+    @property
+    def error(self) -> float | None:
+        """Largest relative error over the outputs where the comparison can see; None where it is blind in all."""
+        return max((o.error for o in self.outputs.values() if not o.blind), default=None)
+
+    @property
+    def varying(self) -> float:
+        """Share of the output that varies with the input, of the output where it is largest."""
+        return max((o.varying for o in self.outputs.values()), default=0.0)
+
+
+def parity(
+    path: str | os.PathLike[str],
+    model: torch.nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    near_example: bool = False,
+    seed: int = 0,
+) -> Parity:
+    """Compare an ONNX file in ONNX Runtime with the torch model, on random inputs like the example.
+
+    Batches of 1, 2 and 7 are run where the file's first axis is called `batch`, other sizes where axes are called
+    `height` and `width`. Floating-point inputs are drawn with the example's mean and deviation, all others from
+    the example's own values, three times per batch.
+
+    Args:
+        path: the ONNX file.
+        model: in eval mode, on the CPU; left unchanged.
+        args: example inputs, a tensor or a tuple.
+        kwargs: keyword example inputs.
+        near_example: stay within 5 % of the example, for a file that holds only the example's way through the code.
+        seed: of the inputs.
+
+    Returns:
+        What was found, large errors included: the caller compares with `TOLERANCE`.
+
+    Raises:
+        CheckFailed: ONNX Runtime cannot load or run the file, or its outputs have other names or shapes.
+        InvalidInput: the model does not run on these inputs.
+    """
+    call = bind(model, args, kwargs)
+    session = _session(path)
+    generator = torch.Generator().manual_seed(seed)
+    found: list[dict[str, _Magnitudes]] = []
+    batches: list[int] = []
+    for size in _sizes(session, call):
+        draws = [_draw(call.tensors, size, generator, near=near_example) for _ in range(DRAWS)]
+        try:
+            expected = [_run_torch(model, call, tensors) for tensors in draws]
+        except Exception as error:
+            if size.optional:  # the network itself does not take this size: nothing to compare
+                continue
+            raise InvalidInput(f"{type(model).__name__} does not run on inputs like the example: {error}") from error
+        found.append(_compare_draws(expected, [_run_onnx(session, tensors, path) for tensors in draws], path))
+        batches.append(size.batch)
+    pooled = {name: _pool([case[name] for case in found]) for name in found[0]}
+    return Parity(pooled, tuple(dict.fromkeys(batches)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Shapes:
+    """One set of input shapes: `shapes` by input name; `optional` where the network may refuse it."""
+
+    batch: int
+    shapes: Mapping[str, tuple[int, ...]]
+    optional: bool = False
+
+
+def _session(path: str | os.PathLike[str]) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _FATAL_ONLY
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's exceptions have no common base class
+        raise CheckFailed(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}") from error
+
+
+def _sizes(session: Any, call: Call) -> Iterator[_Shapes]:
+    """Yield the input shapes to run, following the names of the file's dynamic axes."""
+    named = {i.name: tuple(i.shape) for i in session.get_inputs()}
+    tensors = call.tensors
+    dynamic = {dim for shape in named.values() for dim in shape if isinstance(dim, str)}
+    rows = next((t.shape[0] for t in tensors.values() if t.ndim), 1)
+
+    def shapes(batch: int, taller: int = 0, wider: int = 0) -> dict[str, tuple[int, ...]]:
+        return {
+            name: tuple(
+                batch if dim == BATCH else n + {HEIGHT: taller, WIDTH: wider}.get(dim, 0)
+                for dim, n in zip(named.get(name, t.shape), t.shape, strict=True)
+            )
+            for name, t in tensors.items()
+        }
+
+    yield _Shapes(rows, shapes(rows))
+    if BATCH in dynamic:
+        for batch in BATCHES:
+            if batch != rows:
+                yield _Shapes(batch, shapes(batch), optional=True)
+    if dynamic & {HEIGHT, WIDTH}:
+        yield _Shapes(rows, shapes(rows, taller=32, wider=64), optional=True)
+
+
+def _draw(
+    tensors: Mapping[str, torch.Tensor], size: _Shapes, generator: torch.Generator, *, near: bool
+) -> dict[str, torch.Tensor]:
+    return {name: _draw_one(tensor, size.shapes[name], generator, near=near) for name, tensor in tensors.items()}
+
+
+def _draw_one(example: torch.Tensor, shape: Sequence[int], generator: torch.Generator, *, near: bool) -> torch.Tensor:
+    if not example.is_floating_point():
+        if near or not example.numel():
+            return _tiled(example, shape)
+        return example.flatten()[torch.randint(example.numel(), tuple(shape), generator=generator)]
+    spread, mean = torch.std_mean(example.double(), correction=0)
+    usual = bool(torch.isfinite(spread)) and float(spread) > 0
+    scale, centre = (float(spread), float(mean)) if usual else (1.0, 0.0)
+    noise = torch.randn(tuple(shape), generator=generator) * scale
+    drawn = _tiled(example, shape) + _NEAR * noise if near else centre + noise
+    return drawn.to(example.dtype)
+
+
+def _tiled(example: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return `example` repeated or cropped to `shape`."""
+    for axis, length in enumerate(shape):
+        example = example.index_select(axis, torch.arange(length) % example.shape[axis])
+    return example
+
+
+def _run_torch(model: torch.nn.Module, call: Call, tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    args, kwargs = call.arguments({name: tensor.clone() for name, tensor in tensors.items()})
+    with torch.no_grad():
+        output = model(*args, **kwargs)
+    return {name: tensor.numpy(force=True) for name, tensor in name_outputs(output, tuple(tensors)).items()}
+
+
+def _run_onnx(session: Any, tensors: Mapping[str, torch.Tensor], path: Any) -> dict[str, np.ndarray]:
+    wanted = [i.name for i in session.get_inputs()]
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise CheckFailed(f"{path} asks for the input '{missing[0]}', which the model's forward does not have")
+    names = [o.name for o in session.get_outputs()]
+    try:
+        values = session.run(names, {name: tensors[name].numpy(force=True) for name in wanted})
+    except Exception as error:  # the runtime's exceptions have no common base class
+        sizes = {name: tuple(tensors[name].shape) for name in wanted}
+        raise CheckFailed(f"ONNX Runtime cannot run {path} on inputs of shape {sizes}: {error}") from error
+    return dict(zip(names, values, strict=True))
+
+
+def _compare_draws(
+    expected: Sequence[Mapping[str, np.ndarray]], got: Sequence[Mapping[str, np.ndarray]], path: Any
+) -> dict[str, _Magnitudes]:
+    if set(expected[0]) != set(got[0]):
+        raise CheckFailed(f"{path} has the outputs {sorted(got[0])}, the model returns {sorted(expected[0])}")
+    compared = {}
+    for name in expected[0]:
+        shapes = [(y[name].shape, z[name].shape) for y, z in zip(expected, got, strict=True)]
+        if any(a != b for a, b in shapes):
+            raise CheckFailed(f"{path}: output '{name}' has shape {shapes[0][1]}, the model returns {shapes[0][0]}")
+        if len({a for a, _ in shapes}) > 1:
+            raise CheckFailed(
+                f"{path}: the shape of output '{name}' depends on the values of the input, so a comparison cannot tell"
+            )
+        compared[name] = _magnitudes(np.stack([y[name] for y in expected]), np.stack([z[name] for z in got]))
+    return compared
+
+
+def compare(expected: np.ndarray, got: np.ndarray) -> OutputParity:
+    """Compare the stacked outputs of several inputs, shape (draws, ...)."""
+    return _pool([_magnitudes(expected, got)])
+
+
+class _Magnitudes(NamedTuple):
+    """Largest difference, largest value of the part that varies with the input, largest value."""
+
+    difference: float
+    varying: float
+    scale: float
+
+
+def _magnitudes(expected: np.ndarray, got: np.ndarray) -> _Magnitudes:
+    if not expected.size:
+        return _Magnitudes(0.0, 0.0, 0.0)
+    if not np.issubdtype(expected.dtype, np.floating):
+        varying = np.any(expected != expected[:1], axis=0)
+        return _Magnitudes(float(np.mean(expected != got)), float(np.mean(varying)), 1.0)
+    expected, got = expected.astype(np.float64), got.astype(np.float64)
+    odd = ~np.isfinite(expected)  # masks of -inf are legitimate, as long as both have them in the same places
+    if not np.array_equal(odd, ~np.isfinite(got)) or not np.array_equal(expected[odd], got[odd], equal_nan=True):
+        return _Magnitudes(np.inf, 0.0, 0.0)
+    expected, got = np.where(odd, 0.0, expected), np.where(odd, 0.0, got)
+    return _Magnitudes(
+        difference=float(np.abs(got - expected).max()),
+        varying=float(np.abs(expected - expected.mean(axis=0)).max()),
+        scale=float(np.abs(expected).max()),
+    )
+
+
+def _pool(runs: Sequence[_Magnitudes]) -> OutputParity:
+    difference, varying, scale = (max(column) for column in zip(*runs, strict=True))
+    return OutputParity(
+        error=difference / max(varying, _TINY),
+        varying=varying / max(scale, _TINY),
+        difference=difference / max(scale, _TINY),
+    )
