@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from surgery.errors import BudgetUnreachable, IllegalCut, InvalidInput, PlanMismatch
+from surgery.errors import BudgetUnreachable, IllegalCut, InvalidInput, PlanMismatch, SurgeryError
 from surgery.ir import Budget, CostFn, Coupling, Cut, Group, InputSpec, Plan, Scores, Site
 
 SCOPES = ("global", "uniform")
@@ -113,7 +113,13 @@ def plan_from_dead(
     Raises:
         PlanMismatch: a group or a unit that the coupling does not have.
         IllegalCut: a group, or an axis of a tensor, would be left without a unit.
+        SurgeryError: two groups bear one name, so that a plan could not tell them apart.
     """
+    shared = [name for name, count in Counter(group.name for group in coupling.groups).items() if count > 1]
+    if shared:
+        raise SurgeryError(
+            f"{len(shared)} names are borne by several groups, the first is '{shared[0]}': please report it"
+        )
     units = {name: _valid_units(coupling.group(name), indices) for name, indices in dead.items()}
     units = {group.name: units[group.name] for group in coupling.groups if units.get(group.name)}
     return Plan(
