@@ -79,7 +79,7 @@ class Masks:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """An operator call with its arguments by name: `raw` as they stand in the graph, `concrete` as the rules see them."""
+    """An operator call with its arguments by name: `raw` as in the graph, `concrete` as the rules see them."""
 
     raw: Mapping[str, Any]
     concrete: Mapping[str, Any]
@@ -151,7 +151,7 @@ def _apply(node: torch.fx.Node, bound: Bound, rule: Rule | None, shape: Any, ato
     where = source_of(node)
     atoms.where = f"{node.target}" + (f" at {where}" if where else "")
     many = isinstance(shape, list)
-    outputs = [s for s in shape if isinstance(s, tuple)] if many else [shape]
+    outputs = [s for s in shape if isinstance(s, tuple)] if isinstance(shape, list) else [shape]
     call = Call(node.name, bound.concrete, outputs, atoms, many=many, raw=bound.raw)
     if rule is None:
         call.freeze_the_rest("no rule for this operator; to cut through it, add one in surgery/ops/")
@@ -228,6 +228,8 @@ def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
     values, calls = run(program.graph, labels, dense_shapes, atoms)
     atoms.settle()
     groups = tuple(_groups(atoms, params))
+    atoms.freeze(tuple(np.array(g.units) for g in groups if g.size == 1), _ALONE)
+    groups = tuple(g for g in groups if g.size > 1)
     roots = {group.name: group.units for group in groups}
     wiring = Wiring(atoms, values, {k: b.concrete for k, b in calls.items()}, params, roots)
     shapes = {name: value.shape for name, value in params.items()}
@@ -253,49 +255,74 @@ def kept_names(program: Program, patterns: Sequence[str]) -> dict[str, str]:
 
 
 def _groups(atoms: Atoms, params: Mapping[str, Value]) -> Iterator[Group]:
-    """Units that touch the same axes in the same way, in order of first appearance; single units cannot be cut."""
-    places: dict[int, dict[tuple[str, int], list[int]]] = {}
-    signature: dict[int, list[tuple[str, int, int, int]]] = {}
+    """Units that touch the same axes in the same way, in order of first appearance."""
+    places: list[tuple[str, int]] = []  # one entry per layer of a parameter axis
+    columns: list[Mask] = []
     for name, value in params.items():
         for axis, layers in enumerate(value.axes):
-            for k, layer in enumerate(atoms.canon(layers)):
-                order = np.argsort(layer, kind="stable")
-                roots, starts = np.unique(layer[order], return_index=True)
-                for root, positions in zip(roots.tolist(), np.split(order, starts[1:]), strict=True):
-                    if root:
-                        places.setdefault(root, {}).setdefault((name, axis), []).extend(positions.tolist())
-                        signature.setdefault(root, []).append((name, axis, k, len(positions)))
-    members: dict[Any, list[int]] = {}
-    for root, sites in places.items():
-        members.setdefault((tuple(signature[root]), atoms.facts.inexact.get(root)), []).append(root)
-        del sites
-    for roots in members.values():
-        if len(roots) > 1:
-            roots.sort(key=lambda r: next(iter(places[r].values())))
-            keys = list(places[roots[0]])
-            sites_ = tuple(Site(t, a, tuple(tuple(sorted(places[r][t, a])) for r in roots)) for t, a in keys)
-            yield Group(_name(keys, places[roots[0]]), tuple(roots), sites_, atoms.facts.inexact.get(roots[0]))
+            for layer in atoms.canon(layers):
+                columns.append(np.stack((layer, np.full(len(layer), len(places)), np.arange(len(layer)))))
+                places.append((name, axis))
+    if not places:
+        return
+    root, place, position = np.concatenate(columns, axis=1)
+    order = np.lexsort((position, place, root))
+    root, place, position = root[order], place[order], position[order]
+    members: dict[tuple[bytes, str | None], list[tuple[int, int, int]]] = {}
+    starts = np.flatnonzero(np.diff(root, prepend=-1))
+    for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(root)], strict=True):
+        label = int(root[start])
+        if label:
+            key = (place[start:stop].tobytes(), atoms.facts.inexact.get(label))
+            members.setdefault(key, []).append((start, stop, label))
+    for (_, inexact), units in sorted(members.items(), key=lambda kv: (place[kv[1][0][0]], position[kv[1][0][0]])):
+        units.sort(key=lambda u: int(position[u[0]]))
+        sites = tuple(_sites(units, places, place, position))
+        yield Group(_name(sites[0]), tuple(label for _, _, label in units), sites, inexact)
 
 
-def _name(keys: Sequence[tuple[str, int]], first: Mapping[tuple[str, int], Sequence[int]]) -> str:
-    tensor, axis = keys[0]
-    return f"{tensor}:{axis}@{min(first[keys[0]])}x{len(first[keys[0]])}"
+def _name(site: Site) -> str:
+    """Where the group is first met: ``tensor:axis``, then start, width and stride of its first unit."""
+    first = site.index[0]
+    name = f"{site.tensor}:{site.axis}" + (f"@{first[0]}" if first[0] else "")
+    if len(first) > 1:
+        name += f"x{len(first)}" + (f"/{first[1] - first[0]}" if first[1] - first[0] > 1 else "")
+    return name
+
+
+def _sites(
+    units: Sequence[tuple[int, int, int]], places: Sequence[tuple[str, int]], place: Any, position: Any
+) -> Iterator[Site]:
+    """The parameter axes of units that all touch them alike; layers of one axis are put together."""
+    start, stop, _ = units[0]
+    block = place[start:stop]
+    rows = np.stack([position[a:b] for a, b, _ in units])
+    by_axis: dict[tuple[str, int], list[Any]] = {}
+    for k in dict.fromkeys(block.tolist()):
+        by_axis.setdefault(places[k], []).append(rows[:, block == k])
+    for (tensor, axis), parts in by_axis.items():
+        index = np.sort(np.concatenate(parts, axis=1), axis=1)
+        yield Site(tensor, axis, tuple(tuple(row) for row in index.tolist()))
 
 
 def _frozen(atoms: Atoms, params: Mapping[str, Value], groups: Sequence[Group]) -> Iterator[Frozen]:
-    """Axes with indices that are never cut. Kernel axes and the like, which no network cuts, are left out."""
-    cuttable = {root for group in groups for root in group.units}
+    """Axes with indices that are never cut. Kernel axes, which no network cuts, are left out."""
+    cuttable = np.zeros(atoms.count, dtype=np.bool_)
+    for group in groups:
+        cuttable[list(group.units)] = True
     for name, value in params.items():
         for axis, layers in enumerate(value.axes):
-            reasons: dict[str, None] = {}
-            for layer in layers:
-                for label in np.unique(layer).tolist():
-                    if not set(atoms.expand(label)) & cuttable:
-                        reasons[atoms.reason(label) or "a single unit, which the axis cannot do without"] = None
+            free = np.zeros(value.shape[axis], dtype=np.bool_)
+            for layer in atoms.canon(layers):
+                free |= cuttable[layer]
+            whole: list[int] = layers[0][~free].tolist() if layers else []
+            reasons = dict.fromkeys(atoms.reason(label) or _ALONE for label in whole)
             for reason in reasons:
-                if "needs this axis whole" not in reason or len(value.shape) < 3 or axis < 2:
+                if axis < 2 or "needs this axis whole" not in reason:
                     yield Frozen(name, axis, reason)
-                break
+
+
+_ALONE = "a single unit, which the axis cannot do without"
 
 
 def rewrite_view(wiring: Wiring, masks: Masks, name: str, raw: Mapping[str, Any]) -> Rewrite:

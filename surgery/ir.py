@@ -48,8 +48,8 @@ class Program:
     """A traced network.
 
     Attributes:
-        graph: a `torch.fx.GraphModule` over ATen operators, functional (no in-place operators), whose `get_attr` targets
-            are the dense model's own parameter and buffer names.
+        graph: a `torch.fx.GraphModule` over ATen operators, functional (no in-place operators), whose `get_attr`
+            targets are the dense model's own parameter and buffer names.
         nodes: what the graph computes, in order; a readable copy for reports.
         inputs: the tensor inputs in forward's order.
         example_args: positional example inputs, batch 2 where the batch axis is dynamic.
@@ -73,7 +73,7 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One axis of one parameter or buffer: `index[k]` holds the positions along the axis that unit k of the group owns."""
+    """One axis of one parameter or buffer: `index[k]` holds the positions along it that unit k of the group owns."""
 
     tensor: str
     axis: int
@@ -132,7 +132,9 @@ class Coupling:
         for candidate in self.groups:
             if candidate.name == name:
                 return candidate
-        raise PlanMismatch(f"no group '{name}' in this model: the plan was made for another architecture; make a new plan")
+        raise PlanMismatch(
+            f"no group '{name}' in this model: the plan was made for another architecture; make a new plan"
+        )
 
 
 Scores = Mapping[str, tuple[float, ...]]
@@ -160,7 +162,9 @@ class Budget:
             raise InvalidInput(f"a budget names exactly one of macs, params, channels; got {sorted(given) or 'none'}")
         name, value = next(iter(given.items()))
         if not (isinstance(value, (int, float)) and 0.0 < value < 1.0):
-            raise InvalidInput(f"budget {name}={value!r}: the fraction of the dense model to keep must lie strictly between 0 and 1")
+            raise InvalidInput(
+                f"budget {name}={value!r}: the fraction of the dense model to keep must lie strictly between 0 and 1"
+            )
 
     @property
     def kind(self) -> str:
@@ -245,7 +249,9 @@ class Plan:
                 notes=tuple(data["notes"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PlanMismatch(f"{origin}: not a plan file ({error}); `surgery shrink` writes one as plan.json") from error
+            raise PlanMismatch(
+                f"{origin}: not a plan file ({error}); `surgery shrink` writes one as plan.json"
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -131,8 +131,13 @@ class Atoms:
     def _tie_indices(self, left: Layers, right: Layers, length: int) -> None:
         if len(left) == len(right) == 1:
             different = left[0] != right[0]
+            frozen, parts = self.facts.frozen, self.facts.parts
             for x, y in zip(left[0][different].tolist(), right[0][different].tolist(), strict=True):
-                self._equate([x], [y])
+                a, b = self.find(x), self.find(y)
+                if a in frozen or b in frozen or a in parts or b in parts:
+                    self._equate([a], [b])
+                else:
+                    self._union_roots(a, b)
         elif left or right:
             for i in range(length):
                 self._equate([int(x[i]) for x in left], [int(y[i]) for y in right])
@@ -217,14 +222,13 @@ class Atoms:
         Returns:
             For each axis of `labels` its layers: none or one.
         """
-        axes = [a for a in range(labels.ndim) if _varies(labels, a)]
+        core = _reduced(labels)
+        axes = [a for a in range(labels.ndim) if core.shape[a] > 1]
         out: list[Layers] = [()] * labels.ndim
         if not axes:
-            if labels.size:
-                self.freeze((labels.reshape(-1)[:1],), f"{self.where}: removing it would leave nothing of the axis")
+            self.freeze((core.reshape(-1),), f"{self.where}: removing it would leave nothing of the axis")
             return tuple(out)
-        first = tuple(slice(None) if a in axes else 0 for a in range(labels.ndim))
-        core = np.ascontiguousarray(labels[first])
+        core = np.ascontiguousarray(core.reshape([core.shape[a] for a in axes]))
         if len(axes) == 1:
             out[axes[0]] = (core,)
             return tuple(out)
@@ -279,13 +283,19 @@ class Atoms:
         """Rewrite layers in terms of roots; layers that are always alive vanish, equal ones merge."""
         out: list[Layer] = []
         for layer in layers:
-            unique, inverse = np.unique(layer, return_inverse=True)
-            slots = [self.slots(int(x)) for x in unique]
-            for k in range(max((len(s) for s in slots), default=0)):
-                column = np.array([s[k] if k < len(s) else 0 for s in slots], dtype=np.int64)[inverse]
+            for column in self._columns(layer):
                 if column.any() and not any(np.array_equal(column, other) for other in out):
                     out.append(column)
         return tuple(out)
+
+    def _columns(self, layer: Layer) -> list[Layer]:
+        unique, inverse = np.unique(layer, return_inverse=True)
+        roots = [self.find(x) for x in unique.tolist()]
+        if self.facts.frozen.keys().isdisjoint(roots) and self.facts.parts.keys().isdisjoint(roots):
+            return [np.array(roots, dtype=np.int64)[inverse]]
+        rows = _aligned([self.expand(x) for x in roots])
+        depth = max(len(row) for row in rows)
+        return [np.array([r[k] if k < len(r) else 0 for r in rows], dtype=np.int64)[inverse] for k in range(depth)]
 
     def keep(self, layers: Layers, length: int, dead: Mask) -> Mask:
         """Mask (length,) of the indices that survive when the roots marked in `dead` are removed."""
@@ -323,11 +333,29 @@ class Atoms:
             self._freeze_root(root, "part of a reshaped axis that no operator computes on by itself")
 
 
-def _varies(labels: NDArray[np.int64], axis: int) -> bool:
-    if labels.shape[axis] <= 1 or labels.strides[axis] == 0:
-        return False
-    first = np.take(labels, [0], axis=axis)
-    return bool((labels != first).any())
+def _reduced(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Keep one index of every axis along which nothing changes; axes become shorter as it goes, so this is cheap."""
+    for axis in range(labels.ndim):
+        first = labels[(slice(None),) * axis + (slice(0, 1),)]
+        if labels.shape[axis] > 1 and (labels.strides[axis] == 0 or bool((labels == first).all())):
+            labels = first
+    return labels
+
+
+def _aligned(conjunctions: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Lay conjunctions out in columns so that an atom is in the same column wherever it occurs, as far as possible."""
+    column: dict[int, int] = {}
+    rows: list[list[int]] = [[] for _ in conjunctions]
+    for k in sorted(range(len(rows)), key=lambda k: -len(conjunctions[k])):
+        row = rows[k]
+        for atom in conjunctions[k]:
+            wanted = column.get(atom, 0)
+            while wanted < len(row) and row[wanted]:
+                wanted += 1
+            row.extend([0] * (wanted + 1 - len(row)))
+            row[wanted] = atom
+            column.setdefault(atom, wanted)
+    return [row or [0] for row in rows]
 
 
 def _without_shared(left: Layers, right: Layers) -> tuple[Layers, Layers]:

@@ -82,11 +82,13 @@ def _at_batch_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[
         raise InvalidInput(
             "example inputs hold no tensor; pass a tensor or a tuple of tensors such as (1, 3, 224, 224)"
         )
-    if any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
-        return args, kwargs
+    single = all(t.dim() > 0 and t.shape[0] == 1 for t in tensors)
 
     def twice(x: Any) -> Any:
-        return torch.cat([x, x.flip(-1) if x.is_floating_point() else x]) if isinstance(x, Tensor) else x
+        if not isinstance(x, Tensor):
+            return x
+        x = x.detach()  # a copy: torch.export takes one tensor given twice for one input
+        return torch.cat([x, x.flip(-1) if x.is_floating_point() else x]) if single else x.clone()
 
     doubled: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(twice, (args, kwargs))
     return doubled
@@ -94,13 +96,21 @@ def _at_batch_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every submodule in eval mode for the time of the block; flags are set directly, no hook runs."""
+    """Put every submodule in eval mode for the time of the block.
+
+    Flags are set directly, so that no code of the user's runs; a graph is asked, since its operators hold flags too.
+    """
     modes = [(m, m.training) for m in model.modules()]
+    graph = model.training and isinstance(model, torch.fx.GraphModule)
     try:
+        if graph:
+            model.eval()
         for m, _ in modes:
             m.training = False
         yield
     finally:
+        if graph:
+            model.train()
         for m, mode in modes:
             m.training = mode
 
@@ -223,8 +233,8 @@ def _clean(exported: Any) -> torch.fx.GraphModule:
 def _plain(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """The same graph in an ordinary GraphModule, without what `ExportedProgram.module()` hooks on.
 
-    Where all inputs are plain arguments, outputs are rebuilt by the graph itself (it can return tuples and dictionaries):
-    such a module can be copied and saved without torch's pytree machinery.
+    Where all inputs are plain arguments, outputs are rebuilt by the graph itself (it can return tuples and
+    dictionaries): such a module can be copied and saved without torch's pytree machinery.
     """
     info = getattr(graph.graph._codegen, "pytree_info", None)
     placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]

@@ -28,9 +28,12 @@ def _couple(call: Call, *, transposed: bool) -> Value:
         weight_groups, weight_out = call.split(weight, along_out, (groups, outside))
         weight_in = call.passed(weight, along_in)
     x_groups, x_in = call.split(x, channel, (groups, inside))
-    call.tie_layers(x_in, weight_in, inside)
+    x_in = call.tie_layers(x_in, weight_in, inside)
     whole = call.tie_layers(x_groups, weight_groups, groups)
     call.atoms.claim(whole)
+    if groups > 1:
+        call.atoms.claim(x_in)
+        call.atoms.claim(weight_out)
     out = join(whole, weight_out, (groups, outside))
     bias = call.optional("bias")
     if bias is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 
 import torch
@@ -66,8 +66,7 @@ def _linear_macs(shapes: Mapping[str, Shape], out: Shape) -> int:
 
 
 def _of_two(op: str, first: str, second: str, says: str) -> Rule:
-    names = {"aten.bmm.default": torch.bmm, "aten.matmul.default": torch.matmul}
-    function = names.get(op, torch.matmul)
+    function: Callable[[Tensor, Tensor], Tensor] = torch.bmm if op == "aten.bmm.default" else torch.matmul
     return Rule(
         op=op,
         family="matrix product",

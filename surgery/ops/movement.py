@@ -32,13 +32,14 @@ def _moves(
     example: Example | None = None,
     after: int = 0,
     dtype: torch.dtype = torch.int64,
+    couple: Callable[[Call], Coupled] | None = None,
 ) -> Rule:
     packet, overload = name.rsplit(".", 1)
     op = getattr(getattr(aten, packet), overload)
     return Rule(
         op=f"aten.{name}",
         family="movement",
-        couple=lambda call: _run(call, op, dtype),
+        couple=couple or (lambda call: _run(call, op, dtype)),
         rewrite=rewrite,
         example=example or between_convs(function, after=after),
         says="run on labels",
@@ -63,7 +64,7 @@ def _unflatten_sizes(r: Rewrite) -> Changes:
 
 
 def _split_sizes(r: Rewrite) -> Changes:
-    """chunk and split: where the survivors are spread unevenly, name the size of every piece."""
+    """Chunk and split: where the survivors are spread unevenly, name the size of every piece."""
     dim = r.bound["dim"] % len(r.bound["self"].shape)
     pieces = [r.shape_of(out)[dim] for out in r.outputs]
     if all(out.shape[dim] == piece for out, piece in zip(r.outputs, pieces, strict=True)):
@@ -121,6 +122,11 @@ def _squeezed(r: Rewrite) -> Changes:
         if gone
         else Replacement(aten.alias.default, (r.raw["self"],))
     )
+
+
+def _couple_view(call: Call) -> Coupled:
+    """Labels are stretched over the other axes without memory, which `view` would refuse: reshape is the same move."""
+    return call.move(call.value("self"), lambda labels: labels.reshape(call["size"]))
 
 
 def _couple_cat(call: Call) -> Value:
@@ -217,7 +223,7 @@ def _rewrite_pad(r: Rewrite) -> Changes:
 
 
 def _frozen_axis(name: str, function: Callable[[Tensor], Tensor], *, argument: str = "dim") -> Rule:
-    """select and unbind name single indices of an axis: it is never cut; the others pass."""
+    """Select and unbind name single indices of an axis: it is never cut; the others pass."""
     packet, overload = name.rsplit(".", 1)
     op = getattr(getattr(aten, packet), overload)
 
@@ -243,9 +249,19 @@ def _back(x: Tensor) -> Tensor:
 
 
 register(
-    _moves("view.default", lambda x: aten.view(x, [x.shape[0], 2, 4, 10, 10]).flatten(1, 2), rewrite=_sizes("size")),
+    _moves(
+        "view.default",
+        lambda x: aten.view(x, [x.shape[0], 2, 4, 10, 10]).flatten(1, 2),
+        rewrite=_sizes("size"),
+        couple=_couple_view,
+    ),
     _moves("reshape.default", lambda x: x.transpose(2, 3).reshape(x.shape[0], 8, 10, 10), rewrite=_sizes("shape")),
-    _moves("_unsafe_view.default", lambda x: aten._unsafe_view(x, [x.shape[0], 8, 10, 10]), rewrite=_sizes("size")),
+    _moves(
+        "_unsafe_view.default",
+        lambda x: aten._unsafe_view(x, [x.shape[0], 8, 10, 10]),
+        rewrite=_sizes("size"),
+        couple=_couple_view,
+    ),
     _moves("flatten.using_ints", torch.flatten, example=between_linears(lambda x: x.flatten(1), after=72)),
     _moves(
         "unflatten.int",
@@ -275,8 +291,8 @@ register(
     _moves("pixel_unshuffle.default", lambda x: F.pixel_unshuffle(x, 2), after=32),
     _moves("channel_shuffle.default", lambda x: aten.channel_shuffle(x, 2)),
     _moves("chunk.default", lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), rewrite=_split_sizes),
-    _moves("split.Tensor", lambda x: torch.cat(x.split(3, 1)[::-1], 1), rewrite=_split_sizes),
-    _moves("split_with_sizes.default", lambda x: torch.cat(x.split([3, 5], 1)[::-1], 1), rewrite=_split_sizes),
+    _moves("split.Tensor", lambda x: torch.cat(torch.split(x, 3, 1)[::-1], 1), rewrite=_split_sizes),
+    _moves("split_with_sizes.default", lambda x: torch.cat(torch.split(x, [3, 5], 1)[::-1], 1), rewrite=_split_sizes),
     _moves("tensor_split.sections", lambda x: torch.cat(x.tensor_split(3, 1)[::-1], 1), rewrite=_split_sizes),
     _moves("unfold.default", lambda x: x.unfold(2, 3, 1).sum(-1)),
     _moves("reflection_pad2d.default", lambda x: F.pad(x, (1, 1, 1, 1), "reflect"), dtype=torch.float64),

@@ -33,7 +33,7 @@ def _times(factor: int, *, of_output: bool) -> Callable[[Mapping[str, Shape], Sh
 
 
 def _line(function: Callable[[Tensor], Tensor]) -> Callable[[], Built]:
-    return between_convs(lambda x: function(x.flatten(2)).unflatten(2, (-1, 5)))
+    return between_convs(lambda x: function(x.flatten(2)).reshape(x.shape[0], 8, -1, 5))
 
 
 def _rule(
@@ -58,7 +58,8 @@ def _volume(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def _bilinear(x: Tensor) -> Tensor:
-    return aten.upsample_bilinear2d.vec(x, [20, 20], False, None)
+    result: Tensor = aten.upsample_bilinear2d.vec(x, [20, 20], False, None)
+    return result
 
 
 _INPUT, _OUTPUT, _FOUR = _times(1, of_output=False), _times(1, of_output=True), _times(4, of_output=True)

@@ -27,8 +27,9 @@ Coupled = Value | tuple[Value, ...]
 class Call:
     """One operator call as its `couple` function sees it.
 
-    Tensor arguments are `Value`s, everything else is concrete. Every labelled axis of every tensor argument that the rule
-    does not handle, by `passed`, `tie`, `split`, `freeze` or `move`, is frozen afterwards: a forgotten axis is never cut.
+    Tensor arguments are `Value`s, everything else is concrete. Every labelled axis of every tensor argument that the
+    rule does not handle, by `passed`, `tie`, `split`, `freeze` or `move`, is frozen afterwards: a forgotten axis is
+    never cut.
     """
 
     def __init__(
@@ -129,11 +130,7 @@ class Call:
             layers = self.passed(value, axis)
             for layer in self.atoms.canon(layers) if size > 1 else ():
                 view = torch.from_numpy(layer.copy()).to(dtype)
-                view = (
-                    view.reshape([-1 if a == axis else 1 for a in range(len(value.shape))])
-                    .expand(value.shape)
-                    .contiguous()
-                )
+                view = view.reshape([-1 if a == axis else 1 for a in range(len(value.shape))]).expand(value.shape)
                 moved = function(view)
                 for k, result in enumerate(moved if self.many else (moved,)):
                     for a, found in enumerate(self.atoms.factor(result.detach().to(torch.int64).numpy())):
@@ -234,7 +231,7 @@ class Dead:
                 tensor = torch.where(alive.reshape(shape), tensor, torch.zeros((), dtype=tensor.dtype))
         return tensor
 
-    def run(self, **changed: Any) -> Any:
+    def run(self, /, **changed: Any) -> Any:
         """Run the operator with some arguments exchanged."""
         return self.op(**{**self.bound, **changed})
 

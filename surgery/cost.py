@@ -1,0 +1,110 @@
+"""Analytic costs of a plan before anything is cut: the operators' own formulas at the surviving sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from surgery.couple import Wiring
+from surgery.ir import CostFn, Coupling, Program
+from surgery.labels import Layers, Mask, Value
+from surgery.ops.registry import Shape, rules
+
+
+class _Sizes:
+    """Surviving lengths of many axes at once; axes with equal labels are counted once."""
+
+    def __init__(self, wiring: Wiring) -> None:
+        self._wiring = wiring
+        self._slots: dict[tuple[bytes, ...], int] = {}
+        self._axes: list[Layers] = []
+        self._known: dict[int, tuple[Value, list[int]]] = {}
+
+    def track(self, value: Value) -> list[int]:
+        """For each axis of `value`, its slot, or its negated fixed length less one."""
+        if id(value) not in self._known:
+            self._known[id(value)] = (value, [self._slot(value, a) for a in range(len(value.shape))])
+        return self._known[id(value)][1]
+
+    def _slot(self, value: Value, axis: int) -> int:
+        layers = self._wiring.atoms.canon(value.axes[axis])
+        if not layers:
+            return -1 - value.shape[axis]
+        key = tuple(layer.tobytes() for layer in layers)
+        if key not in self._slots:
+            self._slots[key] = len(self._axes)
+            self._axes.append(layers)
+        return self._slots[key]
+
+    def lengths(self, dead: Mask) -> list[int]:
+        """Surviving length per slot."""
+        alive = ~dead
+        return [int(np.logical_and.reduce([alive[layer] for layer in layers]).sum()) for layers in self._axes]
+
+
+def _shape(slots: Sequence[int], lengths: Sequence[int]) -> Shape:
+    return tuple(lengths[s] if s >= 0 else -1 - s for s in slots)
+
+
+def cost_functions(program: Program, coupling: Coupling) -> Mapping[str, CostFn]:
+    """Return cost functions of what a plan leaves.
+
+    Returns:
+        `macs`: multiply-adds per sample by fvcore's formulas (one multiply-add = 1 MAC; norms and resizing as fvcore
+        counts them); `params`: number of parameters, shared ones once. Each maps dead units per group name to an int.
+    """
+    wiring: Wiring = coupling.facts
+    return {"macs": _macs(program, wiring), "params": _params(program, wiring)}
+
+
+def _macs(program: Program, wiring: Wiring) -> CostFn:
+    table, sizes = rules(), _Sizes(wiring)
+    terms: list[tuple[Callable[[Mapping[str, Shape], Shape], int], dict[str, list[int]], list[int]]] = []
+    for node in program.nodes:
+        rule = table.get(node.op)
+        if rule is not None and rule.macs is not None:
+            tensors = {k: sizes.track(v) for k, v in wiring.calls[node.name].items() if isinstance(v, Value)}
+            out: Any = wiring.values[node.name]
+            first = out[0] if isinstance(out, (tuple, list)) else out
+            terms.append((rule.macs, tensors, sizes.track(first)))
+    batch = batch_size(program)
+
+    def macs(dead: Mapping[str, Sequence[int]]) -> int:
+        lengths = sizes.lengths(wiring.dead_roots(dead))
+        total = sum(
+            formula({k: _shape(s, lengths) for k, s in tensors.items()}, _shape(out, lengths))
+            for formula, tensors, out in terms
+        )
+        return total // batch
+
+    return macs
+
+
+def batch_size(program: Program) -> int:
+    """How many samples the example inputs hold."""
+    first = program.inputs[0].shape if program.inputs else ()
+    return first[0] if first else 1
+
+
+def _params(program: Program, wiring: Wiring) -> CostFn:
+    sizes = _Sizes(wiring)
+    tracked: list[list[int]] = []
+    fixed = 0
+    seen: set[int] = set()
+    for name, parameter in program.model.named_parameters(remove_duplicate=False):
+        if id(parameter) in seen:
+            continue
+        if name in wiring.params:
+            tracked.append(sizes.track(wiring.params[name]))
+            seen.add(id(parameter))
+    for parameter in program.model.parameters():
+        if id(parameter) not in seen:
+            fixed += parameter.numel()
+
+    def params(dead: Mapping[str, Sequence[int]]) -> int:
+        lengths = sizes.lengths(wiring.dead_roots(dead))
+        return fixed + sum(int(np.prod(_shape(s, lengths), dtype=np.int64)) for s in tracked)
+
+    return params

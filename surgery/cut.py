@@ -1,0 +1,304 @@
+"""Make the smaller model: slice every tensor, rewrite what the program bakes in, and give the user's class back.
+
+The rewritten program is always built. The user's own class, with its submodules sliced, is returned instead whenever
+its forward computes the same at the new sizes; then trainers, `isinstance` checks and methods go on working.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from surgery.allocate import plan_from_dead
+from surgery.couple import Masks, Wiring, bind, couple, rewrite_view
+from surgery.errors import IllegalCut, PlanMismatch
+from surgery.graph import CompactGraph, tensor_tree
+from surgery.ir import CompactModel, Coupling, Plan, Program
+from surgery.numerics import Run, flat_outputs, sample_inputs, well_conditioned
+from surgery.ops.registry import Replacement, Scaled, rules
+from surgery.tolerances import TOLERANCE
+from surgery.trace import evaluating, first_line, module_of, source_of
+from surgery.transplant import Literal, transplant
+
+
+def cut(program: Program, plan: Plan, *, coupling: Coupling | None = None) -> CompactModel:
+    """Return a smaller copy of the traced model without the plan's dead units.
+
+    Args:
+        program: what `trace` returned; left unchanged.
+        plan: for each `Cut(tensor, axis, dead)` a tensor of shape (.., C, ..) becomes (.., C - len(dead), ..).
+        coupling: what `couple` returned for this program, where it is at hand.
+
+    Returns:
+        Module with the dense model's signature, output shapes and parameter names; trainable.
+
+    Raises:
+        PlanMismatch: the plan was made for another architecture, or contradicts itself.
+        IllegalCut: an axis would be left empty.
+
+    Source: coupled groups after Fang et al. 2023 (arXiv:2301.12900); label propagation is derived in `couple.py`.
+    """
+    coupling = coupling or couple(program, keep=tuple(plan.settings.get("keep", ())))
+    masks = masks_of(program, plan, coupling)
+    wiring: Wiring = coupling.facts
+    sliced = slice_tensors(program, plan)
+    graph, literals = _rewrite(program, wiring, masks, sliced)
+    lost = _lost_in_training(program)
+    module, why = _own_class(program, plan, graph, sliced, literals)
+    graph.train(program.model.training)
+    if module is None:
+        return CompactModel(graph, "graph", why, graph, lost)
+    return CompactModel(module, "module", why, graph)
+
+
+def masks_of(program: Program, plan: Plan, coupling: Coupling) -> Masks:
+    """Which indices survive; raises PlanMismatch where plan and program do not belong together."""
+    if plan.fingerprint != program.fingerprint:
+        raise PlanMismatch(
+            "the plan was made for another architecture (its fingerprint differs from this model's); "
+            "use the model it was made for, or make a new plan"
+        )
+    derived = plan_from_dead(coupling, plan.dead, fingerprint=plan.fingerprint, inputs=plan.inputs)
+    if derived.cuts != plan.cuts:
+        raise PlanMismatch("the plan's cuts do not follow from its dead units: the file was edited; make a new plan")
+    wiring: Wiring = coupling.facts
+    return Masks(wiring, wiring.dead_roots(plan.dead))
+
+
+# -- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def slice_tensors(program: Program, plan: Plan) -> dict[str, Tensor]:
+    """Every parameter and buffer of the model and of the graph, as a copy without the plan's dead positions.
+
+    Parameters stay parameters, with their `requires_grad`; tied ones stay one object.
+    """
+    cuts: dict[str, list[tuple[int, Tensor]]] = {}
+    for c in plan.cuts:
+        alive = torch.ones(c.size, dtype=torch.bool)
+        alive[list(c.dead)] = False
+        cuts.setdefault(c.tensor, []).append((c.axis, alive.nonzero().squeeze(1)))
+    out: dict[str, Tensor] = {}
+    copies: dict[int, Tensor] = {}
+    for name, tensor in _all_tensors(program).items():
+        if id(tensor) not in copies:
+            value = tensor.detach()
+            for axis, index in cuts.get(name, ()):
+                value = value.index_select(axis, index.to(value.device))
+            value = value.clone(memory_format=torch.contiguous_format)
+            if isinstance(tensor, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=tensor.requires_grad)
+            copies[id(tensor)] = value
+        out[name] = copies[id(tensor)]
+    return out
+
+
+def _all_tensors(program: Program) -> dict[str, Tensor]:
+    model: nn.Module = program.model
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    for node in program.graph.graph.nodes:
+        if node.op == "get_attr" and node.target not in tensors:
+            value: Any = program.graph
+            for part in node.target.split("."):
+                value = getattr(value, part)
+            tensors[node.target] = value
+    return tensors
+
+
+# -- the program -----------------------------------------------------------------------------------------------------
+
+
+def _rewrite(
+    program: Program, wiring: Wiring, masks: Masks, sliced: Mapping[str, Tensor]
+) -> tuple[CompactGraph, list[Literal]]:
+    """Copy the graph with every call's arguments brought to the new sizes; also list the sizes that changed."""
+    _refuse_empty(wiring, masks)
+    table = rules()
+    root = tensor_tree(sliced, program.model)
+    graph = torch.fx.Graph()
+    graph.set_codegen(copy.deepcopy(program.graph.graph._codegen))
+    new: dict[torch.fx.Node, torch.fx.Node] = {}
+    literals: list[Literal] = []
+    for node in program.graph.graph.nodes:
+        if node.op == "output":
+            graph.output(torch.fx.map_arg(node.args[0], lambda n: new[n]))
+            continue
+        copied = graph.node_copy(node, lambda n: new[n])
+        copied.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+        new[node] = copied
+        rule = table.get(str(node.target))
+        if node.op == "call_function" and rule is not None and rule.rewrite is not None and node.name in wiring.calls:
+            raw = bind(node, lambda n: n).raw
+            change = rule.rewrite(rewrite_view(wiring, masks, node.name, raw))
+            new[node] = _apply_change(graph, root, copied, change, new)
+            literals += _literals(node, raw, change)
+    module = CompactGraph(root, graph, "Compact")
+    module.eval()
+    return module, literals
+
+
+def _refuse_empty(wiring: Wiring, masks: Masks) -> None:
+    for name, value in wiring.values.items():
+        for v in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(v, "axes") and any(layers and not masks(v, a).any() for a, layers in enumerate(v.axes)):
+                raise IllegalCut(f"the plan leaves nothing of a value at node '{name}'; remove fewer units there")
+
+
+def _apply_change(
+    graph: torch.fx.Graph,
+    root: nn.Module,
+    node: torch.fx.Node,
+    change: Mapping[str, Any] | Replacement,
+    new: Mapping[torch.fx.Node, torch.fx.Node],
+) -> torch.fx.Node:
+    def resolved(x: Any) -> Any:
+        if isinstance(x, torch.fx.Node):
+            return new.get(x, x)
+        if isinstance(x, Scaled):
+            return _scaled(graph, new[x.node], x.numerator, x.denominator)
+        if isinstance(x, Tensor):
+            name = f"_index_{node.name}"
+            root.register_buffer(name, x, persistent=False)
+            return graph.get_attr(name)
+        if isinstance(x, (list, tuple)):
+            return type(x)(resolved(y) for y in x)
+        return x
+
+    with graph.inserting_before(node):
+        if isinstance(change, Replacement):
+            node.args, node.kwargs, node.target = tuple(resolved(a) for a in change.args), {}, change.op
+            return node
+        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+        for name, value in change.items():
+            position = names.index(name)
+            if position < len(node.args):
+                node.update_arg(position, resolved(value))
+            else:
+                node.update_kwarg(name, resolved(value))
+    return node
+
+
+def _scaled(graph: torch.fx.Graph, size: torch.fx.Node, numerator: int, denominator: int) -> torch.fx.Node:
+    shared = gcd(numerator, denominator)
+    product = graph.call_function(operator.mul, (size, numerator // shared))
+    return graph.call_function(operator.floordiv, (product, denominator // shared))
+
+
+def _literals(node: torch.fx.Node, raw: Mapping[str, Any], change: Mapping[str, Any] | Replacement) -> list[Literal]:
+    """The integers that changed, and where the user's code computed them."""
+    if isinstance(change, Replacement):
+        return [Literal(module_of(node), None, None, f"{node.target} at {source_of(node)}")]
+    out = []
+    for name, value in change.items():
+        before, after = pytree.tree_leaves(raw[name]), pytree.tree_leaves(value)
+        for a, b in zip(before, after, strict=False):
+            if isinstance(a, int) and isinstance(b, int) and a != b:
+                out.append(Literal(module_of(node), a, b, f"{node.target} at {source_of(node)}"))
+    return out
+
+
+# -- the user's own class --------------------------------------------------------------------------------------------
+
+
+def _own_class(
+    program: Program, plan: Plan, graph: CompactGraph, sliced: Mapping[str, Tensor], literals: list[Literal]
+) -> tuple[nn.Module | None, str]:
+    """The user's class with sliced submodules, where it computes what the rewritten program computes."""
+    if isinstance(program.model, torch.fx.GraphModule):
+        return None, "the model is a graph already"
+    stray = [c.tensor for c in plan.cuts if c.tensor not in _named(program.model)]
+    if stray:
+        return None, f"forward builds the tensor '{stray[0]}' itself, at a size that would have to change"
+    module = transplant(program.model, sliced, literals, graph)
+    why = _differs(program, plan, graph, module)
+    if why is None:
+        why = _fails_in_training(program, module)
+    return (None, why) if why else (module, "its forward computes the same at the new sizes")
+
+
+def _named(model: nn.Module) -> set[str]:
+    return {n for n, _ in model.named_parameters(remove_duplicate=False)} | {n for n, _ in model.named_buffers()}
+
+
+def _differs(program: Program, plan: Plan, graph: CompactGraph, module: nn.Module) -> str | None:
+    """Why the user's class does not compute what the rewritten program computes; None where it does."""
+    state = compact_state(well_conditioned(program), plan)
+    inputs = sample_inputs(program, seed=7, dtype=torch.float64)
+    args, kwargs = as_call(program, inputs)
+    with torch.no_grad(), evaluating(module), evaluating(graph):
+        wanted = flat_outputs(Run(graph, state, dtype=torch.float64).run(*inputs))
+        named = {k: v for k, v in state.items() if k in _named(module)}
+        try:
+            got = flat_outputs(torch.func.functional_call(module, named, args, kwargs))
+        except Exception as error:  # whatever the user's forward raises at sizes it was not written for
+            return f"its forward does not run at the new sizes: {first_line(error)}"
+    if [t.shape for t in got] != [t.shape for t in wanted]:
+        return "its forward returns other shapes at the new sizes"
+    worst = max((float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in zip(got, wanted, strict=True)))
+    if not worst <= TOLERANCE[torch.float64]:
+        return f"its forward computes something else at the new sizes (relative difference {worst:.1e})"
+    return None
+
+
+def compact_state(state: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+    """The same values without the plan's dead positions."""
+    out = dict(state)
+    for c in plan.cuts:
+        alive = torch.ones(c.size, dtype=torch.bool)
+        alive[list(c.dead)] = False
+        if c.tensor in out:
+            out[c.tensor] = out[c.tensor].detach().index_select(c.axis, alive.nonzero().squeeze(1))
+    return out
+
+
+def as_call(program: Program, inputs: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Flat inputs as the positional and keyword arguments of the user's forward."""
+    _, spec = pytree.tree_flatten((program.example_args, dict(program.example_kwargs)))
+    args, kwargs = pytree.tree_unflatten(inputs, spec)
+    return args, kwargs
+
+
+def _fails_in_training(program: Program, module: nn.Module) -> str | None:
+    """Branches that only run in training were not traced: they must still fit."""
+    unseen = _unseen(program)
+    if not unseen:
+        return None
+    trial = copy.deepcopy(module)
+    for m in trial.modules():
+        m.training = True
+    try:
+        with torch.no_grad():
+            trial(*program.example_args, **program.example_kwargs)
+    except Exception as error:  # whatever the user's forward raises
+        return f"its forward in training mode also runs '{unseen[0]}', which was not traced: {first_line(error)}"
+    return None
+
+
+def _unseen(program: Program) -> list[str]:
+    seen = {str(n.target) for n in program.graph.graph.nodes if n.op == "get_attr"}
+    return [n for n, _ in program.model.named_parameters() if n not in seen]
+
+
+def _lost_in_training(program: Program) -> tuple[str, ...]:
+    """What the traced program no longer does in training: what evaluation mode skips without a trace."""
+    lost = []
+    traced = {module_of(n) for n in program.graph.graph.nodes if "dropout" in str(n.target)}
+    for name, module in program.model.named_modules():
+        kind = type(module).__name__
+        rate = next(
+            (float(r) for a in ("p", "drop_prob") if isinstance(r := getattr(module, a, None), (int, float))), 0.0
+        )
+        if ("Drop" in kind or "StochasticDepth" in kind) and rate > 0 and name not in traced:
+            lost.append(f"{kind} '{name}'")
+        if isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
+            lost.append(f"attention dropout of '{name}'")
+    heads = dict.fromkeys(name.split(".")[0] for name in _unseen(program))
+    return (*lost, *(f"'{head}', which evaluation mode does not run" for head in heads))

@@ -1,0 +1,107 @@
+"""The rewritten program as a module that behaves like one: trains, moves, copies, saves and exports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.graph_module import reduce_graph_module
+
+aten = torch.ops.aten
+
+_TRAINING_ARGUMENT = {aten.batch_norm.default: 5, aten.instance_norm.default: 5}
+_DROPOUT = {aten.dropout.default: 2, aten.feature_dropout.default: 2, aten.alpha_dropout.default: 2}
+
+
+class CompactGraph(torch.fx.GraphModule):
+    """A GraphModule over ATen operators whose `.train()`, `.eval()` and `.to(..)` reach the operators' own arguments.
+
+    A traced program bakes in that it ran in evaluation mode, and the dtypes and devices of tensors it creates. `train`
+    flips the flags of its batch norms and dropouts; `to` rewrites baked-in dtypes and devices.
+    """
+
+    def train(self, mode: bool = True) -> CompactGraph:
+        """Set training mode for batch norm and dropout operators too."""
+        super().train(mode)
+        changed = False
+        for node in self.graph.nodes:
+            position = {**_TRAINING_ARGUMENT, **_DROPOUT}.get(node.target)
+            if position is not None and len(node.args) > position and node.args[position] is not mode:
+                node.update_arg(position, mode)
+                changed = True
+        if changed:
+            self.recompile()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompactGraph:
+        before = _kind(self)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = _kind(self)
+        if before is not None and after is not None and before != after:
+            self._rewrite_literals(dict(zip(before, after, strict=True)))
+        return self
+
+    def _rewrite_literals(self, table: Mapping[Any, Any]) -> None:
+        for node in self.graph.nodes:
+            if node.op == "call_function":
+                node.args = tuple(_swapped(a, table) for a in node.args)
+                node.kwargs = {k: _swapped(a, table) for k, a in node.kwargs.items()}
+        self.recompile()
+
+    def __reduce__(self) -> Any:
+        _, (state, imports) = super().__reduce__()
+        return _restore, (state, imports, self.training)
+
+
+def _restore(state: dict[Any, Any], imports: str, training: bool) -> CompactGraph:
+    plain = reduce_graph_module(state, imports)
+    graph = CompactGraph(plain, plain.graph)  # type: ignore[arg-type]
+    for module in graph.modules():
+        module.training = training
+    return graph
+
+
+def _kind(module: nn.Module) -> tuple[torch.dtype, torch.device] | None:
+    for tensor in module.parameters():
+        if tensor.is_floating_point():
+            return tensor.dtype, tensor.device
+    return None
+
+
+def _swapped(argument: Any, table: Mapping[Any, Any]) -> Any:
+    return table.get(argument, argument) if isinstance(argument, (torch.dtype, torch.device)) else argument
+
+
+def tensor_tree(tensors: Mapping[str, Tensor], like: nn.Module) -> nn.Module:
+    """Build bare modules that hold `tensors` under their dotted names, as `like` has them."""
+    root = nn.Module()
+    for name, tensor in tensors.items():
+        owner, leaf = _owner(root, name)
+        source_owner = _find(like, name.rpartition(".")[0])
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(leaf, tensor)
+        else:
+            hidden = source_owner is None or leaf in source_owner._non_persistent_buffers_set
+            known = source_owner is not None and leaf in source_owner._buffers
+            owner.register_buffer(leaf, tensor, persistent=known and not hidden)
+    return root
+
+
+def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root._modules[part]  # type: ignore[assignment]
+    return root, leaf
+
+
+def _find(root: nn.Module, path: str) -> nn.Module | None:
+    for part in path.split(".") if path else ():
+        child = root._modules.get(part)
+        if child is None:
+            return None
+        root = child
+    return root

@@ -1,0 +1,205 @@
+"""Run traced programs on numbers: well-conditioned values to check with, and the masked meaning of the dense model.
+
+Library-default random weights make comparisons blind: a vision transformer's head is all zero, and permuting channels
+A vision transformer's default head is all zero, and permuting channels of a deep net with default weights may move its
+output by one part in a million: on such values a comparison is blind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from surgery.couple import Masks, Wiring
+from surgery.ir import Program
+from surgery.labels import Value
+from surgery.ops.registry import Dead, rules
+
+aten = torch.ops.aten
+
+
+def state_of(program: Program) -> dict[str, Tensor]:
+    """Parameters and buffers that the graph reads, by name."""
+    wanted = {str(n.target) for n in program.graph.graph.nodes if n.op == "get_attr"}
+    found: dict[str, Tensor] = {}
+    for name in wanted:
+        value: Any = program.graph
+        for part in name.split("."):
+            value = getattr(value, part)
+        found[name] = value
+    return found
+
+
+def sample_inputs(program: Program, *, seed: int, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Random inputs in the order of the graph's placeholders; integer inputs keep the example's values.
+
+    White noise looks the same everywhere, and deep networks map it to the same output; so each sample gets a contrast,
+    an offset per channel and a coarse pattern of its own.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    leaves = pytree.tree_leaves((program.example_args, dict(program.example_kwargs)))
+    return [
+        _textured(leaf, generator).to(dtype or leaf.dtype)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        else leaf
+        for leaf in leaves
+    ]
+
+
+def _textured(like: Tensor, generator: torch.Generator) -> Tensor:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    noise = normal(*like.shape)
+    if like.dim() < 2:
+        return noise
+    lead = (*like.shape[:2], *[1] * (like.dim() - 2))
+    contrast = torch.exp(0.7 * normal(like.shape[0], *[1] * (like.dim() - 1)))
+    if like.dim() == 4:
+        coarse = normal(*like.shape[:2], min(4, like.shape[2]), min(4, like.shape[3]))
+        noise = 0.5 * noise + torch.nn.functional.interpolate(coarse, like.shape[2:], mode="bilinear")
+    return contrast * noise + normal(*lead)
+
+
+class Run(torch.fx.Interpreter):
+    """Run a graph on given parameters; `override(node, args, kwargs)` may take a call over by returning a value."""
+
+    def __init__(
+        self,
+        graph: torch.fx.GraphModule,
+        state: Mapping[str, Tensor],
+        override: Callable[[torch.fx.Node, Any, Any], Any] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(graph, garbage_collect_values=True)
+        self._state = state
+        self._override = override
+        self._dtype = dtype
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Look a parameter up in the given state first."""
+        if target in self._state:
+            return self._state[target]
+        return super().get_attr(target, args, kwargs)
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        """Run one call, with dtype literals of the traced program raised to the dtype of the run."""
+        if n.op != "call_function":
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        args, kwargs = pytree.tree_map(self._raised, (args, kwargs))
+        if self._override is not None:
+            result = self._override(n, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        return n.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _raised(self, x: Any) -> Any:
+        return self._dtype if x is torch.float32 and self._dtype is not None else x
+
+
+def flat_outputs(result: Any) -> list[Tensor]:
+    """Floating tensors among a model's outputs, in order."""
+    return [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+# -- well-conditioned values -----------------------------------------------------------------------------------------
+
+
+def well_conditioned(program: Program, *, seed: int = 0) -> dict[str, Tensor]:
+    """Return distinct float64 values for every floating parameter and buffer the graph reads.
+
+    Matrices and kernels are normal with variance 2 / fan-in, scales uniform in [0.5, 1.5], shifts normal with deviation
+    0.1; batch-norm statistics are then taken from a run over two random samples (as in data-dependent initialisation,
+    Mishkin 2016, arXiv:1511.06422), so that no signal dies or explodes on its way.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    state = {
+        name: _conditioned(name, tensor, generator) if tensor.is_floating_point() else tensor
+        for name, tensor in sorted(state_of(program).items())
+    }
+    Run(program.graph, state, _settle_statistics(state), torch.float64).run(
+        *sample_inputs(program, seed=seed + 1, dtype=torch.float64)
+    )
+    return state
+
+
+def _conditioned(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
+    def normal(scale: float) -> Tensor:
+        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * scale
+
+    leaf = name.rpartition(".")[2]
+    if leaf == "running_mean" or leaf.endswith("bias"):
+        return normal(0.1)
+    if tensor.dim() >= 2 and max(tensor.shape) != tensor.numel():
+        return normal(sqrt(2.0 / max(1, prod(tensor.shape[1:]))))
+    if isinstance(tensor, torch.nn.Parameter) or leaf == "running_var":
+        return torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5
+    return tensor.double()
+
+
+def _settle_statistics(state: dict[str, Tensor]) -> Callable[[torch.fx.Node, Any, Any], Any]:
+    def override(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.target is aten.batch_norm.default and args[3] is not None:
+            x: Tensor = args[0]
+            dims = [a for a in range(x.dim()) if a != 1]
+            mean, var = x.mean(dims), x.var(dims, unbiased=False)
+            names = [str(n.target) for n in node.args[3:5]]  # type: ignore[union-attr]
+            state[names[0]] = mean + 0.1 * var.sqrt() * state[names[0]]
+            state[names[1]] = var * state[names[1]] + 1e-3 * var.mean() + 1e-6
+            args = (*args[:3], state[names[0]], state[names[1]], *args[5:])
+            return node.target(*args, **kwargs)
+        return NotImplemented
+
+    return override
+
+
+# -- the masked dense model ------------------------------------------------------------------------------------------
+
+
+def masked_run(program: Program, wiring: Wiring, masks: Masks, state: Mapping[str, Tensor]) -> Run:
+    """An interpreter of the dense program in which removed units count as removed.
+
+    Operators that contract an axis see its dead slices as zero; those that average over it average over the survivors.
+    Nothing else is touched: whatever a batch norm or an activation emits on dead channels must not matter.
+    """
+    table = rules()
+
+    def override(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
+        rule = table.get(str(node.target))
+        if rule is None or not (rule.masked or rule.reference):
+            return NotImplemented
+        alive = _alive(wiring.calls[node.name], masks)
+        if not alive:
+            return NotImplemented
+        names = (a.name for a in node.target._schema.arguments)  # type: ignore[union-attr]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        bound = {k: given.get(k, v) for k, v in wiring.calls[node.name].items()}
+        dead = Dead(node.target, bound, alive)
+        if rule.reference is not None:
+            return rule.reference(dead)
+        changed = {name: dead.zeroed(name) for name in rule.masked}
+        return dead.run(**changed)
+
+    return Run(program.graph, state, override, next(_float_dtypes(state), None))
+
+
+def _float_dtypes(state: Mapping[str, Tensor]) -> Any:
+    return (t.dtype for t in state.values() if t.dtype is torch.float64)
+
+
+def _alive(bound: Mapping[str, Any], masks: Masks) -> dict[tuple[str, int], Tensor]:
+    alive: dict[tuple[str, int], Tensor] = {}
+    for name, value in bound.items():
+        if isinstance(value, Value):
+            for axis, layers in enumerate(value.axes):
+                if layers:
+                    mask = masks(value, axis)
+                    if not mask.all():
+                        alive[name, axis] = torch.from_numpy(mask)
+    return alive
