@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from surgery.allocate import plan_from_dead
 from surgery.couple import Masks, Wiring, bind, couple, rewrite_view
 from surgery.errors import IllegalCut, PlanMismatch
-from surgery.graph import CompactGraph, tensor_tree
+from surgery.graph import CompactGraph, hold
 from surgery.ir import CompactModel, Coupling, Plan, Program
 from surgery.numerics import Run, flat_outputs, sample_inputs, well_conditioned
 from surgery.ops.registry import Replacement, Scaled, rules
@@ -100,6 +100,17 @@ def slice_tensors(program: Program, plan: Plan) -> dict[str, Tensor]:
     return out
 
 
+def masked(program: Program, plan: Plan) -> nn.Module:
+    """Return a copy of the dense model whose dead slices are zero and still there: what masking tools make."""
+    module: nn.Module = copy.deepcopy(program.model)
+    tensors = dict(module.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for c in plan.cuts:
+            if c.tensor in tensors:
+                tensors[c.tensor].index_fill_(c.axis, torch.tensor(c.dead, device=tensors[c.tensor].device), 0.0)
+    return module
+
+
 def _all_tensors(program: Program) -> dict[str, Tensor]:
     model: nn.Module = program.model
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
@@ -122,7 +133,7 @@ def _rewrite(
     """Copy the graph with every call's arguments brought to the new sizes; also list the sizes that changed."""
     _refuse_empty(wiring, masks)
     table = rules()
-    root = tensor_tree(sliced, program.model)
+    root = hold(nn.Module(), sliced, program.model)
     graph = torch.fx.Graph()
     graph.set_codegen(copy.deepcopy(program.graph.graph._codegen))
     new: dict[torch.fx.Node, torch.fx.Node] = {}
@@ -141,6 +152,7 @@ def _rewrite(
             new[node] = _apply_change(graph, root, copied, change, new)
             literals += _literals(node, raw, change)
     module = CompactGraph(root, graph, "Compact")
+    hold(module, sliced, program.model)  # also what evaluation mode does not read, so that no key is missing
     module.eval()
     return module, literals
 

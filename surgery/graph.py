@@ -74,17 +74,16 @@ def _swapped(argument: Any, table: Mapping[Any, Any]) -> Any:
     return table.get(argument, argument) if isinstance(argument, (torch.dtype, torch.device)) else argument
 
 
-def tensor_tree(tensors: Mapping[str, Tensor], like: nn.Module) -> nn.Module:
-    """Build bare modules that hold `tensors` under their dotted names, as `like` has them."""
-    root = nn.Module()
+def hold(root: nn.Module, tensors: Mapping[str, Tensor], like: nn.Module) -> nn.Module:
+    """Register `tensors` below `root` under their dotted names, as parameters or buffers as `like` has them."""
     for name, tensor in tensors.items():
         owner, leaf = _owner(root, name)
         source_owner = _find(like, name.rpartition(".")[0])
         if isinstance(tensor, nn.Parameter):
             owner.register_parameter(leaf, tensor)
         else:
-            hidden = source_owner is None or leaf in source_owner._non_persistent_buffers_set
             known = source_owner is not None and leaf in source_owner._buffers
+            hidden = source_owner is None or leaf in source_owner._non_persistent_buffers_set
             owner.register_buffer(leaf, tensor, persistent=known and not hidden)
     return root
 

@@ -1,8 +1,8 @@
 """Run traced programs on numbers: well-conditioned values to check with, and the masked meaning of the dense model.
 
-Library-default random weights make comparisons blind: a vision transformer's head is all zero, and permuting channels
 A vision transformer's default head is all zero, and permuting channels of a deep net with default weights may move its
-output by one part in a million: on such values a comparison is blind.
+output by one part in a million: on such values a comparison is blind. So every parameter gets distinct values
+of sane size, and the running statistics of batch norms are those of the signal that arrives there.
 """
 
 from __future__ import annotations
