@@ -201,7 +201,7 @@ def cells(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
     times = {row["name"]: row for row in timing["rows"]}
     rows = [_row(model, times.get(model["name"], {})) for model in data["models"]]
     if timing["aa"]:
-        rows.append(("dense A/A", *([""] * 7), *_ratio(timing["aa"]), ""))
+        rows.append(("A/A", *([""] * 7), *_ratio(timing["aa"]), ""))
     return rows
 
 
@@ -211,8 +211,8 @@ def _row(model: Mapping[str, Any], times: Mapping[str, Any]) -> tuple[str, ...]:
         _si(model["parameters"]),
         _si(model["macs"]),
         _size(model["onnx_bytes"]),
-        *(_ms(times.get(key)) for key in ("p50_ms", "p90_ms", "p99_ms")),
-        _number(times.get("throughput_per_s")),
+        *(_figure(times.get(key)) for key in ("p50_ms", "p90_ms", "p99_ms")),
+        _figure(times.get("throughput_per_s")),
         *_ratio(times.get("speedup")),
         _size(times.get("peak_memory_bytes")),
     )
@@ -316,7 +316,7 @@ def render_terminal(data: Mapping[str, Any], console: Console) -> None:
 
 
 def _table(data: Mapping[str, Any]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     rows = cells(data)
     shown = [k for k in range(len(COLUMNS)) if k == 0 or any(row[k] not in ("-", "") for row in rows)]
     for k in shown:
@@ -363,27 +363,24 @@ def render_markdown(data: Mapping[str, Any]) -> str:
 # Figures as text. ----------------------------------------------------------------------------------------------------
 
 
-def _si(value: int | None) -> str:
+def _si(value: float | None, digits: int = 4) -> str:
     """11689512 → ``11.69 M``."""
     if value is None:
         return "-"
-    for scale, letter in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
+    for scale, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= scale:
-            return f"{value / scale:.4g} {letter}"
-    return str(value)
+            return f"{value / scale:.{digits}g} {letter}"
+    return f"{value:.{digits}g}"
 
 
 def _size(value: int | None) -> str:
-    """46755000 → ``46.76 MB`` (decimal megabytes)."""
-    return "-" if value is None else f"{_si(value)}B"
+    """46755000 → ``46.8 MB`` (decimal megabytes)."""
+    return "-" if value is None else f"{_si(value, 3)}B"
 
 
-def _ms(value: float | None) -> str:
+def _figure(value: float | None) -> str:
+    """Three significant digits, and no exponent for what is large."""
     return "-" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
 
 
 def _ratio(value: Mapping[str, float] | None) -> tuple[str, str]:

@@ -1,0 +1,267 @@
+"""The command line: options in, a table or JSON out, one sentence and an exit code for everything that goes wrong.
+
+Nothing heavy is imported until a command runs. Standard output carries the result alone; progress, warnings and
+whatever libraries or the user's own file print go to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from surgery import __version__
+from surgery.errors import INTERNAL, OK, InvalidInput, SurgeryError
+from surgery.options import DELIVERY, EXIT_CODES, MODEL, OUTPUT, SELECTION, Session, options
+
+if TYPE_CHECKING:
+    from surgery.models import LoadedModel
+    from surgery.pipeline import Decision, Progress, Request
+
+INTERRUPTED = 130
+TERMINATED = 143
+INEXACT = {None: "if-needed", True: "never", False: "always"}
+PLAIN_WIDTH = 110  # columns of the table where standard output is a file or a pipe
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where the program stands, so that everything is cleaned up as for Ctrl-C."""
+
+
+@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="surgery")
+def cli() -> None:
+    """Make a PyTorch vision model physically smaller, verify it, and measure it in ONNX Runtime."""
+
+
+@cli.command(epilog=EXIT_CODES)
+@options(MODEL, SELECTION, DELIVERY, OUTPUT)
+@click.pass_obj
+def shrink(session: Session, /, model: str, as_json: bool, quiet: bool, out: Path | None, **given: Any) -> None:
+    """Shrink MODEL: cut, check, export to ONNX, time, and write everything into --out.
+
+    MODEL is a torchvision name (resnet18), timm:NAME, FILE.py:CALLABLE or package.module:CALLABLE that returns a module
+    (or a module and its example inputs), or a .pt2 exported program.
+    """
+    _one_budget(given)
+    with _work(session, quiet=quiet) as progress:
+        from surgery import artefacts, deliver, pipeline, report
+
+        how = deliver.Measurement(given["opset"], given["threads"], given["batch"], given["runs"], given["seed"])
+        loaded = _load(model, given, progress)
+        out = out if out is not None else Path("shrunk", _folder_name(loaded.name))
+        artefacts.prepare(out)
+        result = pipeline.realise(_decide(loaded, given, progress), progress=progress)
+        data = report.named(
+            result.report,
+            name=loaded.name,
+            weights=loaded.weights,
+            next_command=_evaluate_command(model, out, loaded, given),
+            notes=(*loaded.warnings, *loaded.notes),
+        )
+        written = deliver.save(replace(result, report=data), out, how, progress=progress)
+    _print_report(written.data, as_json=as_json)
+
+
+@cli.command(epilog=EXIT_CODES)
+@options(MODEL, SELECTION, OUTPUT)
+@click.pass_obj
+def show(session: Session, /, model: str, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Show what would be cut from MODEL and why, without cutting, exporting or writing anything.
+
+    MODEL and the options are those of `surgery shrink`.
+    """
+    _one_budget(given)
+    with _work(session, quiet=quiet) as progress:
+        from surgery import report
+
+        loaded = _load(model, given, progress)
+        data = report.named(
+            _decide(loaded, given, progress).report,
+            name=loaded.name,
+            weights=loaded.weights,
+            next_command=_shrink_command(session.arguments),
+            notes=(*loaded.warnings, *loaded.notes),
+        )
+    _print_report(data, as_json=as_json)
+
+
+def _one_budget(given: Mapping[str, Any]) -> None:
+    budgets = [f"--{kind}" for kind in ("macs", "params", "channels") if given[kind] is not None]
+    if len(budgets) > 1:
+        raise click.UsageError(f"{' and '.join(budgets)} are given, but a run has one budget; choose one of them")
+
+
+def _load(model: str, given: Mapping[str, Any], progress: Progress) -> LoadedModel:
+    from surgery.models import load_model
+
+    progress("load", 0.0)
+    loaded = load_model(
+        model,
+        weights=given["weights"],
+        input_shape=given["input_shape"],
+        model_args=dict(given["model_args"]),
+        seed=given["seed"],
+        trust=given["trust"],
+    )
+    for warning in loaded.warnings:
+        _say(f"warning: {warning}")
+    return loaded
+
+
+def _decide(loaded: LoadedModel, given: Mapping[str, Any], progress: Progress) -> Decision:
+    from surgery import pipeline
+
+    inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
+    return pipeline.decide(loaded.module, inputs, _request(given), example_kwargs=kwargs, progress=progress)
+
+
+def _request(given: Mapping[str, Any]) -> Request:
+    from surgery.ir import Budget
+    from surgery.pipeline import Request
+
+    budget = {kind: given[kind] for kind in ("macs", "params", "channels") if given[kind] is not None}
+    return Request(
+        budget=Budget(**(budget or {"macs": 0.5})),
+        inexact=INEXACT[given["exact"]],
+        keep=tuple(given["keep"]),
+        **{key: given[key] for key in ("criterion", "scope", "round_to", "part", "tracer", "seed")},
+    )
+
+
+# What the user sees. -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _work(session: Session, *, quiet: bool) -> Iterator[Progress]:
+    """Keep standard output clean while stages run, and yield the function that shows how far they are."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    columns = (TimeElapsedColumn(), BarColumn(), TextColumn("{task.description}"))
+    # No refreshing thread: it would disturb the timer.
+    bar = Bar(*columns, console=console, auto_refresh=False, transient=True, disable=quiet, redirect_stdout=False)
+    task = bar.add_task("", total=1.0)
+    seen: list[str] = []
+
+    def progress(stage: str, fraction: float) -> None:
+        if console.is_terminal:
+            bar.update(task, description=stage, completed=fraction, refresh=True)
+        elif stage not in seen and not quiet:  # a log file: one line per stage
+            console.print(stage, highlight=False)
+        seen.append(stage)
+
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        if not session.debug:
+            warnings.simplefilter("ignore")
+        with bar if console.is_terminal else contextlib.nullcontext():
+            yield progress
+
+
+def _print_report(data: Mapping[str, Any], *, as_json: bool) -> None:
+    from rich.console import Console
+
+    from surgery import report
+    from surgery.ir import Report
+
+    if as_json:
+        click.echo(Report(data).to_json(), nl=False)
+        return
+    console = Console()
+    report.render_terminal(data, console if console.is_terminal else Console(width=PLAIN_WIDTH))
+
+
+def _evaluate_command(model: str, out: Path, loaded: LoadedModel, given: Mapping[str, Any]) -> str:
+    """Return the command that leaves `dense` and `compact` at a Python prompt, to be evaluated or trained."""
+    weights = "random" if loaded.weights.startswith("random") else given["weights"]
+    known = {"weights": weights, "input_shape": given["input_shape"], "model_args": dict(given["model_args"])}
+    arguments = [repr(model), *(f"{key}={value!r}" for key, value in known.items() if value)]
+    arguments += [f"{key}={given[key]!r}" for key in ("seed", "trust") if given[key]]
+    code = (
+        "import surgery; from surgery.models import load_model; "
+        f"dense = load_model({', '.join(arguments)}).module; compact = surgery.load({str(out)!r}, dense)"
+    )
+    # Double quotes inside, so that the shell's single ones need no escaping; names with quotes keep Python's choice.
+    code = code if '"' in code or "\\" in code else code.replace("'", '"')
+    return f"{_python()} -i -c {shlex.quote(code)}"
+
+
+def _shrink_command(arguments: Sequence[str]) -> str:
+    """Return the command line of `show` as one of `shrink`."""
+    return f"{_python()} -m surgery.cli shrink {shlex.join(arguments[1:])}"
+
+
+def _python() -> str:
+    """Return how the running interpreter is called from here: by name where that finds it, else by path."""
+    here, found = Path(sys.executable), shutil.which("python")
+    if found and Path(found).parent == here.parent:
+        return "python"
+    return shlex.quote(str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here))
+
+
+def _folder_name(name: str) -> str:
+    """Return a name that is a plain folder name on every system."""
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "model"
+
+
+# What goes wrong. ----------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; `arguments` are those of the process by default."""
+    session = Session(arguments=tuple(sys.argv[1:] if arguments is None else arguments))
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = cli.main(list(session.arguments), prog_name="surgery", standalone_mode=False, obj=session)
+        return code if isinstance(code, int) else OK
+    except (Exception, KeyboardInterrupt) as error:  # The boundary: nothing above it could tell the user.
+        return _explain(error.__cause__ if isinstance(error, click.Abort) and error.__cause__ else error, session)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    # A second one ends the process at once; the previous set of files is whole in any case.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise Terminated
+
+
+def _explain(error: BaseException, session: Session) -> int:
+    """Say on standard error what went wrong, in one sentence, and return the exit code for it."""
+    if session.debug:
+        traceback.print_exception(error)
+    if isinstance(error, click.ClickException):
+        error.show()
+        return error.exit_code if isinstance(error, click.UsageError) else InvalidInput.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        stopped, code = ("terminated", TERMINATED) if isinstance(error, Terminated) else ("interrupted", INTERRUPTED)
+        _say(f"{stopped} before the end; no file is half written, run the same command again")
+        return code
+    if isinstance(error, SurgeryError):
+        _say(f"error: {error}")
+        return error.exit_code
+    what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    _say(f"internal error: {what}; this is a bug, please report it with what the same command prints with --debug")
+    return INTERNAL
+
+
+def _say(sentence: str) -> None:
+    click.echo(f"surgery: {sentence}", err=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""The options of the command line: what each is called, what it accepts, and what `--help` says of it.
+
+Imports nothing heavy, so that `--help` and mistyped options answer at once.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+EXIT_CODES = """\b
+Exit codes:
+  0    ok
+  1    internal error (please report it)
+  2    bad arguments, files, shapes or plan
+  3    the model is not supported
+  4    the check failed: nothing was written
+  5    the budget cannot be reached
+  130  interrupted (Ctrl-C)
+  143  terminated (SIGTERM)
+In every case but 0 an earlier set of files in --out stays as it was."""
+
+
+@dataclass
+class Session:
+    """What one call of the command line must remember outside its options."""
+
+    arguments: tuple[str, ...] = ()
+    debug: bool = False
+
+
+class Shape(click.ParamType[tuple[int, ...]]):
+    """``1,3,224,224`` → (1, 3, 224, 224)."""
+
+    name = "N,C,H,W"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Parse the text; click reports what is raised."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            shape = tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            shape = ()
+        if not shape or min(shape) < 1:
+            self.fail(f"'{value}' is not a shape; write positive whole numbers, as in 1,3,224,224", param, ctx)
+        return shape
+
+
+class Assignment(click.ParamType[tuple[str, Any]]):
+    """``num_classes=10`` → ("num_classes", 10): the value as a Python literal, or else as text."""
+
+    name = "NAME=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        """Parse the text; click reports what is raised."""
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = str(value).partition("=")
+        if not equals or not name.isidentifier():
+            self.fail(f"'{value}' is not NAME=VALUE; write for example num_classes=10", param, ctx)
+        try:
+            return name, ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return name, text
+
+
+def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    ctx.ensure_object(Session).debug |= value
+
+
+_FRACTION = click.FloatRange(0.0, 1.0, min_open=True, max_open=True)
+
+MODEL = (
+    click.argument("model"),
+    click.option(
+        "--weights", default="auto", show_default=True, metavar="auto|random|PATH",
+        help="Pretrained where they can be had, seeded random ones, or a safetensors or weights-only file.",
+    ),
+    click.option("--input-shape", type=Shape(), help="Shape of the example input, the batch first."),
+    click.option(
+        "--model-arg", "model_args", type=Assignment(), multiple=True,
+        help="Passed to the model's constructor, as in num_classes=10; may be repeated.",
+    ),
+    click.option("--trust", is_flag=True, help="Load a .pt2 file that holds pickled payloads: it can run any code."),
+)  # fmt: skip
+
+SELECTION = (
+    click.option("--macs", type=_FRACTION, metavar="R", help="Fraction of the MACs to keep.  [default: 0.5]"),
+    click.option("--params", type=_FRACTION, metavar="R", help="Fraction of the parameters to keep."),
+    click.option("--channels", type=_FRACTION, metavar="R", help="Fraction of all removable units to keep."),
+    click.option(
+        "--criterion", type=click.Choice(["l1", "l2", "bn-gamma", "lamp", "fpgm", "random"]),
+        default="l1", show_default=True, help="What makes a unit important.",
+    ),
+    click.option(
+        "--scope", type=click.Choice(["global", "uniform"]), default="global", show_default=True,
+        help="Rank all units together, or keep the same share of every group.",
+    ),
+    click.option(
+        "--round-to", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+        help="Keep multiples of N units per group.",
+    ),
+    click.option(
+        "--exact/--allow-inexact", "exact", default=None,
+        help="Never, or freely, cut what changes a norm's or mean's average; without either, only if the budget asks.",
+    ),
+    click.option(
+        "--keep", multiple=True, metavar="PATTERN",
+        help="Leave modules or parameters of this name whole (* and ? match); may be repeated.",
+    ),
+    click.option("--part", metavar="SUBMODULE", help="Shrink this submodule only; its interface stays."),
+    click.option(
+        "--tracer", type=click.Choice(["export", "torch-pruning"]), default="export", show_default=True,
+        help="How the model is captured; torch-pruning for what torch.export cannot capture.",
+    ),
+    click.option(
+        "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
+        help="For everything drawn at random.",
+    ),
+)  # fmt: skip
+
+OUTPUT = (
+    click.option("--json", "as_json", is_flag=True, help="Print the report as JSON and nothing else."),
+    click.option("--quiet", is_flag=True, help="No progress."),
+    click.option(
+        "--debug", is_flag=True, is_eager=True, expose_value=False, callback=_set_debug,
+        help="Show the traceback of an error.",
+    ),
+)  # fmt: skip
+
+DELIVERY = (
+    click.option(
+        "--threads", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+        help="Intra-op threads of ONNX Runtime while timing.",
+    ),
+    click.option(
+        "--batch", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Items per timed run.",
+    ),
+    click.option("--opset", type=click.IntRange(min=18), metavar="N", help="ONNX opset.  [default: the exporter's]"),
+    click.option(
+        "--runs", type=click.IntRange(min=3), default=2000, show_default=True, metavar="N",
+        help="At most so many timed runs per model; fewer once the speedup's interval is narrow.",
+    ),
+    click.option(
+        "--out", type=click.Path(path_type=Path), metavar="DIR",
+        help="Folder that is replaced as a whole.  [default: shrunk/MODEL]",
+    ),
+)  # fmt: skip
+
+
+def options(*groups: Sequence[Callable[[Command], Command]]) -> Callable[[Command], Command]:
+    """Return one decorator that applies groups of click decorators in reading order."""
+
+    def decorate(function: Command) -> Command:
+        for group in reversed(groups):
+            for option in reversed(group):
+                function = option(function)
+        return function
+
+    return decorate

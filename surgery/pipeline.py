@@ -1,0 +1,320 @@
+"""The roof: the list of stages on one screen.
+
+`decide` goes from a module to a plan and `realise` on to a checked compact module; `shrink` is both, and `apply` brings
+a plan to another copy of the dense model. Each stage is a pure function that can be called alone; nothing here knows
+how any of them works. What is done with a result, exporting, timing and writing files, is in `deliver`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from surgery import report
+from surgery.allocate import allocate
+from surgery.check import check
+from surgery.cost import batch_size, cost_functions
+from surgery.couple import couple
+from surgery.cut import cut
+from surgery.errors import InvalidInput, PlanMismatch, UnsupportedModel
+from surgery.fvcount import count_macs, count_params
+from surgery.ir import Budget, CheckResult, CompactModel, CostFn, Coupling, Plan, Program
+from surgery.score import score
+from surgery.trace import trace
+
+Progress = Callable[[str, float], None]
+"""Told what is being done, and the fraction of it behind us (0 to 1)."""
+
+TRACERS: Mapping[str, Callable[..., Program]] = {"export": trace}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for. The fields are the keyword arguments of `shrink`, and the options of the command line."""
+
+    budget: Budget = field(default_factory=lambda: Budget(macs=0.5))
+    criterion: Any = "l1"
+    scope: str = "global"
+    round_to: int = 1
+    inexact: str = "if-needed"
+    keep: tuple[str, ...] = ()
+    part: str | None = None
+    tracer: str = "export"
+    seed: int = 0
+
+    def settings(self) -> dict[str, Any]:
+        """Return what a plan records, so that it can be applied again: JSON values, without the budget."""
+        values = {key: value for key, value in asdict(self).items() if key != "budget"}
+        criterion = self.criterion if isinstance(self.criterion, str) else getattr(self.criterion, "__name__", "custom")
+        return {**values, "criterion": criterion, "keep": list(self.keep)}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decision:
+    """What would be cut, and why.
+
+    Attributes:
+        request: what was asked for.
+        program: the traced dense model.
+        coupling: its groups.
+        plan: which units die.
+        costs: ``params``, ``macs``, ``channels`` → (dense, kept).
+        stages_s: seconds each stage took.
+    """
+
+    request: Request
+    program: Program
+    coupling: Coupling
+    plan: Plan
+    costs: Mapping[str, tuple[int, int]]
+    stages_s: Mapping[str, float]
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What report.json would hold, before anything is cut."""
+        data = report.describe(self.program, self.coupling, self.plan, costs=self.costs)
+        return {**data, "stages_s": dict(self.stages_s)}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Result:
+    """A checked compact model and everything that led to it.
+
+    Attributes:
+        model: the compact `nn.Module`: the dense model's call signature, trainable.
+        kind: `module` for the user's own class, `graph` for the rewritten program.
+        plan: which units died; `apply(plan, copy_of_the_dense_model)` does it again.
+        check: what the oracle found.
+        report: what report.json holds; without files and times, which `save` adds.
+        program: the traced dense model.
+        coupling: its groups.
+        compact: the compact model, with the reason for its kind.
+    """
+
+    model: torch.nn.Module = field(repr=False)
+    kind: str
+    plan: Plan = field(repr=False)
+    check: CheckResult
+    report: Mapping[str, Any] = field(repr=False)
+    program: Program = field(repr=False)
+    coupling: Coupling = field(repr=False)
+    compact: CompactModel = field(repr=False)
+
+
+# The stages. ---------------------------------------------------------------------------------------------------------
+
+
+def decide(
+    model: torch.nn.Module,
+    example_inputs: Any,
+    request: Request,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Decision:
+    """Return what would be cut from the model, which stays as it is; arguments and errors are those of `shrink`."""
+    run = Clock(progress)
+    tracer = _tracer(request)
+    with run("trace"):
+        program = tracer(model, example_inputs, example_kwargs)
+    with run("couple"):
+        coupling = couple(program, keep=request.keep)
+    with run("score"):
+        scores = score(program, coupling, request.criterion, seed=request.seed)
+    with run("allocate"):
+        costs = cost_functions(program, coupling)
+        plan = allocate(
+            coupling,
+            scores,
+            request.budget,
+            cost=costs.get(request.budget.kind),
+            fingerprint=program.fingerprint,
+            inputs=program.inputs,
+            scope=request.scope,
+            round_to=request.round_to,
+            inexact=request.inexact,
+            settings=request.settings(),
+        )
+    return Decision(request, program, coupling, plan, _kept(costs, coupling, plan), run.seconds)
+
+
+def realise(decision: Decision, *, progress: Progress | None = None) -> Result:
+    """Cut what was decided and check it; raises CheckFailed where the compact model is not the masked dense one."""
+    program, coupling, plan = decision.program, decision.coupling, decision.plan
+    run = Clock(progress)
+    with run("cut"):
+        compact = cut(program, plan, coupling=coupling)
+    with run("check"):
+        verdict = check(program, plan, compact, coupling=coupling, seed=decision.request.seed)
+    with run("count"):
+        costs, notes = _counted(decision, compact)
+    data = report.describe(program, coupling, plan, compact=compact, verdict=verdict, costs=costs)
+    data = {**data, "notes": [*data["notes"], *notes], "stages_s": {**decision.stages_s, **run.seconds}}
+    return Result(
+        model=compact.module,
+        kind=compact.kind,
+        plan=plan,
+        check=verdict,
+        report=data,
+        program=program,
+        coupling=coupling,
+        compact=compact,
+    )
+
+
+def shrink(
+    model: torch.nn.Module,
+    example_inputs: Any,
+    *,
+    budget: Budget | None = None,
+    criterion: str | Callable[..., Any] = "l1",
+    scope: str = "global",
+    round_to: int = 1,
+    inexact: str = "if-needed",
+    keep: Sequence[str] = (),
+    part: str | None = None,
+    tracer: str = "export",
+    seed: int = 0,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> Result:
+    """Return a physically smaller, checked copy of the model.
+
+    Args:
+        model: the dense model; bit-identical afterwards.
+        example_inputs: a tensor, or a tuple of forward's positional arguments; (N, C, H, W) for most vision models.
+        budget: what to keep; half of the MACs by default.
+        criterion: name of a criterion of `surgery.score`, or a callable ``(group, parameters) -> score per unit``.
+        scope: `global` ranks all units together, `uniform` keeps the same share of every group.
+        round_to: kept units per group are multiples of this.
+        inexact: `never`, `if-needed` or `always` cut units whose removal changes what a norm or mean averages over.
+        keep: patterns (``*``, ``?``) of module or parameter names that stay whole.
+        part: dotted name of the submodule to shrink, or None for the whole model.
+        tracer: `export`, or `torch-pruning` for models that `torch.export` cannot capture.
+        seed: of everything drawn at random; same model, seed and arguments give the same plan.
+        example_kwargs: forward's keyword arguments.
+
+    Returns:
+        The compact model, its plan, and the report on both.
+
+    Raises:
+        InvalidInput: arguments, shapes or weights that cannot be used.
+        UnsupportedModel: the model cannot be traced or cut; the message names the source line.
+        BudgetUnreachable: the message says what was reachable, and what is frozen.
+        CheckFailed: the compact model does not compute what the masked dense model computes.
+    """
+    request = Request(
+        budget=budget if budget is not None else Budget(macs=0.5),
+        criterion=criterion,
+        scope=scope,
+        round_to=round_to,
+        inexact=inexact,
+        keep=(keep,) if isinstance(keep, str) else tuple(keep),
+        part=part,
+        tracer=tracer,
+        seed=seed,
+    )
+    return realise(decide(model, example_inputs, request, example_kwargs=example_kwargs))
+
+
+def apply(plan: Plan, dense_model: torch.nn.Module, example_inputs: Any = None) -> torch.nn.Module:
+    """Return the compact model of another copy of the dense model.
+
+    Args:
+        plan: what `shrink` decided, or `Plan.load` read.
+        dense_model: same architecture as the plan was made for, any weights; left unchanged.
+        example_inputs: as for `shrink`; None: made from the plan's input signature.
+
+    Raises:
+        PlanMismatch: the plan was made for another architecture.
+        InvalidInput: the plan's inputs cannot be rebuilt; pass `example_inputs`.
+    """
+    known = {key: plan.settings[key] for key in ("part", "tracer") if key in plan.settings}
+    request = Request(keep=tuple(plan.settings.get("keep", ())), **known)
+    args, kwargs = (example_inputs, None) if example_inputs is not None else _inputs_of(plan, dense_model)
+    program = _tracer(request)(dense_model, args, kwargs)
+    if program.fingerprint != plan.fingerprint:
+        raise PlanMismatch(
+            f"the plan was made for another architecture than this {type(dense_model).__name__} "
+            f"(fingerprint {plan.fingerprint[:12]}, here {program.fingerprint[:12]}); make a new plan"
+        )
+    module: torch.nn.Module = cut(program, plan, coupling=couple(program, keep=request.keep)).module
+    return module
+
+
+# What the stages stand on. -------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Tells `progress` of stages and keeps the seconds that each took, in `seconds`."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self.progress = progress or (lambda stage, fraction: None)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time the block as one stage."""
+        self.progress(stage, 0.0)
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - start, 3)
+        self.progress(stage, 1.0)
+
+
+def _tracer(request: Request) -> Callable[..., Program]:
+    """Return the function that captures the model; the one place where tracers and parts are wired in."""
+    if request.part is not None:
+        raise UnsupportedModel(f"part '{request.part}': shrinking one submodule is not supported by this version")
+    if request.tracer not in TRACERS:
+        raise UnsupportedModel(f"tracer '{request.tracer}' is not in this version; there is {', '.join(TRACERS)}")
+    return TRACERS[request.tracer]
+
+
+def _kept(costs: Mapping[str, CostFn], coupling: Coupling, plan: Plan) -> dict[str, tuple[int, int]]:
+    """Return parameters, MACs and units as (dense, kept)."""
+    units = sum(group.size for group in coupling.groups)
+    removed = sum(len(dead) for dead in plan.dead.values())
+    return {**{kind: (cost({}), cost(plan.dead)) for kind, cost in costs.items()}, "channels": (units, units - removed)}
+
+
+def _counted(decision: Decision, compact: CompactModel) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """Return the costs as counted on the two modules themselves, by fvcore, and a note where the plan's differ."""
+    program = decision.program
+    args, kwargs, batch = program.example_args, program.example_kwargs, batch_size(program)
+    modules = (program.model, compact.module)
+    try:
+        dense, kept = (count_macs(module, args, kwargs, batch=batch) for module in modules)
+    except UnsupportedModel as error:
+        return dict(decision.costs), [f"MACs are the plan's own count, fvcore has none: {error}"]
+    macs, params = (dense, kept), (count_params(modules[0]), count_params(modules[1]))
+    planned = decision.costs["macs"]
+    notes = [f"the plan was made with {planned[0]:,} → {planned[1]:,} MACs"] if macs != planned else []
+    return {**decision.costs, "macs": macs, "params": params}, notes
+
+
+def _inputs_of(plan: Plan, model: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return example inputs of the plan's signature, on the model's device: (args, kwargs)."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for spec in plan.inputs:
+        dtype = getattr(torch, spec.dtype.removeprefix("torch."))
+        values = torch.randn(spec.shape, generator=generator) if dtype.is_floating_point else torch.zeros(spec.shape)
+        tensors[spec.name] = values.to(device=device, dtype=dtype)
+    parameters = inspect.signature(model.forward).parameters
+    if list(tensors) == list(parameters)[: len(tensors)]:
+        keyword = {name for name in tensors if parameters[name].kind is inspect.Parameter.KEYWORD_ONLY}
+        args = tuple(value for name, value in tensors.items() if name not in keyword)
+        return args, {name: tensors[name] for name in keyword}
+    if tensors.keys() <= parameters.keys():
+        return (), tensors
+    raise InvalidInput(
+        f"the plan's inputs ({', '.join(tensors)}) are not forward's parameters ({', '.join(parameters)}), "
+        "so no example can be made from them; pass example_inputs"
+    )
