@@ -91,10 +91,10 @@ def _measure(path: Path, settings: Settings) -> FirstRuns:
     inputs = random_inputs(session, path, settings)
     for _ in range(RUNS):
         run_once(session, inputs, path)
-    return FirstRuns(load_ms, _peak_bytes(), floor)
+    return FirstRuns(load_ms, peak_bytes(), floor)
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """Return this process's largest resident set so far, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():

@@ -1,0 +1,73 @@
+"""Networks of the studies that no library defines: the CIFAR residual networks of He et al. 2016, section 4.2.
+
+`FILE.py:CALLABLE` of the command line reads this file as it stands::
+
+    surgery shrink benchmarks/studies/networks.py:resnet20 --weights resnet20.pt --input-shape 1,3,32,32
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EXAMPLE_SHAPE = (1, 3, 32, 32)
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut without parameters (option A of the paper).
+
+    Where the block halves the resolution, the shortcut takes every other pixel and pads the channels with zeros on both
+    sides, (N, C, H, W) → (N, 2C, H/2, W/2).
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels_out)
+        self.stride = stride
+        self.padding = (channels_out - channels_in) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return relu(residual + shortcut)."""
+        residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.stride != 1:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        return F.relu(residual + x)
+
+
+class CifarResNet(nn.Module):
+    """6n + 2 layers in three stages of 16, 32 and 64 channels; parameter names as in pytorch_resnet_cifar10."""
+
+    def __init__(self, blocks: int, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = _stage(16, 16, blocks, stride=1)
+        self.layer2 = _stage(16, 32, blocks, stride=2)
+        self.layer3 = _stage(32, 64, blocks, stride=2)
+        self.linear = nn.Linear(64, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits, (N, 3, 32, 32) → (N, num_classes)."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        logits: Tensor = self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return logits
+
+
+def _stage(channels_in: int, channels_out: int, blocks: int, *, stride: int) -> nn.Sequential:
+    first = Block(channels_in, channels_out, stride)
+    return nn.Sequential(first, *(Block(channels_out, channels_out, 1) for _ in range(blocks - 1)))
+
+
+def resnet20(num_classes: int = 10) -> tuple[nn.Module, Tensor]:
+    """Return ResNet-20 with random weights, and an example input."""
+    return CifarResNet(3, num_classes), torch.zeros(EXAMPLE_SHAPE)
+
+
+def resnet56(num_classes: int = 10) -> tuple[nn.Module, Tensor]:
+    """Return ResNet-56 with random weights, and an example input."""
+    return CifarResNet(9, num_classes), torch.zeros(EXAMPLE_SHAPE)
