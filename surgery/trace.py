@@ -326,7 +326,7 @@ def _describe_inputs(graph: torch.fx.GraphModule, names: list[str]) -> tuple[Inp
         if node.op == "placeholder" and isinstance(value, Tensor):
             dynamic = tuple(a for a, s in enumerate(value.shape) if is_symbolic(s))
             shape = tuple(hint(s) for s in value.shape)
-            specs.append(InputSpec(node.name, shape, str(value.dtype).removeprefix("torch."), dynamic))
+            specs.append(InputSpec(str(node.target), shape, str(value.dtype).removeprefix("torch."), dynamic))
     return tuple(specs)
 
 
