@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from surgery.couple import Masks, Wiring, couple, run, shapes_of
+from surgery.couple import Masks, Wiring, couple, index_table, run, shapes_of
 from surgery.cut import as_call, compact_state, masks_of
 from surgery.errors import CheckFailed
 from surgery.ir import CheckResult, CompactModel, Coupling, Plan, Program
-from surgery.labels import LabelMismatch, Value, gather, is_constant
+from surgery.labels import LabelMismatch, Layers, Value, gather, is_constant
 from surgery.numerics import Run, flat_outputs, masked_run, sample_inputs, state_of, well_conditioned
 from surgery.tolerances import BLIND, TOLERANCE
 from surgery.trace import evaluating, first_line
@@ -57,7 +57,7 @@ def check(
             "use an example input that reaches the output"
         )
     _require(error64, torch.float64, "distinct, well-conditioned values")
-    real = {k: v.detach() for k, v in state_of(program).items()}
+    real = state_of(program)
     error, varying = _compare(program, wiring, masks, real, None, compact, seed)
     notes: tuple[str, ...] = ()
     told: float | None = error
@@ -107,7 +107,7 @@ def replay(program: Program, compact: CompactModel, wiring: Wiring, masks: Masks
     def labels(name: str, tensor: Tensor) -> Value:
         value = wiring.params.get(name)
         if value is None:
-            return Value(tuple(tensor.shape), ((),) * tensor.dim(), name)
+            return Value(tuple(tensor.shape), ((),) * tensor.dim(), name, index_table(tensor))
         expected = _survivors(value, wiring, masks)
         if expected.shape != tuple(tensor.shape):
             raise LabelMismatch(f"'{name}' has shape {tuple(tensor.shape)}, its survivors {expected.shape}")
@@ -115,8 +115,15 @@ def replay(program: Program, compact: CompactModel, wiring: Wiring, masks: Masks
 
     try:
         shapes = fake_shapes(compact.graph, sample_inputs(program, seed=0))
-        values, _ = run(compact.graph, labels, lambda node: shapes[node.name], atoms)
-        return _same_labels(values, wiring, masks)
+        compared: list[int] = []
+
+        def settled(name: str, value: Any) -> Any:
+            verified = [_verified(name, *pair, wiring, masks) for pair in _pairs(name, wiring.values.get(name), value)]
+            compared.append(len(verified))
+            return value if not verified else tuple(verified) if isinstance(value, (tuple, list)) else verified[0]
+
+        run(compact.graph, labels, lambda node: shapes[node.name], atoms, settled)
+        return sum(compared)
     except LabelMismatch as error:
         raise CheckFailed(f"label replay: {error}; nothing was written; please report this model") from error
 
@@ -126,25 +133,15 @@ def _survivors(value: Value, wiring: Wiring, masks: Masks) -> Value:
     for a, layers in enumerate(value.axes):
         index = np.flatnonzero(masks(value, a)) if layers else None
         axes.append(gather(wiring.atoms.canon(layers), index) if index is not None else ())
-    return Value(masks.shape(value), tuple(axes), value.param)
+    return Value(masks.shape(value), tuple(axes), value.param, value.table)
 
 
-def _same_labels(values: Mapping[str, Any], wiring: Wiring, masks: Masks) -> int:
-    """Compare each value of the cut program with the survivors of the dense value of the same name."""
-    compared = 0
-    for name, dense in wiring.values.items():
-        pairs = zip(_tensors(dense), _tensors(values.get(name)), strict=False)
-        for before, after in pairs:
-            expected = _survivors(before, wiring, masks)
-            if expected.shape != after.shape:
-                raise LabelMismatch(f"value '{name}' has shape {after.shape}, its survivors {expected.shape}")
-            for a in range(len(after.shape)):
-                if not _equal(expected.axes[a], wiring.atoms.canon(after.axes[a])):
-                    raise LabelMismatch(
-                        f"axis {a} of value '{name}' holds other units than the dense program's survivors"
-                    )
-            compared += 1
-    return compared
+def _pairs(name: str, dense: Any, compact: Any) -> list[tuple[Value, Value]]:
+    """The tensors of a value in the dense program and in the cut one."""
+    before, after = _tensors(dense), _tensors(compact)
+    if before and len(before) != len(after):
+        raise LabelMismatch(f"node '{name}' gives {len(after)} tensors, the dense one {len(before)}")
+    return list(zip(before, after, strict=False))
 
 
 def _tensors(value: Any) -> list[Value]:
@@ -152,10 +149,25 @@ def _tensors(value: Any) -> list[Value]:
     return [v for v in items if isinstance(v, Value)]
 
 
-def _equal(a: Any, b: Any) -> bool:
-    left = sorted(x.tolist() for x in a if not is_constant(x))
-    right = sorted(x.tolist() for x in b if not is_constant(x))
-    return bool(left == right)
+def _verified(name: str, dense: Value, compact: Value, wiring: Wiring, masks: Masks) -> Value:
+    """The survivors of the dense value of this name, which the computed one has to equal.
+
+    Operators lose the labels of an axis that shrank to one index; going on with the survivors restores them.
+    """
+    expected = _survivors(dense, wiring, masks)
+    if expected.shape != compact.shape:
+        raise LabelMismatch(f"value '{name}' has shape {compact.shape}, its survivors {expected.shape}")
+    for a in range(len(compact.shape)):
+        if not _equal(expected.axes[a], wiring.atoms.canon(compact.axes[a])):
+            raise LabelMismatch(f"axis {a} of value '{name}' holds other units than the dense program's survivors")
+    return expected
+
+
+def _equal(wanted: Layers, found: Layers) -> bool:
+    """Whether two axes hold the same units; a layer that is the same all along may be missing, but not be another."""
+    left, right = sorted(x.tolist() for x in wanted), sorted(x.tolist() for x in found)
+    varying = sorted(x.tolist() for x in wanted if not is_constant(x))
+    return varying == sorted(x for x in right if len(set(x)) > 1) and all(x in left for x in right)
 
 
 def fake_shapes(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> dict[str, Any]:
@@ -186,7 +198,8 @@ def fake_shapes(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> dict[str, 
 
 def _tensors_of(graph: torch.fx.GraphModule) -> dict[str, Tensor]:
     named: dict[str, Tensor] = dict(graph.named_parameters(remove_duplicate=False))
-    return named | dict(graph.named_buffers(remove_duplicate=False))
+    named |= dict(graph.named_buffers(remove_duplicate=False))
+    return {name: tensor.detach().cpu() for name, tensor in named.items()}
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
@@ -238,11 +251,10 @@ def _module_runner(
     def call(inputs: list[Tensor]) -> Any:
         args, kwargs = as_call(program, inputs)
         module = compact.module
+        own = {k: v.detach().cpu() for k, v in (*module.named_parameters(), *module.named_buffers())}
+        values = own if state is None else {k: state.get(k, v) for k, v in own.items()}
         with evaluating(module):
-            if state is None:
-                return module(*args, **kwargs)
-            own = _tensors_of(module)
-            return torch.func.functional_call(module, {k: v for k, v in state.items() if k in own}, args, kwargs)
+            return torch.func.functional_call(module, values, args, kwargs)
 
     return call
 

@@ -14,16 +14,16 @@ import difflib
 import fnmatch
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery.errors import InvalidInput
 from surgery.ir import Coupling, Frozen, Group, Program, Site
-from surgery.labels import Atoms, Mask, Value
+from surgery.labels import Atoms, Layer, Mask, Value
 from surgery.ops.registry import Call, Rewrite, Rule, rules
 from surgery.trace import hint, source_of
 
@@ -108,6 +108,7 @@ def run(
     params: Callable[[str, Tensor], Value],
     shapes: Callable[[torch.fx.Node], Any],
     atoms: Atoms,
+    settled: Callable[[str, Any], Any] = lambda name, value: value,
 ) -> tuple[dict[str, Any], dict[str, Bound]]:
     """Run a graph on labels.
 
@@ -116,6 +117,7 @@ def run(
         params: labels of a parameter or buffer by name.
         shapes: output shape(s) of a node: one shape, a list of shapes, or a number for a symbolic size.
         atoms: open, to couple; locked, to verify.
+        settled: sees each computed value, by node name, and returns the one to go on with.
 
     Returns:
         Value of every node, and the bound arguments of every operator call.
@@ -125,7 +127,7 @@ def run(
     calls: dict[str, Bound] = {}
     for node in graph.graph.nodes:
         if node.op == "placeholder":
-            values[node.name] = _plain(shapes(node))
+            values[node.name] = _input(shapes(node), atoms)
         elif node.op == "get_attr":
             values[node.name] = params(str(node.target), attribute(graph, str(node.target)))
         elif node.op == "output":
@@ -133,8 +135,20 @@ def run(
         else:
             bound = bind(node, lambda n: values[n.name])
             calls[node.name] = bound
-            values[node.name] = _apply(node, bound, table.get(str(node.target)), shapes(node), atoms)
+            value = _apply(node, bound, table.get(str(node.target)), shapes(node), atoms)
+            values[node.name] = settled(node.name, value)
     return values, calls
+
+
+def _input(shape: Any, atoms: Atoms) -> Any:
+    """A network input: labels that are frozen from the start, so that what meets them can say why it is."""
+    value = _plain(shape)
+    if atoms.is_locked or not isinstance(value, Value):
+        return value
+    axes = tuple((atoms.fresh(size),) if size > 1 and a > 0 else () for a, size in enumerate(value.shape))
+    for layers in axes:
+        atoms.freeze(layers, "network input")
+    return Value(value.shape, axes)
 
 
 def _plain(shape: Any) -> Any:
@@ -169,6 +183,12 @@ def _freeze_outputs(node: torch.fx.Node, values: Mapping[str, Any], atoms: Atoms
             if isinstance(v, Value):
                 for layers in v.axes:
                     atoms.freeze(layers, "network output")
+
+
+def index_table(tensor: Tensor) -> Layer | None:
+    """The numbers of a tensor of integers along one axis, such as an index buffer; None for any other tensor."""
+    whole = tensor.dim() == 1 and tensor.dtype in (torch.int64, torch.int32)
+    return tensor.detach().cpu().numpy().astype(np.int64) if whole else None
 
 
 def attribute(module: Any, path: str) -> Any:
@@ -214,18 +234,22 @@ def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
     params: dict[str, Value] = {}
     kept = kept_names(program, keep)
 
+    tensors = all_tensors(program)
+    tied: dict[int, Value] = {}
+
     def labels(name: str, tensor: Tensor) -> Value:
         if name not in params:
-            if not isinstance(tensor, Tensor):
-                raise InvalidInput(f"'{name}' is not a tensor")
-            axes = tuple((atoms.fresh(size),) if size > 1 else () for size in tensor.shape)
-            params[name] = Value(tuple(tensor.shape), axes, name)
+            same = tied.get(id(tensors[name]))
+            axes = same.axes if same else tuple((atoms.fresh(size),) if size > 1 else () for size in tensor.shape)
+            params[name] = Value(tuple(tensor.shape), axes, name, index_table(tensor))
+            tied[id(tensors[name])] = params[name]
             if name in kept:
                 for layers in axes:
                     atoms.freeze(layers, f"kept by --keep {kept[name]}")
         return params[name]
 
     values, calls = run(program.graph, labels, dense_shapes, atoms)
+    params |= {n: replace(tied[id(t)], param=n) for n, t in tensors.items() if id(t) in tied and n not in params}
     atoms.settle()
     groups = tuple(_groups(atoms, params))
     atoms.freeze(tuple(np.array(g.units) for g in groups if g.size == 1), _ALONE)
@@ -236,9 +260,23 @@ def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
     return Coupling(groups, tuple(_frozen(atoms, params, groups)), shapes, wiring)
 
 
+def all_tensors(program: Program) -> dict[str, Tensor]:
+    """Every parameter and buffer of the model, and every constant of the graph, by name; tied ones under each name."""
+    model: nn.Module = program.model
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    for node in program.graph.graph.nodes if program.graph is not None else ():
+        if node.op == "get_attr" and node.target not in tensors:
+            tensors[node.target] = attribute(program.graph, node.target)
+    return tensors
+
+
 def kept_names(program: Program, patterns: Sequence[str]) -> dict[str, str]:
     """Parameter or buffer name → the pattern that keeps it."""
-    names = [str(n.target) for n in program.graph.graph.nodes if n.op == "get_attr"]
+    if program.graph is None:
+        names = list(all_tensors(program))
+    else:
+        names = [str(n.target) for n in program.graph.graph.nodes if n.op == "get_attr"]
     modules = [name for name, _ in program.model.named_modules() if name]
     kept: dict[str, str] = {}
     for pattern in patterns:

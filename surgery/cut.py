@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from surgery.allocate import plan_from_dead
-from surgery.couple import Masks, Wiring, bind, couple, rewrite_view
+from surgery.couple import Masks, Wiring, all_tensors, bind, couple, rewrite_view
 from surgery.errors import IllegalCut, PlanMismatch
 from surgery.graph import CompactGraph, hold
-from surgery.ir import CompactModel, Coupling, Plan, Program
+from surgery.ir import CompactModel, Coupling, Cut, Plan, Program
 from surgery.numerics import Run, flat_outputs, sample_inputs, well_conditioned
 from surgery.ops.registry import Replacement, Scaled, rules
 from surgery.tolerances import TOLERANCE
@@ -80,17 +80,16 @@ def slice_tensors(program: Program, plan: Plan) -> dict[str, Tensor]:
 
     Parameters stay parameters, with their `requires_grad`; tied ones stay one object.
     """
-    cuts: dict[str, list[tuple[int, Tensor]]] = {}
+    tensors = all_tensors(program)
+    cuts: dict[int, dict[int, Tensor]] = {}
     for c in plan.cuts:
-        alive = torch.ones(c.size, dtype=torch.bool)
-        alive[list(c.dead)] = False
-        cuts.setdefault(c.tensor, []).append((c.axis, alive.nonzero().squeeze(1)))
+        cuts.setdefault(id(tensors[c.tensor]), {})[c.axis] = _survivors(c)
     out: dict[str, Tensor] = {}
     copies: dict[int, Tensor] = {}
-    for name, tensor in _all_tensors(program).items():
+    for name, tensor in tensors.items():
         if id(tensor) not in copies:
             value = tensor.detach()
-            for axis, index in cuts.get(name, ()):
+            for axis, index in cuts.get(id(tensor), {}).items():
                 value = value.index_select(axis, index.to(value.device))
             value = value.clone(memory_format=torch.contiguous_format)
             if isinstance(tensor, nn.Parameter):
@@ -98,6 +97,12 @@ def slice_tensors(program: Program, plan: Plan) -> dict[str, Tensor]:
             copies[id(tensor)] = value
         out[name] = copies[id(tensor)]
     return out
+
+
+def _survivors(c: Cut) -> Tensor:
+    alive = torch.ones(c.size, dtype=torch.bool)
+    alive[list(c.dead)] = False
+    return alive.nonzero().squeeze(1)
 
 
 def masked(program: Program, plan: Plan) -> nn.Module:
@@ -109,19 +114,6 @@ def masked(program: Program, plan: Plan) -> nn.Module:
             if c.tensor in tensors:
                 tensors[c.tensor].index_fill_(c.axis, torch.tensor(c.dead, device=tensors[c.tensor].device), 0.0)
     return module
-
-
-def _all_tensors(program: Program) -> dict[str, Tensor]:
-    model: nn.Module = program.model
-    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    tensors |= dict(model.named_buffers(remove_duplicate=False))
-    for node in program.graph.graph.nodes:
-        if node.op == "get_attr" and node.target not in tensors:
-            value: Any = program.graph
-            for part in node.target.split("."):
-                value = getattr(value, part)
-            tensors[node.target] = value
-    return tensors
 
 
 # -- the program -----------------------------------------------------------------------------------------------------
@@ -189,8 +181,11 @@ def _apply_change(
             node.args, node.kwargs, node.target = tuple(resolved(a) for a in change.args), {}, change.op
             return node
         names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+        raw = bind(node, lambda n: n).raw
         for name, value in change.items():
             position = names.index(name)
+            if raw.get(name) == value:
+                continue
             if position < len(node.args):
                 node.update_arg(position, resolved(value))
             else:
@@ -247,7 +242,7 @@ def _differs(program: Program, plan: Plan, graph: CompactGraph, module: nn.Modul
     args, kwargs = as_call(program, inputs)
     with torch.no_grad(), evaluating(module), evaluating(graph):
         wanted = flat_outputs(Run(graph, state, dtype=torch.float64).run(*inputs))
-        named = {k: v for k, v in state.items() if k in _named(module)}
+        named = {k: state[k] for k, _ in (*module.named_parameters(), *module.named_buffers()) if k in state}
         try:
             got = flat_outputs(torch.func.functional_call(module, named, args, kwargs))
         except Exception as error:  # whatever the user's forward raises at sizes it was not written for
@@ -264,10 +259,8 @@ def compact_state(state: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
     """The same values without the plan's dead positions."""
     out = dict(state)
     for c in plan.cuts:
-        alive = torch.ones(c.size, dtype=torch.bool)
-        alive[list(c.dead)] = False
         if c.tensor in out:
-            out[c.tensor] = out[c.tensor].detach().index_select(c.axis, alive.nonzero().squeeze(1))
+            out[c.tensor] = out[c.tensor].detach().index_select(c.axis, _survivors(c))
     return out
 
 

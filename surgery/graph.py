@@ -12,6 +12,7 @@ from torch.fx.graph_module import reduce_graph_module
 aten = torch.ops.aten
 
 _TRAINING_ARGUMENT = {aten.batch_norm.default: 5, aten.instance_norm.default: 5}
+_RUNNING_MEAN = 3
 _DROPOUT = {aten.dropout.default: 2, aten.feature_dropout.default: 2, aten.alpha_dropout.default: 2}
 
 
@@ -28,6 +29,8 @@ class CompactGraph(torch.fx.GraphModule):
         changed = False
         for node in self.graph.nodes:
             position = {**_TRAINING_ARGUMENT, **_DROPOUT}.get(node.target)
+            if node.target in _TRAINING_ARGUMENT and node.args[_RUNNING_MEAN] is None:
+                continue  # without running statistics, the input's own are used in either mode
             if position is not None and len(node.args) > position and node.args[position] is not mode:
                 node.update_arg(position, mode)
                 changed = True

@@ -27,11 +27,15 @@ class LabelMismatch(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A tensor as the coupling sees it: its shape, and for each axis the layers of labels (none: never cut)."""
+    """A tensor as the coupling sees it: its shape, and for each axis the layers of labels (none: never cut).
+
+    `param` names the parameter or buffer it is; `table` holds the numbers of an integer buffer, which may be an index.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[Layers, ...]
     param: str = ""
+    table: Layer | None = None
 
     @classmethod
     def plain(cls, shape: Sequence[int]) -> Value:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from surgery.couple import Masks, Wiring
+from surgery.couple import Masks, Wiring, all_tensors
 from surgery.ir import Program
 from surgery.labels import Value
 from surgery.ops.registry import Dead, rules
@@ -24,15 +24,10 @@ aten = torch.ops.aten
 
 
 def state_of(program: Program) -> dict[str, Tensor]:
-    """Parameters and buffers that the graph reads, by name."""
-    wanted = {str(n.target) for n in program.graph.graph.nodes if n.op == "get_attr"}
-    found: dict[str, Tensor] = {}
-    for name in wanted:
-        value: Any = program.graph
-        for part in name.split("."):
-            value = getattr(value, part)
-        found[name] = value
-    return found
+    """Parameters and buffers that the graph reads, by name (tied ones under each name), on the CPU."""
+    tensors = all_tensors(program)
+    read = {id(tensors[str(n.target)]) for n in program.graph.graph.nodes if n.op == "get_attr"}
+    return {name: tensor.detach().cpu() for name, tensor in sorted(tensors.items()) if id(tensor) in read}
 
 
 def sample_inputs(program: Program, *, seed: int, dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -46,7 +41,7 @@ def sample_inputs(program: Program, *, seed: int, dtype: torch.dtype | None = No
     return [
         _textured(leaf, generator).to(dtype or leaf.dtype)
         if isinstance(leaf, Tensor) and leaf.is_floating_point()
-        else leaf
+        else (leaf.cpu() if isinstance(leaf, Tensor) else leaf)
         for leaf in leaves
     ]
 
@@ -88,7 +83,7 @@ class Run(torch.fx.Interpreter):
         return super().get_attr(target, args, kwargs)
 
     def run_node(self, n: torch.fx.Node) -> Any:
-        """Run one call, with dtype literals of the traced program raised to the dtype of the run."""
+        """Run one call on the CPU, with dtype literals of the traced program raised to the dtype of the run."""
         if n.op != "call_function":
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -100,6 +95,8 @@ class Run(torch.fx.Interpreter):
         return n.target(*args, **kwargs)  # type: ignore[operator]
 
     def _raised(self, x: Any) -> Any:
+        if isinstance(x, torch.device):
+            return torch.device("cpu")
         return self._dtype if x is torch.float32 and self._dtype is not None else x
 
 
@@ -119,10 +116,14 @@ def well_conditioned(program: Program, *, seed: int = 0) -> dict[str, Tensor]:
     Mishkin 2016, arXiv:1511.06422), so that no signal dies or explodes on its way.
     """
     generator = torch.Generator().manual_seed(seed)
-    state = {
-        name: _conditioned(name, tensor, generator) if tensor.is_floating_point() else tensor
-        for name, tensor in sorted(state_of(program).items())
-    }
+    tensors = all_tensors(program)
+    made: dict[int, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, tensor in state_of(program).items():
+        tied = id(tensors[name])
+        if tied not in made:
+            made[tied] = _conditioned(name, tensor, generator) if tensor.is_floating_point() else tensor
+        state[name] = made[tied]
     Run(program.graph, state, _settle_statistics(state), torch.float64).run(
         *sample_inputs(program, seed=seed + 1, dtype=torch.float64)
     )
@@ -131,7 +132,7 @@ def well_conditioned(program: Program, *, seed: int = 0) -> dict[str, Tensor]:
 
 def _conditioned(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
     def normal(scale: float) -> Tensor:
-        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * scale
+        return torch.randn(tensor.shape, generator=generator).double() * scale
 
     leaf = name.rpartition(".")[2]
     if leaf == "running_mean" or leaf.endswith("bias"):
@@ -139,7 +140,7 @@ def _conditioned(name: str, tensor: Tensor, generator: torch.Generator) -> Tenso
     if tensor.dim() >= 2 and max(tensor.shape) != tensor.numel():
         return normal(sqrt(2.0 / max(1, prod(tensor.shape[1:]))))
     if isinstance(tensor, torch.nn.Parameter) or leaf == "running_var":
-        return torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5
+        return torch.rand(tensor.shape, generator=generator).double() + 0.5
     return tensor.double()
 
 

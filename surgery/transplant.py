@@ -32,11 +32,24 @@ class Literal:
 
 
 def transplant(
-    model: nn.Module, sliced: Mapping[str, Tensor], literals: Sequence[Literal], graph: torch.fx.GraphModule
+    model: nn.Module,
+    sliced: Mapping[str, Tensor],
+    literals: Sequence[Literal],
+    graph: torch.fx.GraphModule | None,
+    *,
+    groups: Mapping[str, int] | None = None,
 ) -> nn.Module:
-    """Return a copy of `model` that holds the sliced tensors; `graph` is the rewritten program."""
+    """Return a copy of `model` that holds the sliced tensors.
+
+    Args:
+        model: the dense module, left unchanged.
+        sliced: every parameter and buffer, at its new size.
+        literals: the sizes that changed in calls.
+        graph: the rewritten program, which knows how many groups each convolution is left with.
+        groups: weight name → groups, where there is no program.
+    """
     with_tensors = _copy_around(model, sliced)
-    groups = _group_counts(graph)
+    groups = {**(_group_counts(graph) if graph is not None else {}), **(groups or {})}
     for name, module in with_tensors.named_modules():
         _update(module, groups.get(f"{name}.weight"))
     _repair(with_tensors, literals)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from surgery.labels import Value
+from surgery.labels import Value, gather
 from surgery.ops.examples import Built
-from surgery.ops.registry import Call, Rule, register
+from surgery.ops.registry import Call, Replacement, Rewrite, Rule, register
 
 
 def _couple_embedding(call: Call) -> Value:
@@ -19,10 +24,32 @@ def _couple_embedding(call: Call) -> Value:
 
 
 def _couple_index_select(call: Call) -> Value:
-    x, dim = call.value("self"), call["dim"]
-    call.freeze(x, dim, "looked up by index")
+    """An index that is a buffer's says which unit goes where; any other one needs its axis whole."""
+    x, index = call.value("self"), call.value("index")
     rank = len(x.shape)
-    return call.out({a: call.passed(x, a) for a in range(rank) if a != dim % rank})
+    dim = call["dim"] % rank
+    axes = {a: call.passed(x, a) for a in range(rank) if a != dim}
+    call.freeze(index, 0, "an index")
+    if index.table is None:
+        call.freeze(x, dim, "looked up by index")
+    else:
+        axes[dim] = gather(call.atoms.canon(call.passed(x, dim)), index.table)
+    return call.out(axes)
+
+
+def picked(r: Rewrite, dim: int, source: NDArray[np.int64]) -> Replacement:
+    """The compact output along `dim` as a constant selection of the compact input; `source` are dense positions."""
+    keep = r.keep("self", dim)
+    position = np.cumsum(keep) - 1
+    index = position[source[keep[source]]]
+    return Replacement(torch.ops.aten.index_select.default, (r.raw["self"], dim, torch.from_numpy(index)))
+
+
+def _rewrite_index_select(r: Rewrite) -> Mapping[str, Any] | Replacement:
+    x, index, dim = r.bound["self"], r.bound["index"], r.bound["dim"]
+    if index.table is None or r.keep("self", dim).all():
+        return {}
+    return picked(r, dim % len(x.shape), index.table)
 
 
 class _Table(nn.Module):
@@ -59,7 +86,8 @@ register(
         op="aten.index_select.default",
         family="look-up",
         couple=_couple_index_select,
+        rewrite=_rewrite_index_select,
         example=lambda: _example(embedding=False),
-        says="the indexed axis is never cut, the others pass",
+        says="a constant index is run on labels; with any other the indexed axis is never cut",
     ),
 )

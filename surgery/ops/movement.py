@@ -12,6 +12,7 @@ from torch import Tensor
 
 from surgery.labels import Layers, Value
 from surgery.ops.examples import between_convs, between_linears, fork_convs
+from surgery.ops.index import picked
 from surgery.ops.registry import Call, Coupled, Example, Replacement, Rewrite, Rule, Shape, register
 
 aten = torch.ops.aten
@@ -83,15 +84,7 @@ def _bounds(r: Rewrite) -> Changes:
     if step == 1:
         first = int(keep[:start].sum())
         return {"start": first, "end": first + int(keep[start:stop].sum())}
-    return _picked(r, dim, np.arange(start, stop, step))
-
-
-def _picked(r: Rewrite, dim: int, source: Any) -> Replacement:
-    """The compact output along `dim` as a constant selection of the compact input; `source` are dense positions."""
-    keep = r.keep("self", dim)
-    position = np.cumsum(keep) - 1
-    index = position[source[keep[source]]]
-    return Replacement(aten.index_select.default, (r.raw["self"], dim, torch.from_numpy(index)))
+    return picked(r, dim, np.arange(start, stop, step))
 
 
 def _rolled(r: Rewrite) -> Changes:
@@ -189,6 +182,9 @@ def _couple_pad(call: Call) -> Coupled:
     """Constant padding of a labelled axis adds indices that may go again."""
     x = call.value("self")
     if call.bound.get("mode", "constant") != "constant":
+        for a, pads in enumerate(_pads(call.bound, len(x.shape))):
+            if any(pads):
+                call.freeze(x, a, "padded with its own values")
         return _run(call, aten.pad.default, torch.float64)
     axes: dict[int, Layers] = {}
     for a, (before, after) in enumerate(_pads(call.bound, len(x.shape))):
@@ -295,8 +291,8 @@ register(
     _moves("split_with_sizes.default", lambda x: torch.cat(torch.split(x, [3, 5], 1)[::-1], 1), rewrite=_split_sizes),
     _moves("tensor_split.sections", lambda x: torch.cat(x.tensor_split(3, 1)[::-1], 1), rewrite=_split_sizes),
     _moves("unfold.default", lambda x: x.unfold(2, 3, 1).sum(-1)),
-    _moves("reflection_pad2d.default", lambda x: F.pad(x, (1, 1, 1, 1), "reflect"), dtype=torch.float64),
-    _moves("replication_pad2d.default", lambda x: F.pad(x, (1, 1, 1, 1), "replicate"), dtype=torch.float64),
+    _moves("reflection_pad2d.default", lambda x: aten.reflection_pad2d(x, [1, 1, 1, 1]), dtype=torch.float64),
+    _moves("replication_pad2d.default", lambda x: aten.replication_pad2d(x, [1, 1, 1, 1]), dtype=torch.float64),
     _frozen_axis("select.int", lambda x: x + x[:, :, :, 0].unsqueeze(3)),
     _frozen_axis("unbind.int", lambda x: torch.stack(x.unbind(2), 2)),
     Rule(

@@ -138,6 +138,16 @@ def _counted(per_element: int, *, affine: int) -> Any:
     return macs
 
 
+class _Decomposed(nn.BatchNorm2d):
+    """Batch norm as programs exported in core ATen have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Use the running statistics."""
+        normalise = torch.ops.aten._native_batch_norm_legit_no_training
+        y: Tensor = normalise(x, self.weight, self.bias, self.running_mean, self.running_var, 0.1, 1e-5)[0]
+        return y
+
+
 class _WithScale(nn.Module):
     """RMS norm with a weight, of the width that the examples use."""
 
@@ -164,11 +174,7 @@ register(
         family="norm",
         couple=_couple_batch,
         macs=_counted(1, affine=2),
-        example=between_convs(
-            lambda x: torch.ops.aten._native_batch_norm_legit_no_training(
-                x, None, None, torch.zeros(x.shape[1]), torch.ones(x.shape[1]), 0.1, 1e-5
-            )[0]
-        ),
+        example=between_convs(_Decomposed(8)),
         says="one scale and shift per channel: ties them",
     ),
     Rule(

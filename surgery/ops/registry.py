@@ -119,7 +119,7 @@ class Call:
         shape = self.outputs[index]
         layers: list[Layers] = [()] * len(shape)
         for axis, labels in axes.items():
-            if shape[axis] > 1:
+            if shape[axis] > 1 or self.atoms.is_locked:
                 layers[axis % len(shape)] = tuple(labels)
         return Value(shape, tuple(layers))
 
