@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress, suppress
+from contextlib import contextmanager, suppress
 from math import isqrt, prod
 from types import MappingProxyType
 from typing import Any
@@ -115,9 +115,6 @@ def _private_copy(module: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own classes, when a graph module is copied
         private = copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
-    if isinstance(private, fx.GraphModule) and private.training:
-        with suppress(NotImplementedError):
-            private.eval()  # compact graphs hold the mode in their operators too
     with suppress(NotImplementedError):  # modules of exported programs refuse; other graphs flip their operators' flags
         private.eval()
     for submodule in private.modules():
