@@ -6,7 +6,6 @@ the seed and the arguments; the plan and the weights are so byte by byte.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import tempfile
@@ -26,8 +25,9 @@ from benchmarks.session import Settings
 from exporters import onnx
 from exporters.signature import bind
 from surgery import __version__, artefacts, report
-from surgery.errors import InvalidInput
-from surgery.ir import Plan, Program, Report
+from surgery.cut import masked
+from surgery.errors import CheckFailed, InvalidInput, UnsupportedModel
+from surgery.ir import Plan, Report
 from surgery.pipeline import Clock, Progress, Result, apply
 from surgery.trace import evaluating, quiet
 
@@ -84,9 +84,9 @@ def save(
         (folder / artefacts.COMPACT_WEIGHTS).write_bytes(weights_bytes(result.model))
         with clock("save"):
             notes = _save_program(result, folder / artefacts.COMPACT_PT2)
-        exports = _export(result, folder, Path(scratch), how.opset, clock)
-        timing, doubts = _time(result, exports, how, clock)
-        notes += [*_export_notes(exports), *doubts]
+        exports, subject, where = _export(result, folder, Path(scratch), how.opset, clock)
+        timing, doubts = _time(subject, exports, how, clock)
+        notes += [*where, *_export_notes(exports), *doubts]
         data = report.measured(
             {**result.report, "stages_s": {**result.report["stages_s"], **clock.seconds}},
             onnx_bytes={name: export.bytes for name, export in exports.items()},
@@ -131,6 +131,37 @@ def load(folder: str | Path, dense_model: torch.nn.Module, example_inputs: Any =
 # The steps of `save`. ------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Subject:
+    """What is written and timed: the model that was shrunk, or the whole one around the part that was."""
+
+    dense: torch.nn.Module
+    around: Callable[[torch.nn.Module], torch.nn.Module]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    dynamic: tuple[tuple[int, ...], ...] | None
+    batch: int
+
+    @classmethod
+    def of(cls, result: Result, *, whole: bool) -> _Subject:
+        """The whole model, of whose dynamic axes nothing is known but that the first may be the batch; or the part."""
+        program = result.program
+        if whole and result.whole is not None:
+            args, kwargs = result.whole.example_args or (), result.whole.example_kwargs or {}
+            first = next((x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)), None)
+            batch = first.shape[0] if first is not None and first.dim() else 1
+            return cls(result.whole.model, result.whole.around, args, kwargs, None, batch)
+        dynamic = tuple(spec.dynamic for spec in program.inputs)
+        batch = program.inputs[0].shape[0] if program.inputs and program.inputs[0].shape else 1
+        return cls(program.model, lambda module: module, program.example_args, program.example_kwargs, dynamic, batch)
+
+    def axes(self) -> dict[str, tuple[int, ...]] | None:
+        """Input name → dynamic axes; None where they are not known."""
+        if self.dynamic is None:
+            return None
+        return dict(zip(bind(self.dense, self.args, self.kwargs).tensors, self.dynamic, strict=True))
+
+
 def _save_program(result: Result, path: Path) -> list[str]:
     """Write the compact model as an exported program with a dynamic batch; returns why there is none, if so."""
     program = result.program
@@ -147,23 +178,41 @@ def _save_program(result: Result, path: Path) -> list[str]:
 
     by_argument, by_keyword = pytree.tree_map(axes, (args, kwargs))
     shapes = (*by_argument, *by_keyword.values())
-    with evaluating(result.model), quiet(), torch.no_grad():
-        exported = torch.export.export(result.model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    module = result.compact.module
+    with evaluating(module), quiet(), torch.no_grad():
+        exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
         torch.export.save(exported, path)
-    return []
+    return [f"{path.name} holds the part '{result.whole.name}' alone"] if result.whole else []
 
 
 def _export(
     result: Result, folder: Path, scratch: Path, opset: int | None, clock: Clock
+) -> tuple[dict[str, onnx.ExportResult], _Subject, list[str]]:
+    """Export the three models: around the part that was shrunk, if any and if possible, else what was shrunk."""
+    if result.whole is None:
+        subject = _Subject.of(result, whole=False)
+        return _export_three(result, subject, folder, scratch, opset, clock), subject, []
+    name = result.whole.name
+    try:
+        subject = _Subject.of(result, whole=True)
+        exports = _export_three(result, subject, folder, scratch, opset, clock)
+        return exports, subject, [f"ONNX and times: the whole model around part '{name}'"]
+    except (UnsupportedModel, InvalidInput, CheckFailed) as error:
+        subject = _Subject.of(result, whole=False)
+        exports = _export_three(result, subject, folder, scratch, opset, clock)
+        return exports, subject, [f"ONNX and times: the part alone, '{name}'; the whole model cannot be had: {error}"]
+
+
+def _export_three(
+    result: Result, subject: _Subject, folder: Path, scratch: Path, opset: int | None, clock: Clock
 ) -> dict[str, onnx.ExportResult]:
-    """Export the three models; the masked one is only there to be timed."""
+    """Export dense, masked and compact; the masked one is only there to be timed."""
     program, plan = result.program, result.plan
-    subjects: dict[str, tuple[Callable[[], Any], Path]] = {
-        "dense": (lambda: program.model, folder / artefacts.DENSE_ONNX),
-        "masked": (lambda: _masked(program, plan), scratch / "masked.onnx"),
-        "compact": (lambda: result.model, folder / artefacts.COMPACT_ONNX),
+    models: dict[str, tuple[Callable[[], Any], Path]] = {
+        "dense": (lambda: subject.dense, folder / artefacts.DENSE_ONNX),
+        "masked": (lambda: subject.around(masked(program, plan)), scratch / "masked.onnx"),
+        "compact": (lambda: subject.around(result.compact.module), folder / artefacts.COMPACT_ONNX),
     }
-    tensors = bind(program.model, program.example_args, program.example_kwargs).tensors
     origin = {
         "tool_version": __version__,
         "budget": f"{plan.budget.kind} {plan.budget.fraction:g}" if plan.budget else "none",
@@ -171,33 +220,19 @@ def _export(
         "dense_fingerprint": program.fingerprint,
     }
     exports = {}
-    for name, (subject, path) in subjects.items():
+    for name, (model, path) in models.items():
         with clock(f"export {name}"):
             exports[name] = onnx.export(
-                subject(),
-                program.example_args,
+                model(),
+                subject.args,
                 path,
-                example_kwargs=program.example_kwargs,
+                example_kwargs=subject.kwargs,
                 opset=opset,
-                dynamic_axes={name: spec.dynamic for name, spec in zip(tensors, program.inputs, strict=True)},
+                dynamic_axes=subject.axes(),
                 metadata={**origin, "model": name},
                 dynamo=program.tracer == "export",
             )
     return exports
-
-
-def _masked(program: Program, plan: Plan) -> torch.nn.Module:
-    """Return a copy of the dense model whose dead slices are zero: what masking buys, which is nothing."""
-    model: torch.nn.Module = copy.deepcopy(program.model)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for cut in plan.cuts:
-            # The weights behind a parametrisation (weight norm) are divided by their norm: zeros would become NaN.
-            if cut.tensor in parameters and "parametrizations" not in cut.tensor:
-                parameters[cut.tensor].index_fill_(
-                    cut.axis, torch.tensor(cut.dead).to(parameters[cut.tensor].device), 0
-                )
-    return model
 
 
 def _export_notes(exports: Mapping[str, onnx.ExportResult]) -> list[str]:
@@ -210,14 +245,13 @@ def _export_notes(exports: Mapping[str, onnx.ExportResult]) -> list[str]:
 
 
 def _time(
-    result: Result, exports: Mapping[str, onnx.ExportResult], how: Measurement, clock: Clock
+    subject: _Subject, exports: Mapping[str, onnx.ExportResult], how: Measurement, clock: Clock
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the timer's findings as JSON values, and a note where another batch than asked for was timed."""
-    program = result.program
-    tensors = bind(program.model, program.example_args, program.example_kwargs).tensors
+    tensors = bind(subject.dense, subject.args, subject.kwargs).tensors
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     fixed = not all(any(0 in axes for axes in export.dynamic.values()) for export in exports.values())
-    batch = program.inputs[0].shape[0] if fixed else how.batch
+    batch = subject.batch if fixed else how.batch
     notes = [f"timed at batch {batch}, which the model fixes"] if batch != how.batch else []
     timing = ort.time(
         {name: export.path for name, export in exports.items()},

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from surgery import part as parts
 from surgery import report
 from surgery.allocate import allocate
 from surgery.check import check
@@ -31,7 +32,17 @@ from surgery.trace import trace
 Progress = Callable[[str, float], None]
 """Told what is being done, and the fraction of it behind us (0 to 1)."""
 
-TRACERS: Mapping[str, Callable[..., Program]] = {"export": trace}
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """The stages that depend on how the model was captured."""
+
+    trace: Callable[..., Program]
+    couple: Callable[..., Coupling]
+    cost_functions: Callable[..., Mapping[str, CostFn]]
+    cut: Callable[..., CompactModel]
+    check: Callable[..., CheckResult]
+    reference: Callable[..., torch.nn.Module]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +77,7 @@ class Decision:
         plan: which units die.
         costs: ``params``, ``macs``, ``channels`` → (dense, kept).
         stages_s: seconds each stage took.
+        whole: where a part is shrunk, the dense model that it belongs to.
     """
 
     request: Request
@@ -74,6 +86,7 @@ class Decision:
     plan: Plan
     costs: Mapping[str, tuple[int, int]]
     stages_s: Mapping[str, float]
+    whole: parts.Whole | None = None
 
     @property
     def report(self) -> dict[str, Any]:
@@ -94,7 +107,8 @@ class Result:
         report: what report.json holds; without files and times, which `save` adds.
         program: the traced dense model.
         coupling: its groups.
-        compact: the compact model, with the reason for its kind.
+        compact: the compact model, with the reason for its kind; where a part was shrunk, the part alone.
+        whole: where a part was shrunk, the dense model that it belongs to; `model` is then the whole compact one.
     """
 
     model: torch.nn.Module = field(repr=False)
@@ -105,6 +119,7 @@ class Result:
     program: Program = field(repr=False)
     coupling: Coupling = field(repr=False)
     compact: CompactModel = field(repr=False)
+    whole: parts.Whole | None = field(default=None, repr=False)
 
 
 # The stages. ---------------------------------------------------------------------------------------------------------
@@ -120,15 +135,16 @@ def decide(
 ) -> Decision:
     """Return what would be cut from the model, which stays as it is; arguments and errors are those of `shrink`."""
     run = Clock(progress)
-    tracer = _tracer(request)
+    stages = _stages(request.tracer)
     with run("trace"):
-        program = tracer(model, example_inputs, example_kwargs)
+        whole = parts.reach(model, request.part, example_inputs, example_kwargs) if request.part is not None else None
+        program = stages.trace(*(whole.call if whole else (model, example_inputs, example_kwargs)))
     with run("couple"):
-        coupling = couple(program, keep=request.keep)
+        coupling = stages.couple(program, keep=request.keep)
     with run("score"):
         scores = score(program, coupling, request.criterion, seed=request.seed)
     with run("allocate"):
-        costs = cost_functions(program, coupling)
+        costs = stages.cost_functions(program, coupling)
         plan = allocate(
             coupling,
             scores,
@@ -141,23 +157,30 @@ def decide(
             inexact=request.inexact,
             settings=request.settings(),
         )
-    return Decision(request, program, coupling, plan, _kept(costs, coupling, plan), run.seconds)
+    return Decision(request, program, coupling, plan, _kept(costs, coupling, plan), run.seconds, whole)
 
 
 def realise(decision: Decision, *, progress: Progress | None = None) -> Result:
     """Cut what was decided and check it; raises CheckFailed where the compact model is not the masked dense one."""
     program, coupling, plan = decision.program, decision.coupling, decision.plan
     run = Clock(progress)
+    stages, whole = _stages(program.tracer), decision.whole
     with run("cut"):
-        compact = cut(program, plan, coupling=coupling)
+        compact = stages.cut(program, plan, coupling=coupling)
+        model = whole.around(compact.module) if whole else compact.module
     with run("check"):
-        verdict = check(program, plan, compact, coupling=coupling, seed=decision.request.seed)
+        verdict = stages.check(program, plan, compact, coupling=coupling, seed=decision.request.seed)
+        if whole is not None:
+            verdict = parts.check(whole, stages.reference(program, plan, coupling), model, verdict)
     with run("count"):
         costs, notes = _counted(decision, compact)
     data = report.describe(program, coupling, plan, compact=compact, verdict=verdict, costs=costs)
+    if whole is not None:
+        data["part"] = parts.describe(whole, model, verdict)
+        notes = [*notes, *parts.notes(data["part"])]
     data = {**data, "notes": [*data["notes"], *notes], "stages_s": {**decision.stages_s, **run.seconds}}
     return Result(
-        model=compact.module,
+        model=model,
         kind=compact.kind,
         plan=plan,
         check=verdict,
@@ -165,6 +188,7 @@ def realise(decision: Decision, *, progress: Progress | None = None) -> Result:
         program=program,
         coupling=coupling,
         compact=compact,
+        whole=whole,
     )
 
 
@@ -234,17 +258,34 @@ def apply(plan: Plan, dense_model: torch.nn.Module, example_inputs: Any = None) 
         PlanMismatch: the plan was made for another architecture.
         InvalidInput: the plan's inputs cannot be rebuilt; pass `example_inputs`.
     """
-    known = {key: plan.settings[key] for key in ("part", "tracer") if key in plan.settings}
-    request = Request(keep=tuple(plan.settings.get("keep", ())), **known)
-    args, kwargs = (example_inputs, None) if example_inputs is not None else _inputs_of(plan, dense_model)
-    program = _tracer(request)(dense_model, args, kwargs)
+    stages = _stages(plan.settings.get("tracer", "export"))
+    whole = _part_of(plan, dense_model, example_inputs)
+    if whole is not None:
+        call = whole.call
+    elif example_inputs is not None:
+        call = dense_model, example_inputs, {}
+    else:
+        call = dense_model, *_inputs_of(plan, dense_model)
+    program = stages.trace(*call)
     if program.fingerprint != plan.fingerprint:
         raise PlanMismatch(
             f"the plan was made for another architecture than this {type(dense_model).__name__} "
             f"(fingerprint {plan.fingerprint[:12]}, here {program.fingerprint[:12]}); make a new plan"
         )
-    module: torch.nn.Module = cut(program, plan, coupling=couple(program, keep=request.keep)).module
-    return module
+    coupling = stages.couple(program, keep=tuple(plan.settings.get("keep", ())))
+    module: torch.nn.Module = stages.cut(program, plan, coupling=coupling).module
+    return whole.around(module) if whole else module
+
+
+def _part_of(plan: Plan, dense_model: torch.nn.Module, example_inputs: Any) -> parts.Whole | None:
+    """Return the part that the plan is for, with inputs from the plan where none of the whole model are given."""
+    name = plan.settings.get("part")
+    if name is None:
+        return None
+    if example_inputs is not None:
+        return parts.reach(dense_model, name, example_inputs, None)
+    module = parts.find(dense_model, name)
+    return parts.Whole(dense_model, name, module, *_inputs_of(plan, module))
 
 
 # What the stages stand on. -------------------------------------------------------------------------------------------
@@ -267,13 +308,17 @@ class Clock:
         self.progress(stage, 1.0)
 
 
-def _tracer(request: Request) -> Callable[..., Program]:
-    """Return the function that captures the model; the one place where tracers and parts are wired in."""
-    if request.part is not None:
-        raise UnsupportedModel(f"part '{request.part}': shrinking one submodule is not supported by this version")
-    if request.tracer not in TRACERS:
-        raise UnsupportedModel(f"tracer '{request.tracer}' is not in this version; there is {', '.join(TRACERS)}")
-    return TRACERS[request.tracer]
+def _stages(tracer: str) -> Stages:
+    """Return what belongs to a tracer; raises InvalidInput where there is none of that name."""
+    if tracer == "export":
+        return Stages(trace, couple, cost_functions, cut, check, parts.reference_module)
+    if tracer == "torch-pruning":
+        from surgery import eager, torch_pruning  # Here: importing torch-pruning takes seconds.
+
+        return Stages(
+            eager.trace, torch_pruning.couple, eager.cost_functions, eager.cut, eager.check, eager.reference_module
+        )
+    raise InvalidInput(f"no tracer '{tracer}'; there are export and torch-pruning")
 
 
 def _kept(costs: Mapping[str, CostFn], coupling: Coupling, plan: Plan) -> dict[str, tuple[int, int]]:

@@ -46,7 +46,7 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
     """
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
-    _require_finite(model)
+    require_finite(model)
     args, kwargs = _at_batch_two(args, kwargs)
     with evaluating(model), quiet():
         exported, notes = _export(model, args, kwargs)
@@ -69,7 +69,8 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
 # -- inputs ----------------------------------------------------------------------------------------------------------
 
 
-def _require_finite(model: nn.Module) -> None:
+def require_finite(model: nn.Module) -> None:
+    """Raise InvalidInput where a weight is not a number or infinite."""
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InvalidInput(f"weight '{name}' holds NaN or infinite values; load a sound checkpoint")
@@ -167,7 +168,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             else (f"batch is fixed at the example's: a dynamic one could not be traced ({why})",)
         )
         return exported, notes
-    _refuse_wrong_inputs(model, args, kwargs)
+    refuse_wrong_inputs(model, args, kwargs)
     raise UnsupportedModel(
         f"torch.export cannot capture this model, at {why}; rewrite that line without control flow on tensor values, "
         "or try --tracer torch-pruning, or --part for a submodule that can be captured"
@@ -179,7 +180,7 @@ def _by_position(shapes: Any) -> Any:
     return None if shapes is None else (*shapes[0], *shapes[1].values())
 
 
-def _refuse_wrong_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def refuse_wrong_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Where the model does not even run on the inputs, that is what to say."""
     try:
         with torch.no_grad():
