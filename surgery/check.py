@@ -17,13 +17,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from surgery.couple import Masks, Wiring, couple, index_table, run, shapes_of
-from surgery.cut import as_call, compact_state, masks_of
+from surgery.cut import as_call, compact_state, masks_of, slice_tensors
 from surgery.errors import CheckFailed
 from surgery.ir import CheckResult, CompactModel, Coupling, Plan, Program
 from surgery.labels import LabelMismatch, Layers, Value, gather, is_constant
 from surgery.numerics import Run, flat_outputs, masked_run, sample_inputs, state_of, well_conditioned
 from surgery.tolerances import BLIND, TOLERANCE
-from surgery.trace import evaluating, first_line
+from surgery.trace import evaluating, first_line, is_symbolic
 
 
 def check(
@@ -48,6 +48,7 @@ def check(
     coupling = coupling or couple(program, keep=tuple(plan.settings.get("keep", ())))
     masks = masks_of(program, plan, coupling)
     wiring: Wiring = coupling.facts
+    _require_slices(program, plan, compact)
     replayed = replay(program, compact, wiring, masks, plan)
     dense = well_conditioned(program, seed=seed)
     error64, varying = _compare(program, wiring, masks, dense, compact_state(dense, plan), compact, seed)
@@ -70,6 +71,21 @@ def check(
     else:
         _require(error, _precision(real), "the real weights")
     return CheckResult(replayed, error64, told, varying, _meaning(coupling, plan), notes)
+
+
+def _require_slices(program: Program, plan: Plan, compact: CompactModel) -> None:
+    """Every tensor of the compact model has to be the slice of the dense one that the plan says."""
+    strange = program.model.state_dict().keys() ^ compact.module.state_dict().keys()
+    if strange:
+        raise CheckFailed(f"'{min(strange)}' is in the state of only one of the dense and the compact model")
+    slices = slice_tensors(program, plan)
+    for module in (compact.graph, compact.module):
+        for name, tensor in _tensors_of(module).items():
+            if name in slices and not torch.equal(tensor, slices[name].detach().cpu()):
+                raise CheckFailed(
+                    f"'{name}' is not the slice of the dense tensor that the plan says; nothing was written; if its "
+                    "weights were not changed after the cut, please report this model"
+                )
 
 
 def _require(error: float, dtype: torch.dtype, what: str) -> None:
@@ -196,7 +212,7 @@ def fake_shapes(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> dict[str, 
     return shapes
 
 
-def _tensors_of(graph: torch.fx.GraphModule) -> dict[str, Tensor]:
+def _tensors_of(graph: torch.nn.Module) -> dict[str, Tensor]:
     named: dict[str, Tensor] = dict(graph.named_parameters(remove_duplicate=False))
     named |= dict(graph.named_buffers(remove_duplicate=False))
     return {name: tensor.detach().cpu() for name, tensor in named.items()}
@@ -232,8 +248,11 @@ def _compare(
 
 
 def _rounds(program: Program) -> int:
-    """One run holds two samples where batch is dynamic; otherwise two runs are compared."""
-    return 1 if program.inputs and program.inputs[0].shape[:1] > (1,) and 0 in program.inputs[0].dynamic else 2
+    """One run holds two samples where every output has the batch as its first axis; otherwise two runs are compared."""
+    output = next(n for n in program.graph.graph.nodes if n.op == "output")
+    values = [n.meta.get("val") for n in output.all_input_nodes]
+    per_sample = all(isinstance(v, Tensor) and v.dim() > 0 and is_symbolic(v.shape[0]) for v in values)
+    return 1 if values and per_sample else 2
 
 
 def _graph_runner(compact: CompactModel, state: Mapping[str, Tensor] | None) -> Callable[[list[Tensor]], Any]:

@@ -26,7 +26,12 @@ from surgery.errors import InvalidInput, UnsupportedModel
 from surgery.ir import InputSpec, Node, Program
 
 _LIBRARIES = (str(Path(torch.__file__).parent) + "/", "<eval_with_key>", "<string>", "importlib")
+UNKNOWN = "an unknown line"
+_ABOUT_INPUTS = re.compile("shape|size|dimension|channel|expected|dtype|type|argument|mat1", re.IGNORECASE)
 _ASSERTIONS = ("_assert", "sym_constrain", "_guards_fn")
+
+
+Args = tuple[Any, ...]
 
 
 def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Program:
@@ -47,9 +52,8 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
     require_finite(model)
-    args, kwargs = _at_batch_two(args, kwargs)
     with evaluating(model), quiet():
-        exported, notes = _export(model, args, kwargs)
+        exported, args, kwargs, notes = _export(model, args, kwargs)
         graph = _clean(exported)
     names = _input_names(graph)
     inputs = _describe_inputs(graph, names)
@@ -88,8 +92,8 @@ def _at_batch_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[
     def twice(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        x = x.detach()  # a copy: torch.export takes one tensor given twice for one input
-        return torch.cat([x, x.flip(-1) if x.is_floating_point() else x]) if single else x.clone()
+        x = x.detach()
+        return torch.cat([x, x.flip(-1) if x.is_floating_point() else x]) if single else x
 
     doubled: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(twice, (args, kwargs))
     return doubled
@@ -118,18 +122,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the warnings and log lines of `torch.export`; its exceptions are not touched."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")]
-    levels = [logger.level for logger in loggers]
+    """Silence the warnings and log lines of `torch.export` (whole graphs); its exceptions are not touched."""
+    before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            for logger in loggers:
-                logger.setLevel(logging.CRITICAL)
+            logging.disable(logging.CRITICAL)
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            logging.disable(before)
 
 
 # -- capture ---------------------------------------------------------------------------------------------------------
@@ -149,25 +150,27 @@ def _axes(batch: Any, space: Any) -> Any:
     return of
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[str, ...]]:
-    """Try dynamic batch and space, then dynamic batch, then everything fixed."""
-    attempts = ((Dim.DYNAMIC, Dim.AUTO), (Dim.DYNAMIC, None), (None, None))
+def _export(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> tuple[Any, Args, dict[str, Any], tuple[str, ...]]:
+    """Try dynamic batch and space, then dynamic batch, then everything fixed; also return the inputs used."""
+    twice = _at_batch_two(args, kwargs)
+    attempts = ((Dim.DYNAMIC, Dim.AUTO, twice), (Dim.DYNAMIC, None, twice), (None, None, (args, kwargs)))
     why = ""
-    for batch, space in attempts:
-        shapes = pytree.tree_map(_axes(batch, space), (args, kwargs)) if batch is not None else None
+    for batch, space, inputs in attempts:
+        shapes = pytree.tree_map(_axes(batch, space), inputs) if batch is not None else None
+        # A copy each time: torch.export takes one tensor given twice for one input, and marks tensors as dynamic.
+        positional, named = pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, inputs)
         try:
             with torch.no_grad():
-                exported = torch.export.export(model, args, kwargs, dynamic_shapes=_by_position(shapes), strict=False)
+                exported = torch.export.export(
+                    model, positional, named, dynamic_shapes=_by_position(shapes), strict=False
+                )
         except Exception as error:  # torch.export raises whatever the user's forward or its own passes raise
             why = f"{where_raised(error)}: {first_line(error)}"
             last = error
             continue
-        notes = (
-            ()
-            if batch is not None
-            else (f"batch is fixed at the example's: a dynamic one could not be traced ({why})",)
-        )
-        return exported, notes
+        why = why.removeprefix(f"{UNKNOWN}: ")
+        fixed = f"batch is fixed at the example's: a dynamic one could not be traced ({why})"
+        return exported, positional, named, () if batch is not None else (fixed,)
     refuse_wrong_inputs(model, args, kwargs)
     raise UnsupportedModel(
         f"torch.export cannot capture this model, at {why}; rewrite that line without control flow on tensor values, "
@@ -186,6 +189,8 @@ def refuse_wrong_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         with torch.no_grad():
             model(*args, **kwargs)
     except Exception as error:  # whatever the user's forward raises
+        if not _ABOUT_INPUTS.search(str(error)):
+            return
         shapes = [tuple(x.shape) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         raise InvalidInput(
             f"the model does not run on inputs of shape {shapes}: {where_raised(error)}: {first_line(error)}; "
@@ -213,7 +218,7 @@ def where_raised(error: BaseException) -> str:
         if found:
             return found
         seen = seen.__cause__ or seen.__context__
-    return "an unknown line"
+    return UNKNOWN
 
 
 # -- cleaning --------------------------------------------------------------------------------------------------------
