@@ -111,7 +111,8 @@ def masked(program: Program, plan: Plan) -> nn.Module:
     tensors = dict(module.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for c in plan.cuts:
-            if c.tensor in tensors:
+            # The weights behind a parametrisation (weight norm) are divided by their norm: zeros would become NaN.
+            if c.tensor in tensors and "parametrizations" not in c.tensor:
                 tensors[c.tensor].index_fill_(c.axis, torch.tensor(c.dead, device=tensors[c.tensor].device), 0.0)
     return module
 
