@@ -176,7 +176,10 @@ def _interval(speedup: Mapping[str, float]) -> str:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """Return the timed rows of global scope in a results file as the README's table."""
+    """Return the timed rows of global scope in a results file as the README's table.
+
+    Times that the timer itself calls unreliable are left out.
+    """
     lines = [
         "| network | MACs kept | multiples of | parameters | accuracy | p50 | speedup (95 %) |",
         "|---|---|---|---|---|---|---|",
@@ -187,6 +190,8 @@ def markdown(results: Mapping[str, Any]) -> str:
             continue
         how = f"{s['budget']:g} | {s['round_to']}" if s else "dense |"
         clock = f"{t['p50_ms']:.2f} ms | {_interval(t['speedup']) if s else '1'}"
+        if not results["timers"][row["network"]]["reliable"]:
+            clock = "unreliable | unreliable"
         lines.append(f"| {row['network']} | {how} | {row['params']:,} | {row['accuracy']:.1%} | {clock} |")
     return "\n".join(lines) + "\n"
 

@@ -1,0 +1,280 @@
+"""How the house is kept: layers, imports, packaging, and documents that tell the truth."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import surgery
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+ORDER = """
+    surgery.errors surgery.ir surgery.tolerances surgery.compat
+    surgery.pt2 surgery.checkpoints surgery.libraries surgery.usercode surgery.models
+    surgery.trace surgery.labels surgery.ops.registry surgery.ops.examples surgery.ops.index surgery.ops.*
+    surgery.couple surgery.score surgery.fvcount surgery.cost surgery.allocate
+    surgery.graph surgery.transplant surgery.numerics surgery.cut surgery.check surgery.torch_pruning surgery.eager
+    surgery.part surgery.artefacts surgery.report surgery.pipeline surgery.deliver
+    surgery.options surgery.cli
+"""
+LAYERS = ORDER.split()
+"""Each module imports only from those before it; of the families in surgery.ops, others know `index` alone."""
+
+ROOF = {"surgery.pipeline", "surgery.deliver", "surgery.options", "surgery.cli"}
+"""Only these see exporters and benchmarks."""
+
+NOUNS = {"surgery.errors", "surgery.ir"}
+"""All that exporters and benchmarks see of surgery."""
+
+WITHOUT_TORCH = {
+    "surgery",
+    "surgery.errors",
+    "surgery.ir",
+    "surgery.allocate",
+    "surgery.options",
+    "surgery.cli",
+    "benchmarks.ort",
+}
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Dotted name → file of every module that is installed, the studies included."""
+    found = {}
+    for package in ("surgery", "exporters", "benchmarks"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Our own modules that a file imports, inside functions and for type checking too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in modules() else str(node.module) for name in inner]
+        for name in names:
+            if name.partition(".")[0] in {"surgery", "exporters", "benchmarks", "scripts"}:
+                yield name
+
+
+def layer(module: str) -> int | None:
+    family = "surgery.ops.*" if module.startswith("surgery.ops.") else module
+    return next((LAYERS.index(name) for name in (module, family) if name in LAYERS), None)
+
+
+def allowed(module: str, imported: str) -> bool:
+    package, other = module.partition(".")[0], imported.partition(".")[0]
+    if imported.startswith(("scripts", "benchmarks.studies")) and not module.startswith("benchmarks.studies"):
+        return False
+    if module.startswith("benchmarks.studies") or imported == "surgery":
+        return True  # `from surgery import __version__`
+    if package != "surgery":
+        return imported in NOUNS or other == package
+    if other != "surgery":
+        return module in ROOF
+    mine, theirs = layer(module), layer(imported)
+    return mine is not None and theirs is not None and theirs < mine
+
+
+PACKAGES = {"surgery", "surgery.ops"}  # their __init__ is looked at on its own
+
+
+def test_every_module_has_a_place_in_the_order() -> None:
+    homeless = [m for m in modules() if m.startswith("surgery.") and m not in PACKAGES and layer(m) is None]
+    assert not homeless, "give these a place in LAYERS"
+    assert not [name for name in LAYERS if name not in modules() and not name.endswith("*")], "gone"
+
+
+@pytest.mark.parametrize("module", sorted(modules().keys() - PACKAGES))
+def test_module_imports_only_from_layers_below(module: str) -> None:
+    wrong = [name for name in imports(modules()[module]) if not allowed(module, name)]
+    assert not wrong, f"{module} must not import {wrong}"
+
+
+def test_the_layer_test_can_fail() -> None:
+    assert not allowed("surgery.trace", "surgery.couple")
+    assert not allowed("surgery.ops.conv", "surgery.ops.linear")
+    assert not allowed("benchmarks.ort", "surgery.trace")
+    assert not allowed("surgery.cut", "exporters.onnx")
+    assert not allowed("surgery.cli", "benchmarks.studies.cifar")
+    assert not allowed("exporters.onnx", "benchmarks.ort")
+    assert allowed("surgery.couple", "surgery.trace")
+
+
+IMPORTER = """
+import importlib, os, sys, traceback
+import torch  # once, for all of them: it is most of the time, and holds nothing of ours
+
+for module in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        try:
+            importlib.import_module(module)
+        except BaseException:
+            print(module, traceback.format_exc(), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fresh interpreters are forked, which this system cannot")
+def test_every_module_imports_alone() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", IMPORTER, *modules()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("module", sorted(WITHOUT_TORCH))
+def test_what_a_device_or_a_help_text_needs_does_not_load_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr or "torch was loaded"
+
+
+def test_public_names_are_loaded_on_first_use() -> None:
+    code = (
+        "import sys, surgery; assert not {'torch', 'surgery.trace'} & set(sys.modules); "
+        "surgery.Budget(macs=0.5); assert 'torch' not in sys.modules; "
+        "surgery.allocate; assert callable(surgery.allocate) and 'surgery.pipeline' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_exists() -> None:
+    assert sorted(surgery.__all__) == list(surgery.__all__)
+    for name in surgery.__all__:
+        assert callable(getattr(surgery, name)), name
+        assert name in dir(surgery)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = surgery.no_such_name
+
+
+def test_no_file_has_grown_out_of_one_sitting() -> None:
+    long = {name: count for name, path in modules().items() if (count := len(path.read_text().splitlines())) > 420}
+    assert not long
+
+
+# Documents. ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_code_map_is_complete_and_true() -> None:
+    section = README.split("## Code map")[1].split("\n## ")[0]
+    mapped = set(re.findall(r"^\| `([\w./]+)` \|", section, flags=re.MULTILINE))
+    files = {str(path.relative_to(ROOT)) for path in modules().values() if path.stat().st_size}
+    files |= {str(path.relative_to(ROOT)) for path in (ROOT / "scripts").glob("*.py")}
+    files -= {"exporters/__init__.py", "benchmarks/__init__.py", "benchmarks/studies/__init__.py"}
+    files -= {"surgery/ops/__init__.py"}
+    assert files == {name for name in mapped if name.endswith(".py")}
+    assert all((ROOT / name).exists() for name in mapped)
+
+
+def test_links_in_the_documents_lead_somewhere() -> None:
+    for document in (ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)", document.read_text(encoding="utf-8")):
+            assert target.startswith("http") or (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_the_readme_opens_with_two_commands() -> None:
+    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+    first, second = blocks[0].strip().splitlines()
+    assert "venv" in first
+    assert first.endswith("scripts/shrink.py resnet18")
+    assert "[test]" in second
+    assert second.endswith("-m pytest")
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/adding-an-operator.md"])
+def test_python_in_the_documents_runs(document: str, tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert blocks
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", "-c", "\n".join(blocks)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_table_in_the_readme_is_what_was_measured() -> None:
+    from benchmarks.studies import cifar, record
+
+    results = record.read("cifar")
+    assert cifar.markdown(results) in README
+    assert results["command"] in README
+    assert record.sentence(results["machine"]) in README
+
+
+# Packaging. ----------------------------------------------------------------------------------------------------------
+
+TINY = """
+import torch
+from torch import nn
+
+
+def tiny():
+    layers = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU()
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)), torch.randn(1, 3, 16, 16)
+"""
+
+
+def run(command: list[str | Path], **options: object) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stderr
+    return str(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scripts folder of an environment, outside the checkout, that has the built wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder / "dist"], cwd=ROOT)
+    (wheel,) = (folder / "dist").glob("*.whl")
+    venv.create(folder / "env", with_pip=False, symlinks=os.name != "nt")
+    scripts = folder / "env" / ("Scripts" if os.name == "nt" else "bin")
+    python = scripts / Path("python").with_suffix(Path(sys.executable).suffix if os.name == "nt" else "")
+    run([sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel])
+    own = run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip()
+    # torch and the like come from here, behind the wheel's own files; .pth files of that folder are not read again.
+    dependencies = dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
+    Path(own, "dependencies.pth").write_text("\n".join(dependencies) + "\n", encoding="utf-8")
+    return scripts
+
+
+def test_the_installed_wheel_shrinks_a_network(installed: Path, tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    where = run([installed / "python", "-c", "import surgery; print(surgery.__file__)"], cwd=tmp_path, env=environment)
+    assert Path(where.strip()).is_relative_to(installed.parent)
+    (tmp_path / "net.py").write_text(TINY, encoding="utf-8")
+    command: list[str | Path] = [installed / "surgery", "shrink", "net.py:tiny", "--runs", "3", "--quiet"]
+    printed = run([*command, "--out", "small"], cwd=tmp_path, env=environment)
+    assert printed.strip().lower().startswith("accuracy unknown")
+    assert {"compact.onnx", "plan.json", "report.md"} <= {path.name for path in (tmp_path / "small").iterdir()}
+
+
+def test_the_wheel_says_that_it_is_typed_and_carries_its_templates(installed: Path) -> None:
+    (package,) = installed.parent.rglob("surgery/errors.py")
+    assert (package.parent / "py.typed").is_file()
+    assert (package.parent / "templates" / "report.md.j2").is_file()
