@@ -205,10 +205,10 @@ def fake_shapes(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> dict[str, 
 
     with mode:
         fake = {k: mode.from_tensor(v) for k, v in _tensors_of(graph).items()}
-        arguments = [mode.from_tensor(x) for x in inputs]
+        arguments = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs]
         Run(graph, fake, record).run(*arguments)
     placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    shapes.update({n.name: tuple(x.shape) for n, x in zip(placeholders, inputs, strict=True)})
+    shapes.update({n.name: shapes_of(x) for n, x in zip(placeholders, inputs, strict=True)})
     return shapes
 
 

@@ -8,6 +8,7 @@ later stage sees plain functions from values to values.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import re
 import traceback
@@ -50,7 +51,7 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
         UnsupportedModel: the model cannot be captured; names the user's own source line.
     """
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    kwargs = dict(example_kwargs or {})
+    kwargs = _in_forward_order(model, example_kwargs or {})
     require_finite(model)
     with evaluating(model), quiet():
         exported, args, kwargs, notes = _export(model, args, kwargs)
@@ -78,6 +79,12 @@ def require_finite(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InvalidInput(f"weight '{name}' holds NaN or infinite values; load a sound checkpoint")
+
+
+def _in_forward_order(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword inputs as `torch.export` orders them: like forward's parameters."""
+    order = [*inspect.signature(model.forward).parameters, *kwargs]
+    return dict(sorted(kwargs.items(), key=lambda item: order.index(item[0])))
 
 
 def _at_batch_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
