@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -251,7 +252,7 @@ def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
     values, calls = run(program.graph, labels, dense_shapes, atoms)
     params |= {n: replace(tied[id(t)], param=n) for n, t in tensors.items() if id(t) in tied and n not in params}
     atoms.settle()
-    groups = tuple(_groups(atoms, params))
+    groups = tuple(_distinct(_groups(atoms, params)))
     atoms.freeze(tuple(np.array(g.units) for g in groups if g.size == 1), _ALONE)
     groups = tuple(g for g in groups if g.size > 1)
     roots = {group.name: group.units for group in groups}
@@ -317,6 +318,15 @@ def _groups(atoms: Atoms, params: Mapping[str, Value]) -> Iterator[Group]:
         units.sort(key=lambda u: int(position[u[0]]))
         sites = tuple(_sites(units, places, place, position))
         yield Group(_name(sites[0]), tuple(label for _, _, label in units), sites, inexact)
+
+
+def _distinct(groups: Iterator[Group]) -> Iterator[Group]:
+    """Number the groups whose first units start alike and go on differently."""
+    seen: Counter[str] = Counter()
+    for group in groups:
+        seen[group.name] += 1
+        number = seen[group.name]
+        yield replace(group, name=f"{group.name}#{number}") if number > 1 else group
 
 
 def _name(site: Site) -> str:

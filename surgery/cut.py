@@ -145,7 +145,6 @@ def _rewrite(
             new[node] = _apply_change(graph, root, copied, change, new)
             literals += _literals(node, raw, change)
     module = CompactGraph(root, graph, "Compact")
-    hold(module, sliced, program.model)  # also what evaluation mode does not read, so that no key is missing
     module.eval()
     return module, literals
 

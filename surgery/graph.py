@@ -20,8 +20,16 @@ class CompactGraph(torch.fx.GraphModule):
     """A GraphModule over ATen operators whose `.train()`, `.eval()` and `.to(..)` reach the operators' own arguments.
 
     A traced program bakes in that it ran in evaluation mode, and the dtypes and devices of tensors it creates. `train`
-    flips the flags of its batch norms and dropouts; `to` rewrites baked-in dtypes and devices.
+    flips the flags of its batch norms and dropouts; `to` rewrites baked-in dtypes and devices. All tensors of `root`
+    are held, in copies too: also those that evaluation mode does not read, so that no key of the state is missing.
     """
+
+    def __init__(self, root: nn.Module, graph: torch.fx.Graph, class_name: str = "Compact") -> None:
+        super().__init__(root, graph, class_name)
+        _hold_all(self, root)
+
+    def _deepcopy_init(self) -> Callable[..., None]:
+        return CompactGraph.__init__
 
     def train(self, mode: bool = True) -> CompactGraph:
         """Set training mode for batch norm and dropout operators too."""
@@ -59,11 +67,25 @@ class CompactGraph(torch.fx.GraphModule):
 
 
 def _restore(state: dict[Any, Any], imports: str, training: bool) -> CompactGraph:
-    plain = reduce_graph_module(state, imports)
-    graph = CompactGraph(plain, plain.graph)  # type: ignore[arg-type]
+    held = nn.Module()
+    held.__dict__.update(state)
+    graph = CompactGraph(held, reduce_graph_module(state, imports).graph)  # type: ignore[arg-type]
     for module in graph.modules():
         module.training = training
     return graph
+
+
+def _hold_all(graph: nn.Module, root: nn.Module) -> None:
+    """Register all tensors of `root`, buffers as persistent as they are there: torch copies only what is read."""
+    for path, module in root.named_modules(remove_duplicate=False):
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                owner, _ = _owner(graph, f"{path}.{leaf}".lstrip("."))
+                owner.register_parameter(leaf, parameter)
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None:
+                owner, _ = _owner(graph, f"{path}.{leaf}".lstrip("."))
+                owner.register_buffer(leaf, buffer, persistent=leaf not in module._non_persistent_buffers_set)
 
 
 def _kind(module: nn.Module) -> tuple[torch.dtype, torch.device] | None:

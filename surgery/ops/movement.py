@@ -19,10 +19,10 @@ aten = torch.ops.aten
 Changes = Mapping[str, Any] | Replacement
 
 
-def _run(call: Call, op: Any, dtype: torch.dtype = torch.int64) -> Coupled:
+def _run(call: Call, op: Any) -> Coupled:
     extra = {k: v for k, v in call.bound.items() if not isinstance(v, Value)}
     name = next(k for k, v in call.bound.items() if isinstance(v, Value))
-    return call.move(call.value(name), lambda labels: op(**{name: labels, **extra}), dtype)
+    return call.move(call.value(name), lambda labels: op(**{name: labels, **extra}))
 
 
 def _moves(
@@ -32,7 +32,6 @@ def _moves(
     rewrite: Callable[[Rewrite], Changes] | None = None,
     example: Example | None = None,
     after: int = 0,
-    dtype: torch.dtype = torch.int64,
     couple: Callable[[Call], Coupled] | None = None,
 ) -> Rule:
     packet, overload = name.rsplit(".", 1)
@@ -40,7 +39,7 @@ def _moves(
     return Rule(
         op=f"aten.{name}",
         family="movement",
-        couple=couple or (lambda call: _run(call, op, dtype)),
+        couple=couple or (lambda call: _run(call, op)),
         rewrite=rewrite,
         example=example or between_convs(function, after=after),
         says="run on labels",
@@ -85,6 +84,15 @@ def _bounds(r: Rewrite) -> Changes:
         first = int(keep[:start].sum())
         return {"start": first, "end": first + int(keep[start:stop].sum())}
     return picked(r, dim, np.arange(start, stop, step))
+
+
+def _shuffled(r: Rewrite) -> Changes:
+    """Groups that survive unevenly cannot be shuffled as groups: pick the channels one by one."""
+    x: Value = r.bound["self"]
+    if r.keep("self", 1).all():
+        return {}
+    channels = torch.arange(x.shape[1]).reshape(1, -1, 1, 1)
+    return picked(r, 1, aten.channel_shuffle(channels, r.bound["groups"]).flatten().numpy())
 
 
 def _rolled(r: Rewrite) -> Changes:
@@ -182,10 +190,7 @@ def _couple_pad(call: Call) -> Coupled:
     """Constant padding of a labelled axis adds indices that may go again."""
     x = call.value("self")
     if call.bound.get("mode", "constant") != "constant":
-        for a, pads in enumerate(_pads(call.bound, len(x.shape))):
-            if any(pads):
-                call.freeze(x, a, "padded with its own values")
-        return _run(call, aten.pad.default, torch.float64)
+        return _couple_own_padding(call)
     axes: dict[int, Layers] = {}
     for a, (before, after) in enumerate(_pads(call.bound, len(x.shape))):
         layers = call.atoms.canon(call.passed(x, a))
@@ -196,6 +201,19 @@ def _couple_pad(call: Call) -> Coupled:
             axes[a] = _padded(call, layers, a, before, after)
         else:
             axes[a] = layers
+    return call.out(axes)
+
+
+def _couple_own_padding(call: Call) -> Coupled:
+    """Reflection, replication and the like repeat indices of the padded axes: those are never cut."""
+    x = call.value("self")
+    padding = call.bound.get("pad", call.bound.get("padding"))
+    axes: dict[int, Layers] = {}
+    for a, pads in enumerate(_pads({"pad": padding}, len(x.shape))):
+        if any(pads):
+            call.freeze(x, a, "padded with its own values")
+        else:
+            axes[a] = call.passed(x, a)
     return call.out(axes)
 
 
@@ -285,14 +303,14 @@ register(
     _moves("repeat_interleave.self_int", lambda x: x.repeat_interleave(2, 1), after=16),
     _moves("pixel_shuffle.default", lambda x: F.pixel_shuffle(x, 2), after=2),
     _moves("pixel_unshuffle.default", lambda x: F.pixel_unshuffle(x, 2), after=32),
-    _moves("channel_shuffle.default", lambda x: aten.channel_shuffle(x, 2)),
+    _moves("channel_shuffle.default", lambda x: aten.channel_shuffle(x, 2), rewrite=_shuffled),
     _moves("chunk.default", lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), rewrite=_split_sizes),
     _moves("split.Tensor", lambda x: torch.cat(torch.split(x, 3, 1)[::-1], 1), rewrite=_split_sizes),
     _moves("split_with_sizes.default", lambda x: torch.cat(torch.split(x, [3, 5], 1)[::-1], 1), rewrite=_split_sizes),
     _moves("tensor_split.sections", lambda x: torch.cat(x.tensor_split(3, 1)[::-1], 1), rewrite=_split_sizes),
-    _moves("unfold.default", lambda x: x.unfold(2, 3, 1).sum(-1)),
-    _moves("reflection_pad2d.default", lambda x: aten.reflection_pad2d(x, [1, 1, 1, 1]), dtype=torch.float64),
-    _moves("replication_pad2d.default", lambda x: aten.replication_pad2d(x, [1, 1, 1, 1]), dtype=torch.float64),
+    _moves("reflection_pad2d.default", lambda x: aten.reflection_pad2d(x, [1, 1, 1, 1]), couple=_couple_own_padding),
+    _moves("replication_pad2d.default", lambda x: aten.replication_pad2d(x, [1, 1, 1, 1]), couple=_couple_own_padding),
+    _frozen_axis("unfold.default", lambda x: x.unfold(2, 3, 1).sum(-1), argument="dimension"),
     _frozen_axis("select.int", lambda x: x + x[:, :, :, 0].unsqueeze(3)),
     _frozen_axis("unbind.int", lambda x: torch.stack(x.unbind(2), 2)),
     Rule(

@@ -171,6 +171,19 @@ _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "type_as.default": lambda a, b: a.type_as(b),
 }
 
+
+def _couple_glu(call: Call) -> Value:
+    """The first half of an axis times a gate from the second half: the halves are tied."""
+    x = call.value("self")
+    dim = call["dim"] % len(x.shape)
+    axes = {a: call.passed(x, a) for a in range(len(x.shape))}
+    half = x.shape[dim] // 2
+    axes[dim] = call.tie_layers(
+        tuple(layer[:half] for layer in axes[dim]), tuple(layer[half:] for layer in axes[dim]), half
+    )
+    return call.out(axes)
+
+
 register(*(_unary(name, _same(function)) for name, function in _UNARY.items() if not isinstance(function, nn.Module)))
 register(*(_unary(name, function) for name, function in _UNARY.items() if isinstance(function, nn.Module)))
 register(*(_binary(name, function) for name, function in _BINARY.items()))
@@ -181,5 +194,12 @@ register(
         couple=_couple_prelu,
         example=between_convs(nn.PReLU(8)),
         says="ties its slopes to the channels",
-    )
+    ),
+    Rule(
+        op="aten.glu.default",
+        family="element-wise",
+        couple=_couple_glu,
+        example=between_convs(lambda x: F.glu(x, 1), after=4),
+        says="ties the two halves of the axis that it gates",
+    ),
 )

@@ -123,17 +123,17 @@ class Call:
                 layers[axis % len(shape)] = tuple(labels)
         return Value(shape, tuple(layers))
 
-    def move(self, value: Value, function: Callable[[Tensor], Any], dtype: torch.dtype = torch.int64) -> Coupled:
+    def move(self, value: Value, function: Callable[[Tensor], Any]) -> Coupled:
         """Run a movement operator on the labels of one tensor argument: what comes out is the rule."""
         axes: list[list[Layers]] = [[()] * len(shape) for shape in self.outputs]
         for axis, size in enumerate(value.shape):
             layers = self.passed(value, axis)
             for layer in self.atoms.canon(layers) if size > 1 else ():
-                view = torch.from_numpy(layer.copy()).to(dtype)
+                view = torch.from_numpy(layer.copy())
                 view = view.reshape([-1 if a == axis else 1 for a in range(len(value.shape))]).expand(value.shape)
                 moved = function(view)
                 for k, result in enumerate(moved if self.many else (moved,)):
-                    for a, found in enumerate(self.atoms.factor(result.detach().to(torch.int64).numpy())):
+                    for a, found in enumerate(self.atoms.factor(result.detach().numpy())):
                         axes[k][a] = axes[k][a] + found
         values = tuple(Value(s, tuple(x)) for s, x in zip(self.outputs, axes, strict=True))
         return values if self.many else values[0]

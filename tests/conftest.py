@@ -1,0 +1,89 @@
+"""Helpers that several test files share: the stages driven by hand, with random plans."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.allocate import plan_from_dead
+from surgery.check import check
+from surgery.couple import couple
+from surgery.cut import cut
+from surgery.ir import CheckResult, CompactModel, Coupling, Plan, Program
+from surgery.trace import trace
+
+torch.set_num_threads(1)  # the networks here are tiny: more threads only wait for each other
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """One model on its way through the stages."""
+
+    program: Program
+    coupling: Coupling
+    plan: Plan
+    compact: CompactModel
+
+    def check(self) -> CheckResult:
+        """Let the oracle compare; raises CheckFailed."""
+        return check(self.program, self.plan, self.compact, coupling=self.coupling)
+
+
+def random_dead(coupling: Coupling, seed: int, fractions: Sequence[float] = (0.3, 0.5)) -> dict[str, list[int]]:
+    """Remove a random part of every group, at least one unit of each."""
+    rng = random.Random(seed)
+    return {
+        group.name: sorted(rng.sample(range(group.size), min(group.size - 1, max(1, int(group.size * share)))))
+        for group in coupling.groups
+        if (share := rng.choice(fractions))
+    }
+
+
+def make_plan(program: Program, coupling: Coupling, dead: Mapping[str, Sequence[int]]) -> Plan:
+    """A plan for this program that removes `dead`."""
+    return plan_from_dead(coupling, dead, fingerprint=program.fingerprint, inputs=program.inputs)
+
+
+def cut_model(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    dead: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Cutting:
+    """Trace, couple and cut by `dead`, or by a random plan over all groups."""
+    program = trace(model, inputs, kwargs)
+    coupling = couple(program)
+    return apply_plan(program, coupling, random_dead(coupling, seed) if dead is None else dead)
+
+
+def apply_plan(program: Program, coupling: Coupling, dead: Mapping[str, Sequence[int]]) -> Cutting:
+    """Cut a traced program by `dead`."""
+    plan = make_plan(program, coupling, dead)
+    return Cutting(program, coupling, plan, cut(program, plan, coupling=coupling))
+
+
+def sound(model: nn.Module, inputs: Any, *, plans: int = 1, kwargs: Mapping[str, Any] | None = None) -> Cutting:
+    """Cut by random plans and check each; raises CheckFailed where a result is not what it should be."""
+    program = trace(model, inputs, kwargs)
+    coupling = couple(program)
+    for seed in range(plans):
+        cutting = apply_plan(program, coupling, random_dead(coupling, seed))
+        cutting.check()
+    return cutting
+
+
+def count(model: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """The tensors in a model's output."""
+    return [x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, Tensor)]
