@@ -124,7 +124,83 @@ def outer_sum(m: Any, x: Tensor) -> Any:
     return m.line((y.unsqueeze(1) + z.unsqueeze(2)).flatten(1))
 
 
+def merged_with_batch(m: Any, x: Tensor) -> Any:
+    n, c, h, w = (y := m.a(x)).shape
+    return m.z(F.conv2d(y.reshape(n * c, 1, h, w), m.k, padding=1).reshape(n, c, h, w))
+
+
+def joined_on_batch(m: Any, x: Tensor) -> Any:
+    y = m.a(x)
+    return m.z(torch.cat([y, m.b(y)], 0))[: x.shape[0]]
+
+
+def attention_by_hand(m: Any, x: Tensor) -> Any:
+    y = m.a(x).flatten(2).transpose(1, 2)
+    q, k, v = m.qkv(y).reshape(y.shape[0], 36, 3, 2, 6).permute(2, 0, 3, 1, 4).unbind(0)
+    weights = (q @ k.transpose(-2, -1) * 0.3).softmax(-1)
+    return m.out((weights @ v).transpose(1, 2).reshape(y.shape[0], 36, 12))
+
+
+def torch_attention(m: Any, x: Tensor) -> Any:
+    y = m.a(x).flatten(2).transpose(1, 2)
+    return m.out(m.attention(y, y, y)[0])
+
+
+def windows(m: Any, x: Tensor) -> Any:
+    n, c, h, w = (y := m.a(x)).shape
+    y = m.line(y.view(n, c, 2, 3, 2, 3).permute(0, 2, 4, 3, 5, 1).reshape(-1, 9, c))
+    y = y.reshape(n, 2, 2, 3, 3, 8).permute(0, 5, 1, 3, 2, 4).reshape(n, 8, h, w)
+    return m.z(y.roll((1, 1), (2, 3)))
+
+
+def split_attention(m: Any, x: Tensor) -> Any:
+    n, c, h, w = (y := m.g(m.a(x))).shape
+    y = y.view(n, 2, c // 2, h, w)
+    gate = m.f(y.sum(1).mean((2, 3), keepdim=True)).view(n, 2, c // 2, 1, 1).softmax(1)
+    return m.z((gate * y).sum(1))
+
+
+def slices_added(m: Any, x: Tensor) -> Any:
+    y = m.a(x)
+    return m.z(sum(y[:, i : i + 2] for i in range(0, 8, 2)))
+
+
+def half_the_weight(m: Any, x: Tensor) -> Any:
+    return m.y(F.conv2d(x, m.a.weight[:4], padding=1)) + m.z(m.a(x))
+
+
+def unused_layer(m: Any, x: Tensor) -> Any:
+    y = m.a(x)
+    m.b(y)
+    return m.z(y)
+
+
+def asks_for_its_width(m: Any, x: Tensor) -> Any:
+    y = m.a(x)
+    return m.z(y / y.shape[1] if y.shape[1] == 8 else y)
+
+
+def halves_interleaved(m: Any, x: Tensor) -> Any:
+    y = m.a(x)
+    return m.z(torch.cat([y[:, ::2], y[:, 1::2]], 1) + y)
+
+
 CUT = {
+    "channels merged with the batch": three(merged_with_batch, k=nn.Parameter(torch.randn(1, 1, 3, 3))),
+    "joined on the batch": three(joined_on_batch),
+    "attention by hand": three(attention_by_hand, qkv=nn.Linear(8, 36), out=nn.Linear(12, 4)),
+    "torch's attention": three(
+        torch_attention, attention=nn.MultiheadAttention(8, 2, batch_first=True), out=nn.Linear(8, 4)
+    ),
+    "windows": three(windows, line=nn.Linear(8, 8)),
+    "split attention": three(split_attention, 4, g=conv(8, 8, groups=2), f=nn.Conv2d(4, 8, 1)),
+    "slices added": three(slices_added, 2),
+    "half the weight": three(half_the_weight, y=conv(4, 4)),
+    "unused layer": three(unused_layer),
+    "asks for its width": three(asks_for_its_width),
+    "halves interleaved": three(halves_interleaved),
+    "circular padding": three(lambda m, x: m.z(F.pad(m.a(x), (1, 1, 1, 1), "circular"))),
+    "centred": three(lambda m, x: m.z(m.a(x) - m.a(x).mean(1, keepdim=True))),
     "called twice": three(lambda m, x: m.z(m.b(m.b(m.a(x))))),
     "called twice on two widths of one input": three(lambda m, x: m.z(m.b(m.a(x)) + m.b(m.a(x.flip(3))))),
     "tied by flip": three(lambda m, x: m.z(m.a(x) + m.a(x).flip(1))),
@@ -190,6 +266,9 @@ CUT = {
 }
 
 WHOLE = {
+    "product of channels": (three(lambda m, x: m.z(m.a(x) * m.a(x).prod(1, keepdim=True))), "a.weight"),
+    "normalised over channels": (three(lambda m, x: m.z(F.normalize(m.a(x), dim=1))), "a.weight"),
+    "picked by a list": (three(lambda m, x: m.z(m.a(x)[:, [3, 1, 1, 0]]), 4), "a.weight"),
     "einsum": (three(lambda m, x: m.z(torch.einsum("nchw,cd->ndhw", m.a(x), m.e))), "a.weight"),
     "residual into the input": (Net(lambda m, x: x + m.a(x), a=conv(3, 3)), "a.weight"),
     "softmax over channels": (three(lambda m, x: m.z(m.a(x).softmax(1))), "a.weight"),

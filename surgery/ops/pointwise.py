@@ -123,6 +123,8 @@ _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "ne.Scalar": _mixed(lambda x: x != 0),
     "bitwise_not.default": _mixed(lambda x: ~(x > 0)),
     "logical_not.default": _mixed(lambda x: torch.logical_not(x > 0)),
+    "where.ScalarOther": lambda x: torch.where(x > 0, x, 0.5),
+    "where.ScalarSelf": lambda x: torch.where(x > 0, 0.5, x),
     "masked_fill.Scalar": lambda x: x.masked_fill(x > 0, 0.5),
     "dropout.default": nn.Dropout(0.3),
     "feature_dropout.default": nn.Dropout2d(0.3),
@@ -168,6 +170,7 @@ _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "addcmul.default": lambda a, b: torch.addcmul(a, a, b),
     "lerp.Scalar": lambda a, b: torch.lerp(a, b, 0.3),
     "atan2.default": torch.atan2,
+    "expand_as.default": lambda a, b: b * a.mean((2, 3), keepdim=True).expand_as(b),
     "type_as.default": lambda a, b: a.type_as(b),
 }
 

@@ -124,6 +124,7 @@ register(
     _frozen("amin.default", lambda x: x + x.amin((2, 3), keepdim=True)),
     _frozen("max.dim", lambda x: x + x.max(2, keepdim=True)[0]),
     _frozen("min.dim", lambda x: x + x.min(2, keepdim=True)[0]),
+    _frozen("prod.dim_int", lambda x: x + x.prod(2, keepdim=True)),
     _frozen("argmax.default", lambda x: x + x.argmax(2, keepdim=True)),
     _frozen("var.dim", lambda x: x + x.var((2, 3), keepdim=True)),
     _frozen("std.dim", lambda x: x + x.std((2, 3), keepdim=True)),
