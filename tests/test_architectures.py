@@ -1,0 +1,46 @@
+"""Whole torchvision architectures at reduced input, library-default weights, cut at random and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import Cutting, cut_model
+
+from surgery.compat import import_torchvision
+from surgery.cost import cost_functions
+from surgery.fvcount import count_macs
+
+# name → (constructor arguments, input side, a tensor, how many of its rows one unit of each of its groups owns)
+CASES: dict[str, tuple[dict[str, Any], int, str, set[int]]] = {
+    # 12 heads of 64 in each of query, key and value, and 64 dimensions of 12 heads each
+    "vit_b_16": ({"image_size": 32}, 32, "encoder.layers.encoder_layer_0.self_attention.in_proj_weight", {36, 192}),
+    "convnext_tiny": ({}, 64, "features.1.0.block.0.weight", {1}),  # depthwise
+    "resnext50_32x4d": ({}, 64, "layer1.0.conv2.weight", {4, 32}),  # 32 groups of 4 channels
+    "shufflenet_v2_x1_0": ({}, 64, "stage2.0.branch2.3.weight", {1}),  # depthwise
+}
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_groups_heads_and_depthwise_channels_are_cut(name: str) -> None:
+    arguments, side, tensor, owned = CASES[name]
+    torch.manual_seed(0)
+    model = import_torchvision().models.get_model(name, weights=None, **arguments)
+    cutting = cut_model(model, torch.randn(1, 3, side, side))
+    assert set(_positions_per_unit(cutting, tensor)) == owned
+    result = cutting.check()
+    assert result.error_float64 <= 1e-10 and result.replayed > 100
+    inputs = torch.randn(1, 3, side, side)
+    costs = cost_functions(cutting.program, cutting.coupling)["macs"]
+    assert costs({}) == count_macs(model, (inputs,))
+    assert costs(cutting.plan.dead) == count_macs(cutting.compact.module, (inputs,)) < costs({})
+
+
+def _positions_per_unit(cutting: Cutting, tensor: str) -> Iterator[int]:
+    """For each group that was cut along the first axis of `tensor`: how many of its indices die with one unit."""
+    for group in cutting.coupling.groups:
+        for site in group.sites:
+            if (site.tensor, site.axis) == (tensor, 0) and cutting.plan.dead[group.name]:
+                yield len(site.index[0])
