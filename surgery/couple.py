@@ -252,13 +252,13 @@ def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
     values, calls = run(program.graph, labels, dense_shapes, atoms)
     params |= {n: replace(tied[id(t)], param=n) for n, t in tensors.items() if id(t) in tied and n not in params}
     atoms.settle()
-    groups = tuple(_distinct(_groups(atoms, params)))
+    groups = groups_of(atoms, params)
     atoms.freeze(tuple(np.array(g.units) for g in groups if g.size == 1), _ALONE)
     groups = tuple(g for g in groups if g.size > 1)
     roots = {group.name: group.units for group in groups}
     wiring = Wiring(atoms, values, {k: b.concrete for k, b in calls.items()}, params, roots)
     shapes = {name: value.shape for name, value in params.items()}
-    return Coupling(groups, tuple(_frozen(atoms, params, groups)), shapes, wiring)
+    return Coupling(groups, tuple(frozen_axes(atoms, params, groups)), shapes, wiring)
 
 
 def all_tensors(program: Program) -> dict[str, Tensor]:
@@ -293,6 +293,11 @@ def kept_names(program: Program, patterns: Sequence[str]) -> dict[str, str]:
     return kept
 
 
+def groups_of(atoms: Atoms, params: Mapping[str, Value]) -> tuple[Group, ...]:
+    """Put the units into groups, each under a name of its own."""
+    return tuple(_numbered(_groups(atoms, params)))
+
+
 def _groups(atoms: Atoms, params: Mapping[str, Value]) -> Iterator[Group]:
     """Units that touch the same axes in the same way, in order of first appearance."""
     places: list[tuple[str, int]] = []  # one entry per layer of a parameter axis
@@ -320,7 +325,7 @@ def _groups(atoms: Atoms, params: Mapping[str, Value]) -> Iterator[Group]:
         yield Group(_name(sites[0]), tuple(label for _, _, label in units), sites, inexact)
 
 
-def _distinct(groups: Iterator[Group]) -> Iterator[Group]:
+def _numbered(groups: Iterator[Group]) -> Iterator[Group]:
     """Number the groups whose first units start alike and go on differently."""
     seen: Counter[str] = Counter()
     for group in groups:
@@ -353,7 +358,7 @@ def _sites(
         yield Site(tensor, axis, tuple(tuple(row) for row in index.tolist()))
 
 
-def _frozen(atoms: Atoms, params: Mapping[str, Value], groups: Sequence[Group]) -> Iterator[Frozen]:
+def frozen_axes(atoms: Atoms, params: Mapping[str, Value], groups: Sequence[Group]) -> Iterator[Frozen]:
     """Axes with indices that are never cut. Kernel axes, which no network cuts, are left out."""
     cuttable = np.zeros(atoms.count, dtype=np.bool_)
     for group in groups:

@@ -26,8 +26,7 @@ from surgery.cut import as_call, compact_state, slice_tensors
 from surgery.errors import CheckFailed, PlanMismatch, UnsupportedModel
 from surgery.fvcount import count_macs
 from surgery.ir import CheckResult, CompactModel, CostFn, Coupling, InputSpec, Plan, Program
-from surgery.numerics import _conditioned as conditioned
-from surgery.numerics import sample_inputs
+from surgery.numerics import conditioned, sample_inputs
 from surgery.tolerances import BLIND, TOLERANCE
 from surgery.trace import evaluating, first_line, refuse_wrong_inputs, require_finite, where_raised
 from surgery.transplant import transplant

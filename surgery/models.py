@@ -42,7 +42,7 @@ class LoadedModel:
         example_inputs: positional arguments of forward, usually one tensor of shape (1, C, H, W).
         example_kwargs: keyword arguments of forward.
         name: short, and safe as a folder's name.
-        weights: what the weights are, for the report: `IMAGENET1K_V1 (torchvision)`, `random (seed 0)`,
+        weights: what the weights are, for the report: `IMAGENET1K_V1 (torchvision)`, `random`,
             `checkpoint resnet.pt`.
         notes: what the user should know.
         warnings: what the user must know: that the weights are random although pretrained ones were asked for.
@@ -125,7 +125,7 @@ def check_runs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 def _with_weights(source: Source, weights: str, model_args: Mapping[str, Any], seed: int) -> tuple[LoadedModel, Built]:
     """Build the model and give it its weights; the example inputs are filled in later."""
-    initial, notes = source.initial.format(seed=seed), source.notes
+    initial, notes = source.initial, source.notes
     warnings: tuple[str, ...] = ()
     _seed(seed)
     if weights == "auto" and source.pretrained is not None:

@@ -122,7 +122,7 @@ def well_conditioned(program: Program, *, seed: int = 0) -> dict[str, Tensor]:
     for name, tensor in state_of(program).items():
         tied = id(tensors[name])
         if tied not in made:
-            made[tied] = _conditioned(name, tensor, generator) if tensor.is_floating_point() else tensor
+            made[tied] = conditioned(name, tensor, generator) if tensor.is_floating_point() else tensor
         state[name] = made[tied]
     Run(program.graph, state, _settle_statistics(state), torch.float64).run(
         *sample_inputs(program, seed=seed + 1, dtype=torch.float64)
@@ -130,7 +130,9 @@ def well_conditioned(program: Program, *, seed: int = 0) -> dict[str, Tensor]:
     return state
 
 
-def _conditioned(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
+def conditioned(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Float64 values for one parameter or buffer, by its name and shape."""
+
     def normal(scale: float) -> Tensor:
         return torch.randn(tensor.shape, generator=generator).double() * scale
 

@@ -267,9 +267,10 @@ def check_line(data: Mapping[str, Any]) -> str:
     check = data["check"]
     if check is None:
         return ""
+    replayed = f"labels of {check['replayed']} values replayed" if check["replayed"] else "no label replay"
     real = "cannot be told" if check["error_real"] is None else f"{check['error_real']:.1e}"
     return (
-        f"check: equal to {check['reference']}; labels of {check['replayed']} values replayed, "
+        f"check: equal to {check['reference']}; {replayed}, "
         f"relative error {check['error_float64']:.1e} in float64, {real} on the real weights"
     )
 

@@ -27,9 +27,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from surgery.couple import _frozen as frozen_axes
-from surgery.couple import _groups as groups_of
-from surgery.couple import kept_names
+from surgery.couple import frozen_axes, groups_of, kept_names
 from surgery.errors import UnsupportedModel
 from surgery.ir import Coupling, Program
 from surgery.labels import Atoms, Layer, Layers, Mask, Value
@@ -74,13 +72,14 @@ def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
     """
     model, graph, marks, sequences = _dependency_graph(program)
     atoms = Atoms()
+    atoms.where = "torch-pruning's dependency graph"
     params = _labelled(model, atoms)
     for name, pattern in (kept_names(program, keep) if keep else {}).items():
         if name in params:
             for layers in params[name].axes:
                 atoms.freeze(layers, f"kept by --keep {pattern}")
     contracted = _tie(graph, marks, _Owners.of(model, params, without=sequences), atoms)
-    groups = tuple(groups_of(atoms, params))
+    groups = groups_of(atoms, params)
     for group in groups:
         if not any((site.tensor, site.axis) in contracted for site in group.sites):
             atoms.freeze((np.array(group.units),), "no layer was found that sums over these channels")
