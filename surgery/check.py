@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from surgery.couple import Masks, Wiring, couple, index_table, run, shapes_of
 from surgery.cut import as_call, compact_state, masks_of, slice_tensors
-from surgery.errors import CheckFailed
+from surgery.errors import CheckFailed, InvalidInput
 from surgery.ir import CheckResult, CompactModel, Coupling, Plan, Program
 from surgery.labels import LabelMismatch, Layers, Value, gather, is_constant
 from surgery.numerics import Run, flat_outputs, masked_run, sample_inputs, state_of, well_conditioned
@@ -58,6 +58,7 @@ def check(
             "use an example input that reaches the output"
         )
     _require(error64, torch.float64, "distinct, well-conditioned values")
+    _require_other_sizes(program, wiring, masks, dense, compact_state(dense, plan), compact)
     real = state_of(program)
     error, varying = _compare(program, wiring, masks, real, None, compact, seed)
     notes: tuple[str, ...] = ()
@@ -86,6 +87,31 @@ def _require_slices(program: Program, plan: Plan, compact: CompactModel) -> None
                     f"'{name}' is not the slice of the dense tensor that the plan says; nothing was written; if its "
                     "weights were not changed after the cut, please report this model"
                 )
+
+
+def _require_other_sizes(
+    program: Program,
+    wiring: Wiring,
+    masks: Masks,
+    dense: Mapping[str, Tensor],
+    cut_state: Mapping[str, Tensor],
+    compact: CompactModel,
+) -> None:
+    """Where height and width are said to be dynamic, compare at another size too."""
+    inputs = sample_inputs(program, seed=55, dtype=torch.float64, grown=32)
+    if all(x.shape == y.shape for x, y in zip(inputs, sample_inputs(program, seed=55), strict=True) if _is_tensor(x)):
+        return
+    with torch.no_grad():
+        try:
+            wanted = [flat_outputs(masked_run(program, wiring, masks, dense).run(*inputs))]
+        except Exception:  # the dense model itself does not run at that size: there is nothing to compare
+            return
+        error, _ = relative_error(wanted, [flat_outputs(_graph_runner(compact, cut_state)(inputs))])
+    _require(error, torch.float64, "an input of another height and width")
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, Tensor)
 
 
 def _require(error: float, dtype: torch.dtype, what: str) -> None:
@@ -297,6 +323,8 @@ def relative_error(wanted: list[list[Tensor]], got: list[list[Tensor]]) -> tuple
         deviation = (reference - reference.mean(0, keepdim=True)).abs().max()
         difference = (reference - other).abs().max()
         scale = reference.abs().max()
+        if not bool(torch.isfinite(reference).all()):
+            raise InvalidInput("the dense model's own output is not finite; load weights that do not overflow")
         if not bool(torch.isfinite(difference)):
             return float("inf"), share
         share = min(share, float(deviation / scale.clamp_min(1e-300)))

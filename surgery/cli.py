@@ -7,6 +7,7 @@ whatever libraries or the user's own file print go to standard error.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shlex
 import shutil
@@ -18,8 +19,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -63,6 +63,7 @@ def shrink(session: Session, /, model: str, as_json: bool, quiet: bool, out: Pat
         how = deliver.Measurement(given["opset"], given["threads"], given["batch"], given["runs"], given["seed"])
         loaded = _load(model, given, progress)
         out = out if out is not None else Path("shrunk", _folder_name(loaded.name))
+        session.writing = True
         artefacts.prepare(out)
         result = pipeline.realise(_decide(loaded, given, progress), progress=progress)
         data = report.named(
@@ -160,17 +161,33 @@ def _work(session: Session, *, quiet: bool) -> Iterator[Progress]:
     seen: list[str] = []
 
     def progress(stage: str, fraction: float) -> None:
+        if session.stopped:
+            raise Terminated
         if console.is_terminal:
             bar.update(task, description=stage, completed=fraction, refresh=True)
         elif stage not in seen and not quiet:  # a log file: one line per stage
             console.print(stage, highlight=False)
         seen.append(stage)
 
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+    with _only_result_on_stdout(), warnings.catch_warnings():
         if not session.debug:
             warnings.simplefilter("ignore")
         with bar if console.is_terminal else contextlib.nullcontext():
             yield progress
+
+
+@contextlib.contextmanager
+def _only_result_on_stdout() -> Iterator[None]:
+    """Send what others print to standard error, also below Python: commands that the user's file runs, native code."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
 
 
 def _print_report(data: Mapping[str, Any], *, as_json: bool) -> None:
@@ -226,7 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; `arguments` are those of the process by default."""
     session = Session(arguments=tuple(sys.argv[1:] if arguments is None else arguments))
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda received, _: _stop(session, received))
     try:
         code = cli.main(list(session.arguments), prog_name="surgery", standalone_mode=False, obj=session)
         return code if isinstance(code, int) else OK
@@ -234,23 +252,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _explain(error.__cause__ if isinstance(error, click.Abort) and error.__cause__ else error, session)
 
 
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    # A second one ends the process at once; the previous set of files is whole in any case.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _stop(session: Session, number: int) -> None:
+    """Answer Ctrl-C and SIGTERM.
+
+    Before anything is written the process ends at once: an exception raised in the middle of an import can be lost.
+    Later it is raised here, and again by the next progress report should library code have swallowed it.
+    """
+    session.stopped = TERMINATED if number == signal.SIGTERM else INTERRUPTED
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the process; the previous files are whole in any case
+    if not session.writing:
+        _say(_stopped(session.stopped))
+        os._exit(session.stopped)
     raise Terminated
+
+
+def _stopped(code: int) -> str:
+    what = "terminated" if code == TERMINATED else "interrupted"
+    return f"{what} before the end; no file is half written, run the same command again"
 
 
 def _explain(error: BaseException, session: Session) -> int:
     """Say on standard error what went wrong, in one sentence, and return the exit code for it."""
     if session.debug:
         traceback.print_exception(error)
+    if session.stopped or isinstance(error, KeyboardInterrupt):
+        _say(_stopped(session.stopped or INTERRUPTED))
+        return session.stopped or INTERRUPTED
+    if isinstance(error, MemoryError):
+        _say(f"error: not enough memory ({error}); use a smaller --batch, --input-shape or model")
+        return InvalidInput.exit_code
+    if isinstance(error, click.UsageError):
+        hint = f"; see '{error.ctx.command_path} --help'" if error.ctx else ""
+        _say(f"error: {error.format_message().rstrip('.')}{hint}")
+        return error.exit_code
     if isinstance(error, click.ClickException):
         error.show()
-        return error.exit_code if isinstance(error, click.UsageError) else InvalidInput.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        stopped, code = ("terminated", TERMINATED) if isinstance(error, Terminated) else ("interrupted", INTERRUPTED)
-        _say(f"{stopped} before the end; no file is half written, run the same command again")
-        return code
+        return InvalidInput.exit_code
     if isinstance(error, SurgeryError):
         _say(f"error: {error}")
         return error.exit_code

@@ -7,6 +7,7 @@ its forward computes the same at the new sizes; then trainers, `isinstance` chec
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 from collections.abc import Mapping
 from math import gcd
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from surgery.allocate import plan_from_dead
@@ -292,6 +294,14 @@ def _unseen(program: Program) -> list[str]:
     return [n for n, _ in program.model.named_parameters() if n not in seen]
 
 
+def _reads_training(module: nn.Module) -> bool:
+    """Whether the source of forward mentions the mode; branches on it were traced in evaluation mode only."""
+    try:
+        return "self.training" in inspect.getsource(type(module).forward)
+    except (OSError, TypeError):
+        return False
+
+
 def _lost_in_training(program: Program) -> tuple[str, ...]:
     """What the traced program no longer does in training: what evaluation mode skips without a trace."""
     lost = []
@@ -305,5 +315,11 @@ def _lost_in_training(program: Program) -> tuple[str, ...]:
             lost.append(f"{kind} '{name}'")
         if isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
             lost.append(f"attention dropout of '{name}'")
+        if isinstance(module, _BatchNorm) and module.momentum is None and module.track_running_stats:
+            lost.append(f"cumulative statistics of '{name}' (momentum None)")
+        if not type(module).__module__.startswith("torch.nn.") and _reads_training(module):
+            lost.append(f"what forward of '{name or type(module).__name__}' does only where self.training is set")
+    if any(isinstance(m, _BatchNorm) for m in program.model.modules()):
+        lost.append("num_batches_tracked, which batch norms count up")
     heads = dict.fromkeys(name.split(".")[0] for name in _unseen(program))
     return (*lost, *(f"'{head}', which evaluation mode does not run" for head in heads))

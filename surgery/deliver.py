@@ -181,6 +181,8 @@ def _save_program(result: Result, path: Path) -> list[str]:
     module = result.compact.module
     with evaluating(module), quiet(), torch.no_grad():
         exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+        for node in exported.graph.nodes:  # they name files of this machine
+            node.meta.pop("stack_trace", None)
         torch.export.save(exported, path)
     return [f"{path.name} holds the part '{result.whole.name}' alone"] if result.whole else []
 

@@ -69,7 +69,13 @@ class CompactGraph(torch.fx.GraphModule):
 def _restore(state: dict[Any, Any], imports: str, training: bool) -> CompactGraph:
     held = nn.Module()
     held.__dict__.update(state)
-    graph = CompactGraph(held, reduce_graph_module(state, imports).graph)  # type: ignore[arg-type]
+    plain = reduce_graph_module(state, imports)
+    nodes: Any = plain.graph
+    for name in {str(n.target) for n in nodes.nodes if n.op == "get_attr" and "." not in str(n.target)}:
+        value = getattr(plain, name, None)  # constants get new names when the code is traced again
+        if isinstance(value, Tensor) and not hasattr(held, name):
+            held.register_buffer(name, value, persistent=False)
+    graph = CompactGraph(held, plain.graph)  # type: ignore[arg-type]
     for module in graph.modules():
         module.training = training
     return graph

@@ -123,6 +123,10 @@ class Atoms:
         if self.is_locked:
             self._verify_equal(left, right, length)
             return
+        if not left or not right:  # one side is never cut: so is the other, for the same reason
+            why = next((r for layer in (*a, *b) for x in layer[:1].tolist() if (r := self.reason(x))), "")
+            self.freeze(left + right, why or f"{self.where}: meets an axis that is not cut")
+            return
         left, right = _without_shared(left, right)
         for x in left:  # layers that cut the axis up in the same way are taken to be the same thing
             match = next((y for y in right if len(left) > 1 and len(right) > 1 and same_partition(x, y)), None)

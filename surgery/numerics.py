@@ -30,20 +30,34 @@ def state_of(program: Program) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in sorted(tensors.items()) if id(tensor) in read}
 
 
-def sample_inputs(program: Program, *, seed: int, dtype: torch.dtype | None = None) -> list[Tensor]:
+def sample_inputs(program: Program, *, seed: int, dtype: torch.dtype | None = None, grown: int = 0) -> list[Tensor]:
     """Random inputs in the order of the graph's placeholders; integer inputs keep the example's values.
 
     White noise looks the same everywhere, and deep networks map it to the same output; so each sample gets a contrast,
-    an offset per channel and a coarse pattern of its own.
+    an offset per channel and a coarse pattern of its own. `grown`: that much higher and wider, where these are dynamic.
     """
     generator = torch.Generator().manual_seed(seed)
     leaves = pytree.tree_leaves((program.example_args, dict(program.example_kwargs)))
+    if grown:
+        leaves = _grown(leaves, program, grown)
     return [
         _textured(leaf, generator).to(dtype or leaf.dtype)
         if isinstance(leaf, Tensor) and leaf.is_floating_point()
         else (leaf.cpu() if isinstance(leaf, Tensor) else leaf)
         for leaf in leaves
     ]
+
+
+def _grown(leaves: list[Any], program: Program, by: int) -> list[Any]:
+    specs = iter(program.inputs)
+    out = []
+    for leaf in leaves:
+        spec = next(specs) if isinstance(leaf, Tensor) else None
+        if spec is not None and {2, 3} & set(spec.dynamic) and leaf.is_floating_point():
+            shape = [size + by if a in (2, 3) and a in spec.dynamic else size for a, size in enumerate(leaf.shape)]
+            leaf = leaf.new_zeros(shape)
+        out.append(leaf)
+    return out
 
 
 def _textured(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -34,6 +34,8 @@ class Session:
 
     arguments: tuple[str, ...] = ()
     debug: bool = False
+    writing: bool = False
+    stopped: int = 0
 
 
 class Shape(click.ParamType[tuple[int, ...]]):

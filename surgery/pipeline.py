@@ -243,7 +243,10 @@ def shrink(
         tracer=tracer,
         seed=seed,
     )
-    return realise(decide(model, example_inputs, request, example_kwargs=example_kwargs))
+    if not isinstance(request.budget, Budget):
+        raise InvalidInput(f"budget is {budget!r}; pass for example surgery.Budget(macs=0.5)")
+    with torch.random.fork_rng(devices=()):
+        return realise(decide(model, example_inputs, request, example_kwargs=example_kwargs))
 
 
 def apply(plan: Plan, dense_model: torch.nn.Module, example_inputs: Any = None) -> torch.nn.Module:
@@ -359,7 +362,7 @@ def _inputs_of(plan: Plan, model: torch.nn.Module) -> tuple[tuple[Any, ...], dic
         return args, {name: tensors[name] for name in keyword}
     if tensors.keys() <= parameters.keys():
         return (), tensors
-    raise InvalidInput(
-        f"the plan's inputs ({', '.join(tensors)}) are not forward's parameters ({', '.join(parameters)}), "
-        "so no example can be made from them; pass example_inputs"
+    raise PlanMismatch(
+        f"the plan's inputs ({', '.join(tensors)}) are not the parameters of this {type(model).__name__}'s forward "
+        f"({', '.join(parameters)}): it was made for another architecture; if not, pass example_inputs"
     )

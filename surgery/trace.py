@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import io
 import logging
+import operator
 import re
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from surgery.ir import InputSpec, Node, Program
 
 _LIBRARIES = (str(Path(torch.__file__).parent) + "/", "<eval_with_key>", "<string>", "importlib")
 UNKNOWN = "an unknown line"
+_FEW_RESHAPES = 40
 _ABOUT_INPUTS = re.compile("shape|size|dimension|channel|expected|dtype|type|argument|mat1", re.IGNORECASE)
 _ASSERTIONS = ("_assert", "sym_constrain", "_guards_fn")
 
@@ -50,6 +54,8 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
         InvalidInput: a weight is not finite, or the inputs are not tensors the model accepts.
         UnsupportedModel: the model cannot be captured; names the user's own source line.
     """
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"the model is a {type(model).__name__}, not a torch.nn.Module; pass the module itself")
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = _in_forward_order(model, example_kwargs or {})
     require_finite(model)
@@ -94,6 +100,8 @@ def _at_batch_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[
         raise InvalidInput(
             "example inputs hold no tensor; pass a tensor or a tuple of tensors such as (1, 3, 224, 224)"
         )
+    if any(t.numel() == 0 for t in tensors):
+        raise InvalidInput("an example input is empty; pass at least one sample, such as (1, 3, 224, 224)")
     single = all(t.dim() > 0 and t.shape[0] == 1 for t in tensors)
 
     def twice(x: Any) -> Any:
@@ -131,7 +139,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """Silence the warnings and log lines of `torch.export` (whole graphs); its exceptions are not touched."""
     before = logging.root.manager.disable
-    with warnings.catch_warnings():
+    nowhere = io.StringIO()
+    with warnings.catch_warnings(), redirect_stdout(nowhere), redirect_stderr(nowhere):
         warnings.simplefilter("ignore")
         try:
             logging.disable(logging.CRITICAL)
@@ -158,31 +167,81 @@ def _axes(batch: Any, space: Any) -> Any:
 
 
 def _export(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> tuple[Any, Args, dict[str, Any], tuple[str, ...]]:
-    """Try dynamic batch and space, then dynamic batch, then everything fixed; also return the inputs used."""
+    """Capture with dynamic batch, or else with everything fixed; then with dynamic height and width where that holds.
+
+    Also returns the inputs used, and what to say.
+    """
     twice = _at_batch_two(args, kwargs)
-    attempts = ((Dim.DYNAMIC, Dim.AUTO, twice), (Dim.DYNAMIC, None, twice), (None, None, (args, kwargs)))
-    why = ""
-    for batch, space, inputs in attempts:
-        shapes = pytree.tree_map(_axes(batch, space), inputs) if batch is not None else None
-        # A copy each time: torch.export takes one tensor given twice for one input, and marks tensors as dynamic.
-        positional, named = pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, inputs)
-        try:
-            with torch.no_grad():
-                exported = torch.export.export(
-                    model, positional, named, dynamic_shapes=_by_position(shapes), strict=False
-                )
-        except Exception as error:  # torch.export raises whatever the user's forward or its own passes raise
-            why = f"{where_raised(error)}: {first_line(error)}"
-            last = error
-            continue
-        why = why.removeprefix(f"{UNKNOWN}: ")
-        fixed = f"batch is fixed at the example's: a dynamic one could not be traced ({why})"
-        return exported, positional, named, () if batch is not None else (fixed,)
-    refuse_wrong_inputs(model, args, kwargs)
-    raise UnsupportedModel(
-        f"torch.export cannot capture this model, at {why}; rewrite that line without control flow on tensor values, "
-        "or try --tracer torch-pruning, or --part for a submodule that can be captured"
-    ) from last
+    try:
+        exported, used = _attempt(model, twice, Dim.DYNAMIC, None)
+    except Exception as error:  # torch.export raises whatever the user's forward or its own passes raise
+        return _export_fixed(model, args, kwargs, error)
+    if _reshapes(exported.graph) <= _FEW_RESHAPES:
+        with suppress(Exception):  # likewise; the capture at fixed height and width stands
+            freer, freer_inputs = _attempt(model, twice, Dim.DYNAMIC, Dim.AUTO)
+            if not _sizes_spill(freer.graph):
+                exported, used = freer, freer_inputs
+    return exported, *used, ()
+
+
+def _attempt(model: nn.Module, inputs: tuple[Args, dict[str, Any]], batch: Any, space: Any) -> tuple[Any, Any]:
+    shapes = pytree.tree_map(_axes(batch, space), inputs) if batch is not None else None
+    # A copy each time: torch.export takes one tensor given twice for one input, and marks tensors as dynamic.
+    positional, named = pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, inputs)
+    with torch.no_grad():
+        exported = torch.export.export(model, positional, named, dynamic_shapes=_by_position(shapes), strict=False)
+    return exported, (positional, named)
+
+
+def _export_fixed(
+    model: nn.Module, args: Args, kwargs: dict[str, Any], first: Exception
+) -> tuple[Any, Args, dict[str, Any], tuple[str, ...]]:
+    """Capture at the example's own sizes; `first` says why the batch cannot be dynamic."""
+    try:
+        exported, used = _attempt(model, (args, kwargs), None, None)
+    except Exception as error:  # torch.export raises whatever the user's forward or its own passes raise
+        refuse_wrong_inputs(model, args, kwargs)
+        raise UnsupportedModel(
+            f"torch.export cannot capture this model, at {where_raised(error)}: {first_line(error)}; rewrite that line "
+            "without control flow on tensor values, or try --tracer torch-pruning, or --part for a submodule that can "
+            "be captured"
+        ) from error
+    why = f"{where_raised(first)}: {first_line(first)}".removeprefix(f"{UNKNOWN}: ")
+    return exported, *used, (f"batch is fixed at the example's: a dynamic one could not be traced ({why})",)
+
+
+def _reshapes(graph: torch.fx.Graph) -> int:
+    """How many operators bake in sizes; with many, symbolic height and width take torch.export minutes."""
+    return sum(_has_sizes(node) for node in graph.nodes)
+
+
+def _has_sizes(node: torch.fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(a.name in ("size", "shape", "sizes") for a in schema.arguments)
+
+
+def _sizes_spill(graph: torch.fx.Graph) -> bool:
+    """Whether a reshape lets height or width run over into other axes, so that a literal size holds at one size only.
+
+    ``x.view(-1, 320)`` after pooling to 20 x 4 x 4 gives other rows for a larger image; once 320 has become 160, the
+    rows are cut elsewhere. A symbolic axis of a reshape's output must be a product of symbolic axes of its input.
+    """
+    for node in graph.nodes:
+        value, source = node.meta.get("val"), node.args[0] if node.args else None
+        if _has_sizes(node) and isinstance(value, Tensor) and isinstance(source, torch.fx.Node):
+            before = [s.node.expr for s in source.meta["val"].shape if is_symbolic(s)]
+            spans = [before[k : n + 1] for k in range(len(before)) for n in range(k, len(before))]
+            whole = {str(reduce(operator.mul, span)) for span in spans}
+            sizes: list[Any] = [s for s in value.shape if is_symbolic(s)]
+            if any(not _is_whole(s.node.expr, before, whole) for s in sizes):
+                return True
+    return False
+
+
+def _is_whole(size: Any, before: Sequence[Any], whole: Container[str]) -> bool:
+    """Whether a symbolic size is made of whole axes; the batch may also take up heads or groups, a plain number."""
+    number, rest = size.as_coeff_Mul()
+    return str(rest) in whole and (number == 1 or rest == before[0])
 
 
 def _by_position(shapes: Any) -> Any:

@@ -394,3 +394,29 @@ def test_control_flow_on_data_is_refused() -> None:
 
     with pytest.raises(UnsupportedModel, match=r"test_adversarial\.py"):
         cut_model(three(branching), torch.randn(2, 3, 6, 6))
+
+
+class _LiteralView(nn.Module):
+    """A view whose literal width holds at one image size only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 8, 5), nn.Linear(8 * 4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 1, 8, 8) to (N, 10); a larger image runs over into the batch."""
+        y: Tensor = self.head(torch.max_pool2d(self.conv(x), 2).view(-1, 8 * 4))
+        return y
+
+
+def test_sizes_that_run_over_into_other_axes_are_fixed() -> None:
+    cutting = cut_model(_LiteralView(), torch.randn(1, 1, 8, 8))
+    cutting.check()
+    assert cutting.program.inputs[0].dynamic == (0,)
+    assert "bakes in" in cutting.program.notes[0]
+
+
+def test_first_layers_and_last_layers_say_what_freezes_them() -> None:
+    program = cut_model(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)), torch.randn(1, 3, 8, 8)).coupling
+    reasons = {(f.tensor, f.axis): f.reason for f in program.frozen}
+    assert reasons["0.weight", 1] == "network input" and reasons["1.weight", 0] == "network output"
