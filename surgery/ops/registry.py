@@ -107,7 +107,7 @@ class Call:
 
     def split_layers(self, layers: Layers, sizes: tuple[int, int]) -> tuple[Layers, Layers]:
         """The same for bare layers."""
-        if sizes[0] == 1 or sizes[1] == 1:  # nothing to split; frozen labels stay, with their reasons
+        if 1 in sizes and not self.atoms.is_locked:  # nothing to split; frozen labels stay, with their reasons
             return ((), layers) if sizes[0] == 1 else (layers, ())
         outer: Layers = ()
         inner: Layers = ()
