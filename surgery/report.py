@@ -296,12 +296,13 @@ def _sentences(data: Mapping[str, Any]) -> list[str]:
 def note_lines(data: Mapping[str, Any]) -> list[str]:
     """Return everything else the user should know: fallbacks, losses in training, doubts of check and timer."""
     lost = (data["compact"] or {}).get("lost_in_training", [])
-    return [
+    lines = [
         *data["notes"],
         *data["plan"]["notes"],
         *(f"in training the compact model has no {item}" for item in lost),
         *(data["check"] or {}).get("notes", []),
     ]
+    return list(dict.fromkeys(lines))
 
 
 def render_terminal(data: Mapping[str, Any], console: Console) -> None:
@@ -319,7 +320,8 @@ def render_terminal(data: Mapping[str, Any], console: Console) -> None:
 def _table(data: Mapping[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     rows = cells(data)
-    shown = [k for k in range(len(COLUMNS)) if k == 0 or any(row[k] not in ("-", "") for row in rows)]
+    timed = data["timing"] is not None  # then a percentile that takes more runs stays in sight, as -
+    shown = [k for k in range(len(COLUMNS)) if k == 0 or timed or any(row[k] not in ("-", "") for row in rows)]
     for k in shown:
         table.add_column(COLUMNS[k].replace(" ", "\n"), justify="left" if k == 0 else "right")
     for row in rows:
