@@ -86,7 +86,7 @@ def save(
             notes = _save_program(result, folder / artefacts.COMPACT_PT2)
         exports, subject, where = _export(result, folder, Path(scratch), how.opset, clock)
         timing, doubts = _time(subject, exports, how, clock)
-        notes += [*where, *_export_notes(exports), *doubts]
+        notes += [*where, *_export_notes(exports), *_fixed_sizes(result, subject, exports["compact"]), *doubts]
         data = report.measured(
             {**result.report, "stages_s": {**result.report["stages_s"], **clock.seconds}},
             onnx_bytes={name: export.bytes for name, export in exports.items()},
@@ -235,6 +235,15 @@ def _export_three(
                 dynamo=program.tracer == "export",
             )
     return exports
+
+
+def _fixed_sizes(result: Result, subject: _Subject, export: onnx.ExportResult) -> list[str]:
+    """Return which images' height and width the file fixes, where the program's own notes do not say so already."""
+    if subject.dynamic is not None and result.program.tracer == "export":
+        return []
+    tensors = bind(subject.dense, subject.args, subject.kwargs).tensors
+    images = [n for n, t in tensors.items() if t.dim() == 4 and not {2, 3} & set(export.dynamic.get(n, {}))]
+    return [f"ONNX: height and width of input '{name}' are fixed at the example's" for name in images]
 
 
 def _export_notes(exports: Mapping[str, onnx.ExportResult]) -> list[str]:
