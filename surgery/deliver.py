@@ -88,7 +88,11 @@ def save(
         timing, doubts = _time(subject, exports, how, clock)
         notes += [*where, *_export_notes(exports), *_fixed_sizes(result, subject, exports["compact"]), *doubts]
         data = report.measured(
-            {**result.report, "stages_s": {**result.report["stages_s"], **clock.seconds}},
+            {
+                **result.report,
+                **_whole_figures(result, subject),
+                "stages_s": {**result.report["stages_s"], **clock.seconds},
+            },
             onnx_bytes={name: export.bytes for name, export in exports.items()},
             timing=timing,
             files_sha256={path.name: _sha256(path) for path in sorted(folder.iterdir())},
@@ -235,6 +239,24 @@ def _export_three(
                 dynamo=program.tracer == "export",
             )
     return exports
+
+
+def _whole_figures(result: Result, subject: _Subject) -> dict[str, Any]:
+    """Return the table's rows with parameters and MACs of the whole model, where that is what is written and timed."""
+    if result.whole is None or subject.dense is not result.whole.model:
+        return {}
+    counts = result.report["part"]["whole"]
+    side = {"dense": 0, "masked": 0, "compact": 1}
+    return {
+        "models": [
+            {
+                **row,
+                "parameters": counts["params"][side[row["name"]]],
+                "macs": counts["macs"][side[row["name"]]] if counts["macs"] else None,
+            }
+            for row in result.report["models"]
+        ]
+    }
 
 
 def _fixed_sizes(result: Result, subject: _Subject, export: onnx.ExportResult) -> list[str]:

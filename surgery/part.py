@@ -241,6 +241,6 @@ def notes(data: Mapping[str, Any]) -> list[str]:
     params, macs = data["whole"]["params"], data["whole"]["macs"]
     counted = f"MACs of the example {macs[0]:,} → {macs[1]:,}" if macs else "its MACs cannot be counted"
     return [
-        f"part '{data['name']}': the budget and the figures of parameters and MACs are the part's; "
+        f"part '{data['name']}': the budget is the part's alone; "
         f"the whole model: parameters {params[0]:,} → {params[1]:,}, {counted}"
     ]
