@@ -58,7 +58,7 @@ class Source:
         name: safe as a folder's name.
         label: what to call the model in messages.
         build: keyword arguments of the builder → the model with its initial weights; downloads nothing.
-        initial: what those initial weights are, for the report.
+        initial: what those initial weights are, for the report; `{seed}` is filled in.
         accepts: whether the builder takes a keyword argument of this name.
         pretrained: keyword arguments → (model, name of its weights), or raises Unavailable. None: has none of its own.
         shape: (model, builder arguments) → shape of an example input; None where nothing is known about it.

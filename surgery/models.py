@@ -125,7 +125,7 @@ def check_runs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 def _with_weights(source: Source, weights: str, model_args: Mapping[str, Any], seed: int) -> tuple[LoadedModel, Built]:
     """Build the model and give it its weights; the example inputs are filled in later."""
-    initial, notes = source.initial, source.notes
+    initial, notes = source.initial.format(seed=seed), source.notes
     warnings: tuple[str, ...] = ()
     _seed(seed)
     if weights == "auto" and source.pretrained is not None:
