@@ -22,8 +22,9 @@ from surgery.errors import CheckFailed, InvalidInput
 from surgery.ir import CheckResult, CompactModel, Coupling, Plan, Program
 from surgery.labels import LabelMismatch, Layers, Value, gather, is_constant
 from surgery.numerics import Run, flat_outputs, masked_run, sample_inputs, state_of, well_conditioned
+from surgery.sizes import is_symbolic
 from surgery.tolerances import BLIND, TOLERANCE
-from surgery.trace import evaluating, first_line, is_symbolic
+from surgery.trace import evaluating, first_line
 
 
 def check(

@@ -26,7 +26,8 @@ from surgery.errors import InvalidInput
 from surgery.ir import Coupling, Frozen, Group, Program, Site
 from surgery.labels import Atoms, Layer, Mask, Value
 from surgery.ops.registry import Call, Rewrite, Rule, rules
-from surgery.trace import hint, source_of
+from surgery.sizes import hint
+from surgery.trace import source_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)

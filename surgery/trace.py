@@ -11,13 +11,11 @@ import hashlib
 import inspect
 import io
 import logging
-import operator
 import re
 import traceback
 import warnings
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import InvalidInput, UnsupportedModel
 from surgery.ir import InputSpec, Node, Program
+from surgery.sizes import hint, is_symbolic, reshapes, sizes_spill
 
 _LIBRARIES = (str(Path(torch.__file__).parent) + "/", "<eval_with_key>", "<string>", "importlib")
 UNKNOWN = "an unknown line"
@@ -176,10 +175,10 @@ def _export(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> tuple[Any, 
         exported, used = _attempt(model, twice, Dim.DYNAMIC, None)
     except Exception as error:  # torch.export raises whatever the user's forward or its own passes raise
         return _export_fixed(model, args, kwargs, error)
-    if _reshapes(exported.graph) <= _FEW_RESHAPES:
+    if reshapes(exported.graph) <= _FEW_RESHAPES:
         with suppress(Exception):  # likewise; the capture at fixed height and width stands
             freer, freer_inputs = _attempt(model, twice, Dim.DYNAMIC, Dim.AUTO)
-            if not _sizes_spill(freer.graph):
+            if not sizes_spill(freer.graph):
                 exported, used = freer, freer_inputs
     return exported, *used, ()
 
@@ -208,40 +207,6 @@ def _export_fixed(
         ) from error
     why = f"{where_raised(first)}: {first_line(first)}".removeprefix(f"{UNKNOWN}: ")
     return exported, *used, (f"batch is fixed at the example's: a dynamic one could not be traced ({why})",)
-
-
-def _reshapes(graph: torch.fx.Graph) -> int:
-    """How many operators bake in sizes; with many, symbolic height and width take torch.export minutes."""
-    return sum(_has_sizes(node) for node in graph.nodes)
-
-
-def _has_sizes(node: torch.fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(a.name in ("size", "shape", "sizes") for a in schema.arguments)
-
-
-def _sizes_spill(graph: torch.fx.Graph) -> bool:
-    """Whether a reshape lets height or width run over into other axes, so that a literal size holds at one size only.
-
-    ``x.view(-1, 320)`` after pooling to 20 x 4 x 4 gives other rows for a larger image; once 320 has become 160, the
-    rows are cut elsewhere. A symbolic axis of a reshape's output must be a product of symbolic axes of its input.
-    """
-    for node in graph.nodes:
-        value, source = node.meta.get("val"), node.args[0] if node.args else None
-        if _has_sizes(node) and isinstance(value, Tensor) and isinstance(source, torch.fx.Node):
-            before = [s.node.expr for s in source.meta["val"].shape if is_symbolic(s)]
-            spans = [before[k : n + 1] for k in range(len(before)) for n in range(k, len(before))]
-            whole = {str(reduce(operator.mul, span)) for span in spans}
-            sizes: list[Any] = [s for s in value.shape if is_symbolic(s)]
-            if any(not _is_whole(s.node.expr, before, whole) for s in sizes):
-                return True
-    return False
-
-
-def _is_whole(size: Any, before: Sequence[Any], whole: Container[str]) -> bool:
-    """Whether a symbolic size is made of whole axes; the batch may also take up heads or groups, a plain number."""
-    number, rest = size.as_coeff_Mul()
-    return str(rest) in whole and (number == 1 or rest == before[0])
 
 
 def _by_position(shapes: Any) -> Any:
@@ -412,16 +377,6 @@ def _fixed_axes(inputs: tuple[InputSpec, ...]) -> tuple[str, ...]:
                 f"input '{spec.name}': the model bakes in the size {size} of axes {fixed}; other sizes will not run"
             )
     return tuple(notes)
-
-
-def is_symbolic(size: Any) -> bool:
-    """Whether a traced size may differ from call to call."""
-    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
-
-
-def hint(size: Any) -> int:
-    """The example's value of a size that may be symbolic."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
 def source_of(node: torch.fx.Node) -> str:
