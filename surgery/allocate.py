@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from surgery.errors import BudgetUnreachable, IllegalCut, InvalidInput, PlanMismatch, SurgeryError
-from surgery.ir import Budget, CostFn, Coupling, Cut, Group, InputSpec, Plan, Scores, Site
+from surgery.ir import KEPT, Budget, CostFn, Coupling, Cut, Group, InputSpec, Plan, Scores, Site
 
 SCOPES = ("global", "uniform")
 INEXACT = ("never", "if-needed", "always")
@@ -79,10 +79,12 @@ def allocate(
         dead = _first_within(schedule, meter)
         if dead is not None:
             break
-        reached = meter.kept(schedule.dead(schedule.length))
-        notes.append(f"with {len(chosen)} of {len(ladders)} groups at their smallest, {reached} remain")
+        smallest = schedule.dead(schedule.length)
+        notes.append(f"with {len(chosen)} of {len(ladders)} groups at their smallest, {meter.kept(smallest)} remain")
     else:
-        raise BudgetUnreachable(_unreachable(meter, notes[-1], coupling, inexact=inexact, round_to=round_to))
+        reached = notes[-1] if ladders else "no unit of it can be removed"
+        hints = _hints(coupling, shrinks=meter.share(smallest) < 1, inexact=inexact, round_to=round_to)
+        raise BudgetUnreachable(_unreachable(meter, reached, coupling, hints))
     notes += [f"kept {meter.kept(dead)}", *_left_whole(coupling, chosen, ladders, inexact=inexact, round_to=round_to)]
     return plan_from_dead(
         coupling, dead, fingerprint=fingerprint, inputs=inputs, budget=budget, settings=settings, notes=notes
@@ -339,16 +341,22 @@ def _left_whole(
     return notes
 
 
-def _unreachable(meter: _Meter, reached: str, coupling: Coupling, *, inexact: str, round_to: int) -> str:
+def _unreachable(meter: _Meter, reached: str, coupling: Coupling, hints: Sequence[str]) -> str:
     """What was reachable, what is frozen, what to do."""
     wish = f"cannot get down to {_percent(meter.fraction)} of the {meter.kind}: {reached}"
-    frozen = _frozen_reasons(coupling)
-    hints = ["raise the budget"]
+    return f"{wish}; frozen: {'; '.join(_frozen_reasons(coupling)) or 'nothing'}; {' or '.join(hints)}"
+
+
+def _hints(coupling: Coupling, *, shrinks: bool, inexact: str, round_to: int) -> list[str]:
+    """What would help, each only where it can."""
+    hints = ["raise the budget"] if shrinks else []
+    if any(frozen.reason.startswith(KEPT) for frozen in coupling.frozen):
+        hints.append("narrow the --keep patterns")
     if inexact == "never" and any(group.inexact for group in coupling.groups):
         hints.append("allow inexact groups to be cut")
     if round_to > 1:
         hints.append(f"round to less than {round_to}")
-    return f"{wish}; frozen: {'; '.join(frozen) or 'nothing'}; {' or '.join(hints)}"
+    return hints or ["this model has nothing that could be removed"]
 
 
 def _frozen_reasons(coupling: Coupling, most: int = 3) -> list[str]:

@@ -49,6 +49,9 @@ def prepare(out: str | Path) -> Path:
         InvalidInput: the place cannot be written, or holds files that a swap of the whole folder would remove.
     """
     target = Path(out).expanduser().resolve()
+    above = next(folder for folder in target.parents if folder.exists())
+    if not above.is_dir():
+        raise InvalidInput(f"--out {target}: {above} is a file, not a folder; name a folder elsewhere")
     _refuse_unsafe(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from surgery.blame import first_line
 from surgery.couple import Masks, Wiring, couple, index_table, run, shapes_of
 from surgery.cut import as_call, compact_state, masks_of, slice_tensors
 from surgery.errors import CheckFailed, InvalidInput
@@ -24,7 +25,7 @@ from surgery.labels import LabelMismatch, Layers, Value, gather, is_constant
 from surgery.numerics import Run, flat_outputs, masked_run, sample_inputs, state_of, well_conditioned
 from surgery.sizes import is_symbolic
 from surgery.tolerances import BLIND, TOLERANCE
-from surgery.trace import evaluating, first_line
+from surgery.trace import evaluating
 
 
 def check(
@@ -59,14 +60,13 @@ def check(
             "use an example input that reaches the output"
         )
     _require(error64, torch.float64, "distinct, well-conditioned values")
-    _require_other_sizes(program, wiring, masks, dense, compact_state(dense, plan), compact)
+    notes = _require_other_sizes(program, wiring, masks, dense, compact_state(dense, plan), compact)
     real = state_of(program)
     error, varying = _compare(program, wiring, masks, real, None, compact, seed)
-    notes: tuple[str, ...] = ()
     told: float | None = error
     if varying < BLIND:
         told = None
-        notes = (
+        notes += (
             f"cannot tell on the real weights: only {varying:.1e} of their output varies with the input "
             "(a zero head, or untrained layer scales); equality was shown on well-conditioned values",
         )
@@ -97,18 +97,23 @@ def _require_other_sizes(
     dense: Mapping[str, Tensor],
     cut_state: Mapping[str, Tensor],
     compact: CompactModel,
-) -> None:
-    """Where height and width are said to be dynamic, compare at another size too."""
+) -> tuple[str, ...]:
+    """Where height and width are said to be dynamic, compare at another size too; return what could not be compared."""
     inputs = sample_inputs(program, seed=55, dtype=torch.float64, grown=32)
     if all(x.shape == y.shape for x, y in zip(inputs, sample_inputs(program, seed=55), strict=True) if _is_tensor(x)):
-        return
+        return ()
     with torch.no_grad():
         try:
             wanted = [flat_outputs(masked_run(program, wiring, masks, dense).run(*inputs))]
-        except Exception:  # the dense model itself does not run at that size: there is nothing to compare
-            return
+        except Exception as refusal:  # the dense model itself does not run at that size: there is nothing to compare
+            sizes = ", ".join(str(tuple(x.shape)) for x in inputs if _is_tensor(x))
+            return (
+                f"not compared at another height and width: the dense model does not run at {sizes}, though traced "
+                f"for free sizes ({first_line(refusal)})",
+            )
         error, _ = relative_error(wanted, [flat_outputs(_graph_runner(compact, cut_state)(inputs))])
     _require(error, torch.float64, "an input of another height and width")
+    return ()
 
 
 def _is_tensor(x: Any) -> bool:

@@ -62,6 +62,7 @@ def shrink(session: Session, /, model: str, as_json: bool, quiet: bool, out: Pat
 
         how = deliver.Measurement(given["opset"], given["threads"], given["batch"], given["runs"], given["seed"])
         loaded = _load(model, given, progress)
+        _refuse_huge_batch(loaded, given["batch"])
         out = out if out is not None else Path("shrunk", _folder_name(loaded.name))
         session.writing = True
         artefacts.prepare(out)
@@ -104,6 +105,20 @@ def _one_budget(given: Mapping[str, Any]) -> None:
     budgets = [f"--{kind}" for kind in ("macs", "params", "channels") if given[kind] is not None]
     if len(budgets) > 1:
         raise click.UsageError(f"{' and '.join(budgets)} are given, but a run has one budget; choose one of them")
+
+
+def _refuse_huge_batch(loaded: LoadedModel, batch: int) -> None:
+    """Refuse before the long work what could not be timed after it."""
+    import psutil
+    from torch import Tensor
+    from torch.utils import _pytree
+
+    leaves = _pytree.tree_leaves((loaded.example_inputs, dict(loaded.example_kwargs)))
+    needed = batch * sum(x[:1].numel() * x.element_size() for x in leaves if isinstance(x, Tensor) and x.ndim)
+    memory = psutil.virtual_memory().total
+    if needed > memory:
+        what = f"the input alone takes {needed / 2**30:,.0f} GiB and this machine has {memory / 2**30:,.0f}"
+        raise InvalidInput(f"--batch {batch}: {what}; use a smaller batch")
 
 
 def _load(model: str, given: Mapping[str, Any], progress: Progress) -> LoadedModel:
@@ -283,6 +298,8 @@ def _explain(error: BaseException, session: Session) -> int:
         return InvalidInput.exit_code
     if isinstance(error, click.UsageError):
         hint = f"; see '{error.ctx.command_path} --help'" if error.ctx else ""
+        if session.arguments[:1] == ("shrink",) and session.arguments[1:2] and session.arguments[1] in cli.commands:
+            hint = f"; '{session.arguments[1]}' is a command of its own: surgery {shlex.join(session.arguments[1:])}"
         _say(f"error: {error.format_message().rstrip('.')}{hint}")
         return error.exit_code
     if isinstance(error, click.ClickException):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import InvalidInput
-from surgery.ir import Coupling, Frozen, Group, Program, Site
+from surgery.ir import KEPT, Coupling, Frozen, Group, Program, Site
 from surgery.labels import Atoms, Layer, Mask, Value
 from surgery.ops.registry import Call, Rewrite, Rule, rules
 from surgery.sizes import hint
@@ -247,7 +247,7 @@ def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
             tied[id(tensors[name])] = params[name]
             if name in kept:
                 for layers in axes:
-                    atoms.freeze(layers, f"kept by --keep {kept[name]}")
+                    atoms.freeze(layers, f"{KEPT} {kept[name]}")
         return params[name]
 
     values, calls = run(program.graph, labels, dense_shapes, atoms)

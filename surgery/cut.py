@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from surgery.allocate import plan_from_dead
+from surgery.blame import first_line
 from surgery.couple import Masks, Wiring, all_tensors, bind, couple, rewrite_view
 from surgery.errors import IllegalCut, PlanMismatch
 from surgery.graph import CompactGraph, hold
@@ -26,7 +27,7 @@ from surgery.ir import CompactModel, Coupling, Cut, Plan, Program
 from surgery.numerics import Run, flat_outputs, sample_inputs, well_conditioned
 from surgery.ops.registry import Replacement, Scaled, rules
 from surgery.tolerances import TOLERANCE
-from surgery.trace import evaluating, first_line, module_of, source_of
+from surgery.trace import evaluating, module_of, source_of
 from surgery.transplant import Literal, transplant
 
 

@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from surgery.allocate import plan_from_dead
+from surgery.blame import first_line, where_raised
 from surgery.check import relative_error
 from surgery.cut import as_call, compact_state, slice_tensors
 from surgery.errors import CheckFailed, PlanMismatch, UnsupportedModel
@@ -28,7 +29,7 @@ from surgery.fvcount import count_macs
 from surgery.ir import CheckResult, CompactModel, CostFn, Coupling, InputSpec, Plan, Program
 from surgery.numerics import conditioned, sample_inputs
 from surgery.tolerances import BLIND, TOLERANCE
-from surgery.trace import evaluating, first_line, refuse_wrong_inputs, require_finite, where_raised
+from surgery.trace import evaluating, refuse_wrong_inputs, require_finite
 from surgery.transplant import transplant
 
 ONE_PATH = "no label replay, one path exported: the one that the example input takes through the model's forward"

@@ -102,6 +102,10 @@ class Group:
         return len(self.units)
 
 
+KEPT = "kept by --keep"
+"""How the reason of an axis begins that the user asked to leave whole."""
+
+
 @dataclass(frozen=True, slots=True)
 class Frozen:
     """A parameter axis that is not cut, and why (with the operator and the user's source line)."""

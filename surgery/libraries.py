@@ -24,9 +24,9 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor, nn
 
+from surgery.blame import first_line
 from surgery.compat import import_timm, import_torchvision
 from surgery.errors import InvalidInput, UnsupportedModel
-from surgery.pt2 import first_line
 
 PROBE_SECONDS = 4.0
 STALLED_SECONDS = 20.0
@@ -66,6 +66,7 @@ class Source:
         variants: builder arguments to try for a checkpoint that the default does not fit.
         runs: whether the whole model runs on its example inputs (detectors may not).
         notes: what the user should know.
+        shape_notes: what the user should know where no input shape was given.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Source:
     variants: tuple[Mapping[str, Any], ...] = ()
     runs: bool = True
     notes: tuple[str, ...] = ()
+    shape_notes: tuple[str, ...] = ()
 
 
 def torchvision_names() -> list[str]:
@@ -123,6 +125,7 @@ def torchvision_source(name: str) -> Source:
         variants=tuple(v for v in _AUXILIARY if v.keys() <= parameters or (name in _INCEPTIONS and "aux_logits" in v)),
         runs=family != "detection",
         notes=_NOTES.get(family, ()),
+        shape_notes=_SHAPE_NOTES.get(family, ()),
     )
 
 
@@ -180,6 +183,8 @@ _WRAPPERS: Mapping[str, Callable[[Tensor], tuple[Any, ...]]] = {
 }
 _NOTES: Mapping[str, tuple[str, ...]] = {
     "detection": ("a detector's post-processing depends on its data: shrink a part of it, --part backbone",),
+}
+_SHAPE_NOTES: Mapping[str, tuple[str, ...]] = {
     "segmentation": (f"example images are {_DENSE_IMAGE} x {_DENSE_IMAGE} unless --input-shape says otherwise",),
 }
 

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from surgery import checkpoints
+from surgery.blame import first_line, user_line
 from surgery.compat import import_timm, import_torchvision
 from surgery.errors import InvalidInput, SurgeryError
 from surgery.libraries import Built, Source, Unavailable, timm_names, timm_source, torchvision_names, torchvision_source
-from surgery.pt2 import first_line, load_program, plain_module
-from surgery.usercode import folder_name, near, top_level_names, user_line, user_source
+from surgery.pt2 import load_program, plain_module
+from surgery.usercode import folder_name, near, top_level_names, user_source
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _GUESSED_SHAPE = (1, 3, 224, 224)
@@ -93,7 +94,8 @@ def load_model(
         args, kwargs = _example_inputs(source, built, input_shape, model_args, seed)
         if source.runs:
             check_runs(built.module, args, kwargs)
-    return replace(loaded, example_inputs=args, example_kwargs=kwargs)
+    notes = loaded.notes if input_shape else (*source.shape_notes, *loaded.notes)
+    return replace(loaded, example_inputs=args, example_kwargs=kwargs, notes=notes)
 
 
 def list_names(library: str = "torchvision") -> list[str]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from surgery.blame import first_line, where_raised
 from surgery.couple import Wiring
 from surgery.cut import masks_of
 from surgery.errors import CheckFailed, InvalidInput, SurgeryError
@@ -24,7 +25,7 @@ from surgery.fvcount import count_macs, count_params
 from surgery.ir import CheckResult, Coupling, Plan, Program
 from surgery.numerics import masked_run, state_of
 from surgery.tolerances import TOLERANCE
-from surgery.trace import evaluating, first_line, where_raised
+from surgery.trace import evaluating
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch.export.pt2_archive import PT2ArchiveReader, constants, is_pt2_package
 
+from surgery.blame import first_line
 from surgery.errors import InvalidInput
 
 _NAME = re.compile(r"[\w.+\-]*")
@@ -82,12 +83,6 @@ def plain_module(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
     """Return the program as a graph module that, unlike `program.module()`, takes `.eval()`, deepcopy and pickling."""
     unlifted = program.module(check_guards=False)
     return torch.fx.GraphModule(unlifted, unlifted.graph)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or its class name where it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(" .:") if text else type(error).__name__
 
 
 @contextmanager

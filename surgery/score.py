@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surgery.blame import first_line, user_line
 from surgery.errors import InvalidInput, PlanMismatch
 from surgery.ir import Coupling, Group, Program, Scores, Site
 
@@ -45,7 +46,7 @@ def score(program: Program, coupling: Coupling, criterion: str | Criterion = "l1
     function = _resolve(criterion, seed)
     parameters = _weights(program, coupling)
     with torch.no_grad():
-        return {group.name: _checked(function(group, parameters), group, function) for group in coupling.groups}
+        return {group.name: _scored(function, group, parameters) for group in coupling.groups}
 
 
 def l1(group: Group, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -213,9 +214,13 @@ def _refuse_non_finite(name: str, tensor: Tensor, *, infinite: bool) -> None:
         raise InvalidInput(f"{name} holds {what}: such weights cannot be ranked; check the checkpoint it came from")
 
 
-def _checked(values: Sequence[float] | Tensor, group: Group, criterion: Criterion) -> tuple[float, ...]:
+def _scored(criterion: Criterion, group: Group, parameters: Mapping[str, Tensor]) -> tuple[float, ...]:
     """One finite number per unit, or InvalidInput."""
     who = f"criterion {getattr(criterion, '__name__', 'callable')} on group '{group.name}'"
+    try:
+        values = criterion(group, parameters)
+    except Exception as error:  # a callable of the user's: anything may come
+        raise InvalidInput(f"{who} failed: {type(error).__name__}: {first_line(error)}{user_line(error)}") from error
     try:
         numbers = tuple(float(value) for value in (values.tolist() if isinstance(values, Tensor) else values))
     except (TypeError, ValueError) as error:

@@ -27,11 +27,11 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
+from surgery.blame import first_line, where_raised
 from surgery.couple import frozen_axes, groups_of, kept_names
 from surgery.errors import UnsupportedModel
 from surgery.ir import Coupling, Program
 from surgery.labels import Atoms, Layer, Layers, Mask, Value
-from surgery.trace import first_line, where_raised
 
 _CHANNEL_AXIS = 1
 # fmt: off

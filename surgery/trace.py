@@ -12,11 +12,9 @@ import inspect
 import io
 import logging
 import re
-import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,12 +22,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from surgery.blame import UNKNOWN, first_line, last_own_line, where_raised
 from surgery.errors import InvalidInput, UnsupportedModel
 from surgery.ir import InputSpec, Node, Program
 from surgery.sizes import hint, is_symbolic, reshapes, sizes_spill
 
-_LIBRARIES = (str(Path(torch.__file__).parent) + "/", "<eval_with_key>", "<string>", "importlib")
-UNKNOWN = "an unknown line"
 _FEW_RESHAPES = 40
 _ABOUT_INPUTS = re.compile("shape|size|dimension|channel|expected|dtype|type|argument|mat1", re.IGNORECASE)
 _ASSERTIONS = ("_assert", "sym_constrain", "_guards_fn")
@@ -229,29 +226,6 @@ def refuse_wrong_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         ) from error
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
-
-
-def where_raised(error: BaseException) -> str:
-    """`file:line` of the innermost frame outside torch: the user's own line."""
-    found = ""
-    seen: BaseException | None = error
-    while seen is not None:
-        for frame in traceback.extract_tb(seen.__traceback__):
-            if not frame.filename.startswith(_LIBRARIES) and Path(frame.filename).parent != Path(__file__).parent:
-                found = f"{frame.filename}:{frame.lineno}"
-        mentioned = re.findall(r'File "([^"]+)", line (\d+)', str(seen))
-        own = [f"{f}:{n}" for f, n in mentioned if not f.startswith(_LIBRARIES)]
-        found = own[-1] if own else found
-        if found:
-            return found
-        seen = seen.__cause__ or seen.__context__
-    return UNKNOWN
-
-
 # -- cleaning --------------------------------------------------------------------------------------------------------
 
 
@@ -381,9 +355,7 @@ def _fixed_axes(inputs: tuple[InputSpec, ...]) -> tuple[str, ...]:
 
 def source_of(node: torch.fx.Node) -> str:
     """`file:line` of the user's code that made this node; the innermost frame outside torch."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [(f, n) for f, n in frames if not f.startswith(_LIBRARIES)]
-    return "{}:{}".format(*own[-1]) if own else ""
+    return last_own_line(node.meta.get("stack_trace") or "")
 
 
 def module_of(node: torch.fx.Node) -> str:

@@ -11,26 +11,20 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import nn
 
+from surgery.blame import first_line, user_line
 from surgery.compat import import_torchvision
 from surgery.errors import InvalidInput, SurgeryError
 from surgery.libraries import Built, Source
-from surgery.pt2 import first_line
-
-_FOREIGN = (str(Path(torch.__file__).parent) + os.sep, str(Path(__file__).parent) + os.sep, "<")
-"""Frames that say nothing to the user: torch's, our own, and generated code."""
 
 
 def user_source(owner: str, name: str) -> Source:
@@ -83,7 +77,7 @@ def _unpack(label: str, result: Any) -> Built:
             return Built(module, (), dict(inputs))
         return Built(module, inputs if isinstance(inputs, tuple) else (inputs,))
     raise InvalidInput(
-        f"{label} returned a {type(result).__name__}; it must return an nn.Module, or (module, example inputs)"
+        f"{label} returned {type(result).__name__}; it must return an nn.Module, or (module, example inputs)"
     )
 
 
@@ -146,14 +140,6 @@ def _on_path(folder: Path) -> Iterator[None]:
         yield
     finally:
         sys.path.remove(str(folder))
-
-
-def user_line(error: BaseException) -> str:
-    """Return ` at file:line` of an exception's deepest frame that is neither torch's nor ours, or an empty string."""
-    frames = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((*_FOREIGN, "<"))
-    ]
-    return f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
 
 
 def near(name: str, names: Collection[str], otherwise: Collection[str] = ()) -> str:

@@ -143,6 +143,9 @@ MISHAPS = {
     "control flow on data": (["nets.py:branching"], 3, "nets.py:"),
     "a wrong cut": (["nets.py:wrong_cut"], 4, ""),
     "an unreachable budget": (["nets.py:net", "--macs", "0.001"], 5, "0.1 %"),
+    "nothing left to cut": (["nets.py:net", "--keep", "*"], 5, "narrow the --keep patterns"),
+    "a batch beyond all memory": (["nets.py:net", "--batch", "1000000000000"], 2, "GiB"),
+    "a folder below a file": (["nets.py:net", "--out", "nets.py/deep/out"], 2, "nets.py is a file"),
     "a bug": (["nets.py:bug"], 1, "please report it"),
 }
 
@@ -263,6 +266,7 @@ def test_the_version_is_the_packages() -> None:
         (["nets.py:net", "--model-arg", "classes"], "NAME=VALUE"),
         (["nets.py:net", "--round-to", "0"], "--round-to"),
         ([], "MODEL"),
+        (["show", "nets.py:net"], "surgery show nets.py:net"),
     ],
 )
 def test_mistyped_options_are_usage_errors(place: Place, args: list[str], said: str) -> None:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 ORDER = """
-    surgery.errors surgery.ir surgery.tolerances surgery.compat
+    surgery.errors surgery.blame surgery.ir surgery.tolerances surgery.compat
     surgery.pt2 surgery.checkpoints surgery.libraries surgery.usercode surgery.models
     surgery.sizes surgery.trace surgery.labels surgery.ops.registry surgery.ops.examples surgery.ops.index surgery.ops.*
     surgery.couple surgery.score surgery.fvcount surgery.cost surgery.allocate
@@ -41,6 +41,7 @@ NOUNS = {"surgery.errors", "surgery.ir"}
 WITHOUT_TORCH = {
     "surgery",
     "surgery.errors",
+    "surgery.blame",
     "surgery.ir",
     "surgery.allocate",
     "surgery.options",

@@ -194,6 +194,14 @@ def test_a_callable_is_a_criterion(model: nn.Module) -> None:
     assert score(program_of(model), coupling_of(model), lambda group, _: range(group.size))["conv2.weight:0"][5] == 5.0
 
 
+def test_a_callable_that_fails_is_named_with_its_own_line(model: nn.Module) -> None:
+    def mine(group: Group, parameters: dict[str, Tensor]) -> Tensor:
+        return parameters["absent"]
+
+    with pytest.raises(InvalidInput, match=r"criterion mine on group .*KeyError.*test_score\.py:\d+"):
+        score(program_of(model), coupling_of(model), mine)
+
+
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
