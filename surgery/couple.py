@@ -263,14 +263,18 @@ def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
 
 
 def all_tensors(program: Program) -> dict[str, Tensor]:
-    """Every parameter and buffer of the model, and every constant of the graph, by name; tied ones under each name."""
+    """Every parameter and buffer of the model, and every constant of the graph, by name; tied ones under each name.
+
+    Weights that the model computes stand there ready-made, in the place of what they are computed from.
+    """
     model: nn.Module = program.model
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     for node in program.graph.graph.nodes if program.graph is not None else ():
         if node.op == "get_attr" and node.target not in tensors:
             tensors[node.target] = attribute(program.graph, node.target)
-    return tensors
+    replaced = {name for sources in program.materialised.values() for name in sources}
+    return {name: tensor for name, tensor in tensors.items() if name not in replaced}
 
 
 def kept_names(program: Program, patterns: Sequence[str]) -> dict[str, str]:

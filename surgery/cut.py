@@ -224,6 +224,8 @@ def _own_class(
     """The user's class with sliced submodules, where it computes what the rewritten program computes."""
     if isinstance(program.model, torch.fx.GraphModule):
         return None, "the model is a graph already"
+    if program.materialised:
+        return None, f"forward computes the weight '{next(iter(program.materialised))}' from others, at its old size"
     stray = [c.tensor for c in plan.cuts if c.tensor not in _named(program.model)]
     if stray:
         return None, f"forward builds the tensor '{stray[0]}' itself, at a size that would have to change"
@@ -292,6 +294,7 @@ def _fails_in_training(program: Program, module: nn.Module) -> str | None:
 
 def _unseen(program: Program) -> list[str]:
     seen = {str(n.target) for n in program.graph.graph.nodes if n.op == "get_attr"}
+    seen |= {name for sources in program.materialised.values() for name in sources}
     return [n for n, _ in program.model.named_parameters() if n not in seen]
 
 
@@ -322,5 +325,6 @@ def _lost_in_training(program: Program) -> tuple[str, ...]:
             lost.append(f"what forward of '{name or type(module).__name__}' does only where self.training is set")
     if any(isinstance(m, _BatchNorm) for m in program.model.modules()):
         lost.append("num_batches_tracked, which batch norms count up")
+    lost += [f"the computation of '{name}' from {', '.join(s)}" for name, s in program.materialised.items()]
     heads = dict.fromkeys(name.split(".")[0] for name in _unseen(program))
     return (*lost, *(f"'{head}', which evaluation mode does not run" for head in heads))

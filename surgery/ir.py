@@ -58,6 +58,8 @@ class Program:
         notes: what the user should know: a static fallback, a specialised axis.
         model: the user's own module, never changed.
         tracer: `export` or `torch-pruning`.
+        materialised: weight that the model computes from parameters, and that the graph holds ready-made → names of
+            those parameters which are read nowhere else.
     """
 
     graph: Any
@@ -69,6 +71,7 @@ class Program:
     notes: tuple[str, ...]
     model: Any
     tracer: str = "export"
+    materialised: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,10 @@ from types import MappingProxyType
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery.blame import first_line, user_line
+from surgery.couple import all_tensors
 from surgery.errors import InvalidInput, PlanMismatch
 from surgery.ir import Coupling, Group, Program, Scores, Site
 
@@ -189,8 +190,9 @@ def _weights(program: Program, coupling: Coupling) -> dict[str, Tensor]:
 
     Both names of a shared parameter are there: a site may bear either.
     """
-    parameters = dict(program.model.named_parameters(remove_duplicate=False))
-    buffers = dict(program.model.named_buffers(remove_duplicate=False))
+    tensors = all_tensors(program)
+    parameters = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
+    buffers = {name: tensor for name, tensor in tensors.items() if name not in parameters}
     for name, tensor in {**parameters, **buffers}.items():
         shape, traced = tuple(tensor.shape), coupling.shapes.get(name)
         if traced is not None and tuple(traced) != shape:

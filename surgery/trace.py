@@ -23,13 +23,14 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from surgery.blame import UNKNOWN, first_line, last_own_line, where_raised
+from surgery.caches import traceable
+from surgery.clean import clean
 from surgery.errors import InvalidInput, UnsupportedModel
 from surgery.ir import InputSpec, Node, Program
 from surgery.sizes import hint, is_symbolic, reshapes, sizes_spill
 
 _FEW_RESHAPES = 40
 _ABOUT_INPUTS = re.compile("shape|size|dimension|channel|expected|dtype|type|argument|mat1", re.IGNORECASE)
-_ASSERTIONS = ("_assert", "sym_constrain", "_guards_fn")
 
 
 Args = tuple[Any, ...]
@@ -56,11 +57,12 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
     kwargs = _in_forward_order(model, example_kwargs or {})
     require_finite(model)
     with evaluating(model), quiet():
-        exported, args, kwargs, notes = _export(model, args, kwargs)
-        graph = _clean(exported)
+        exported, args, kwargs, notes = _export(traceable(model), args, kwargs)
+        cleaned = clean(exported)
+    graph = cleaned.graph
     names = _input_names(graph)
     inputs = _describe_inputs(graph, names)
-    notes = (*notes, *_fixed_axes(inputs))
+    notes = (*notes, *_fixed_axes(inputs), *_computed_weights(cleaned.materialised))
     return Program(
         graph=graph,
         nodes=tuple(_describe(n) for n in graph.graph.nodes if n.op == "call_function"),
@@ -70,6 +72,7 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
         fingerprint=_fingerprint(graph),
         notes=notes,
         model=model,
+        materialised=cleaned.materialised,
     )
 
 
@@ -226,103 +229,6 @@ def refuse_wrong_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         ) from error
 
 
-# -- cleaning --------------------------------------------------------------------------------------------------------
-
-
-def _clean(exported: Any) -> torch.fx.GraphModule:
-    graph = exported.module(check_guards=False)
-    _drop_assertions(graph)
-    if not _functionalise(graph):
-        graph = exported.run_decompositions({}).module(check_guards=False)
-        _drop_assertions(graph)
-        _functionalise(graph)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-    return _plain(graph)
-
-
-def _plain(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """The same graph in an ordinary GraphModule, without what `ExportedProgram.module()` hooks on.
-
-    Where all inputs are plain arguments, outputs are rebuilt by the graph itself (it can return tuples and
-    dictionaries): such a module can be copied and saved without torch's pytree machinery.
-    """
-    info = getattr(graph.graph._codegen, "pytree_info", None)
-    placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    output = next(n for n in graph.graph.nodes if n.op == "output")
-    if info is not None and _flat_inputs(info.in_spec, len(placeholders)) and _plain_containers(info.out_spec):
-        output.args = (pytree.tree_unflatten(list(output.args[0]), info.out_spec),)
-        graph.graph.set_codegen(torch.fx.graph.CodeGen())
-    plain = torch.fx.GraphModule(graph, graph.graph, "Program")
-    plain.eval()
-    return plain
-
-
-def _flat_inputs(spec: Any, count: int) -> bool:
-    return bool(
-        spec.num_leaves == count and all(leaf.is_leaf() for part in spec.children() for leaf in part.children())
-    )
-
-
-def _plain_containers(spec: Any) -> bool:
-    if spec.is_leaf():
-        return True
-    return spec.type in (tuple, list, dict) and all(_plain_containers(child) for child in spec.children())
-
-
-def _drop_assertions(graph: torch.fx.GraphModule) -> None:
-    for node in reversed(list(graph.graph.nodes)):
-        called = node.op in ("call_function", "call_module") and not node.users
-        if called and any(mark in str(node.target) for mark in _ASSERTIONS):
-            graph.graph.erase_node(node)
-
-
-def _functionalise(graph: torch.fx.GraphModule) -> bool:
-    """Replace in-place operators by plain ones; False where a mutated value is seen through a view."""
-    order = {node: k for k, node in enumerate(graph.graph.nodes)}
-    family = _alias_families(graph)
-    for node in list(graph.graph.nodes):
-        if not _mutates(node):
-            continue
-        target = node.args[0]
-        if target.op != "call_function" or _plain_overload(node.target) is None:
-            return False
-        relatives = [n for n in family[target] if n is not target and n is not node]
-        if any(order[user] > order[node] for relative in relatives for user in relative.users):
-            return False
-        node.target = _plain_overload(node.target)
-        target.replace_all_uses_with(node, delete_user_cb=lambda user, at=order[node]: order[user] > at)
-    return True
-
-
-def _mutates(node: torch.fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return node.op == "call_function" and schema is not None and schema.is_mutable
-
-
-def _plain_overload(op: Any) -> Any:
-    packet, overload = op.name().removeprefix("aten::"), op._overloadname
-    name = packet.split(".")[0]
-    if not name.endswith("_") or not hasattr(torch.ops.aten, name[:-1]):
-        return None
-    return getattr(getattr(torch.ops.aten, name[:-1]), overload, None)
-
-
-def _alias_families(graph: torch.fx.GraphModule) -> dict[torch.fx.Node, list[torch.fx.Node]]:
-    """Values that may share memory: joined by operators whose result may be a view of an argument."""
-    family: dict[torch.fx.Node, list[torch.fx.Node]] = {}
-    for node in graph.graph.nodes:
-        family[node] = [node]
-        schema = getattr(node.target, "_schema", None)
-        views = schema is None or any(r.alias_info is not None for r in schema.returns) or "dropout" in str(node.target)
-        if node.op == "call_function" and views and not _mutates(node):
-            for source in node.all_input_nodes:
-                merged = list(dict.fromkeys(family[source] + family[node]))
-                for member in merged:
-                    family[member] = merged
-    return family
-
-
 # -- describing ------------------------------------------------------------------------------------------------------
 
 
@@ -351,6 +257,13 @@ def _fixed_axes(inputs: tuple[InputSpec, ...]) -> tuple[str, ...]:
                 f"input '{spec.name}': the model bakes in the size {size} of axes {fixed}; other sizes will not run"
             )
     return tuple(notes)
+
+
+def _computed_weights(materialised: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(
+        f"'{name}' holds the weight that forward computed from {', '.join(sources)}"
+        for name, sources in materialised.items()
+    )
 
 
 def source_of(node: torch.fx.Node) -> str:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from surgery.caches import empty_caches
+
 aten = torch.ops.aten
 
 
@@ -63,7 +65,9 @@ def _copy_around(model: nn.Module, sliced: Mapping[str, Tensor]) -> nn.Module:
         memo[id(tensor)] = sliced[name]
     for name, buffer in model.named_buffers(remove_duplicate=False):
         memo[id(buffer)] = sliced[name]
-    return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    empty_caches(copied)
+    return copied
 
 
 def _group_counts(graph: torch.fx.GraphModule) -> dict[str, int]:

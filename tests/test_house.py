@@ -23,7 +23,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 ORDER = """
     surgery.errors surgery.blame surgery.ir surgery.tolerances surgery.compat
     surgery.pt2 surgery.checkpoints surgery.libraries surgery.usercode surgery.models
-    surgery.sizes surgery.trace surgery.labels surgery.ops.registry surgery.ops.examples surgery.ops.index surgery.ops.*
+    surgery.sizes surgery.labels surgery.ops.registry surgery.ops.examples surgery.ops.index surgery.ops.*
+    surgery.caches surgery.einsum surgery.clean surgery.trace
     surgery.couple surgery.score surgery.fvcount surgery.cost surgery.allocate
     surgery.graph surgery.transplant surgery.numerics surgery.cut surgery.check surgery.torch_pruning surgery.eager
     surgery.part surgery.artefacts surgery.report surgery.pipeline surgery.deliver

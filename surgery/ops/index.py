@@ -37,6 +37,42 @@ def _couple_index_select(call: Call) -> Value:
     return call.out(axes)
 
 
+def _couple_index(call: Call) -> Value:
+    """`x[:, i, j]`: axes without an index pass; the others are looked up, one constant index being run on labels."""
+    x = call.value("self")
+    indices = [i for i in call["indices"] if isinstance(i, Value)]
+    where = [a for a, i in enumerate(call["indices"]) if isinstance(i, Value)]
+    for index in indices:
+        for a in range(len(index.shape)):
+            call.freeze(index, a, "an index")
+    rank = max(len(i.shape) for i in indices)
+    if len(call.outputs[0]) != len(x.shape) - len(where) + rank:  # a mask: how many it picks is known at run time only
+        return call.out({})
+    adjacent = where == list(range(where[0], where[-1] + 1))
+    at = where[0] if adjacent else 0
+    free = [a for a in range(len(x.shape)) if a not in where]
+    axes = {k if k < at else k + rank: call.passed(x, a) for k, a in enumerate(free)}
+    table = _constant_index(call.bound)
+    for a in where:
+        if table is None:
+            call.freeze(x, a, "looked up by index")
+        else:
+            axes[a] = gather(call.atoms.canon(call.passed(x, a)), table)
+    return call.out(axes)
+
+
+def _constant_index(bound: Mapping[str, Any]) -> NDArray[np.int64] | None:
+    """The numbers of the one index, where it is the only one, a constant, and a list."""
+    indices = [i for i in bound["indices"] if isinstance(i, Value)]
+    return indices[0].table if len(indices) == 1 else None
+
+
+def _rewrite_index(r: Rewrite) -> Mapping[str, Any] | Replacement:
+    table = _constant_index(r.bound)
+    dim = next(a for a, i in enumerate(r.bound["indices"]) if isinstance(i, Value))
+    return {} if table is None or r.keep("self", dim).all() else picked(r, dim, table)
+
+
 def picked(r: Rewrite, dim: int, source: NDArray[np.int64]) -> Replacement:
     """The compact output along `dim` as a constant selection of the compact input; `source` are dense positions."""
     keep = r.keep("self", dim)
@@ -70,6 +106,24 @@ class _Table(nn.Module):
         return y
 
 
+class _Positions(nn.Module):
+    """A bias per head and pair of tokens, found in a table through a square of indices, as in windowed attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.after = nn.Linear(7, 3 * 12), nn.Linear(12, 5)
+        self.table = nn.Parameter(torch.randn(11, 3))
+        self.index: Tensor
+        self.register_buffer("index", torch.arange(6)[:, None] - torch.arange(6) + 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 6, 7) to (B, 6, 5)."""
+        q, k, v = self.qkv(x).reshape(x.shape[0], 6, 3, 3, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        attention = (q @ k.transpose(2, 3) + self.table[self.index].permute(2, 0, 1)).softmax(-1)
+        y: Tensor = self.after((attention @ v).transpose(1, 2).reshape(x.shape[0], 6, 12))
+        return y
+
+
 def _example(*, embedding: bool) -> Built:
     return _Table(embedding=embedding), (torch.randn(2, 6, 7),)
 
@@ -81,6 +135,14 @@ register(
         couple=_couple_embedding,
         example=lambda: _example(embedding=True),
         says="rows are never cut, features pass",
+    ),
+    Rule(
+        op="aten.index.Tensor",
+        family="look-up",
+        couple=_couple_index,
+        rewrite=_rewrite_index,
+        example=lambda: (_Positions(), (torch.randn(2, 6, 7),)),
+        says="axes without an index pass; one constant list of indices is run on labels, other indexed axes stay whole",
     ),
     Rule(
         op="aten.index_select.default",

@@ -1,0 +1,172 @@
+"""The list: what each model is called, how it is built, at which input, and which part of it is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+_CLASSIFICATION = """
+alexnet convnext_tiny convnext_small densenet121 densenet161 densenet169 densenet201 efficientnet_b0 efficientnet_b1
+efficientnet_b2 efficientnet_b3 efficientnet_b4@128 efficientnet_b5@128 efficientnet_b6@128 efficientnet_b7@128
+efficientnet_v2_s@128 efficientnet_v2_m@128 efficientnet_v2_l@128 googlenet inception_v3 maxvit_t mnasnet1_0
+mobilenet_v2 mobilenet_v3_large mobilenet_v3_small regnet_x_400mf regnet_x_800mf regnet_x_1_6gf regnet_x_3_2gf
+regnet_x_8gf@96 regnet_x_16gf@96 regnet_x_32gf@64 regnet_y_400mf regnet_y_800mf regnet_y_1_6gf regnet_y_3_2gf
+regnet_y_8gf@96 regnet_y_16gf@64 regnet_y_32gf@64 resnet18 resnet34 resnet50 resnet101 resnet152 resnext50_32x4d
+resnext101_32x8d@96 resnext101_64x4d@96 shufflenet_v2_x1_0 squeezenet1_0 squeezenet1_1 swin_t swin_s swin_v2_t
+swin_v2_s vgg11@96 vgg11_bn@96 vgg13@96 vgg13_bn@96 vgg16@96 vgg16_bn@96 vgg19@96 vgg19_bn@96 vit_b_16 vit_b_32
+wide_resnet50_2 wide_resnet101_2@96
+"""
+"""`name@side` where the input is smaller than the library's own. Where only the width differs, one stands for all."""
+
+_SEGMENTATION = "fcn_resnet50 deeplabv3_resnet50 deeplabv3_mobilenet_v3_large lraspp_mobilenet_v3_large"
+_VIDEO = "r3d_18 mc3_18 r2plus1d_18 s3d mvit_v1_b mvit_v2_s swin3d_t"
+_DETECTORS = """
+fasterrcnn_resnet50_fpn fasterrcnn_mobilenet_v3_large_fpn retinanet_resnet50_fpn fcos_resnet50_fpn ssd300_vgg16
+ssdlite320_mobilenet_v3_large
+"""
+
+_TIMM = """
+mobilevit_xxs mobilevitv2_050 edgenext_xx_small efficientformer_l1 efficientformerv2_s0 levit_128s levit_conv_128s
+tiny_vit_5m_224 repvit_m0_9 fastvit_t8 fastvit_sa12 mobileone_s0 mobilenetv4_conv_small mobilenetv4_hybrid_medium
+ghostnet_100 ghostnetv2_100 ghostnetv3_100 mixnet_s tinynet_a lcnet_100 hgnet_tiny hgnetv2_b0 starnet_s1 fasternet_t0
+swiftformer_xs poolformer_s12 poolformerv2_s12 convformer_s18 caformer_s18 coatnet_0_rw_224 coatnet_nano_rw_224
+maxvit_nano_rw_256 maxxvit_rmlp_nano_rw_256 swin_tiny_patch4_window7_224 swin_s3_tiny_224 swinv2_tiny_window8_256
+swinv2_cr_tiny_224 deit_tiny_patch16_224 deit_tiny_distilled_patch16_224 deit3_small_patch16_224 vit_tiny_patch16_224
+vit_small_patch16_18x2_224 vit_relpos_small_patch16_224 vit_srelpos_small_patch16_224 vit_tiny_r_s16_p8_224
+cait_xxs24_224 xcit_nano_12_p16_224 pvt_v2_b0 pvt_v2_b2_li twins_pcpvt_small twins_svt_small pit_ti_224
+pit_ti_distilled_224 crossvit_9_240 crossvit_9_dagger_240 coat_tiny coat_lite_tiny convit_tiny mixer_s16_224
+gmixer_12_224 gmlp_ti16_224 resmlp_12_224 convnext_atto convnext_atto_ols convnextv2_atto convnext_zepto_rms
+inception_next_atto inception_next_tiny focalnet_tiny_srf nest_tiny res2net50_26w_4s res2next50 resnest14d resnest26d
+resnest50d_4s2x40d skresnet18 skresnext50_32x4d seresnet50 legacy_seresnet18 legacy_seresnext26_32x4d ecaresnet26t
+ecaresnext26t_32x4d gcresnet33ts cspresnet50 cspresnext50 cspdarknet53 cs3darknet_s cs3sedarknet_l darknet17 darknet53
+dla34 dla46x_c dla60_res2net dpn48b dpn68 hrnet_w18_small selecsls42 vovnet39a ese_vovnet19b_dw eca_vovnet39b
+legacy_xception xception41 xception41p nfnet_f0 dm_nfnet_f0 eca_nfnet_l0 nf_resnet26 nf_regnet_b0 nf_seresnet26
+resnetv2_18 resnetv2_50 resnetv2_50d_gn resnetv2_50x1_bit regnetz_005 regnetz_b16 regnetx_002 regnety_002 regnetv_040
+rexnet_100 rexnetr_100 repvgg_a0 repghostnet_050 rdnet_tiny densenetblur121d botnet26t_256 halonet26t lambda_resnet26t
+sebotnet33ts_256 bat_resnext26ts gernet_s inception_v3 inception_v4 inception_resnet_v2 convmixer_768_32 hardcorenas_a
+fbnetc_100 fbnetv3_b hiera_tiny_224 davit_tiny efficientvit_b0 efficientvit_l1 efficientvit_m0 efficientnet_lite0
+efficientnet_es tf_efficientnet_b0 tf_efficientnetv2_b0 efficientnet_b0_gn efficientnet_b0_g16_evos mobilenetv2_035
+mobilenetv3_small_050 mobilenetv3_large_100 mnasnet_small semnasnet_075 spnasnet_100 mobilenet_edgetpu_100
+mobilenetv1_100 resnet10t resnet18d resnet26d resnetaa50 resnetblur50 resnetrs50 resnet50_gn tresnet_m visformer_tiny
+volo_d1_224 tnt_s_patch16_224 gcvit_xxtiny mvitv2_tiny nextvit_small sequencer2d_s shvit_s1 mambaout_femto iformer_t
+cspnext_tiny lowformer_b0 lcnetv2_small pnasnet5large@96 nasnetalarge@96 eva02_tiny_patch14_224 beit_base_patch16_224
+vitamin_small_224 samvit_base_patch16_224 csatv2
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One row of the table.
+
+    Attributes:
+        name: unique; the part after `/` is the part that is cut.
+        family: `torchvision`, `segmentation`, `video`, `detection` or `timm`.
+        spec: as on the command line: a library's name, or `package.module:CALLABLE` of a builder below.
+        shape: of the example input; None for the model's own.
+        arguments: of the builder.
+        part: submodule that is cut; None for the whole model.
+        note: how it differs from what the library ships.
+    """
+
+    name: str
+    family: str
+    spec: str
+    shape: tuple[int, ...] | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    part: str | None = None
+    note: str = ""
+
+
+def _sized(text: str, family: str, prefix: str = "") -> Iterator[Model]:
+    for word in text.split():
+        name, _, side = word.partition("@")
+        shape = (1, 3, int(side), int(side)) if side else None
+        yield Model(prefix + name, family, prefix + name, shape, note=f"input {side} x {side}" if side else "")
+
+
+_HERE = "benchmarks.studies.coverage.models"
+_SMALLER = (
+    Model("vit_l_16, 4 blocks", "torchvision", f"{_HERE}:vit_l_16", (1, 3, 64, 64), note="4 of 24 blocks, 64 x 64"),
+    Model("vit_l_32, 4 blocks", "torchvision", f"{_HERE}:vit_l_32", (1, 3, 64, 64), note="4 of 24 blocks, 64 x 64"),
+    Model("vit_h_14, 2 blocks", "torchvision", f"{_HERE}:vit_h_14", (1, 3, 56, 56), note="2 of 32 blocks, 56 x 56"),
+    Model(
+        "regnet_y_128gf, 3 blocks",
+        "torchvision",
+        f"{_HERE}:regnet_y_128gf",
+        (1, 3, 64, 64),
+        note="3 of 27 blocks, 64 x 64",
+    ),
+)
+
+
+def models() -> tuple[Model, ...]:
+    """Return the whole list, in the order of the table."""
+    segmentation = (
+        Model(name, "segmentation", name, (1, 3, 96, 96), note="input 96 x 96") for name in _SEGMENTATION.split()
+    )
+    video = (
+        Model(name, "video", name, _CLIPS.get(name, (1, 3, 8, 64, 64)), note="short clip") for name in _VIDEO.split()
+    )
+    detection = (
+        Model(f"{name}/backbone", "detection", name, (1, 3, 160, 160), part="backbone") for name in _DETECTORS.split()
+    )
+    return (
+        *_sized(_CLASSIFICATION, "torchvision"),
+        *_SMALLER,
+        *segmentation,
+        *video,
+        *detection,
+        *_sized(_TIMM, "timm", "timm:"),
+    )
+
+
+_CLIPS = {"mvit_v1_b": (1, 3, 16, 224, 224), "mvit_v2_s": (1, 3, 16, 224, 224), "s3d": (1, 3, 16, 64, 64)}
+
+CI_SLICE = ("mobilenet_v3_small", "timm:mobilevit_xxs", "timm:levit_128s", "timm:res2net50_26w_4s", "timm:pit_ti_224")
+"""What the tests run."""
+
+
+def _vision_transformer(patch: int, side: int, blocks: int, heads: int, width: int) -> nn.Module:
+    from surgery.compat import import_torchvision
+
+    module: nn.Module = import_torchvision().models.VisionTransformer(
+        image_size=side, patch_size=patch, num_layers=blocks, num_heads=heads, hidden_dim=width, mlp_dim=4 * width
+    )
+    return module
+
+
+def vit_l_16() -> nn.Module:
+    """ViT-L/16 with 4 of its 24 blocks."""
+    return _vision_transformer(16, 64, 4, 16, 1024)
+
+
+def vit_l_32() -> nn.Module:
+    """ViT-L/32 with 4 of its 24 blocks."""
+    return _vision_transformer(32, 64, 4, 16, 1024)
+
+
+def vit_h_14() -> nn.Module:
+    """ViT-H/14 with 2 of its 32 blocks."""
+    return _vision_transformer(14, 56, 2, 16, 1280)
+
+
+def regnet_y_128gf() -> nn.Module:
+    """RegNetY-128GF with one block in each of its first three stages."""
+    from surgery.compat import import_torchvision
+
+    regnet = import_torchvision().models.regnet
+    full = regnet.BlockParams.from_init_params(depth=27, w_0=456, w_a=160.83, w_m=2.52, group_width=264, se_ratio=0.25)
+    first = slice(0, 3)
+    short = regnet.BlockParams(
+        [1, 1, 1],
+        full.widths[first],
+        full.group_widths[first],
+        full.bottleneck_multipliers[first],
+        full.strides[first],
+        full.se_ratio,
+    )
+    module: nn.Module = regnet.RegNet(short)
+    return module

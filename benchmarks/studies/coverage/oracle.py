@@ -1,0 +1,313 @@
+"""Is a cut model right? Judged from weights and outputs alone, by nothing that any of the tools brings.
+
+The dense model has distinct values in all its parameters, so each value of a cut tensor tells which dense element it
+was. What is missing is set to zero in a copy of the dense model, and the two must then compute the same. Where a norm
+or a mean averages over an axis that was cut, the copy may average over the survivors instead: a cut cannot mean more.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
+
+TOLERANCE = 1e-7
+"""Largest relative difference, in float64, of a cut that is right."""
+
+Kept = list[Tensor]
+"""Per axis of a dense tensor: which indices survive, as a mask."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the oracle found.
+
+    Attributes:
+        sound: True or False; None where nothing could be told.
+        error: relative difference of the outputs; None where they could not be compared.
+        meaning: `zeroed`, or `survivors` where norms and means run over what is left.
+        why: in words, where `sound` is not True.
+    """
+
+    sound: bool | None
+    error: float | None = None
+    meaning: str = "zeroed"
+    why: str = ""
+
+
+def judge(dense: nn.Module, compact: nn.Module, batches: Sequence[tuple[Any, ...]]) -> Verdict:
+    """Compare the compact model with the dense model whose missing elements are zero.
+
+    Args:
+        dense: float64, with distinct parameter values; left as it is.
+        compact: what a tool made of a copy of it, float64.
+        batches: at least two calls' arguments: only what varies between them can be told apart.
+    """
+    computed = _Computed.of(dense, batches[0])
+    try:
+        kept = survivors(dense, compact, computed)
+    except NotASlice as error:
+        return Verdict(False, why=str(error))
+    try:
+        got = [_outputs(compact, batch) for batch in batches]
+    except Exception as error:  # the cut model may fail in any way
+        return Verdict(False, why=f"the cut model does not run: {_line(error)}")
+    masked = _zeroed(dense, kept)
+    modes: Mapping[str, Callable[[], TorchFunctionMode]] = {
+        "zeroed": lambda: _Masked(computed, {}),
+        "survivors": lambda: _Masked(computed, {id(p): kept[n] for n, p in masked.named_parameters() if n in kept}),
+    }
+    least = float("inf")
+    for meaning, mode in modes.items():
+        wanted = []
+        for batch in batches:
+            with mode():
+                wanted.append(_outputs(masked, batch))
+        shapes = [tuple(x.shape) for x in got[0]], [tuple(x.shape) for x in wanted[0]]
+        if shapes[0] != shapes[1]:
+            return Verdict(False, why=f"outputs of shape {shapes[0]} in place of {shapes[1]}")
+        found, varying = _difference(wanted, got)
+        if varying < 1e-9:
+            return Verdict(None, why="the masked dense model's output does not vary with its input")
+        if found <= TOLERANCE:
+            return Verdict(True, found, meaning)
+        least = min(least, found)
+    return Verdict(False, least, why=f"outputs differ by {least:.1e}")
+
+
+# From values to survivors. -------------------------------------------------------------------------------------------
+
+
+class NotASlice(Exception):
+    """A tensor of the cut model is no slice of the dense one."""
+
+
+def survivors(dense: nn.Module, compact: nn.Module, computed: _Computed) -> dict[str, Kept]:
+    """Return which indices of each dense parameter and statistic survive; marks weights computed on the way too."""
+    theirs = {**dict(dense.named_parameters(remove_duplicate=False)), **_statistics(dense)}
+    kept: dict[str, Kept] = {}
+    for name, tensor in compact.state_dict().items():
+        if not tensor.is_floating_point():
+            continue
+        if name in theirs and (found := _slice_of(theirs[name], tensor)) is not None:
+            kept[name] = found
+        elif not computed.claim(tensor) and name in theirs:
+            raise NotASlice(f"{name} {tuple(tensor.shape)} is no slice of the dense {tuple(theirs[name].shape)}")
+    return kept
+
+
+def _statistics(model: nn.Module) -> dict[str, Tensor]:
+    return {name: b for name, b in model.named_buffers(remove_duplicate=False) if "running_" in name}
+
+
+def _slice_of(dense: Tensor, cut: Tensor) -> Kept | None:
+    """Return per axis which indices of `dense` are in `cut`, in order; None where it is no slice."""
+    if cut.dim() != dense.dim():
+        return None
+    if cut.shape == dense.shape:
+        whole = [torch.ones(size, dtype=torch.bool) for size in dense.shape]
+        return whole if torch.equal(dense, cut) else None
+    values, order = torch.sort(dense.detach().flatten())
+    at = torch.searchsorted(values, cut.detach().flatten()).clamp_max(len(values) - 1)
+    if not torch.equal(values[at], cut.detach().flatten()):
+        return None
+    places = torch.unravel_index(order[at].reshape(cut.shape), dense.shape)
+    kept: Kept = []
+    for axis, place in enumerate(places):
+        line = place.movedim(axis, 0).reshape(cut.shape[axis], -1)
+        if not bool((line == line[:, :1]).all()):
+            return None
+        mask = torch.zeros(dense.shape[axis], dtype=torch.bool)
+        mask[line[:, 0]] = True
+        if int(mask.sum()) != cut.shape[axis]:
+            return None
+        kept.append(mask)
+    return kept
+
+
+def _keep(tensor: Tensor, kept: Kept) -> Tensor:
+    """Return the tensor with zeros where an index does not survive."""
+    out = tensor.detach().clone()
+    for axis, mask in enumerate(kept):
+        out[(slice(None),) * axis + (~mask,)] = 0.0
+    return out
+
+
+def _zeroed(dense: nn.Module, kept: Mapping[str, Kept]) -> nn.Module:
+    masked = copy.deepcopy(dense)
+    with torch.no_grad():
+        named = {**dict(masked.named_parameters(remove_duplicate=False)), **_statistics(masked)}
+        for name, tensor in named.items():
+            if name in kept and not name.endswith("running_var"):
+                tensor.copy_(_keep(tensor, kept[name]))
+    return masked
+
+
+# Weights that the model computes from its parameters. ----------------------------------------------------------------
+
+
+_CONTRACTIONS = ("conv1d", "conv2d", "conv3d", "linear")
+
+
+class _Computed:
+    """Weights of contractions that are no parameters, by the number of the call, and what survives of them."""
+
+    def __init__(self, weights: Mapping[int, Tensor]) -> None:
+        self.weights = dict(weights)
+        self.kept: dict[int, Kept] = {}
+
+    @classmethod
+    def of(cls, dense: nn.Module, batch: tuple[Any, ...]) -> _Computed:
+        record = _Record({id(p) for p in dense.parameters()})
+        with record:
+            _outputs(dense, batch)
+        return cls(record.weights)
+
+    def claim(self, cut: Tensor) -> bool:
+        """Whether `cut` is a slice of one of the weights."""
+        for call, weight in self.weights.items():
+            if call not in self.kept and (found := _slice_of(weight, cut)) is not None:
+                self.kept[call] = found
+                return True
+        return False
+
+
+class _Record(TorchFunctionMode):
+    def __init__(self, parameters: set[int]) -> None:
+        super().__init__()
+        self.parameters, self.weights, self.calls = parameters, {}, 0  # type: ignore[var-annotated]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _CONTRACTIONS:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            if id(weight) not in self.parameters:
+                self.weights[self.calls] = weight.detach().clone()
+            self.calls += 1
+        return func(*args, **kwargs)
+
+
+class _Masked(TorchFunctionMode):
+    """Run the masked dense model: computed weights masked, and norms and means over survivors where asked."""
+
+    def __init__(self, computed: _Computed, owners: Mapping[int, Kept]) -> None:
+        super().__init__()
+        self.computed, self.owners, self.calls = computed, owners, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _CONTRACTIONS:
+            call, self.calls = self.calls, self.calls + 1
+            if call in self.computed.kept:
+                weight = _keep(self.computed.weights[call], self.computed.kept[call])
+                return func(args[0], weight, *args[2:], **kwargs)
+        if self.owners and name in _OVER_SURVIVORS:
+            return _OVER_SURVIVORS[name](self.owners, func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _alive(owners: Mapping[int, Kept], weight: Tensor | None, x: Tensor, axes: Iterable[int]) -> Tensor:
+    """Mask over `x` (broadcastable), 1 where the normalised index survives: by the weight, else by what is all zero."""
+    axes = [a % x.dim() for a in axes]
+    alive = torch.ones([1] * x.dim(), dtype=x.dtype)
+    for k, axis in enumerate(axes):
+        if weight is not None and id(weight) in owners:
+            mask = owners[id(weight)][k]
+        else:
+            mask = (x != 0).movedim(axis, 0).flatten(1).any(1)
+        alive = alive * mask.to(x.dtype).reshape([-1 if a == axis else 1 for a in range(x.dim())])
+    return alive
+
+
+def _layer_norm(
+    owners: Any, func: Any, x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Tensor:
+    axes = list(range(x.dim() - len(shape), x.dim()))
+    alive = _alive(owners, weight, x, axes)
+    mean = _mean(x, alive, axes)
+    out = (x - mean) * torch.rsqrt(_mean((x - mean) ** 2, alive, axes) + eps)
+    out = out if weight is None else out * weight
+    return (out if bias is None else out + bias) * alive
+
+
+def _rms_norm(owners: Any, func: Any, x: Tensor, shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
+    axes = list(range(x.dim() - len(shape), x.dim()))
+    alive = _alive(owners, weight, x, axes)
+    small = torch.finfo(x.dtype).eps if eps is None else eps
+    out = x * torch.rsqrt(_mean(x**2, alive, axes) + small) * alive
+    return out if weight is None else out * weight
+
+
+def _group_norm(
+    owners: Any, func: Any, x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Tensor:
+    alive = _alive(owners, weight, x, [1])
+    parts = x.reshape(x.shape[0], groups, x.shape[1] // groups, -1)
+    living = alive.expand(1, x.shape[1], *[1] * (x.dim() - 2)).reshape(1, groups, -1, 1)
+    mean = _mean(parts, living, [2, 3])
+    out = (parts - mean) * torch.rsqrt(_mean((parts - mean) ** 2, living, [2, 3]) + eps)
+    per_channel = [1, -1] + [1] * (x.dim() - 2)
+    out = out.reshape(x.shape)
+    out = out if weight is None else out * weight.reshape(per_channel)
+    return (out if bias is None else out + bias.reshape(per_channel)) * alive
+
+
+def _mean_over(owners: Any, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    dim = args[0] if args else kwargs.get("dim", kwargs.get("axis"))
+    if dim is None or not isinstance(x, Tensor):
+        return func(x, *args, **kwargs)  # type: ignore[no-any-return]
+    axes = [dim] if isinstance(dim, int) else list(dim)
+    alive = _alive({}, None, x, [a for a in axes if a % x.dim()])
+    if func.__name__ == "mean":
+        keep = kwargs.get("keepdim", args[1] if len(args) > 1 else False)
+        out = _mean(x, alive, axes)
+        return out if keep else out.squeeze([a % x.dim() for a in axes])
+    return func(x, *args, **kwargs)  # type: ignore[no-any-return]
+
+
+def _mean(x: Tensor, alive: Tensor, axes: Iterable[int]) -> Tensor:
+    axes = list(axes)
+    with torch._C.DisableTorchFunction():
+        return (x * alive).sum(axes, keepdim=True) / alive.expand_as(x).sum(axes, keepdim=True).clamp_min(1)
+
+
+_OVER_SURVIVORS: Mapping[str, Callable[..., Tensor]] = {
+    F.layer_norm.__name__: _layer_norm,
+    F.rms_norm.__name__: _rms_norm,
+    F.group_norm.__name__: _group_norm,
+    "mean": _mean_over,
+}
+
+
+# Comparing. ----------------------------------------------------------------------------------------------------------
+
+
+def _outputs(model: nn.Module, batch: tuple[Any, ...]) -> list[Tensor]:
+    with torch.no_grad():
+        return [x.detach() for x in _pytree.tree_leaves(model(*batch)) if isinstance(x, Tensor)]
+
+
+def _difference(wanted: Sequence[Sequence[Tensor]], got: Sequence[Sequence[Tensor]]) -> tuple[float, float]:
+    """Largest difference over the part of each output that varies between batches, and the smallest such part."""
+    worst, least = 0.0, float("inf")
+    for k in range(len(wanted[0])):
+        varying = float((wanted[0][k][:1] - wanted[1][k][:1]).abs().max())
+        size = max(float(wanted[0][k].abs().max()), 1e-30)
+        worst = max(
+            worst, *(float((w[k] - g[k]).abs().max()) / max(varying, 1e-30) for w, g in zip(wanted, got, strict=True))
+        )
+        least = min(least, varying / size)
+    return worst, least
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:200] if text else ''}"

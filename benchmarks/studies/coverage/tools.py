@@ -1,0 +1,280 @@
+"""What each tool does with one model, in this process: rows of the table. The parent sets the limits."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from benchmarks.studies.coverage.conditioned import condition
+from benchmarks.studies.coverage.models import Model
+from benchmarks.studies.coverage.oracle import judge
+from surgery.errors import SurgeryError
+from surgery.fvcount import count_macs, count_params
+from surgery.models import load_model
+from surgery.part import reach
+
+MACS = 0.5
+"""Fraction of the dense MACs to keep at most."""
+LEAST = 0.45
+"""And at least: more than that was not asked for."""
+PARITY = 1e-4
+"""Largest relative difference of the ONNX file, in float32."""
+
+Row = dict[str, Any]
+
+
+class Subject:
+    """The dense model of a row: conditioned, in float64, with the inputs of the part that is cut."""
+
+    def __init__(self, model: Model) -> None:
+        loaded = load_model(model.spec, weights="random", input_shape=model.shape, model_args=model.arguments)
+        self.whole, self.whole_inputs, self.part = loaded.module, loaded.example_inputs, model.part
+        module, inputs = loaded.module, loaded.example_inputs
+        if model.part:
+            reached = reach(module, model.part, inputs, loaded.example_kwargs)
+            module, inputs = reached.module, reached.args
+        self.inputs = _as(inputs, torch.float64)
+        self.dense = condition(module, self.inputs)
+        self.whole, self.whole_inputs = self.whole.double(), _as(self.whole_inputs, torch.float64)
+
+    def of(self, cut: nn.Module) -> nn.Module:
+        """The part of a cut model."""
+        return cut.get_submodule(self.part) if self.part else cut
+
+    @property
+    def batches(self) -> list[tuple[Any, ...]]:
+        """Two calls' arguments: batches of two, that are different."""
+        generator = torch.Generator().manual_seed(7)
+
+        def drawn(x: Any) -> Any:
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                return x
+            return torch.randn((2, *x.shape[1:]), generator=generator, dtype=x.dtype)
+
+        return [_pytree.tree_map(drawn, self.inputs) for _ in range(2)]
+
+
+def _as(tree: Any, dtype: torch.dtype) -> Any:
+    return _pytree.tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, tree)
+
+
+def _count(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[int, int]:
+    return count_macs(module, inputs), count_params(module)
+
+
+# This compiler. ------------------------------------------------------------------------------------------------------
+
+
+def surgery_row(model: Model) -> Row:
+    """Trace, cut, check, judge, cast, export, compare."""
+    import surgery
+    from exporters import onnx
+
+    subject = Subject(model)
+    row: Row = {"stage": "cut"}
+    started = time.perf_counter()
+    with _explained(row):
+        result = surgery.shrink(
+            subject.whole, subject.whole_inputs, budget=surgery.Budget(macs=MACS), part=subject.part
+        )
+        row["seconds"] = round(time.perf_counter() - started, 1)
+        macs, params = result.report["models"][0], result.report["models"][2]
+        row |= {
+            "macs": macs["macs"],
+            "macs_kept": params["macs"] / macs["macs"],
+            "parameters": macs["parameters"],
+            "parameters_kept": params["parameters"] / macs["parameters"],
+            "kind": result.kind,
+            "check": result.check.error_float64,
+        }
+        row |= _groups(result)
+        verdict = judge(subject.dense, compact := subject.of(result.model), subject.batches)
+        row |= _verdict(verdict)
+        row["stage"] = "onnx"
+        with tempfile.TemporaryDirectory() as folder:
+            single = _as(subject.inputs, torch.float32)
+            exported = onnx.export(compact.float(), single, Path(folder, "compact.onnx"))
+        row |= {"onnx_error": exported.error, "onnx_notes": list(exported.notes), "stage": "done"}
+    return row
+
+
+def _groups(result: Any) -> Row:
+    coupling, plan = result.coupling, result.plan
+    parameters = dict(result.program.model.named_parameters())
+    movable = {site.tensor for group in coupling.groups for site in group.sites}
+    cut = [group for group in coupling.groups if plan.dead.get(group.name)]
+    reasons: dict[str, int] = {}
+    for frozen in coupling.frozen:
+        if frozen.tensor in parameters and frozen.tensor not in movable:
+            reasons[frozen.reason] = reasons.get(frozen.reason, 0) + parameters[frozen.tensor].numel()
+    total = sum(p.numel() for p in parameters.values())
+    return {
+        "groups": len(coupling.groups),
+        "groups_cut": len(cut),
+        "groups_inexact": sum(group.inexact is not None for group in cut),
+        "frozen_share": sum(p.numel() for name, p in parameters.items() if name not in movable) / total,
+        "frozen": dict(sorted(reasons.items(), key=lambda kv: -kv[1])[:6]),
+    }
+
+
+def _verdict(verdict: Any) -> Row:
+    return {"sound": verdict.sound, "error": verdict.error, "meaning": verdict.meaning, "why": verdict.why}
+
+
+# torch-pruning, at its best settings. --------------------------------------------------------------------------------
+
+
+def torch_pruning_row(model: Model) -> Row:
+    """L1, one global ranking, heads given, output transform given, classifier spared; steps until half is gone."""
+    import copy
+
+    import torch_pruning as tp
+
+    subject = Subject(model)
+    row: Row = {"stage": "cut"}
+    started = time.perf_counter()
+    with _explained(row):
+        dense_macs, dense_params = _count(subject.dense, subject.inputs)
+        module = copy.deepcopy(subject.dense)
+        pruner = tp.pruner.BasePruner(
+            module,
+            example_inputs=subject.inputs,
+            importance=tp.importance.GroupMagnitudeImportance(p=1),
+            global_pruning=True,
+            pruning_ratio=0.95,
+            max_pruning_ratio=0.95,
+            iterative_steps=40,
+            ignored_layers=list(_output_layers(module, subject.inputs)),
+            num_heads=_heads(module),
+            prune_num_heads=True,
+            prune_head_dims=True,
+            head_pruning_ratio=0.5,
+            output_transform=lambda out: sum(x.sum() for x in _pytree.tree_leaves(out) if isinstance(x, Tensor)),
+        )
+        kept, macs = (dense_macs, dense_params), dense_macs
+        movable = {
+            id(dep.target.module)
+            for group in pruner.DG.get_all_groups(ignored_layers=pruner.ignored_layers)
+            for dep, _ in group
+        }
+        for _ in range(40):
+            pruner.step()
+            kept = _count(module, subject.inputs)
+            if kept[0] == macs and macs < dense_macs * 0.2:
+                break
+            macs = kept[0]
+            if macs <= MACS * dense_macs:
+                break
+        row["seconds"] = round(time.perf_counter() - started, 1)
+        row |= {
+            "macs": dense_macs,
+            "macs_kept": kept[0] / dense_macs,
+            "parameters": dense_params,
+            "parameters_kept": kept[1] / dense_params,
+        }
+        named = {
+            name: p for m in module.modules() if id(m) not in movable for name, p in m.named_parameters(recurse=False)
+        }
+        still = sum(p.numel() for m in module.modules() if id(m) not in movable for p in m.parameters(recurse=False))
+        row["frozen_share"] = still / max(1, sum(p.numel() for p in module.parameters())) if named else 0.0
+        row |= _verdict(judge(subject.dense, module, subject.batches)) | {"stage": "done"}
+    return row
+
+
+def _heads(module: nn.Module) -> dict[nn.Module, int]:
+    """Linear and convolution layers called qkv, query and so on, of the modules that have a number of heads."""
+    heads: dict[nn.Module, int] = {}
+    for owner in module.modules():
+        count = getattr(owner, "num_heads", None)
+        if isinstance(count, int) and count > 1:
+            for name, child in owner.named_children():
+                if isinstance(child, (nn.Linear, nn.Conv2d)) and name in (
+                    "qkv",
+                    "q",
+                    "k",
+                    "v",
+                    "kv",
+                    "query",
+                    "key",
+                    "value",
+                ):
+                    heads[child] = count
+            if isinstance(owner, nn.MultiheadAttention):
+                heads[owner] = count
+    return heads
+
+
+def _output_layers(module: nn.Module, inputs: tuple[Any, ...]) -> Iterator[nn.Module]:
+    """Layers whose output is, up to its shape, an output of the model."""
+    made: list[tuple[nn.Module, int]] = []
+    hooks = [
+        m.register_forward_hook(lambda m, _, out: made.append((m, out.data_ptr())))
+        for m in module.modules()
+        if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    ]
+    with torch.no_grad():
+        out = module(*inputs)
+    for hook in hooks:
+        hook.remove()
+    pointers = {x.data_ptr() for x in _pytree.tree_leaves(out) if isinstance(x, Tensor)}
+    sizes = {x.shape[1] for x in _pytree.tree_leaves(out) if isinstance(x, Tensor) and x.dim() > 1}
+    last = [m for m, pointer in made if pointer in pointers]
+    heads = [m for m, _ in made if getattr(m, "out_features", getattr(m, "out_channels", None)) in sizes]
+    yield from dict.fromkeys([*last, *heads[-2:]])
+
+
+# onnxsim's structured pruning. ---------------------------------------------------------------------------------------
+
+
+def onnxsim_row(model: Model) -> Row:
+    """ONNX in, ONNX out, at its defaults but for the ratio: does it run, how many MACs go, how long it takes."""
+    row: Row = {"stage": "cut"}
+    with _explained(row):
+        row |= _onnxsim(model)
+    return row
+
+
+def _onnxsim(model: Model) -> Row:
+    raise NotImplementedError("onnxsim")
+
+
+# Common. -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _explained(row: Row) -> Iterator[None]:
+    """Put what goes wrong into the row."""
+    try:
+        yield
+    except SurgeryError as error:
+        row |= {"failed": type(error).__name__, "message": str(error)}
+    except Exception as error:  # peers may fail in any way, and so may we
+        text = str(error).strip().splitlines()
+        row |= {"failed": type(error).__name__, "message": text[0][:300] if text else ""}
+
+
+TOOLS: Mapping[str, Callable[[Model], Row]] = MappingProxyType(
+    {"surgery": surgery_row, "torch-pruning": torch_pruning_row}
+)
+
+
+def tool_version(tool: str) -> str:
+    """Return the version of a tool's package."""
+    from surgery import __version__
+
+    if tool == "surgery":
+        return __version__
+    try:
+        return version(tool)
+    except PackageNotFoundError:
+        return "not installed"

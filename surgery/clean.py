@@ -1,0 +1,251 @@
+"""Make an exported graph plain: no assertions, no in-place operators, no sizes by example, no weights in the making."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from surgery import einsum
+from surgery.ops.registry import rules
+from surgery.sizes import hint, is_symbolic
+
+aten = torch.ops.aten
+_ASSERTIONS = ("_assert", "sym_constrain", "_guards_fn")
+_LIKE_ANOTHER = (aten.reshape_as.default, aten.view_as.default)
+_CONTRACTIONS = (
+    ["conv1d"],
+    ["conv2d"],
+    ["conv3d"],
+    ["conv_transpose1d"],
+    ["conv_transpose2d"],
+    ["conv_transpose3d"],
+    ["linear"],
+)
+_SLICE_ALIKE = {"movement", "element-wise", "creation", "look-up"}
+"""Families of operators that do the same to a slice of a weight as to the whole."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cleaned:
+    """A functional graph, and the weights in it that were computed: new name → what they were computed from."""
+
+    graph: torch.fx.GraphModule
+    materialised: Mapping[str, tuple[str, ...]]
+
+
+def clean(exported: Any) -> Cleaned:
+    """Return the exported program as a plain graph module that later stages can label and rewrite."""
+    graph = exported.module(check_guards=False)
+    _drop_assertions(graph)
+    if not _functionalise(graph):
+        graph = exported.run_decompositions({}).module(check_guards=False)
+        _drop_assertions(graph)
+        _functionalise(graph)
+    _spell_out_sizes(graph)
+    einsum.spell_out(graph.graph)
+    materialised = _materialise(graph)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return Cleaned(_plain(graph), materialised)
+
+
+def _spell_out_sizes(graph: torch.fx.GraphModule) -> None:
+    """`x.reshape_as(y)` becomes a reshape to y's sizes: what it means, whatever becomes of y."""
+    for node in list(graph.graph.nodes):
+        if node.target not in _LIKE_ANOTHER:
+            continue
+        x, other = node.args
+        with graph.graph.inserting_before(node):
+            sizes = [
+                hint(size) if not is_symbolic(size) else _size(graph.graph, other, axis, size)
+                for axis, size in enumerate(other.meta["val"].shape)
+            ]
+        node.target, node.args = aten.reshape.default, (x, sizes)
+
+
+def _size(graph: torch.fx.Graph, of: torch.fx.Node, axis: int, size: Any) -> torch.fx.Node:
+    node = graph.call_function(aten.sym_size.int, (of, axis))
+    node.meta["val"] = size
+    return node
+
+
+def _materialise(graph: torch.fx.GraphModule) -> dict[str, tuple[str, ...]]:
+    """Replace each weight that norms or reductions compute from parameters alone (weight norm, standardisation).
+
+    What it comes out as becomes a parameter of its own, which can be sliced; its sources stay only where they are read
+    elsewhere. Weights that are merely reshaped or scaled element by element need no such thing.
+    """
+    sources = _sources_of_constants(graph)
+    table = rules()
+    named: dict[str, tuple[str, ...]] = {}
+    for node in list(graph.graph.nodes):
+        weight = _weight_of(node)
+        if weight is None or weight.op != "call_function" or weight not in sources:
+            continue
+        region = _region(weight, sources)
+        calls = {str(n.target) for n in region if n.op == "call_function"}
+        if all(call in table and table[call].family in _SLICE_ALIKE for call in calls):
+            continue
+        name = _free_name(graph, [s for s in sources[weight] if isinstance(_attribute(graph, s), nn.Parameter)])
+        _set(graph, name, _computed(graph, region, weight))
+        with graph.graph.inserting_before(weight):
+            held = graph.graph.get_attr(name)
+        held.meta = {"val": weight.meta.get("val")}
+        weight.replace_all_uses_with(held)
+        named[name] = tuple(dict.fromkeys(sources[weight]))
+    graph.graph.eliminate_dead_code()
+    read = {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}
+    return {name: tuple(s for s in origin if s not in read) for name, origin in named.items()}
+
+
+def _sources_of_constants(graph: torch.fx.GraphModule) -> dict[torch.fx.Node, list[str]]:
+    """Nodes that depend on parameters and literals alone → the names of those parameters."""
+    sources: dict[torch.fx.Node, list[str]] = {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            sources[node] = [str(node.target)]
+        elif node.op == "call_function" and node.all_input_nodes and all(n in sources for n in node.all_input_nodes):
+            sources[node] = [s for n in node.all_input_nodes for s in sources[n]]
+    return sources
+
+
+def _weight_of(node: torch.fx.Node) -> torch.fx.Node | None:
+    """The weight of a convolution or linear layer."""
+    if node.op != "call_function" or str(node.target).split(".")[1:2] not in _CONTRACTIONS:
+        return None
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    return weight if isinstance(weight, torch.fx.Node) else None
+
+
+def _region(weight: torch.fx.Node, constants: Mapping[torch.fx.Node, Any]) -> list[torch.fx.Node]:
+    """All that `weight` is computed from, in order."""
+    found: dict[torch.fx.Node, None] = {}
+    todo = [weight]
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found[node] = None
+            todo += node.all_input_nodes
+    return [n for n in constants if n in found]
+
+
+def _computed(graph: torch.fx.GraphModule, region: list[torch.fx.Node], weight: torch.fx.Node) -> nn.Parameter:
+    values: dict[torch.fx.Node, Any] = {}
+    with torch.no_grad():
+        for node in region:
+            if node.op == "get_attr":
+                values[node] = _attribute(graph, str(node.target))
+            else:
+                args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    trained = any(getattr(values[n], "requires_grad", False) for n in region if n.op == "get_attr")
+    return nn.Parameter(values[weight].detach().clone(), requires_grad=trained)
+
+
+def _free_name(graph: torch.fx.GraphModule, sources: list[str]) -> str:
+    """`conv.weight` where no parameter is called so (a parametrisation hides it), else `conv.weight_computed`."""
+    owner, _, leaf = sources[0].partition(".parametrizations.")
+    if leaf:
+        return f"{owner}.{leaf.partition('.')[0]}"
+    largest = max(sources, key=lambda s: _attribute(graph, s).numel())
+    return f"{largest}_computed"
+
+
+def _set(graph: torch.fx.GraphModule, path: str, value: nn.Parameter) -> None:
+    owner, _, leaf = path.rpartition(".")
+    module = graph.get_submodule(owner)
+    module.__dict__.pop(leaf, None)
+    module.register_parameter(leaf, value)
+
+
+def _plain(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The same graph in an ordinary GraphModule, without what `ExportedProgram.module()` hooks on.
+
+    Where all inputs are plain arguments, outputs are rebuilt by the graph itself (it can return tuples and
+    dictionaries): such a module can be copied and saved without torch's pytree machinery.
+    """
+    info = getattr(graph.graph._codegen, "pytree_info", None)
+    placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    output = next(n for n in graph.graph.nodes if n.op == "output")
+    if info is not None and _flat_inputs(info.in_spec, len(placeholders)) and _plain_containers(info.out_spec):
+        output.args = (pytree.tree_unflatten(list(output.args[0]), info.out_spec),)
+        graph.graph.set_codegen(torch.fx.graph.CodeGen())
+    plain = torch.fx.GraphModule(graph, graph.graph, "Program")
+    plain.eval()
+    return plain
+
+
+def _flat_inputs(spec: Any, count: int) -> bool:
+    return bool(
+        spec.num_leaves == count and all(leaf.is_leaf() for part in spec.children() for leaf in part.children())
+    )
+
+
+def _plain_containers(spec: Any) -> bool:
+    if spec.is_leaf():
+        return True
+    return spec.type in (tuple, list, dict) and all(_plain_containers(child) for child in spec.children())
+
+
+def _drop_assertions(graph: torch.fx.GraphModule) -> None:
+    for node in reversed(list(graph.graph.nodes)):
+        called = node.op in ("call_function", "call_module") and not node.users
+        if called and any(mark in str(node.target) for mark in _ASSERTIONS):
+            graph.graph.erase_node(node)
+
+
+def _functionalise(graph: torch.fx.GraphModule) -> bool:
+    """Replace in-place operators by plain ones; False where a mutated value is seen through a view."""
+    order = {node: k for k, node in enumerate(graph.graph.nodes)}
+    family = _alias_families(graph)
+    for node in list(graph.graph.nodes):
+        if not _mutates(node):
+            continue
+        target = node.args[0]
+        if target.op != "call_function" or _plain_overload(node.target) is None:
+            return False
+        relatives = [n for n in family[target] if n is not target and n is not node]
+        if any(order[user] > order[node] for relative in relatives for user in relative.users):
+            return False
+        node.target = _plain_overload(node.target)
+        target.replace_all_uses_with(node, delete_user_cb=lambda user, at=order[node]: order[user] > at)
+    return True
+
+
+def _mutates(node: torch.fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and schema.is_mutable
+
+
+def _plain_overload(op: Any) -> Any:
+    packet, overload = op.name().removeprefix("aten::"), op._overloadname
+    name = packet.split(".")[0]
+    if not name.endswith("_") or not hasattr(torch.ops.aten, name[:-1]):
+        return None
+    return getattr(getattr(torch.ops.aten, name[:-1]), overload, None)
+
+
+def _alias_families(graph: torch.fx.GraphModule) -> dict[torch.fx.Node, list[torch.fx.Node]]:
+    """Values that may share memory: joined by operators whose result may be a view of an argument."""
+    family: dict[torch.fx.Node, list[torch.fx.Node]] = {}
+    for node in graph.graph.nodes:
+        family[node] = [node]
+        schema = getattr(node.target, "_schema", None)
+        views = schema is None or any(r.alias_info is not None for r in schema.returns) or "dropout" in str(node.target)
+        if node.op == "call_function" and views and not _mutates(node):
+            for source in node.all_input_nodes:
+                merged = list(dict.fromkeys(family[source] + family[node]))
+                for member in merged:
+                    family[member] = merged
+    return family
+
+
+def _attribute(module: Any, path: str) -> Any:
+    for part in path.split("."):
+        module = getattr(module, part)
+    return module

@@ -1,0 +1,100 @@
+"""Einstein sums as the products that they are: permute, merge, multiply, put back. Each of these has a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+_ELLIPSIS = "..."
+
+
+def spell_out(graph: fx.Graph) -> None:
+    """Replace every Einstein sum of two or more operands by matrix products; sums over diagonals stay as they are."""
+    for node in list(graph.nodes):
+        if node.target is not aten.einsum.default or len(node.args[1]) < 2:
+            continue
+        operands = list(node.args[1])
+        terms, out = letters(node.args[0], [operand.meta["val"].dim() for operand in operands])
+        if any(len(set(term)) < len(term) for term in terms):
+            continue
+        with graph.inserting_before(node):
+            builder = _Builder(graph, node)
+            value, term = operands[0], terms[0]
+            for k in range(1, len(operands)):
+                wanted = set(out).union(*terms[k + 1 :])
+                value, term = builder.product(value, term, operands[k], terms[k], wanted)
+            value = builder.call(aten.permute.default, value, [term.index(x) for x in out])
+        node.replace_all_uses_with(value)
+        graph.erase_node(node)
+
+
+def letters(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
+    """The letters of every operand and of the output; an ellipsis is spelt out in letters that nobody uses."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow:
+        once = sorted(x for x in set(left) - set(",.") if left.count(x) == 1)
+        right = (_ELLIPSIS if _ELLIPSIS in left else "") + "".join(once)
+    unused = [x for x in "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz" if x not in equation]
+    hidden = [rank - len(term.replace(_ELLIPSIS, "")) for term, rank in zip(terms, ranks, strict=True)]
+    widest = max((h for h, term in zip(hidden, terms, strict=True) if _ELLIPSIS in term), default=0)
+    dots = "".join(unused[:widest])
+    spelt = [term.replace(_ELLIPSIS, dots[widest - h :]) for term, h in zip(terms, hidden, strict=True)]
+    return spelt, right.replace(_ELLIPSIS, dots)
+
+
+class _Builder:
+    """Inserts operators with what `origin` knows about where they come from."""
+
+    def __init__(self, graph: fx.Graph, origin: fx.Node) -> None:
+        self.graph, self.origin = graph, origin
+
+    def call(self, op: Any, *args: Any) -> fx.Node:
+        """Insert a call, its value as the tracer would have noted it."""
+        node = self.graph.call_function(op, args)
+        node.meta = {k: v for k, v in self.origin.meta.items() if k in ("stack_trace", "nn_module_stack")}
+        node.meta["val"] = op(*fx.map_arg(args, lambda n: n.meta["val"]))
+        return node
+
+    def product(self, a: fx.Node, a_term: str, b: fx.Node, b_term: str, wanted: set[str]) -> tuple[fx.Node, str]:
+        """Multiply two operands and sum over the letters that nobody wants any more."""
+        a, a_term = self._summed(a, a_term, set(b_term) | wanted)
+        b, b_term = self._summed(b, b_term, set(a_term) | wanted)
+        shared = [x for x in a_term if x in b_term]
+        summed = [x for x in shared if x not in wanted]
+        left, right = [x for x in a_term if x not in shared], [x for x in b_term if x not in shared]
+        # All but one letter of each side are leading axes, along which the other side is broadcast.
+        row, column = left[-1:], right[-1:]
+        leading = [x for x in shared if x in wanted] + left[:-1] + right[:-1]
+        a = self._laid_out(a, a_term, leading, row, summed)
+        b = self._laid_out(b, b_term, leading, summed, column)
+        out = self.call(aten.matmul.default, a, b)
+        rank = len(leading)
+        for missing, axis in ((not column, rank + 1), (not row, rank)):
+            out = self.call(aten.squeeze.dim, out, axis) if missing else out
+        return out, "".join(leading + row + column)
+
+    def _summed(self, x: fx.Node, term: str, wanted: set[str]) -> tuple[fx.Node, str]:
+        axes = [k for k, letter in enumerate(term) if letter not in wanted]
+        if not axes:
+            return x, term
+        return self.call(aten.sum.dim_IntList, x, axes), "".join(letter for letter in term if letter in wanted)
+
+    def _laid_out(self, x: fx.Node, term: str, leading: list[str], rows: list[str], columns: list[str]) -> fx.Node:
+        """Bring an operand to (*leading, rows, columns), letters that it lacks being axes of length one."""
+        have = [letter for letter in (*leading, *rows, *columns) if letter in term]
+        x = self.call(aten.permute.default, x, [term.index(letter) for letter in have])
+        for part in (columns, rows):  # from the back, so that the axes before stay where they are
+            start = sum(letter in term for letter in leading) + (len(rows) if part is columns else 0)
+            if len(part) > 1:
+                x = self.call(aten.flatten.using_ints, x, start, start + len(part) - 1)
+            elif not part:
+                x = self.call(aten.unsqueeze.default, x, start)
+        for axis, letter in enumerate(leading):
+            if letter not in term:
+                x = self.call(aten.unsqueeze.default, x, axis)
+        return x
