@@ -72,7 +72,8 @@ def allocate(
     _check_scores(coupling, scores)
     meter = _Meter.of(coupling, budget, cost)
     make_schedule = _global_schedule if scope == "global" else _uniform_schedule
-    ladders = [_ladder(group, scores[group.name], round_to) for group in coupling.groups]
+    floors = coupling.floors
+    ladders = [_ladder(g, scores[g.name], round_to, floors.get(g.name, ())) for g in coupling.groups]
     notes: list[str] = []
     for chosen in _attempts(coupling, inexact):
         schedule = make_schedule([ladder for ladder in ladders if ladder.group in chosen])
@@ -214,12 +215,14 @@ class _Schedule:
         }
 
 
-def _ladder(group: Group, scores: Sequence[float], round_to: int) -> _Ladder:
+def _ladder(group: Group, scores: Sequence[float], round_to: int, floors: Sequence[Sequence[int]] = ()) -> _Ladder:
     values = np.asarray(scores, dtype=np.float64)
+    staying = {max(units, key=lambda unit: (values[unit], unit)) for units in floors}
     order = np.argsort(values, kind="stable")
+    order = np.array([u for u in order if u not in staying] + [u for u in order if u in staying], dtype=np.int64)
     left = sum(widths := _widths(group))
     ends = []
-    for removed, unit in enumerate(order[:-1], start=1):
+    for removed, unit in enumerate(order[: -max(1, len(staying))], start=1):
         left -= widths[unit]
         if left > 0 and left % round_to == 0:
             ends.append(removed)

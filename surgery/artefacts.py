@@ -48,7 +48,11 @@ def prepare(out: str | Path) -> Path:
     Raises:
         InvalidInput: the place cannot be written, or holds files that a swap of the whole folder would remove.
     """
-    target = Path(out).expanduser().resolve()
+    try:
+        target = Path(out).expanduser().resolve()
+        target.exists()  # a name that is too long, or has a NUL in it, shows here
+    except (OSError, ValueError, TypeError) as error:
+        raise InvalidInput(f"--out {out!r}: no name for a folder ({error}); name another") from error
     above = next(folder for folder in target.parents if folder.exists())
     if not above.is_dir():
         raise InvalidInput(f"--out {target}: {above} is a file, not a folder; name a folder elsewhere")

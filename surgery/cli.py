@@ -213,9 +213,11 @@ def _print_report(data: Mapping[str, Any], *, as_json: bool) -> None:
 
     if as_json:
         click.echo(Report(data).to_json(), nl=False)
-        return
-    console = Console()
-    report.render_terminal(data, console if console.is_terminal else Console(width=PLAIN_WIDTH))
+    else:
+        console = Console()
+        report.render_terminal(data, console if console.is_terminal else Console(width=PLAIN_WIDTH))
+    sys.stdout.flush()
+    os.dup2(2, 1)  # what the user's file prints at exit is no part of the result
 
 
 def _evaluate_command(model: str, out: Path, loaded: LoadedModel, given: Mapping[str, Any]) -> str:

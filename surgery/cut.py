@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.allocate import plan_from_dead
 from surgery.blame import first_line
+from surgery.copies import copied
 from surgery.couple import Masks, Wiring, all_tensors, bind, couple, rewrite_view
 from surgery.errors import IllegalCut, PlanMismatch
 from surgery.graph import CompactGraph, hold
@@ -110,7 +111,7 @@ def _survivors(c: Cut) -> Tensor:
 
 def masked(program: Program, plan: Plan) -> nn.Module:
     """Return a copy of the dense model whose dead slices are zero and still there: what masking tools make."""
-    module: nn.Module = copy.deepcopy(program.model)
+    module: nn.Module = copied(program.model)
     tensors = dict(module.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for c in plan.cuts:
@@ -147,9 +148,21 @@ def _rewrite(
             change = rule.rewrite(rewrite_view(wiring, masks, node.name, raw))
             new[node] = _apply_change(graph, root, copied, change, new)
             literals += _literals(node, raw, change)
+    root.fixed_sizes = _fixed_sizes(program)  # type: ignore[assignment]
     module = CompactGraph(root, graph, "Compact")
     module.eval()
     return module, literals
+
+
+def _fixed_sizes(program: Program) -> tuple[tuple[int, int, int], ...]:
+    leaves = pytree.tree_leaves(program.example_args)
+    places = [k for k, x in enumerate(leaves) if isinstance(x, Tensor)]
+    return tuple(
+        (place, axis, size)
+        for place, spec in zip(places, program.inputs, strict=False)
+        for axis, size in enumerate(spec.shape)
+        if axis not in spec.dynamic
+    )
 
 
 def _refuse_empty(wiring: Wiring, masks: Masks) -> None:
@@ -281,7 +294,7 @@ def _fails_in_training(program: Program, module: nn.Module) -> str | None:
     unseen = _unseen(program)
     if not unseen:
         return None
-    trial = copy.deepcopy(module)
+    trial = copied(module)
     for m in trial.modules():
         m.training = True
     try:

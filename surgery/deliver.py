@@ -77,7 +77,11 @@ def save(
         UnsupportedModel: the model cannot be exported.
         CheckFailed: an exported model does not compute what the torch model computes.
     """
+    if not isinstance(result, Result):
+        raise InvalidInput(f"save takes what surgery.shrink returned, not an object of type {type(result).__name__}")
     how = measurement or Measurement()
+    if not isinstance(how, Measurement):
+        raise InvalidInput(f"measurement is of type {type(how).__name__}; give a surgery.deliver.Measurement")
     clock = Clock(progress)
     with artefacts.output_set(out) as folder, tempfile.TemporaryDirectory(prefix="surgery-") as scratch:
         result.plan.save(folder / artefacts.PLAN)
@@ -122,6 +126,8 @@ def load(folder: str | Path, dense_model: torch.nn.Module, example_inputs: Any =
         PlanMismatch: there is no plan, or it was made for another architecture.
         InvalidInput: the weights are missing or do not fit.
     """
+    if not isinstance(folder, (str, Path)):
+        raise InvalidInput(f"the folder is of type {type(folder).__name__}; give the path that save wrote to")
     place = Path(folder) / artefacts.COMPACT_WEIGHTS
     compact = apply(Plan.load(Path(folder) / artefacts.PLAN), dense_model, example_inputs)
     try:

@@ -7,7 +7,6 @@ running both on several inputs that take that path.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch.utils import _pytree as pytree
 from surgery.allocate import plan_from_dead
 from surgery.blame import first_line, where_raised
 from surgery.check import relative_error
+from surgery.copies import copied
 from surgery.cut import as_call, compact_state, slice_tensors
 from surgery.errors import CheckFailed, PlanMismatch, UnsupportedModel
 from surgery.fvcount import count_macs
@@ -254,7 +254,7 @@ def check(program: Program, plan: Plan, compact: CompactModel, *, coupling: Coup
             "use an example input that reaches the output"
         )
     _require(error64, torch.float64, "distinct, well-conditioned values")
-    real = copy.deepcopy(program.model)
+    real = copied(program.model)
     found = _compare(program, masked_module(real, plan, coupling), compact.module, path, seed=seed, dtype=None)
     if found is None:
         raise CheckFailed(f"cannot tell on the real weights: {_OFF_PATH}")
@@ -269,7 +269,7 @@ def check(program: Program, plan: Plan, compact: CompactModel, *, coupling: Coup
 
 def reference_module(program: Program, plan: Plan, coupling: Coupling) -> nn.Module:
     """Return a copy of the dense module in which removed units count as removed."""
-    return masked_module(copy.deepcopy(program.model), plan, coupling)
+    return masked_module(copied(program.model), plan, coupling)
 
 
 _OFF_PATH = f"fewer than {_ROUNDS} of {_TRIES} inputs take the example's path through the model"
@@ -290,11 +290,11 @@ def _on_distinct_values(
 ) -> tuple[float, float, tuple[str, ...]]:
     """Compare in float64 on well-conditioned values, or on the real ones where no such values take the path."""
     for attempt in range(_SEEDS + 1):
-        dense = copy.deepcopy(program.model).double()
+        dense = copied(program.model).double()
         if attempt < _SEEDS:
             _condition(program, dense, path, seed=seed + attempt)
         state = compact_state({**dict(dense.named_parameters()), **dict(dense.named_buffers())}, plan)
-        small = copy.deepcopy(compact).double()
+        small = copied(compact).double()
         with torch.no_grad():
             for name, tensor in (*small.named_parameters(), *small.named_buffers()):
                 tensor.copy_(state[name])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx.graph_module import reduce_graph_module
+from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 
@@ -22,11 +23,18 @@ class CompactGraph(torch.fx.GraphModule):
     A traced program bakes in that it ran in evaluation mode, and the dtypes and devices of tensors it creates. `train`
     flips the flags of its batch norms and dropouts; `to` rewrites baked-in dtypes and devices. All tensors of `root`
     are held, in copies too: also those that evaluation mode does not read, so that no key of the state is missing.
+
+    Attributes:
+        fixed_sizes: (position among the inputs, axis, size) of the axes whose size the program bakes in; calls with
+            another size raise ValueError, as the result would be wrong. Taken from `root` where that has them.
     """
 
     def __init__(self, root: nn.Module, graph: torch.fx.Graph, class_name: str = "Compact") -> None:
         super().__init__(root, graph, class_name)
         _hold_all(self, root)
+        self.fixed_sizes: tuple[tuple[int, int, int], ...] = getattr(root, "fixed_sizes", ())
+        self._forward_pre_hooks.clear()
+        self.register_forward_pre_hook(_require_fixed_sizes)
 
     def _deepcopy_init(self) -> Callable[..., None]:
         return CompactGraph.__init__
@@ -64,6 +72,17 @@ class CompactGraph(torch.fx.GraphModule):
     def __reduce__(self) -> Any:
         _, (state, imports) = super().__reduce__()
         return _restore, (state, imports, self.training)
+
+
+def _require_fixed_sizes(graph: nn.Module, args: tuple[Any, ...]) -> None:
+    leaves = pytree.tree_leaves(args)
+    for position, axis, size in graph.fixed_sizes:  # type: ignore[union-attr]
+        x = leaves[position] if position < len(leaves) else None
+        if isinstance(x, Tensor) and x.dim() > axis and x.shape[axis] != size:
+            raise ValueError(
+                f"input {position} has shape {tuple(x.shape)}, but this compact model is a program traced at size "
+                f"{size} of axis {axis} and holds at no other; trace the dense model at the size it is to run at"
+            )
 
 
 def _restore(state: dict[Any, Any], imports: str, training: bool) -> CompactGraph:

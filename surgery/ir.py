@@ -126,6 +126,8 @@ class Coupling:
         groups: disjoint; their order is the order of first use in the program.
         frozen: parameter axes with at least one index that is never cut.
         shapes: parameter and buffer name → dense shape.
+        floors: group name → sets of its units, of each of which one has to stay: a piece of a chunk or a slice consists
+            of them, and no value may lose all of an axis.
         facts: what `couple` remembers for `cut`, `check` and `cost` (labels of every value); private to those stages.
     """
 
@@ -133,6 +135,7 @@ class Coupling:
     frozen: tuple[Frozen, ...]
     shapes: Mapping[str, tuple[int, ...]]
     facts: Any = None
+    floors: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
     def group(self, name: str) -> Group:
         """Return the group called `name`; raises PlanMismatch where there is none."""
@@ -229,11 +232,16 @@ class Plan:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Write `to_json` to `path`, through a temporary file in the same folder."""
+        """Write `to_json` to `path`, through a temporary file in the same folder; raises InvalidInput if it cannot."""
         target = Path(path)
         partial = target.with_name(target.name + ".partial")
-        partial.write_text(self.to_json(), encoding="utf-8")
-        partial.replace(target)
+        try:
+            if target.is_dir():
+                raise IsADirectoryError(None, "is a folder; name a file in it, such as plan.json")
+            partial.write_text(self.to_json(), encoding="utf-8")
+            partial.replace(target)
+        except OSError as error:
+            raise InvalidInput(f"cannot write {target}: {error.strerror or error}") from error
 
     @classmethod
     def from_json(cls, text: str, origin: str = "plan") -> Plan:

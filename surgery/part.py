@@ -7,7 +7,6 @@ their sizes; it is checked on its own, and the whole model around it where that 
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from surgery.blame import first_line, where_raised
+from surgery.copies import copied
 from surgery.couple import Wiring
 from surgery.cut import masks_of
 from surgery.errors import CheckFailed, InvalidInput, SurgeryError
@@ -57,7 +57,7 @@ class Whole:
 
     def around(self, part: nn.Module) -> nn.Module:
         """Return a copy of the whole model with another module in the part's place."""
-        around: nn.Module = copy.deepcopy(self.model, {id(self.module): part})
+        around: nn.Module = copied(self.model, {id(self.module): part})
         return around
 
 
@@ -196,7 +196,7 @@ def _run_whole(whole: Whole, model: nn.Module, dtype: torch.dtype | None = None)
             return _run_whole(whole, model, torch.float64)
         except Exception:  # whatever the user's forward raises, a dtype it insists on above all
             dtype = next((p.dtype for p in whole.model.parameters() if p.dtype in TOLERANCE), torch.float32)
-    subject = copy.deepcopy(model).to(dtype)
+    subject = copied(model).to(dtype)
     example = (whole.example_args or (), dict(whole.example_kwargs or {}))
     args, kwargs = pytree.tree_map(
         lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, _fresh(example)

@@ -232,6 +232,7 @@ def shrink(
         BudgetUnreachable: the message says what was reachable, and what is frozen.
         CheckFailed: the compact model does not compute what the masked dense model computes.
     """
+    _require_types(keep=keep, part=part, seed=seed, example_kwargs=example_kwargs)
     request = Request(
         budget=budget if budget is not None else Budget(macs=0.5),
         criterion=criterion,
@@ -249,6 +250,18 @@ def shrink(
         return realise(decide(model, example_inputs, request, example_kwargs=example_kwargs))
 
 
+def _require_types(*, keep: Any, part: Any, seed: Any, example_kwargs: Any) -> None:
+    patterns = (keep,) if isinstance(keep, str) else keep
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise InvalidInput(f"keep={keep!r}: give patterns of names, such as keep=('fc', 'layer4.*')")
+    if part is not None and not isinstance(part, str):
+        raise InvalidInput(f"part={part!r:.60}: give the submodule's dotted name, such as 'backbone'")
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise InvalidInput(f"seed={seed!r}: give a whole number of at least 0")
+    if example_kwargs is not None and not isinstance(example_kwargs, Mapping):
+        raise InvalidInput(f"example_kwargs is of type {type(example_kwargs).__name__}: give a dictionary of inputs")
+
+
 def apply(plan: Plan, dense_model: torch.nn.Module, example_inputs: Any = None) -> torch.nn.Module:
     """Return the compact model of another copy of the dense model.
 
@@ -261,6 +274,10 @@ def apply(plan: Plan, dense_model: torch.nn.Module, example_inputs: Any = None) 
         PlanMismatch: the plan was made for another architecture.
         InvalidInput: the plan's inputs cannot be rebuilt; pass `example_inputs`.
     """
+    if not isinstance(plan, Plan):
+        raise InvalidInput(f"the plan is of type {type(plan).__name__}; read one with surgery.Plan.load(path)")
+    if not isinstance(dense_model, torch.nn.Module):
+        raise InvalidInput(f"the dense model is of type {type(dense_model).__name__}, not a torch.nn.Module")
     stages = _stages(plan.settings.get("tracer", "export"))
     whole = _part_of(plan, dense_model, example_inputs)
     if whole is not None:

@@ -10,7 +10,6 @@ Source: Fang et al. 2023, DepGraph (arXiv:2301.12900).
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -28,6 +27,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from surgery.blame import first_line, where_raised
+from surgery.copies import copied
 from surgery.couple import frozen_axes, groups_of, kept_names
 from surgery.errors import UnsupportedModel
 from surgery.ir import Coupling, Program
@@ -92,7 +92,7 @@ def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
 
 def _dependency_graph(program: Program) -> tuple[nn.Module, Any, list[Any], Set[nn.Module]]:
     """A copy of the model, its graph, autograd's nodes of the network's inputs, and linear layers over sequences."""
-    model = copy.deepcopy(program.model)
+    model = copied(program.model)
     for tensor in model.parameters():
         if tensor.is_floating_point():
             tensor.requires_grad_(True)  # autograd is what torch-pruning follows

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from surgery import guards
 from surgery.blame import UNKNOWN, first_line, last_own_line, where_raised
-from surgery.caches import traceable
 from surgery.clean import clean
+from surgery.copies import traceable
 from surgery.errors import InvalidInput, UnsupportedModel
 from surgery.ir import InputSpec, Node, Program
 from surgery.sizes import hint, is_symbolic, reshapes, sizes_spill
@@ -51,8 +52,7 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
         InvalidInput: a weight is not finite, or the inputs are not tensors the model accepts.
         UnsupportedModel: the model cannot be captured; names the user's own source line.
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidInput(f"the model is a {type(model).__name__}, not a torch.nn.Module; pass the module itself")
+    require_module(model)
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = _in_forward_order(model, example_kwargs or {})
     require_finite(model)
@@ -77,6 +77,19 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
 
 
 # -- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def require_module(model: Any) -> None:
+    """Raise where what was given for a model is none, or one without Python code or without values."""
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"not a torch.nn.Module but of type {type(model).__name__}: pass the module itself")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedModel("the model is a TorchScript module; pass the Python module that it was made from")
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise InvalidInput(f"parameter '{name}' has no size yet; run the model once on an example first")
+        if parameter.is_meta:
+            raise InvalidInput(f"parameter '{name}' is on the meta device and has no values; load weights first")
 
 
 def require_finite(model: nn.Module) -> None:
@@ -123,13 +136,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     graph = model.training and isinstance(model, torch.fx.GraphModule)
     try:
         if graph:
-            model.eval()
+            with suppress(NotImplementedError):  # what `ExportedProgram.module()` returns knows no modes
+                model.eval()
         for m, _ in modes:
             m.training = False
         yield
     finally:
         if graph:
-            model.train()
+            with suppress(NotImplementedError):
+                model.train()
         for m, mode in modes:
             m.training = mode
 
@@ -174,13 +189,36 @@ def _export(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> tuple[Any, 
     try:
         exported, used = _attempt(model, twice, Dim.DYNAMIC, None)
     except Exception as error:  # torch.export raises whatever the user's forward or its own passes raise
-        return _export_fixed(model, args, kwargs, error)
+        return _export_fixed(model, args, kwargs, f"{where_raised(error)}: {first_line(error)}")
+    if guard := guards.broken_by_batch(exported, model, twice) or _differs_at_one(exported, model, used):
+        return _export_fixed(model, args, kwargs, f"forward takes another path unless {guard}")
     if reshapes(exported.graph) <= _FEW_RESHAPES:
         with suppress(Exception):  # likewise; the capture at fixed height and width stands
             freer, freer_inputs = _attempt(model, twice, Dim.DYNAMIC, Dim.AUTO)
-            if not sizes_spill(freer.graph):
+            if not sizes_spill(freer.graph) and not guards.broken_by_space(freer, model, twice):
                 exported, used = freer, freer_inputs
     return exported, *used, ()
+
+
+def _differs_at_one(exported: Any, model: nn.Module, inputs: tuple[Args, dict[str, Any]]) -> str:
+    """A batch of one is never traced: what the graph makes of it has to be what the model makes of it."""
+    single = pytree.tree_map(lambda x: x[:1] if isinstance(x, Tensor) and x.dim() else x, inputs)
+    graph = exported.module(check_guards=False)
+    with torch.no_grad():
+        try:
+            wanted = [x for x in pytree.tree_leaves(model(*single[0], **single[1])) if isinstance(x, Tensor)]
+        except Exception:  # the model itself takes no batch of one
+            return ""
+        try:
+            got = [x for x in pytree.tree_leaves(graph(*single[0], **single[1])) if isinstance(x, Tensor)]
+        except Exception as error:  # whatever the graph's operators raise
+            return f"the batch is larger than 1 ({first_line(error)})"
+    same = len(wanted) == len(got) and all(_close(a, b) for a, b in zip(wanted, got, strict=True))
+    return "" if same else "the batch is larger than 1"
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-2, atol=1e-3 * float(a.abs().max()))
 
 
 def _attempt(model: nn.Module, inputs: tuple[Args, dict[str, Any]], batch: Any, space: Any) -> tuple[Any, Any]:
@@ -188,14 +226,14 @@ def _attempt(model: nn.Module, inputs: tuple[Args, dict[str, Any]], batch: Any, 
     # A copy each time: torch.export takes one tensor given twice for one input, and marks tensors as dynamic.
     positional, named = pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, inputs)
     with torch.no_grad():
-        exported = torch.export.export(model, positional, named, dynamic_shapes=_by_position(shapes), strict=False)
+        exported = torch.export.export(model, positional, named, dynamic_shapes=_by_name(model, shapes), strict=False)
     return exported, (positional, named)
 
 
 def _export_fixed(
-    model: nn.Module, args: Args, kwargs: dict[str, Any], first: Exception
+    model: nn.Module, args: Args, kwargs: dict[str, Any], why: str
 ) -> tuple[Any, Args, dict[str, Any], tuple[str, ...]]:
-    """Capture at the example's own sizes; `first` says why the batch cannot be dynamic."""
+    """Capture at the example's own sizes; `why` the batch cannot be dynamic."""
     try:
         exported, used = _attempt(model, (args, kwargs), None, None)
     except Exception as error:  # torch.export raises whatever the user's forward or its own passes raise
@@ -205,13 +243,15 @@ def _export_fixed(
             "without control flow on tensor values, or try --tracer torch-pruning, or --part for a submodule that can "
             "be captured"
         ) from error
-    why = f"{where_raised(first)}: {first_line(first)}".removeprefix(f"{UNKNOWN}: ")
+    why = why.removeprefix(f"{UNKNOWN}: ")
     return exported, *used, (f"batch is fixed at the example's: a dynamic one could not be traced ({why})",)
 
 
-def _by_position(shapes: Any) -> Any:
-    """Dynamic axes in the order of the inputs, keyword inputs last."""
-    return None if shapes is None else (*shapes[0], *shapes[1].values())
+def _by_name(model: nn.Module, shapes: Any) -> Any:
+    """Dynamic axes by the names of forward's parameters, those of `*args` and `**kwargs` in one entry each."""
+    if shapes is None:
+        return None
+    return dict(inspect.signature(model.forward).bind(*shapes[0], **shapes[1]).arguments)
 
 
 def refuse_wrong_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -250,13 +290,26 @@ def _describe_inputs(graph: torch.fx.GraphModule, names: list[str]) -> tuple[Inp
 def _fixed_axes(inputs: tuple[InputSpec, ...]) -> tuple[str, ...]:
     notes = []
     for spec in inputs:
+        free = [a for a in (2, 3) if len(spec.shape) == 4 and a in spec.dynamic]
+        if free:
+            low, high = (" x ".join(str(size(spec.shape[a])) for a in free) for size in (_half, _largest))
+            notes.append(f"input '{spec.name}': axes {free} may be {low} to {high}; other sizes were not examined")
         fixed = [a for a in (2, 3) if len(spec.shape) == 4 and a not in spec.dynamic]
         if fixed:
             size = " x ".join(str(spec.shape[a]) for a in fixed)
             notes.append(
-                f"input '{spec.name}': the model bakes in the size {size} of axes {fixed}; other sizes will not run"
+                f"input '{spec.name}': the size of axes {fixed} is fixed at {size}, in the ONNX files too: the model "
+                "bakes it in, or other sizes could not be examined"
             )
     return tuple(notes)
+
+
+def _half(size: int) -> int:
+    return size - size // 2
+
+
+def _largest(size: int) -> int:
+    return guards.LARGEST * size
 
 
 def _computed_weights(materialised: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:

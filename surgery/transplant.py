@@ -8,7 +8,6 @@ is only used if it computes what the rewritten program computes.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from surgery.caches import empty_caches
+from surgery.copies import copied, empty_caches
 
 aten = torch.ops.aten
 
@@ -65,9 +64,9 @@ def _copy_around(model: nn.Module, sliced: Mapping[str, Tensor]) -> nn.Module:
         memo[id(tensor)] = sliced[name]
     for name, buffer in model.named_buffers(remove_duplicate=False):
         memo[id(buffer)] = sliced[name]
-    copied = copy.deepcopy(model, memo)
-    empty_caches(copied)
-    return copied
+    duplicate = copied(model, memo)
+    empty_caches(duplicate)
+    return duplicate
 
 
 def _group_counts(graph: torch.fx.GraphModule) -> dict[str, int]:

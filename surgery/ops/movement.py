@@ -106,6 +106,8 @@ def _rolled(r: Rewrite) -> Changes:
         return {}
     shifts = list(r.raw["shifts"])
     for k, dim in enumerate(r.bound["dims"]):
+        if dim % len(x.shape) not in changed:
+            continue
         keep = r.keep("self", dim)
         shift = r.bound["shifts"][k] % len(keep)
         shifts[k] = int(keep[len(keep) - shift :].sum())
@@ -128,6 +130,15 @@ def _squeezed(r: Rewrite) -> Changes:
 def _couple_view(call: Call) -> Coupled:
     """Labels are stretched over the other axes without memory, which `view` would refuse: reshape is the same move."""
     return call.move(call.value("self"), lambda labels: labels.reshape(call["size"]))
+
+
+def _couple_pixel_shuffle(call: Call) -> Coupled:
+    """The channels that become the pixels of one block go together: single rows and columns of an image stay."""
+    out = _run(call, aten.pixel_shuffle.default)
+    if isinstance(out, Value):
+        for layers in out.axes[-2:]:
+            call.atoms.freeze(layers, f"{call.atoms.where}: rows and columns of an image stay")
+    return out
 
 
 def _couple_cat(call: Call) -> Value:
@@ -301,7 +312,7 @@ register(
     _moves("repeat.default", lambda x: x.repeat(1, 2, 1, 1), after=16),
     _moves("tile.default", lambda x: aten.tile(x, [1, 2, 1, 1]), after=16),
     _moves("repeat_interleave.self_int", lambda x: x.repeat_interleave(2, 1), after=16),
-    _moves("pixel_shuffle.default", lambda x: F.pixel_shuffle(x, 2), after=2),
+    _moves("pixel_shuffle.default", lambda x: F.pixel_shuffle(x, 2), couple=_couple_pixel_shuffle, after=2),
     _moves("pixel_unshuffle.default", lambda x: F.pixel_unshuffle(x, 2), after=32),
     _moves("channel_shuffle.default", lambda x: aten.channel_shuffle(x, 2), rewrite=_shuffled),
     _moves("chunk.default", lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), rewrite=_split_sizes),

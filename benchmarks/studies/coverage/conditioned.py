@@ -42,8 +42,8 @@ def _settle(model: nn.Module, inputs: tuple[object, ...]) -> None:
         if x.dim() < 2 or x.numel() == x.shape[1]:
             return
         axes = [a for a in range(x.dim()) if a != 1]
-        module.running_mean.copy_(x.mean(axes))  # type: ignore[union-attr, operator]
-        module.running_var.copy_(x.var(axes, unbiased=False) + 1e-3)  # type: ignore[union-attr, operator]
+        module.running_mean.copy_(x.mean(axes))  # type: ignore[operator]
+        module.running_var.copy_(x.var(axes, unbiased=False) + 1e-3)  # type: ignore[operator]
 
     norms = [m for m in model.modules() if getattr(m, "running_mean", None) is not None]
     handles = [norm.register_forward_pre_hook(before) for norm in norms]

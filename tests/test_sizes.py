@@ -1,0 +1,171 @@
+"""Batch, height and width that may differ from call to call: where the report says so, the result is right there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import cut_model
+from torch import Tensor, nn
+
+import exporters.onnx
+from surgery.trace import trace
+
+
+class Net(nn.Module):
+    """Two convolutions, something that looks at sizes between them, and a classifier over the mean."""
+
+    def __init__(self, middle: Callable[[Tensor], Tensor], literal: bool = True) -> None:
+        super().__init__()
+        self.one, self.two, self.fc = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1), nn.Linear(8, 5)
+        self.middle, self.literal = middle, literal
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, 5); the literal width makes the result a graph."""
+        y = torch.relu(self.one(x))
+        y = y.view(-1, 16, y.shape[2], y.shape[3]) if self.literal else y
+        z: Tensor = self.fc(torch.relu(self.two(self.middle(y))).mean((2, 3)))
+        return z
+
+
+def to_a_multiple(x: Tensor) -> Tensor:
+    below, right = -x.shape[2] % 4, -x.shape[3] % 4
+    return F.pad(x, (0, right, 0, below)) if below or right else x
+
+
+def by_width(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 2) * 3 if x.shape[-1] > 64 else x
+
+
+def by_batch(x: Tensor) -> Tensor:
+    return x * 2 if x.shape[0] > 4 else x
+
+
+def by_single(x: Tensor) -> Tensor:
+    return x * 2 if x.shape[0] == 1 else x
+
+
+def of_one_size(x: Tensor) -> Tensor:
+    return x.view(-1, 16, 28 * 28).mean(-1, keepdim=True).unsqueeze(-1) * x
+
+
+def sides_swapped(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[0], 16, x.shape[3], x.shape[2])
+
+
+def rolled_over_the_batch(x: Tensor) -> Tensor:
+    return torch.roll(x, (3, -1), (1, 0))
+
+
+def halved(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 2)
+
+
+PATHS = {
+    "padded to a multiple": (to_a_multiple, (0,)),
+    "branch on the width": (by_width, (0,)),
+    "branch on the batch": (by_batch, ()),
+    "branch on a batch of one": (by_single, ()),
+    "literal area": (of_one_size, (0,)),
+    "sides swapped": (sides_swapped, (0,)),
+    "rolled": (rolled_over_the_batch, (0, 2, 3)),
+    "pooled": (halved, (0, 2, 3)),
+}
+
+
+def masked_dense(cutting: Any) -> nn.Module:
+    """The dense model without its dead channels' contributions, by nothing but their positions in the plan."""
+    dense: nn.Module = cutting.program.model
+    with torch.no_grad():
+        for c in cutting.plan.cuts:
+            dict(dense.named_parameters())[c.tensor].index_fill_(c.axis, torch.tensor(c.dead), 0.0)
+    return dense
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_an_axis_is_dynamic_only_where_the_users_code_takes_one_path(name: str) -> None:
+    middle, dynamic = PATHS[name]
+    torch.manual_seed(0)
+    cutting = cut_model(Net(middle).eval(), torch.randn(1, 3, 28, 28))
+    assert cutting.program.inputs[0].dynamic == dynamic
+    compact, dense = cutting.compact.module.eval(), masked_dense(cutting).eval()
+    compared = 0
+    for batch in (1, 2, 7) if 0 in dynamic else (1,):
+        for height, width in ((28, 28), (14, 14), (29, 31), (56, 40), (80, 80)) if 2 in dynamic else ((28, 28),):
+            x = torch.randn(batch, 3, height, width)
+            with torch.no_grad():
+                torch.testing.assert_close(compact(x), dense(x), rtol=1e-4, atol=1e-5)
+            compared += 1
+    assert compared >= 1
+
+
+def test_a_graph_refuses_the_sizes_it_was_not_traced_for() -> None:
+    cutting = cut_model(Net(of_one_size).eval(), torch.randn(1, 3, 28, 28))
+    assert cutting.compact.kind == "graph"
+    with pytest.raises(ValueError, match="axis 2"):
+        cutting.compact.module(torch.randn(1, 3, 56, 56))
+
+
+@pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool2d(2), nn.AdaptiveMaxPool2d(2)])
+def test_even_adaptive_pools_are_exported_at_the_sizes_where_the_file_is_right(pool: nn.Module, tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), pool, nn.Flatten(1), nn.Linear(32, 5)).eval()
+    done = exporters.onnx.export(net, torch.randn(1, 3, 28, 28), tmp_path / "m.onnx", dynamic_axes={"input": (0, 2, 3)})
+    assert done.dynamic["input"][0] == "batch"
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    sizes = [(28, 28)] if 2 not in done.dynamic["input"] else [(28, 28), (30, 41)]
+    for height, width in sizes:
+        x = torch.randn(3, 3, height, width)
+        (found,) = session.run(None, {"input": x.numpy()})
+        np.testing.assert_allclose(found, net(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_tracing_leaves_nothing_behind_in_the_users_caches() -> None:
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.bias = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), nn.Parameter(torch.randn(4, 8))
+            self.register_buffer("index", torch.tensor([1, 3, 0, 2, 1, 1, 0, 3]))
+            self.cache: dict[str, Tensor] = {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            if "bias" not in self.cache:
+                self.cache["bias"] = self.bias[self.index].mean(1)
+            y: Tensor = self.two(self.one(x) * self.cache["bias"].reshape(1, 8, 1, 1))
+            return y
+
+    model, x = Cached().eval(), torch.randn(2, 3, 8, 8)
+    trace(model, x)
+    assert model.cache == {}
+    with torch.no_grad():
+        before = model(x)
+    cutting = cut_model(model, x)
+    cutting.check()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), before)
+        assert cutting.compact.module.eval()(x).shape == before.shape
+
+
+class _LiteralView(nn.Module):
+    """A view whose literal width holds at one image size only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 8, 5), nn.Linear(8 * 4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 1, 8, 8) to (N, 10); a larger image runs over into the batch."""
+        y: Tensor = self.head(torch.max_pool2d(self.conv(x), 2).view(-1, 8 * 4))
+        return y
+
+
+def test_sizes_that_run_over_into_other_axes_are_fixed() -> None:
+    cutting = cut_model(_LiteralView(), torch.randn(1, 1, 8, 8))
+    cutting.check()
+    assert cutting.program.inputs[0].dynamic == (0,)
+    assert "fixed at 8 x 8" in cutting.program.notes[0]
