@@ -101,6 +101,28 @@ def show(session: Session, /, model: str, as_json: bool, quiet: bool, **given: A
     _print_report(data, as_json=as_json)
 
 
+@cli.command(epilog=EXIT_CODES)
+@click.option("--markdown", is_flag=True, help="A Markdown table, as in docs/operators.md.")
+@click.option("--json", "as_json", is_flag=True, help="JSON: operator, family, meaning.")
+def ops(markdown: bool, as_json: bool) -> None:
+    """List the operators that can be cut through, and what each does to the channels of its arguments.
+
+    What meets any other operator is left whole, and the report says so.
+    """
+    from rich.console import Console
+
+    from surgery import optable
+
+    table = optable.listed()
+    if as_json:
+        click.echo(optable.as_json(table))
+    elif markdown:
+        click.echo(optable.as_markdown(table), nl=False)
+    else:
+        console = Console()
+        optable.print_table(table, console if console.is_terminal else Console(width=PLAIN_WIDTH))
+
+
 def _one_budget(given: Mapping[str, Any]) -> None:
     budgets = [f"--{kind}" for kind in ("macs", "params", "channels") if given[kind] is not None]
     if len(budgets) > 1:

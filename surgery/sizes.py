@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_MANY, _FEW = 40, 8
+_ATTENTION = (["softmax"], ["_softmax"], ["scaled_dot_product_attention"], ["matmul"], ["bmm"], ["einsum"])
+
 
 def is_symbolic(size: Any) -> bool:
     """Whether a traced size may differ from call to call."""
@@ -21,9 +24,14 @@ def hint(size: Any) -> int:
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
-def reshapes(graph: torch.fx.Graph) -> int:
-    """How many operators bake in sizes; with many, symbolic height and width take torch.export minutes."""
-    return sum(_has_sizes(node) for node in graph.nodes)
+def slow_with_free_sizes(graph: torch.fx.Graph) -> bool:
+    """Whether `torch.export` would take minutes over symbolic height and width: many reshapes, or some with attention.
+
+    Where pixels become tokens, it has products of sizes to solve for at every step.
+    """
+    reshapes = sum(_has_sizes(node) for node in graph.nodes)
+    attends = any(str(node.target).split(".")[1:2] in _ATTENTION for node in graph.nodes)
+    return reshapes > (_FEW if attends else _MANY)
 
 
 def _has_sizes(node: torch.fx.Node) -> bool:

@@ -28,9 +28,8 @@ from surgery.clean import clean
 from surgery.copies import traceable
 from surgery.errors import InvalidInput, UnsupportedModel
 from surgery.ir import InputSpec, Node, Program
-from surgery.sizes import hint, is_symbolic, reshapes, sizes_spill
+from surgery.sizes import hint, is_symbolic, sizes_spill, slow_with_free_sizes
 
-_FEW_RESHAPES = 40
 _ABOUT_INPUTS = re.compile("shape|size|dimension|channel|expected|dtype|type|argument|mat1", re.IGNORECASE)
 
 
@@ -192,7 +191,7 @@ def _export(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> tuple[Any, 
         return _export_fixed(model, args, kwargs, f"{where_raised(error)}: {first_line(error)}")
     if guard := guards.broken_by_batch(exported, model, twice) or _differs_at_one(exported, model, used):
         return _export_fixed(model, args, kwargs, f"forward takes another path unless {guard}")
-    if reshapes(exported.graph) <= _FEW_RESHAPES:
+    if not slow_with_free_sizes(exported.graph):
         with suppress(Exception):  # likewise; the capture at fixed height and width stands
             freer, freer_inputs = _attempt(model, twice, Dim.DYNAMIC, Dim.AUTO)
             if not sizes_spill(freer.graph) and not guards.broken_by_space(freer, model, twice):

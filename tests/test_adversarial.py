@@ -277,6 +277,8 @@ CUT = {
     "pixels there and back": three(lambda m, x: m.z(F.pixel_unshuffle(F.pixel_shuffle(m.a(x), 2) * 2, 2))),
     "reshaped like another": three(lambda m, x: m.z(m.b(m.a(x)).flatten(2).reshape_as(m.a(x)) + m.a(x))),
     "uneven chunks swapped": three(lambda m, x: m.z(torch.cat(m.a(x).chunk(3, 1)[::-1], 1))),
+    "in place on a view": three(in_place_view),
+    "in place on a slice": three(in_place_slice),
     "scalar gate": three(lambda m, x: m.z(m.a(x) * m.alpha), alpha=nn.Parameter(torch.tensor([0.7]))),
 }
 
@@ -294,8 +296,6 @@ WHOLE = {
     ),
     "local response norm": (three(lambda m, x: m.z(F.local_response_norm(m.a(x), 3))), "a.weight"),
     "pooling over channels": (three(lambda m, x: m.z(F.max_pool3d(m.a(x), (2, 1, 1))), 4), "a.weight"),
-    "in place on a view": (three(in_place_view), "a.weight"),
-    "in place on a slice": (three(in_place_slice), "a.weight"),
     "mask of the first channels": (
         three(lambda m, x: m.z(m.a(x) * (torch.arange(8) < 5).to(x.dtype).reshape(1, 8, 1, 1))),
         "a.weight",

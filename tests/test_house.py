@@ -27,7 +27,7 @@ ORDER = """
     surgery.copies surgery.guards surgery.einsum surgery.clean surgery.trace
     surgery.couple surgery.score surgery.fvcount surgery.cost surgery.allocate
     surgery.graph surgery.transplant surgery.numerics surgery.cut surgery.check surgery.torch_pruning surgery.eager
-    surgery.part surgery.artefacts surgery.report surgery.pipeline surgery.deliver
+    surgery.part surgery.artefacts surgery.report surgery.optable surgery.pipeline surgery.deliver
     surgery.options surgery.cli
 """
 LAYERS = ORDER.split()

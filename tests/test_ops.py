@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import cut_model, make_plan, random_dead
 from torch import Tensor, nn
 
+from surgery import optable
 from surgery.check import check
 from surgery.couple import couple
 from surgery.cut import cut
@@ -84,3 +88,11 @@ def test_a_rule_from_outside_the_package_makes_its_operator_cuttable(monkeypatch
     finally:
         TABLE.clear()
         TABLE.update(before)
+
+
+def test_the_table_of_operators_in_the_documents_is_the_registrys() -> None:
+    document = Path(__file__).parents[1] / "docs" / "operators.md"
+    assert document.read_text(encoding="utf-8") == optable.as_markdown(optable.listed()), "surgery ops --markdown"
+    listed = json.loads(optable.as_json(optable.listed()))
+    assert {entry["operator"] for entry in listed} == set(rules())
+    assert all(entry["means"] and entry["family"] for entry in listed)

@@ -318,6 +318,9 @@ register(
     _moves("chunk.default", lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), rewrite=_split_sizes),
     _moves("split.Tensor", lambda x: torch.cat(torch.split(x, 3, 1)[::-1], 1), rewrite=_split_sizes),
     _moves("split_with_sizes.default", lambda x: torch.cat(torch.split(x, [3, 5], 1)[::-1], 1), rewrite=_split_sizes),
+    _moves(
+        "tensor_split.indices", lambda x: torch.cat(torch.tensor_split(x, [3, 5], 1)[::-1], 1), rewrite=_split_sizes
+    ),
     _moves("tensor_split.sections", lambda x: torch.cat(x.tensor_split(3, 1)[::-1], 1), rewrite=_split_sizes),
     _moves("reflection_pad2d.default", lambda x: aten.reflection_pad2d(x, [1, 1, 1, 1]), couple=_couple_own_padding),
     _moves("replication_pad2d.default", lambda x: aten.replication_pad2d(x, [1, 1, 1, 1]), couple=_couple_own_padding),

@@ -66,18 +66,26 @@ def wanted(names: Iterable[str], chosen: Iterable[Model]) -> list[Model]:
 
 @click.command()
 @click.argument("names", nargs=-1)
-@click.option("--tool", "tools", multiple=True, default=("surgery", "torch-pruning"), show_default=True)
+@click.option("--tool", "tools", multiple=True, default=("surgery", "torch-pruning", "onnxsim"), show_default=True)
 @click.option("--jobs", default=1, show_default=True, help="Processes at a time, one thread each.")
 @click.option("--again", is_flag=True, help="Also what the results file holds already.")
 @click.option("--ci", is_flag=True, help="The slice that the tests run.")
+@click.option("--table", is_flag=True, help="Run nothing; write docs/coverage.md from the results file.")
 @click.option("--only", hidden=True)
-def main(names: tuple[str, ...], tools: tuple[str, ...], jobs: int, again: bool, ci: bool, only: str | None) -> None:
+def main(
+    names: tuple[str, ...], tools: tuple[str, ...], jobs: int, again: bool, ci: bool, table: bool, only: str | None
+) -> None:
     """Run NAMES (patterns over names and families; all by default) through each tool."""
     from benchmarks.studies.coverage.tools import TOOLS, tool_version
 
     if only is not None:
         (model,) = (m for m in models() if m.name == only)
         click.echo(json.dumps(TOOLS[tools[0]](model)))
+        return
+    if table:
+        from benchmarks.studies.coverage.table import DOCUMENT, render
+
+        DOCUMENT.write_text(render(record.read(RESULTS), models()), encoding="utf-8")
         return
     rows = _read()
     chosen = [m for m in models() if m.name in CI_SLICE] if ci else wanted(names, models())

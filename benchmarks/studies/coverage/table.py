@@ -1,0 +1,148 @@
+"""docs/coverage.md from the results file: counts first, then every model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.studies import record
+from benchmarks.studies.coverage.models import Model
+from benchmarks.studies.coverage.tools import LEAST, MACS, PARITY
+
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "coverage.md"
+Rows = Mapping[str, Mapping[str, Mapping[str, Any]]]
+_TITLES = {
+    "torchvision": "torchvision, classification",
+    "segmentation": "torchvision, segmentation",
+    "video": "torchvision, video",
+    "detection": "torchvision, backbones of detectors (`--part backbone`)",
+    "timm": "timm",
+}
+
+
+def outcome(row: Mapping[str, Any] | None) -> str:
+    """One of sound, refused, unsound, not judged, limit, failed, missed (the budget's range), not run."""
+    if row is None:
+        return "not run"
+    if "failed" in row:
+        if row["failed"] == "limit":
+            return "limit"
+        return "refused" if row["failed"] in ("BudgetUnreachable", "UnsupportedModel") else "failed"
+    if row["sound"] is not True:
+        return "unsound" if row["sound"] is False else "not judged"
+    return "sound" if LEAST <= row["macs_kept"] <= MACS else "missed"
+
+
+def summary(rows: Rows, models: Iterable[Model]) -> dict[str, dict[str, int]]:
+    """Tool → outcome → number of models."""
+    models = tuple(models)
+    counts: dict[str, dict[str, int]] = {}
+    for tool, found in rows.items():
+        for model in models:
+            kind = outcome(found.get(model.name))
+            counts.setdefault(tool, {})[kind] = counts.get(tool, {}).get(kind, 0) + 1
+    return counts
+
+
+def render(data: Mapping[str, Any], models: Iterable[Model]) -> str:
+    """Return the document."""
+    models, rows = tuple(models), data["rows"]
+    lines = [
+        "# Coverage",
+        "",
+        f"What becomes of {len(models)} models at half of their multiply-adds, in float64 on well-conditioned random",
+        "weights: cut, then judged by an oracle that shares no code with any of the tools. Every weight has a value of",
+        "its own, so the cut tensors tell which dense elements they are, and the dense model without the others must",
+        "compute the same. For this compiler the result is then cast to float32, exported, and compared in ONNX",
+        f"Runtime (largest difference {PARITY:.0e}).",
+        "",
+        "torch-pruning is given the attention heads, an output transform and the classifier to spare, and steps until",
+        "half is gone. onnxsim prunes ONNX files at its defaults, sparsity 0.5; its result is run, not judged.",
+        "",
+        "Written by `python -m benchmarks.studies.coverage --table` from",
+        "[coverage.json](../benchmarks/studies/results/coverage.json), measured",
+        f"on {record.sentence(data['machine'])}, with one thread and at most 120 s and 8 GiB per model and tool.",
+        "",
+        "| tool | sound | refused | unsound | not judged | over a limit | failed | outside 0.45 to 0.50 | not run |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    order = ("sound", "refused", "unsound", "not judged", "limit", "failed", "missed", "not run")
+    for tool, counts in summary(rows, models).items():
+        lines.append(f"| {tool} | " + " | ".join(str(counts.get(kind, 0)) for kind in order) + " |")
+    lines += ["", *_comparison(rows, models), "", *_refusals(rows, models)]
+    for family, title in _TITLES.items():
+        lines += ["", f"## {title}", "", *_table(rows, [m for m in models if m.family == family])]
+    return "\n".join(lines) + "\n"
+
+
+def _comparison(rows: Rows, models: tuple[Model, ...]) -> list[str]:
+    ours, theirs = rows.get("surgery", {}), rows.get("torch-pruning", {})
+    both = [
+        (m.name, ours[m.name]["frozen_share"], theirs[m.name]["frozen_share"])
+        for m in models
+        if outcome(theirs.get(m.name)) in ("sound", "missed") and outcome(ours.get(m.name)) in ("sound", "missed")
+    ]
+    more = [f"{name} ({mine:.1%} against {other:.1%})" for name, mine, other in both if mine > other + 1e-6]
+    text = (
+        f"Both this compiler and torch-pruning are sound on {len(both)} models. The share of parameters that lie in no "
+        f"removable unit is larger here on {len(more)} of them"
+    )
+    return [text + (": " + ", ".join(more) + "." if more else ".")]
+
+
+def _refusals(rows: Rows, models: tuple[Model, ...]) -> list[str]:
+    lines = ["## What is not cut, and why", ""]
+    for model in models:
+        row = rows.get("surgery", {}).get(model.name)
+        kind = outcome(row)
+        if kind not in ("sound", "not run") and row is not None:
+            why = row.get("message") or row.get("why") or f"{row['macs_kept']:.3f} of the MACs kept"
+            lines.append(f"- **{model.name}** ({kind}): {_plain(why)}")
+    return lines if len(lines) > 2 else [*lines, "Nothing: every model on the list is cut."]
+
+
+def _table(rows: Rows, models: list[Model]) -> list[str]:
+    lines = [
+        "| model | input | MACs kept | parameters kept | seconds | groups cut (inexact) | result | frozen | error "
+        "| torch-pruning | MACs kept | seconds | frozen | onnxsim: MACs kept |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model in models:
+        ours, peer, third = (rows.get(t, {}).get(model.name) for t in ("surgery", "torch-pruning", "onnxsim"))
+        lines.append("| " + " | ".join([f"{model.name}", model.note, *_ours(ours), *_peer(peer), _third(third)]) + " |")
+    return lines
+
+
+def _ours(row: Mapping[str, Any] | None) -> list[str]:
+    kind = outcome(row)
+    if row is None or "failed" in row:
+        return ["", "", "", "", kind, "", ""]
+    return [
+        f"{row['macs_kept']:.3f}",
+        f"{row['parameters_kept']:.3f}",
+        f"{row['seconds']:.0f}",
+        f"{row['groups_cut']} ({row['groups_inexact']})",
+        f"{kind}, {row['kind']}",
+        f"{row['frozen_share']:.1%}",
+        f"{row['error']:.0e}" if row["error"] is not None else "",
+    ]
+
+
+def _peer(row: Mapping[str, Any] | None) -> list[str]:
+    kind = outcome(row)
+    if row is None or "failed" in row:
+        return [kind if row is None or kind == "limit" else f"fails: {row['failed']}", "", "", ""]
+    return [kind, f"{row['macs_kept']:.3f}", f"{row['seconds']:.0f}", f"{row['frozen_share']:.1%}"]
+
+
+def _third(row: Mapping[str, Any] | None) -> str:
+    if row is None or "failed" in row:
+        return "" if row is None else ("limit" if row["failed"] == "limit" else "fails")
+    return f"{row['macs_kept']:.2f}"
+
+
+def _plain(text: str) -> str:
+    """A message without the folders of the machine that it was written on."""
+    words = text.replace("|", "/").split()
+    return " ".join(word.rpartition("site-packages/")[2] or word for word in words)
