@@ -132,7 +132,7 @@ def test_files_of_the_users_are_refused_not_removed(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InvalidInput, match="cannot be written"):
+    with pytest.raises(InvalidInput, match="is a file"):
         artefacts.prepare(tmp_path / "file" / "net")
     with pytest.raises(InvalidInput, match="is a file"):
         artefacts.prepare(tmp_path / "file")

@@ -300,7 +300,7 @@ def test_files_of_the_same_name_do_not_mix(tmp_path: Path) -> None:
         ("smal", "has no 'smal'; did you mean small"),
         ("zzz", "has no 'zzz'; it defines Net, small, by_name"),
         ("fails", r"fails failed at .*net\.py:\d+: KeyError: 'no such thing'"),
-        ("wrong", "returned a list; it must return an nn.Module"),
+        ("wrong", "returned list; it must return an nn.Module"),
         ("flat", "Linear does not run on input 1x3x224x224.*--input-shape"),
         ("__name__", "is a str, not something that returns a module"),
     ],
