@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 _MANY, _FEW = 40, 8
-_ATTENTION = (["softmax"], ["_softmax"], ["scaled_dot_product_attention"], ["matmul"], ["bmm"], ["einsum"])
+_RESHAPES = ("view", "reshape", "expand", "unflatten", "multi_head_attention_forward")
+_ATTENTION = ("softmax", "scaled_dot_product_attention", "matmul", "__matmul__", "bmm", "einsum")
 
 
 def is_symbolic(size: Any) -> bool:
@@ -24,14 +26,28 @@ def hint(size: Any) -> int:
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
-def slow_with_free_sizes(graph: torch.fx.Graph) -> bool:
-    """Whether `torch.export` would take minutes over symbolic height and width: many reshapes, or some with attention.
+class ReshapeCount(TorchFunctionMode):
+    """Counts, while a model runs, what makes `torch.export` take minutes over symbolic height and width.
 
-    Where pixels become tokens, it has products of sizes to solve for at every step.
+    Where pixels become tokens, it has products of sizes to solve for at every step: many reshapes are slow, and a few
+    are where there is attention.
     """
-    reshapes = sum(_has_sizes(node) for node in graph.nodes)
-    attends = any(str(node.target).split(".")[1:2] in _ATTENTION for node in graph.nodes)
-    return reshapes > (_FEW if attends else _MANY)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reshapes, self.attends = 0, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at the name of each call."""
+        name = getattr(func, "__name__", "")
+        self.reshapes += name in _RESHAPES
+        self.attends |= name in _ATTENTION
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def slow(self) -> bool:
+        """Whether free height and width are not to be tried."""
+        return self.reshapes > (_FEW if self.attends else _MANY)
 
 
 def _has_sizes(node: torch.fx.Node) -> bool:

@@ -28,7 +28,7 @@ from surgery.clean import clean
 from surgery.copies import traceable
 from surgery.errors import InvalidInput, UnsupportedModel
 from surgery.ir import InputSpec, Node, Program
-from surgery.sizes import hint, is_symbolic, sizes_spill, slow_with_free_sizes
+from surgery.sizes import ReshapeCount, hint, is_symbolic, sizes_spill
 
 _ABOUT_INPUTS = re.compile("shape|size|dimension|channel|expected|dtype|type|argument|mat1", re.IGNORECASE)
 
@@ -180,23 +180,35 @@ def _axes(batch: Any, space: Any) -> Any:
 
 
 def _export(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> tuple[Any, Args, dict[str, Any], tuple[str, ...]]:
-    """Capture with dynamic batch, or else with everything fixed; then with dynamic height and width where that holds.
+    """Capture with dynamic batch, height and width where that holds; else with dynamic batch; else with none.
 
     Also returns the inputs used, and what to say.
     """
     twice = _at_batch_two(args, kwargs)
+    if not _slow_with_free_sizes(model, twice):
+        with suppress(Exception):  # torch.export raises whatever the user's forward or its own passes raise
+            exported, used = _attempt(model, twice, Dim.DYNAMIC, Dim.AUTO)
+            spills = sizes_spill(exported.graph) or guards.broken_by_space(exported, model, twice)
+            if not (spills or _broken_by_batch(exported, model, twice, used)):
+                return exported, *used, ()
     try:
         exported, used = _attempt(model, twice, Dim.DYNAMIC, None)
-    except Exception as error:  # torch.export raises whatever the user's forward or its own passes raise
+    except Exception as error:  # likewise
         return _export_fixed(model, args, kwargs, f"{where_raised(error)}: {first_line(error)}")
-    if guard := guards.broken_by_batch(exported, model, twice) or _differs_at_one(exported, model, used):
+    if guard := _broken_by_batch(exported, model, twice, used):
         return _export_fixed(model, args, kwargs, f"forward takes another path unless {guard}")
-    if not slow_with_free_sizes(exported.graph):
-        with suppress(Exception):  # likewise; the capture at fixed height and width stands
-            freer, freer_inputs = _attempt(model, twice, Dim.DYNAMIC, Dim.AUTO)
-            if not sizes_spill(freer.graph) and not guards.broken_by_space(freer, model, twice):
-                exported, used = freer, freer_inputs
     return exported, *used, ()
+
+
+def _slow_with_free_sizes(model: nn.Module, inputs: tuple[Args, dict[str, Any]]) -> bool:
+    with suppress(Exception), torch.no_grad(), ReshapeCount() as count:  # what it raises, the capture raises too
+        model(*inputs[0], **inputs[1])
+        return bool(count.slow)
+    return True
+
+
+def _broken_by_batch(exported: Any, model: nn.Module, inputs: Any, used: tuple[Args, dict[str, Any]]) -> str:
+    return guards.broken_by_batch(exported, model, inputs) or _differs_at_one(exported, model, used)
 
 
 def _differs_at_one(exported: Any, model: nn.Module, inputs: tuple[Args, dict[str, Any]]) -> str:

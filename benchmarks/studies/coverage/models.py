@@ -125,7 +125,7 @@ def models() -> tuple[Model, ...]:
 
 _CLIPS = {"mvit_v1_b": (1, 3, 16, 224, 224), "mvit_v2_s": (1, 3, 16, 224, 224), "s3d": (1, 3, 16, 224, 224)}
 
-CI_SLICE = ("mobilenet_v3_small", "timm:mobilevit_xxs", "timm:levit_128s", "timm:res2net50_26w_4s", "timm:pit_ti_224")
+CI_SLICE = ("timm:resnest14d", "timm:lcnet_100", "timm:pvt_v2_b0", "timm:fasternet_t0")
 """What the tests run."""
 
 
