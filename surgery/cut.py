@@ -239,7 +239,8 @@ def _own_class(
         return None, "the model is a graph already"
     if program.materialised:
         return None, f"forward computes the weight '{next(iter(program.materialised))}' from others, at its old size"
-    stray = [c.tensor for c in plan.cuts if c.tensor not in _named(program.model)]
+    named = _named(program.model)
+    stray = [c.tensor for c in plan.cuts if c.tensor not in named]
     if stray:
         return None, f"forward builds the tensor '{stray[0]}' itself, at a size that would have to change"
     module = transplant(program.model, sliced, literals, graph)

@@ -47,7 +47,7 @@ def test_the_oracle_accepts_what_is_right(dense: nn.Module, batches: list[tuple[
     result = surgery.shrink(dense, batches[0][0], budget=surgery.Budget(channels=0.6), inexact=inexact)
     verdict = judge(dense, result.model, batches)
     assert verdict.sound is True, verdict
-    assert verdict.meaning == ("survivors" if any(g["inexact"] for g in result.report["groups"]) else "zeroed")
+    assert verdict.meaning == {"never": "zeroed", "always": "survivors"}[inexact]
 
 
 def cut_by_hand(dense: nn.Module, *, consumers: list[int]) -> nn.Module:
@@ -88,7 +88,7 @@ def test_a_model_over_the_limit_is_a_result() -> None:
     (model,) = wanted(["alexnet"], models())
     row = limited(model, "surgery", seconds=0.5)
     assert outcome(row) == "limit"
-    assert "over 0 s" in row["message"] or "over" in row["message"]
+    assert row["message"].startswith("over")
 
 
 def test_every_model_of_the_list_has_a_name_of_its_own() -> None:
