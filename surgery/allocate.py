@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from surgery.errors import BudgetUnreachable, IllegalCut, InvalidInput, PlanMismatch, SurgeryError
 from surgery.ir import KEPT, Budget, CostFn, Coupling, Cut, Group, InputSpec, Plan, Scores, Site
@@ -25,6 +26,8 @@ from surgery.ir import KEPT, Budget, CostFn, Coupling, Cut, Group, InputSpec, Pl
 SCOPES = ("global", "uniform")
 INEXACT = ("never", "if-needed", "always")
 NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
+
+_Array = NDArray[Any]
 
 
 def allocate(
@@ -72,8 +75,7 @@ def allocate(
     _check_scores(coupling, scores)
     meter = _Meter.of(coupling, budget, cost)
     make_schedule = _global_schedule if scope == "global" else _uniform_schedule
-    floors = coupling.floors
-    ladders = [_ladder(g, scores[g.name], round_to, floors.get(g.name, ())) for g in coupling.groups]
+    ladders = [_ladder(group, scores[group.name], round_to, coupling) for group in coupling.groups]
     notes: list[str] = []
     for chosen in _attempts(coupling, inexact):
         schedule = make_schedule([ladder for ladder in ladders if ladder.group in chosen])
@@ -215,21 +217,32 @@ class _Schedule:
         }
 
 
-def _ladder(group: Group, scores: Sequence[float], round_to: int, floors: Sequence[Sequence[int]] = ()) -> _Ladder:
+def _ladder(group: Group, scores: Sequence[float], round_to: int, coupling: Coupling) -> _Ladder:
     values = np.asarray(scores, dtype=np.float64)
-    staying = {max(units, key=lambda unit: (values[unit], unit)) for units in floors}
-    order = np.argsort(values, kind="stable")
-    order = np.array([u for u in order if u not in staying] + [u for u in order if u in staying], dtype=np.int64)
+    order, together, staying = _order(values, coupling.floors.get(group.name, ()), coupling.alike.get(group.name, ()))
     left = sum(widths := _widths(group))
     ends = []
-    for removed, unit in enumerate(order[: -max(1, len(staying))], start=1):
+    for removed, unit in enumerate(order[:-staying], start=1):
         left -= widths[unit]
-        if left > 0 and left % round_to == 0:
+        if left > 0 and left % round_to == 0 and removed % together == 0:
             ends.append(removed)
     steps = pairwise([0, *ends])
     means = [float(values[order[start:end]].mean()) for start, end in steps]
     keys = np.maximum.accumulate(means) if means else np.empty(0)  # sorted already, but for rounding
     return _Ladder(group.name, tuple(order.tolist()), tuple(ends), tuple(keys.tolist()))
+
+
+def _order(values: _Array, floors: Sequence[Sequence[int]], alike: Sequence[Sequence[int]]) -> tuple[_Array, int, int]:
+    """Units in the order in which they go, how many go together, and how many at the end stay."""
+    ranked = np.argsort(values, kind="stable")
+    if alike:  # the least of each piece, then the next of each
+        rank = np.argsort(ranked, kind="stable")
+        rounds = np.array([sorted(piece, key=lambda unit: int(rank[unit])) for piece in alike], dtype=np.int64)
+        if all(set(units) & set(rounds[:, -1].tolist()) for units in floors):
+            return rounds.T.reshape(-1), len(alike), len(alike)
+    staying = {max(units, key=lambda unit: (values[unit], unit)) for units in floors}
+    order = [u for u in ranked if u not in staying] + [u for u in ranked if u in staying]
+    return np.array(order, dtype=np.int64), 1, max(1, len(staying))
 
 
 def _widths(group: Group) -> list[int]:

@@ -26,6 +26,7 @@ _CONTRACTIONS = (
     ["conv_transpose3d"],
     ["linear"],
 )
+_SCALARS = (aten.item.default, aten._local_scalar_dense.default)
 _SLICE_ALIKE = {"movement", "element-wise", "creation", "look-up"}
 """Families of operators that do the same to a slice of a weight as to the whole."""
 
@@ -48,6 +49,7 @@ def clean(exported: Any) -> Cleaned:
         _functionalise(graph)
     _spell_out_sizes(graph)
     einsum.spell_out(graph.graph)
+    _fold_scalars(graph)
     materialised = _materialise(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
@@ -103,6 +105,28 @@ def _materialise(graph: torch.fx.GraphModule) -> dict[str, tuple[str, ...]]:
     return {name: tuple(s for s in origin if s not in read) for name, origin in named.items()}
 
 
+def _fold_scalars(graph: torch.fx.GraphModule) -> None:
+    """Write numbers that are read out of constant tensors (the strides of a detector's levels) into the calls."""
+    sources = _sources_of_constants(graph)
+    for node in list(graph.graph.nodes):
+        if node.target not in _SCALARS or node not in sources:
+            continue
+        if any(isinstance(_attribute(graph, s), nn.Parameter) for s in sources[node]):
+            continue
+        number = _evaluated(graph, _region(node, sources), node)
+        _replace_by_number(node, number)
+        graph.graph.erase_node(node)
+
+
+def _replace_by_number(node: torch.fx.Node, number: float) -> None:
+    def exchanged(argument: torch.fx.Node) -> Any:
+        return number if argument is node else argument
+
+    for user in list(node.users):
+        user.args = torch.fx.map_arg(user.args, exchanged)
+        user.kwargs = torch.fx.map_arg(user.kwargs, exchanged)
+
+
 def _sources_of_constants(graph: torch.fx.GraphModule) -> dict[torch.fx.Node, list[str]]:
     """Nodes that depend on parameters and literals alone → the names of those parameters."""
     sources: dict[torch.fx.Node, list[str]] = {}
@@ -135,6 +159,13 @@ def _region(weight: torch.fx.Node, constants: Mapping[torch.fx.Node, Any]) -> li
 
 
 def _computed(graph: torch.fx.GraphModule, region: list[torch.fx.Node], weight: torch.fx.Node) -> nn.Parameter:
+    read = [_attribute(graph, str(n.target)) for n in region if n.op == "get_attr"]
+    value = _evaluated(graph, region, weight).detach().clone()
+    return nn.Parameter(value, requires_grad=any(getattr(x, "requires_grad", False) for x in read))
+
+
+def _evaluated(graph: torch.fx.GraphModule, region: list[torch.fx.Node], wanted: torch.fx.Node) -> Any:
+    """Run a part of the graph that needs no inputs."""
     values: dict[torch.fx.Node, Any] = {}
     with torch.no_grad():
         for node in region:
@@ -143,8 +174,7 @@ def _computed(graph: torch.fx.GraphModule, region: list[torch.fx.Node], weight: 
             else:
                 args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    trained = any(getattr(values[n], "requires_grad", False) for n in region if n.op == "get_attr")
-    return nn.Parameter(values[weight].detach().clone(), requires_grad=trained)
+    return values[wanted]
 
 
 def _free_name(graph: torch.fx.GraphModule, sources: list[str]) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from surgery import pieces
 from surgery.errors import InvalidInput
 from surgery.ir import KEPT, Coupling, Frozen, Group, Program, Site
 from surgery.labels import Atoms, Layer, Mask, Value
@@ -259,29 +260,8 @@ def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
     roots = {group.name: group.units for group in groups}
     wiring = Wiring(atoms, values, {k: b.concrete for k, b in calls.items()}, params, roots)
     shapes = {name: value.shape for name, value in params.items()}
-    return Coupling(groups, tuple(frozen_axes(atoms, params, groups)), shapes, wiring, _floors(wiring))
-
-
-def _floors(wiring: Wiring) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Sets of units that make up the whole axis of some value without being all units of their group."""
-    unit_of = {root: (name, unit) for name, roots in wiring.roots.items() for unit, root in enumerate(roots)}
-    seen: set[bytes] = set()
-    floors: dict[str, dict[tuple[int, ...], None]] = {}
-    for value in (v for found in wiring.values.values() for v in (found if isinstance(found, tuple) else (found,))):
-        for layers in value.axes if isinstance(value, Value) else ():
-            for layer in wiring.atoms.canon(layers):
-                key = layer.tobytes()
-                if key in seen or not layer.all():
-                    continue
-                seen.add(key)
-                owned: dict[str, list[int]] = {}
-                for root in np.unique(layer).tolist():
-                    if root in unit_of:
-                        owned.setdefault(unit_of[root][0], []).append(unit_of[root][1])
-                if owned and all(len(units) < len(wiring.roots[name]) for name, units in owned.items()):
-                    name = max(owned, key=lambda n: len(owned[n]))
-                    floors.setdefault(name, {})[tuple(owned[name])] = None
-    return {name: tuple(sets) for name, sets in floors.items()}
+    floors, alike = pieces.floors(values, atoms, roots), pieces.alike(program.graph, values, atoms, roots)
+    return Coupling(groups, tuple(frozen_axes(atoms, params, groups)), shapes, wiring, floors, alike)
 
 
 def all_tensors(program: Program) -> dict[str, Tensor]:

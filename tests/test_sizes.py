@@ -15,6 +15,7 @@ from conftest import cut_model
 from torch import Tensor, nn
 
 import exporters.onnx
+import surgery
 from surgery.trace import trace
 
 
@@ -169,3 +170,44 @@ def test_sizes_that_run_over_into_other_axes_are_fixed() -> None:
     cutting.check()
     assert cutting.program.inputs[0].dynamic == (0,)
     assert "fixed at 8 x 8" in cutting.program.notes[0]
+
+
+class _SplitStage(nn.Module):
+    """A stage as in YOLO's: the halves of one convolution go different ways and meet again in a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.out = nn.Conv2d(24, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, 5, H, W)."""
+        left, right = self.one(x).chunk(2, 1)
+        y: Tensor = self.out(torch.cat([left, right, torch.relu(self.two(right.sigmoid() * left))], 1))
+        return y
+
+
+def test_pieces_of_a_chunk_stay_alike_so_that_the_users_class_goes_on_fitting() -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        result = surgery.shrink(_SplitStage().eval(), torch.randn(1, 3, 12, 12), budget=surgery.Budget(macs=0.5))
+        assert result.kind == "module"
+        assert result.model.one.out_channels % 2 == 0 and result.model.one.out_channels < 16
+
+
+def test_a_plan_of_ours_leaves_something_of_every_piece() -> None:
+    class Uneven(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.out = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b, c = torch.relu(self.one(x)).chunk(3, 1)
+            y: Tensor = self.out(torch.cat([c, a * 1.5, b], 1))
+            return y
+
+    for seed in range(4):
+        torch.manual_seed(seed)
+        result = surgery.shrink(Uneven().eval(), torch.randn(1, 3, 12, 12), budget=surgery.Budget(channels=0.25))
+        (dead,) = result.plan.dead.values()
+        assert all(set(piece) - set(dead) for piece in (range(6), range(6, 12), range(12, 16)))
