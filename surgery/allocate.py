@@ -1,9 +1,8 @@
 """Scores, costs and a budget make a plan: plain arithmetic, no torch.
 
-A *ladder* is the steps by which one group may shrink; a *schedule* is the order in which the steps of all groups are
-taken, from the dense model (state 0) to the smallest one. Cost falls along a schedule, so the first state that meets
-the budget is found by bisection, in a dozen or so calls of the cost function; by construction, putting back its last
-step would exceed the budget. `plan_from_dead` is the one place where dead units become dead positions of tensors.
+Cost falls along a schedule of steps, so the first state that meets the budget is found by bisection, in a dozen or so
+calls of the cost function; by construction, putting back its last step would exceed the budget. `plan_from_dead` is the
+one place where dead units become dead positions of tensors.
 """
 
 from __future__ import annotations
@@ -11,23 +10,18 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from surgery.errors import BudgetUnreachable, IllegalCut, InvalidInput, PlanMismatch, SurgeryError
-from surgery.ir import KEPT, Budget, CostFn, Coupling, Cut, Group, InputSpec, Plan, Scores, Site
+from surgery.ir import KEPT, Budget, CostFn, Coupling, Cut, Group, InputSpec, Plan, Scores
+from surgery.ladders import Ladder, Schedule, global_schedule, ladders_of, uniform_schedule
 
 SCOPES = ("global", "uniform")
 INEXACT = ("never", "if-needed", "always")
 NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
-
-_Array = NDArray[Any]
 
 
 def allocate(
@@ -63,7 +57,8 @@ def allocate(
 
     Returns:
         A plan whose kept cost is at most the budget's fraction of the dense cost, and more than it with the last step
-        put back: one unit, or what `round_to` makes of it; one width level with `uniform`. Every group keeps a unit,
+        put back: one unit, or what `round_to` makes of it, one of each piece where pieces stay alike; one width level
+        with `uniform`. Every group keeps a unit,
         or with `round_to` a whole multiple.
 
     Raises:
@@ -74,16 +69,18 @@ def allocate(
     _check_options(scope=scope, round_to=round_to, inexact=inexact)
     _check_scores(coupling, scores)
     meter = _Meter.of(coupling, budget, cost)
-    make_schedule = _global_schedule if scope == "global" else _uniform_schedule
-    ladders = [_ladder(group, scores[group.name], round_to, coupling) for group in coupling.groups]
+    make_schedule = global_schedule if scope == "global" else uniform_schedule
+    ladders = ladders_of(coupling, scores, round_to)
     notes: list[str] = []
     for chosen in _attempts(coupling, inexact):
-        schedule = make_schedule([ladder for ladder in ladders if ladder.group in chosen])
+        schedule = make_schedule([ladder for ladder in ladders if chosen.issuperset(ladder.groups)])
         dead = _first_within(schedule, meter)
         if dead is not None:
             break
         smallest = schedule.dead(schedule.length)
-        notes.append(f"with {len(chosen)} of {len(ladders)} groups at their smallest, {meter.kept(smallest)} remain")
+        notes.append(
+            f"with {len(chosen)} of {len(coupling.groups)} groups at their smallest, {meter.kept(smallest)} remain"
+        )
     else:
         reached = notes[-1] if ladders else "no unit of it can be removed"
         hints = _hints(coupling, shrinks=meter.share(smallest) < 1, inexact=inexact, round_to=round_to)
@@ -174,114 +171,6 @@ def _cuts(coupling: Coupling, units: Mapping[str, Sequence[int]]) -> tuple[Cut, 
     return tuple(cuts)
 
 
-# Ladders and schedules. ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Ladder:
-    """How one group may shrink.
-
-    Attributes:
-        group: name of the group.
-        order: all its units, in the order in which they go.
-        ends: number of units removed after each step, increasing and below the group's size.
-        keys: importance of each step: mean score of its units; never falls along the ladder.
-    """
-
-    group: str
-    order: tuple[int, ...]
-    ends: tuple[int, ...]
-    keys: tuple[float, ...]
-
-    @property
-    def fractions(self) -> tuple[float, ...]:
-        """The fraction of the group's units kept after each step."""
-        size = len(self.order)
-        return tuple((size - end) / size for end in self.ends)
-
-
-@dataclass(frozen=True, slots=True)
-class _Schedule:
-    """States 0 (dense) to `length`; `taken(state)` is the number of steps taken on each ladder."""
-
-    ladders: Sequence[_Ladder]
-    length: int
-    taken: Callable[[int], Sequence[int]]
-
-    def dead(self, state: int) -> dict[str, tuple[int, ...]]:
-        """Group name → dead units, for the groups that are cut."""
-        return {
-            ladder.group: tuple(sorted(ladder.order[: ladder.ends[steps - 1]]))
-            for ladder, steps in zip(self.ladders, self.taken(state), strict=True)
-            if steps
-        }
-
-
-def _ladder(group: Group, scores: Sequence[float], round_to: int, coupling: Coupling) -> _Ladder:
-    values = np.asarray(scores, dtype=np.float64)
-    order, together, staying = _order(values, coupling.floors.get(group.name, ()), coupling.alike.get(group.name, ()))
-    left = sum(widths := _widths(group))
-    ends = []
-    for removed, unit in enumerate(order[:-staying], start=1):
-        left -= widths[unit]
-        if left > 0 and left % round_to == 0 and removed % together == 0:
-            ends.append(removed)
-    steps = pairwise([0, *ends])
-    means = [float(values[order[start:end]].mean()) for start, end in steps]
-    keys = np.maximum.accumulate(means) if means else np.empty(0)  # sorted already, but for rounding
-    return _Ladder(group.name, tuple(order.tolist()), tuple(ends), tuple(keys.tolist()))
-
-
-def _order(values: _Array, floors: Sequence[Sequence[int]], alike: Sequence[Sequence[int]]) -> tuple[_Array, int, int]:
-    """Units in the order in which they go, how many go together, and how many at the end stay."""
-    ranked = np.argsort(values, kind="stable")
-    if alike:  # the least of each piece, then the next of each
-        rank = np.argsort(ranked, kind="stable")
-        rounds = np.array([sorted(piece, key=lambda unit: int(rank[unit])) for piece in alike], dtype=np.int64)
-        if all(set(units) & set(rounds[:, -1].tolist()) for units in floors):
-            return rounds.T.reshape(-1), len(alike), len(alike)
-    staying = {max(units, key=lambda unit: (values[unit], unit)) for units in floors}
-    order = [u for u in ranked if u not in staying] + [u for u in ranked if u in staying]
-    return np.array(order, dtype=np.int64), 1, max(1, len(staying))
-
-
-def _widths(group: Group) -> list[int]:
-    """Positions per unit along the longest stretch of the group on a first axis: the channels that a runtime sees.
-
-    Later axes may hold a channel many times over (a linear layer after a flattened image), which would hide its width.
-    """
-
-    def stretch(site: Site) -> int:
-        return sum(len(owned) for owned in site.index)
-
-    first = [site for site in group.sites if site.axis == 0]
-    widest = max(first or group.sites, key=stretch, default=None)
-    return [len(owned) for owned in widest.index] if widest else [1] * group.size
-
-
-def _global_schedule(ladders: Sequence[_Ladder]) -> _Schedule:
-    """Take steps one at a time, least important first; ties in the order of groups, then of steps."""
-    owners = np.array([k for k, ladder in enumerate(ladders) for _ in ladder.ends], dtype=np.int64)
-    keys = np.array([key for ladder in ladders for key in ladder.keys], dtype=np.float64)
-    ranked = owners[np.argsort(keys, kind="stable")]
-
-    def taken(state: int) -> list[int]:
-        return [int(steps) for steps in np.bincount(ranked[:state], minlength=len(ladders))]
-
-    return _Schedule(ladders, len(ranked), taken)
-
-
-def _uniform_schedule(ladders: Sequence[_Ladder]) -> _Schedule:
-    """Take all groups down together: at level f each keeps the smallest size it may have that is at least f of it."""
-    fractions = [np.array(ladder.fractions) for ladder in ladders]
-    levels = sorted({fraction for ladder in ladders for fraction in ladder.fractions}, reverse=True)
-
-    def taken(state: int) -> list[int]:
-        return [int((kept >= levels[state - 1]).sum()) if state else 0 for kept in fractions]
-
-    return _Schedule(ladders, len(levels), taken)
-
-
 # The budget. ---------------------------------------------------------------------------------------------------------
 
 
@@ -312,7 +201,7 @@ class _Meter:
         return f"{self.cost(dead):,} of {self.dense:,} {self.kind} ({_percent(self.share(dead))})"
 
 
-def _first_within(schedule: _Schedule, meter: _Meter) -> dict[str, tuple[int, ...]] | None:
+def _first_within(schedule: Schedule, meter: _Meter) -> dict[str, tuple[int, ...]] | None:
     """Dead units of the first state within the budget, or None; the state before it exceeds the budget."""
     over, within = 0, schedule.length
     if meter.share(schedule.dead(within)) > meter.fraction:
@@ -342,7 +231,7 @@ def _percent(fraction: float) -> str:
 
 
 def _left_whole(
-    coupling: Coupling, chosen: frozenset[str], ladders: Sequence[_Ladder], *, inexact: str, round_to: int
+    coupling: Coupling, chosen: frozenset[str], ladders: Sequence[Ladder], *, inexact: str, round_to: int
 ) -> list[str]:
     """Why groups were not considered at all."""
     notes = []
@@ -350,7 +239,10 @@ def _left_whole(
     why = "inexact cuts were ruled out" if inexact == "never" else "exact groups sufficed"
     notes += [f"{count} inexact groups left whole, as {why}: {reason}" for reason, count in spared.items()]
     narrow = [
-        ladder.group for ladder in ladders if ladder.group in chosen and not ladder.ends and len(ladder.order) > 1
+        name
+        for ladder in ladders
+        for name in ladder.groups
+        if name in chosen and not ladder.ends and len(ladder.order) > len(ladder.groups)
     ]
     if narrow:
         notes.append(f"left whole for want of a smaller multiple of {round_to}: {', '.join(narrow)}")

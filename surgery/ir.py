@@ -128,7 +128,8 @@ class Coupling:
         shapes: parameter and buffer name → dense shape.
         floors: group name → sets of its units, of each of which one has to stay: a piece of a chunk or a slice consists
             of them, and no value may lose all of an axis.
-        alike: group name → pieces of equal size that a `chunk` cuts it into; as many units go from each.
+        alike: pieces of equal size that a chunk or split cuts whole groups into, each the (group name, unit) of its
+            indices; as many units go from each.
         facts: what `couple` remembers for `cut`, `check` and `cost` (labels of every value); private to those stages.
     """
 
@@ -137,7 +138,7 @@ class Coupling:
     shapes: Mapping[str, tuple[int, ...]]
     facts: Any = None
     floors: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
-    alike: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    alike: tuple[tuple[tuple[tuple[str, int], ...], ...], ...] = ()
 
     def group(self, name: str) -> Group:
         """Return the group called `name`; raises PlanMismatch where there is none."""

@@ -10,10 +10,17 @@ import torch
 
 from surgery.labels import Atoms, Value
 
+aten = torch.ops.aten
+
+_SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
+
 Roots = Mapping[str, tuple[int, ...]]
 """Group name → root label of each unit."""
 Sets = Mapping[str, tuple[tuple[int, ...], ...]]
 """Group name → sets of its units."""
+Pieces = tuple[tuple[tuple[str, int], ...], ...]
+"""Per piece the group and unit of each index."""
+Bundles = tuple[Pieces, ...]
 
 
 def floors(values: Mapping[str, Any], atoms: Atoms, roots: Roots) -> Sets:
@@ -39,26 +46,27 @@ def floors(values: Mapping[str, Any], atoms: Atoms, roots: Roots) -> Sets:
     return {name: tuple(sets) for name, sets in found.items()}
 
 
-def alike(graph: torch.fx.GraphModule, values: Mapping[str, Any], atoms: Atoms, roots: Roots) -> Sets:
-    """Equal pieces that a `chunk` cuts a group into: with as many units in each, the user's `chunk` goes on fitting.
+def alike(graph: torch.fx.GraphModule, values: Mapping[str, Any], atoms: Atoms, roots: Roots) -> Bundles:
+    """Equal pieces that a chunk or split cuts groups into: with as many units in each, the user's code goes on fitting.
 
-    Groups that two chunks cut up differently are left out, and those of which a piece holds other units too.
+    Pieces that two of them make of one group in different ways are left out, and those that hold part of a group only.
     """
     unit_of = _unit_of(roots)
-    found: dict[str, tuple[tuple[int, ...], ...] | None] = {}
+    found: dict[frozenset[str], Pieces | None] = {}
     for node in graph.graph.nodes:
         pieces = values.get(node.name)
-        if node.target is not torch.ops.aten.chunk.default or not isinstance(pieces, tuple):
+        if node.target not in _SPLITS or not isinstance(pieces, tuple):
             continue
         dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-        units = [_units(piece, dim, atoms, unit_of) for piece in pieces]
-        owners = {name for piece in units for name, _ in piece}
-        sets = tuple(tuple(sorted(unit for _, unit in piece)) for piece in units)
-        whole = len({u for s in sets for u in s}) == sum(map(len, sets)) == len(roots.get(next(iter(owners), ""), ()))
-        if len(owners) == 1 and whole and len({len(s) for s in sets}) == 1:
-            (name,) = owners
-            found[name] = sets if found.get(name, sets) == sets else None
-    return {name: sets for name, sets in found.items() if sets is not None}
+        units = tuple(tuple(sorted(_units(piece, dim, atoms, unit_of))) for piece in pieces)
+        groups = frozenset(name for piece in units for name, _ in piece)
+        held = [unit for piece in units for unit in piece]
+        if not held or len(set(held)) != len(held) or len(held) != sum(len(roots[name]) for name in groups):
+            continue
+        if len({len(piece) for piece in units}) == 1:
+            found[groups] = units if found.get(groups, units) == units else None
+    shared = [names for names in found if any(names & other for other in found if other != names)]
+    return tuple(units for names, units in found.items() if units is not None and names not in shared)
 
 
 def _units(piece: Value, dim: int, atoms: Atoms, unit_of: Mapping[int, tuple[str, int]]) -> list[tuple[str, int]]:

@@ -69,6 +69,8 @@ def _split_sizes(r: Rewrite) -> Changes:
     pieces = [r.shape_of(out)[dim] for out in r.outputs]
     if all(out.shape[dim] == piece for out, piece in zip(r.outputs, pieces, strict=True)):
         return {}
+    if "split_sizes" in r.bound:
+        return {"split_sizes": pieces}
     return Replacement(aten.split_with_sizes.default, (r.raw["self"], pieces, dim))
 
 
