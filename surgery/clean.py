@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -93,13 +94,19 @@ def _materialise(graph: torch.fx.GraphModule) -> dict[str, tuple[str, ...]]:
         calls = {str(n.target) for n in region if n.op == "call_function"}
         if all(call in table and table[call].family in _SLICE_ALIKE for call in calls):
             continue
-        name = _free_name(graph, [s for s in sources[weight] if isinstance(_attribute(graph, s), nn.Parameter)])
-        _set(graph, name, _computed(graph, region, weight))
+        learned = [s for s in sources[weight] if isinstance(_attribute(graph, s), nn.Parameter)]
+        if not learned:
+            continue
+        origin, value = tuple(dict.fromkeys(sources[weight])), _computed(graph, region, weight)
+        same = (n for n, o in named.items() if o == origin and torch.equal(_attribute(graph, n), value))
+        name = next(same, None) or _free_name(graph, learned, named)  # a module that is called twice computes it twice
+        if name not in named:
+            _set(graph, name, value)
         with graph.graph.inserting_before(weight):
             held = graph.graph.get_attr(name)
         held.meta = {"val": weight.meta.get("val")}
         weight.replace_all_uses_with(held)
-        named[name] = tuple(dict.fromkeys(sources[weight]))
+        named[name] = origin
     graph.graph.eliminate_dead_code()
     read = {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}
     return {name: tuple(s for s in origin if s not in read) for name, origin in named.items()}
@@ -177,13 +184,16 @@ def _evaluated(graph: torch.fx.GraphModule, region: list[torch.fx.Node], wanted:
     return values[wanted]
 
 
-def _free_name(graph: torch.fx.GraphModule, sources: list[str]) -> str:
-    """`conv.weight` where no parameter is called so (a parametrisation hides it), else `conv.weight_computed`."""
+def _free_name(graph: torch.fx.GraphModule, sources: list[str], taken: Container[str]) -> str:
+    """`conv.weight` where no parameter is called so (a parametrisation hides it), else `conv.weight_computed`.
+
+    A parameter from which several weights are computed lends its name to each, with a number from the second one on.
+    """
     owner, _, leaf = sources[0].partition(".parametrizations.")
-    if leaf:
-        return f"{owner}.{leaf.partition('.')[0]}"
     largest = max(sources, key=lambda s: _attribute(graph, s).numel())
-    return f"{largest}_computed"
+    name = f"{owner}.{leaf.partition('.')[0]}" if leaf else f"{largest}_computed"
+    numbered = (name if k == 1 else f"{name}_{k}" for k in count(1))
+    return next(candidate for candidate in numbered if candidate not in taken)
 
 
 def _set(graph: torch.fx.GraphModule, path: str, value: nn.Parameter) -> None:

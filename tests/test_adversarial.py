@@ -268,6 +268,18 @@ CUT = {
     ),
     "weight norm": three(lambda m, x: m.z(m.w(m.a(x))), w=nn.utils.parametrizations.weight_norm(conv(8, 8))),
     "spectral norm": three(lambda m, x: m.z(m.w(m.a(x))), w=nn.utils.parametrizations.spectral_norm(conv(8, 8))),
+    "two weights of one parameter": three(
+        lambda m, x: m.z(
+            F.conv2d(m.a(x), m.r / m.r.norm(), padding=1) + F.conv2d(m.a(x), m.r.flip(0) - m.r.mean(), padding=1)
+        ),
+        r=nn.Parameter(torch.randn(8, 8, 3, 3)),
+    ),
+    "weight of a buffer": three(
+        lambda m, x: m.z(F.conv2d(m.a(x), m.k / m.k.sum(), padding=1)), k=torch.rand(8, 8, 3, 3)
+    ),
+    "weight norm, called twice": three(
+        lambda m, x: m.z(m.w(m.w(m.a(x)))), w=nn.utils.parametrizations.weight_norm(conv(8, 8))
+    ),
     "concatenated rectifiers": three(lambda m, x: m.z(torch.cat([m.a(x).relu(), (-m.a(x)).relu()], 1)), 16),
     "indexed by a buffer": three(lambda m, x: m.z(m.a(x)[:, m.i]), 5, i=torch.tensor([7, 0, 0, 3, 5])),
     "constant of a literal width": three(lambda m, x: m.z(m.a(x) + torch.ones(1, 8, 1, 1))),
@@ -407,9 +419,3 @@ def test_control_flow_on_data_is_refused() -> None:
 
     with pytest.raises(UnsupportedModel, match=r"test_adversarial\.py"):
         cut_model(three(branching), torch.randn(2, 3, 6, 6))
-
-
-def test_first_layers_and_last_layers_say_what_freezes_them() -> None:
-    program = cut_model(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)), torch.randn(1, 3, 8, 8)).coupling
-    reasons = {(f.tensor, f.axis): f.reason for f in program.frozen}
-    assert reasons["0.weight", 1] == "network input" and reasons["1.weight", 0] == "network output"

@@ -201,3 +201,9 @@ def test_random_plans_leave_every_group_a_unit(case: tuple[str, Cutting, nn.Modu
     assert all(len(dead[g.name]) < g.size for g in cutting.coupling.groups)
     out: list[Tensor] = tensors(cutting.compact.module.eval()(*cutting.program.example_args))
     assert [t.shape for t in out] == [(2, 10)]
+
+
+def test_first_layers_and_last_layers_say_what_freezes_them() -> None:
+    program = cut_model(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)), torch.randn(1, 3, 8, 8)).coupling
+    reasons = {(f.tensor, f.axis): f.reason for f in program.frozen}
+    assert reasons["0.weight", 1] == "network input" and reasons["1.weight", 0] == "network output"
