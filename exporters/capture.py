@@ -25,6 +25,7 @@ import onnxscript
 import torch
 from onnx_ir.passes import common as passes
 
+from exporters.optimise import optimise
 from exporters.signature import Axes, Call, axis_name
 from surgery.errors import UnsupportedModel
 
@@ -128,7 +129,7 @@ def _by_torch_export(model: torch.nn.Module, call: Call, axes: Axes, opset: int)
         args,
         kwargs=kwargs,
         dynamo=True,
-        optimize=True,
+        optimize=False,
         verbose=False,
         opset_version=opset,
         dynamic_shapes=call.dynamic_shapes(axes) if any(axes.values()) else None,
@@ -136,6 +137,7 @@ def _by_torch_export(model: torch.nn.Module, call: Call, axes: Axes, opset: int)
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
     graph: ir.Model = program.model
+    optimise(graph)
     return graph
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from benchmarks.studies.coverage.__main__ import limited, wanted
+from benchmarks.studies.coverage.__main__ import wanted
 from benchmarks.studies.coverage.conditioned import condition
+from benchmarks.studies.coverage.isolated import limited
 from benchmarks.studies.coverage.models import CI_SLICE, models
 from benchmarks.studies.coverage.oracle import judge
 from benchmarks.studies.coverage.table import outcome, render
@@ -110,6 +111,6 @@ def test_the_table_counts_every_outcome() -> None:
     chosen = [m for m in models() if m.name in ("alexnet", "resnet18", "resnet34")]
     rows = {"surgery": {"alexnet": sound, "resnet18": refused}, "torch-pruning": {"alexnet": {**sound, "sound": False}}}
     text = render({"machine": machine, "rows": rows}, chosen)
-    assert "| surgery | 1 | 1 | 0 | 0 | 0 | 0 | 0 | 1 |" in text
+    assert "| surgery | 1 | 1 | 0 | 0 | 0 | 0 | 0 | 0 | 1 |" in text
     assert "| torch-pruning | 0 | 0 | 1 |" in text
     assert "**resnet18** (refused): torch.export cannot capture this model" in text

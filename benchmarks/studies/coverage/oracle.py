@@ -21,6 +21,8 @@ from torch.utils import _pytree
 TOLERANCE = 1e-7
 """Largest relative difference, in float64, of a cut that is right."""
 
+DOES_NOT_RUN = "the cut model does not run"
+
 Kept = list[Tensor]
 """Per axis of a dense tensor: which indices survive, as a mask."""
 
@@ -58,7 +60,7 @@ def judge(dense: nn.Module, compact: nn.Module, batches: Sequence[tuple[Any, ...
     try:
         got = [_outputs(compact, batch) for batch in batches]
     except Exception as error:  # the cut model may fail in any way
-        return Verdict(False, why=f"the cut model does not run: {_line(error)}")
+        return Verdict(False, why=f"{DOES_NOT_RUN}: {said(error)}")
     masked = _zeroed(dense, kept)
     modes: Mapping[str, Callable[[], TorchFunctionMode]] = {
         "zeroed": lambda: _Masked(computed, {}),
@@ -114,22 +116,26 @@ def _slice_of(dense: Tensor, cut: Tensor) -> Kept | None:
     if cut.shape == dense.shape:
         whole = [torch.ones(size, dtype=torch.bool) for size in dense.shape]
         return whole if torch.equal(dense, cut) else None
-    values, order = torch.sort(dense.detach().flatten())
-    at = torch.searchsorted(values, cut.detach().flatten()).clamp_max(len(values) - 1)
-    if not torch.equal(values[at], cut.detach().flatten()):
+    if cut.numel() == 0 or not (found := (dense == cut.flatten()[0]).nonzero()[:1].tolist()):
         return None
-    places = torch.unravel_index(order[at].reshape(cut.shape), dense.shape)
-    kept: Kept = []
-    for axis, place in enumerate(places):
-        line = place.movedim(axis, 0).reshape(cut.shape[axis], -1)
-        if not bool((line == line[:, :1]).all()):
+    corner, places = found[0], []
+    for axis in range(cut.dim()):
+        lines = dense[_line(corner, axis)], cut[_line([0] * cut.dim(), axis)]
+        place = (lines[1][:, None] == lines[0]).int().argmax(1)
+        if len(set(place.tolist())) != len(place):
             return None
-        mask = torch.zeros(dense.shape[axis], dtype=torch.bool)
-        mask[line[:, 0]] = True
-        if int(mask.sum()) != cut.shape[axis]:
-            return None
-        kept.append(mask)
+        places.append(place)
+    if not torch.equal(dense[torch.meshgrid(*places, indexing="ij")], cut):
+        return None
+    kept = [torch.zeros(size, dtype=torch.bool) for size in dense.shape]
+    for mask, place in zip(kept, places, strict=True):
+        mask[place] = True
     return kept
+
+
+def _line(corner: Sequence[int], axis: int) -> tuple[int | slice, ...]:
+    """Index of the line through `corner` along `axis`."""
+    return tuple(slice(None) if a == axis else at for a, at in enumerate(corner))
 
 
 def _keep(tensor: Tensor, kept: Kept) -> Tensor:
@@ -308,6 +314,7 @@ def _difference(wanted: Sequence[Sequence[Tensor]], got: Sequence[Sequence[Tenso
     return worst, least
 
 
-def _line(error: Exception) -> str:
+def said(error: Exception) -> str:
+    """Return the kind of an error and the first line of what it says."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:200] if text else ''}"

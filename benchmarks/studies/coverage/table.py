@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.studies import record
 from benchmarks.studies.coverage.models import Model
+from benchmarks.studies.coverage.oracle import DOES_NOT_RUN
 from benchmarks.studies.coverage.tools import LEAST, MACS, PARITY
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "coverage.md"
@@ -21,14 +22,29 @@ _TITLES = {
 }
 
 
+_OUTCOMES = {
+    "sound": "sound",
+    "refused": "refused",
+    "unsound": "unsound",
+    "does not run": "does not run",
+    "not judged": "not judged",
+    "limit": "over a limit",
+    "failed": "failed",
+    "missed": f"outside {LEAST} to {MACS}",
+    "not run": "not run",
+}
+
+
 def outcome(row: Mapping[str, Any] | None) -> str:
-    """One of sound, refused, unsound, not judged, limit, failed, missed (the budget's range), not run."""
+    """One of sound, refused, unsound, does not run, not judged, limit, failed, missed (the budget's range), not run."""
     if row is None:
         return "not run"
     if "failed" in row:
         if row["failed"] == "limit":
             return "limit"
         return "refused" if row["failed"] in ("BudgetUnreachable", "UnsupportedModel") else "failed"
+    if row["why"].startswith(DOES_NOT_RUN):
+        return "does not run"
     if row["sound"] is not True:
         return "unsound" if row["sound"] is False else "not judged"
     return "sound" if LEAST <= row["macs_kept"] <= MACS else "missed"
@@ -64,12 +80,11 @@ def render(data: Mapping[str, Any], models: Iterable[Model]) -> str:
         "[coverage.json](../benchmarks/studies/results/coverage.json), measured",
         f"on {record.sentence(data['machine'])}, with one thread and at most 120 s and 8 GiB per model and tool.",
         "",
-        "| tool | sound | refused | unsound | not judged | over a limit | failed | outside 0.45 to 0.50 | not run |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| tool | " + " | ".join(_OUTCOMES.values()) + " |",
+        "|---" * (len(_OUTCOMES) + 1) + "|",
     ]
-    order = ("sound", "refused", "unsound", "not judged", "limit", "failed", "missed", "not run")
     for tool, counts in summary(rows, models).items():
-        lines.append(f"| {tool} | " + " | ".join(str(counts.get(kind, 0)) for kind in order) + " |")
+        lines.append(f"| {tool} | " + " | ".join(str(counts.get(kind, 0)) for kind in _OUTCOMES) + " |")
     lines += ["", *_comparison(rows, models), "", *_refusals(rows, models)]
     for family, title in _TITLES.items():
         lines += ["", f"## {title}", "", *_table(rows, [m for m in models if m.family == family])]
@@ -133,6 +148,8 @@ def _peer(row: Mapping[str, Any] | None) -> list[str]:
     kind = outcome(row)
     if row is None or "failed" in row:
         return [kind if row is None or kind == "limit" else f"fails: {row['failed']}", "", "", ""]
+    if row["macs_kept"] is None:
+        return [kind, "", "", ""]
     return [kind, f"{row['macs_kept']:.3f}", f"{row['seconds']:.0f}", f"{row['frozen_share']:.1%}"]
 
 

@@ -18,7 +18,7 @@ from torch.utils import _pytree
 
 from benchmarks.studies.coverage.conditioned import condition
 from benchmarks.studies.coverage.models import Model
-from benchmarks.studies.coverage.oracle import judge
+from benchmarks.studies.coverage.oracle import DOES_NOT_RUN, judge, said
 from surgery.errors import SurgeryError
 from surgery.fvcount import count_macs, count_params
 from surgery.models import load_model
@@ -96,6 +96,7 @@ def surgery_row(model: Model) -> Row:
             "parameters": macs["parameters"],
             "parameters_kept": params["parameters"] / macs["parameters"],
             "kind": result.kind,
+            "stages_s": dict(result.report["stages_s"]),
             "check": result.check.error_float64,
         }
         row |= _groups(result)
@@ -162,14 +163,13 @@ def torch_pruning_row(model: Model) -> Row:
             head_pruning_ratio=0.5,
             output_transform=lambda out: sum(x.sum() for x in _pytree.tree_leaves(out) if isinstance(x, Tensor)),
         )
+        total = sum(p.numel() for p in module.parameters())
         kept, macs = (dense_macs, dense_params), dense_macs
-        movable = {
-            id(dep.target.module)
-            for group in pruner.DG.get_all_groups(ignored_layers=pruner.ignored_layers)
-            for dep, _ in group
-        }
+        movable = _movable(pruner)
         for _ in range(40):
             pruner.step()
+            if broken := _broken(module, subject.inputs):
+                return row | {"sound": False, "why": broken, "macs_kept": None}
             kept = _count(module, subject.inputs)
             if kept[0] == macs and macs < dense_macs * 0.2:
                 break
@@ -183,13 +183,35 @@ def torch_pruning_row(model: Model) -> Row:
             "parameters": dense_params,
             "parameters_kept": kept[1] / dense_params,
         }
-        named = {
-            name: p for m in module.modules() if id(m) not in movable for name, p in m.named_parameters(recurse=False)
-        }
-        still = sum(p.numel() for m in module.modules() if id(m) not in movable for p in m.parameters(recurse=False))
-        row["frozen_share"] = still / max(1, sum(p.numel() for p in module.parameters())) if named else 0.0
+        row["frozen_share"] = 1 - sum(movable.values()) / total
         row |= _verdict(judge(subject.dense, module, subject.batches)) | {"stage": "done"}
     return row
+
+
+def _broken(module: nn.Module, inputs: tuple[Any, ...]) -> str:
+    """Why a model does not run; empty where it does."""
+    try:
+        with torch.no_grad():
+            module(*inputs)
+    except Exception as error:  # whatever the cut model runs into
+        return f"{DOES_NOT_RUN}: {said(error)}"
+    return ""
+
+
+def _movable(pruner: Any) -> dict[int, int]:
+    """Sizes of the parameters that any group of the pruner would make smaller, by identity."""
+    found: dict[int, Tensor] = {}
+    for group in pruner.DG.get_all_groups(ignored_layers=pruner.ignored_layers):
+        for dependency, _ in group:
+            owner = dependency.target.module
+            cut = [owner] if isinstance(owner, Tensor) else list(owner.parameters(recurse=False))
+            if "in_channels" in dependency.handler.__name__ and isinstance(owner, _LAYERS):
+                cut = [owner.weight]  # a bias has no input axis
+            found |= {id(p): p for p in cut if isinstance(p, nn.Parameter)}
+    return {key: p.numel() for key, p in found.items()}
+
+
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 def _heads(module: nn.Module) -> dict[nn.Module, int]:

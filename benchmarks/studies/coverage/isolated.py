@@ -1,0 +1,86 @@
+"""One model and one tool in a process of its own, under limits of time and memory; over a limit is a result.
+
+Processes are forked from a server that has imported everything once, and has compiled a tiny network, so that what is
+timed is the work and not Python's imports.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.studies.coverage.models import Model
+
+SECONDS, BYTES = 120.0, 8 * 2**30
+"""What one model may take with one tool."""
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["benchmarks.studies.coverage.warm"])
+
+
+def limited(model: Model, tool: str, *, seconds: float = SECONDS, limit: int = BYTES) -> dict[str, Any]:
+    """Return the row of one model and tool.
+
+    Args:
+        model: of the list.
+        tool: one of `tools.TOOLS`.
+        seconds: wall time that the process may take.
+        limit: resident bytes that it may hold.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        child = _SERVER.Process(target=_work, args=(model, tool, folder), daemon=True)
+        child.start()
+        started = time.monotonic()
+        over, peak = _watch(child, started + seconds, limit)
+        row = _result(Path(folder), child.exitcode)
+    if over:
+        said = f"over {seconds:.0f} s" if over == "time" else f"over {limit / 2**30:.0f} GiB"
+        row = {"failed": "limit", "message": said}
+    return {**row, "process_s": round(time.monotonic() - started, 1), "peak_bytes": peak}
+
+
+def _watch(child: Any, deadline: float, limit: int) -> tuple[str, int]:
+    """Wait for the process, and end it at a limit; returns which limit, and the most bytes it held."""
+    peak, over = 0, ""
+    try:
+        process = psutil.Process(child.pid)
+        while child.is_alive() and not over:
+            peak = max(peak, process.memory_info().rss)
+            over = "time" if time.monotonic() > deadline else "memory" if peak > limit else ""
+            child.join(0.2)
+    except psutil.NoSuchProcess:
+        pass
+    if over:
+        child.kill()
+    child.join()
+    return over, peak
+
+
+def _work(model: Model, tool: str, folder: str) -> None:
+    with Path(folder, "said").open("w") as said:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(said.fileno(), stream.fileno())
+    import torch
+
+    from benchmarks.studies.coverage.tools import TOOLS
+
+    torch.set_num_threads(1)
+    row = TOOLS[tool](model)
+    Path(folder, "row.json").write_text(json.dumps(row))
+
+
+def _result(folder: Path, code: int | None) -> dict[str, Any]:
+    if (folder / "row.json").exists() and code == 0:
+        row: dict[str, Any] = json.loads((folder / "row.json").read_text())
+        return row
+    said = (folder / "said").read_text().strip().splitlines() if (folder / "said").exists() else []
+    return {"failed": f"exit {code}", "message": said[-1][:300] if said else ""}
