@@ -18,11 +18,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from surgery.blame import first_line
 from surgery.couple import Masks, Wiring, couple, index_table, run, shapes_of
-from surgery.cut import as_call, compact_state, masks_of, slice_tensors
+from surgery.cut import as_call, compact_state, masks_of, own_precision, slice_tensors
 from surgery.errors import CheckFailed, InvalidInput
 from surgery.ir import CheckResult, CompactModel, Coupling, Plan, Program
 from surgery.labels import LabelMismatch, Layers, Value, gather, is_constant
-from surgery.numerics import Run, flat_outputs, masked_run, sample_inputs, state_of, well_conditioned
+from surgery.numerics import (
+    Run,
+    flat_outputs,
+    masked_run,
+    names_dtype,
+    narrowest,
+    sample_inputs,
+    state_of,
+    well_conditioned,
+)
 from surgery.sizes import is_symbolic
 from surgery.tolerances import BLIND, TOLERANCE
 from surgery.trace import evaluating
@@ -54,6 +63,7 @@ def check(
     replayed = replay(program, compact, wiring, masks, plan)
     dense = well_conditioned(program, seed=seed)
     error64, varying = _compare(program, wiring, masks, dense, compact_state(dense, plan), compact, seed)
+    _require_own_class(program, wiring, masks, dense, plan, compact, seed)
     if varying < BLIND:
         raise CheckFailed(
             f"cannot tell: on well-conditioned values only {varying:.1e} of the output varies with the input; "
@@ -71,7 +81,7 @@ def check(
             "(a zero head, or untrained layer scales); equality was shown on well-conditioned values",
         )
     else:
-        _require(error, _precision(real), "the real weights")
+        _require(error, narrowest(program), "the real weights")
     return CheckResult(replayed, error64, told, varying, _meaning(coupling, plan), notes)
 
 
@@ -106,7 +116,7 @@ def _require_other_sizes(
         return ()
     with torch.no_grad():
         try:
-            wanted = [flat_outputs(masked_run(program, wiring, masks, dense).run(*inputs))]
+            wanted = [flat_outputs(masked_run(program, wiring, masks, dense, torch.float64).run(*inputs))]
         except Exception as refusal:  # the dense model itself does not run at that size: there is nothing to compare
             sizes = ", ".join(str(tuple(x.shape)) for x in inputs if _is_tensor(x))
             return (
@@ -129,11 +139,6 @@ def _require(error: float, dtype: torch.dtype, what: str) -> None:
             f"the compact model differs from the masked dense model by {error:.1e} on {what} "
             f"(allowed: {tolerance:.0e}); nothing was written; please report this model"
         )
-
-
-def _precision(state: Mapping[str, Tensor]) -> torch.dtype:
-    found = [t.dtype for t in state.values() if t.dtype in TOLERANCE]
-    return max(found, key=lambda d: TOLERANCE[d]) if found else torch.float32
 
 
 def _meaning(coupling: Coupling, plan: Plan) -> str:
@@ -264,21 +269,41 @@ def _compare(
     compact: CompactModel,
     seed: int,
 ) -> tuple[float, float]:
-    """Relative error and varying share; `cut_state` None: the compact model's own weights."""
+    """Relative error and varying share; `cut_state` None: the compact model's own weights.
+
+    On other weights a user's class that names dtypes is left out: it computes in those, and not in float64.
+    """
     dtype = torch.float64 if cut_state is not None else None
     rounds = [sample_inputs(program, seed=seed + 100 + k, dtype=dtype) for k in range(_rounds(program))]
-    reference = masked_run(program, wiring, masks, dense)
     candidates: list[Callable[[list[Tensor]], Any]] = [_graph_runner(compact, cut_state)]
-    if compact.kind == "module":
+    if compact.kind == "module" and not (dtype and names_dtype(program)):
         candidates.append(_module_runner(program, compact, cut_state))
     with torch.no_grad():
+        reference = masked_run(program, wiring, masks, dense, dtype)
         wanted = [flat_outputs(reference.run(*inputs)) for inputs in rounds]
-        worst, varying = 0.0, 1.0
-        for candidate in candidates:
-            got = [flat_outputs(candidate(inputs)) for inputs in rounds]
-            error, share = relative_error(wanted, got)
-            worst, varying = max(worst, error), share
-    return worst, varying
+        found = [relative_error(wanted, [flat_outputs(run(inputs)) for inputs in rounds]) for run in candidates]
+    return max(error for error, _ in found), found[0][1]
+
+
+def _require_own_class(
+    program: Program,
+    wiring: Wiring,
+    masks: Masks,
+    dense: Mapping[str, Tensor],
+    plan: Plan,
+    compact: CompactModel,
+    seed: int,
+) -> None:
+    """A user's class that names dtypes is compared in those, on the well-conditioned values."""
+    if compact.kind != "module" or not names_dtype(program):
+        return
+    state, _ = own_precision(program, dense)
+    inputs = sample_inputs(program, seed=seed + 100)
+    with torch.no_grad():
+        wanted = flat_outputs(masked_run(program, wiring, masks, state).run(*inputs))
+        got = flat_outputs(_module_runner(program, compact, compact_state(state, plan))(inputs))
+    error, _ = relative_error([wanted], [got])
+    _require(error, narrowest(program), "distinct, well-conditioned values, in the model's own class")
 
 
 def _rounds(program: Program) -> int:

@@ -25,7 +25,15 @@ from surgery.couple import Masks, Wiring, all_tensors, bind, couple, rewrite_vie
 from surgery.errors import IllegalCut, PlanMismatch
 from surgery.graph import CompactGraph, hold
 from surgery.ir import CompactModel, Coupling, Cut, Plan, Program
-from surgery.numerics import Run, flat_outputs, sample_inputs, well_conditioned
+from surgery.numerics import (
+    Run,
+    flat_outputs,
+    names_dtype,
+    narrowest,
+    sample_inputs,
+    state_of,
+    well_conditioned,
+)
 from surgery.ops.registry import Replacement, Scaled, rules
 from surgery.tolerances import TOLERANCE
 from surgery.trace import evaluating, module_of, source_of
@@ -256,11 +264,11 @@ def _named(model: nn.Module) -> set[str]:
 
 def _differs(program: Program, plan: Plan, graph: CompactGraph, module: nn.Module) -> str | None:
     """Why the user's class does not compute what the rewritten program computes; None where it does."""
-    state = compact_state(well_conditioned(program), plan)
-    inputs = sample_inputs(program, seed=7, dtype=torch.float64)
+    state, dtype = own_precision(program, compact_state(well_conditioned(program), plan))
+    inputs = sample_inputs(program, seed=7, dtype=dtype)
     args, kwargs = as_call(program, inputs)
     with torch.no_grad(), evaluating(module), evaluating(graph):
-        wanted = flat_outputs(Run(graph, state, dtype=torch.float64).run(*inputs))
+        wanted = flat_outputs(Run(graph, state, dtype=dtype).run(*inputs))
         named = {k: state[k] for k, _ in (*module.named_parameters(), *module.named_buffers()) if k in state}
         try:
             got = flat_outputs(torch.func.functional_call(module, named, args, kwargs))
@@ -269,9 +277,21 @@ def _differs(program: Program, plan: Plan, graph: CompactGraph, module: nn.Modul
     if [t.shape for t in got] != [t.shape for t in wanted]:
         return "its forward returns other shapes at the new sizes"
     worst = max((float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in zip(got, wanted, strict=True)))
-    if not worst <= TOLERANCE[torch.float64]:
+    if not worst <= TOLERANCE[torch.float64 if dtype else narrowest(program)]:
         return f"its forward computes something else at the new sizes (relative difference {worst:.1e})"
     return None
+
+
+def own_precision(program: Program, state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], torch.dtype | None]:
+    """Values on which the user's own forward can be run: in float64, or as they were where it names dtypes itself.
+
+    Returns:
+        The values, and float64 or None.
+    """
+    if not names_dtype(program):
+        return state, torch.float64
+    dtypes = {name: tensor.dtype for name, tensor in state_of(program).items()}
+    return {name: tensor.to(dtypes[name]) for name, tensor in state.items()}, None
 
 
 def compact_state(state: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from surgery.couple import Masks, Wiring, all_tensors
 from surgery.ir import Program
 from surgery.labels import Value
 from surgery.ops.registry import Dead, rules
+from surgery.tolerances import TOLERANCE
 
 aten = torch.ops.aten
 
@@ -111,7 +112,20 @@ class Run(torch.fx.Interpreter):
     def _raised(self, x: Any) -> Any:
         if isinstance(x, torch.device):
             return torch.device("cpu")
-        return self._dtype if x is torch.float32 and self._dtype is not None else x
+        return self._dtype if isinstance(x, torch.dtype) and x.is_floating_point and self._dtype is not None else x
+
+
+def narrowest(program: Program) -> torch.dtype:
+    """Return the floating dtype of least precision among the program's weights and values."""
+    values = pytree.tree_leaves([n.meta.get("val") for n in program.graph.graph.nodes])
+    found = {x.dtype for x in (*values, *state_of(program).values()) if isinstance(x, Tensor)} & TOLERANCE.keys()
+    return max(found, key=lambda dtype: TOLERANCE[dtype], default=torch.float32)
+
+
+def names_dtype(program: Program) -> bool:
+    """Whether forward casts to a floating dtype of its own choice: it then has that precision whatever the weights."""
+    given = pytree.tree_leaves([(n.args, dict(n.kwargs)) for n in program.graph.graph.nodes])
+    return any(isinstance(x, torch.dtype) and x.is_floating_point for x in given)
 
 
 def flat_outputs(result: Any) -> list[Tensor]:
@@ -179,11 +193,14 @@ def _settle_statistics(state: dict[str, Tensor]) -> Callable[[torch.fx.Node, Any
 # -- the masked dense model ------------------------------------------------------------------------------------------
 
 
-def masked_run(program: Program, wiring: Wiring, masks: Masks, state: Mapping[str, Tensor]) -> Run:
+def masked_run(
+    program: Program, wiring: Wiring, masks: Masks, state: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> Run:
     """An interpreter of the dense program in which removed units count as removed.
 
     Operators that contract an axis see its dead slices as zero; those that average over it average over the survivors.
-    Nothing else is touched: whatever a batch norm or an activation emits on dead channels must not matter.
+    Nothing else is touched: whatever a batch norm or an activation emits on dead channels must not matter. `dtype`:
+    what calls that name a floating dtype use in its place.
     """
     table = rules()
 
@@ -203,11 +220,7 @@ def masked_run(program: Program, wiring: Wiring, masks: Masks, state: Mapping[st
         changed = {name: dead.zeroed(name) for name in rule.masked}
         return dead.run(**changed)
 
-    return Run(program.graph, state, override, next(_float_dtypes(state), None))
-
-
-def _float_dtypes(state: Mapping[str, Tensor]) -> Any:
-    return (t.dtype for t in state.values() if t.dtype is torch.float64)
+    return Run(program.graph, state, override, dtype)
 
 
 def _alive(bound: Mapping[str, Any], masks: Masks) -> dict[tuple[str, int], Tensor]:

@@ -23,7 +23,7 @@ from surgery.cut import masks_of
 from surgery.errors import CheckFailed, InvalidInput, SurgeryError
 from surgery.fvcount import count_macs, count_params
 from surgery.ir import CheckResult, Coupling, Plan, Program
-from surgery.numerics import masked_run, state_of
+from surgery.numerics import masked_run, names_dtype, narrowest, state_of
 from surgery.tolerances import TOLERANCE
 from surgery.trace import evaluating
 
@@ -145,7 +145,9 @@ def reference_module(program: Program, plan: Plan, coupling: Coupling) -> nn.Mod
     return _Masked(program, plan, coupling)
 
 
-def check(whole: Whole, reference: nn.Module, compact: nn.Module, verdict: CheckResult) -> CheckResult:
+def check(
+    whole: Whole, reference: nn.Module, compact: nn.Module, verdict: CheckResult, program: Program
+) -> CheckResult:
     """Compare the whole model around the compact part with the whole model around the masked dense part.
 
     Args:
@@ -153,6 +155,7 @@ def check(whole: Whole, reference: nn.Module, compact: nn.Module, verdict: Check
         reference: the masked part.
         compact: the whole model around the compact part.
         verdict: what the part's own check found.
+        program: the dense part, traced.
 
     Returns:
         The verdict, with a note on what was compared.
@@ -175,11 +178,12 @@ def check(whole: Whole, reference: nn.Module, compact: nn.Module, verdict: Check
             f"the whole model does not run around the compact part '{whole.name}': {where_raised(error)}: "
             f"{first_line(error)}; nothing was written"
         ) from error
-    difference = _difference(wanted, got)
-    if not difference <= TOLERANCE[dtype]:
+    inside = narrowest(program) if program.tracer == "export" and names_dtype(program) else dtype
+    difference, allowed = _difference(wanted, got), max(TOLERANCE[dtype], TOLERANCE[inside])
+    if not difference <= allowed:
         raise CheckFailed(
             f"around the compact part '{whole.name}' the whole model differs by {difference:.1e} from what it computes "
-            f"around the masked one (allowed: {TOLERANCE[dtype]:.0e}); nothing was written; please report this model"
+            f"around the masked one (allowed: {allowed:.0e}); nothing was written; please report this model"
         )
     times = "; it is called several times, the first call's inputs were used" if len(calls) > 1 else ""
     note = f"part '{whole.name}' was checked on its own {_INSIDE} (difference {difference:.1e}){times}"

@@ -171,7 +171,7 @@ def realise(decision: Decision, *, progress: Progress | None = None) -> Result:
     with run("check"):
         verdict = stages.check(program, plan, compact, coupling=coupling, seed=decision.request.seed)
         if whole is not None:
-            verdict = parts.check(whole, stages.reference(program, plan, coupling), model, verdict)
+            verdict = parts.check(whole, stages.reference(program, plan, coupling), model, verdict, program)
     with run("count"):
         costs, notes = _counted(decision, compact)
     data = report.describe(program, coupling, plan, compact=compact, verdict=verdict, costs=costs)
