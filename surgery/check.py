@@ -232,7 +232,6 @@ def fake_shapes(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> dict[str, 
         LabelMismatch: an operator does not accept the sizes it meets.
     """
     shapes: dict[str, Any] = {}
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def record(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
         try:
@@ -242,9 +241,9 @@ def fake_shapes(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> dict[str, 
         shapes[node.name] = shapes_of(result)
         return result
 
-    with mode:
-        fake = {k: mode.from_tensor(v) for k, v in _tensors_of(graph).items()}
-        arguments = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in _tensors_of(graph).items()}
+        arguments = [torch.empty(x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x for x in inputs]
         Run(graph, fake, record).run(*arguments)
     placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
     shapes.update({n.name: shapes_of(x) for n, x in zip(placeholders, inputs, strict=True)})
@@ -315,8 +314,9 @@ def _rounds(program: Program) -> int:
 
 
 def _graph_runner(compact: CompactModel, state: Mapping[str, Tensor] | None) -> Callable[[list[Tensor]], Any]:
+    tensors = state if state is not None else _tensors_of(compact.graph)
+
     def call(inputs: list[Tensor]) -> Any:
-        tensors = state if state is not None else _tensors_of(compact.graph)
         with evaluating(compact.graph):
             return Run(compact.graph, tensors, dtype=torch.float64 if state is not None else None).run(*inputs)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from surgery import einsum
 from surgery.ops.registry import rules
 from surgery.sizes import hint, is_symbolic
+from surgery.unlift import flat_inputs, plain_containers, unlift
 
 aten = torch.ops.aten
 _ASSERTIONS = ("_assert", "sym_constrain", "_guards_fn")
@@ -42,7 +43,7 @@ class Cleaned:
 
 def clean(exported: Any) -> Cleaned:
     """Return the exported program as a plain graph module that later stages can label and rewrite."""
-    graph = exported.module(check_guards=False)
+    graph = unlift(exported)
     _drop_assertions(graph)
     if not _functionalise(graph):
         graph = exported.run_decompositions({}).module(check_guards=False)
@@ -210,26 +211,13 @@ def _plain(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
     dictionaries): such a module can be copied and saved without torch's pytree machinery.
     """
     info = getattr(graph.graph._codegen, "pytree_info", None)
-    placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
     output = next(n for n in graph.graph.nodes if n.op == "output")
-    if info is not None and _flat_inputs(info.in_spec, len(placeholders)) and _plain_containers(info.out_spec):
+    if info is not None and flat_inputs(info.in_spec) and plain_containers(info.out_spec):
         output.args = (pytree.tree_unflatten(list(output.args[0]), info.out_spec),)
         graph.graph.set_codegen(torch.fx.graph.CodeGen())
     plain = torch.fx.GraphModule(graph, graph.graph, "Program")
     plain.eval()
     return plain
-
-
-def _flat_inputs(spec: Any, count: int) -> bool:
-    return bool(
-        spec.num_leaves == count and all(leaf.is_leaf() for part in spec.children() for leaf in part.children())
-    )
-
-
-def _plain_containers(spec: Any) -> bool:
-    if spec.is_leaf():
-        return True
-    return spec.type in (tuple, list, dict) and all(_plain_containers(child) for child in spec.children())
 
 
 def _drop_assertions(graph: torch.fx.GraphModule) -> None:
@@ -240,21 +228,60 @@ def _drop_assertions(graph: torch.fx.GraphModule) -> None:
 
 
 def _functionalise(graph: torch.fx.GraphModule) -> bool:
-    """Replace in-place operators by plain ones; False where a mutated value is seen through a view."""
-    order = {node: k for k, node in enumerate(graph.graph.nodes)}
+    """Replace in-place operators by plain ones; False where a mutated value is seen through a view.
+
+    A slice that is mutated is written back into what it was sliced from, and what it was sliced from is that from then
+    on. Any other view that was there before and is read later calls for torch's own functionalisation.
+    """
+    order: dict[torch.fx.Node, float] = {node: k for k, node in enumerate(graph.graph.nodes)}
     family = _alias_families(graph)
     for node in list(graph.graph.nodes):
         if not _mutates(node):
             continue
-        target = node.args[0]
-        if target.op != "call_function" or _plain_overload(node.target) is None:
+        chain, now = _slices_up(node.args[0]), order[node]
+        if chain[-1].op != "call_function" or _plain_overload(node.target) is None:
             return False
-        relatives = [n for n in family[target] if n is not target and n is not node]
-        if any(order[user] > order[node] for relative in relatives for user in relative.users):
+        older = (n for n in family[chain[0]] if order[n] < now and n not in chain)
+        if any(order[user] > now for relative in older for user in relative.users):
             return False
         node.target = _plain_overload(node.target)
-        target.replace_all_uses_with(node, delete_user_cb=lambda user, at=order[node]: order[user] > at)
+        _replace_later(chain[0], node, order, now)
+        changed = node
+        for step, (view, whole) in enumerate(pairwise(chain), 1):
+            with graph.graph.inserting_after(changed):
+                arguments = (whole, changed, *view.args[1:])
+                written = graph.graph.call_function(_SCATTERS[view.target], arguments, dict(view.kwargs))
+            written.meta = {**node.meta, "val": whole.meta.get("val")}
+            order[written] = now + step / (len(chain) + 1)
+            _replace_later(whole, written, order, order[written])
+            changed = written
+            _join(family, whole, written)
+        if len(chain) > 1:
+            _join(family, chain[-1], node)
     return True
+
+
+_SCATTERS: Mapping[Any, Any] = {
+    aten.slice.Tensor: aten.slice_scatter.default,
+    aten.select.int: aten.select_scatter.default,
+}
+
+
+def _slices_up(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """The value, what it is a slice or an element of, and so on up to a value that is neither."""
+    chain = [node]
+    while chain[-1].target in _SCATTERS:
+        chain.append(chain[-1].args[0])  # type: ignore[arg-type]
+    return chain
+
+
+def _replace_later(old: torch.fx.Node, new: torch.fx.Node, order: Mapping[torch.fx.Node, float], now: float) -> None:
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: order[user] > now)
+
+
+def _join(family: dict[torch.fx.Node, list[torch.fx.Node]], old: torch.fx.Node, new: torch.fx.Node) -> None:
+    family[old].append(new)  # one list for all who are in it
+    family[new] = family[old]
 
 
 def _mutates(node: torch.fx.Node) -> bool:

@@ -65,6 +65,7 @@ class Facts:
     inexact: dict[int, str] = field(default_factory=dict)
     axis_size: dict[int, int] = field(default_factory=dict)
     remembered: dict[str, Layer] = field(default_factory=dict)
+    equations: int = 0
 
 
 class Atoms:
@@ -78,6 +79,8 @@ class Atoms:
         self.facts = facts or Facts()
         self.dead = dead
         self.where = ""
+        self._known: dict[bytes, list[Layer]] = {}
+        self._known_at = 0
 
     def locked(self, dead: Mask) -> Atoms:
         """Return a read-only view in which the roots marked in `dead` (length `count`) have been removed."""
@@ -188,6 +191,7 @@ class Atoms:
         self._must_be_open(f"units {a} and {b} to be one")
         low, high = min(a, b), max(a, b)
         facts = self.facts
+        facts.equations += 1
         facts.parent[high] = low
         if high in facts.claimed:
             facts.claimed.add(low)
@@ -203,10 +207,12 @@ class Atoms:
                 self.facts.inexact.setdefault(part, self.facts.inexact[label])
             if label in self.facts.claimed:
                 self.facts.claimed.add(part)
+        self.facts.equations += 1
         self.facts.parts[label] = parts
 
     def _freeze_root(self, root: int, reason: str) -> None:
         self._must_be_open(f"unit {root} to be kept")
+        self.facts.equations += 1
         self.facts.frozen[root] = reason
 
     def _must_be_open(self, what: str) -> None:
@@ -297,6 +303,17 @@ class Atoms:
         return tuple(out)
 
     def _columns(self, layer: Layer) -> list[Layer]:
+        """Roots per index, in as many layers as it takes; remembered until the next equation."""
+        if self._known_at != self.facts.equations:
+            self._known, self._known_at = {}, self.facts.equations
+        key = layer.tobytes()
+        if key not in self._known:
+            self._known[key] = self._worked_out(layer)
+            for column in self._known[key]:
+                column.flags.writeable = False
+        return self._known[key]
+
+    def _worked_out(self, layer: Layer) -> list[Layer]:
         unique, inverse = np.unique(layer, return_inverse=True)
         roots = [self.find(x) for x in unique.tolist()]
         if self.facts.frozen.keys().isdisjoint(roots) and self.facts.parts.keys().isdisjoint(roots):

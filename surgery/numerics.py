@@ -102,14 +102,14 @@ class Run(torch.fx.Interpreter):
         if n.op != "call_function":
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        args, kwargs = pytree.tree_map(self._raised, (args, kwargs))
+        args, kwargs = tuple(map(self._here, args)), {name: self._here(x) for name, x in kwargs.items()}
         if self._override is not None:
             result = self._override(n, args, kwargs)
             if result is not NotImplemented:
                 return result
         return n.target(*args, **kwargs)  # type: ignore[operator]
 
-    def _raised(self, x: Any) -> Any:
+    def _here(self, x: Any) -> Any:
         if isinstance(x, torch.device):
             return torch.device("cpu")
         return self._dtype if isinstance(x, torch.dtype) and x.is_floating_point and self._dtype is not None else x

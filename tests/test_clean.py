@@ -1,0 +1,110 @@
+"""Graph cleaning: what writes in place, through views of all kinds, computes the same without doing so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from surgery.trace import trace
+
+
+def overlapping(y: Tensor) -> Tensor:
+    y[:, :4].mul_(2)
+    y[:, 2:6].add_(1)
+    return y
+
+
+def view_written_twice(y: Tensor) -> Tensor:
+    part = y[:, :4]
+    part.mul_(2)
+    part.add_(1)
+    return y + 1
+
+
+def older_view_read_later(y: Tensor) -> Tensor:
+    part, other = y[:, :4], y[:, 2:]
+    part.mul_(2)
+    return y[:, 2:] * other
+
+
+def both_read_later(y: Tensor) -> Tensor:
+    part = y[:, :4]
+    part.mul_(2)
+    y[:, 0].add_(3)
+    return y.sum((1, 2, 3)) + part.sum((1, 2, 3))
+
+
+def blocks_of_a_constant(y: Tensor) -> Tensor:
+    mask = torch.zeros(8, 8)
+    for row in range(3):
+        for column in range(3):
+            mask[row : row + 2, column : column + 2] = row * 3 + column
+    return y * mask[:, 1].reshape(1, 8, 1, 1)
+
+
+def through_a_reshape(y: Tensor) -> Tensor:
+    y.view(y.shape[0], 2, 4, *y.shape[2:])[:, 0].mul_(3)
+    return y
+
+
+def slice_of_a_slice(y: Tensor) -> Tensor:
+    y[:, :4][:, 1:3].mul_(2)
+    y[:, :4].relu_()
+    return y
+
+
+def slice_of_a_slice_written_before(y: Tensor) -> Tensor:
+    part = y[:, :4]
+    inner = part[:, 1:]
+    part.mul_(2)
+    inner.add_(1)
+    return y
+
+
+def what_the_write_returned(y: Tensor) -> Tensor:
+    part = y[:, :4].mul_(2)
+    part.add_(1)
+    return y * 1
+
+
+def halves_into_each_other(y: Tensor) -> Tensor:
+    part = y[:, :4]
+    part += y[:, 4:]
+    y[:, 4:] -= part
+    return y
+
+
+def filled(y: Tensor) -> Tensor:
+    y[:, 0].fill_(2.0)
+    return y[:, 0] + y[:, 1]
+
+
+WRITES = [
+    overlapping, view_written_twice, older_view_read_later, both_read_later, blocks_of_a_constant, through_a_reshape,
+    slice_of_a_slice, slice_of_a_slice_written_before, what_the_write_returned, halves_into_each_other, filled,
+]  # fmt: skip
+
+
+class Writes(nn.Module):
+    """A convolution whose output is written to."""
+
+    def __init__(self, write: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.write = nn.Conv2d(3, 8, 1), write
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) to whatever the function makes of (N, 8, H, W)."""
+        return self.write(self.conv(x).clone())
+
+
+@pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__)
+def test_in_place_writes_become_plain_operators(write: Callable[[Tensor], Tensor]) -> None:
+    model, x = Writes(write).eval(), torch.randn(2, 3, 8, 8)
+    program = trace(model, x)
+    schemas = [n.target._schema for n in program.graph.graph.nodes if hasattr(n.target, "_schema")]
+    assert schemas and not any(schema.is_mutable for schema in schemas)
+    with torch.no_grad():
+        torch.testing.assert_close(program.graph(x), model(x))
