@@ -241,8 +241,9 @@ def fake_shapes(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> dict[str, 
         shapes[node.name] = shapes_of(result)
         return result
 
+    tensors = _tensors_of(graph)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        fake = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in _tensors_of(graph).items()}
+        fake = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
         arguments = [torch.empty(x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x for x in inputs]
         Run(graph, fake, record).run(*arguments)
     placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
