@@ -24,7 +24,9 @@ import onnx_ir as ir
 import onnxscript
 import torch
 from onnx_ir.passes import common as passes
+from torch.onnx._internal.exporter._dynamic_shapes import convert_str_to_export_dim
 
+from exporters.attention import translations
 from exporters.optimise import optimise
 from exporters.signature import Axes, Call, axis_name
 from surgery.errors import UnsupportedModel
@@ -124,21 +126,58 @@ def reason(error: BaseException) -> str:
 
 def _by_torch_export(model: torch.nn.Module, call: Call, axes: Axes, opset: int) -> ir.Model:
     args, kwargs = _arguments(call)
-    program = torch.onnx.export(
-        model,
-        args,
-        kwargs=kwargs,
-        dynamo=True,
-        optimize=False,
-        verbose=False,
-        opset_version=opset,
-        dynamic_shapes=call.dynamic_shapes(axes) if any(axes.values()) else None,
-    )
+    shapes = call.dynamic_shapes(axes) if any(axes.values()) else None
+
+    def export(subject: Any) -> Any:
+        return torch.onnx.export(
+            subject,
+            args,
+            kwargs=kwargs,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=opset,
+            custom_translation_table=dict(translations(opset)),
+            dynamic_shapes=shapes,
+        )
+
+    try:
+        program = export(model)
+    except Exception as error:
+        if not any(_NO_VIEW in str(link) for link in _chain(error)):
+            raise
+        program = export(_reshaping(model, args, kwargs, shapes))
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
     graph: ir.Model = program.model
     optimise(graph)
     return graph
+
+
+_NO_VIEW = "Cannot view a tensor"
+
+
+def _reshaping(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None, shapes: Any
+) -> torch.export.ExportedProgram:
+    """Capture with reshapes for views, and the results of attention laid out in one way.
+
+    Whether a view is possible hangs on strides, and torch's decompositions lay attention out otherwise than its kernel.
+    """
+    dynamic, _ = convert_str_to_export_dim(shapes)
+    program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+    aten = torch.ops.aten
+    for node in list(program.graph.nodes):
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+        elif node.target is aten.scaled_dot_product_attention.default:
+            with program.graph.inserting_after(node):
+                layout = {"memory_format": torch.contiguous_format}
+                copy = program.graph.call_function(aten.clone.default, (node,), layout)
+            copy.meta = dict(node.meta)
+            node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+    program.graph_module.recompile()
+    return program
 
 
 def _by_torchscript(model: torch.nn.Module, call: Call, axes: Axes, outputs: Sequence[str], opset: int) -> ir.Model:

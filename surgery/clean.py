@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
 from torch.utils import _pytree as pytree
 
 from surgery import einsum
+from surgery.blame import last_own_line
+from surgery.errors import UnsupportedModel
 from surgery.ops.registry import rules
 from surgery.sizes import hint, is_symbolic
 from surgery.unlift import flat_inputs, plain_containers, unlift
@@ -44,18 +47,60 @@ class Cleaned:
 def clean(exported: Any) -> Cleaned:
     """Return the exported program as a plain graph module that later stages can label and rewrite."""
     graph = unlift(exported)
+    _inline_regions(graph)
     _drop_assertions(graph)
     if not _functionalise(graph):
         graph = exported.run_decompositions({}).module(check_guards=False)
+        _inline_regions(graph)
         _drop_assertions(graph)
         _functionalise(graph)
     _spell_out_sizes(graph)
+    _reshape(graph)
     einsum.spell_out(graph.graph)
     _fold_scalars(graph)
     materialised = _materialise(graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return Cleaned(_plain(graph), materialised)
+
+
+def _inline_regions(graph: torch.fx.GraphModule) -> None:
+    """Put what forward does inside `torch.autocast(enabled=False)` or `torch.no_grad()` among the rest.
+
+    Raises:
+        UnsupportedModel: autocast is on in forward: the precision of each operator is then not the program's to say.
+    """
+    for node in list(graph.graph.nodes):
+        if node.target is wrap_with_autocast:
+            device, _, enabled, _, body, *operands = node.args
+            if enabled and device == "cpu":
+                raise UnsupportedModel(
+                    f"forward turns autocast on for the processor{_line_of(_attribute(graph, str(body.target)))}; "
+                    "take that out, and cast the model itself"
+                )
+        elif node.target is wrap_with_set_grad_enabled:
+            _, body, *operands = node.args
+        else:
+            continue
+        inner = _attribute(graph, str(body.target)).graph
+        made = dict(zip((n for n in inner.nodes if n.op == "placeholder"), operands, strict=True))
+        with graph.graph.inserting_before(node):
+            for step in inner.nodes:
+                if step.op not in ("placeholder", "output"):
+                    made[step] = graph.graph.node_copy(step, made.__getitem__)
+        results = [made.get(x, x) for x in next(n for n in inner.nodes if n.op == "output").args[0]]
+        for user in list(node.users):  # each takes one of the results
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.graph.erase_node(user)
+        graph.graph.erase_node(node)
+        if not body.users:
+            graph.graph.erase_node(body)
+
+
+def _line_of(body: torch.fx.GraphModule) -> str:
+    traces = (str(node.meta.get("stack_trace", "")) for node in body.graph.nodes)
+    found = next(filter(None, map(last_own_line, traces)), "")
+    return f" around {found}" if found else ""
 
 
 def _spell_out_sizes(graph: torch.fx.GraphModule) -> None:
@@ -70,6 +115,13 @@ def _spell_out_sizes(graph: torch.fx.GraphModule) -> None:
                 for axis, size in enumerate(other.meta["val"].shape)
             ]
         node.target, node.args = aten.reshape.default, (x, sizes)
+
+
+def _reshape(graph: torch.fx.GraphModule) -> None:
+    """`view` becomes `reshape`: whether a view is possible hangs on strides, which other kernels lay out otherwise."""
+    for node in graph.graph.nodes:
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
 
 
 def _size(graph: torch.fx.Graph, of: torch.fx.Node, axis: int, size: Any) -> torch.fx.Node:

@@ -176,7 +176,7 @@ def _request(given: Mapping[str, Any]) -> Request:
         budget=Budget(**(budget or {"macs": 0.5})),
         inexact=INEXACT[given["exact"]],
         keep=tuple(given["keep"]),
-        **{key: given[key] for key in ("criterion", "scope", "round_to", "part", "tracer", "seed")},
+        **{key: given[key] for key in ("criterion", "scope", "round_to", "own_class", "part", "tracer", "seed")},
     )
 
 

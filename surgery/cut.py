@@ -25,19 +25,11 @@ from surgery.couple import Masks, Wiring, all_tensors, bind, couple, rewrite_vie
 from surgery.errors import IllegalCut, PlanMismatch
 from surgery.graph import CompactGraph, hold
 from surgery.ir import CompactModel, Coupling, Cut, Plan, Program
-from surgery.numerics import (
-    Run,
-    flat_outputs,
-    names_dtype,
-    narrowest,
-    sample_inputs,
-    state_of,
-    well_conditioned,
-)
+from surgery.numerics import InDouble, Run, flat_outputs, sample_inputs, well_conditioned
 from surgery.ops.registry import Replacement, Scaled, rules
 from surgery.tolerances import TOLERANCE
 from surgery.trace import evaluating, module_of, source_of
-from surgery.transplant import Literal, transplant
+from surgery.transplant import Literal, raised_in, transplant
 
 
 def cut(program: Program, plan: Plan, *, coupling: Coupling | None = None) -> CompactModel:
@@ -63,10 +55,10 @@ def cut(program: Program, plan: Plan, *, coupling: Coupling | None = None) -> Co
     sliced = slice_tensors(program, plan)
     graph, literals = _rewrite(program, wiring, masks, sliced)
     lost = _lost_in_training(program)
-    module, why = _own_class(program, plan, graph, sliced, literals)
+    module, why, stuck = _own_class(program, plan, graph, sliced, literals)
     graph.train(program.model.training)
     if module is None:
-        return CompactModel(graph, "graph", why, graph, lost)
+        return CompactModel(graph, "graph", why, graph, lost, stuck)
     return CompactModel(module, "module", why, graph)
 
 
@@ -241,57 +233,46 @@ def _literals(node: torch.fx.Node, raw: Mapping[str, Any], change: Mapping[str, 
 
 def _own_class(
     program: Program, plan: Plan, graph: CompactGraph, sliced: Mapping[str, Tensor], literals: list[Literal]
-) -> tuple[nn.Module | None, str]:
-    """The user's class with sliced submodules, where it computes what the rewritten program computes."""
+) -> tuple[nn.Module | None, str, str]:
+    """The user's class with sliced submodules, where it computes what the rewritten program computes; why; stuck."""
     if isinstance(program.model, torch.fx.GraphModule):
-        return None, "the model is a graph already"
+        return None, "the model is a graph already", ""
     if program.materialised:
-        return None, f"forward computes the weight '{next(iter(program.materialised))}' from others, at its old size"
+        weight = next(iter(program.materialised))
+        return None, f"forward computes the weight '{weight}' from others, at its old size", ""
     named = _named(program.model)
     stray = [c.tensor for c in plan.cuts if c.tensor not in named]
     if stray:
-        return None, f"forward builds the tensor '{stray[0]}' itself, at a size that would have to change"
-    module = transplant(program.model, sliced, literals, graph)
-    why = _differs(program, plan, graph, module)
-    if why is None:
-        why = _fails_in_training(program, module)
-    return (None, why) if why else (module, "its forward computes the same at the new sizes")
+        return None, f"forward builds the tensor '{stray[0]}' itself, at a size that would have to change", ""
+    module, repaired = transplant(program.model, sliced, literals, graph)
+    why, stuck = _differs(program, plan, graph, module)
+    why, stuck = why or _fails_in_training(program, module), stuck or next(iter(repaired), "")
+    return (None, why, stuck) if why else (module, "its forward computes the same at the new sizes", "")
 
 
 def _named(model: nn.Module) -> set[str]:
     return {n for n, _ in model.named_parameters(remove_duplicate=False)} | {n for n, _ in model.named_buffers()}
 
 
-def _differs(program: Program, plan: Plan, graph: CompactGraph, module: nn.Module) -> str | None:
-    """Why the user's class does not compute what the rewritten program computes; None where it does."""
-    state, dtype = own_precision(program, compact_state(well_conditioned(program), plan))
-    inputs = sample_inputs(program, seed=7, dtype=dtype)
+def _differs(program: Program, plan: Plan, graph: CompactGraph, module: nn.Module) -> tuple[str | None, str]:
+    """Why the user's class does not compute what the rewritten program computes (None where it does), and in which."""
+    state = compact_state(well_conditioned(program), plan)
+    inputs = sample_inputs(program, seed=7, dtype=torch.float64)
     args, kwargs = as_call(program, inputs)
     with torch.no_grad(), evaluating(module), evaluating(graph):
-        wanted = flat_outputs(Run(graph, state, dtype=dtype).run(*inputs))
+        wanted = flat_outputs(Run(graph, state, dtype=torch.float64).run(*inputs))
         named = {k: state[k] for k, _ in (*module.named_parameters(), *module.named_buffers()) if k in state}
         try:
-            got = flat_outputs(torch.func.functional_call(module, named, args, kwargs))
+            with InDouble():
+                got = flat_outputs(torch.func.functional_call(module, named, args, kwargs))
         except Exception as error:  # whatever the user's forward raises at sizes it was not written for
-            return f"its forward does not run at the new sizes: {first_line(error)}"
+            return f"its forward does not run at the new sizes: {first_line(error)}", raised_in(error, module)
     if [t.shape for t in got] != [t.shape for t in wanted]:
-        return "its forward returns other shapes at the new sizes"
+        return "its forward returns other shapes at the new sizes", ""
     worst = max((float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in zip(got, wanted, strict=True)))
-    if not worst <= TOLERANCE[torch.float64 if dtype else narrowest(program)]:
-        return f"its forward computes something else at the new sizes (relative difference {worst:.1e})"
-    return None
-
-
-def own_precision(program: Program, state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], torch.dtype | None]:
-    """Values on which the user's own forward can be run: in float64, or as they were where it names dtypes itself.
-
-    Returns:
-        The values, and float64 or None.
-    """
-    if not names_dtype(program):
-        return state, torch.float64
-    dtypes = {name: tensor.dtype for name, tensor in state_of(program).items()}
-    return {name: tensor.to(dtypes[name]) for name, tensor in state.items()}, None
+    if not worst <= TOLERANCE[torch.float64]:
+        return f"its forward computes something else at the new sizes (relative difference {worst:.1e})", ""
+    return None, ""
 
 
 def compact_state(state: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:

@@ -179,7 +179,8 @@ def _sliced(program: Program, plan: Plan) -> nn.Module:
     depthwise = {
         c.tensor: tensors[c.tensor].shape[0] for c in plan.cuts if getattr(convolutions.get(c.tensor), "groups", 1) > 1
     }
-    return transplant(program.model, tensors, [], None, groups=depthwise)
+    module, _ = transplant(program.model, tensors, [], None, groups=depthwise)
+    return module
 
 
 def _run_at_new_sizes(module: nn.Module, program: Program) -> None:

@@ -291,6 +291,7 @@ class CompactModel:
         why: why it is of that kind.
         graph: the rewritten program as a `torch.fx.GraphModule` (the same object as `module` for kind `graph`).
         lost_in_training: what a graph module no longer does in `.train()`: stochastic depth, attention dropout.
+        stuck: for kind `graph`, the submodule whose own forward does not run at the new sizes, where it is one.
     """
 
     module: Any
@@ -298,6 +299,7 @@ class CompactModel:
     why: str
     graph: Any
     lost_in_training: tuple[str, ...] = ()
+    stuck: str = ""
 
 
 @dataclass(frozen=True, slots=True)

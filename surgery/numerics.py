@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from surgery.couple import Masks, Wiring, all_tensors
@@ -131,6 +132,33 @@ def names_dtype(program: Program) -> bool:
 def flat_outputs(result: Any) -> list[Tensor]:
     """Floating tensors among a model's outputs, in order."""
     return [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+class InDouble(TorchFunctionMode):
+    """Within the block a model's own code computes in float64 wherever it names another floating dtype, or none."""
+
+    def __enter__(self) -> InDouble:
+        self._before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        torch.set_default_dtype(self._before)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call with float64 in the place of every floating dtype."""
+        if func in _CASTS:
+            func = Tensor.double
+        return func(*map(_double, args), **{name: _double(x) for name, x in (kwargs or {}).items()})
+
+
+_CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
+
+
+def _double(x: Any) -> Any:
+    return torch.float64 if isinstance(x, torch.dtype) and x.is_floating_point else x
 
 
 # -- well-conditioned values -----------------------------------------------------------------------------------------

@@ -118,6 +118,10 @@ SELECTION = (
         "--keep", multiple=True, metavar="PATTERN",
         help="Leave modules or parameters of this name whole (* and ? match); may be repeated.",
     ),
+    click.option(
+        "--own-class", is_flag=True,
+        help="Keep whole what your class's code cannot run at other sizes, so that your class comes back.",
+    ),
     click.option("--part", metavar="SUBMODULE", help="Shrink this submodule only; its interface stays."),
     click.option(
         "--tracer", type=click.Choice(["export", "torch-pruning"]), default="export", show_default=True,

@@ -11,7 +11,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ class Request:
     round_to: int = 1
     inexact: str = "if-needed"
     keep: tuple[str, ...] = ()
+    own_class: bool = False
     part: str | None = None
     tracer: str = "export"
     seed: int = 0
@@ -139,6 +140,16 @@ def decide(
     with run("trace"):
         whole = parts.reach(model, request.part, example_inputs, example_kwargs) if request.part is not None else None
         program = stages.trace(*(whole.call if whole else (model, example_inputs, example_kwargs)))
+    coupling, plan, costs = _chosen(stages, program, request, run)
+    while request.own_class and (module := _in_the_way(stages, program, plan, coupling, request, run)):
+        request = replace(request, keep=(*request.keep, module))
+        coupling, plan, costs = _chosen(stages, program, request, run)
+    return Decision(request, program, coupling, plan, _kept(costs, coupling, plan), run.seconds, whole)
+
+
+def _chosen(
+    stages: Stages, program: Program, request: Request, run: Clock
+) -> tuple[Coupling, Plan, Mapping[str, CostFn]]:
     with run("couple"):
         coupling = stages.couple(program, keep=request.keep)
     with run("score"):
@@ -157,7 +168,24 @@ def decide(
             inexact=request.inexact,
             settings=request.settings(),
         )
-    return Decision(request, program, coupling, plan, _kept(costs, coupling, plan), run.seconds, whole)
+    return coupling, plan, costs
+
+
+def _in_the_way(stages: Stages, program: Program, plan: Plan, coupling: Coupling, request: Request, run: Clock) -> str:
+    """Return the submodule that has to stay whole for the model's own class to fit, or "" where the class fits."""
+    with run("fit"):
+        compact = stages.cut(program, plan, coupling=coupling)
+    if compact.kind == "module":
+        return ""
+    module = compact.stuck
+    while module and module in request.keep:
+        module = module.rpartition(".")[0]
+    if not module:
+        raise UnsupportedModel(
+            f"{type(program.model).__name__} cannot hold a cut model: {compact.why}; "
+            "do without --own-class, and the rewritten program comes back in its place"
+        )
+    return module
 
 
 def realise(decision: Decision, *, progress: Progress | None = None) -> Result:
@@ -202,6 +230,7 @@ def shrink(
     round_to: int = 1,
     inexact: str = "if-needed",
     keep: Sequence[str] = (),
+    own_class: bool = False,
     part: str | None = None,
     tracer: str = "export",
     seed: int = 0,
@@ -218,6 +247,8 @@ def shrink(
         round_to: kept units per group are multiples of this.
         inexact: `never`, `if-needed` or `always` cut units whose removal changes what a norm or mean averages over.
         keep: patterns (``*``, ``?``) of module or parameter names that stay whole.
+        own_class: keep submodules whole whose own code does not run at other sizes, so that the model's class fits;
+            the plan's settings then list them under `keep`.
         part: dotted name of the submodule to shrink, or None for the whole model.
         tracer: `export`, or `torch-pruning` for models that `torch.export` cannot capture.
         seed: of everything drawn at random; same model, seed and arguments give the same plan.
@@ -228,7 +259,8 @@ def shrink(
 
     Raises:
         InvalidInput: arguments, shapes or weights that cannot be used.
-        UnsupportedModel: the model cannot be traced or cut; the message names the source line.
+        UnsupportedModel: the model cannot be traced or cut; the message names the source line. Or, with `own_class`,
+            the class cannot hold any cut model.
         BudgetUnreachable: the message says what was reachable, and what is frozen.
         CheckFailed: the compact model does not compute what the masked dense model computes.
     """
@@ -240,6 +272,7 @@ def shrink(
         round_to=round_to,
         inexact=inexact,
         keep=(keep,) if isinstance(keep, str) else tuple(keep),
+        own_class=own_class,
         part=part,
         tracer=tracer,
         seed=seed,
@@ -324,7 +357,7 @@ class Clock:
         self.progress(stage, 0.0)
         start = time.perf_counter()
         yield
-        self.seconds[stage] = round(time.perf_counter() - start, 3)
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
         self.progress(stage, 1.0)
 
 

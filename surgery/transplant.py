@@ -8,6 +8,7 @@ is only used if it computes what the rewritten program computes.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,8 +40,8 @@ def transplant(
     graph: torch.fx.GraphModule | None,
     *,
     groups: Mapping[str, int] | None = None,
-) -> nn.Module:
-    """Return a copy of `model` that holds the sliced tensors.
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return a copy of `model` that holds the sliced tensors, and in which submodules a size was guessed.
 
     Args:
         model: the dense module, left unchanged.
@@ -53,8 +54,18 @@ def transplant(
     groups = {**(_group_counts(graph) if graph is not None else {}), **(groups or {})}
     for name, module in with_tensors.named_modules():
         _update(module, groups.get(f"{name}.weight"))
-    _repair(with_tensors, literals)
-    return with_tensors
+    return with_tensors, _repair(with_tensors, literals)
+
+
+def raised_in(error: BaseException, model: nn.Module) -> str:
+    """Return the path of the innermost module, none of torch's own, in whose code the error was raised; "" if none."""
+    paths: dict[int, str] = {id(module): path for path, module in model.named_modules()}
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for frame in reversed(frames):
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and not type(module).__module__.startswith("torch.nn.modules."):
+            return paths.get(id(module), "")
+    return ""
 
 
 def _copy_around(model: nn.Module, sliced: Mapping[str, Tensor]) -> nn.Module:
@@ -112,13 +123,13 @@ def _update(module: nn.Module, groups: int | None) -> None:
         module.num_parameters = module.weight.shape[0]
 
 
-def _repair(model: nn.Module, literals: Sequence[Literal]) -> None:
-    """Let integer attributes follow the literals of the calls that ran in their module."""
+def _repair(model: nn.Module, literals: Sequence[Literal]) -> tuple[str, ...]:
+    """Let integer attributes follow the literals of the calls that ran in their module; returns which modules'."""
     wanted: dict[tuple[str, int], set[int]] = {}
     for literal in literals:
         if literal.before is not None and literal.after is not None:
             wanted.setdefault((literal.module, literal.before), set()).add(literal.after)
-    modules = dict(model.named_modules())
+    modules, repaired = dict(model.named_modules()), []
     for (path, before), after in wanted.items():
         module = modules.get(path)
         if module is None or len(after) > 1 or type(module).__module__.startswith("torch.nn.modules.conv"):
@@ -126,3 +137,5 @@ def _repair(model: nn.Module, literals: Sequence[Literal]) -> None:
         for name, value in list(vars(module).items()):
             if type(value) is int and value == before and not name.startswith("_"):
                 setattr(module, name, next(iter(after)))
+                repaired.append(path)
+    return tuple(dict.fromkeys(repaired))

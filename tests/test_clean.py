@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import surgery
+from surgery.errors import UnsupportedModel
 from surgery.trace import trace
 
 
@@ -108,3 +110,33 @@ def test_in_place_writes_become_plain_operators(write: Callable[[Tensor], Tensor
     assert schemas and not any(schema.is_mutable for schema in schemas)
     with torch.no_grad():
         torch.testing.assert_close(program.graph(x), model(x))
+
+
+class Region(nn.Module):
+    """Part of forward inside autocast that is off, or without gradients."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(16, 5)
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, 5)."""
+        x = self.one(x)
+        region = torch.no_grad() if self.kind == "no_grad" else torch.autocast("cpu", enabled=self.kind == "on")
+        with region:
+            x = self.two(torch.relu(x))
+        y: Tensor = self.head(x.float().mean((2, 3)))
+        return y
+
+
+@pytest.mark.parametrize("kind", ["off", "no_grad"])
+def test_regions_are_cut_like_the_rest(kind: str) -> None:
+    result = surgery.shrink(Region(kind).eval(), torch.randn(2, 3, 12, 12))
+    assert result.kind == "module" and result.check.error_float64 <= 1e-10
+    assert result.model.two.weight.shape[1] < 16
+
+
+def test_autocast_in_forward_is_refused_with_its_line() -> None:
+    with pytest.raises(UnsupportedModel, match=r"autocast.*test_clean\.py:\d+"):
+        surgery.shrink(Region("on").eval(), torch.randn(2, 3, 12, 12))

@@ -387,3 +387,25 @@ def test_names_of_variable_inputs():
 
     t = torch.zeros(1)
     assert list(bind(Variable(), (t, t, t), {"scale": t}).tensors) == ["first", "rest_0", "rest_1", "scale"]
+
+
+class Windows(nn.Module):
+    """Attention over windows, whose tensors have another number of axes than torch's translation knows."""
+
+    def __init__(self, leading: tuple[int, ...], mask: str) -> None:
+        super().__init__()
+        self.leading, self.mask, self.qkv = leading, mask, nn.Linear(8, 24)
+
+    def forward(self, x):
+        """(N, T, 8) to (N, *leading, T / prod(leading), 8)."""
+        q, k, v = (t.reshape(t.shape[0], *self.leading, -1, 8) for t in self.qkv(x).chunk(3, -1))
+        allowed = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+        mask = {"none": None, "bool": allowed, "float": allowed * 0.5}[self.mask]
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+@pytest.mark.parametrize("leading", [(), (2,), (2, 3)], ids=str)
+def test_attention_over_any_number_of_axes(tmp_path, leading, mask):
+    result = export(Windows(leading, mask).eval(), (torch.randn(1, 24, 8),), tmp_path / "windows.onnx")
+    assert result.error <= TOLERANCE and result.notes == ()

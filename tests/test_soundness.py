@@ -11,8 +11,10 @@ import torch
 from conftest import Cutting, cut_model, random_dead, tensors
 from torch import Tensor, nn
 
+import surgery
 from surgery.compat import import_torchvision
 from surgery.cost import cost_functions
+from surgery.errors import UnsupportedModel
 from surgery.fvcount import count_macs, count_params
 
 
@@ -207,3 +209,50 @@ def test_first_layers_and_last_layers_say_what_freezes_them() -> None:
     program = cut_model(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)), torch.randn(1, 3, 8, 8)).coupling
     reasons = {(f.tensor, f.axis): f.reason for f in program.frozen}
     assert reasons["0.weight", 1] == "network input" and reasons["1.weight", 0] == "network output"
+
+
+class ReadsItsInput(nn.Module):
+    """Attention whose code takes a size from its input and uses it for something else, as detectors do."""
+
+    def __init__(self, width: int = 16, heads: int = 2) -> None:
+        super().__init__()
+        self.heads, self.each = heads, width // heads
+        self.qkv, self.proj = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape."""
+        n, c, h, w = x.shape
+        q, k, v = self.qkv(x).view(n, self.heads, 3 * self.each, h * w).split([self.each] * 3, 2)
+        mixed = v @ (q.transpose(-2, -1) @ k).softmax(-1).transpose(-2, -1)
+        y: Tensor = self.proj(mixed.reshape(n, c, h, w))
+        return x + y
+
+
+def reads_its_input() -> nn.Module:
+    wide = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 16, 3), ReadsItsInput())
+    return nn.Sequential(wide, nn.Conv2d(16, 24, 1), nn.ReLU(), nn.Conv2d(24, 4, 1)).eval()
+
+
+def test_own_class_keeps_whole_what_its_code_cannot_run_smaller() -> None:
+    model, x = reads_its_input(), torch.randn(2, 3, 10, 10)
+    assert surgery.shrink(model, x, budget=surgery.Budget(macs=0.5)).kind == "graph"
+    result = surgery.shrink(model, x, budget=surgery.Budget(macs=0.6), own_class=True)
+    assert result.kind == "module" and result.plan.settings["keep"] == ["0.3"]
+    assert result.model.get_submodule("0.3").qkv.weight.shape == (48, 16, 1, 1)
+    assert result.model.get_submodule("0.0").weight.shape[0] < 32
+    again = surgery.apply(result.plan, reads_its_input(), x)
+    assert type(again) is nn.Sequential
+
+
+def test_own_class_that_holds_no_cut_is_refused() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 16, 3), nn.Linear(16 * 64, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.two(self.one(x).view(-1, 1024))
+            return y
+
+    with pytest.raises(UnsupportedModel, match="own-class"):
+        surgery.shrink(Fixed().eval(), torch.randn(2, 3, 10, 10), own_class=True)
