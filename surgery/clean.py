@@ -55,7 +55,6 @@ def clean(exported: Any) -> Cleaned:
         _drop_assertions(graph)
         _functionalise(graph)
     _spell_out_sizes(graph)
-    _reshape(graph)
     einsum.spell_out(graph.graph)
     _fold_scalars(graph)
     materialised = _materialise(graph)
@@ -115,13 +114,6 @@ def _spell_out_sizes(graph: torch.fx.GraphModule) -> None:
                 for axis, size in enumerate(other.meta["val"].shape)
             ]
         node.target, node.args = aten.reshape.default, (x, sizes)
-
-
-def _reshape(graph: torch.fx.GraphModule) -> None:
-    """`view` becomes `reshape`: whether a view is possible hangs on strides, which other kernels lay out otherwise."""
-    for node in graph.graph.nodes:
-        if node.target is aten.view.default:
-            node.target = aten.reshape.default
 
 
 def _size(graph: torch.fx.Graph, of: torch.fx.Node, axis: int, size: Any) -> torch.fx.Node:
