@@ -113,7 +113,7 @@ def _refusals(rows: Rows, models: tuple[Model, ...]) -> list[str]:
         kind = outcome(row)
         if kind not in ("sound", "not run") and row is not None:
             why = row.get("message") or row.get("why") or f"{row['macs_kept']:.3f} of the MACs kept"
-            lines.append(f"- **{model.name}** ({kind}): {_plain(why)}")
+            lines.append(f"- **{model.name}** ({kind}): {why.replace('|', '/')}")
     return lines if len(lines) > 2 else [*lines, "Nothing: every model on the list is cut."]
 
 
@@ -157,9 +157,3 @@ def _third(row: Mapping[str, Any] | None) -> str:
     if row is None or "failed" in row:
         return "" if row is None else ("limit" if row["failed"] == "limit" else "fails")
     return f"{row['macs_kept']:.2f}"
-
-
-def _plain(text: str) -> str:
-    """A message without the folders of the machine that it was written on."""
-    words = text.replace("|", "/").split()
-    return " ".join(word.rpartition("site-packages/")[2] or word for word in words)

@@ -106,7 +106,7 @@ def surgery_row(model: Model) -> Row:
         with tempfile.TemporaryDirectory() as folder:
             single = _as(subject.inputs, torch.float32)
             exported = onnx.export(compact.float(), single, Path(folder, "compact.onnx"))
-        row |= {"onnx_error": exported.error, "onnx_notes": list(exported.notes), "stage": "done"}
+        row |= {"onnx_error": exported.error, "onnx_notes": [plain(note) for note in exported.notes], "stage": "done"}
     return row
 
 
@@ -118,7 +118,8 @@ def _groups(result: Any) -> Row:
     reasons: dict[str, int] = {}
     for frozen in coupling.frozen:
         if frozen.tensor in parameters and frozen.tensor not in movable:
-            reasons[frozen.reason] = reasons.get(frozen.reason, 0) + parameters[frozen.tensor].numel()
+            why = plain(frozen.reason)
+            reasons[why] = reasons.get(why, 0) + parameters[frozen.tensor].numel()
     total = sum(p.numel() for p in parameters.values())
     return {
         "groups": len(coupling.groups),
@@ -306,16 +307,21 @@ def onnx_macs(model: Any) -> int:
 # Common. -------------------------------------------------------------------------------------------------------------
 
 
+def plain(text: str) -> str:
+    """Return a message without the folders of the machine that it was written on."""
+    return " ".join(word.rpartition("site-packages/")[2] or word for word in text.split())
+
+
 @contextmanager
 def _explained(row: Row) -> Iterator[None]:
     """Put what goes wrong into the row."""
     try:
         yield
     except SurgeryError as error:
-        row |= {"failed": type(error).__name__, "message": str(error)}
+        row |= {"failed": type(error).__name__, "message": plain(str(error))}
     except Exception as error:  # peers may fail in any way, and so may we
         text = str(error).strip().splitlines()
-        row |= {"failed": type(error).__name__, "message": text[0][:300] if text else ""}
+        row |= {"failed": type(error).__name__, "message": plain(text[0])[:300] if text else ""}
 
 
 TOOLS: Mapping[str, Callable[[Model], Row]] = MappingProxyType(
