@@ -1,7 +1,7 @@
 """ONNX clean-up by onnxscript: constants folded, batch norms folded into convolutions, what nothing uses dropped.
 
 torch's own `optimize=True` does the same, and also tries to turn pairs of slices into splits by looking at every pair
-of nodes: a third of the time that exporting a transformer takes.
+of nodes: more than a quarter of the time that exporting torchvision's swin_t takes.
 """
 
 from __future__ import annotations

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
+from torch._ops import HigherOrderOperator
 from torch.utils import _pytree as pytree
 
 from surgery import einsum
-from surgery.blame import last_own_line
+from surgery.blame import UNKNOWN, last_own_line
 from surgery.errors import UnsupportedModel
 from surgery.ops.registry import rules
 from surgery.sizes import hint, is_symbolic
@@ -67,7 +68,8 @@ def _inline_regions(graph: torch.fx.GraphModule) -> None:
     """Put what forward does inside `torch.autocast(enabled=False)` or `torch.no_grad()` among the rest.
 
     Raises:
-        UnsupportedModel: autocast is on in forward: the precision of each operator is then not the program's to say.
+        UnsupportedModel: autocast is on in forward: the precision of each operator is then not the program's to say. Or
+            a conditional or a loop over tensor values.
     """
     for node in list(graph.graph.nodes):
         if node.target is wrap_with_autocast:
@@ -79,6 +81,12 @@ def _inline_regions(graph: torch.fx.GraphModule) -> None:
                 )
         elif node.target is wrap_with_set_grad_enabled:
             _, body, *operands = node.args
+        elif isinstance(node.target, HigherOrderOperator):
+            where = last_own_line(str(node.meta.get("stack_trace", ""))) or UNKNOWN
+            raise UnsupportedModel(
+                f"'{node.target}' at {where} chooses its way, or repeats it, by values of tensors; write one way "
+                "through forward, or shrink a submodule without it by --part"
+            )
         else:
             continue
         inner = _attribute(graph, str(body.target)).graph

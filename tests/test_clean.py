@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -123,14 +124,15 @@ class Region(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) to (N, 5)."""
         x = self.one(x)
-        region = torch.no_grad() if self.kind == "no_grad" else torch.autocast("cpu", enabled=self.kind == "on")
-        with region:
+        free = torch.no_grad() if self.kind in ("no_grad", "nested") else nullcontext()
+        cast = nullcontext() if self.kind == "no_grad" else torch.autocast("cpu", enabled=self.kind == "on")
+        with free, cast:
             x = self.two(torch.relu(x))
         y: Tensor = self.head(x.float().mean((2, 3)))
         return y
 
 
-@pytest.mark.parametrize("kind", ["off", "no_grad"])
+@pytest.mark.parametrize("kind", ["off", "no_grad", "nested"])
 def test_regions_are_cut_like_the_rest(kind: str) -> None:
     result = surgery.shrink(Region(kind).eval(), torch.randn(2, 3, 12, 12))
     assert result.kind == "module" and result.check.error_float64 <= 1e-10
@@ -140,3 +142,22 @@ def test_regions_are_cut_like_the_rest(kind: str) -> None:
 def test_autocast_in_forward_is_refused_with_its_line() -> None:
     with pytest.raises(UnsupportedModel, match=r"autocast.*test_clean\.py:\d+"):
         surgery.shrink(Region("on").eval(), torch.randn(2, 3, 12, 12))
+
+
+class Conditional(nn.Module):
+    """Another way for another value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, 16, H - 4, W - 4)."""
+        x = self.one(x)
+        y: Tensor = torch.cond(x.sum() > 0, lambda y: self.two(y), lambda y: self.two(y) * 2, (x,))
+        return y
+
+
+def test_a_conditional_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match=r"'cond' at .*; write one way through forward"):
+        surgery.shrink(Conditional().eval(), torch.randn(2, 3, 12, 12))

@@ -79,6 +79,8 @@ def render(data: Mapping[str, Any], models: Iterable[Model]) -> str:
         "Written by `python -m benchmarks.studies.coverage --table` from",
         "[coverage.json](../benchmarks/studies/results/coverage.json), measured",
         f"on {record.sentence(data['machine'])}, with one thread and at most 120 s and 8 GiB per model and tool.",
+        f"Load of the machine over the last minute when the last row was written: {_load(data['machine'])}; above 1,",
+        "the study shared its cores with other work, and seconds and limits are worse than on an idle machine.",
         "",
         "| tool | " + " | ".join(_OUTCOMES.values()) + " |",
         "|---" * (len(_OUTCOMES) + 1) + "|",
@@ -91,6 +93,10 @@ def render(data: Mapping[str, Any], models: Iterable[Model]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _load(machine: Mapping[str, Any]) -> str:
+    return str(machine.get("load_average_1min", "unknown"))
+
+
 def _comparison(rows: Rows, models: tuple[Model, ...]) -> list[str]:
     ours, theirs = rows.get("surgery", {}), rows.get("torch-pruning", {})
     both = [
@@ -98,6 +104,8 @@ def _comparison(rows: Rows, models: tuple[Model, ...]) -> list[str]:
         for m in models
         if outcome(theirs.get(m.name)) in ("sound", "missed") and outcome(ours.get(m.name)) in ("sound", "missed")
     ]
+    if not both:
+        return ["No model has yet been found sound with both this compiler and torch-pruning."]
     more = [f"{name} ({mine:.1%} against {other:.1%})" for name, mine, other in both if mine > other + 1e-6]
     text = (
         f"Both this compiler and torch-pruning are sound on {len(both)} models. The share of parameters that lie in no "
@@ -114,7 +122,9 @@ def _refusals(rows: Rows, models: tuple[Model, ...]) -> list[str]:
         if kind not in ("sound", "not run") and row is not None:
             why = row.get("message") or row.get("why") or f"{row['macs_kept']:.3f} of the MACs kept"
             lines.append(f"- **{model.name}** ({kind}): {why.replace('|', '/')}")
-    return lines if len(lines) > 2 else [*lines, "Nothing: every model on the list is cut."]
+    missing = sum(model.name not in rows.get("surgery", {}) for model in models)
+    rest = "of the models that were run" if missing else "on the list"
+    return lines if len(lines) > 2 else [*lines, f"Nothing {rest}."]
 
 
 def _table(rows: Rows, models: list[Model]) -> list[str]:
