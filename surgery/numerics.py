@@ -178,7 +178,7 @@ def well_conditioned(program: Program, *, seed: int = 0) -> dict[str, Tensor]:
     for name, tensor in state_of(program).items():
         tied = id(tensors[name])
         if tied not in made:
-            made[tied] = conditioned(name, tensor, generator) if tensor.is_floating_point() else tensor
+            made[tied] = conditioned(name, tensors[name], generator) if tensor.is_floating_point() else tensor
         state[name] = made[tied]
     Run(program.graph, state, _settle_statistics(state), torch.float64).run(
         *sample_inputs(program, seed=seed + 1, dtype=torch.float64)

@@ -13,3 +13,6 @@ TOLERANCE = MappingProxyType(
 
 BLIND = 1e-3
 """Where less than this share of the output varies with the input, a comparison cannot tell."""
+
+ROUNDINGS = 16
+"""On the real weights, how many times what one unit in the last place of every weight does may be put to rounding."""

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from surgery.compat import import_torchvision
 from surgery.errors import CheckFailed
+from surgery.numerics import well_conditioned
 
 aten = torch.ops.aten
 oracle = importlib.import_module("surgery.check")  # `surgery.check` is also the function of that name
@@ -204,6 +205,48 @@ def test_an_output_that_does_not_vary_with_the_input_cannot_be_told() -> None:
 
     with pytest.raises(CheckFailed, match="cannot tell"):
         cut_model(Constant(), torch.randn(2, 4)).check()
+
+
+class Chaotic(nn.Module):
+    """Blows the last bit of its hidden numbers up, by about `gain` to the power of the number of its gains."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 300), nn.Linear(300, 6)
+        self.gains = nn.ParameterList(nn.Parameter(torch.full((6,), gain)) for _ in range(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x).relu())
+        for gain in self.gains:
+            y = torch.sin(gain * y)
+        return y
+
+
+def test_rounding_that_real_weights_amplify_is_told_from_a_wrong_cut() -> None:
+    torch.manual_seed(0)
+    cutting = cut_model(Chaotic(12.0).double(), torch.randn(2, 4, dtype=torch.float64))
+    result = cutting.check()
+    assert result.error_float64 <= 1e-10 < (result.error_real or 0.0)
+    assert "amplify rounding" in result.notes[0]
+    with torch.no_grad():
+        cutting.compact.graph.b.weight[0, 0] += 1e-3
+    wrong = replace(cutting, compact=replace(cutting.compact, module=cutting.compact.graph, kind="graph"))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckFailed, match="the real weights"):
+        patch.setattr(oracle, "_require_slices", lambda *_: None)
+        wrong.check()
+
+
+def test_weights_that_amplify_rounding_to_noise_are_not_passed() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(CheckFailed, match="the real weights"):
+        cut_model(Chaotic(100.0).double(), torch.randn(2, 4, dtype=torch.float64)).check()
+
+
+def test_values_to_check_with_are_distinct_in_every_parameter() -> None:
+    cutting = cut_model(Small().eval(), torch.randn(2, 3, 8, 8))  # a batch norm's scale is all ones
+    values = well_conditioned(cutting.program)
+    for name, _ in cutting.program.model.named_parameters():
+        assert values[name].unique().numel() == values[name].numel(), name
 
 
 def _vit(tv: Any) -> nn.Module:
