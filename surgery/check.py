@@ -8,7 +8,7 @@ real weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,6 +23,7 @@ from surgery.cut import as_call, compact_state, masks_of, slice_tensors
 from surgery.errors import CheckFailed, InvalidInput
 from surgery.ir import CheckResult, CompactModel, Coupling, Plan, Program
 from surgery.labels import LabelMismatch, Layers, Value, gather, is_constant
+from surgery.moves import Move, arranged, moves_of
 from surgery.numerics import (
     InDouble,
     Run,
@@ -60,9 +61,13 @@ def check(
     coupling = coupling or couple(program, keep=tuple(plan.settings.get("keep", ())))
     masks = masks_of(program, plan, coupling)
     wiring: Wiring = coupling.facts
-    _require_slices(program, plan, compact)
+    moves = moves_of(coupling, plan.arranged)
+    _require_slices(program, plan, moves, compact)
     replayed = replay(program, compact, wiring, masks, plan)
-    dense = well_conditioned(program, seed=seed)
+    unmoved = well_conditioned(program, seed=seed)
+    dense = arranged(unmoved, moves)
+    if moves:
+        _require(apart(program, unmoved, dense, seed), torch.float64, "members in another order")
     error64, varying = _compare(program, wiring, masks, dense, compact_state(dense, plan), compact, seed)
     if varying < BLIND:
         raise CheckFailed(
@@ -71,7 +76,7 @@ def check(
         )
     _require(error64, torch.float64, "distinct, well-conditioned values")
     notes = _require_other_sizes(program, wiring, masks, dense, compact_state(dense, plan), compact)
-    real = state_of(program)
+    real = arranged(state_of(program), moves)
     error, varying = _compare(program, wiring, masks, real, None, compact, seed)
     told: float | None = error
     if varying < BLIND:
@@ -85,14 +90,25 @@ def check(
     return CheckResult(replayed, error64, told, varying, _meaning(coupling, plan), notes)
 
 
-def _require_slices(program: Program, plan: Plan, compact: CompactModel) -> None:
+def apart(program: Program, state: Mapping[str, Tensor], other: Mapping[str, Tensor], seed: int) -> float:
+    """Return the relative error of the dense program with other weights, in float64: see `relative_error`."""
+    rounds = [sample_inputs(program, seed=seed + 100 + k, dtype=torch.float64) for k in range(_rounds(program))]
+    with torch.no_grad():
+        runs = [
+            [flat_outputs(Run(program.graph, weights, dtype=torch.float64).run(*inputs)) for inputs in rounds]
+            for weights in (state, other)
+        ]
+    return relative_error(*runs)[0]
+
+
+def _require_slices(program: Program, plan: Plan, moves: Sequence[Move], compact: CompactModel) -> None:
     """Every tensor of the compact model has to be the slice of the dense one that the plan says."""
     replaced = {name for sources in program.materialised.values() for name in sources}
     wanted = (program.model.state_dict().keys() - replaced) | program.materialised.keys()
     strange = wanted ^ compact.module.state_dict().keys()
     if strange:
         raise CheckFailed(f"'{min(strange)}' is in the state of only one of the dense and the compact model")
-    slices = slice_tensors(program, plan)
+    slices = slice_tensors(program, plan, moves)
     for module in (compact.graph, compact.module):
         for name, tensor in _tensors_of(module).items():
             if name in slices and not torch.equal(tensor, slices[name].detach().cpu()):

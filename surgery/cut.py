@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import gcd
 from typing import Any
 
@@ -25,6 +25,7 @@ from surgery.couple import Masks, Wiring, all_tensors, bind, couple, rewrite_vie
 from surgery.errors import IllegalCut, PlanMismatch
 from surgery.graph import CompactGraph, hold
 from surgery.ir import CompactModel, Coupling, Cut, Plan, Program
+from surgery.moves import Move, arranged, moved, moves_of
 from surgery.numerics import InDouble, Run, flat_outputs, sample_inputs, well_conditioned
 from surgery.ops.registry import Replacement, Scaled, rules
 from surgery.tolerances import TOLERANCE
@@ -52,7 +53,7 @@ def cut(program: Program, plan: Plan, *, coupling: Coupling | None = None) -> Co
     coupling = coupling or couple(program, keep=tuple(plan.settings.get("keep", ())))
     masks = masks_of(program, plan, coupling)
     wiring: Wiring = coupling.facts
-    sliced = slice_tensors(program, plan)
+    sliced = slice_tensors(program, plan, moves_of(coupling, plan.arranged))
     graph, literals = _rewrite(program, wiring, masks, sliced)
     lost = _lost_in_training(program)
     module, why, stuck = _own_class(program, plan, graph, sliced, literals)
@@ -79,12 +80,13 @@ def masks_of(program: Program, plan: Plan, coupling: Coupling) -> Masks:
 # -- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def slice_tensors(program: Program, plan: Plan) -> dict[str, Tensor]:
-    """Every parameter and buffer of the model and of the graph, as a copy without the plan's dead positions.
+def slice_tensors(program: Program, plan: Plan, moves: Sequence[Move]) -> dict[str, Tensor]:
+    """Every parameter and buffer of the model and of the graph, as a copy, moved and without dead positions.
 
     Parameters stay parameters, with their `requires_grad`; tied ones stay one object.
     """
     tensors = all_tensors(program)
+    moving = {(id(tensors[move.tensor]), move.axis, move.orders.tobytes()): move for move in moves}  # tied ones once
     cuts: dict[int, dict[int, Tensor]] = {}
     for c in plan.cuts:
         cuts.setdefault(id(tensors[c.tensor]), {})[c.axis] = _survivors(c)
@@ -93,6 +95,8 @@ def slice_tensors(program: Program, plan: Plan) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if id(tensor) not in copies:
             value = tensor.detach()
+            for key, move in moving.items():
+                value = moved(value, move) if key[0] == id(tensor) else value
             for axis, index in cuts.get(id(tensor), {}).items():
                 value = value.index_select(axis, index.to(value.device))
             value = value.clone(memory_format=torch.contiguous_format)
@@ -109,11 +113,13 @@ def _survivors(c: Cut) -> Tensor:
     return alive.nonzero().squeeze(1)
 
 
-def masked(program: Program, plan: Plan) -> nn.Module:
+def masked(program: Program, plan: Plan, coupling: Coupling) -> nn.Module:
     """Return a copy of the dense model whose dead slices are zero and still there: what masking tools make."""
     module: nn.Module = copied(program.model)
     tensors = dict(module.named_parameters(remove_duplicate=False))
     with torch.no_grad():
+        for name, tensor in arranged(module.state_dict(), moves_of(coupling, plan.arranged)).items():
+            module.state_dict()[name].copy_(tensor)
         for c in plan.cuts:
             # The weights behind a parametrisation (weight norm) are divided by their norm: zeros would become NaN.
             if c.tensor in tensors and "parametrizations" not in c.tensor:

@@ -173,7 +173,7 @@ def cut(program: Program, plan: Plan, *, coupling: Coupling | None = None) -> Co
 
 
 def _sliced(program: Program, plan: Plan) -> nn.Module:
-    tensors = slice_tensors(program, plan)
+    tensors = slice_tensors(program, plan, ())
     convolutions = {f"{n}.weight": m for n, m in program.model.named_modules() if isinstance(m, _ConvNd)}
     # Of the grouped convolutions only depthwise ones are ever cut: as many groups as channels.
     depthwise = {

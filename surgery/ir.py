@@ -19,7 +19,7 @@ from typing import Any
 
 from surgery.errors import InvalidInput, PlanMismatch
 
-PLAN_SCHEMA = 1
+PLAN_SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +201,19 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
+class Arrangement:
+    """An order of a group's units within each unit of another: of head dimensions in each head, say.
+
+    Unit k of `group` stands for member `orders[h][k]` in unit h of `outer`. The order leaves the network as it is, and
+    lets each head keep other members.
+    """
+
+    group: str
+    outer: str
+    orders: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Which units die, and therefore which positions of which tensors. Self-contained: survives a trip through JSON.
 
@@ -213,6 +226,7 @@ class Plan:
         inputs: the network's input signature.
         settings: criterion, scope, seed and the like, as given.
         notes: decisions with reasons.
+        arranged: in what order heads hold their members before `cuts` are made; each head in the first where missing.
     """
 
     dead: Mapping[str, tuple[int, ...]]
@@ -223,6 +237,7 @@ class Plan:
     budget: Budget | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    arranged: tuple[Arrangement, ...] = ()
 
     def to_json(self) -> str:
         """Return the plan as JSON text: sorted keys, byte-identical for equal plans."""
@@ -265,6 +280,9 @@ class Plan:
                 budget=Budget(**data["budget"]) if data["budget"] else None,
                 settings=data["settings"],
                 notes=tuple(data["notes"]),
+                arranged=tuple(
+                    Arrangement(a["group"], a["outer"], tuple(map(tuple, a["orders"]))) for a in data["arranged"]
+                ),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanMismatch(

@@ -8,6 +8,7 @@ their sizes; it is checked on its own, and the whole model around it where that 
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,9 +21,10 @@ from surgery.blame import first_line, where_raised
 from surgery.copies import copied
 from surgery.couple import Wiring
 from surgery.cut import masks_of
-from surgery.errors import CheckFailed, InvalidInput, SurgeryError
+from surgery.errors import CheckFailed, InvalidInput, PlanMismatch, SurgeryError
 from surgery.fvcount import count_macs, count_params
 from surgery.ir import CheckResult, Coupling, Plan, Program
+from surgery.moves import arranged, moves_of
 from surgery.numerics import masked_run, names_dtype, narrowest, state_of
 from surgery.tolerances import TOLERANCE
 from surgery.trace import evaluating
@@ -118,6 +120,39 @@ def _fresh(tree: Any) -> Any:
     return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, tree)
 
 
+def of_plan(plan: Plan, dense_model: nn.Module, example_inputs: Any) -> Whole | None:
+    """Return the part that the plan is for, with inputs from the plan where none of the whole model are given."""
+    name = plan.settings.get("part")
+    if name is None:
+        return None
+    if example_inputs is not None:
+        return reach(dense_model, name, example_inputs, None)
+    module = find(dense_model, name)
+    return Whole(dense_model, name, module, *inputs_of(plan, module))
+
+
+def inputs_of(plan: Plan, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return example inputs of the plan's signature, on the model's device: (args, kwargs)."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for spec in plan.inputs:
+        dtype = getattr(torch, spec.dtype.removeprefix("torch."))
+        values = torch.randn(spec.shape, generator=generator) if dtype.is_floating_point else torch.zeros(spec.shape)
+        tensors[spec.name] = values.to(device=device, dtype=dtype)
+    parameters = inspect.signature(model.forward).parameters
+    if list(tensors) == list(parameters)[: len(tensors)]:
+        keyword = {name for name in tensors if parameters[name].kind is inspect.Parameter.KEYWORD_ONLY}
+        args = tuple(value for name, value in tensors.items() if name not in keyword)
+        return args, {name: tensors[name] for name in keyword}
+    if tensors.keys() <= parameters.keys():
+        return (), tensors
+    raise PlanMismatch(
+        f"the plan's inputs ({', '.join(tensors)}) are not the parameters of this {type(model).__name__}'s forward "
+        f"({', '.join(parameters)}): it was made for another architecture; if not, pass example_inputs"
+    )
+
+
 # -- checking the whole ----------------------------------------------------------------------------------------------
 
 
@@ -137,6 +172,7 @@ class _Masked(nn.Module):
         leaves = pytree.tree_leaves((args, kwargs))
         dtype = next((x.dtype for x in leaves if isinstance(x, Tensor) and x.is_floating_point()), torch.float32)
         state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in state_of(program).items()}
+        state = arranged(state, moves_of(coupling, plan.arranged))
         return masked_run(program, wiring, masks_of(program, plan, coupling), state).run(*leaves)
 
 

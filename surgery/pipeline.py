@@ -7,7 +7,6 @@ how any of them works. What is done with a result, exporting, timing and writing
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import torch
 from surgery import part as parts
 from surgery import report
 from surgery.allocate import allocate
+from surgery.arrange import arrange, settled
 from surgery.check import check
 from surgery.cost import batch_size, cost_functions
 from surgery.couple import couple
@@ -26,6 +26,7 @@ from surgery.cut import cut
 from surgery.errors import InvalidInput, PlanMismatch, UnsupportedModel
 from surgery.fvcount import count_macs, count_params
 from surgery.ir import Budget, CheckResult, CompactModel, CostFn, Coupling, Plan, Program
+from surgery.moves import arranged, moves_of
 from surgery.score import score
 from surgery.trace import trace
 
@@ -153,7 +154,11 @@ def _chosen(
     with run("couple"):
         coupling = stages.couple(program, keep=request.keep)
     with run("score"):
-        scores = score(program, coupling, request.criterion, seed=request.seed)
+        orders = arrange(program, coupling, request.criterion, seed=request.seed)
+        moves = moves_of(coupling, orders)
+        scores = score(
+            program, coupling, request.criterion, seed=request.seed, prepare=lambda weights: arranged(weights, moves)
+        )
     with run("allocate"):
         costs = stages.cost_functions(program, coupling)
         plan = allocate(
@@ -168,7 +173,7 @@ def _chosen(
             inexact=request.inexact,
             settings=request.settings(),
         )
-    return coupling, plan, costs
+    return coupling, settled(plan, orders), costs
 
 
 def _in_the_way(stages: Stages, program: Program, plan: Plan, coupling: Coupling, request: Request, run: Clock) -> str:
@@ -312,13 +317,13 @@ def apply(plan: Plan, dense_model: torch.nn.Module, example_inputs: Any = None) 
     if not isinstance(dense_model, torch.nn.Module):
         raise InvalidInput(f"the dense model is of type {type(dense_model).__name__}, not a torch.nn.Module")
     stages = _stages(plan.settings.get("tracer", "export"))
-    whole = _part_of(plan, dense_model, example_inputs)
+    whole = parts.of_plan(plan, dense_model, example_inputs)
     if whole is not None:
         call = whole.call
     elif example_inputs is not None:
         call = dense_model, example_inputs, {}
     else:
-        call = dense_model, *_inputs_of(plan, dense_model)
+        call = dense_model, *parts.inputs_of(plan, dense_model)
     program = stages.trace(*call)
     if program.fingerprint != plan.fingerprint:
         raise PlanMismatch(
@@ -328,17 +333,6 @@ def apply(plan: Plan, dense_model: torch.nn.Module, example_inputs: Any = None) 
     coupling = stages.couple(program, keep=tuple(plan.settings.get("keep", ())))
     module: torch.nn.Module = stages.cut(program, plan, coupling=coupling).module
     return whole.around(module) if whole else module
-
-
-def _part_of(plan: Plan, dense_model: torch.nn.Module, example_inputs: Any) -> parts.Whole | None:
-    """Return the part that the plan is for, with inputs from the plan where none of the whole model are given."""
-    name = plan.settings.get("part")
-    if name is None:
-        return None
-    if example_inputs is not None:
-        return parts.reach(dense_model, name, example_inputs, None)
-    module = parts.find(dense_model, name)
-    return parts.Whole(dense_model, name, module, *_inputs_of(plan, module))
 
 
 # What the stages stand on. -------------------------------------------------------------------------------------------
@@ -394,25 +388,3 @@ def _counted(decision: Decision, compact: CompactModel) -> tuple[dict[str, tuple
     planned = decision.costs["macs"]
     notes = [f"the plan was made with {planned[0]:,} → {planned[1]:,} MACs"] if macs != planned else []
     return {**decision.costs, "macs": macs, "params": params}, notes
-
-
-def _inputs_of(plan: Plan, model: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return example inputs of the plan's signature, on the model's device: (args, kwargs)."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for spec in plan.inputs:
-        dtype = getattr(torch, spec.dtype.removeprefix("torch."))
-        values = torch.randn(spec.shape, generator=generator) if dtype.is_floating_point else torch.zeros(spec.shape)
-        tensors[spec.name] = values.to(device=device, dtype=dtype)
-    parameters = inspect.signature(model.forward).parameters
-    if list(tensors) == list(parameters)[: len(tensors)]:
-        keyword = {name for name in tensors if parameters[name].kind is inspect.Parameter.KEYWORD_ONLY}
-        args = tuple(value for name, value in tensors.items() if name not in keyword)
-        return args, {name: tensors[name] for name in keyword}
-    if tensors.keys() <= parameters.keys():
-        return (), tensors
-    raise PlanMismatch(
-        f"the plan's inputs ({', '.join(tensors)}) are not the parameters of this {type(model).__name__}'s forward "
-        f"({', '.join(parameters)}): it was made for another architecture; if not, pass example_inputs"
-    )

@@ -26,7 +26,14 @@ Criterion = Callable[[Group, Mapping[str, Tensor]], Sequence[float] | Tensor]
 """A group and the model's parameters by name (detached; not to be written to) → one score per unit of the group."""
 
 
-def score(program: Program, coupling: Coupling, criterion: str | Criterion = "l1", *, seed: int = 0) -> Scores:
+def score(
+    program: Program,
+    coupling: Coupling,
+    criterion: str | Criterion = "l1",
+    *,
+    seed: int = 0,
+    prepare: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict,
+) -> Scores:
     """Return the importance of every unit of every group.
 
     Args:
@@ -35,6 +42,7 @@ def score(program: Program, coupling: Coupling, criterion: str | Criterion = "l1
         criterion: a name of `CRITERIA`, or a callable ``(group, parameters) -> score per unit`` whose scores compare
             between groups (divide by the group's mean where in doubt).
         seed: for criteria that draw at random.
+        prepare: what is done to the parameters before they are looked at: heads' members put in order.
 
     Returns:
         Group name → finite score of each unit.
@@ -45,9 +53,17 @@ def score(program: Program, coupling: Coupling, criterion: str | Criterion = "l1
         PlanMismatch: the coupling was made for another model.
     """
     function = _resolve(criterion, seed)
-    parameters = _weights(program, coupling)
+    parameters = prepare(weights_of(program, coupling))
     with torch.no_grad():
         return {group.name: _scored(function, group, parameters) for group in coupling.groups}
+
+
+def score_group(
+    group: Group, parameters: Mapping[str, Tensor], criterion: str | Criterion, *, seed: int = 0
+) -> tuple[float, ...]:
+    """Return the importance of every unit of one group, whose sites are axes of these parameters; see `score`."""
+    with torch.no_grad():
+        return _scored(_resolve(criterion, seed), group, parameters)
 
 
 def l1(group: Group, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -185,8 +201,8 @@ def _resolve(criterion: str | Criterion, seed: int) -> Criterion:
     return partial(uniform_random, seed=seed) if criterion == "random" else CRITERIA[criterion]
 
 
-def _weights(program: Program, coupling: Coupling) -> dict[str, Tensor]:
-    """Detached parameters by name, and buffers called `weight` (scales of frozen batch norms) beside them, on the CPU.
+def weights_of(program: Program, coupling: Coupling) -> dict[str, Tensor]:
+    """Return detached parameters by name, and buffers called `weight` (scales of frozen batch norms), on the CPU.
 
     Both names of a shared parameter are there: a site may bear either.
     """

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from surgery.allocate import plan_from_dead
+from surgery.arrange import arrange, settled
 from surgery.check import check
 from surgery.couple import couple
 from surgery.cut import cut
-from surgery.ir import CheckResult, CompactModel, Coupling, Plan, Program
+from surgery.ir import Arrangement, CheckResult, CompactModel, Coupling, Plan, Program
 from surgery.trace import trace
 
 torch.set_num_threads(1)  # the networks here are tiny: more threads only wait for each other
@@ -63,18 +64,27 @@ def cut_model(
     return apply_plan(program, coupling, random_dead(coupling, seed) if dead is None else dead)
 
 
-def apply_plan(program: Program, coupling: Coupling, dead: Mapping[str, Sequence[int]]) -> Cutting:
-    """Cut a traced program by `dead`."""
-    plan = make_plan(program, coupling, dead)
+def apply_plan(
+    program: Program,
+    coupling: Coupling,
+    dead: Mapping[str, Sequence[int]],
+    arrangements: Sequence[Arrangement] = (),
+) -> Cutting:
+    """Cut a traced program by `dead`, heads' members in the order of the arrangements."""
+    plan = settled(make_plan(program, coupling, dead), arrangements)
     return Cutting(program, coupling, plan, cut(program, plan, coupling=coupling))
 
 
 def sound(model: nn.Module, inputs: Any, *, plans: int = 1, kwargs: Mapping[str, Any] | None = None) -> Cutting:
-    """Cut by random plans and check each; raises CheckFailed where a result is not what it should be."""
+    """Cut by random plans and check each; raises CheckFailed where a result is not what it should be.
+
+    Heads keep members of their own wherever the compiler says they may.
+    """
     program = trace(model, inputs, kwargs)
     coupling = couple(program)
+    arrangements = arrange(program, coupling, "random")
     for seed in range(plans):
-        cutting = apply_plan(program, coupling, random_dead(coupling, seed))
+        cutting = apply_plan(program, coupling, random_dead(coupling, seed), arrangements)
         cutting.check()
     return cutting
 

@@ -23,8 +23,8 @@ TOLERANCE = 1e-7
 
 DOES_NOT_RUN = "the cut model does not run"
 
-Kept = list[Tensor]
-"""Per axis of a dense tensor: which indices survive, as a mask."""
+Kept = Tensor
+"""Which elements of a dense tensor survive: a mask of its shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class NotASlice(Exception):
 
 
 def survivors(dense: nn.Module, compact: nn.Module, computed: _Computed) -> dict[str, Kept]:
-    """Return which indices of each dense parameter and statistic survive; marks weights computed on the way too."""
+    """Return what of each dense parameter and statistic survives; marks weights computed on the way too."""
     theirs = {**dict(dense.named_parameters(remove_duplicate=False)), **_statistics(dense)}
     kept: dict[str, Kept] = {}
     for name, tensor in compact.state_dict().items():
@@ -110,40 +110,28 @@ def _statistics(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _slice_of(dense: Tensor, cut: Tensor) -> Kept | None:
-    """Return per axis which indices of `dense` are in `cut`, in order; None where it is no slice."""
+    """Return which elements of `dense` are in `cut`, each once; None where it holds others, or more than one of them.
+
+    Each convolution group or attention head may have kept members of its own, so this need not be a rectangle. Whether
+    the elements are in their places, the outputs tell.
+    """
     if cut.dim() != dense.dim():
         return None
-    if cut.shape == dense.shape:
-        whole = [torch.ones(size, dtype=torch.bool) for size in dense.shape]
-        return whole if torch.equal(dense, cut) else None
-    if cut.numel() == 0 or not (found := (dense == cut.flatten()[0]).nonzero()[:1].tolist()):
+    if cut.shape == dense.shape and torch.equal(dense, cut):
+        return torch.ones(dense.shape, dtype=torch.bool)
+    values, order = dense.detach().flatten().sort()
+    place = torch.searchsorted(values, cut.detach().flatten()).clamp_max(len(values) - 1)
+    index = order[place]
+    if not torch.equal(values[place], cut.detach().flatten()) or len(set(index.tolist())) != len(index):
         return None
-    corner, places = found[0], []
-    for axis in range(cut.dim()):
-        lines = dense[_line(corner, axis)], cut[_line([0] * cut.dim(), axis)]
-        place = (lines[1][:, None] == lines[0]).int().argmax(1)
-        if len(set(place.tolist())) != len(place):
-            return None
-        places.append(place)
-    if not torch.equal(dense[torch.meshgrid(*places, indexing="ij")], cut):
-        return None
-    kept = [torch.zeros(size, dtype=torch.bool) for size in dense.shape]
-    for mask, place in zip(kept, places, strict=True):
-        mask[place] = True
-    return kept
-
-
-def _line(corner: Sequence[int], axis: int) -> tuple[int | slice, ...]:
-    """Index of the line through `corner` along `axis`."""
-    return tuple(slice(None) if a == axis else at for a, at in enumerate(corner))
+    kept = torch.zeros(dense.numel(), dtype=torch.bool)
+    kept[index] = True
+    return kept.reshape(dense.shape)
 
 
 def _keep(tensor: Tensor, kept: Kept) -> Tensor:
-    """Return the tensor with zeros where an index does not survive."""
-    out = tensor.detach().clone()
-    for axis, mask in enumerate(kept):
-        out[(slice(None),) * axis + (~mask,)] = 0.0
-    return out
+    """Return the tensor with zeros where an element does not survive."""
+    return torch.where(kept, tensor.detach(), torch.zeros((), dtype=tensor.dtype))
 
 
 def _zeroed(dense: nn.Module, kept: Mapping[str, Kept]) -> nn.Module:
@@ -226,7 +214,7 @@ def _alive(owners: Mapping[int, Kept], weight: Tensor | None, x: Tensor, axes: I
     alive = torch.ones([1] * x.dim(), dtype=x.dtype)
     for k, axis in enumerate(axes):
         if weight is not None and id(weight) in owners:
-            mask = owners[id(weight)][k]
+            mask = owners[id(weight)].movedim(k, 0).reshape(x.shape[axis], -1).any(1)
         else:
             mask = (x != 0).movedim(axis, 0).flatten(1).any(1)
         alive = alive * mask.to(x.dtype).reshape([-1 if a == axis else 1 for a in range(x.dim())])
