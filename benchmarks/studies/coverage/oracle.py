@@ -119,14 +119,36 @@ def _slice_of(dense: Tensor, cut: Tensor) -> Kept | None:
         return None
     if cut.shape == dense.shape and torch.equal(dense, cut):
         return torch.ones(dense.shape, dtype=torch.bool)
+    return found if (found := _rectangle(dense, cut)) is not None else _anywhere(dense, cut)
+
+
+def _rectangle(dense: Tensor, cut: Tensor) -> Kept | None:
+    """The usual case, found from one line along each axis."""
+    if cut.numel() == 0 or not (found := (dense == cut.flatten()[0]).nonzero()[:1].tolist()):
+        return None
+    places = []
+    for axis in range(cut.dim()):
+        line = dense[tuple(slice(None) if a == axis else at for a, at in enumerate(found[0]))]
+        first = cut[tuple(slice(None) if a == axis else 0 for a in range(cut.dim()))]
+        places.append((first[:, None] == line).int().argmax(1))
+    grid = torch.meshgrid(*places, indexing="ij")
+    if any(len(set(x.tolist())) != len(x) for x in places) or not torch.equal(dense[grid], cut):
+        return None
+    kept = torch.zeros(dense.shape, dtype=torch.bool)
+    kept[grid] = True
+    return kept
+
+
+def _anywhere(dense: Tensor, cut: Tensor) -> Kept | None:
+    """Each element looked up on its own."""
     values, order = dense.detach().flatten().sort()
-    place = torch.searchsorted(values, cut.detach().flatten()).clamp_max(len(values) - 1)
-    index = order[place]
-    if not torch.equal(values[place], cut.detach().flatten()) or len(set(index.tolist())) != len(index):
+    wanted = cut.detach().flatten()
+    place = torch.searchsorted(values, wanted).clamp_max(len(values) - 1)
+    if not torch.equal(values[place], wanted):
         return None
     kept = torch.zeros(dense.numel(), dtype=torch.bool)
-    kept[index] = True
-    return kept.reshape(dense.shape)
+    kept[order[place]] = True
+    return kept.reshape(dense.shape) if int(kept.sum()) == cut.numel() else None
 
 
 def _keep(tensor: Tensor, kept: Kept) -> Tensor:
