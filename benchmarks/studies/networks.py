@@ -58,6 +58,22 @@ class CifarResNet(nn.Module):
         return logits
 
 
+class Chain(nn.Module):
+    """Blocks of one width, one behind the other: the graph grows, and nothing else."""
+
+    def __init__(self, blocks: int, channels: int = 8, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, channels, 3, 1, 1, bias=False)
+        self.blocks = _stage(channels, channels, blocks, stride=1)
+        self.linear = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits, (N, 3, H, W) → (N, num_classes)."""
+        x = self.blocks(self.conv1(x))
+        logits: Tensor = self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return logits
+
+
 def _stage(channels_in: int, channels_out: int, blocks: int, *, stride: int) -> nn.Sequential:
     first = Block(channels_in, channels_out, stride)
     return nn.Sequential(first, *(Block(channels_out, channels_out, 1) for _ in range(blocks - 1)))

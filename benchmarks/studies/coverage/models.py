@@ -9,15 +9,15 @@ from typing import Any
 from torch import nn
 
 _CLASSIFICATION = """
-alexnet convnext_tiny convnext_small@128 densenet121 densenet161@128 densenet169@128 densenet201@128 efficientnet_b0
-efficientnet_b1@128 efficientnet_b2@128 efficientnet_b3@128 efficientnet_b4@128 efficientnet_b5@128 efficientnet_b6@128
-efficientnet_b7@128 efficientnet_v2_s@128 efficientnet_v2_m@128 efficientnet_v2_l@128 googlenet inception_v3 maxvit_t
+alexnet convnext_tiny convnext_small@128 densenet121 densenet161@128 densenet169@128 densenet201@64 efficientnet_b0
+efficientnet_b1@128 efficientnet_b2@128 efficientnet_b3@128 efficientnet_b4@128 efficientnet_b5@64 efficientnet_b6@128
+efficientnet_b7@64 efficientnet_v2_s@128 efficientnet_v2_m@128 efficientnet_v2_l@64 googlenet inception_v3 maxvit_t
 mnasnet1_0 mobilenet_v2 mobilenet_v3_large mobilenet_v3_small regnet_x_400mf regnet_x_800mf regnet_x_1_6gf
 regnet_x_3_2gf@128 regnet_x_8gf@96 regnet_x_16gf@96 regnet_x_32gf@64 regnet_y_400mf regnet_y_800mf regnet_y_1_6gf
 regnet_y_3_2gf@128 regnet_y_8gf@96 regnet_y_16gf@64 regnet_y_32gf@64 resnet18 resnet34 resnet50 resnet101@128
 resnet152@128 resnext50_32x4d@128 resnext101_32x8d@96 resnext101_64x4d@96 shufflenet_v2_x1_0 squeezenet1_0 squeezenet1_1
-swin_t swin_s swin_v2_t swin_v2_s vgg11@96 vgg11_bn@96 vgg13@96 vgg13_bn@96 vgg16@96 vgg16_bn@96 vgg19@96 vgg19_bn@96
-vit_b_16 vit_b_32 wide_resnet50_2@128 wide_resnet101_2@96
+swin_t swin_s swin_v2_t swin_v2_s@128 vgg11@96 vgg11_bn@96 vgg13@96 vgg13_bn@96 vgg16@96 vgg16_bn@96 vgg19@96
+vgg19_bn@96 vit_b_16 vit_b_32 wide_resnet50_2@128 wide_resnet101_2@96
 """
 """`name@side` where the input is smaller than the library's own. Where only the width differs, one stands for all."""
 
@@ -27,6 +27,11 @@ _DETECTORS = """
 fasterrcnn_resnet50_fpn fasterrcnn_mobilenet_v3_large_fpn retinanet_resnet50_fpn fcos_resnet50_fpn ssd300_vgg16
 ssdlite320_mobilenet_v3_large
 """
+
+_DETECTOR_SIZES: Mapping[str, Mapping[str, int]] = {
+    name: {"min_size": 160, "max_size": 160} for name in _DETECTORS.split()[:4]
+}
+"""What these bring an image to; the others have a size of their own."""
 
 _TIMM = """
 mobilevit_xxs mobilevitv2_050 edgenext_xx_small efficientformer_l1 efficientformerv2_s0 levit_128s tiny_vit_5m_224
@@ -105,7 +110,9 @@ def models() -> tuple[Model, ...]:
         Model(name, "video", name, _CLIPS.get(name, (1, 3, 8, 64, 64)), note="short clip") for name in _VIDEO.split()
     )
     detection = (
-        Model(f"{name}/backbone", "detection", name, (1, 3, 160, 160), part="backbone") for name in _DETECTORS.split()
+        Model(f"{name}/backbone", "detection", name, (1, 3, 160, 160), _DETECTOR_SIZES.get(name, {}), "backbone", note)
+        for name in _DETECTORS.split()
+        for note in ["image 160 x 160" if name in _DETECTOR_SIZES else ""]
     )
     return (
         *_sized(_CLASSIFICATION, "torchvision"),
