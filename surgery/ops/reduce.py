@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery.labels import Layers, Value
 from surgery.ops.examples import between_convs, between_linears
@@ -69,6 +69,11 @@ def _couple_frozen(call: Call) -> Coupled:
     return _passed(call, x, reduced)
 
 
+def _couple_norm(call: Call) -> Coupled:
+    """A norm of order 0 or more does not notice zeros: what is removed counts as that."""
+    return _couple_sum(call) if call.bound.get("ord", 2) >= 0 else _couple_frozen(call)
+
+
 def _couple_scan(call: Call) -> Coupled:
     """Same shape out: the axis it runs along is never cut."""
     x = call.value("self")
@@ -118,6 +123,14 @@ register(
         example=between_linears(lambda x: x * x.sum()),
         says="a contraction with ones",
     ),
+    Rule(
+        op="aten.linalg_vector_norm.default",
+        family="reduction",
+        couple=_couple_norm,
+        masked=("self",),
+        example=between_linears(lambda x: nn.functional.normalize(x, dim=-1)),
+        says="removed indices add nothing; of negative order: never cut",
+    ),
     _means("mean.dim", lambda x: x * x.mean(-1, keepdim=True)),
     _means("mean.default", lambda x: x * x.mean()),
     _frozen("amax.default", lambda x: x + x.amax((2, 3), keepdim=True)),
@@ -132,7 +145,6 @@ register(
     _frozen("var.correction", lambda x: x + x.var((2, 3), correction=0, keepdim=True)),
     _frozen("std.correction", lambda x: x + x.std((2, 3), correction=0, keepdim=True)),
     _frozen("var_mean.correction", lambda x: x + torch.var_mean(x, (2, 3), correction=0, keepdim=True)[0]),
-    _frozen("linalg_vector_norm.default", lambda x: x / (1 + torch.linalg.vector_norm(x, 2, (2, 3), keepdim=True))),
     _frozen("cumsum.default", lambda x: x.cumsum(2), scan=True),
     _frozen("sort.default", lambda x: x.sort(2)[0], scan=True),
 )

@@ -12,7 +12,8 @@ def condition(model: nn.Module, inputs: tuple[object, ...], *, seed: int = 0) ->
     """Give every parameter and every norm statistic distinct float64 values, in place, and return the model.
 
     Matrices and kernels are normal with variance 2 / fan-in, scales uniform in [0.5, 1.5], shifts small. The statistics
-    of batch norms are then taken from the random input itself, so that the signal neither dies nor explodes.
+    of batch norms are then taken from the random inputs themselves, so that the signal neither dies nor explodes. Give
+    several: the variance of one alone over a small feature map is that of no other, and rounding is blown up with it.
     """
     generator = torch.Generator().manual_seed(seed)
     model.double()

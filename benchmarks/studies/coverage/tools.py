@@ -45,7 +45,7 @@ class Subject:
             reached = reach(module, model.part, inputs, loaded.example_kwargs)
             module, inputs = reached.module, reached.args
         self.inputs = _as(inputs, torch.float64)
-        self.dense = condition(module, self.inputs)
+        self.dense = condition(module, self.drawn(4, seed=3))
         self.whole, self.whole_inputs = self.whole.double(), _as(self.whole_inputs, torch.float64)
 
     def of(self, cut: nn.Module) -> nn.Module:
@@ -55,14 +55,19 @@ class Subject:
     @property
     def batches(self) -> list[tuple[Any, ...]]:
         """Two calls' arguments: batches of two, that are different."""
-        generator = torch.Generator().manual_seed(7)
+        return [self.drawn(2, seed=7), self.drawn(2, seed=8)]
 
-        def drawn(x: Any) -> Any:
+    def drawn(self, count: int, *, seed: int) -> tuple[Any, ...]:
+        """Arguments of a call with a random batch of this size."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def of(x: Any) -> Any:
             if not isinstance(x, Tensor) or not x.is_floating_point():
                 return x
-            return torch.randn((2, *x.shape[1:]), generator=generator, dtype=x.dtype)
+            return torch.randn((count, *x.shape[1:]), generator=generator, dtype=x.dtype)
 
-        return [_pytree.tree_map(drawn, self.inputs) for _ in range(2)]
+        called: tuple[Any, ...] = _pytree.tree_map(of, self.inputs)
+        return called
 
 
 def _as(tree: Any, dtype: torch.dtype) -> Any:
@@ -114,6 +119,7 @@ def _groups(result: Any) -> Row:
     coupling, plan = result.coupling, result.plan
     parameters = dict(result.program.model.named_parameters())
     movable = {site.tensor for group in coupling.groups for site in group.sites}
+    movable |= {name for made in movable for name in result.program.materialised.get(made, ())}
     cut = [group for group in coupling.groups if plan.dead.get(group.name)]
     reasons: dict[str, int] = {}
     for frozen in coupling.frozen:
