@@ -35,6 +35,7 @@ OLDEST_OPSET = 18
 TORCHSCRIPT_NEWEST_OPSET = 20
 
 _ONE_FILE_BYTES = 2_000_000_000
+_SAMPLES = 4
 _TOOL = "model-surgery"
 _NOT_INSTALLED = "not installed"
 
@@ -269,7 +270,13 @@ def _accept(job: _Job, name: str, found: OutputParity) -> None:
 
 def _twin(job: _Job, axes: Axes, *, near: bool) -> Parity:
     """Export and compare the same program with well-conditioned values."""
-    twin = well_conditioned(job.model)
+    drawn = _several(job.call, axes)
+
+    def settle(model: torch.nn.Module) -> None:
+        with contextlib.suppress(InvalidInput):  # a model may take no noise; the comparison draws like its example
+            _run(model, drawn)
+
+    twin = well_conditioned(job.model, run=settle)
     with _workroom(job.target) as room:
         _write(job, twin, axes, room / job.target.name)
         found, _ = _compare(job, twin, room / job.target.name, near=near)
@@ -277,6 +284,14 @@ def _twin(job: _Job, axes: Axes, *, near: bool) -> Parity:
         if not output.blind:
             _accept(job, name, output)
     return found
+
+
+def _several(call: Call, axes: Axes) -> Call:
+    """The call with a few random samples in the place of the example, where it takes several."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = with_batch(call.tensors, axes, _SAMPLES) if any(0 in chosen for chosen in axes.values()) else call.tensors
+    noise = {n: torch.randn(t.shape, generator=generator) if t.is_floating_point() else t for n, t in tensors.items()}
+    return call.with_tensors(noise)
 
 
 def _unclear_note(job: _Job, name: str, real: OutputParity, twin: OutputParity) -> str:

@@ -44,7 +44,8 @@ def _settle(model: nn.Module, inputs: tuple[object, ...]) -> None:
             return
         axes = [a for a in range(x.dim()) if a != 1]
         module.running_mean.copy_(x.mean(axes))  # type: ignore[operator]
-        module.running_var.copy_(x.var(axes, unbiased=False) + 1e-3)  # type: ignore[operator]
+        var = x.var(axes, unbiased=False)
+        module.running_var.copy_(var + 0.1 * var.mean() + 1e-3)  # type: ignore[operator]
 
     norms = [m for m in model.modules() if getattr(m, "running_mean", None) is not None]
     handles = [norm.register_forward_pre_hook(before) for norm in norms]

@@ -10,8 +10,8 @@ from torch import nn
 
 _CLASSIFICATION = """
 alexnet convnext_tiny convnext_small@128 densenet121 densenet161@128 densenet169@128 densenet201@64 efficientnet_b0
-efficientnet_b1@128 efficientnet_b2@128 efficientnet_b3@128 efficientnet_b4@128 efficientnet_b5@64 efficientnet_b6@128
-efficientnet_b7@64 efficientnet_v2_s@128 efficientnet_v2_m@128 efficientnet_v2_l@64 googlenet inception_v3 maxvit_t
+efficientnet_b1@128 efficientnet_b2@128 efficientnet_b3@128 efficientnet_b4@128 efficientnet_b5@96 efficientnet_b6@128
+efficientnet_b7@96 efficientnet_v2_s@128 efficientnet_v2_m@128 efficientnet_v2_l@96 googlenet inception_v3 maxvit_t
 mnasnet1_0 mobilenet_v2 mobilenet_v3_large mobilenet_v3_small regnet_x_400mf regnet_x_800mf regnet_x_1_6gf
 regnet_x_3_2gf@128 regnet_x_8gf@96 regnet_x_16gf@96 regnet_x_32gf@64 regnet_y_400mf regnet_y_800mf regnet_y_1_6gf
 regnet_y_3_2gf@128 regnet_y_8gf@96 regnet_y_16gf@64 regnet_y_32gf@64 resnet18 resnet34 resnet50 resnet101@128
