@@ -7,6 +7,7 @@ anything varies, the comparison is blind, and says so.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ BLIND = 1e-3
 """Where less than this share of an output varies with the input, comparing it proves nothing."""
 ROUNDING = 1e-5
 """Differences up to this share of the whole output are float32 rounding, summed over a network."""
+
+ROUNDINGS = 16
+"""How many times torch's own float32 rounding, measured against float64, a difference may be and still be rounding."""
 
 BATCHES = (1, 2, 7)
 DRAWS = 3
@@ -128,6 +132,27 @@ def parity(
         batches.append(size.batch)
     pooled = {name: _pool([case[name] for case in found]) for name in found[0]}
     return Parity(pooled, tuple(dict.fromkeys(batches)))
+
+
+def rounding(
+    model: torch.nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None, *, seed: int = 0
+) -> dict[str, OutputParity]:
+    """Compare the torch model with itself in float64, on random inputs like the example.
+
+    Returns:
+        By output; nothing where the model does not run in float64.
+    """
+    call, generator = bind(model, args, kwargs), torch.Generator().manual_seed(seed)
+    size = _Shapes(0, {name: tuple(tensor.shape) for name, tensor in call.tensors.items()})
+    draws = [_draw(call.tensors, size, generator, near=False) for _ in range(DRAWS)]
+    wide = [{n: t.double() if t.is_floating_point() else t for n, t in tensors.items()} for tensors in draws]
+    try:
+        double = copy.deepcopy(model).double()
+        exact = [_run_torch(double, call, tensors) for tensors in wide]
+        found = _compare_draws(exact, [_run_torch(model, call, tensors) for tensors in draws], "the torch model")
+    except Exception:  # a model may insist on its own precision, in any way
+        return {}
+    return {name: _pool([magnitudes]) for name, magnitudes in found.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -409,3 +409,21 @@ class Windows(nn.Module):
 def test_attention_over_any_number_of_axes(tmp_path, leading, mask):
     result = export(Windows(leading, mask).eval(), (torch.randn(1, 24, 8),), tmp_path / "windows.onnx")
     assert result.error <= TOLERANCE and result.notes == ()
+
+
+class Offset(nn.Module):
+    """What varies of its output is a hundredth of it or less: float32 keeps few digits of that."""
+
+    def __init__(self, offset):
+        super().__init__()
+        self.one, self.two, self.offset = nn.Conv2d(3, 64, 3), nn.Conv2d(64, 4, 3), offset
+
+    def forward(self, x):
+        return (self.offset + self.two(self.one(x).sigmoid())).mean((2, 3))
+
+
+def test_rounding_is_measured_against_float64(tmp_path):
+    torch.manual_seed(0)
+    result = export(Offset(20.0).eval(), (torch.randn(1, 3, 12, 12),), tmp_path / "offset.onnx")
+    assert result.error > TOLERANCE
+    assert any("rounding" in note for note in result.notes)

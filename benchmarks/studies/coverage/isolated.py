@@ -20,7 +20,9 @@ import psutil
 from benchmarks.studies.coverage.models import Model
 
 SECONDS, BYTES = 120.0, 8 * 2**30
-"""What one model may take with one tool."""
+"""What one model may take with one tool: processor time, of one thread, and resident memory."""
+_PATIENCE = 6.0
+"""Wall time over processor time at which a process is given up, asleep or starved."""
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["benchmarks.studies.coverage.warm"])
@@ -32,14 +34,14 @@ def limited(model: Model, tool: str, *, seconds: float = SECONDS, limit: int = B
     Args:
         model: of the list.
         tool: one of `tools.TOOLS`.
-        seconds: wall time that the process may take.
+        seconds: processor time that the process may take, so that a busy machine does not decide.
         limit: resident bytes that it may hold.
     """
     with tempfile.TemporaryDirectory() as folder:
         child = _SERVER.Process(target=_work, args=(model, tool, folder), daemon=True)
         child.start()
         started = time.monotonic()
-        over, peak = _watch(child, started + seconds, limit)
+        over, peak = _watch(child, seconds, limit)
         row = _result(Path(folder), child.exitcode)
     if over:
         said = f"over {seconds:.0f} s" if over == "time" else f"over {limit / 2**30:.0f} GiB"
@@ -47,14 +49,16 @@ def limited(model: Model, tool: str, *, seconds: float = SECONDS, limit: int = B
     return {**row, "process_s": round(time.monotonic() - started, 1), "peak_bytes": peak}
 
 
-def _watch(child: Any, deadline: float, limit: int) -> tuple[str, int]:
+def _watch(child: Any, seconds: float, limit: int) -> tuple[str, int]:
     """Wait for the process, and end it at a limit; returns which limit, and the most bytes it held."""
-    peak, over = 0, ""
+    peak, over, deadline = 0, "", time.monotonic() + _PATIENCE * seconds
     try:
         process = psutil.Process(child.pid)
         while child.is_alive() and not over:
             peak = max(peak, process.memory_info().rss)
-            over = "time" if time.monotonic() > deadline else "memory" if peak > limit else ""
+            used = process.cpu_times()
+            late = used.user + used.system > seconds or time.monotonic() > deadline
+            over = "time" if late else "memory" if peak > limit else ""
             child.join(0.2)
     except psutil.NoSuchProcess:
         pass

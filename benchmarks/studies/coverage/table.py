@@ -78,9 +78,8 @@ def render(data: Mapping[str, Any], models: Iterable[Model]) -> str:
         "",
         "Written by `python -m benchmarks.studies.coverage --table` from",
         "[coverage.json](../benchmarks/studies/results/coverage.json), measured",
-        f"on {record.sentence(data['machine'])}, with one thread and at most 120 s and 8 GiB per model and tool.",
-        f"Load of the machine over the last minute when the last row was written: {_load(data['machine'])}; above 1,",
-        "the study shared its cores with other work, and seconds and limits are worse than on an idle machine.",
+        f"on {record.sentence(data['machine'])}, with one thread and at most 120 s of processor time and 8 GiB per model",
+        "and tool. Seconds are of the cut alone, without oracle and ONNX.",
         "",
         "| tool | " + " | ".join(_OUTCOMES.values()) + " |",
         "|---" * (len(_OUTCOMES) + 1) + "|",
@@ -91,10 +90,6 @@ def render(data: Mapping[str, Any], models: Iterable[Model]) -> str:
     for family, title in _TITLES.items():
         lines += ["", f"## {title}", "", *_table(rows, [m for m in models if m.family == family])]
     return "\n".join(lines) + "\n"
-
-
-def _load(machine: Mapping[str, Any]) -> str:
-    return str(machine.get("load_average_1min", "unknown"))
 
 
 def _comparison(rows: Rows, models: tuple[Model, ...]) -> list[str]:
