@@ -291,12 +291,14 @@ CUT = {
     "uneven chunks swapped": three(lambda m, x: m.z(torch.cat(m.a(x).chunk(3, 1)[::-1], 1))),
     "in place on a view": three(in_place_view),
     "in place on a slice": three(in_place_slice),
+    "normalised over channels": three(lambda m, x: m.z(F.normalize(m.a(x), dim=1))),
+    "largest of channels as a norm": three(lambda m, x: m.z(m.a(x) / m.a(x).norm(float("inf"), 1, keepdim=True))),
     "scalar gate": three(lambda m, x: m.z(m.a(x) * m.alpha), alpha=nn.Parameter(torch.tensor([0.7]))),
 }
 
 WHOLE = {
     "product of channels": (three(lambda m, x: m.z(m.a(x) * m.a(x).prod(1, keepdim=True))), "a.weight"),
-    "normalised over channels": (three(lambda m, x: m.z(F.normalize(m.a(x), dim=1))), "a.weight"),
+    "norm of negative order": (three(lambda m, x: m.z(m.a(x) / m.a(x).norm(-1.0, 1, keepdim=True))), "a.weight"),
     "picked by a list": (three(lambda m, x: m.z(m.a(x)[:, [3, 1, 1, 0]]), 4), "a.weight"),
     "residual into the input": (Net(lambda m, x: x + m.a(x), a=conv(3, 3)), "a.weight"),
     "softmax over channels": (three(lambda m, x: m.z(m.a(x).softmax(1))), "a.weight"),
