@@ -18,7 +18,7 @@ from surgery.blame import UNKNOWN, last_own_line
 from surgery.errors import UnsupportedModel
 from surgery.ops.registry import rules
 from surgery.sizes import hint, is_symbolic
-from surgery.unlift import flat_inputs, plain_containers, unlift
+from surgery.unlift import flat_inputs, plain_containers
 
 aten = torch.ops.aten
 _ASSERTIONS = ("_assert", "sym_constrain", "_guards_fn")
@@ -45,9 +45,13 @@ class Cleaned:
     materialised: Mapping[str, tuple[str, ...]]
 
 
-def clean(exported: Any) -> Cleaned:
-    """Return the exported program as a plain graph module that later stages can label and rewrite."""
-    graph = unlift(exported)
+def clean(exported: Any, graph: torch.fx.GraphModule) -> Cleaned:
+    """Return the exported program as a plain graph module that later stages can label and rewrite.
+
+    Args:
+        exported: what `torch.export` returned.
+        graph: what `unlift` makes of it; changed in place.
+    """
     _inline_regions(graph)
     _drop_assertions(graph)
     if not _functionalise(graph):

@@ -7,7 +7,6 @@ later stage sees plain functions from values to values.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import inspect
 import io
@@ -16,12 +15,12 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
 from surgery import guards
@@ -30,6 +29,7 @@ from surgery.clean import clean
 from surgery.copies import traceable
 from surgery.errors import InvalidInput, UnsupportedModel
 from surgery.ir import InputSpec, Node, Program
+from surgery.lean import lean
 from surgery.sizes import ReshapeCount, hint, is_symbolic, sizes_spill
 from surgery.tolerances import TOLERANCE
 from surgery.unlift import unlift
@@ -60,8 +60,9 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
     kwargs = _in_forward_order(model, example_kwargs or {})
     require_finite(model)
     with evaluating(model), quiet():
-        exported, args, kwargs, notes = _export(traceable(model), args, kwargs)
-        cleaned = clean(exported)
+        captured, notes = _export(traceable(model), args, kwargs)
+        cleaned = clean(captured.exported, captured.graph)
+    args, kwargs = captured.inputs
     graph = cleaned.graph
     names = _input_names(graph)
     inputs = _describe_inputs(graph, names)
@@ -183,25 +184,35 @@ def _axes(batch: Any, space: Any) -> Any:
     return of
 
 
-def _export(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> tuple[Any, Args, dict[str, Any], tuple[str, ...]]:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Captured:
+    """What `torch.export` returned, the graph that reads its parameters by name, and the inputs used."""
+
+    exported: Any
+    graph: torch.fx.GraphModule
+    inputs: tuple[Args, dict[str, Any]]
+
+
+def _export(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> tuple[_Captured, tuple[str, ...]]:
     """Capture with dynamic batch, height and width where that holds; else with dynamic batch; else with none.
 
-    Also returns the inputs used, and what to say.
+    Also returns what to say.
     """
     twice = _at_batch_two(args, kwargs)
     if not _slow_with_free_sizes(model, twice):
         with suppress(Exception):  # torch.export raises whatever the user's forward or its own passes raise
-            exported, used = _attempt(model, twice, Dim.DYNAMIC, Dim.AUTO)
+            captured = _attempt(model, twice, Dim.DYNAMIC, Dim.AUTO)
+            exported = captured.exported
             spills = sizes_spill(exported.graph) or guards.broken_by_space(exported, model, twice)
-            if not (spills or _broken_by_batch(exported, model, twice, used)):
-                return exported, *used, ()
+            if not (spills or _broken_by_batch(captured, model, twice)):
+                return captured, ()
     try:
-        exported, used = _attempt(model, twice, Dim.DYNAMIC, None)
+        captured = _attempt(model, twice, Dim.DYNAMIC, None)
     except Exception as error:  # likewise
         return _export_fixed(model, args, kwargs, f"{where_raised(error)}: {first_line(error)}")
-    if guard := _broken_by_batch(exported, model, twice, used):
+    if guard := _broken_by_batch(captured, model, twice):
         return _export_fixed(model, args, kwargs, f"forward takes another path unless {guard}")
-    return exported, *used, ()
+    return captured, ()
 
 
 def _slow_with_free_sizes(model: nn.Module, inputs: tuple[Args, dict[str, Any]]) -> bool:
@@ -211,21 +222,20 @@ def _slow_with_free_sizes(model: nn.Module, inputs: tuple[Args, dict[str, Any]])
     return True
 
 
-def _broken_by_batch(exported: Any, model: nn.Module, inputs: Any, used: tuple[Args, dict[str, Any]]) -> str:
-    return guards.broken_by_batch(exported, model, inputs) or _differs_at_one(exported, model, used)
+def _broken_by_batch(captured: _Captured, model: nn.Module, inputs: Any) -> str:
+    return guards.broken_by_batch(captured.exported, model, inputs) or _differs_at_one(captured, model)
 
 
-def _differs_at_one(exported: Any, model: nn.Module, inputs: tuple[Args, dict[str, Any]]) -> str:
+def _differs_at_one(captured: _Captured, model: nn.Module) -> str:
     """A batch of one is never traced: what the graph makes of it has to be what the model makes of it."""
-    single = pytree.tree_map(lambda x: x[:1] if isinstance(x, Tensor) and x.dim() else x, inputs)
-    graph = unlift(exported)
+    single = pytree.tree_map(lambda x: x[:1] if isinstance(x, Tensor) and x.dim() else x, captured.inputs)
     with torch.no_grad():
         try:
             wanted = [x for x in pytree.tree_leaves(model(*single[0], **single[1])) if isinstance(x, Tensor)]
         except Exception:  # the model itself takes no batch of one
             return ""
         try:
-            got = [x for x in pytree.tree_leaves(graph(*single[0], **single[1])) if isinstance(x, Tensor)]
+            got = [x for x in pytree.tree_leaves(captured.graph(*single[0], **single[1])) if isinstance(x, Tensor)]
         except Exception as error:  # whatever the graph's operators raise
             return f"the batch is larger than 1 ({first_line(error)})"
     same = len(wanted) == len(got) and all(_close(a, b) for a, b in zip(wanted, got, strict=True))
@@ -239,64 +249,22 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=0.0, atol=allowed * float(a.abs().nan_to_num(0.0).max()), equal_nan=True)
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep Python's collector from going through a growing graph over and over: a sixth of the time of a capture."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
-
-
-@contextmanager
-def _lean() -> Iterator[None]:
-    """Keep `torch.export` from work that nobody here reads: a quarter of the time of a capture.
-
-    That is Python code for every intermediate graph, now made for those that are called, and strides and memory formats
-    beside every value.
-    """
-    recompile, private = torch.fx.GraphModule.recompile, "_extract_tensor_metadata"
-    describe = getattr(proxy_tensor, private, None)
-
-    def later(graph: torch.fx.GraphModule) -> None:
-        def forward(module: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-            recompile(module)
-            return module.forward(*args, **kwargs)
-
-        type(graph).forward = forward  # each graph module has a class of its own
-
-    try:
-        torch.fx.GraphModule.recompile = later  # type: ignore[method-assign, assignment]
-        if describe is not None:
-            setattr(proxy_tensor, private, lambda *_, **__: None)
-        yield
-    finally:
-        torch.fx.GraphModule.recompile = recompile  # type: ignore[method-assign]
-        if describe is not None:
-            setattr(proxy_tensor, private, describe)
-
-
-def _attempt(model: nn.Module, inputs: tuple[Args, dict[str, Any]], batch: Any, space: Any) -> tuple[Any, Any]:
+def _attempt(model: nn.Module, inputs: tuple[Args, dict[str, Any]], batch: Any, space: Any) -> _Captured:
     shapes = pytree.tree_map(_axes(batch, space), inputs) if batch is not None else None
     # A copy each time: torch.export takes one tensor given twice for one input, and marks tensors as dynamic.
     positional, named = pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, inputs)
-    with torch.no_grad(), _no_collection(), _lean():
+    with torch.no_grad(), lean():
         exported = torch.export.export(model, positional, named, dynamic_shapes=_by_name(model, shapes), strict=False)
     for module in exported.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             module.recompile()
-    return exported, (positional, named)
+    return _Captured(exported, unlift(exported), (positional, named))
 
 
-def _export_fixed(
-    model: nn.Module, args: Args, kwargs: dict[str, Any], why: str
-) -> tuple[Any, Args, dict[str, Any], tuple[str, ...]]:
+def _export_fixed(model: nn.Module, args: Args, kwargs: dict[str, Any], why: str) -> tuple[_Captured, tuple[str, ...]]:
     """Capture at the example's own sizes; `why` the batch cannot be dynamic."""
     try:
-        exported, used = _attempt(model, (args, kwargs), None, None)
+        captured = _attempt(model, (args, kwargs), None, None)
     except Exception as error:  # torch.export raises whatever the user's forward or its own passes raise
         refuse_wrong_inputs(model, args, kwargs)
         raise UnsupportedModel(
@@ -305,7 +273,7 @@ def _export_fixed(
             "be captured"
         ) from error
     why = why.removeprefix(f"{UNKNOWN}: ")
-    return exported, *used, (f"batch is fixed at the example's: a dynamic one could not be traced ({why})",)
+    return captured, (f"batch is fixed at the example's: a dynamic one could not be traced ({why})",)
 
 
 def _by_name(model: nn.Module, shapes: Any) -> Any:

@@ -24,7 +24,7 @@ ORDER = """
     surgery.errors surgery.blame surgery.ir surgery.tolerances surgery.compat
     surgery.pt2 surgery.checkpoints surgery.libraries surgery.usercode surgery.models
     surgery.sizes surgery.labels surgery.ops.registry surgery.ops.examples surgery.ops.index surgery.ops.*
-    surgery.copies surgery.guards surgery.einsum surgery.unlift surgery.clean surgery.trace
+    surgery.copies surgery.guards surgery.einsum surgery.unlift surgery.lean surgery.clean surgery.trace
     surgery.pieces surgery.couple surgery.score surgery.fvcount surgery.cost surgery.ladders surgery.allocate
     surgery.moves surgery.graph surgery.transplant surgery.numerics surgery.cut surgery.check surgery.arrange
     surgery.torch_pruning surgery.eager

@@ -11,7 +11,7 @@ from torch import nn
 _CLASSIFICATION = """
 alexnet convnext_tiny convnext_small@128 densenet121 densenet161@128 densenet169@128 densenet201@64 efficientnet_b0
 efficientnet_b1@128 efficientnet_b2@128 efficientnet_b3@128 efficientnet_b4@128 efficientnet_b5@96 efficientnet_b6@128
-efficientnet_b7@96 efficientnet_v2_s@128 efficientnet_v2_m@128 efficientnet_v2_l@96 googlenet inception_v3 maxvit_t
+efficientnet_b7@96 efficientnet_v2_s@128 efficientnet_v2_m@128 googlenet inception_v3 maxvit_t
 mnasnet1_0 mobilenet_v2 mobilenet_v3_large mobilenet_v3_small regnet_x_400mf regnet_x_800mf regnet_x_1_6gf
 regnet_x_3_2gf@128 regnet_x_8gf@96 regnet_x_16gf@96 regnet_x_32gf@64 regnet_y_400mf regnet_y_800mf regnet_y_1_6gf
 regnet_y_3_2gf@128 regnet_y_8gf@96 regnet_y_16gf@64 regnet_y_32gf@64 resnet18 resnet34 resnet50 resnet101@128
@@ -88,6 +88,13 @@ def _sized(text: str, family: str, prefix: str = "") -> Iterator[Model]:
 
 _HERE = "benchmarks.studies.coverage.models"
 _SMALLER = (
+    Model(
+        "efficientnet_v2_l, half the blocks",
+        "torchvision",
+        f"{_HERE}:efficientnet_v2_l",
+        (1, 3, 96, 96),
+        note="half of the blocks of each stage, 96 x 96",
+    ),
     Model("vit_l_16, 4 blocks", "torchvision", f"{_HERE}:vit_l_16", (1, 3, 64, 64), note="4 of 24 blocks, 64 x 64"),
     Model("vit_l_32, 4 blocks", "torchvision", f"{_HERE}:vit_l_32", (1, 3, 64, 64), note="4 of 24 blocks, 64 x 64"),
     Model("vit_h_14, 2 blocks", "torchvision", f"{_HERE}:vit_h_14", (1, 3, 56, 56), note="2 of 32 blocks, 56 x 56"),
@@ -152,6 +159,18 @@ def vit_l_32() -> nn.Module:
 def vit_h_14() -> nn.Module:
     """ViT-H/14 with 2 of its 32 blocks."""
     return _vision_transformer(14, 56, 2, 16, 1280)
+
+
+def efficientnet_v2_l() -> nn.Module:
+    """EfficientNetV2-L with half of the blocks of each stage."""
+    from surgery.compat import import_torchvision
+
+    efficientnet = import_torchvision().models.efficientnet
+    stages, last = efficientnet._efficientnet_conf("efficientnet_v2_l")
+    for stage in stages:
+        stage.num_layers = (stage.num_layers + 1) // 2
+    module: nn.Module = efficientnet.EfficientNet(stages, 0.4, last_channel=last)
+    return module
 
 
 def regnet_y_128gf() -> nn.Module:
