@@ -92,6 +92,10 @@ class Run(torch.fx.Interpreter):
         self._override = override
         self._dtype = dtype
 
+    def on(self, state: Mapping[str, Tensor]) -> Run:
+        """The same run with other parameters."""
+        return Run(self.module, state, self._override, self._dtype)  # type: ignore[arg-type]
+
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Look a parameter up in the given state first."""
         if target in self._state:

@@ -227,7 +227,7 @@ def test_rounding_that_real_weights_amplify_is_told_from_a_wrong_cut() -> None:
     cutting = cut_model(Chaotic(12.0).double(), torch.randn(2, 4, dtype=torch.float64))
     result = cutting.check()
     assert result.error_float64 <= 1e-10 < (result.error_real or 0.0)
-    assert "amplify rounding" in result.notes[0]
+    assert "rounding is amplified on the real weights" in result.notes[0]
     with torch.no_grad():
         cutting.compact.graph.b.weight[0, 0] += 1e-3
     wrong = replace(cutting, compact=replace(cutting.compact, module=cutting.compact.graph, kind="graph"))
