@@ -27,6 +27,9 @@ def lean() -> Iterator[None]:
             return module.forward(*args, **kwargs)
 
         type(graph).forward = forward  # each graph module has a class of its own
+        structure = getattr(graph.graph._codegen, "pytree_info", None)
+        if structure is not None:  # what else `recompile` leaves behind, and other passes read
+            graph._in_spec, graph._out_spec = structure.in_spec, structure.out_spec
 
     collects = gc.isenabled()
     try:
