@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import ceil, lgamma, log
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from surgery.check import apart
+from surgery.compare import apart
 from surgery.couple import Wiring
 from surgery.errors import PlanMismatch
 from surgery.ir import Arrangement, Coupling, Group, Plan, Program, Site
@@ -127,7 +128,7 @@ def _regular(places: Places, inner: Group, outer: Group) -> bool:
 
 
 def _unchanging(program: Program, coupling: Coupling, pairs: Sequence[Pair], seed: int) -> list[Pair]:
-    """The pairs whose members may be put in any order: shown by one random order of all, or of ever fewer.
+    """The pairs whose members may be put in any order: shown by random orders of all, or of ever fewer.
 
     Where two groups name each other, either may be the heads of the other; the run tells.
     """
@@ -137,12 +138,16 @@ def _unchanging(program: Program, coupling: Coupling, pairs: Sequence[Pair], see
     rng = np.random.default_rng(seed)
 
     def same(some: Sequence[Pair]) -> bool:
-        shuffled = [
-            Arrangement(i.name, o.name, tuple(tuple(rng.permutation(i.size).tolist()) for _ in range(o.size)))
-            for i, o in some
-        ]
-        other = arranged(state, moves_of(coupling, shuffled))
-        return apart(program, state, other, seed) <= TOLERANCE[torch.float64]
+        for k in range(max(_draws(i.size) for i, _ in some)):
+            shuffled = [
+                Arrangement(i.name, o.name, tuple(tuple(rng.permutation(i.size).tolist()) for _ in range(o.size)))
+                for i, o in some
+                if k < _draws(i.size)
+            ]
+            other = arranged(state, moves_of(coupling, shuffled))
+            if apart(program, state, other, seed) > TOLERANCE[torch.float64]:
+                return False
+        return True
 
     def passing(some: Sequence[Pair]) -> list[Pair]:
         if not some or same(some):
@@ -157,6 +162,11 @@ def _unchanging(program: Program, coupling: Coupling, pairs: Sequence[Pair], see
     found += passing([(i, o) for i, o in pairs if (i.name, o.name) in turned and not {i.name, o.name} & taken])
     inner = {i.name for i, _ in found}
     return [(i, o) for i, o in found if o.name not in inner]
+
+
+def _draws(members: int) -> int:
+    """How many random orders it takes until two heads of them are in the same one each time with chance 1e-3."""
+    return max(1, ceil(log(1e3) / lgamma(members + 1)))
 
 
 # How important each member is. ---------------------------------------------------------------------------------------
@@ -181,7 +191,8 @@ def _per_head(weight: Tensor, layout: Layout, members: int, heads: int) -> tuple
     """Lay the slices of one head after those of another: (heads * positions, slice), and who owns which."""
     assert layout.by is not None
     rows = positions(layout.outer, heads)
-    weight = weight.movedim((layout.by, layout.axis), (0, 1)).flatten(2)  # (by, axis, rest)
+    weight = weight.movedim((layout.by, layout.axis), (0, 1))
+    weight = weight.reshape(*weight.shape[:2], -1)  # (by, axis, rest)
     parts = [weight[torch.from_numpy(row)].movedim(1, 0).flatten(1) for row in rows]
     owned = positions(layout.inner, members)
     return torch.cat(parts), np.concatenate([owned + k * len(layout.inner) for k in range(heads)])

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from surgery.blame import first_line
+from surgery.compare import apart, relative_error, require, rounds_of, within_rounding
 from surgery.couple import Masks, Wiring, couple, index_table, run, shapes_of
 from surgery.cut import as_call, compact_state, masks_of, slice_tensors
-from surgery.errors import CheckFailed, InvalidInput
+from surgery.errors import CheckFailed
 from surgery.ir import CheckResult, CompactModel, Coupling, Plan, Program
 from surgery.labels import LabelMismatch, Layers, Value, gather, is_constant
 from surgery.moves import Move, arranged, moves_of
@@ -34,8 +35,7 @@ from surgery.numerics import (
     state_of,
     well_conditioned,
 )
-from surgery.sizes import is_symbolic
-from surgery.tolerances import BLIND, ROUNDINGS, TOLERANCE
+from surgery.tolerances import BLIND, TOLERANCE
 from surgery.trace import evaluating
 
 
@@ -67,14 +67,15 @@ def check(
     unmoved = well_conditioned(program, seed=seed)
     dense = arranged(unmoved, moves)
     if moves:
-        _require(apart(program, unmoved, dense, seed), torch.float64, "members in another order")
+        require(apart(program, unmoved, dense, seed), torch.float64, "members in another order")
     error64, varying = _compare(program, wiring, masks, dense, compact_state(dense, plan), compact, seed)
     if varying < BLIND:
         raise CheckFailed(
             f"cannot tell: on well-conditioned values only {varying:.1e} of the output varies with the input; "
             "use an example input that reaches the output"
         )
-    _require(error64, torch.float64, "distinct, well-conditioned values")
+    require(error64, torch.float64, "distinct, well-conditioned values")
+    _require_other_batches(program, compact_state(dense, plan), compact)
     notes = _require_other_sizes(program, wiring, masks, dense, compact_state(dense, plan), compact)
     real = arranged(state_of(program), moves)
     error, varying = _compare(program, wiring, masks, real, None, compact, seed)
@@ -86,21 +87,10 @@ def check(
             "(a zero head, or untrained layer scales); equality was shown on well-conditioned values",
         )
     elif error > TOLERANCE[narrowest(program)]:
-        rounds = [sample_inputs(program, seed=seed + 100 + k) for k in range(_rounds(program))]
+        rounds = [sample_inputs(program, seed=seed + 100 + k) for k in range(rounds_of(program))]
         reference = masked_run(program, wiring, masks, real)
-        notes += (_within_rounding(reference, rounds, real, error, narrowest(program), "the real weights"),)
+        notes += (within_rounding(reference, rounds, real, error, narrowest(program), "the real weights"),)
     return CheckResult(replayed, error64, told, varying, _meaning(coupling, plan), notes)
-
-
-def apart(program: Program, state: Mapping[str, Tensor], other: Mapping[str, Tensor], seed: int) -> float:
-    """Return the relative error of the dense program with other weights, in float64: see `relative_error`."""
-    rounds = [sample_inputs(program, seed=seed + 100 + k, dtype=torch.float64) for k in range(_rounds(program))]
-    with torch.no_grad():
-        runs = [
-            [flat_outputs(Run(program.graph, weights, dtype=torch.float64).run(*inputs)) for inputs in rounds]
-            for weights in (state, other)
-        ]
-    return relative_error(*runs)[0]
 
 
 def _require_slices(program: Program, plan: Plan, moves: Sequence[Move], compact: CompactModel) -> None:
@@ -118,6 +108,33 @@ def _require_slices(program: Program, plan: Plan, moves: Sequence[Move], compact
                     f"'{name}' is not the slice of the dense tensor that the plan says; nothing was written; if its "
                     "weights were not changed after the cut, please report this model"
                 )
+
+
+def _require_other_batches(program: Program, cut_state: Mapping[str, Tensor], compact: CompactModel) -> None:
+    """Where the batch is dynamic, three samples have to give what the first two give, and the first again."""
+    if rounds_of(program) > 1 or not all(0 in spec.dynamic for spec in program.inputs):
+        return
+    pair = sample_inputs(program, seed=77, dtype=torch.float64)
+    three = [torch.cat([x, x[:1]]) if isinstance(x, Tensor) else x for x in pair]
+
+    def keeps_apart(run: Callable[[list[Tensor]], Any]) -> bool:
+        with torch.no_grad():
+            wanted = [torch.cat([y, y[:1]]) for y in flat_outputs(run(pair))]
+            try:
+                found = flat_outputs(run(three))
+            except Exception:  # whatever an operator raises at a size that it does not expect
+                return False
+        same = [x.shape for x in wanted] == [x.shape for x in found]
+        return same and relative_error([wanted], [found])[0] <= TOLERANCE[torch.float64]
+
+    def dense(inputs: list[Tensor]) -> Any:
+        return Run(program.graph, well_conditioned(program), dtype=torch.float64).run(*inputs)
+
+    if not keeps_apart(_graph_runner(compact, cut_state)) and keeps_apart(dense):
+        raise CheckFailed(
+            "the compact model computes something else in a batch of three than in a batch of two, which the dense one "
+            "does not; nothing was written; please report this model"
+        )
 
 
 def _require_other_sizes(
@@ -146,56 +163,11 @@ def _require_other_sizes(
     if error <= TOLERANCE[torch.float64]:
         return ()
     what = "an input of another height and width"
-    return (_within_rounding(reference, [inputs], dense, error, torch.float64, what),)
-
-
-def _within_rounding(
-    reference: Run,
-    rounds: list[list[Tensor]],
-    state: Mapping[str, Tensor],
-    error: float,
-    dtype: torch.dtype,
-    what: str,
-) -> str:
-    """Say so where the masked dense model's own rounding explains a difference; else raise.
-
-    Values may be such that a deep network blows the last bit of its numbers up to more than the tolerance. How far is
-    measured: every weight is moved by one unit in its last place, and the output compared with what it was.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def moved(x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            return x
-        sign = torch.randint(0, 2, x.shape, generator=generator) * 2 - 1
-        return x * (1 + torch.finfo(x.dtype).eps * sign.to(x.dtype))
-
-    with torch.no_grad():
-        runs = [
-            [flat_outputs(reference.on(weights).run(*inputs)) for inputs in rounds]
-            for weights in (state, {name: moved(tensor) for name, tensor in state.items()})
-        ]
-    rounding, _ = relative_error(*runs)
-    if not (error <= ROUNDINGS * rounding and rounding < BLIND):
-        _require(error, dtype, what)
-    return (
-        f"rounding is amplified on {what}: moving each weight by its last bit moves the dense output by "
-        f"{rounding:.1e}; the compact model differs by {error:.1e}, and by no more than "
-        f"{TOLERANCE[torch.float64]:.0e} on well-conditioned values at the example's size"
-    )
+    return (within_rounding(reference, [inputs], dense, error, torch.float64, what),)
 
 
 def _is_tensor(x: Any) -> bool:
     return isinstance(x, Tensor)
-
-
-def _require(error: float, dtype: torch.dtype, what: str) -> None:
-    tolerance = TOLERANCE[dtype]
-    if not error <= tolerance:
-        raise CheckFailed(
-            f"the compact model differs from the masked dense model by {error:.1e} on {what} "
-            f"(allowed: {tolerance:.0e}); nothing was written; please report this model"
-        )
 
 
 def _meaning(coupling: Coupling, plan: Plan) -> str:
@@ -328,7 +300,7 @@ def _compare(
 ) -> tuple[float, float]:
     """Relative error and varying share; `cut_state` None: the compact model's own weights."""
     dtype = torch.float64 if cut_state is not None else None
-    rounds = [sample_inputs(program, seed=seed + 100 + k, dtype=dtype) for k in range(_rounds(program))]
+    rounds = [sample_inputs(program, seed=seed + 100 + k, dtype=dtype) for k in range(rounds_of(program))]
     candidates: list[Callable[[list[Tensor]], Any]] = [_graph_runner(compact, cut_state)]
     if compact.kind == "module":
         candidates.append(_module_runner(program, compact, cut_state))
@@ -337,14 +309,6 @@ def _compare(
         wanted = [flat_outputs(reference.run(*inputs)) for inputs in rounds]
         found = [relative_error(wanted, [flat_outputs(run(inputs)) for inputs in rounds]) for run in candidates]
     return max(error for error, _ in found), found[0][1]
-
-
-def _rounds(program: Program) -> int:
-    """One run holds two samples where every output has the batch as its first axis; otherwise two runs are compared."""
-    output = next(n for n in program.graph.graph.nodes if n.op == "output")
-    values = [n.meta.get("val") for n in output.all_input_nodes]
-    per_sample = all(isinstance(v, Tensor) and v.dim() > 0 and is_symbolic(v.shape[0]) for v in values)
-    return 1 if values and per_sample else 2
 
 
 def _graph_runner(compact: CompactModel, state: Mapping[str, Tensor] | None) -> Callable[[list[Tensor]], Any]:
@@ -369,31 +333,3 @@ def _module_runner(
             return torch.func.functional_call(module, values, args, kwargs)
 
     return call
-
-
-def relative_error(wanted: list[list[Tensor]], got: list[list[Tensor]]) -> tuple[float, float]:
-    """Compare outputs over several samples.
-
-    Args:
-        wanted: for each run its output tensors; runs, or samples along the first axis, differ in their input.
-        got: likewise.
-
-    Returns:
-        The largest difference over the largest deviation from the mean over samples, worst over outputs; and the
-        smallest share of an output's magnitude that varies, over outputs.
-    """
-    worst, share = 0.0, 1.0
-    for outputs, others in zip(zip(*wanted, strict=True), zip(*got, strict=True), strict=True):
-        reference, other = torch.cat([t.double() for t in outputs]), torch.cat([t.double() for t in others])
-        if reference.shape != other.shape:
-            return float("inf"), share
-        deviation = (reference - reference.mean(0, keepdim=True)).abs().max()
-        difference = (reference - other).abs().max()
-        scale = reference.abs().max()
-        if not bool(torch.isfinite(reference).all()):
-            raise InvalidInput("the dense model's own output is not finite; load weights that do not overflow")
-        if not bool(torch.isfinite(difference)):
-            return float("inf"), share
-        share = min(share, float(deviation / scale.clamp_min(1e-300)))
-        worst = max(worst, float(difference / deviation.clamp_min(1e-300)) if difference > 0 else 0.0)
-    return worst, share

@@ -217,8 +217,9 @@ def _apply_change(
 
 def _scaled(graph: torch.fx.Graph, size: torch.fx.Node, numerator: int, denominator: int) -> torch.fx.Node:
     shared = gcd(numerator, denominator)
-    product = graph.call_function(operator.mul, (size, numerator // shared))
-    return graph.call_function(operator.floordiv, (product, denominator // shared))
+    # Names of their own: the names of the dense program's nodes are what values are compared by.
+    product = graph.create_node("call_function", operator.mul, (size, numerator // shared), name="_scaled_size")
+    return graph.create_node("call_function", operator.floordiv, (product, denominator // shared), name="_scaled_size")
 
 
 def _literals(node: torch.fx.Node, raw: Mapping[str, Any], change: Mapping[str, Any] | Replacement) -> list[Literal]:

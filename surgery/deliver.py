@@ -114,13 +114,20 @@ def weights_bytes(module: torch.nn.Module) -> bytes:
     return bytes(to_safetensors(state))
 
 
-def load(folder: str | Path, dense_model: torch.nn.Module, example_inputs: Any = None) -> torch.nn.Module:
+def load(
+    folder: str | Path,
+    dense_model: torch.nn.Module,
+    example_inputs: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> torch.nn.Module:
     """Return the finished compact model of a folder that `save` or `surgery shrink` wrote, with its weights.
 
     Args:
         folder: holds plan.json and compact.safetensors.
         dense_model: same architecture as was shrunk, any weights; left unchanged.
         example_inputs: as for `shrink`; None: made from the plan's input signature.
+        example_kwargs: as for `shrink`; numbers, strings and flags are in the plan.
 
     Raises:
         PlanMismatch: there is no plan, or it was made for another architecture.
@@ -129,7 +136,8 @@ def load(folder: str | Path, dense_model: torch.nn.Module, example_inputs: Any =
     if not isinstance(folder, (str, Path)):
         raise InvalidInput(f"the folder is of type {type(folder).__name__}; give the path that save wrote to")
     place = Path(folder) / artefacts.COMPACT_WEIGHTS
-    compact = apply(Plan.load(Path(folder) / artefacts.PLAN), dense_model, example_inputs)
+    plan = Plan.load(Path(folder) / artefacts.PLAN)
+    compact = apply(plan, dense_model, example_inputs, example_kwargs=example_kwargs)
     try:
         compact.load_state_dict(load_file(place))
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.allocate import plan_from_dead
 from surgery.blame import first_line, where_raised
-from surgery.check import relative_error
+from surgery.compare import relative_error
 from surgery.copies import copied
 from surgery.cut import as_call, compact_state, slice_tensors
 from surgery.errors import CheckFailed, PlanMismatch, UnsupportedModel

@@ -120,6 +120,12 @@ def _fresh(tree: Any) -> Any:
     return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, tree)
 
 
+def plain_arguments(program: Program) -> dict[str, Any]:
+    """Return what a plan records of keyword arguments that are no tensors: ``{"arguments": ...}``, or nothing."""
+    plain = {k: v for k, v in program.example_kwargs.items() if v is None or isinstance(v, (bool, int, float, str))}
+    return {"arguments": plain} if plain else {}
+
+
 def of_plan(plan: Plan, dense_model: nn.Module, example_inputs: Any) -> Whole | None:
     """Return the part that the plan is for, with inputs from the plan where none of the whole model are given."""
     name = plan.settings.get("part")
@@ -140,13 +146,13 @@ def inputs_of(plan: Plan, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, 
         dtype = getattr(torch, spec.dtype.removeprefix("torch."))
         values = torch.randn(spec.shape, generator=generator) if dtype.is_floating_point else torch.zeros(spec.shape)
         tensors[spec.name] = values.to(device=device, dtype=dtype)
-    parameters = inspect.signature(model.forward).parameters
+    parameters, plain = inspect.signature(model.forward).parameters, dict(plan.settings.get("arguments", {}))
     if list(tensors) == list(parameters)[: len(tensors)]:
         keyword = {name for name in tensors if parameters[name].kind is inspect.Parameter.KEYWORD_ONLY}
         args = tuple(value for name, value in tensors.items() if name not in keyword)
-        return args, {name: tensors[name] for name in keyword}
+        return args, {**{name: tensors[name] for name in keyword}, **plain}
     if tensors.keys() <= parameters.keys():
-        return (), tensors
+        return (), {**tensors, **plain}
     raise PlanMismatch(
         f"the plan's inputs ({', '.join(tensors)}) are not the parameters of this {type(model).__name__}'s forward "
         f"({', '.join(parameters)}): it was made for another architecture; if not, pass example_inputs"

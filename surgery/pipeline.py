@@ -171,7 +171,7 @@ def _chosen(
             scope=request.scope,
             round_to=request.round_to,
             inexact=request.inexact,
-            settings=request.settings(),
+            settings={**request.settings(), **parts.plain_arguments(program)},
         )
     return coupling, settled(plan, orders), costs
 
@@ -300,13 +300,20 @@ def _require_types(*, keep: Any, part: Any, seed: Any, example_kwargs: Any) -> N
         raise InvalidInput(f"example_kwargs is of type {type(example_kwargs).__name__}: give a dictionary of inputs")
 
 
-def apply(plan: Plan, dense_model: torch.nn.Module, example_inputs: Any = None) -> torch.nn.Module:
+def apply(
+    plan: Plan,
+    dense_model: torch.nn.Module,
+    example_inputs: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> torch.nn.Module:
     """Return the compact model of another copy of the dense model.
 
     Args:
         plan: what `shrink` decided, or `Plan.load` read.
         dense_model: same architecture as the plan was made for, any weights; left unchanged.
         example_inputs: as for `shrink`; None: made from the plan's input signature.
+        example_kwargs: as for `shrink`; numbers, strings and flags are in the plan.
 
     Raises:
         PlanMismatch: the plan was made for another architecture.
@@ -321,7 +328,7 @@ def apply(plan: Plan, dense_model: torch.nn.Module, example_inputs: Any = None) 
     if whole is not None:
         call = whole.call
     elif example_inputs is not None:
-        call = dense_model, example_inputs, {}
+        call = dense_model, example_inputs, {**plan.settings.get("arguments", {}), **(example_kwargs or {})}
     else:
         call = dense_model, *parts.inputs_of(plan, dense_model)
     program = stages.trace(*call)

@@ -180,6 +180,25 @@ def asks_for_its_width(m: Any, x: Tensor) -> Any:
     return m.z(y / y.shape[1] if y.shape[1] == 8 else y)
 
 
+def sliced_in_batch(m: Any, x: Tensor) -> Any:
+    y = m.a(x)
+    rows = y.reshape(-1, 2, *y.shape[2:])[:, :, 1:-1]
+    return m.z(F.pad(rows.reshape(-1, 8, y.shape[2] - 2, y.shape[3]), (0, 0, 1, 1)))
+
+
+def gated_in_batch(m: Any, x: Tensor) -> Any:
+    y = m.a(x)
+    n, _, h, w = y.shape
+    q = y.reshape(n * 4, 2, h, w)
+    return m.z((q * q.flatten(1).sum(1)[:, None, None, None]).reshape(n, 8, h, w))
+
+
+def normed_in_batch(m: Any, x: Tensor) -> Any:
+    y = m.g(m.a(x))
+    n, _, h, w = y.shape
+    return m.z(F.group_norm(y.reshape(n * 4, 2, h, w), 2).reshape(n, 8, h, w))
+
+
 def halves_interleaved(m: Any, x: Tensor) -> Any:
     y = m.a(x)
     return m.z(torch.cat([y[:, ::2], y[:, 1::2]], 1) + y)
@@ -291,6 +310,9 @@ CUT = {
     "uneven chunks swapped": three(lambda m, x: m.z(torch.cat(m.a(x).chunk(3, 1)[::-1], 1))),
     "in place on a view": three(in_place_view),
     "in place on a slice": three(in_place_slice),
+    "sliced with heads in the batch": three(sliced_in_batch),
+    "gated with heads in the batch": three(gated_in_batch),
+    "group norm with heads in the batch": three(normed_in_batch, g=conv(8, 8, groups=4)),
     "normalised over channels": three(lambda m, x: m.z(F.normalize(m.a(x), dim=1))),
     "largest of channels as a norm": three(lambda m, x: m.z(m.a(x) / m.a(x).norm(float("inf"), 1, keepdim=True))),
     "scalar gate": three(lambda m, x: m.z(m.a(x) * m.alpha), alpha=nn.Parameter(torch.tensor([0.7]))),

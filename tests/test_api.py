@@ -173,3 +173,30 @@ def test_more_threads_than_cores_are_refused_before_any_work() -> None:
 def test_an_unknown_tracer_is_refused(asked: dict[str, str]) -> None:
     with pytest.raises((UnsupportedModel, InvalidInput), match="no-such-tracer"):
         surgery.shrink(net(), IMAGE, **asked)
+
+
+class Told(nn.Module):
+    """Takes what is no tensor, and returns a scalar beside its map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 3)
+
+    def forward(self, x: Tensor, scale: float = 1.0, bent: bool = True) -> dict[str, Tensor]:
+        y = self.a(x) * scale
+        y = self.b(y.relu()) if bent else self.b(y)
+        return {"map": y, "energy": y.square().mean()}
+
+
+def test_arguments_that_are_no_tensors_are_in_the_plan(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Told().eval(), torch.randn(1, 3, 12, 12)
+    result = surgery.shrink(model, x, example_kwargs={"scale": 2.0, "bent": False})
+    assert result.check.error_float64 <= 1e-10
+    result.plan.save(tmp_path / "plan.json")
+    plan = surgery.Plan.load(tmp_path / "plan.json")
+    for again in (surgery.apply(plan, model), surgery.apply(plan, model, x)):
+        same = again(x, scale=2.0, bent=False), result.model(x, scale=2.0, bent=False)
+        assert torch.equal(same[0]["map"], same[1]["map"]) and torch.equal(same[0]["energy"], same[1]["energy"])
+    with pytest.raises(PlanMismatch):
+        surgery.apply(plan, model, x, example_kwargs={"bent": True})

@@ -88,6 +88,30 @@ class ScaledApart(nn.Module):
         return x * self.scale
 
 
+class Shifted(nn.Module):
+    """A bias of shape (heads, dimensions)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(3, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias[:, None]
+
+
+class MixesPairs(nn.Module):
+    """Two heads of two members each, weighed by what they have in common: half of all random orders agree by chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).unflatten(1, (2, 2))
+        z: Tensor = self.b((y * torch.einsum("nhdxy,ngdxy->nhgxy", y, y).sum(2, keepdim=True)).flatten(1, 2))
+        return z
+
+
 def rotated(x: Tensor) -> Tensor:
     """Pairs up the halves of each head, as rotary positions do, by angles that do not depend on the dimension."""
     first, second = x.chunk(2, -1)
@@ -113,6 +137,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = {
     "grouped convolutions": (Grouped, GROUPED, {"a.weight", "b.weight", "c.weight"}),
     "attention": (Attention, TOKENS, {"q.weight", "v.weight"}),
     "a scale of each head's own": (lambda: Attention(ScaledApart()), TOKENS, {"q.weight", "v.weight"}),
+    "a bias of each head's own": (lambda: Attention(Shifted()), TOKENS, {"q.weight", "v.weight"}),
+    "pairs mixed": (MixesPairs, GROUPED, set()),
     "rotated halves": (lambda: Attention(rotated), TOKENS, {"q.weight", "v.weight"}),
     "one scale for all heads": (lambda: Attention(Scaled()), TOKENS, {"v.weight"}),
     "heads mixed": (lambda: Attention(MixesHeads()), TOKENS, {"v.weight"}),

@@ -82,9 +82,13 @@ def _bounds(r: Rewrite) -> Changes:
         return {}
     size = len(keep)
     start, stop, step = slice(r.bound["start"], r.bound["end"], r.bound.get("step", 1)).indices(size)
-    if step == 1:
-        first = int(keep[:start].sum())
-        return {"start": first, "end": first + int(keep[start:stop].sum())}
+    if step == 1:  # what counts from the end, or goes on to it, does so still: the axis may be longer another time
+        first, last = r.bound["start"] or 0, r.bound["end"]
+        last = size if last is None else last
+        return {
+            "start": -int(keep[start:].sum()) if first < 0 else int(keep[:start].sum()),
+            "end": r.raw["end"] if last >= size else -int(keep[stop:].sum()) if last < 0 else int(keep[:stop].sum()),
+        }
     return picked(r, dim, np.arange(start, stop, step))
 
 
@@ -303,6 +307,11 @@ register(
         "t.default",
         lambda x: x,
         example=between_linears(lambda x: aten.t(aten.t(x.flatten(0, 1))).unflatten(0, (-1, 6))),
+    ),
+    _moves(
+        "numpy_T.default",
+        lambda x: x,
+        example=between_linears(lambda x: aten.numpy_T(aten.numpy_T(x.flatten(0, 1))).unflatten(0, (-1, 6))),
     ),
     _moves("unsqueeze.default", lambda x: x.unsqueeze(1).squeeze(1)),
     _moves("squeeze.dim", lambda x: aten.squeeze.dim(x.unsqueeze(2), 2), rewrite=_squeezed),

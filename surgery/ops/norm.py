@@ -124,7 +124,8 @@ def _reference_group(dead: Dead) -> Tensor:
     x: Tensor = dead.bound["input"]
     groups = dead.bound["num_groups"]
     split = x.reshape(x.shape[0], groups, -1)
-    alive = _alive(dead, x).expand(1, *x.shape[1:]).reshape(1, groups, -1)
+    alive = _alive(dead, x)  # (N or 1, ..): heads may have been folded into the batch
+    alive = alive.expand(alive.shape[0], *x.shape[1:]).reshape(alive.shape[0], groups, -1)
     alive = alive | ~alive.any(dim=2, keepdim=True)  # a dead group's own value does not matter, but must not be NaN
     mean, var = _moments(split, alive, (2,))
     y = ((split - mean) / torch.sqrt(var + dead.bound["eps"])).reshape(x.shape)
