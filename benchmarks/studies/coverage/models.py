@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -22,7 +23,7 @@ vgg19_bn@96 vit_b_16 vit_b_32 wide_resnet50_2@128 wide_resnet101_2@96
 """`name@side` where the input is smaller than the library's own. Where only the width differs, one stands for all."""
 
 _SEGMENTATION = "fcn_resnet50 deeplabv3_resnet50 deeplabv3_mobilenet_v3_large lraspp_mobilenet_v3_large"
-_VIDEO = "r3d_18 mc3_18 r2plus1d_18 s3d mvit_v1_b mvit_v2_s swin3d_t"
+_VIDEO = "r3d_18 mc3_18 r2plus1d_18 s3d swin3d_t"
 _DETECTORS = """
 fasterrcnn_resnet50_fpn fasterrcnn_mobilenet_v3_large_fpn retinanet_resnet50_fpn fcos_resnet50_fpn ssd300_vgg16
 ssdlite320_mobilenet_v3_large
@@ -126,12 +127,18 @@ def models() -> tuple[Model, ...]:
         *_SMALLER,
         *segmentation,
         *video,
+        *_SMALLER_VIDEO,
         *detection,
         *_sized(_TIMM, "timm", "timm:"),
     )
 
 
-_CLIPS = {"mvit_v1_b": (1, 3, 16, 224, 224), "mvit_v2_s": (1, 3, 16, 224, 224), "s3d": (1, 3, 16, 224, 224)}
+_CLIPS = {"s3d": (1, 3, 16, 224, 224)}
+_CLIP = (1, 3, 8, 112, 112)
+_SMALLER_VIDEO = (
+    Model("mvit_v1_b, 4 blocks", "video", f"{_HERE}:mvit_v1_b", _CLIP, note="4 of 16 blocks, short clip"),
+    Model("mvit_v2_s, 4 blocks", "video", f"{_HERE}:mvit_v2_s", _CLIP, note="4 of 16 blocks, short clip"),
+)
 
 CI_SLICE = ("timm:resnest14d", "timm:lcnet_100", "timm:pvt_v2_b0", "timm:fasternet_t0")
 """What the tests run."""
@@ -159,6 +166,38 @@ def vit_l_32() -> nn.Module:
 def vit_h_14() -> nn.Module:
     """ViT-H/14 with 2 of its 32 blocks."""
     return _vision_transformer(14, 56, 2, 16, 1280)
+
+
+def _multiscale(channels: list[int], *, first: bool, **options: Any) -> nn.Module:
+    """A multiscale vision transformer of four blocks; `first`: as in version 1, which widens a block earlier."""
+    from surgery.compat import import_torchvision
+
+    mvit = import_torchvision().models.video.mvit
+    halved, kept = [1, 2, 2], [] if first else [1, 1, 1]
+    strides = [kept, halved, kept, halved]
+    coarse = [[1, 8, 8], [1, 4, 4], [1, 4, 4], [1, 2, 2]]
+    blocks = [
+        mvit.MSBlockConfig(heads, before, after, [3, 3, 3] if q else [], [3, 3, 3], q, kv)
+        for heads, (before, after), q, kv in zip([1, 2, 2, 4], pairwise(channels), strides, coarse, strict=True)
+    ]
+    module: nn.Module = mvit.MViT(
+        spatial_size=_CLIP[3:], temporal_size=_CLIP[2], block_setting=blocks, residual_pool=not first, **options
+    )
+    return module
+
+
+def mvit_v1_b() -> nn.Module:
+    """MViTv1-B with 4 of its 16 blocks."""
+    return _multiscale(
+        [96, 192, 192, 384, 384], first=True, residual_with_cls_embed=False, rel_pos_embed=False, proj_after_attn=False
+    )
+
+
+def mvit_v2_s() -> nn.Module:
+    """MViTv2-S with 4 of its 16 blocks."""
+    return _multiscale(
+        [96, 96, 192, 192, 384], first=False, residual_with_cls_embed=False, rel_pos_embed=True, proj_after_attn=True
+    )
 
 
 def efficientnet_v2_l() -> nn.Module:
