@@ -145,7 +145,7 @@ def _unchanging(program: Program, coupling: Coupling, pairs: Sequence[Pair], see
                 if k < _draws(i.size)
             ]
             other = arranged(state, moves_of(coupling, shuffled))
-            if apart(program, state, other, seed) > TOLERANCE[torch.float64]:
+            if not apart(program, state, other, seed) <= TOLERANCE[torch.float64]:
                 return False
         return True
 

@@ -86,7 +86,7 @@ def check(
             f"cannot tell on the real weights: only {varying:.1e} of their output varies with the input "
             "(a zero head, or untrained layer scales); equality was shown on well-conditioned values",
         )
-    elif error > TOLERANCE[narrowest(program)]:
+    elif not error <= TOLERANCE[narrowest(program)]:
         rounds = [sample_inputs(program, seed=seed + 100 + k) for k in range(rounds_of(program))]
         reference = masked_run(program, wiring, masks, real)
         notes += (within_rounding(reference, rounds, real, error, narrowest(program), "the real weights"),)

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.allocate import plan_from_dead
 from surgery.blame import first_line, where_raised
-from surgery.compare import relative_error
+from surgery.compare import relative_error, require
 from surgery.copies import copied
 from surgery.cut import as_call, compact_state, slice_tensors
 from surgery.errors import CheckFailed, PlanMismatch, UnsupportedModel
@@ -254,7 +254,7 @@ def check(program: Program, plan: Plan, compact: CompactModel, *, coupling: Coup
             f"cannot tell: on well-conditioned values only {varying:.1e} of the output varies with the input; "
             "use an example input that reaches the output"
         )
-    _require(error64, torch.float64, "distinct, well-conditioned values")
+    require(error64, torch.float64, "distinct, well-conditioned values")
     real = copied(program.model)
     found = _compare(program, masked_module(real, plan, coupling), compact.module, path, seed=seed, dtype=None)
     if found is None:
@@ -263,7 +263,7 @@ def check(program: Program, plan: Plan, compact: CompactModel, *, coupling: Coup
     if varying < BLIND:
         notes.append(f"cannot tell on the real weights: only {varying:.1e} of their output varies with the input")
     else:
-        _require(error, _precision(real), "the real weights")
+        require(error, _precision(real), "the real weights")
     reference = f"dense model with the dead input slices of every layer zeroed, on {_ROUNDS} inputs"
     return CheckResult(0, error64, None if varying < BLIND else error, varying, reference, tuple(notes))
 
@@ -373,14 +373,6 @@ def _compare(
 def _outputs(result: Any) -> list[Tensor]:
     leaves = (x for x in pytree.tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point())
     return [x if x.dim() else x[None] for x in leaves]
-
-
-def _require(error: float, dtype: torch.dtype, what: str) -> None:
-    if not error <= TOLERANCE[dtype]:
-        raise CheckFailed(
-            f"the compact model differs from the masked dense model by {error:.1e} on {what} "
-            f"(allowed: {TOLERANCE[dtype]:.0e}); nothing was written; please report this model"
-        )
 
 
 def _precision(model: nn.Module) -> torch.dtype:

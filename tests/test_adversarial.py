@@ -243,6 +243,8 @@ CUT = {
     "grouped twice, unlike": three(lambda m, x: m.z(m.h(m.g(m.a(x)))), g=conv(8, 8, groups=2), h=conv(8, 8, groups=4)),
     "stepped slice": three(lambda m, x: m.z(m.a(x)[:, 1::2]), 4),
     "two slices that overlap": three(lambda m, x: m.z(m.a(x)[:, :5] + m.a(x)[:, 3:]), 5),
+    "all but the last": three(lambda m, x: m.z(m.a(x)[:, :-2]), 6),
+    "from the end to the end": three(lambda m, x: m.z(m.a(x)[:, -5:-1]), 4),
     "negative slice": three(lambda m, x: m.z(m.a(x)[:, -3:]), 3),
     "expand": three(lambda m, x: m.z(m.a(x) + m.s.expand(-1, 8, -1, -1)), s=torch.ones(1, 1, 1, 1)),
     "mean over channels": three(lambda m, x: m.z(m.a(x) * m.a(x).mean(1, keepdim=True))),
@@ -353,6 +355,13 @@ def test_left_whole_with_a_reason(name: str) -> None:
     cutting = sound(model, torch.randn(2, 3, 6, 6))
     assert not any(site.tensor == tensor and site.axis == 0 for g in cutting.coupling.groups for site in g.sites)
     assert [f.reason for f in cutting.coupling.frozen if f.tensor == tensor and f.axis == 0 and f.reason]
+
+
+def test_slices_to_before_the_end_when_all_behind_it_is_gone() -> None:
+    summed = three(lambda m, x: (lambda y: m.z(y * y[:, :-2].sum(1, keepdim=True)))(m.a(x)))
+    cutting = cut_model(summed, torch.randn(2, 3, 6, 6), dead={"a.weight:0": [6, 7]})
+    assert cutting.check().error_float64 <= 1e-10
+    assert cutting.compact.module.a.weight.shape[0] == 6
 
 
 def outputs_as_before(cutting: Cutting) -> bool:

@@ -74,6 +74,10 @@ def _split_sizes(r: Rewrite) -> Changes:
     return Replacement(aten.split_with_sizes.default, (r.raw["self"], pieces, dim))
 
 
+_OPEN = 2**63 - 1
+"""The end of a slice that has none."""
+
+
 def _bounds(r: Rewrite) -> Changes:
     """Slice: start and end count survivors; with a step, the survivors are picked by a constant index."""
     dim = r.bound["dim"] % len(r.bound["self"].shape)
@@ -84,11 +88,11 @@ def _bounds(r: Rewrite) -> Changes:
     start, stop, step = slice(r.bound["start"], r.bound["end"], r.bound.get("step", 1)).indices(size)
     if step == 1:  # what counts from the end, or goes on to it, does so still: the axis may be longer another time
         first, last = r.bound["start"] or 0, r.bound["end"]
-        last = size if last is None else last
-        return {
-            "start": -int(keep[start:].sum()) if first < 0 else int(keep[:start].sum()),
-            "end": r.raw["end"] if last >= size else -int(keep[stop:].sum()) if last < 0 else int(keep[:stop].sum()),
-        }
+        written = isinstance(r.raw["end"], int) and last <= size
+        begin = -int(keep[start:].sum()) if first < 0 else int(keep[:start].sum())
+        if not written:
+            return {"start": begin, "end": _OPEN}
+        return {"start": begin, "end": (-int(keep[stop:].sum()) or _OPEN) if last < 0 else int(keep[:stop].sum())}
     return picked(r, dim, np.arange(start, stop, step))
 
 
