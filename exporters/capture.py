@@ -30,6 +30,7 @@ from exporters.attention import translations
 from exporters.optimise import optimise
 from exporters.signature import Axes, Call, axis_name
 from surgery.errors import UnsupportedModel
+from surgery.lean import lean
 
 _REASON_LENGTH = 300
 _LINE = re.compile(r'File "([^"]+\.py)", line (\d+)|(/[^\s"()]+\.py)[:(](\d+)')
@@ -58,7 +59,8 @@ def capture(
     """
     try:
         if dynamo:
-            graph = _by_torch_export(model, call, axes, opset)
+            with lean():
+                graph = _by_torch_export(model, call, axes, opset)
         else:
             with _quiet_descriptors():
                 graph = _by_torchscript(model, call, axes, outputs, opset)

@@ -45,7 +45,7 @@ def arrange(program: Program, coupling: Coupling, criterion: Any = "l1", *, seed
     pairs = _pairs(places, coupling)
     parameters = weights_of(program, coupling) if pairs else {}
     out = []
-    for inner, outer in _unchanging(program, coupling, pairs, seed):
+    for inner, outer in _unchanging(program, places, coupling, pairs, seed):
         joint, theirs = _joint(places, inner, outer, parameters)
         scores = np.asarray(score_group(joint, theirs, criterion, seed=seed)).reshape(outer.size, inner.size)
         orders = np.argsort(-scores, axis=1, kind="stable")
@@ -127,7 +127,7 @@ def _regular(places: Places, inner: Group, outer: Group) -> bool:
     return True
 
 
-def _unchanging(program: Program, coupling: Coupling, pairs: Sequence[Pair], seed: int) -> list[Pair]:
+def _unchanging(program: Program, places: Places, coupling: Coupling, pairs: Sequence[Pair], seed: int) -> list[Pair]:
     """The pairs whose members may be put in any order: shown by random orders of all, or of ever fewer.
 
     Where two groups name each other, either may be the heads of the other; the run tells.
@@ -144,7 +144,7 @@ def _unchanging(program: Program, coupling: Coupling, pairs: Sequence[Pair], see
                 for i, o in some
                 if k < _draws(i.size)
             ]
-            other = arranged(state, moves_of(coupling, shuffled))
+            other = arranged(state, moves_of(coupling, shuffled, places))
             if not apart(program, state, other, seed) <= TOLERANCE[torch.float64]:
                 return False
         return True

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -241,8 +241,8 @@ class Plan:
 
     def to_json(self) -> str:
         """Return the plan as JSON text: sorted keys, byte-identical for equal plans."""
-        data = {"schema": PLAN_SCHEMA, **asdict(self)}
-        return json.dumps(data, sort_keys=True, indent=1) + "\n"
+        data = {"schema": PLAN_SCHEMA, **_fields_of(self)}
+        return json.dumps(data, sort_keys=True, indent=1, default=_fields_of) + "\n"
 
     @property
     def digest(self) -> str:
@@ -350,3 +350,8 @@ class Report:
     def to_json(self) -> str:
         """Return JSON text with sorted keys."""
         return json.dumps(self.data, sort_keys=True, indent=1) + "\n"
+
+
+def _fields_of(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass by name, not copied."""
+    return {f.name: getattr(value, f.name) for f in fields(value)}

@@ -81,11 +81,20 @@ class Places:
         for k, group in enumerate(coupling.groups):
             roots = np.asarray(group.units, dtype=np.int64)
             self._group[roots], self._unit[roots] = k, np.arange(len(roots))
+        self._in: dict[int, list[tuple[str, list[Held]]]] = {}
+        for name, value in self.wiring.params.items():
+            held = self.held(value)
+            for number in {int(k) for members in held for k in np.unique(members.group)}:
+                self._in.setdefault(number, []).append((name, held))
 
     def held(self, value: Any) -> list[Held]:
         """The layers of a value that hold units."""
         layers = [(a, layer) for a, axis in enumerate(value.axes) for layer in self.wiring.atoms.canon(axis)]
         return [Held(a, self._group[x], self._unit[x]) for a, x in layers if (self._group[x] >= 0).any()]
+
+    def of(self, number: int) -> list[tuple[str, list[Held]]]:
+        """The parameters and buffers that hold units of a group, and what they hold."""
+        return self._in.get(number, [])
 
 
 def layouts(places: Places, inner: str, outer: str) -> Iterator[Layout]:
@@ -95,8 +104,7 @@ def layouts(places: Places, inner: str, outer: str) -> Iterator[Layout]:
         PlanMismatch: one holds members without their heads.
     """
     within, heads = places.number[inner], places.number[outer]
-    for name, value in places.wiring.params.items():
-        held = places.held(value)
+    for name, held in places.of(within):
         for members in held:
             there = members.group == within
             if not there.any():
@@ -115,15 +123,15 @@ def layouts(places: Places, inner: str, outer: str) -> Iterator[Layout]:
 # From arrangements to moves. -----------------------------------------------------------------------------------------
 
 
-def moves_of(coupling: Coupling, arranged: Sequence[Arrangement]) -> tuple[Move, ...]:
-    """Return what the arrangements do to each tensor.
+def moves_of(coupling: Coupling, arranged: Sequence[Arrangement], places: Places | None = None) -> tuple[Move, ...]:
+    """Return what the arrangements do to each tensor; `places` of the coupling spares finding them again.
 
     Raises:
         PlanMismatch: they were made for another architecture, or are no orders of its members.
     """
     if not arranged:
         return ()
-    places = Places(coupling)
+    places = places or Places(coupling)
     out = []
     for a in arranged:
         inner, outer = coupling.group(a.group), coupling.group(a.outer)
