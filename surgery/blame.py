@@ -22,6 +22,11 @@ _FOREIGN = _foreign()
 _MENTIONED = re.compile(r'File "([^"]+)", line (\d+)')
 
 
+def foreign(file: str) -> bool:
+    """Whether a file of code says nothing to the user: it is torch's, our own, or generated."""
+    return file.startswith(_FOREIGN)
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message that says something, or its class name where there is none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -30,7 +35,7 @@ def first_line(error: BaseException) -> str:
 
 def last_own_line(text: str) -> str:
     """Return `file:line` of the last frame of the user's own that a traceback's text mentions, or an empty string."""
-    own = [f"{file}:{line}" for file, line in _MENTIONED.findall(text) if not file.startswith(_FOREIGN)]
+    own = [f"{file}:{line}" for file, line in _MENTIONED.findall(text) if not foreign(file)]
     return own[-1] if own else ""
 
 
@@ -38,7 +43,7 @@ def where_raised(error: BaseException) -> str:
     """Return `file:line` of the innermost frame that is the user's own, of the error or of what led to it."""
     seen: BaseException | None = error
     while seen is not None:
-        frames = [f for f in traceback.extract_tb(seen.__traceback__) if not f.filename.startswith(_FOREIGN)]
+        frames = [f for f in traceback.extract_tb(seen.__traceback__) if not foreign(f.filename)]
         found = last_own_line(str(seen)) or (f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "")
         if found:
             return found

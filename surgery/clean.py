@@ -64,7 +64,6 @@ def clean(exported: Any, graph: torch.fx.GraphModule) -> Cleaned:
     _fold_scalars(graph)
     materialised = _materialise(graph)
     graph.graph.eliminate_dead_code()
-    graph.recompile()
     return Cleaned(_plain(graph), materialised)
 
 

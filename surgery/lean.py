@@ -3,25 +3,62 @@
 from __future__ import annotations
 
 import gc
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses import fake_tensor
+from torch.fx import proxy
 from torch.fx.experimental import proxy_tensor
+
+from surgery.blame import foreign
 
 
 @contextmanager
 def lean() -> Iterator[None]:
-    """Keep `torch.export`, within the block, from work that nobody here reads: a third of the time of a capture.
+    """Keep `torch.export`, within the block, from work that nobody here reads: half of the time of a capture.
 
     That is Python code for every intermediate graph, now made for those that are called; strides and memory formats
-    beside every value; and Python's collector, which goes through the growing graph over and over.
+    beside every value; of each operator's stack trace, the frames that are not the user's; and Python's collector,
+    which goes through the growing graph over and over. A torch that has one of these no more is left as it is.
     """
-    recompile, private = torch.fx.GraphModule.recompile, "_extract_tensor_metadata"
-    describe = getattr(proxy_tensor, private, None)
+    collects = gc.isenabled()
+    graphs, formats = torch.fx.GraphModule, "suggest_memory_format"
+    try:
+        with (
+            _instead(graphs, "recompile", _later(graphs.recompile)),
+            _instead(proxy_tensor, "_extract_tensor_metadata", lambda *_, **__: None),
+            _instead(proxy, "CapturedTraceback", _OwnFrames),
+            _instead(fake_tensor, formats, _memory_format(getattr(fake_tensor, formats, None))),
+        ):
+            gc.disable()
+            yield
+    finally:
+        if collects:
+            gc.enable()
 
-    def later(graph: torch.fx.GraphModule) -> None:
+
+@contextmanager
+def _instead(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Put a value in the place of an attribute within the block, where there is one."""
+    before = getattr(owner, name, None)
+    if before is not None:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is not None:
+            setattr(owner, name, before)
+
+
+def _later(recompile: Any) -> Any:
+    """Write a graph's Python code once somebody calls it."""
+
+    def deferred(graph: torch.fx.GraphModule) -> None:
         def forward(module: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
             recompile(module)
             return module.forward(*args, **kwargs)
@@ -31,16 +68,39 @@ def lean() -> Iterator[None]:
         if structure is not None:  # what else `recompile` leaves behind, and other passes read
             graph._in_spec, graph._out_spec = structure.in_spec, structure.out_spec
 
-    collects = gc.isenabled()
-    try:
-        gc.disable()
-        torch.fx.GraphModule.recompile = later  # type: ignore[method-assign, assignment]
-        if describe is not None:
-            setattr(proxy_tensor, private, lambda *_, **__: None)
-        yield
-    finally:
-        if collects:
-            gc.enable()
-        torch.fx.GraphModule.recompile = recompile  # type: ignore[method-assign]
-        if describe is not None:
-            setattr(proxy_tensor, private, describe)
+    return deferred
+
+
+def _memory_format(suggested: Any) -> Any:
+    """Spare the reasoning about symbolic strides: torch drops what comes of it."""
+
+    def of(x: Tensor) -> torch.memory_format:
+        if x._has_symbolic_sizes_strides:
+            return torch.contiguous_format
+        found: torch.memory_format = suggested(x)
+        return found
+
+    return of
+
+
+class _OwnFrames:
+    """Stands in for torch's captured traceback: frames of the user's own, and those that torch looks for."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[str, int, str]] = []
+
+    @classmethod
+    def extract(cls, **_: Any) -> _OwnFrames:
+        """Look at the stack that this is called from."""
+        frames, frame = cls(), sys._getframe(1)
+        while frame is not None:
+            code = frame.f_code
+            if code.co_name == "forward" or not foreign(code.co_filename):
+                frames._found.append((code.co_filename, frame.f_lineno, code.co_name))
+            frame = frame.f_back  # type: ignore[assignment]
+        return frames
+
+    def summary(self) -> traceback.StackSummary:
+        """The frames, outermost first."""
+        found = [traceback.FrameSummary(*frame, lookup_line=False) for frame in reversed(self._found)]
+        return traceback.StackSummary.from_list(found)

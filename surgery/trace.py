@@ -255,10 +255,7 @@ def _attempt(model: nn.Module, inputs: tuple[Args, dict[str, Any]], batch: Any, 
     positional, named = pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, inputs)
     with torch.no_grad(), lean():
         exported = torch.export.export(model, positional, named, dynamic_shapes=_by_name(model, shapes), strict=False)
-    for module in exported.graph_module.modules():
-        if isinstance(module, torch.fx.GraphModule):
-            module.recompile()
-    return _Captured(exported, unlift(exported), (positional, named))
+        return _Captured(exported, unlift(exported), (positional, named))
 
 
 def _export_fixed(model: nn.Module, args: Args, kwargs: dict[str, Any], why: str) -> tuple[_Captured, tuple[str, ...]]:
