@@ -182,8 +182,9 @@ def _joint(
             owned = positions(np.where(layout.inner >= 0, layout.outer * inner.size + layout.inner, -1), count)
             sites.append(Site(layout.tensor, layout.axis, tuple(map(tuple, owned.tolist()))))
         elif layout.tensor in parameters:
-            weights[layout.tensor], owned = _per_head(parameters[layout.tensor], layout, inner.size, outer.size)
-            sites.append(Site(layout.tensor, 0, tuple(map(tuple, owned.tolist()))))
+            laid = f"{layout.tensor}:{layout.axis}"  # the tensor may hold members on another axis as well
+            weights[laid], owned = _per_head(parameters[layout.tensor], layout, inner.size, outer.size)
+            sites.append(Site(laid, 0, tuple(map(tuple, owned.tolist()))))
     return Group(inner.name, tuple(range(count)), tuple(sites), inner.inexact), weights
 
 

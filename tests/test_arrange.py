@@ -131,10 +131,24 @@ class Shuffled(nn.Module):
         return y
 
 
+class AddedToItself(nn.Module):
+    """A grouped convolution whose result is added to what went in: its weight holds the members on two axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.g, self.d = nn.Conv2d(3, 24, 1), nn.Conv2d(24, 24, 1, groups=4), nn.Conv2d(24, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        z: Tensor = self.d((y + self.g(y)).relu())
+        return z
+
+
 GROUPED = (2, 3, 8, 8)
 TOKENS = (2, 7, 12)
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = {
     "grouped convolutions": (Grouped, GROUPED, {"a.weight", "b.weight", "c.weight"}),
+    "a residual around a grouped convolution": (AddedToItself, GROUPED, {"a.weight"}),
     "attention": (Attention, TOKENS, {"q.weight", "v.weight"}),
     "a scale of each head's own": (lambda: Attention(ScaledApart()), TOKENS, {"q.weight", "v.weight"}),
     "a bias of each head's own": (lambda: Attention(Shifted()), TOKENS, {"q.weight", "v.weight"}),
@@ -165,6 +179,15 @@ def test_members_differ_from_head_to_head_where_nothing_ties_them(name: str) -> 
         assert bool(plan.arranged) == bool(owners)
         result = check(program, plan, cut(program, plan, coupling=coupling), coupling=coupling)
         assert result.error_float64 <= 1e-10
+
+
+def test_members_are_sorted_by_all_that_they_own() -> None:
+    model, x = built("a residual around a grouped convolution")
+    program = trace(model, x)
+    (found,) = arrange(program, couple(program))
+    a, g, d = (getattr(model, name).weight.detach().abs()[:, :, 0, 0] for name in "agd")
+    owned = (a.sum(1) + g.sum(1) + d.sum(0)).reshape(4, 6) + g.reshape(4, 6, 6).sum(1)
+    assert [list(order) for order in found.orders] == owned.argsort(1, descending=True).tolist()
 
 
 def magnitude(model: nn.Module) -> float:
