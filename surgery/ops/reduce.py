@@ -1,4 +1,4 @@
-"""Reductions. Sums contract; means over a cut axis average over the survivors; order statistics freeze their axis."""
+"""Reductions. Sums contract; means and variances over a cut axis are those of the survivors; order freezes its axis."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _couple_sum(call: Call) -> Coupled:
     return _passed(call, x, reduced)
 
 
-def _couple_mean(call: Call) -> Coupled:
+def _couple_moment(call: Call) -> Coupled:
     x = call.value("self")
     reduced = _dims(call.bound.get("dim"), len(x.shape))
     for a in reduced:
@@ -50,14 +50,13 @@ def _couple_mean(call: Call) -> Coupled:
     return _passed(call, x, reduced)
 
 
-def _reference_mean(dead: Dead) -> Tensor:
+def _reference_moment(dead: Dead) -> Any:
     x: Tensor = dead.bound["self"]
     reduced = _dims(dead.bound.get("dim"), x.dim())
-    mean: Tensor = dead.run(self=dead.zeroed("self"))
     for (_, axis), alive in dead.alive.items():
         if axis in reduced:
-            mean = mean * (alive.numel() / int(alive.sum()))
-    return mean
+            x = x.index_select(axis, alive.nonzero().flatten())
+    return dead.run(self=x)
 
 
 def _couple_frozen(call: Call) -> Coupled:
@@ -94,13 +93,13 @@ def _frozen(name: str, function: Callable[[Tensor], Tensor], *, scan: bool = Fal
     )
 
 
-def _means(name: str, function: Callable[[Tensor], Tensor]) -> Rule:
+def _moment(name: str, function: Callable[[Tensor], Tensor]) -> Rule:
     return Rule(
         op=f"aten.{name}",
         family="reduction",
-        couple=_couple_mean,
+        couple=_couple_moment,
         masked=("self",),
-        reference=_reference_mean,
+        reference=_reference_moment,
         example=between_linears(function),
         says="inexact where the reduced axis is cut: averages over the survivors",
     )
@@ -131,20 +130,20 @@ register(
         example=between_linears(lambda x: nn.functional.normalize(x, dim=-1)),
         says="removed indices add nothing; of negative order: never cut",
     ),
-    _means("mean.dim", lambda x: x * x.mean(-1, keepdim=True)),
-    _means("mean.default", lambda x: x * x.mean()),
+    _moment("mean.dim", lambda x: x * x.mean(-1, keepdim=True)),
+    _moment("mean.default", lambda x: x * x.mean()),
+    _moment("var.dim", lambda x: x * x.var(-1, keepdim=True)),
+    _moment("std.dim", lambda x: x * x.std(-1, keepdim=True)),
+    _moment("var_mean.dim", lambda x: x * torch.var_mean(x, -1, keepdim=True)[0]),
+    _moment("var.correction", lambda x: x * x.var(-1, correction=0, keepdim=True)),
+    _moment("std.correction", lambda x: x * x.std(-1, correction=0, keepdim=True)),
+    _moment("var_mean.correction", lambda x: x * torch.var_mean(x, -1, correction=0, keepdim=True)[0]),
     _frozen("amax.default", lambda x: x + x.amax((2, 3), keepdim=True)),
     _frozen("amin.default", lambda x: x + x.amin((2, 3), keepdim=True)),
     _frozen("max.dim", lambda x: x + x.max(2, keepdim=True)[0]),
     _frozen("min.dim", lambda x: x + x.min(2, keepdim=True)[0]),
     _frozen("prod.dim_int", lambda x: x + x.prod(2, keepdim=True)),
     _frozen("argmax.default", lambda x: x + x.argmax(2, keepdim=True)),
-    _frozen("var.dim", lambda x: x + x.var((2, 3), keepdim=True)),
-    _frozen("std.dim", lambda x: x + x.std((2, 3), keepdim=True)),
-    _frozen("var_mean.dim", lambda x: x + torch.var_mean(x, (2, 3), keepdim=True)[0]),
-    _frozen("var.correction", lambda x: x + x.var((2, 3), correction=0, keepdim=True)),
-    _frozen("std.correction", lambda x: x + x.std((2, 3), correction=0, keepdim=True)),
-    _frozen("var_mean.correction", lambda x: x + torch.var_mean(x, (2, 3), correction=0, keepdim=True)[0]),
     _frozen("cumsum.default", lambda x: x.cumsum(2), scan=True),
     _frozen("sort.default", lambda x: x.sort(2)[0], scan=True),
 )
