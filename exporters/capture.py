@@ -27,7 +27,7 @@ from onnx_ir.passes import common as passes
 from torch.onnx._internal.exporter._dynamic_shapes import convert_str_to_export_dim
 
 from exporters.attention import translations
-from exporters.optimise import optimise
+from exporters.optimise import keep_zeros_in_maxima, optimise
 from exporters.signature import Axes, Call, axis_name
 from surgery.errors import UnsupportedModel
 from surgery.lean import lean
@@ -228,6 +228,7 @@ def _tidy(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str], axes: 
     _name_axes(model, dict(zip(inputs, model.graph.inputs, strict=True)), axes)
     for value, name in (*zip(model.graph.inputs, inputs, strict=True), *zip(model.graph.outputs, outputs, strict=True)):
         value.name = name
+    keep_zeros_in_maxima(model)
     passes.RemoveUnusedNodesPass()(model)
     passes.RemoveUnusedOpsetsPass()(model)
     passes.NameFixPass()(model)  # an inner value may have had the name that an output has now

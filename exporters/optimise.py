@@ -78,3 +78,26 @@ def optimise(model: ir.Model) -> None:
 def _drop_unused(model: ir.Model) -> None:
     passes.RemoveUnusedNodesPass()(model)
     passes.RemoveUnusedOpsetsPass()(model)
+
+
+def keep_zeros_in_maxima(model: ir.Model) -> None:
+    """Name the axes of every padding that a maximum is taken over.
+
+    ONNX Runtime makes one MaxPool of a Pad with zeros and a MaxPool, whose own padding is below any number: where all
+    of a window is negative the result differs (seen in 1.31). It leaves a Pad that names its axes alone.
+    """
+    for graph in model.graphs():
+        for node in [n for n in graph if n.op_type == "Pad" and len(n.inputs) < _PAD_INPUTS]:
+            maxima = [user for user, _ in node.outputs[0].uses() if user.op_type == "MaxPool"]
+            if not maxima:
+                continue
+            rank = 2 + len(maxima[0].attributes["kernel_shape"].as_ints())
+            axes = ir.tensor(list(range(rank)), name=f"{node.outputs[0].name}_axes")
+            value = ir.Value(name=axes.name, const_value=axes, shape=ir.Shape([rank]), type=ir.TensorType(axes.dtype))
+            graph.register_initializer(value)
+            node.resize_inputs(_PAD_INPUTS)
+            node.replace_input_with(_PAD_INPUTS - 1, value)
+
+
+_PAD_INPUTS = 4
+"""Data, pads, value, axes."""

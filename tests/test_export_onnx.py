@@ -427,3 +427,16 @@ def test_rounding_is_measured_against_float64(tmp_path):
     result = export(Offset(20.0).eval(), (torch.randn(1, 3, 12, 12),), tmp_path / "offset.onnx")
     assert result.error > TOLERANCE
     assert any("rounding" in note for note in result.notes)
+
+
+class PaddedMaxima(nn.Module):
+    """Zeros around numbers that are all below zero."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.max_pool2d(nn.functional.pad(-x.abs() - 1, (1, 1, 1, 1)), 3, stride=2)
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_zeros_take_part_in_a_maximum(tmp_path, dynamo):
+    result = export(PaddedMaxima(), torch.randn(2, 3, 8, 8), tmp_path / "m.onnx", dynamo=dynamo)
+    assert result.error < 1e-5
