@@ -16,13 +16,14 @@ from surgery.tolerances import BLIND, ROUNDINGS, TOLERANCE
 
 def apart(program: Program, state: Mapping[str, Tensor], other: Mapping[str, Tensor], seed: int) -> float:
     """Return the relative error of the dense program with other weights, in float64: see `relative_error`."""
+    return relative_error(outputs_of(program, state, seed), outputs_of(program, other, seed))[0]
+
+
+def outputs_of(program: Program, state: Mapping[str, Tensor], seed: int) -> list[list[Tensor]]:
+    """Return what the dense program gives with these weights, in float64, on random inputs: outputs by run."""
     rounds = [sample_inputs(program, seed=seed + 100 + k, dtype=torch.float64) for k in range(rounds_of(program))]
     with torch.no_grad():
-        runs = [
-            [flat_outputs(Run(program.graph, weights, dtype=torch.float64).run(*inputs)) for inputs in rounds]
-            for weights in (state, other)
-        ]
-    return relative_error(*runs)[0]
+        return [flat_outputs(Run(program.graph, state, dtype=torch.float64).run(*inputs)) for inputs in rounds]
 
 
 def within_rounding(

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -71,16 +72,32 @@ def _later(recompile: Any) -> Any:
     return deferred
 
 
+class LongSizes(Exception):
+    """Sizes are computed from the input's in so many steps that solving for them takes minutes."""
+
+
+_STEPS = 100
+"""Operations in a symbolic size. Padding to a multiple of the stride, the input's size over it rounded up, triples them
+at every stride; other networks have a dozen."""
+
+
 def _memory_format(suggested: Any) -> Any:
-    """Spare the reasoning about symbolic strides: torch drops what comes of it."""
+    """Spare the reasoning about symbolic strides: torch drops what comes of it. Raises LongSizes."""
 
     def of(x: Tensor) -> torch.memory_format:
-        if x._has_symbolic_sizes_strides:
-            return torch.contiguous_format
-        found: torch.memory_format = suggested(x)
-        return found
+        if not x._has_symbolic_sizes_strides:
+            found: torch.memory_format = suggested(x)
+            return found
+        if any(isinstance(size, torch.SymInt) and _steps(size.node.expr) > _STEPS for size in x.shape):
+            raise LongSizes(f"a size is computed from the input's in more than {_STEPS} steps")
+        return torch.contiguous_format
 
     return of
+
+
+@lru_cache(maxsize=4096)
+def _steps(size: Any) -> int:
+    return int(size.count_ops())
 
 
 class _OwnFrames:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from conftest import cut_model
 from torch import Tensor, nn
+from torch.export import Dim
 
 import exporters.onnx
 import surgery
+from surgery.lean import LongSizes, lean
 from surgery.trace import trace
 
 
@@ -170,6 +173,27 @@ def test_sizes_that_run_over_into_other_axes_are_fixed() -> None:
     cutting.check()
     assert cutting.program.inputs[0].dynamic == (0,)
     assert "fixed at 8 x 8" in cutting.program.notes[0]
+
+
+class _PaddedToTheStride(nn.Module):
+    """Strided convolutions that pad as TensorFlow does."""
+
+    def __init__(self, stages: int) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Conv2d(3, 3, 3, stride=2) for _ in range(stages))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.stages:
+            spare = [max((math.ceil(n / 2) - 1) * 2 + 3 - n, 0) for n in x.shape[2:]]
+            x = conv(F.pad(x, [spare[1] // 2, spare[1] - spare[1] // 2, spare[0] // 2, spare[0] - spare[0] // 2]))
+        return x
+
+
+def test_sizes_that_take_minutes_to_solve_for_are_given_up_early() -> None:
+    sizes = {"x": {0: Dim.DYNAMIC, 2: Dim.AUTO, 3: Dim.AUTO}}
+    with lean(), pytest.raises(LongSizes):
+        torch.export.export(_PaddedToTheStride(7), (torch.randn(2, 3, 192, 192),), dynamic_shapes=sizes, strict=False)
+    assert trace(_PaddedToTheStride(7).eval(), torch.randn(1, 3, 192, 192)).inputs[0].dynamic == (0,)
 
 
 class _SplitStage(nn.Module):
