@@ -74,7 +74,9 @@ def render(data: Mapping[str, Any], models: Iterable[Model]) -> str:
         f"Runtime (largest difference {PARITY:.0e}).",
         "",
         "torch-pruning is given the attention heads, an output transform and the classifier to spare, and steps until",
-        "half is gone. onnxsim prunes ONNX files at its defaults, sparsity 0.5; its result is run, not judged.",
+        "half is gone: by one global L1 ranking, or, where that fails, by the same ratio in every layer (said so).",
+        "onnxsim prunes ONNX files, of torch's TorchScript exporter where that works, at its defaults, sparsity 0.5;",
+        "what it returns is run, not judged.",
         "",
         "Written by `python -m benchmarks.studies.coverage --table` from",
         "[coverage.json](../benchmarks/studies/results/coverage.json), measured",
@@ -156,6 +158,7 @@ def _peer(row: Mapping[str, Any] | None) -> list[str]:
         return [kind if row is None or kind == "limit" else f"fails: {row['failed']}", "", "", ""]
     if row["macs_kept"] is None:
         return [kind, "", "", ""]
+    kind += ", same ratio" if row.get("scope") == "local" else ""
     return [kind, f"{row['macs_kept']:.3f}", f"{row['seconds']:.0f}", f"{row['frozen_share']:.1%}"]
 
 

@@ -154,13 +154,25 @@ def _verdict(verdict: Any) -> Row:
 
 
 def torch_pruning_row(model: Model) -> Row:
-    """L1, one global ranking, heads given, output transform given, classifier spared; steps until half is gone."""
+    """L1, heads given, output transform given, classifier spared; steps until half is gone.
+
+    One global ranking; where that fails, or leaves a model that does not run, every layer by the same ratio.
+    """
+    rows: list[Row] = []
+    subject = Subject(model)
+    for scope in ("global", "local"):
+        rows.append(row := _pruned(subject, scope))
+        if "failed" not in row and row["macs_kept"] is not None:
+            return row
+    return rows[0]
+
+
+def _pruned(subject: Subject, scope: str) -> Row:
     import copy
 
     import torch_pruning as tp
 
-    subject = Subject(model)
-    row: Row = {"stage": "cut"}
+    row: Row = {"stage": "cut", "scope": scope}
     started = time.process_time()
     with _explained(row):
         dense_macs, dense_params = _count(subject.dense, subject.inputs)
@@ -170,7 +182,7 @@ def torch_pruning_row(model: Model) -> Row:
             module,
             example_inputs=subject.inputs,
             importance=tp.importance.GroupMagnitudeImportance(p=1),
-            global_pruning=True,
+            global_pruning=scope == "global",
             pruning_ratio=0.95,
             max_pruning_ratio=0.95,
             iterative_steps=40,
