@@ -89,7 +89,7 @@ def render(data: Mapping[str, Any], models: Iterable[Model]) -> str:
     ]
     for tool, counts in summary(rows, models).items():
         lines.append(f"| {tool} | " + " | ".join(str(counts.get(kind, 0)) for kind in _OUTCOMES) + " |")
-    lines += ["", *_comparison(rows, models), "", *_refusals(rows, models)]
+    lines += ["", *_comparison(rows, models), "", *_refusals(rows, models), "", *_whole(rows, models)]
     for family, title in _TITLES.items():
         lines += ["", f"## {title}", "", *_table(rows, [m for m in models if m.family == family])]
     return "\n".join(lines) + "\n"
@@ -119,10 +119,33 @@ def _refusals(rows: Rows, models: tuple[Model, ...]) -> list[str]:
         kind = outcome(row)
         if kind not in ("sound", "not run") and row is not None:
             why = row.get("message") or row.get("why") or f"{row['macs_kept']:.3f} of the MACs kept"
-            lines.append(f"- **{model.name}** ({kind}): {why.replace('|', '/')}")
+            lines.append(f"- **{model.name}** ({_OUTCOMES[kind]}): {why.replace('|', '/')}")
     missing = sum(model.name not in rows.get("surgery", {}) for model in models)
     rest = "of the models that were run" if missing else "on the list"
     return lines if len(lines) > 2 else [*lines, f"Nothing {rest}."]
+
+
+_MUCH = 0.02
+"""Share of the parameters that is worth a word where it can not be cut."""
+
+
+def _whole(rows: Rows, models: tuple[Model, ...]) -> list[str]:
+    lines = [
+        "## What stays whole in models that are cut",
+        "",
+        f"More than {_MUCH:.0%} of the parameters of these lie in no removable unit, with what holds most of them.",
+        "Some axes are no choice: classes and boxes are the network's output; a layer over tokens has as many as",
+        "the image has patches; a convolution along the channels themselves (efficient channel attention) knows its",
+        "neighbours by their distance. Layers that forward does not run in eval mode are left as they are.",
+        "",
+    ]
+    for model in models:
+        row = rows.get("surgery", {}).get(model.name, {})
+        if row.get("frozen_share", 0.0) > _MUCH:
+            most = list(row["frozen"].items())[:2]
+            said = "; ".join(f"{why.replace('|', '/')} ({count / row['parameters']:.1%})" for why, count in most)
+            lines.append(f"- **{model.name}** {row['frozen_share']:.1%}: {said}")
+    return lines
 
 
 def _table(rows: Rows, models: list[Model]) -> list[str]:

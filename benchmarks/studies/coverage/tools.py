@@ -131,11 +131,16 @@ def _groups(result: Any) -> Row:
     movable = {site.tensor for group in coupling.groups for site in group.sites}
     movable |= {name for made in movable for name in result.program.materialised.get(made, ())}
     cut = [group for group in coupling.groups if plan.dead.get(group.name)]
+    whole = {
+        f.tensor: f.reason for f in reversed(coupling.frozen) if f.tensor in parameters and f.tensor not in movable
+    }
     reasons: dict[str, int] = {}
-    for frozen in coupling.frozen:
-        if frozen.tensor in parameters and frozen.tensor not in movable:
-            why = plain(frozen.reason)
-            reasons[why] = reasons.get(why, 0) + parameters[frozen.tensor].numel()
+    for name, reason in whole.items():
+        reasons[plain(reason)] = reasons.get(plain(reason), 0) + parameters[name].numel()
+    read = {str(n.target) for n in result.program.graph.graph.nodes if n.op == "get_attr"}
+    read |= {name for made in read for name in result.program.materialised.get(made, ())}
+    unread = sum(p.numel() for name, p in parameters.items() if name not in read)
+    reasons |= {"not used by forward in eval mode": unread} if unread else {}
     total = sum(p.numel() for p in parameters.values())
     return {
         "groups": len(coupling.groups),
