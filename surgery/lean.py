@@ -21,7 +21,7 @@ from surgery.blame import foreign
 
 @contextmanager
 def lean() -> Iterator[None]:
-    """Keep `torch.export`, within the block, from work that nobody here reads: half of the time of a capture.
+    """Keep `torch.export`, within the block, from work that nobody here reads: a good part of the time of a capture.
 
     That is Python code for every intermediate graph, now made for those that are called; strides and memory formats
     beside every value; of each operator's stack trace, the frames that are not the user's; and Python's collector,

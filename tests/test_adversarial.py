@@ -186,6 +186,13 @@ def sliced_in_batch(m: Any, x: Tensor) -> Any:
     return m.z(F.pad(rows.reshape(-1, 8, y.shape[2] - 2, y.shape[3]), (0, 0, 1, 1)))
 
 
+def halved_in_batch(m: Any, x: Tensor) -> Any:
+    y = m.a(x)
+    rows = y.reshape(-1, 2, *y.shape[2:])
+    half = y.shape[0] * 2
+    return m.z(torch.cat([rows[:half], rows[half:]]).reshape(-1, 8, *y.shape[2:]))
+
+
 def gated_in_batch(m: Any, x: Tensor) -> Any:
     y = m.a(x)
     n, _, h, w = y.shape
@@ -313,6 +320,7 @@ CUT = {
     "in place on a view": three(in_place_view),
     "in place on a slice": three(in_place_slice),
     "sliced with heads in the batch": three(sliced_in_batch),
+    "halved with heads in the batch": three(halved_in_batch),
     "gated with heads in the batch": three(gated_in_batch),
     "group norm with heads in the batch": three(normed_in_batch, g=conv(8, 8, groups=4)),
     "normalised over channels": three(lambda m, x: m.z(F.normalize(m.a(x), dim=1))),

@@ -88,9 +88,9 @@ def _bounds(r: Rewrite) -> Changes:
     start, stop, step = slice(r.bound["start"], r.bound["end"], r.bound.get("step", 1)).indices(size)
     if step == 1:  # what counts from the end, or goes on to it, does so still: the axis may be longer another time
         first, last = r.bound["start"] or 0, r.bound["end"]
-        written = isinstance(r.raw["end"], int) and last <= size
+        whole = last is None or last > size or (last == size and not isinstance(r.raw["end"], int))
         begin = -int(keep[start:].sum()) if first < 0 else int(keep[:start].sum())
-        if not written:
+        if whole:
             return {"start": begin, "end": _OPEN}
         return {"start": begin, "end": (-int(keep[stop:].sum()) or _OPEN) if last < 0 else int(keep[:stop].sum())}
     return picked(r, dim, np.arange(start, stop, step))

@@ -81,8 +81,8 @@ def render(data: Mapping[str, Any], models: Iterable[Model]) -> str:
         "Written by `python -m benchmarks.studies.coverage --table` from",
         "[coverage.json](../benchmarks/studies/results/coverage.json), measured",
         f"on {record.sentence(data['machine'])}, with one thread, at most 120 s of processor time and 8 GiB per",
-        "model and tool. Seconds are of the cut alone, without oracle and ONNX: processor time, in older rows wall",
-        "time on a machine with other work.",
+        "model and tool. Seconds are of the cut with the counts of MACs it goes by, without oracle and ONNX: processor",
+        "time, in older rows wall time on a machine with other work.",
         "",
         "| tool | " + " | ".join(_OUTCOMES.values()) + " |",
         "|---" * (len(_OUTCOMES) + 1) + "|",
@@ -127,25 +127,26 @@ def _refusals(rows: Rows, models: tuple[Model, ...]) -> list[str]:
 
 _MUCH = 0.02
 """Share of the parameters that is worth a word where it can not be cut."""
+_WHOLE = (
+    "## What stays whole in models that are cut",
+    "",
+    f"More than {_MUCH:.0%} of the parameters of these lie in no removable unit, with what holds most of them.",
+    "Some axes are no choice: classes and boxes are the network's output; a layer over tokens has as many as",
+    "the image has patches; a convolution along the channels themselves (efficient channel attention) knows its",
+    "neighbours by their distance. Layers that forward does not run in eval mode are left as they are.",
+    "",
+)
 
 
 def _whole(rows: Rows, models: tuple[Model, ...]) -> list[str]:
-    lines = [
-        "## What stays whole in models that are cut",
-        "",
-        f"More than {_MUCH:.0%} of the parameters of these lie in no removable unit, with what holds most of them.",
-        "Some axes are no choice: classes and boxes are the network's output; a layer over tokens has as many as",
-        "the image has patches; a convolution along the channels themselves (efficient channel attention) knows its",
-        "neighbours by their distance. Layers that forward does not run in eval mode are left as they are.",
-        "",
-    ]
+    lines = []
     for model in models:
         row = rows.get("surgery", {}).get(model.name, {})
         if row.get("frozen_share", 0.0) > _MUCH:
             most = list(row["frozen"].items())[:2]
             said = "; ".join(f"{why.replace('|', '/')} ({count / row['parameters']:.1%})" for why, count in most)
             lines.append(f"- **{model.name}** {row['frozen_share']:.1%}: {said}")
-    return lines
+    return [*_WHOLE, *lines] if lines else []
 
 
 def _table(rows: Rows, models: list[Model]) -> list[str]:
