@@ -302,12 +302,14 @@ def onnxsim_row(model: Model) -> Row:
     """ONNX in, ONNX out, half the channels of what it matches: does it run, how many MACs go, how long it takes.
 
     The file is of torch's exporter by TorchScript, of which onnxsim cut as much or more on the five models that both
-    were tried on; of the one by `torch.export` where that one fails.
+    were tried on; of the one by `torch.export` where that one fails. Weights are distinct: onnxsim.simplify stores
+    equal ones once (the biases of a fresh model), and its pruning then slices one tensor for several layers.
     """
     import onnx
     import onnxsim
 
-    _, module, inputs = _loaded(model)
+    subject = Subject(model)
+    module, inputs = subject.dense.float(), _as(subject.inputs, torch.float32)
     row: Row = {"stage": "cut"}
     with _explained(row), tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "dense.onnx")
