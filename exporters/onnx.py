@@ -22,7 +22,7 @@ import onnx_ir as ir
 import torch
 
 from exporters.capture import capture, quiet, reason, source_line
-from exporters.parity import BATCHES, BLIND, ROUNDINGS, TOLERANCE, OutputParity, Parity, parity, rounding
+from exporters.parity import BATCHES, TOLERANCE, OutputParity, Parity, parity, rounding
 from exporters.signature import Axes, Call, bind, check_axes, default_axes, name_outputs, with_batch
 from exporters.twin import well_conditioned
 from surgery.errors import CheckFailed, InvalidInput, UnsupportedModel
@@ -228,7 +228,7 @@ def _verify(job: _Job, axes: Axes, file: Path) -> tuple[float, float, list[str]]
             raise UnsupportedModel(f"the torch model itself runs at batch {real.batches[0]} only")
         refused = [batch for batch in BATCHES if batch not in real.batches]
         notes += [f"the torch model itself does not run at batch {batch}" for batch in refused]
-    notes += (explained := _rounded(job, job.model, real)).values()
+    notes += (explained := _rounded(job, job.model, file, real, near=near)).values()
     for name, found in real.outputs.items():
         if name not in explained:
             _accept(job, name, found)
@@ -247,15 +247,16 @@ def _verify(job: _Job, axes: Axes, file: Path) -> tuple[float, float, list[str]]
     return max(found.error for found in trusted), real.varying, notes
 
 
-def _rounded(job: _Job, model: torch.nn.Module, parity: Parity) -> dict[str, str]:
+def _rounded(job: _Job, model: torch.nn.Module, file: Path, parity: Parity, *, near: bool) -> dict[str, str]:
     """What to say of outputs that differ more than usual, and yet by no more than torch's own rounding does."""
     seen = {name: found for name, found in parity.outputs.items() if found.error > TOLERANCE and not found.blind}
-    own = rounding(model, *job.call.arguments(job.call.tensors)) if seen else {}
+    args, kwargs = job.call.arguments(job.call.tensors)
+    own = rounding(file, model, args, kwargs, near_example=near) if seen else {}
     return {
         name: f"output '{name}' differs by {found.error:.1e} of what varies with the input, torch's float32 from its "
         f"float64 by {own[name].error:.1e}: rounding"
         for name, found in seen.items()
-        if name in own and own[name].error < BLIND and found.error <= ROUNDINGS * own[name].error
+        if name in own and found.is_rounding(own[name])
     }
 
 
@@ -294,7 +295,7 @@ def _twin(job: _Job, axes: Axes, *, near: bool) -> Parity:
     with _workroom(job.target) as room:
         _write(job, twin, axes, room / job.target.name)
         found, _ = _compare(job, twin, room / job.target.name, near=near)
-    explained = _rounded(job, twin, found)
+        explained = _rounded(job, twin, room / job.target.name, found, near=near)
     for name, output in found.outputs.items():
         if not output.blind and name not in explained:
             _accept(job, name, output)

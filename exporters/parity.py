@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,9 +29,12 @@ ROUNDING = 1e-5
 
 ROUNDINGS = 16
 """How many times torch's own float32 rounding, measured against float64, a difference may be and still be rounding."""
+CLEAR = 0.75
+"""Share of the draws on which that rounding must itself be small: the others prove little."""
 
 BATCHES = (1, 2, 7)
 DRAWS = 3
+_Run = Callable[[Mapping[str, torch.Tensor]], dict[str, np.ndarray]]
 _NEAR = 0.05
 _TINY = 1e-30
 _FATAL_ONLY = 4
@@ -45,16 +48,26 @@ class OutputParity:
         error: largest difference over the largest value of the part that varies with the input.
         varying: largest value of the part that varies with the input over the largest value of the output.
         difference: largest difference over the largest value of the output.
+        errors: like `error`, of every single draw.
     """
 
     error: float
     varying: float
     difference: float
+    errors: tuple[float, ...] = ()
 
     @property
     def blind(self) -> bool:
         """Whether so little varies with the input that `error` says nothing."""
         return self.varying < BLIND
+
+    def is_rounding(self, own: OutputParity) -> bool:
+        """Whether the differences are those of rounding, draw by draw; `own`: those of torch from its float64."""
+        if len(self.errors) != len(own.errors):
+            return False
+        pairs = list(zip(self.errors, own.errors, strict=True))
+        clear = sum(mine < BLIND for _, mine in pairs)
+        return clear >= CLEAR * len(pairs) and all(x <= max(TOLERANCE, ROUNDINGS * mine) < np.inf for x, mine in pairs)
 
     @property
     def unclear(self) -> bool:
@@ -115,44 +128,56 @@ def parity(
         CheckFailed: ONNX Runtime cannot load or run the file, or its outputs have other names or shapes.
         InvalidInput: the model does not run on these inputs.
     """
-    call = bind(model, args, kwargs)
     session = _session(path)
+    return _compare_runs(
+        session, model, bind(model, args, kwargs), lambda draw: _run_onnx(session, draw, path), path, near_example, seed
+    )
+
+
+def rounding(
+    path: str | os.PathLike[str],
+    model: torch.nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    near_example: bool = False,
+    seed: int = 0,
+) -> Mapping[str, OutputParity]:
+    """Compare the torch model with itself in float64, on the inputs on which `parity` compares the file with it.
+
+    Returns:
+        By output; nothing where the model does not run in float64.
+    """
+    call, double = bind(model, args, kwargs), copy.deepcopy(model).double()
+
+    def exact(draw: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        return _run_torch(double, call, {n: t.double() if t.is_floating_point() else t for n, t in draw.items()})
+
+    try:
+        return _compare_runs(_session(path), model, call, exact, "the torch model", near_example, seed).outputs
+    except Exception:  # a model may insist on its own precision, in any way
+        return {}
+
+
+def _compare_runs(
+    session: Any, model: torch.nn.Module, call: Call, other: _Run, whose: Any, near: bool, seed: int
+) -> Parity:
+    """Compare the torch model with another way to compute the same, at every size that the file takes."""
     generator = torch.Generator().manual_seed(seed)
     found: list[dict[str, _Magnitudes]] = []
     batches: list[int] = []
     for size in _sizes(session, call):
-        draws = [_draw(call.tensors, size, generator, near=near_example) for _ in range(DRAWS)]
+        draws = [_draw(call.tensors, size, generator, near=near) for _ in range(DRAWS)]
         try:
             expected = [_run_torch(model, call, tensors) for tensors in draws]
         except Exception as error:
             if size.optional:  # the network itself does not take this size: nothing to compare
                 continue
             raise InvalidInput(f"{type(model).__name__} does not run on inputs like the example: {error}") from error
-        found.append(_compare_draws(expected, [_run_onnx(session, tensors, path) for tensors in draws], path))
+        found.append(_compare_draws(expected, [other(tensors) for tensors in draws], whose))
         batches.append(size.batch)
     pooled = {name: _pool([case[name] for case in found]) for name in found[0]}
     return Parity(pooled, tuple(dict.fromkeys(batches)))
-
-
-def rounding(
-    model: torch.nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None, *, seed: int = 0
-) -> dict[str, OutputParity]:
-    """Compare the torch model with itself in float64, on random inputs like the example.
-
-    Returns:
-        By output; nothing where the model does not run in float64.
-    """
-    call, generator = bind(model, args, kwargs), torch.Generator().manual_seed(seed)
-    size = _Shapes(0, {name: tuple(tensor.shape) for name, tensor in call.tensors.items()})
-    draws = [_draw(call.tensors, size, generator, near=False) for _ in range(DRAWS)]
-    wide = [{n: t.double() if t.is_floating_point() else t for n, t in tensors.items()} for tensors in draws]
-    try:
-        double = copy.deepcopy(model).double()
-        exact = [_run_torch(double, call, tensors) for tensors in wide]
-        found = _compare_draws(exact, [_run_torch(model, call, tensors) for tensors in draws], "the torch model")
-    except Exception:  # a model may insist on its own precision, in any way
-        return {}
-    return {name: _pool([magnitudes]) for name, magnitudes in found.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,35 +295,38 @@ def compare(expected: np.ndarray, got: np.ndarray) -> OutputParity:
 
 
 class _Magnitudes(NamedTuple):
-    """Largest difference, largest value of the part that varies with the input, largest value."""
+    """Largest difference of each draw, largest value of the part that varies with the input, largest value."""
 
-    difference: float
+    differences: tuple[float, ...]
     varying: float
     scale: float
 
 
 def _magnitudes(expected: np.ndarray, got: np.ndarray) -> _Magnitudes:
+    rows = tuple(range(1, expected.ndim))
     if not expected.size:
-        return _Magnitudes(0.0, 0.0, 0.0)
+        return _Magnitudes((0.0,), 0.0, 0.0)
     if not np.issubdtype(expected.dtype, np.floating):
         varying = np.any(expected != expected[:1], axis=0)
-        return _Magnitudes(float(np.mean(expected != got)), float(np.mean(varying)), 1.0)
+        return _Magnitudes(tuple(np.mean(expected != got, axis=rows).tolist()), float(np.mean(varying)), 1.0)
     expected, got = expected.astype(np.float64), got.astype(np.float64)
     odd = ~np.isfinite(expected)  # masks of -inf are legitimate, as long as both have them in the same places
     if not np.array_equal(odd, ~np.isfinite(got)) or not np.array_equal(expected[odd], got[odd], equal_nan=True):
-        return _Magnitudes(np.inf, 0.0, 0.0)
+        return _Magnitudes((np.inf,), 0.0, 0.0)
     expected, got = np.where(odd, 0.0, expected), np.where(odd, 0.0, got)
     return _Magnitudes(
-        difference=float(np.abs(got - expected).max()),
+        differences=tuple(np.abs(got - expected).max(axis=rows).tolist()),
         varying=float(np.abs(expected - expected.mean(axis=0)).max()),
         scale=float(np.abs(expected).max()),
     )
 
 
 def _pool(runs: Sequence[_Magnitudes]) -> OutputParity:
-    difference, varying, scale = (max(column) for column in zip(*runs, strict=True))
+    differences = [difference for run in runs for difference in run.differences]
+    varying, scale = max(run.varying for run in runs), max(run.scale for run in runs)
     return OutputParity(
-        error=difference / max(varying, _TINY),
+        error=max(differences) / max(varying, _TINY),
         varying=varying / max(scale, _TINY),
-        difference=difference / max(scale, _TINY),
+        difference=max(differences) / max(scale, _TINY),
+        errors=tuple(difference / max(varying, _TINY) for difference in differences),
     )

@@ -15,7 +15,7 @@ from torch import nn
 
 import exporters.onnx as onnx_export
 from exporters.onnx import bytes_of, export, parity
-from exporters.parity import BLIND, TOLERANCE, compare
+from exporters.parity import BLIND, TOLERANCE, OutputParity, compare
 from exporters.signature import bind, name_outputs
 from exporters.twin import well_conditioned
 from surgery.errors import CheckFailed, InvalidInput, UnsupportedModel
@@ -427,6 +427,21 @@ def test_rounding_is_measured_against_float64(tmp_path):
     result = export(Offset(20.0).eval(), (torch.randn(1, 3, 12, 12),), tmp_path / "offset.onnx")
     assert result.error > TOLERANCE
     assert any("rounding" in note for note in result.notes)
+
+
+def parities(*errors):
+    return OutputParity(error=max(errors), varying=1.0, difference=max(errors), errors=errors)
+
+
+def test_one_ill_conditioned_input_neither_fails_an_export_nor_excuses_the_others():
+    own = parities(1e-6, 1e-6, 1e-6, 2e-3)
+    assert parities(2e-6, 1e-6, 1e-5, 7e-4).is_rounding(own)
+    assert not parities(2e-6, 1e-6, 2e-4, 7e-4).is_rounding(own)
+    assert not parities(2e-6, 1e-6, 1e-6, 1e-1).is_rounding(own)
+    assert not parities(2e-3, 1e-6, 1e-6, 2e-3).is_rounding(parities(2e-3, 1e-6, 1e-6, 2e-3)), (
+        "half of them prove nothing"
+    )
+    assert not parities(1e-6, 1e-6, 1e-6, float("inf")).is_rounding(parities(1e-6, 1e-6, 1e-6, float("inf")))
 
 
 class PaddedMaxima(nn.Module):
