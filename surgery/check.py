@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from surgery.blame import first_line
 from surgery.compare import apart, relative_error, require, rounds_of, within_rounding
@@ -63,21 +62,28 @@ def check(
     wiring: Wiring = coupling.facts
     moves = moves_of(coupling, plan.arranged)
     _require_slices(program, plan, moves, compact)
-    replayed = replay(program, compact, wiring, masks, plan)
     unmoved = well_conditioned(program, seed=seed)
     dense = arranged(unmoved, moves)
+    cut_state = compact_state(dense, plan)
+    rounds = [sample_inputs(program, seed=seed + 100 + k, dtype=torch.float64) for k in range(rounds_of(program))]
+    outputs, shapes = _recorded(compact, cut_state, rounds)
+    replayed = replay(program, compact, wiring, masks, plan, shapes)
     notes = _require_unchanged(program, unmoved, dense, seed) if moves else ()
-    error64, varying = _compare(program, wiring, masks, dense, compact_state(dense, plan), compact, seed)
+    found = [outputs, *_of_module(program, compact, cut_state, rounds)]
+    error64, varying = _compare(masked_run(program, wiring, masks, dense, torch.float64), rounds, found)
     if varying < BLIND:
         raise CheckFailed(
             f"cannot tell: on well-conditioned values only {varying:.1e} of the output varies with the input; "
             "use an example input that reaches the output"
         )
     require(error64, torch.float64, "distinct, well-conditioned values")
-    _require_other_batches(program, compact_state(dense, plan), compact)
-    notes += _require_other_sizes(program, wiring, masks, dense, compact_state(dense, plan), compact)
+    _require_other_batches(program, cut_state, compact, rounds, outputs)
+    notes += _require_other_sizes(program, wiring, masks, dense, cut_state, compact)
     real = arranged(state_of(program), moves)
-    error, varying = _compare(program, wiring, masks, real, None, compact, seed)
+    rounds = [sample_inputs(program, seed=seed + 100 + k) for k in range(rounds_of(program))]
+    reference = masked_run(program, wiring, masks, real)
+    found = [_of_graph(compact, None, rounds), *_of_module(program, compact, None, rounds)]
+    error, varying = _compare(reference, rounds, found)
     told: float | None = error
     if varying < BLIND:
         told = None
@@ -86,8 +92,6 @@ def check(
             "(a zero head, or untrained layer scales); equality was shown on well-conditioned values",
         )
     elif not error <= TOLERANCE[narrowest(program)]:
-        rounds = [sample_inputs(program, seed=seed + 100 + k) for k in range(rounds_of(program))]
-        reference = masked_run(program, wiring, masks, real)
         notes += (within_rounding(reference, rounds, real, error, narrowest(program), "the real weights"),)
     return CheckResult(replayed, error64, told, varying, _meaning(coupling, plan), notes)
 
@@ -121,31 +125,37 @@ def _require_slices(program: Program, plan: Plan, moves: Sequence[Move], compact
                 )
 
 
-def _require_other_batches(program: Program, cut_state: Mapping[str, Tensor], compact: CompactModel) -> None:
-    """Where the batch is dynamic, three samples have to give what the first two give, and the first again."""
-    if rounds_of(program) > 1 or not all(0 in spec.dynamic for spec in program.inputs):
+def _require_other_batches(
+    program: Program,
+    cut_state: Mapping[str, Tensor],
+    compact: CompactModel,
+    rounds: list[list[Tensor]],
+    outputs: list[list[Tensor]],
+) -> None:
+    """Where the batch is dynamic, three samples have to give what the first two gave, and the first again."""
+    if len(rounds) > 1 or not all(0 in spec.dynamic for spec in program.inputs):
         return
-    pair = sample_inputs(program, seed=77, dtype=torch.float64)
-    three = [torch.cat([x, x[:1]]) if isinstance(x, Tensor) else x for x in pair]
+    three = [torch.cat([x, x[:1]]) if isinstance(x, Tensor) else x for x in rounds[0]]
 
-    def keeps_apart(run: Callable[[list[Tensor]], Any]) -> bool:
-        with torch.no_grad():
-            wanted = [torch.cat([y, y[:1]]) for y in flat_outputs(run(pair))]
-            try:
-                found = flat_outputs(run(three))
-            except Exception:  # whatever an operator raises at a size that it does not expect
-                return False
+    def keeps_apart(pair: list[Tensor], run: Callable[[list[Tensor]], Any]) -> bool:
+        wanted = [torch.cat([y, y[:1]]) for y in pair]
+        try:
+            found = flat_outputs(run(three))
+        except Exception:  # whatever an operator raises at a size that it does not expect
+            return False
         same = [x.shape for x in wanted] == [x.shape for x in found]
         return same and relative_error([wanted], [found])[0] <= TOLERANCE[torch.float64]
 
-    def dense(inputs: list[Tensor]) -> Any:
-        return Run(program.graph, well_conditioned(program), dtype=torch.float64).run(*inputs)
+    def dense(inputs: list[Tensor]) -> list[Tensor]:
+        return flat_outputs(Run(program.graph, well_conditioned(program), dtype=torch.float64).run(*inputs))
 
-    if not keeps_apart(_graph_runner(compact, cut_state)) and keeps_apart(dense):
-        raise CheckFailed(
-            "the compact model computes something else in a batch of three than in a batch of two, which the dense one "
-            "does not; nothing was written; please report this model"
-        )
+    with torch.no_grad():
+        kept = keeps_apart(outputs[0], lambda inputs: _of_graph(compact, cut_state, [inputs])[0])
+        if not kept and keeps_apart(dense(rounds[0]), dense):
+            raise CheckFailed(
+                "the compact model computes something else in a batch of three than in a batch of two, which the dense "
+                "one does not; nothing was written; please report this model"
+            )
 
 
 def _require_other_sizes(
@@ -170,7 +180,7 @@ def _require_other_sizes(
                 f"not compared at another height and width: the dense model does not run at {sizes}, though traced "
                 f"for free sizes ({first_line(refusal)})",
             )
-        error, _ = relative_error(wanted, [flat_outputs(_graph_runner(compact, cut_state)(inputs))])
+        error, _ = relative_error(wanted, _of_graph(compact, cut_state, [inputs]))
     if error <= TOLERANCE[torch.float64]:
         return ()
     what = "an input of another height and width"
@@ -190,8 +200,18 @@ def _meaning(coupling: Coupling, plan: Plan) -> str:
 # -- label replay ----------------------------------------------------------------------------------------------------
 
 
-def replay(program: Program, compact: CompactModel, wiring: Wiring, masks: Masks, plan: Plan) -> int:
+def replay(
+    program: Program, compact: CompactModel, wiring: Wiring, masks: Masks, plan: Plan, shapes: Mapping[str, Any]
+) -> int:
     """Run the rewritten program on the survivors' labels; return how many values were compared.
+
+    Args:
+        program: the dense model, traced.
+        compact: the model to verify.
+        wiring: labels of the dense program's values.
+        masks: which indices of them survive.
+        plan: what was removed.
+        shapes: of the values of the rewritten program in a run, by node.
 
     Raises:
         CheckFailed: an operator joins units that the dense program keeps apart, or a value has other survivors.
@@ -209,7 +229,6 @@ def replay(program: Program, compact: CompactModel, wiring: Wiring, masks: Masks
         return expected
 
     try:
-        shapes = fake_shapes(compact.graph, sample_inputs(program, seed=0))
         compared: list[int] = []
 
         def settled(name: str, value: Any) -> Any:
@@ -220,7 +239,7 @@ def replay(program: Program, compact: CompactModel, wiring: Wiring, masks: Masks
         run(compact.graph, labels, lambda node: shapes[node.name], atoms, settled)
         return sum(compared)
     except LabelMismatch as error:
-        raise CheckFailed(f"label replay: {error}; nothing was written; please report this model") from error
+        raise _mismatch(error) from error
 
 
 def _survivors(value: Value, wiring: Wiring, masks: Masks) -> Value:
@@ -265,30 +284,8 @@ def _equal(wanted: Layers, found: Layers) -> bool:
     return varying == sorted(x for x in right if len(set(x)) > 1) and all(x in left for x in right)
 
 
-def fake_shapes(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> dict[str, Any]:
-    """Shapes of all values of a graph, found without computing any.
-
-    Raises:
-        LabelMismatch: an operator does not accept the sizes it meets.
-    """
-    shapes: dict[str, Any] = {}
-
-    def record(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
-        try:
-            result = node.target(*args, **kwargs)  # type: ignore[operator]
-        except Exception as error:  # torch raises several kinds for sizes that do not fit
-            raise LabelMismatch(f"node '{node.name}' ({node.target}) does not run: {first_line(error)}") from error
-        shapes[node.name] = shapes_of(result)
-        return result
-
-    tensors = _tensors_of(graph)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        fake = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
-        arguments = [torch.empty(x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x for x in inputs]
-        Run(graph, fake, record).run(*arguments)
-    placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    shapes.update({n.name: shapes_of(x) for n, x in zip(placeholders, inputs, strict=True)})
-    return shapes
+def _mismatch(what: Any) -> CheckFailed:
+    return CheckFailed(f"label replay: {what}; nothing was written; please report this model")
 
 
 def _tensors_of(graph: torch.nn.Module) -> dict[str, Tensor]:
@@ -300,47 +297,56 @@ def _tensors_of(graph: torch.nn.Module) -> dict[str, Tensor]:
 # -- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def _compare(
-    program: Program,
-    wiring: Wiring,
-    masks: Masks,
-    dense: Mapping[str, Tensor],
-    cut_state: Mapping[str, Tensor] | None,
-    compact: CompactModel,
-    seed: int,
-) -> tuple[float, float]:
-    """Relative error and varying share; `cut_state` None: the compact model's own weights."""
-    dtype = torch.float64 if cut_state is not None else None
-    rounds = [sample_inputs(program, seed=seed + 100 + k, dtype=dtype) for k in range(rounds_of(program))]
-    candidates: list[Callable[[list[Tensor]], Any]] = [_graph_runner(compact, cut_state)]
-    if compact.kind == "module":
-        candidates.append(_module_runner(program, compact, cut_state))
+def _compare(reference: Run, rounds: list[list[Tensor]], found: list[list[list[Tensor]]]) -> tuple[float, float]:
+    """Largest relative error of several ways to compute the compact model's outputs by round, and the varying share."""
     with torch.no_grad():
-        reference = masked_run(program, wiring, masks, dense, dtype)
         wanted = [flat_outputs(reference.run(*inputs)) for inputs in rounds]
-        found = [relative_error(wanted, [flat_outputs(run(inputs)) for inputs in rounds]) for run in candidates]
-    return max(error for error, _ in found), found[0][1]
+    errors = [relative_error(wanted, outputs) for outputs in found]
+    return max(error for error, _ in errors), errors[0][1]
 
 
-def _graph_runner(compact: CompactModel, state: Mapping[str, Tensor] | None) -> Callable[[list[Tensor]], Any]:
+def _recorded(
+    compact: CompactModel, state: Mapping[str, Tensor], rounds: list[list[Tensor]]
+) -> tuple[list[list[Tensor]], dict[str, Any]]:
+    """Outputs of the rewritten program by round, in float64, and the shapes of all its values in the first."""
+    shapes: dict[str, Any] = {}
+
+    def record(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
+        try:
+            result = node.target(*args, **kwargs)  # type: ignore[operator]
+        except Exception as error:  # torch raises several kinds for sizes that do not fit
+            raise _mismatch(f"node '{node.name}' ({node.target}) does not run: {first_line(error)}") from error
+        shapes.setdefault(node.name, shapes_of(result))
+        return result
+
+    outputs = _of_graph(compact, state, rounds, record)
+    placeholders = [n.name for n in compact.graph.graph.nodes if n.op == "placeholder"]
+    return outputs, shapes | {name: shapes_of(x) for name, x in zip(placeholders, rounds[0], strict=True)}
+
+
+def _of_graph(
+    compact: CompactModel, state: Mapping[str, Tensor] | None, rounds: list[list[Tensor]], override: Any = None
+) -> list[list[Tensor]]:
+    """Outputs of the rewritten program by round, in float64 on a given state; `state` None: on its own weights."""
     tensors = state if state is not None else _tensors_of(compact.graph)
-
-    def call(inputs: list[Tensor]) -> Any:
-        with evaluating(compact.graph):
-            return Run(compact.graph, tensors, dtype=torch.float64 if state is not None else None).run(*inputs)
-
-    return call
+    run = Run(compact.graph, tensors, override, torch.float64 if state is not None else None)
+    with torch.no_grad(), evaluating(compact.graph):
+        return [flat_outputs(run.run(*inputs)) for inputs in rounds]
 
 
-def _module_runner(
-    program: Program, compact: CompactModel, state: Mapping[str, Tensor] | None
-) -> Callable[[list[Tensor]], Any]:
-    def call(inputs: list[Tensor]) -> Any:
+def _of_module(
+    program: Program, compact: CompactModel, state: Mapping[str, Tensor] | None, rounds: list[list[Tensor]]
+) -> list[list[list[Tensor]]]:
+    """Likewise those of the user's class, where it runs smaller: the only item, if any."""
+    if compact.kind != "module":
+        return []
+    module = compact.module
+    own = {k: v.detach().cpu() for k, v in (*module.named_parameters(), *module.named_buffers())}
+    values = own if state is None else {k: state.get(k, v) for k, v in own.items()}
+
+    def call(inputs: list[Tensor]) -> list[Tensor]:
         args, kwargs = as_call(program, inputs)
-        module = compact.module
-        own = {k: v.detach().cpu() for k, v in (*module.named_parameters(), *module.named_buffers())}
-        values = own if state is None else {k: state.get(k, v) for k, v in own.items()}
-        with evaluating(module), nullcontext() if state is None else InDouble():
-            return torch.func.functional_call(module, values, args, kwargs)
+        return flat_outputs(torch.func.functional_call(module, values, args, kwargs))
 
-    return call
+    with torch.no_grad(), evaluating(module), nullcontext() if state is None else InDouble():
+        return [[call(inputs) for inputs in rounds]]

@@ -10,6 +10,7 @@ import copy
 import inspect
 import operator
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from math import gcd
 from typing import Any
 
@@ -108,8 +109,13 @@ def slice_tensors(program: Program, plan: Plan, moves: Sequence[Move]) -> dict[s
 
 
 def _survivors(c: Cut) -> Tensor:
-    alive = torch.ones(c.size, dtype=torch.bool)
-    alive[list(c.dead)] = False
+    return _others(c.size, c.dead)
+
+
+@lru_cache(maxsize=256)  # the cuts of one group, which follow each other, have the same
+def _others(size: int, dead: tuple[int, ...]) -> Tensor:
+    alive = torch.ones(size, dtype=torch.bool)
+    alive[list(dead)] = False
     return alive.nonzero().squeeze(1)
 
 
@@ -320,10 +326,11 @@ def _unseen(program: Program) -> list[str]:
     return [n for n, _ in program.model.named_parameters() if n not in seen]
 
 
-def _reads_training(module: nn.Module) -> bool:
+@lru_cache(maxsize=256)
+def _reads_training(kind: type[nn.Module]) -> bool:
     """Whether the source of forward mentions the mode; branches on it were traced in evaluation mode only."""
     try:
-        return "self.training" in inspect.getsource(type(module).forward)
+        return "self.training" in inspect.getsource(kind.forward)
     except (OSError, TypeError):
         return False
 
@@ -343,7 +350,7 @@ def _lost_in_training(program: Program) -> tuple[str, ...]:
             lost.append(f"attention dropout of '{name}'")
         if isinstance(module, _BatchNorm) and module.momentum is None and module.track_running_stats:
             lost.append(f"cumulative statistics of '{name}' (momentum None)")
-        if not type(module).__module__.startswith("torch.nn.") and _reads_training(module):
+        if not type(module).__module__.startswith("torch.nn.") and _reads_training(type(module)):  # type: ignore[arg-type]
             lost.append(f"what forward of '{name or type(module).__name__}' does only where self.training is set")
     if any(isinstance(m, _BatchNorm) for m in program.model.modules()):
         lost.append("num_batches_tracked, which batch norms count up")

@@ -1,4 +1,4 @@
-"""Cheaper captures: what `torch.export` does besides capturing, left undone."""
+"""Cheaper captures, what `torch.export` does besides capturing left undone; and fewer walks of Python's collector."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses import fake_tensor
 from torch.fx import proxy
 from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental.sym_node import SymNode
 
 from surgery.blame import foreign
 
@@ -24,23 +25,48 @@ def lean() -> Iterator[None]:
     """Keep `torch.export`, within the block, from work that nobody here reads: a good part of the time of a capture.
 
     That is Python code for every intermediate graph, now made for those that are called; strides and memory formats
-    beside every value; of each operator's stack trace, the frames that are not the user's; and Python's collector,
-    which goes through the growing graph over and over. A torch that has one of these no more is left as it is.
+    beside every value; of each operator's stack trace, the frames that are not the user's; sums and comparisons of the
+    same symbolic sizes, now worked out once; a search for sizes that depend on values, now made where there are such;
+    and Python's collector, which goes through the growing graph over and over. A torch that has one of these no more
+    is left as it is.
     """
-    collects = gc.isenabled()
+    from torch.export import _trace as exporting  # Here: importing it takes seconds.
+
+    collects, bindings = gc.isenabled(), "_replace_unbacked_bindings"
     graphs, formats = torch.fx.GraphModule, "suggest_memory_format"
+    known: dict[Any, Any] = {}
     try:
-        with (
-            _instead(graphs, "recompile", _later(graphs.recompile)),
-            _instead(proxy_tensor, "_extract_tensor_metadata", lambda *_, **__: None),
-            _instead(proxy, "CapturedTraceback", _OwnFrames),
-            _instead(fake_tensor, formats, _memory_format(getattr(fake_tensor, formats, None))),
-        ):
+        with ExitStack() as stack:
+            for owner, name, value in (
+                (graphs, "recompile", _later(graphs.recompile)),
+                (proxy_tensor, "_extract_tensor_metadata", lambda *_, **__: None),
+                (proxy, "CapturedTraceback", _OwnFrames),
+                (fake_tensor, formats, _memory_format(getattr(fake_tensor, formats, None))),
+                (fake_tensor, "is_sparse_any", _unseen(getattr(fake_tensor, "is_sparse_any", None))),
+                (proxy_tensor, "is_sparse_any", _unseen(getattr(proxy_tensor, "is_sparse_any", None))),
+                (exporting, bindings, _where_bound(getattr(exporting, bindings, None))),
+                *((SymNode, name, _once(name, known)) for name in _ARITHMETIC),
+            ):
+                stack.enter_context(_instead(owner, name, value))
             gc.disable()
             yield
     finally:
         if collects:
             gc.enable()
+
+
+_OBJECTS = 100_000
+
+
+@contextmanager
+def rare_collections() -> Iterator[None]:
+    """Let Python's collector look, within the block, once in so many new objects: graphs are large, and no garbage."""
+    before = gc.get_threshold()
+    gc.set_threshold(max(before[0], _OBJECTS) if before[0] else 0, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 @contextmanager
@@ -70,6 +96,44 @@ def _later(recompile: Any) -> Any:
             graph._in_spec, graph._out_spec = structure.in_spec, structure.out_spec
 
     return deferred
+
+
+_ARITHMETIC = ("add", "sub", "mul", "eq", "ne", "ge", "gt", "le", "lt")
+
+
+def _once(name: str, known: dict[Any, Any]) -> Any:
+    """Remember what comes of symbolic sizes, except where the calculation itself is captured."""
+    work_out = getattr(SymNode, name, None)
+
+    def magic(left: Any, right: Any) -> Any:
+        if proxy_tensor.get_proxy_mode():
+            return work_out(left, right)  # type: ignore[misc]
+        key = name, left.shape_env, left._expr, right._expr, left.pytype, right.pytype
+        if key not in known:
+            known[key] = work_out(left, right)  # type: ignore[misc]
+        return known[key]
+
+    return magic
+
+
+def _unseen(question: Any) -> Any:
+    """Ask about a tensor without telling the modes that record what is done to it."""
+
+    def ask(x: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return question(x)
+
+    return ask
+
+
+def _where_bound(name_again: Any) -> Any:
+    """Go through all sizes for those that depend on values only where an operator has made one."""
+
+    def search(graph: torch.fx.GraphModule) -> None:
+        if any("unbacked_bindings" in node.meta for node in graph.graph.nodes):
+            name_again(graph)
+
+    return search
 
 
 class LongSizes(Exception):

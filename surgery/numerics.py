@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import prod, sqrt
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -184,10 +185,23 @@ def well_conditioned(program: Program, *, seed: int = 0) -> dict[str, Tensor]:
         if tied not in made:
             made[tied] = conditioned(name, tensors[name], generator) if tensor.is_floating_point() else tensor
         state[name] = made[tied]
-    if any(n.target is aten.batch_norm.default for n in program.graph.graph.nodes):
-        inputs = sample_inputs(program, seed=seed + 1, dtype=torch.float64)
-        Run(program.graph, state, _settle_statistics(state), torch.float64).run(*inputs)
-    return state
+    return state | _settled(program, state, seed)
+
+
+def _settled(program: Program, state: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Running statistics of the batch norms, by name: small, and remembered as long as the program is."""
+    known = _SETTLED.setdefault(program.graph, {})
+    if seed not in known:
+        own = dict(state)
+        if any(n.target is aten.batch_norm.default for n in program.graph.graph.nodes):
+            inputs = sample_inputs(program, seed=seed + 1, dtype=torch.float64)
+            with torch.no_grad():
+                Run(program.graph, own, _settle_statistics(own), torch.float64).run(*inputs)
+        known[seed] = {name: tensor for name, tensor in own.items() if tensor is not state[name]}
+    return known[seed]
+
+
+_SETTLED: WeakKeyDictionary[torch.fx.GraphModule, dict[int, dict[str, Tensor]]] = WeakKeyDictionary()
 
 
 def conditioned(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:

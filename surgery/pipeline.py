@@ -26,6 +26,7 @@ from surgery.cut import cut
 from surgery.errors import InvalidInput, PlanMismatch, UnsupportedModel
 from surgery.fvcount import count_macs, count_params
 from surgery.ir import Budget, CheckResult, CompactModel, CostFn, Coupling, Plan, Program
+from surgery.lean import rare_collections
 from surgery.moves import arranged, moves_of
 from surgery.score import score
 from surgery.trace import trace
@@ -357,7 +358,8 @@ class Clock:
         """Time the block as one stage."""
         self.progress(stage, 0.0)
         start = time.perf_counter()
-        yield
+        with rare_collections():
+            yield
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
         self.progress(stage, 1.0)
 
