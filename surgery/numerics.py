@@ -213,9 +213,10 @@ def conditioned(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor
     leaf = name.rpartition(".")[2]
     if leaf == "running_mean" or leaf.endswith("bias"):
         return normal(0.1)
-    if tensor.dim() >= 2 and max(tensor.shape) != tensor.numel():
+    parameter, table = isinstance(tensor, torch.nn.Parameter), tensor.dim() >= 2 and max(tensor.shape) != tensor.numel()
+    if table and (parameter or not bool((tensor > 0).all())):
         return normal(sqrt(2.0 / max(1, prod(tensor.shape[1:]))))
-    if isinstance(tensor, torch.nn.Parameter) or leaf == "running_var":
+    if parameter or leaf == "running_var" or table:  # a table of positive numbers may be one of variances
         return torch.rand(tensor.shape, generator=generator).double() + 0.5
     return tensor.double()
 

@@ -325,6 +325,9 @@ CUT = {
     "group norm with heads in the batch": three(normed_in_batch, g=conv(8, 8, groups=4)),
     "normalised over channels": three(lambda m, x: m.z(F.normalize(m.a(x), dim=1))),
     "largest of channels as a norm": three(lambda m, x: m.z(m.a(x) / m.a(x).norm(float("inf"), 1, keepdim=True))),
+    "divided by a table of deviations": three(
+        lambda m, x: m.z(m.a(x) / m.v.sqrt()[..., None]), v=nn.Buffer(torch.rand(8, 6) + 0.1)
+    ),
     "scalar gate": three(lambda m, x: m.z(m.a(x) * m.alpha), alpha=nn.Parameter(torch.tensor([0.7]))),
 }
 
