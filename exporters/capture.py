@@ -30,7 +30,7 @@ from exporters.attention import translations
 from exporters.optimise import keep_zeros_in_maxima, optimise
 from exporters.signature import Axes, Call, axis_name
 from surgery.errors import UnsupportedModel
-from surgery.lean import lean
+from surgery.lean import ONE_AT_A_TIME, lean
 
 _REASON_LENGTH = 300
 _LINE = re.compile(r'File "([^"]+\.py)", line (\d+)|(/[^\s"()]+\.py)[:(](\d+)')
@@ -72,13 +72,14 @@ def capture(
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep warnings, log records and prints of the block off the terminal (for the whole process, while it runs)."""
-    before = logging.root.manager.disable
     with (
+        ONE_AT_A_TIME,
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):
         warnings.simplefilter("ignore")
+        before = logging.root.manager.disable
         logging.disable(logging.CRITICAL)
         try:
             yield

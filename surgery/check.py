@@ -8,7 +8,7 @@ real weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -70,15 +70,21 @@ def check(
     replayed = replay(program, compact, wiring, masks, plan, shapes)
     notes = _require_unchanged(program, unmoved, dense, seed) if moves else ()
     found = [outputs, *_of_module(program, compact, cut_state, rounds)]
-    error64, varying = _compare(masked_run(program, wiring, masks, dense, torch.float64), rounds, found)
+    reference = masked_run(program, wiring, masks, dense, torch.float64)
+    error64, varying = _compare(reference, rounds, found)
+    if not outputs[0]:
+        raise CheckFailed(
+            "cannot tell: the model returns no floating-point tensor; shrink what comes before its last step, with "
+            "--part or as a module of its own"
+        )
     if varying < BLIND:
         raise CheckFailed(
             f"cannot tell: on well-conditioned values only {varying:.1e} of the output varies with the input; "
             "use an example input that reaches the output"
         )
     require(error64, torch.float64, "distinct, well-conditioned values")
-    _require_other_batches(program, cut_state, compact, rounds, outputs)
-    notes += _require_other_sizes(program, wiring, masks, dense, cut_state, compact)
+    _require_other_batches(program, reference, cut_state, compact, rounds, outputs)
+    notes += _require_other_sizes(program, reference, cut_state, compact)
     real = arranged(state_of(program), moves)
     rounds = [sample_inputs(program, seed=seed + 100 + k) for k in range(rounds_of(program))]
     reference = masked_run(program, wiring, masks, real)
@@ -127,50 +133,61 @@ def _require_slices(program: Program, plan: Plan, moves: Sequence[Move], compact
 
 def _require_other_batches(
     program: Program,
+    reference: Run,
     cut_state: Mapping[str, Tensor],
     compact: CompactModel,
     rounds: list[list[Tensor]],
     outputs: list[list[Tensor]],
 ) -> None:
-    """Where the batch is dynamic, three samples have to give what the first two gave, and the first again."""
-    if len(rounds) > 1 or not all(0 in spec.dynamic for spec in program.inputs):
+    """Where the batch is dynamic, batches of three and of one are compared too, also of a model that mixes samples."""
+    if not all(0 in spec.dynamic for spec in program.inputs):
         return
-    three = [torch.cat([x, x[:1]]) if isinstance(x, Tensor) else x for x in rounds[0]]
-
-    def keeps_apart(pair: list[Tensor], run: Callable[[list[Tensor]], Any]) -> bool:
-        wanted = [torch.cat([y, y[:1]]) for y in pair]
+    threes = [[torch.cat([x, x[:1]]) if _is_tensor(x) else x for x in inputs] for inputs in rounds]
+    ones = [[x[k : k + 1] if _is_tensor(x) else x for x in rounds[0]] for k in range(2)]
+    dense = Run(program.graph, reference.state, dtype=torch.float64)
+    for size, batches in ((3, threes), (1, ones)):
+        if _given(dense, batches) is None:  # the dense model itself takes no such batch
+            continue
+        wanted = _given(reference, batches)  # None: the masks do not fit, as axes are other ones; then sample by sample
+        what = f"the compact model differs from the dense one in a batch of {size}, though not in one of two"
         try:
-            found = flat_outputs(run(three))
-        except Exception:  # whatever an operator raises at a size that it does not expect
-            return False
-        same = [x.shape for x in wanted] == [x.shape for x in found]
-        return same and relative_error([wanted], [found])[0] <= TOLERANCE[torch.float64]
+            wanted = wanted or _by_sample(outputs[0], size)
+            found = [_of_graph(compact, cut_state, batches), *_of_module(program, compact, cut_state, batches)]
+        except Exception as raised:  # whatever an operator raises at a size that it does not expect
+            raise CheckFailed(f"{what}: {first_line(raised)}; {_REPORT}") from raised
+        error = max(relative_error(wanted, [_shaped(y, wanted[0]) for y in got])[0] for got in found)
+        if not error <= TOLERANCE[torch.float64]:
+            within_rounding(reference, batches, reference.state, error, torch.float64, f"a batch of {size}")
 
-    def dense(inputs: list[Tensor]) -> list[Tensor]:
-        return flat_outputs(Run(program.graph, well_conditioned(program), dtype=torch.float64).run(*inputs))
 
-    with torch.no_grad():
-        kept = keeps_apart(outputs[0], lambda inputs: _of_graph(compact, cut_state, [inputs])[0])
-        if not kept and keeps_apart(dense(rounds[0]), dense):
-            raise CheckFailed(
-                "the compact model computes something else in a batch of three than in a batch of two, which the dense "
-                "one does not; nothing was written; please report this model"
-            )
+def _by_sample(outputs: list[Tensor], size: int) -> list[list[Tensor]]:
+    if size == 1:
+        return [[y[k : k + 1] for y in outputs] for k in range(2)]
+    return [[torch.cat([y, y[:1]]) for y in outputs]]
+
+
+def _shaped(tensors: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+    """At a batch of one, axes of length one may be gone."""
+    pairs = zip(tensors, like, strict=True)
+    return [x.reshape(y.shape) if x.numel() == y.numel() else x for x, y in pairs]
+
+
+def _given(run: Run, rounds: list[list[Tensor]]) -> list[list[Tensor]] | None:
+    """Outputs by round; None where it does not run."""
+    try:
+        with torch.no_grad():
+            return [flat_outputs(run.run(*inputs)) for inputs in rounds]
+    except Exception:  # whatever the operators raise
+        return None
 
 
 def _require_other_sizes(
-    program: Program,
-    wiring: Wiring,
-    masks: Masks,
-    dense: Mapping[str, Tensor],
-    cut_state: Mapping[str, Tensor],
-    compact: CompactModel,
+    program: Program, reference: Run, cut_state: Mapping[str, Tensor], compact: CompactModel
 ) -> tuple[str, ...]:
     """Where height and width are said to be dynamic, compare at another size too; return what could not be compared."""
     inputs = sample_inputs(program, seed=55, dtype=torch.float64, grown=32)
     if all(x.shape == y.shape for x, y in zip(inputs, sample_inputs(program, seed=55), strict=True) if _is_tensor(x)):
         return ()
-    reference = masked_run(program, wiring, masks, dense, torch.float64)
     with torch.no_grad():
         try:
             wanted = [flat_outputs(reference.run(*inputs))]
@@ -180,11 +197,15 @@ def _require_other_sizes(
                 f"not compared at another height and width: the dense model does not run at {sizes}, though traced "
                 f"for free sizes ({first_line(refusal)})",
             )
-        error, _ = relative_error(wanted, _of_graph(compact, cut_state, [inputs]))
+        what = "an input of another height and width"
+        try:
+            found = [_of_graph(compact, cut_state, [inputs]), *_of_module(program, compact, cut_state, [inputs])]
+        except Exception as raised:  # whatever an operator raises at a size that it does not expect
+            raise CheckFailed(f"the compact model does not run on {what}: {first_line(raised)}; {_REPORT}") from raised
+        error = max(relative_error(wanted, outputs)[0] for outputs in found)
     if error <= TOLERANCE[torch.float64]:
         return ()
-    what = "an input of another height and width"
-    return (within_rounding(reference, [inputs], dense, error, torch.float64, what),)
+    return (within_rounding(reference, [inputs], reference.state, error, torch.float64, what),)
 
 
 def _is_tensor(x: Any) -> bool:
@@ -285,7 +306,10 @@ def _equal(wanted: Layers, found: Layers) -> bool:
 
 
 def _mismatch(what: Any) -> CheckFailed:
-    return CheckFailed(f"label replay: {what}; nothing was written; please report this model")
+    return CheckFailed(f"label replay: {what}; {_REPORT}")
+
+
+_REPORT = "nothing was written; please report this model"
 
 
 def _tensors_of(graph: torch.nn.Module) -> dict[str, Tensor]:

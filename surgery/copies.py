@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from surgery.blame import first_line
 from surgery.errors import UnsupportedModel
@@ -41,6 +44,25 @@ def traceable(model: nn.Module) -> nn.Module:
     duplicate = copied(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     empty_caches(duplicate)
     return duplicate
+
+
+def fresh(tree: Any) -> Any:
+    """Return copies of all tensors: a model may write into its inputs."""
+    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, tree)
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Give buffers back the values they had before the block: a forward pass may count, or average, in them."""
+    buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
+    held = [(buffer, buffer.clone()) for buffer in buffers if not (nn.parameter.is_lazy(buffer) or buffer.is_meta)]
+    try:
+        yield
+    finally:
+        for buffer, before in held:
+            if buffer.shape == before.shape and not torch.equal(buffer, before):
+                with torch.no_grad():
+                    buffer.copy_(before)
 
 
 def empty_caches(model: nn.Module) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from math import gcd
 from typing import Any
@@ -21,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.allocate import plan_from_dead
 from surgery.blame import first_line
-from surgery.copies import copied
+from surgery.copies import copied, fresh
 from surgery.couple import Masks, Wiring, all_tensors, bind, couple, rewrite_view
 from surgery.errors import IllegalCut, PlanMismatch
 from surgery.graph import CompactGraph, hold
@@ -270,22 +271,48 @@ def _named(model: nn.Module) -> set[str]:
 def _differs(program: Program, plan: Plan, graph: CompactGraph, module: nn.Module) -> tuple[str | None, str]:
     """Why the user's class does not compute what the rewritten program computes (None where it does), and in which."""
     state = compact_state(well_conditioned(program), plan)
-    inputs = sample_inputs(program, seed=7, dtype=torch.float64)
-    args, kwargs = as_call(program, inputs)
-    with torch.no_grad(), evaluating(module), evaluating(graph):
-        wanted = flat_outputs(Run(graph, state, dtype=torch.float64).run(*inputs))
-        named = {k: state[k] for k, _ in (*module.named_parameters(), *module.named_buffers()) if k in state}
+    named = {k: state[k] for k, _ in (*module.named_parameters(), *module.named_buffers()) if k in state}
+    for sizes, inputs, wanted in _runs(program, graph, state):
+        args, kwargs = as_call(program, inputs)
         try:
-            with InDouble():
+            with torch.no_grad(), evaluating(module), InDouble():
                 got = flat_outputs(torch.func.functional_call(module, named, args, kwargs))
         except Exception as error:  # whatever the user's forward raises at sizes it was not written for
-            return f"its forward does not run at the new sizes: {first_line(error)}", raised_in(error, module)
-    if [t.shape for t in got] != [t.shape for t in wanted]:
-        return "its forward returns other shapes at the new sizes", ""
-    worst = max((float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in zip(got, wanted, strict=True)))
-    if not worst <= TOLERANCE[torch.float64]:
-        return f"its forward computes something else at the new sizes (relative difference {worst:.1e})", ""
+            return f"its forward does not run at {sizes}: {first_line(error)}", raised_in(error, module)
+        if [t.shape for t in got] != [t.shape for t in wanted]:
+            return f"its forward returns other shapes at {sizes}", ""
+        worst = max((_apart(a, b) for a, b in zip(got, wanted, strict=True)), default=0.0)
+        if not worst <= TOLERANCE[torch.float64]:
+            return f"its forward computes something else at {sizes} (relative difference {worst:.1e})", ""
     return None, ""
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) if a.numel() else 0.0
+
+
+def _runs(
+    program: Program, graph: CompactGraph, state: Mapping[str, Tensor]
+) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
+    """What the rewritten program gives for the example's sizes, and a single sample of other ones where they are free.
+
+    Yields:
+        What the sizes are, the inputs, the outputs.
+    """
+
+    def outputs(inputs: list[Tensor]) -> list[Tensor]:
+        with torch.no_grad(), evaluating(graph):
+            return flat_outputs(Run(graph, state, dtype=torch.float64).run(*inputs))
+
+    inputs = sample_inputs(program, seed=7, dtype=torch.float64)
+    yield "the new sizes", inputs, outputs(inputs)
+    batched = all(0 in spec.dynamic for spec in program.inputs)
+    for given in (sample_inputs(program, seed=7, dtype=torch.float64, grown=32), inputs):
+        single = [x[:1] if batched and isinstance(x, Tensor) else x for x in given]
+        if any(isinstance(x, Tensor) and x.shape != y.shape for x, y in zip(single, inputs, strict=True)):
+            with suppress(Exception):  # whatever its operators raise: the dense model may take no such size either
+                yield "the new sizes, for another batch or image", single, outputs(single)
+                return
 
 
 def compact_state(state: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
@@ -298,9 +325,9 @@ def compact_state(state: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
 
 
 def as_call(program: Program, inputs: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Flat inputs as the positional and keyword arguments of the user's forward."""
+    """Copies of flat inputs as the arguments of the user's forward, which may write into them."""
     _, spec = pytree.tree_flatten((program.example_args, dict(program.example_kwargs)))
-    args, kwargs = pytree.tree_unflatten(inputs, spec)
+    args, kwargs = pytree.tree_unflatten(fresh(inputs), spec)
     return args, kwargs
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,9 @@ from torch.fx.experimental.sym_node import SymNode
 
 from surgery.blame import foreign
 
+ONE_AT_A_TIME = threading.RLock()
+"""Held where state of the whole process is changed for a while: torch's own functions, streams, logging."""
+
 
 @contextmanager
 def lean() -> Iterator[None]:
@@ -32,41 +36,48 @@ def lean() -> Iterator[None]:
     """
     from torch.export import _trace as exporting  # Here: importing it takes seconds.
 
-    collects, bindings = gc.isenabled(), "_replace_unbacked_bindings"
-    graphs, formats = torch.fx.GraphModule, "suggest_memory_format"
+    graphs, formats, bindings = torch.fx.GraphModule, "suggest_memory_format", "_replace_unbacked_bindings"
     known: dict[Any, Any] = {}
-    try:
-        with ExitStack() as stack:
-            for owner, name, value in (
-                (graphs, "recompile", _later(graphs.recompile)),
-                (proxy_tensor, "_extract_tensor_metadata", lambda *_, **__: None),
-                (proxy, "CapturedTraceback", _OwnFrames),
-                (fake_tensor, formats, _memory_format(getattr(fake_tensor, formats, None))),
-                (fake_tensor, "is_sparse_any", _unseen(getattr(fake_tensor, "is_sparse_any", None))),
-                (proxy_tensor, "is_sparse_any", _unseen(getattr(proxy_tensor, "is_sparse_any", None))),
-                (exporting, bindings, _where_bound(getattr(exporting, bindings, None))),
-                *((SymNode, name, _once(name, known)) for name in _ARITHMETIC),
-            ):
-                stack.enter_context(_instead(owner, name, value))
-            gc.disable()
+    with ONE_AT_A_TIME, ExitStack() as stack:
+        for owner, name, value in (
+            (graphs, "recompile", _later(graphs.recompile)),
+            (proxy_tensor, "_extract_tensor_metadata", lambda *_, **__: None),
+            (proxy, "CapturedTraceback", _OwnFrames),
+            (fake_tensor, formats, _memory_format(getattr(fake_tensor, formats, None))),
+            (fake_tensor, "is_sparse_any", _unseen(getattr(fake_tensor, "is_sparse_any", None))),
+            (proxy_tensor, "is_sparse_any", _unseen(getattr(proxy_tensor, "is_sparse_any", None))),
+            (exporting, bindings, _where_bound(getattr(exporting, bindings, None))),
+            *((SymNode, name, _once(name, known)) for name in _ARITHMETIC),
+        ):
+            stack.enter_context(_instead(owner, name, value))
+        collects = gc.isenabled()
+        gc.disable()
+        try:
             yield
-    finally:
-        if collects:
-            gc.enable()
+        finally:
+            if collects:
+                gc.enable()
 
 
 _OBJECTS = 100_000
 
 
+_within: list[tuple[int, int, int]] = []
+"""Thresholds before the outermost block, once for every block that is open, in any thread."""
+
+
 @contextmanager
 def rare_collections() -> Iterator[None]:
     """Let Python's collector look, within the block, once in so many new objects: graphs are large, and no garbage."""
-    before = gc.get_threshold()
+    before = _within[0] if _within else gc.get_threshold()
+    _within.append(before)
     gc.set_threshold(max(before[0], _OBJECTS) if before[0] else 0, *before[1:])
     try:
         yield
     finally:
-        gc.set_threshold(*before)
+        _within.pop()
+        if not _within:
+            gc.set_threshold(*before)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from surgery.couple import Masks, Wiring, all_tensors
 from surgery.ir import Program
 from surgery.labels import Value
+from surgery.lean import ONE_AT_A_TIME
 from surgery.ops.registry import Dead, rules
 from surgery.tolerances import TOLERANCE
 
@@ -93,9 +94,19 @@ class Run(torch.fx.Interpreter):
         self._override = override
         self._dtype = dtype
 
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """Parameters and buffers that it runs on."""
+        return self._state
+
     def on(self, state: Mapping[str, Tensor]) -> Run:
         """The same run with other parameters."""
         return Run(self.module, state, self._override, self._dtype)  # type: ignore[arg-type]
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Take a copy of an input: the program may write into it."""
+        value = super().placeholder(target, args, kwargs)
+        return value.clone() if isinstance(value, Tensor) else value
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Look a parameter up in the given state first."""
@@ -143,6 +154,7 @@ class InDouble(TorchFunctionMode):
     """Within the block a model's own code computes in float64 wherever it names another floating dtype, or none."""
 
     def __enter__(self) -> InDouble:
+        ONE_AT_A_TIME.acquire()  # the default dtype is every thread's
         self._before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -151,6 +163,7 @@ class InDouble(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         torch.set_default_dtype(self._before)
+        ONE_AT_A_TIME.release()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call with float64 in the place of every floating dtype."""
@@ -250,6 +263,7 @@ def masked_run(
     what calls that name a floating dtype use in its place.
     """
     table = rules()
+    traced = program.inputs[0].shape[0] if program.inputs and program.inputs[0].shape else 1
 
     def override(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
         rule = table.get(str(node.target))
@@ -261,13 +275,24 @@ def masked_run(
         names = (a.name for a in node.target._schema.arguments)  # type: ignore[union-attr]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         bound = {k: given.get(k, v) for k, v in wiring.calls[node.name].items()}
-        dead = Dead(node.target, bound, alive)
+        fitting = {(k, axis): _at_size(mask, bound[k].shape[axis], traced) for (k, axis), mask in alive.items()}
+        dead = Dead(node.target, bound, fitting)
         if rule.reference is not None:
             return rule.reference(dead)
         changed = {name: dead.zeroed(name) for name in rule.masked}
         return dead.run(**changed)
 
     return Run(program.graph, state, override, dtype)
+
+
+def _at_size(mask: Tensor, size: int, traced: int) -> Tensor:
+    """The mask of an axis into which a batch of `traced` is folded, where the batch is another one and so the size."""
+    each = len(mask) // traced
+    for outer in (d for d in (1, each, *range(2, each)) if size != len(mask) and each % d == 0):
+        folded = mask.reshape(outer, traced, each // outer) if len(mask) == each * traced else mask[:0]
+        if folded.numel() and size % each == 0 and bool((folded == folded[:, :1]).all()):
+            return folded[:, :1].expand(outer, size // each, each // outer).reshape(-1)
+    return mask
 
 
 def _alive(bound: Mapping[str, Any], masks: Masks) -> dict[tuple[str, int], Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from surgery.blame import first_line, where_raised
-from surgery.copies import copied
+from surgery.copies import copied, fresh
 from surgery.couple import Wiring
 from surgery.cut import masks_of
 from surgery.errors import CheckFailed, InvalidInput, PlanMismatch, SurgeryError
@@ -100,7 +100,7 @@ def reach(model: nn.Module, name: str, example_inputs: Any, example_kwargs: Mapp
     hook = part.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         with evaluating(model), torch.no_grad():
-            model(*_fresh(args), **_fresh(kwargs))
+            model(*fresh(args), **fresh(kwargs))
     except _Reached:
         pass
     except Exception as error:  # whatever the user's forward raises
@@ -111,13 +111,8 @@ def reach(model: nn.Module, name: str, example_inputs: Any, example_kwargs: Mapp
         hook.remove()
     if not found:
         raise InvalidInput(f"part '{name}' is never called on these inputs; name a submodule that forward runs")
-    inputs, named = _fresh(found[0])
+    inputs, named = fresh(found[0])
     return Whole(model, name, part, inputs, named, args, kwargs)
-
-
-def _fresh(tree: Any) -> Any:
-    """Copies of all tensors: a model may write into its inputs."""
-    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, tree)
 
 
 def plain_arguments(program: Program) -> dict[str, Any]:
@@ -245,7 +240,7 @@ def _run_whole(whole: Whole, model: nn.Module, dtype: torch.dtype | None = None)
     subject = copied(model).to(dtype)
     example = (whole.example_args or (), dict(whole.example_kwargs or {}))
     args, kwargs = pytree.tree_map(
-        lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, _fresh(example)
+        lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, fresh(example)
     )
     with evaluating(subject), torch.no_grad():
         result = subject(*args, **kwargs)

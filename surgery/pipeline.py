@@ -20,6 +20,7 @@ from surgery import report
 from surgery.allocate import allocate
 from surgery.arrange import arrange, settled
 from surgery.check import check
+from surgery.copies import buffers_kept
 from surgery.cost import batch_size, cost_functions
 from surgery.couple import couple
 from surgery.cut import cut
@@ -285,7 +286,7 @@ def shrink(
     )
     if not isinstance(request.budget, Budget):
         raise InvalidInput(f"budget is {budget!r}; pass for example surgery.Budget(macs=0.5)")
-    with torch.random.fork_rng(devices=()):
+    with torch.random.fork_rng(devices=()), buffers_kept(model):
         return realise(decide(model, example_inputs, request, example_kwargs=example_kwargs))
 
 

@@ -26,10 +26,10 @@ from torch.utils import _pytree as pytree
 from surgery import guards
 from surgery.blame import UNKNOWN, first_line, last_own_line, where_raised
 from surgery.clean import clean
-from surgery.copies import traceable
+from surgery.copies import buffers_kept, fresh, traceable
 from surgery.errors import InvalidInput, UnsupportedModel
 from surgery.ir import InputSpec, Node, Program
-from surgery.lean import lean
+from surgery.lean import ONE_AT_A_TIME, lean
 from surgery.sizes import ReshapeCount, hint, is_symbolic, sizes_spill
 from surgery.tolerances import TOLERANCE
 from surgery.unlift import unlift
@@ -59,7 +59,7 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = _in_forward_order(model, example_kwargs or {})
     require_finite(model)
-    with evaluating(model), quiet():
+    with evaluating(model), buffers_kept(model), quiet():
         captured, notes = _export(traceable(model), args, kwargs)
         cleaned = clean(captured.exported, captured.graph)
     args, kwargs = captured.inputs
@@ -156,10 +156,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence the warnings and log lines of `torch.export` (whole graphs); its exceptions are not touched."""
-    before = logging.root.manager.disable
     nowhere = io.StringIO()
-    with warnings.catch_warnings(), redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with ONE_AT_A_TIME, warnings.catch_warnings(), redirect_stdout(nowhere), redirect_stderr(nowhere):
         warnings.simplefilter("ignore")
+        before = logging.root.manager.disable
         try:
             logging.disable(logging.CRITICAL)
             yield
@@ -217,7 +217,8 @@ def _export(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> tuple[_Capt
 
 def _slow_with_free_sizes(model: nn.Module, inputs: tuple[Args, dict[str, Any]]) -> bool:
     with suppress(Exception), torch.no_grad(), ReshapeCount() as count:  # what it raises, the capture raises too
-        model(*inputs[0], **inputs[1])
+        given = fresh(inputs)
+        model(*given[0], **given[1])
         return bool(count.slow)
     return True
 
@@ -231,12 +232,13 @@ def _differs_at_one(captured: _Captured, model: nn.Module) -> str:
     single = pytree.tree_map(lambda x: x[:1] if isinstance(x, Tensor) and x.dim() else x, captured.inputs)
     with torch.no_grad():
         try:
-            wanted = [x for x in pytree.tree_leaves(model(*single[0], **single[1])) if isinstance(x, Tensor)]
+            given = fresh(single)
+            wanted = [x for x in pytree.tree_leaves(model(*given[0], **given[1])) if isinstance(x, Tensor)]
         except Exception:  # the model itself takes no batch of one
             return ""
         try:
             run = torch.fx.Interpreter(captured.graph)  # the graph's own code would have to be written first
-            outputs = run.run(*pytree.tree_leaves(single), enable_io_processing=False)
+            outputs = run.run(*pytree.tree_leaves(fresh(single)), enable_io_processing=False)
             got = [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
         except Exception as error:  # whatever the graph's operators raise
             return f"the batch is larger than 1 ({first_line(error)})"
@@ -286,7 +288,8 @@ def refuse_wrong_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     """Where the model does not even run on the inputs, that is what to say."""
     try:
         with torch.no_grad():
-            model(*args, **kwargs)
+            given = fresh((args, kwargs))
+            model(*given[0], **given[1])
     except Exception as error:  # whatever the user's forward raises
         if not _ABOUT_INPUTS.search(str(error)):
             return

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from conftest import Cutting, cut_model, sound
 from torch import Tensor, nn
 
-from surgery.errors import UnsupportedModel
+import surgery
+from surgery.errors import CheckFailed, UnsupportedModel
 
 
 class Net(nn.Module):
@@ -193,6 +194,34 @@ def halved_in_batch(m: Any, x: Tensor) -> Any:
     return m.z(torch.cat([rows[:half], rows[half:]]).reshape(-1, 8, *y.shape[2:]))
 
 
+def mixed_in_batch(m: Any, x: Tensor) -> Any:
+    y = m.a(x)
+    n, _, h, w = y.shape
+    return m.z(y.reshape(n * 4, 2, h, w).view(4, n, 2, h, w).transpose(0, 1).reshape(n, 8, h, w))
+
+
+def sized_in_space(m: Any, x: Tensor) -> Any:
+    y = m.a(x)
+    n, _, h, w = y.shape
+    q = y.reshape(-1, 8, h * w)
+    return m.z((q * q.sigmoid()).reshape(n, -1, h, w))
+
+
+def in_place_on_the_input(m: Any, x: Tensor) -> Any:
+    x.sub_(0.5).div_(0.25)
+    return m.z(m.a(x).relu())
+
+
+def counting(m: Any, x: Tensor) -> Any:
+    m.n += 1
+    return m.z(m.a(x))
+
+
+def gate_of_two(m: Any, x: Tensor) -> Any:
+    y = m.a(x)
+    return m.z(y * F.glu(m.t(y), 1))
+
+
 def gated_in_batch(m: Any, x: Tensor) -> Any:
     y = m.a(x)
     n, _, h, w = y.shape
@@ -321,6 +350,9 @@ CUT = {
     "in place on a slice": three(in_place_slice),
     "sliced with heads in the batch": three(sliced_in_batch),
     "halved with heads in the batch": three(halved_in_batch),
+    "in place on the input": three(in_place_on_the_input),
+    "gate of two channels": three(gate_of_two, t=conv(8, 2)),
+    "a literal width with free batch": three(sized_in_space),
     "gated with heads in the batch": three(gated_in_batch),
     "group norm with heads in the batch": three(normed_in_batch, g=conv(8, 8, groups=4)),
     "normalised over channels": three(lambda m, x: m.z(F.normalize(m.a(x), dim=1))),
@@ -373,6 +405,26 @@ def test_slices_to_before_the_end_when_all_behind_it_is_gone() -> None:
     cutting = cut_model(summed, torch.randn(2, 3, 6, 6), dead={"a.weight:0": [6, 7]})
     assert cutting.check().error_float64 <= 1e-10
     assert cutting.compact.module.a.weight.shape[0] == 6
+
+
+@pytest.mark.parametrize(
+    "mixed",
+    [
+        mixed_in_batch,
+        lambda m, x: (mixed_in_batch(m, x), x.mean()),
+        lambda m, x: m.z(m.a(x).reshape(-1, 2, 6, 6).roll(x.shape[0], 0).reshape(-1, 8, 6, 6)),
+    ],
+)
+def test_heads_that_mix_with_the_batch_are_never_cut_wrong(mixed: Any) -> None:
+    """Samples mix: what holds for the batch of two that is traced does not for three."""
+    model, x = three(mixed), torch.randn(2, 3, 6, 6)
+    with pytest.raises(CheckFailed, match="batch of 3"):
+        surgery.shrink(model, x, budget=surgery.Budget(macs=0.75))
+
+
+def test_without_a_floating_output_nothing_is_shown() -> None:
+    with pytest.raises(CheckFailed, match="no floating-point tensor"):
+        surgery.shrink(three(lambda m, x: m.z(m.a(x)).argmax(1)), torch.randn(2, 3, 6, 6))
 
 
 def outputs_as_before(cutting: Cutting) -> bool:

@@ -127,6 +127,8 @@ def _rolled(r: Rewrite) -> Changes:
 def _squeezed(r: Rewrite) -> Changes:
     """An axis that has shrunk to one must not vanish: say which axes do."""
     dense: Shape = r.bound["self"].shape
+    if not any(now == 1 != before for now, before in zip(r.shape_of(r.bound["self"]), dense, strict=True)):
+        return {}
     wanted = r.bound.get("dim", range(len(dense)))
     wanted = [wanted] if isinstance(wanted, int) else list(wanted)
     gone = [d for d in wanted if dense[d] == 1]

@@ -181,6 +181,8 @@ def _couple_glu(call: Call) -> Value:
     dim = call["dim"] % len(x.shape)
     axes = {a: call.passed(x, a) for a in range(len(x.shape))}
     half = x.shape[dim] // 2
+    if half == 1:
+        call.freeze(x, dim, "one channel and its gate stay together")
     axes[dim] = call.tie_layers(
         tuple(layer[:half] for layer in axes[dim]), tuple(layer[half:] for layer in axes[dim]), half
     )
