@@ -8,8 +8,9 @@ real weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,8 @@ def check(
     replayed = replay(program, compact, wiring, masks, plan, shapes)
     notes = _require_unchanged(program, unmoved, dense, seed) if moves else ()
     found = [outputs, *_of_module(program, compact, cut_state, rounds)]
-    reference = masked_run(program, wiring, masks, dense, torch.float64)
+    masked_dense = partial(masked_run, program, wiring, masks, dense, torch.float64)
+    reference = masked_dense()
     error64, varying = _compare(reference, rounds, found)
     if not outputs[0]:
         raise CheckFailed(
@@ -83,7 +85,7 @@ def check(
             "use an example input that reaches the output"
         )
     require(error64, torch.float64, "distinct, well-conditioned values")
-    _require_other_batches(program, reference, cut_state, compact, rounds, outputs)
+    _require_other_batches(program, masked_dense, cut_state, compact, rounds, outputs)
     notes += _require_other_sizes(program, reference, cut_state, compact)
     real = arranged(state_of(program), moves)
     rounds = [sample_inputs(program, seed=seed + 100 + k) for k in range(rounds_of(program))]
@@ -133,7 +135,7 @@ def _require_slices(program: Program, plan: Plan, moves: Sequence[Move], compact
 
 def _require_other_batches(
     program: Program,
-    reference: Run,
+    masked_dense: Callable[..., Run],
     cut_state: Mapping[str, Tensor],
     compact: CompactModel,
     rounds: list[list[Tensor]],
@@ -145,6 +147,7 @@ def _require_other_batches(
     threes = [[torch.cat([x, x[:1]]) if _is_tensor(x) else x for x in inputs] for inputs in rounds]
     ones = [[x[k : k + 1] if _is_tensor(x) else x for x in rounds[0]] for k in range(2)]
     for size, batches in ((3, threes), (1, ones)):
+        reference = masked_dense(batch=size)
         wanted = _given(reference, batches)
         if wanted is None and _given(Run(program.graph, reference.state, dtype=torch.float64), batches) is None:
             continue  # the dense model itself takes no such batch

@@ -254,13 +254,19 @@ def _settle_statistics(state: dict[str, Tensor]) -> Callable[[torch.fx.Node, Any
 
 
 def masked_run(
-    program: Program, wiring: Wiring, masks: Masks, state: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    program: Program,
+    wiring: Wiring,
+    masks: Masks,
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    *,
+    batch: int | None = None,
 ) -> Run:
     """An interpreter of the dense program in which removed units count as removed.
 
     Operators that contract an axis see its dead slices as zero; those that average over it average over the survivors.
     Nothing else is touched: whatever a batch norm or an activation emits on dead channels must not matter. `dtype`:
-    what calls that name a floating dtype use in its place.
+    what calls that name a floating dtype use in its place. `batch`: of the inputs, where not that of the trace.
     """
     table = rules()
     traced = program.inputs[0].shape[0] if program.inputs and program.inputs[0].shape else 1
@@ -275,8 +281,10 @@ def masked_run(
         names = (a.name for a in node.target._schema.arguments)  # type: ignore[union-attr]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         bound = {k: given.get(k, v) for k, v in wiring.calls[node.name].items()}
-        fitting = {(k, axis): _at_size(mask, bound[k].shape[axis], traced) for (k, axis), mask in alive.items()}
-        dead = Dead(node.target, bound, fitting)
+        if batch is not None:
+            folded = {key: bound[key[0]].shape[key[1]] != len(mask) for key, mask in alive.items()}
+            alive = {key: _at_batch(mask, traced, batch) if folded[key] else mask for key, mask in alive.items()}
+        dead = Dead(node.target, bound, alive)
         if rule.reference is not None:
             return rule.reference(dead)
         changed = {name: dead.zeroed(name) for name in rule.masked}
@@ -285,13 +293,14 @@ def masked_run(
     return Run(program.graph, state, override, dtype)
 
 
-def _at_size(mask: Tensor, size: int, traced: int) -> Tensor:
-    """The mask of an axis into which a batch of `traced` is folded, where the batch is another one and so the size."""
+def _at_batch(mask: Tensor, traced: int, batch: int) -> Tensor:
+    """The mask of an axis into which a batch of `traced` is folded, at another batch."""
     each = len(mask) // traced
-    for outer in (d for d in (1, each, *range(2, each)) if size != len(mask) and each % d == 0):
-        folded = mask.reshape(outer, traced, each // outer) if len(mask) == each * traced else mask[:0]
-        if folded.numel() and size % each == 0 and bool((folded == folded[:, :1]).all()):
-            return folded[:, :1].expand(outer, size // each, each // outer).reshape(-1)
+    for outer in (1, *range(each, 1, -1)):
+        if len(mask) == each * traced and each % outer == 0:
+            folded = mask.reshape(outer, traced, each // outer)
+            if bool((folded == folded[:, :1]).all()):  # the same for all samples: and so for more
+                return folded[:, :1].expand(outer, batch, each // outer).reshape(-1)
     return mask
 
 
