@@ -31,6 +31,7 @@ from surgery.numerics import (
     flat_outputs,
     masked_run,
     narrowest,
+    other_sizes,
     sample_inputs,
     state_of,
     well_conditioned,
@@ -85,8 +86,7 @@ def check(
             "use an example input that reaches the output"
         )
     require(error64, torch.float64, "distinct, well-conditioned values")
-    _require_other_batches(program, masked_dense, cut_state, compact, rounds, outputs)
-    notes += _require_other_sizes(program, reference, cut_state, compact)
+    notes += _require_elsewhere(program, masked_dense, cut_state, compact, rounds, outputs)
     real = arranged(state_of(program), moves)
     rounds = [sample_inputs(program, seed=seed + 100 + k) for k in range(rounds_of(program))]
     reference = masked_run(program, wiring, masks, real)
@@ -133,41 +133,69 @@ def _require_slices(program: Program, plan: Plan, moves: Sequence[Move], compact
                 )
 
 
-def _require_other_batches(
+def _require_elsewhere(
     program: Program,
     masked_dense: Callable[..., Run],
     cut_state: Mapping[str, Tensor],
     compact: CompactModel,
     rounds: list[list[Tensor]],
     outputs: list[list[Tensor]],
-) -> None:
-    """Where the batch is dynamic, batches of three and of one are compared too, also of a model that mixes samples."""
-    if not all(0 in spec.dynamic for spec in program.inputs):
-        return
-    threes = [[torch.cat([x, x[:1]]) if _is_tensor(x) else x for x in inputs] for inputs in rounds]
-    ones = [[x[k : k + 1] if _is_tensor(x) else x for x in rounds[0]] for k in range(2)]
-    for size, batches in ((3, threes), (1, ones)):
-        reference = masked_dense(batch=size)
+) -> tuple[str, ...]:
+    """Compare at other batches and sizes, where these are dynamic; return notes on what could not be compared.
+
+    A batch of three (also of a model that mixes samples) and another height and width go into one run where the dense
+    model takes both; then a batch of one.
+    """
+
+    def same(batch: int | None, by: int = 0) -> tuple[str, ...] | None:
+        """Notes; None where the dense model does not run on such inputs."""
+        sized = [sample_inputs(program, seed=55 + k, dtype=torch.float64, by=by) for k in range(len(rounds))]
+        batches = _batched(sized if by else rounds, batch)
+        reference = masked_dense(batch=batch)
         wanted = _given(reference, batches)
+        if wanted is None and by:
+            return None
         if wanted is None and _given(Run(program.graph, reference.state, dtype=torch.float64), batches) is None:
-            continue  # the dense model itself takes no such batch
-        what = f"the compact model differs from the dense one in a batch of {size}, though not in one of two"
+            return None
+        what = " and ".join(["another height and width"] * bool(by) + [f"a batch of {batch}"] * bool(batch))
         try:
             found = [_of_graph(compact, cut_state, batches)]
-            if size > 1:  # the cut has tried the class with a single sample
+            if batch != 1:  # the cut has tried the class with a single sample
                 found += _of_module(program, compact, cut_state, batches)
-            wanted = wanted or _by_sample(outputs[0], size)  # masks do not fit axes that are other ones at this batch
+            # masks do not fit axes that are other ones at this batch
+            wanted = wanted or _batched(outputs, batch)
         except Exception as raised:  # whatever an operator raises at a size that it does not expect
-            raise CheckFailed(f"{what}: {first_line(raised)}; {_REPORT}") from raised
+            raise CheckFailed(
+                f"the compact model does not do what the dense one does on {what}, though it does on the example's: "
+                f"{first_line(raised)}; {_REPORT}"
+            ) from raised
         error = max(relative_error(wanted, [_shaped(y, wanted[0]) for y in got])[0] for got in found)
-        if not error <= TOLERANCE[torch.float64]:
-            within_rounding(reference, batches, reference.state, error, torch.float64, f"a batch of {size}")
+        if error <= TOLERANCE[torch.float64]:
+            return ()
+        return (within_rounding(reference, batches, reference.state, error, torch.float64, what),)
+
+    batch = 3 if all(0 in spec.dynamic for spec in program.inputs) else None
+    changes = other_sizes(program)
+    notes = next((x for by in changes[:1] if batch and (x := same(batch, by)) is not None), None)
+    if notes is None:
+        notes = (same(batch) or ()) if batch else ()
+        alone = next((x for by in changes if (x := same(None, by)) is not None), None)
+        if changes and alone is None:  # there is nothing to compare with
+            notes += (
+                "not compared at another height and width: the dense model, though traced for free ones, takes "
+                f"none of those tried ({', '.join(f'{by:+d} pixels' for by in changes)})",
+            )
+        notes += alone or ()
+    return notes + ((same(1) or ()) if batch else ())
 
 
-def _by_sample(outputs: list[Tensor], size: int) -> list[list[Tensor]]:
-    if size == 1:
-        return [[y[k : k + 1] for y in outputs] for k in range(2)]
-    return [[torch.cat([y, y[:1]]) for y in outputs]]
+def _batched(rounds: list[list[Tensor]], batch: int | None) -> list[list[Tensor]]:
+    """Rounds at a batch of three, made of those of two, or of one (then two); None: as they are."""
+    if batch is None:
+        return rounds
+    if batch == 1:
+        return [[x[k : k + 1] if _is_tensor(x) else x for x in rounds[0]] for k in range(2)]
+    return [[torch.cat([x, x[:1]]) if _is_tensor(x) else x for x in inputs] for inputs in rounds]
 
 
 def _shaped(tensors: list[Tensor], like: list[Tensor]) -> list[Tensor]:
@@ -183,33 +211,6 @@ def _given(run: Run, rounds: list[list[Tensor]]) -> list[list[Tensor]] | None:
             return [flat_outputs(run.run(*inputs)) for inputs in rounds]
     except Exception:  # whatever the operators raise
         return None
-
-
-def _require_other_sizes(
-    program: Program, reference: Run, cut_state: Mapping[str, Tensor], compact: CompactModel
-) -> tuple[str, ...]:
-    """Where height and width are said to be dynamic, compare at another size too; return what could not be compared."""
-    inputs = sample_inputs(program, seed=55, dtype=torch.float64, grown=32)
-    if all(x.shape == y.shape for x, y in zip(inputs, sample_inputs(program, seed=55), strict=True) if _is_tensor(x)):
-        return ()
-    with torch.no_grad():
-        try:
-            wanted = [flat_outputs(reference.run(*inputs))]
-        except Exception as refusal:  # the dense model itself does not run at that size: there is nothing to compare
-            sizes = ", ".join(str(tuple(x.shape)) for x in inputs if _is_tensor(x))
-            return (
-                f"not compared at another height and width: the dense model does not run at {sizes}, though traced "
-                f"for free sizes ({first_line(refusal)})",
-            )
-        what = "an input of another height and width"
-        try:
-            found = [_of_graph(compact, cut_state, [inputs]), *_of_module(program, compact, cut_state, [inputs])]
-        except Exception as raised:  # whatever an operator raises at a size that it does not expect
-            raise CheckFailed(f"the compact model does not run on {what}: {first_line(raised)}; {_REPORT}") from raised
-        error = max(relative_error(wanted, outputs)[0] for outputs in found)
-    if error <= TOLERANCE[torch.float64]:
-        return ()
-    return (within_rounding(reference, [inputs], reference.state, error, torch.float64, what),)
 
 
 def _is_tensor(x: Any) -> bool:

@@ -28,7 +28,7 @@ from surgery.errors import IllegalCut, PlanMismatch
 from surgery.graph import CompactGraph, hold
 from surgery.ir import CompactModel, Coupling, Cut, Plan, Program
 from surgery.moves import Move, arranged, moved, moves_of
-from surgery.numerics import InDouble, Run, flat_outputs, sample_inputs, well_conditioned
+from surgery.numerics import InDouble, Run, flat_outputs, other_sizes, sample_inputs, well_conditioned
 from surgery.ops.registry import Replacement, Scaled, rules
 from surgery.tolerances import TOLERANCE
 from surgery.trace import evaluating, module_of, source_of
@@ -307,7 +307,8 @@ def _runs(
     inputs = sample_inputs(program, seed=7, dtype=torch.float64)
     yield "the new sizes", inputs, outputs(inputs)
     batched = all(0 in spec.dynamic for spec in program.inputs)
-    for given in (sample_inputs(program, seed=7, dtype=torch.float64, grown=32), inputs):
+    for by in (*other_sizes(program), 0):
+        given = sample_inputs(program, seed=7, dtype=torch.float64, by=by)
         single = [x[:1] if batched and isinstance(x, Tensor) else x for x in given]
         if any(isinstance(x, Tensor) and x.shape != y.shape for x, y in zip(single, inputs, strict=True)):
             with suppress(Exception):  # whatever its operators raise: the dense model may take no such size either

@@ -34,16 +34,16 @@ def state_of(program: Program) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in sorted(tensors.items()) if id(tensor) in read}
 
 
-def sample_inputs(program: Program, *, seed: int, dtype: torch.dtype | None = None, grown: int = 0) -> list[Tensor]:
+def sample_inputs(program: Program, *, seed: int, dtype: torch.dtype | None = None, by: int = 0) -> list[Tensor]:
     """Random inputs in the order of the graph's placeholders; integer inputs keep the example's values.
 
     White noise looks the same everywhere, and deep networks map it to the same output; so each sample gets a contrast,
-    an offset per channel and a coarse pattern of its own. `grown`: that much higher and wider, where these are dynamic.
+    an offset per channel and a coarse pattern of its own. `by`: pixels more, or less, where height and width are free.
     """
     generator = torch.Generator().manual_seed(seed)
     leaves = pytree.tree_leaves((program.example_args, dict(program.example_kwargs)))
-    if grown:
-        leaves = _grown(leaves, program, grown)
+    if by:
+        leaves = _resized(leaves, program, by)
     return [
         _textured(leaf, generator).to(dtype or leaf.dtype)
         if isinstance(leaf, Tensor) and leaf.is_floating_point()
@@ -52,7 +52,19 @@ def sample_inputs(program: Program, *, seed: int, dtype: torch.dtype | None = No
     ]
 
 
-def _grown(leaves: list[Any], program: Program, by: int) -> list[Any]:
+def other_sizes(program: Program) -> list[int]:
+    """Changes of height and width to compare at, by preference, in pixels: where these are free.
+
+    Multiples of 32, the stride of most networks; about half the size is the cheapest.
+    """
+    free = [spec.shape[a] for spec in program.inputs for a in (2, 3) if a in spec.dynamic and "float" in spec.dtype]
+    if not free:
+        return []
+    smaller = min(free) // 64 * 32
+    return [-smaller, 32] if smaller else [32]
+
+
+def _resized(leaves: list[Any], program: Program, by: int) -> list[Any]:
     specs = iter(program.inputs)
     out = []
     for leaf in leaves:
