@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from surgery.compare import outputs_of, relative_error
-from surgery.couple import Wiring
 from surgery.errors import PlanMismatch
 from surgery.ir import Arrangement, Coupling, Group, Plan, Program, Site
 from surgery.labels import Value
@@ -26,6 +25,7 @@ from surgery.moves import Held, Layout, Places, arranged, layouts, moves_of, pos
 from surgery.numerics import well_conditioned
 from surgery.score import score_group, weights_of
 from surgery.tolerances import TOLERANCE
+from surgery.wiring import Wiring
 
 
 def arrange(program: Program, coupling: Coupling, criterion: Any = "l1", *, seed: int = 0) -> tuple[Arrangement, ...]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from surgery.blame import first_line
 from surgery.compare import apart, relative_error, require, rounds_of, within_rounding
-from surgery.couple import Masks, Wiring, couple, index_table, run, shapes_of
+from surgery.couple import couple
 from surgery.cut import as_call, compact_state, masks_of, slice_tensors
 from surgery.errors import CheckFailed
 from surgery.ir import CheckResult, CompactModel, Coupling, Plan, Program
@@ -38,6 +38,7 @@ from surgery.numerics import (
 )
 from surgery.tolerances import BLIND, TOLERANCE
 from surgery.trace import evaluating
+from surgery.wiring import Masks, Wiring, index_table, run, shapes_of
 
 
 def check(
@@ -220,7 +221,7 @@ def _is_tensor(x: Any) -> bool:
 def _meaning(coupling: Coupling, plan: Plan) -> str:
     inexact = [g.name for g in coupling.groups if g.inexact and plan.dead.get(g.name)]
     zeroed = "dense model with the dead input slices of every contraction zeroed"
-    return f"{zeroed}, norms and means over the survivors" if inexact else zeroed
+    return f"{zeroed}, norms, means and sums over the survivors" if inexact else zeroed
 
 
 # -- label replay ----------------------------------------------------------------------------------------------------

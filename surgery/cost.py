@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from surgery.couple import Wiring
 from surgery.ir import CostFn, Coupling, Program
 from surgery.labels import Layers, Mask, Value
 from surgery.ops.registry import Shape, rules
+from surgery.wiring import Wiring
 
 
 class _Sizes:

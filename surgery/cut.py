@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from surgery.allocate import plan_from_dead
 from surgery.blame import first_line
 from surgery.copies import copied, fresh
-from surgery.couple import Masks, Wiring, all_tensors, bind, couple, rewrite_view
+from surgery.couple import couple
 from surgery.errors import IllegalCut, PlanMismatch
 from surgery.graph import CompactGraph, hold
 from surgery.ir import CompactModel, Coupling, Cut, Plan, Program
@@ -33,6 +33,7 @@ from surgery.ops.registry import Replacement, Scaled, rules
 from surgery.tolerances import TOLERANCE
 from surgery.trace import evaluating, module_of, source_of
 from surgery.transplant import Literal, raised_in, transplant
+from surgery.wiring import Masks, Wiring, all_tensors, bind, rewrite_view
 
 
 def cut(program: Program, plan: Plan, *, coupling: Coupling | None = None) -> CompactModel:

@@ -91,7 +91,7 @@ class Group:
         name: ``tensor:axis`` of the first site; unique and the same for every copy of the architecture.
         units: one id per unit, ids being private to the `Coupling`.
         sites: every parameter axis the group touches.
-        inexact: why removal changes what a norm or mean averages over, or None where removal is exact.
+        inexact: why removing units is not the same as setting them to zero, or None where it is.
     """
 
     name: str

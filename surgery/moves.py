@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from surgery.couple import Wiring
 from surgery.errors import PlanMismatch
 from surgery.ir import Arrangement, Coupling
+from surgery.wiring import Wiring
 
 Index = NDArray[np.int64]
 

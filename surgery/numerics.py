@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from surgery.couple import Masks, Wiring, all_tensors
 from surgery.ir import Program
 from surgery.labels import Value
 from surgery.lean import ONE_AT_A_TIME
 from surgery.ops.registry import Dead, rules
 from surgery.tolerances import TOLERANCE
+from surgery.wiring import Masks, Wiring, all_tensors
 
 aten = torch.ops.aten
 
@@ -91,14 +91,18 @@ def _textured(like: Tensor, generator: torch.Generator) -> Tensor:
     return contrast * noise + normal(*lead)
 
 
+Override = Callable[[torch.fx.Node, Any, Any], Any]
+"""Takes a call over by returning a value: of the node and its arguments; else NotImplemented."""
+
+
 class Run(torch.fx.Interpreter):
-    """Run a graph on given parameters; `override(node, args, kwargs)` may take a call over by returning a value."""
+    """Run a graph on given parameters; `override` may take calls over."""
 
     def __init__(
         self,
         graph: torch.fx.GraphModule,
         state: Mapping[str, Tensor],
-        override: Callable[[torch.fx.Node, Any, Any], Any] | None = None,
+        override: Override | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(graph, garbage_collect_values=True)
@@ -246,7 +250,7 @@ def conditioned(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor
     return tensor.double()
 
 
-def _settle_statistics(state: dict[str, Tensor]) -> Callable[[torch.fx.Node, Any, Any], Any]:
+def _settle_statistics(state: dict[str, Tensor]) -> Override:
     def override(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
         if node.target is aten.batch_norm.default and args[3] is not None:
             x: Tensor = args[0]
@@ -276,10 +280,14 @@ def masked_run(
 ) -> Run:
     """An interpreter of the dense program in which removed units count as removed.
 
-    Operators that contract an axis see its dead slices as zero; those that average over it average over the survivors.
-    Nothing else is touched: whatever a batch norm or an activation emits on dead channels must not matter. `dtype`:
-    what calls that name a floating dtype use in its place. `batch`: of the inputs, where not that of the trace.
+    Nothing but `masking` is touched: whatever a batch norm or an activation emits on dead channels must not matter.
+    `dtype`: what calls that name a floating dtype use in its place. `batch`: of the inputs, where not the trace's.
     """
+    return Run(program.graph, state, masking(program, wiring, masks, batch), dtype)
+
+
+def masking(program: Program, wiring: Wiring, masks: Masks, batch: int | None = None) -> Override:
+    """An override: operators that contract an axis see its dead slices as zero, those that average skip them."""
     table = rules()
     traced = program.inputs[0].shape[0] if program.inputs and program.inputs[0].shape else 1
 
@@ -302,7 +310,7 @@ def masked_run(
         changed = {name: dead.zeroed(name) for name in rule.masked}
         return dead.run(**changed)
 
-    return Run(program.graph, state, override, dtype)
+    return override
 
 
 def _at_batch(mask: Tensor, traced: int, batch: int) -> Tensor:

@@ -112,7 +112,7 @@ SELECTION = (
     ),
     click.option(
         "--exact/--allow-inexact", "exact", default=None,
-        help="Never, or freely, cut what changes a norm's or mean's average; without either, only if the budget asks.",
+        help="Never, or freely, cut what is not like zeros (norms, means); without either, only if the budget asks.",
     ),
     click.option(
         "--keep", multiple=True, metavar="PATTERN",

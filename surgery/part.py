@@ -19,7 +19,6 @@ from torch.utils import _pytree as pytree
 
 from surgery.blame import first_line, where_raised
 from surgery.copies import copied, fresh
-from surgery.couple import Wiring
 from surgery.cut import masks_of
 from surgery.errors import CheckFailed, InvalidInput, PlanMismatch, SurgeryError
 from surgery.fvcount import count_macs, count_params
@@ -28,6 +27,7 @@ from surgery.moves import arranged, moves_of
 from surgery.numerics import masked_run, names_dtype, narrowest, state_of
 from surgery.tolerances import TOLERANCE
 from surgery.trace import evaluating
+from surgery.wiring import Wiring
 
 
 @dataclass(frozen=True, slots=True, eq=False)

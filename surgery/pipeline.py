@@ -252,7 +252,7 @@ def shrink(
         criterion: name of a criterion of `surgery.score`, or a callable ``(group, parameters) -> score per unit``.
         scope: `global` ranks all units together, `uniform` keeps the same share of every group.
         round_to: kept units per group are multiples of this.
-        inexact: `never`, `if-needed` or `always` cut units whose removal changes what a norm or mean averages over.
+        inexact: `never`, `if-needed` or `always` cut units whose removal is not the same as zeros (`Group.inexact`).
         keep: patterns (``*``, ``?``) of module or parameter names that stay whole.
         own_class: keep submodules whole whose own code does not run at other sizes, so that the model's class fits;
             the plan's settings then list them under `keep`.

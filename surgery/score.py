@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from surgery.blame import first_line, user_line
-from surgery.couple import all_tensors
 from surgery.errors import InvalidInput, PlanMismatch
 from surgery.ir import Coupling, Group, Program, Scores, Site
+from surgery.wiring import all_tensors
 
 Criterion = Callable[[Group, Mapping[str, Tensor]], Sequence[float] | Tensor]
 """A group and the model's parameters by name (detached; not to be written to) → one score per unit of the group."""

@@ -25,8 +25,9 @@ ORDER = """
     surgery.pt2 surgery.checkpoints surgery.libraries surgery.usercode surgery.models
     surgery.sizes surgery.labels surgery.ops.registry surgery.ops.examples surgery.ops.index surgery.ops.*
     surgery.copies surgery.guards surgery.einsum surgery.unlift surgery.lean surgery.clean surgery.trace
-    surgery.pieces surgery.couple surgery.score surgery.fvcount surgery.cost surgery.ladders surgery.allocate
-    surgery.moves surgery.graph surgery.transplant surgery.numerics surgery.compare surgery.cut surgery.check
+    surgery.wiring surgery.pieces surgery.numerics surgery.zeros surgery.couple surgery.score surgery.fvcount
+    surgery.cost surgery.ladders surgery.allocate surgery.moves surgery.graph surgery.transplant surgery.compare
+    surgery.cut surgery.check
     surgery.arrange surgery.torch_pruning surgery.eager surgery.part surgery.artefacts surgery.report
     surgery.optable surgery.pipeline surgery.deliver
     surgery.options surgery.cli
