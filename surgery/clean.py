@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, pairwise
 from typing import Any
@@ -23,18 +23,12 @@ from surgery.unlift import flat_inputs, plain_containers
 aten = torch.ops.aten
 _ASSERTIONS = ("_assert", "sym_constrain", "_guards_fn")
 _LIKE_ANOTHER = (aten.reshape_as.default, aten.view_as.default)
-_CONTRACTIONS = (
-    ["conv1d"],
-    ["conv2d"],
-    ["conv3d"],
-    ["conv_transpose1d"],
-    ["conv_transpose2d"],
-    ["conv_transpose3d"],
-    ["linear"],
-)
+_CONTRACTIONS = {f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)} | {"linear"}
+_PRODUCTS = {"matmul", "mm", "bmm", "addmm"}
 _SCALARS = (aten.item.default, aten._local_scalar_dense.default)
 _SLICE_ALIKE = {"movement", "element-wise", "creation", "look-up"}
 """Families of operators that do the same to a slice of a weight as to the whole."""
+_MIXING = {"norm", "reduction"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,32 +134,49 @@ def _materialise(graph: torch.fx.GraphModule) -> dict[str, tuple[str, ...]]:
     elsewhere. Weights that are merely reshaped or scaled element by element need no such thing.
     """
     sources = _sources_of_constants(graph)
-    table = rules()
     named: dict[str, tuple[str, ...]] = {}
     for node in list(graph.graph.nodes):
-        weight = _weight_of(node)
-        if weight is None or weight.op != "call_function" or weight not in sources:
-            continue
-        region = _region(weight, sources)
-        calls = {str(n.target) for n in region if n.op == "call_function"}
-        if all(call in table and table[call].family in _SLICE_ALIKE for call in calls):
-            continue
-        learned = [s for s in sources[weight] if isinstance(_attribute(graph, s), nn.Parameter)]
-        if not learned:
-            continue
-        origin, value = tuple(dict.fromkeys(sources[weight])), _computed(graph, region, weight)
-        same = (n for n, o in named.items() if o == origin and torch.equal(_attribute(graph, n), value))
-        name = next(same, None) or _free_name(graph, learned, named)  # a module that is called twice computes it twice
-        if name not in named:
-            _set(graph, name, value)
-        with graph.graph.inserting_before(weight):
-            held = graph.graph.get_attr(name)
-        held.meta = {"val": weight.meta.get("val")}
-        weight.replace_all_uses_with(held)
-        named[name] = origin
+        for weight in _computed_weights(node, sources):
+            learned = [s for s in sources[weight] if isinstance(_attribute(graph, s), nn.Parameter)]
+            if not learned:
+                continue
+            origin, value = tuple(dict.fromkeys(sources[weight])), _computed(graph, _region(weight, sources), weight)
+            same = (n for n, o in named.items() if o == origin and torch.equal(_attribute(graph, n), value))
+            name = next(same, None) or _free_name(graph, learned, named)  # a module called twice computes it twice
+            if name not in named:
+                _set(graph, name, value)
+            with graph.graph.inserting_before(weight):
+                held = graph.graph.get_attr(name)
+            held.meta = {"val": weight.meta.get("val")}
+            weight.replace_all_uses_with(held)
+            named[name] = origin
     graph.graph.eliminate_dead_code()
     read = {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}
     return {name: tuple(s for s in origin if s not in read) for name, origin in named.items()}
+
+
+def _computed_weights(node: torch.fx.Node, sources: Mapping[torch.fx.Node, Any]) -> Iterator[torch.fx.Node]:
+    """Weights of a contraction whose values depend on more of their sources than a slice holds.
+
+    That of a convolution or linear layer may be computed in any way; biases and operands of matrix products count where
+    a norm or a reduction is on the way, and no other contraction (a learned query, projected).
+    """
+    table = rules()
+    kind = str(node.target).split(".")[1] if node.op == "call_function" and "." in str(node.target) else ""
+    if kind in _CONTRACTIONS:
+        candidates = dict(enumerate(node.args[1:3], 1)) | {"weight": node.kwargs.get("weight")}
+    elif kind in _PRODUCTS:
+        candidates = dict(enumerate(node.args, 2))
+    else:
+        return
+    for place, weight in candidates.items():
+        if not isinstance(weight, torch.fx.Node) or weight.op != "call_function" or weight not in sources:
+            continue
+        calls = {str(n.target) for n in _region(weight, sources) if n.op == "call_function"}
+        families = {table[call].family if call in table else "" for call in calls}
+        own = place in (1, "weight")
+        if not families <= _SLICE_ALIKE if own else families & _MIXING and families <= _SLICE_ALIKE | _MIXING:
+            yield weight
 
 
 def _fold_scalars(graph: torch.fx.GraphModule) -> None:
@@ -199,14 +210,6 @@ def _sources_of_constants(graph: torch.fx.GraphModule) -> dict[torch.fx.Node, li
         elif node.op == "call_function" and node.all_input_nodes and all(n in sources for n in node.all_input_nodes):
             sources[node] = [s for n in node.all_input_nodes for s in sources[n]]
     return sources
-
-
-def _weight_of(node: torch.fx.Node) -> torch.fx.Node | None:
-    """The weight of a convolution or linear layer."""
-    if node.op != "call_function" or str(node.target).split(".")[1:2] not in _CONTRACTIONS:
-        return None
-    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-    return weight if isinstance(weight, torch.fx.Node) else None
 
 
 def _region(weight: torch.fx.Node, constants: Mapping[torch.fx.Node, Any]) -> list[torch.fx.Node]:
@@ -300,8 +303,9 @@ def _functionalise(graph: torch.fx.GraphModule) -> bool:
         if any(order[user] > now for relative in older for user in relative.users):
             return False
         node.target = _plain_overload(node.target)
-        _replace_later(chain[0], node, order, now)
-        changed = node
+        changed = _in_its_dtype(node, node.args[0].meta["val"].dtype)
+        order[changed] = now
+        _replace_later(chain[0], changed, order, now)
         for step, (view, whole) in enumerate(pairwise(chain), 1):
             with graph.graph.inserting_after(changed):
                 arguments = (whole, changed, *view.args[1:])
@@ -314,6 +318,18 @@ def _functionalise(graph: torch.fx.GraphModule) -> bool:
         if len(chain) > 1:
             _join(family, chain[-1], node)
     return True
+
+
+def _in_its_dtype(node: torch.fx.Node, dtype: torch.dtype) -> torch.fx.Node:
+    """What a plain operator gives, in the dtype of what its in-place form would have written into."""
+    values = [n.meta.get("val") for n in node.all_input_nodes]
+    if all(x.dtype == dtype for x in values if isinstance(x, torch.Tensor)):
+        return node
+    with node.graph.inserting_after(node):
+        cast = node.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
+    cast.meta = dict(node.meta)
+    node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+    return cast
 
 
 _SCATTERS: Mapping[Any, Any] = {

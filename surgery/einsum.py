@@ -47,6 +47,10 @@ def letters(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
     return spelt, right.replace(_ELLIPSIS, dots)
 
 
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
 class _Builder:
     """Inserts operators with what `origin` knows about where they come from."""
 
@@ -62,6 +66,8 @@ class _Builder:
 
     def product(self, a: fx.Node, a_term: str, b: fx.Node, b_term: str, wanted: set[str]) -> tuple[fx.Node, str]:
         """Multiply two operands and sum over the letters that nobody wants any more."""
+        a, a_term = self._narrowed(a, a_term, b, b_term)
+        b, b_term = self._narrowed(b, b_term, a, a_term)
         a, a_term = self._summed(a, a_term, set(b_term) | wanted)
         b, b_term = self._summed(b, b_term, set(a_term) | wanted)
         shared = [x for x in a_term if x in b_term]
@@ -77,6 +83,14 @@ class _Builder:
         for missing, axis in ((not column, rank + 1), (not row, rank)):
             out = self.call(aten.squeeze.dim, out, axis) if missing else out
         return out, "".join(leading + row + column)
+
+    def _narrowed(self, x: fx.Node, term: str, other: fx.Node, theirs: str) -> tuple[fx.Node, str]:
+        """Without the axes of length one along which the other operand is longer: broadcast."""
+        long = {letter for letter, size in zip(theirs, other.meta["val"].shape, strict=True) if not _is_one(size)}
+        for axis in reversed(range(len(term))):
+            if term[axis] in long and _is_one(x.meta["val"].shape[axis]):
+                x, term = self.call(aten.squeeze.dim, x, axis), term[:axis] + term[axis + 1 :]
+        return x, term
 
     def _summed(self, x: fx.Node, term: str, wanted: set[str]) -> tuple[fx.Node, str]:
         axes = [k for k, letter in enumerate(term) if letter not in wanted]

@@ -11,7 +11,7 @@ from torch import nn
 
 from surgery.labels import Value
 from surgery.ops.examples import Between, Built, between_convs
-from surgery.ops.registry import Call, Rewrite, Rule, Shape, join, register
+from surgery.ops.registry import Call, Rewrite, Rule, Scaled, Shape, join, register
 
 
 def _couple(call: Call, *, transposed: bool) -> Value:
@@ -47,8 +47,9 @@ def _groups(r: Rewrite, *, transposed: bool) -> Mapping[str, Any]:
     channel = len(x.shape) - len(weight.shape) + 1
     keep = r.keep("input", channel)
     groups = r.bound["groups"]
-    alive = keep.reshape(groups, -1).any(axis=1)
-    return {"groups": int(alive.sum())}
+    alive = int(keep.reshape(groups, -1).any(axis=1).sum())
+    known = isinstance(r.raw["groups"], int)  # else as many as samples, say
+    return {"groups": alive if known else Scaled(r.raw["groups"], alive, groups)}
 
 
 def _macs(shapes: Mapping[str, Shape], out: Shape, *, transposed: bool) -> int:

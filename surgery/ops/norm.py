@@ -18,7 +18,7 @@ from surgery.ops.registry import Call, Coupled, Dead, Rewrite, Rule, Shape, join
 
 
 def _couple_batch(call: Call) -> Coupled:
-    """Input (N, C, ..), every other tensor (C,)."""
+    """Input (N, C, ..), every other tensor (C,); statistics of the input are taken over its other axes."""
     x = call.value("input")
     channel = 1 if len(x.shape) > 1 else 0
     layers = call.passed(x, channel)
@@ -27,6 +27,9 @@ def _couple_batch(call: Call) -> Coupled:
         if other is not None:
             layers = call.tie(x, channel, other, 0)
     kept = {a: call.passed(x, a) for a in range(len(x.shape)) if a != channel}
+    if call.bound.get("training") or call.bound.get("use_input_stats") or call.optional("running_mean") is None:
+        for a in kept:
+            call.freeze(x, a, "normalises over this axis")
     out = call.out({**kept, channel: layers})
     return (out, *(Value.plain(s) for s in call.outputs[1:])) if call.many else out
 
