@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.allocate import plan_from_dead
 from surgery.blame import first_line, where_raised
-from surgery.compare import relative_error, require
+from surgery.compare import relative_error
 from surgery.copies import copied
 from surgery.cut import as_call, compact_state, slice_tensors
 from surgery.errors import CheckFailed, PlanMismatch, UnsupportedModel
@@ -254,7 +254,7 @@ def check(program: Program, plan: Plan, compact: CompactModel, *, coupling: Coup
             f"cannot tell: on well-conditioned values only {varying:.1e} of the output varies with the input; "
             "use an example input that reaches the output"
         )
-    require(error64, torch.float64, "distinct, well-conditioned values")
+    _require(error64, torch.float64, "distinct, well-conditioned values")
     real = copied(program.model)
     found = _compare(program, masked_module(real, plan, coupling), compact.module, path, seed=seed, dtype=None)
     if found is None:
@@ -263,7 +263,7 @@ def check(program: Program, plan: Plan, compact: CompactModel, *, coupling: Coup
     if varying < BLIND:
         notes.append(f"cannot tell on the real weights: only {varying:.1e} of their output varies with the input")
     else:
-        require(error, _precision(real), "the real weights")
+        _require(error, _precision(real), "the real weights")
     reference = f"dense model with the dead input slices of every layer zeroed, on {_ROUNDS} inputs"
     return CheckResult(0, error64, None if varying < BLIND else error, varying, reference, tuple(notes))
 
@@ -271,6 +271,16 @@ def check(program: Program, plan: Plan, compact: CompactModel, *, coupling: Coup
 def reference_module(program: Program, plan: Plan, coupling: Coupling) -> nn.Module:
     """Return a copy of the dense module in which removed units count as removed."""
     return masked_module(copied(program.model), plan, coupling)
+
+
+def _require(error: float, dtype: torch.dtype, what: str) -> None:
+    if not error <= TOLERANCE[dtype]:
+        raise CheckFailed(
+            f"the compact model differs from the masked dense model by {error:.1e} on {what} (allowed: "
+            f"{TOLERANCE[dtype]:.0e}): torch-pruning's groups do not hold for this model, or its forward chooses its way "
+            "by values, and a smaller model may choose another; nothing was written; shrink a submodule that is "
+            "without it, by --part"
+        )
 
 
 _OFF_PATH = f"fewer than {_ROUNDS} of {_TRIES} inputs take the example's path through the model"
