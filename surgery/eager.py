@@ -277,8 +277,8 @@ def _require(error: float, dtype: torch.dtype, what: str) -> None:
     if not error <= TOLERANCE[dtype]:
         raise CheckFailed(
             f"the compact model differs from the masked dense model by {error:.1e} on {what} (allowed: "
-            f"{TOLERANCE[dtype]:.0e}): torch-pruning's groups do not hold for this model, or its forward chooses its way "
-            "by values, and a smaller model may choose another; nothing was written; shrink a submodule that is "
+            f"{TOLERANCE[dtype]:.0e}): torch-pruning's groups do not hold for this model, or its forward chooses its "
+            "way by values, and a smaller model may choose another; nothing was written; shrink a submodule that is "
             "without it, by --part"
         )
 
