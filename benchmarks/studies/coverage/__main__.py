@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import date
 from fnmatch import fnmatch
 from typing import Any
 
@@ -54,7 +55,7 @@ def main(names: tuple[str, ...], tools: tuple[str, ...], jobs: int, again: bool,
         running = {pool.submit(limited, model, tool): (model, tool) for model, tool in todo}
         for future in as_completed(running):
             model, tool = running[future]
-            row = {**future.result(), "version": versions[tool]}
+            row = {**future.result(), "version": versions[tool], "measured": date.today().isoformat()}
             rows.setdefault(tool, {})[model.name] = row
             record.write(RESULTS, {"machine": record.machine(1), "rows": rows})
             bar.console.print(f"{tool:14} {model.name:40} {_short(row)}", highlight=False)
