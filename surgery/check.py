@@ -308,7 +308,14 @@ def _equal(wanted: Layers, found: Layers) -> bool:
     """Whether two axes hold the same units; a layer that is the same all along may be missing, but not be another."""
     left, right = sorted(x.tolist() for x in wanted), sorted(x.tolist() for x in found)
     varying = sorted(x.tolist() for x in wanted if not is_constant(x))
-    return varying == sorted(x for x in right if len(set(x)) > 1) and all(x in left for x in right)
+    if varying == sorted(x for x in right if len(set(x)) > 1) and all(x in left for x in right):
+        return True
+    # The same units in other layers: smaller pieces of an axis may fit into fewer of them.
+    if not wanted or not found or len(wanted[0]) != len(found[0]):
+        return False
+    units = [[set(labels) - {0} for labels in zip(*layers, strict=True)] for layers in (left, right)]
+    everywhere = set.intersection(*units[0])
+    return all(a - everywhere == b - everywhere and b <= a for a, b in zip(*units, strict=True))
 
 
 def _mismatch(what: Any) -> CheckFailed:

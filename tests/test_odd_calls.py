@@ -116,3 +116,15 @@ def test_an_axis_over_which_a_norm_takes_statistics_is_left_whole(norm: nn.Modul
     result = cut_soundly(Tokens(), torch.randn(2, 5, 6))
     assert set(result.plan.dead) == {"wide.weight:0"}
     assert any(f.tensor == "first.weight" and "normalises over this axis" in f.reason for f in result.coupling.frozen)
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_uneven_pieces_of_a_grouped_convolution_change_places(times: int) -> None:
+    def rotated(m: Any, y: Tensor) -> Tensor:
+        y = F.conv2d(y, m.w, padding=1, groups=2)
+        for _ in range(times):
+            y = torch.cat([y[:, 3:], y[:, :3]], 1)
+        return y
+
+    result = cut_soundly(Between(rotated, w=torch.randn(8, 4, 3, 3)), IMAGE)
+    assert len(result.plan.dead) == 2
