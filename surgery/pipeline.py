@@ -242,6 +242,7 @@ def shrink(
     tracer: str = "export",
     seed: int = 0,
     example_kwargs: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> Result:
     """Return a physically smaller, checked copy of the model.
 
@@ -260,6 +261,7 @@ def shrink(
         tracer: `export`, or `torch-pruning` for models that `torch.export` cannot capture.
         seed: of everything drawn at random; same model, seed and arguments give the same plan.
         example_kwargs: forward's keyword arguments.
+        progress: called with a stage's name and 0.0 as it begins, 1.0 when it is done.
 
     Returns:
         The compact model, its plan, and the report on both.
@@ -287,7 +289,8 @@ def shrink(
     if not isinstance(request.budget, Budget):
         raise InvalidInput(f"budget is {budget!r}; pass for example surgery.Budget(macs=0.5)")
     with torch.random.fork_rng(devices=()), buffers_kept(model):
-        return realise(decide(model, example_inputs, request, example_kwargs=example_kwargs))
+        decision = decide(model, example_inputs, request, example_kwargs=example_kwargs, progress=progress)
+        return realise(decision, progress=progress)
 
 
 def _require_types(*, keep: Any, part: Any, seed: Any, example_kwargs: Any) -> None:

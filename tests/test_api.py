@@ -71,11 +71,8 @@ def test_the_report_counts_what_fvcore_counts_on_the_modules(result: Any) -> Non
 
 
 def test_every_stage_is_timed_and_told() -> None:
-    from surgery.pipeline import Request, decide, realise
-
     told: list[str] = []
-    decision = decide(net(), IMAGE, Request(), progress=lambda stage, fraction: told.append(stage))
-    result = realise(decision, progress=lambda stage, fraction: told.append(stage))
+    result = surgery.shrink(net(), IMAGE, progress=lambda stage, fraction: told.append(stage))
     stages = ["trace", "couple", "score", "allocate", "cut", "check", "count"]
     assert list(dict.fromkeys(told)) == stages
     assert list(result.report["stages_s"]) == stages

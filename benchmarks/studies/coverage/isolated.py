@@ -24,6 +24,8 @@ SECONDS, BYTES = 120.0, 8 * 2**30
 _PATIENCE = 6.0
 """Wall time over processor time at which a process is given up, asleep or starved."""
 
+_STAGE = "stage: "
+
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["benchmarks.studies.coverage.warm"])
 
@@ -43,10 +45,17 @@ def limited(model: Model, tool: str, *, seconds: float = SECONDS, limit: int = B
         started = time.monotonic()
         over, peak = _watch(child, seconds, limit)
         row = _result(Path(folder), child.exitcode)
+        stages = [x.removeprefix(_STAGE) for x in _said(Path(folder)) if x.startswith(_STAGE)]
     if over:
         said = f"over {seconds:.0f} s" if over == "time" else f"over {limit / 2**30:.0f} GiB"
-        row = {"failed": "limit", "message": said}
+        row = {"failed": "limit", "message": said + (f": {', '.join(stages)}" if stages else "")}
     return {**row, "process_s": round(time.monotonic() - started, 1), "peak_bytes": peak}
+
+
+def tell(stage: str, fraction: float = 0.0) -> None:
+    """Say, within the process, what begins, and after how much processor time."""
+    if fraction == 0.0:
+        print(f"{_STAGE}{stage} from {time.process_time():.0f} s", flush=True)
 
 
 def _watch(child: Any, seconds: float, limit: int) -> tuple[str, int]:
@@ -86,5 +95,9 @@ def _result(folder: Path, code: int | None) -> dict[str, Any]:
     if (folder / "row.json").exists() and code == 0:
         row: dict[str, Any] = json.loads((folder / "row.json").read_text())
         return row
-    said = (folder / "said").read_text().strip().splitlines() if (folder / "said").exists() else []
+    said = _said(folder)
     return {"failed": f"exit {code}", "message": said[-1][:300] if said else ""}
+
+
+def _said(folder: Path) -> list[str]:
+    return (folder / "said").read_text().strip().splitlines() if (folder / "said").exists() else []

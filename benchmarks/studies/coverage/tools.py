@@ -19,6 +19,7 @@ from torch.utils import _pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.studies.coverage.conditioned import condition
+from benchmarks.studies.coverage.isolated import tell
 from benchmarks.studies.coverage.models import Model
 from benchmarks.studies.coverage.oracle import DOES_NOT_RUN, judge, said
 from surgery.errors import SurgeryError
@@ -101,7 +102,7 @@ def surgery_row(model: Model) -> Row:
     started = time.process_time()
     with _explained(row):
         result = surgery.shrink(
-            subject.whole, subject.whole_inputs, budget=surgery.Budget(macs=MACS), part=subject.part
+            subject.whole, subject.whole_inputs, budget=surgery.Budget(macs=MACS), part=subject.part, progress=tell
         )
         row["seconds"] = round(time.process_time() - started, 1)
         macs, params = result.report["models"][0], result.report["models"][2]
@@ -115,9 +116,11 @@ def surgery_row(model: Model) -> Row:
             "check": result.check.error_float64,
         }
         row |= _groups(result)
+        tell("oracle")
         verdict = judge(subject.dense, compact := subject.of(result.model), subject.batches)
         row |= _verdict(verdict)
         row["stage"] = "onnx"
+        tell("ONNX")
         with tempfile.TemporaryDirectory() as folder:
             single = _as(subject.inputs, torch.float32)
             exported = onnx.export(compact.float(), single, Path(folder, "compact.onnx"))
