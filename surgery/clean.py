@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+import operator
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
 from typing import Any
@@ -24,7 +25,6 @@ aten = torch.ops.aten
 _ASSERTIONS = ("_assert", "sym_constrain", "_guards_fn")
 _LIKE_ANOTHER = (aten.reshape_as.default, aten.view_as.default)
 _CONTRACTIONS = {f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)} | {"linear"}
-_PRODUCTS = {"matmul", "mm", "bmm", "addmm"}
 _SCALARS = (aten.item.default, aten._local_scalar_dense.default)
 _SLICE_ALIKE = {"movement", "element-wise", "creation", "look-up"}
 """Families of operators that do the same to a slice of a weight as to the whole."""
@@ -53,6 +53,7 @@ def clean(exported: Any, graph: torch.fx.GraphModule) -> Cleaned:
         _inline_regions(graph)
         _drop_assertions(graph)
         _functionalise(graph)
+    _refuse_sizes_by_value(graph)
     _spell_out_sizes(graph)
     einsum.spell_out(graph.graph)
     _fold_scalars(graph)
@@ -99,6 +100,18 @@ def _inline_regions(graph: torch.fx.GraphModule) -> None:
         graph.graph.erase_node(node)
         if not body.users:
             graph.graph.erase_node(body)
+
+
+def _refuse_sizes_by_value(graph: torch.fx.GraphModule) -> None:
+    for node in graph.graph.nodes:
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            sizes: Sequence[Any] = value.shape if isinstance(value, torch.Tensor) else ()
+            if any(is_symbolic(size) and size.node.hint is None for size in sizes):
+                where = last_own_line(str(node.meta.get("stack_trace", ""))) or UNKNOWN
+                raise UnsupportedModel(
+                    f"'{node.target}' at {where} returns as much as values say (a choice by a mask), which leaves no "
+                    "size to plan with; shrink a submodule without it by --part, or try --tracer torch-pruning"
+                )
 
 
 def _line_of(body: torch.fx.GraphModule) -> str:
@@ -156,27 +169,31 @@ def _materialise(graph: torch.fx.GraphModule) -> dict[str, tuple[str, ...]]:
 
 
 def _computed_weights(node: torch.fx.Node, sources: Mapping[torch.fx.Node, Any]) -> Iterator[torch.fx.Node]:
-    """Weights of a contraction whose values depend on more of their sources than a slice holds.
+    """Tensors that a call reads and whose values depend on more of their sources than a slice holds.
 
-    That of a convolution or linear layer may be computed in any way; biases and operands of matrix products count where
-    a norm or a reduction is on the way, and no other contraction (a learned query, projected).
+    The weight of a convolution or linear layer may be computed in any way; what else there is (biases, gains, operands
+    of products) counts where a norm, a reduction or a softmax is on the way, and no contraction (a learned query,
+    projected).
     """
-    table = rules()
-    kind = str(node.target).split(".")[1] if node.op == "call_function" and "." in str(node.target) else ""
-    if kind in _CONTRACTIONS:
-        candidates = dict(enumerate(node.args[1:3], 1)) | {"weight": node.kwargs.get("weight")}
-    elif kind in _PRODUCTS:
-        candidates = dict(enumerate(node.args, 2))
-    else:
+    if node.op != "call_function" or node in sources:
         return
-    for place, weight in candidates.items():
-        if not isinstance(weight, torch.fx.Node) or weight.op != "call_function" or weight not in sources:
+    kind = str(node.target).split(".")[1] if "." in str(node.target) else ""
+    own = [*node.args[1:2], node.kwargs.get("weight")] if kind in _CONTRACTIONS else []
+    for weight in node.all_input_nodes:
+        if weight.op != "call_function" or weight not in sources:
             continue
-        calls = {str(n.target) for n in _region(weight, sources) if n.op == "call_function"}
-        families = {table[call].family if call in table else "" for call in calls}
-        own = place in (1, "weight")
-        if not families <= _SLICE_ALIKE if own else families & _MIXING and families <= _SLICE_ALIKE | _MIXING:
+        families = {_family(n) for n in _region(weight, sources) if n.op == "call_function"}
+        whole, mixed = families <= _SLICE_ALIKE, families & _MIXING and families <= _SLICE_ALIKE | _MIXING
+        if not whole if weight in own else mixed and weight.meta["val"].numel() > 1:
             yield weight
+
+
+def _family(node: torch.fx.Node) -> str:
+    """Of the operator's rule; picking one of several results moves them, and a softmax is a norm of its axis."""
+    if node.target is operator.getitem:
+        return "movement"
+    rule = rules().get(str(node.target))
+    return "norm" if "softmax" in str(node.target) else rule.family if rule else ""
 
 
 def _fold_scalars(graph: torch.fx.GraphModule) -> None:

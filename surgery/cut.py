@@ -272,9 +272,11 @@ def _named(model: nn.Module) -> set[str]:
 def _differs(program: Program, plan: Plan, graph: CompactGraph, module: nn.Module) -> tuple[str | None, str]:
     """Why the user's class does not compute what the rewritten program computes (None where it does), and in which."""
     state = compact_state(well_conditioned(program), plan)
-    named = {k: state[k] for k, _ in (*module.named_parameters(), *module.named_buffers()) if k in state}
+    named = {k: state[k] for k, _ in module.named_parameters() if k in state}
     for sizes, inputs, wanted in _runs(program, graph, state):
         args, kwargs = as_call(program, inputs)
+        # forward may write into its buffers
+        named |= {k: state.get(k, buffer).clone() for k, buffer in module.named_buffers()}
         try:
             with torch.no_grad(), evaluating(module), InDouble():
                 got = flat_outputs(torch.func.functional_call(module, named, args, kwargs))

@@ -186,7 +186,8 @@ def _example_inputs(
     if shape is None:
         shape = source.shape(built.module, model_args) if source.shape else _GUESSED_SHAPE
     image = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return source.wrap(image.to(built.args[0].dtype) if built.args else image), kwargs
+    floating = (t.dtype for t in built.module.parameters() if t.is_floating_point())
+    return source.wrap(image.to(built.args[0].dtype if built.args else next(floating, image.dtype))), kwargs
 
 
 def _shape(value: Any) -> str:

@@ -207,7 +207,7 @@ def realise(decision: Decision, *, progress: Progress | None = None) -> Result:
         verdict = stages.check(program, plan, compact, coupling=coupling, seed=decision.request.seed)
         if whole is not None:
             verdict = parts.check(whole, stages.reference(program, plan, coupling), model, verdict, program)
-    with run("count"):
+    with run("count"), buffers_kept(compact.module):
         costs, notes = _counted(decision, compact)
     data = report.describe(program, coupling, plan, compact=compact, verdict=verdict, costs=costs)
     if whole is not None:

@@ -23,7 +23,7 @@ def is_symbolic(size: Any) -> bool:
 
 def hint(size: Any) -> int:
     """The example's value of a size that may be symbolic."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    return int(size.node.hint if is_symbolic(size) else size)
 
 
 class ReshapeCount(TorchFunctionMode):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import surgery
 from benchmarks.studies.coverage.oracle import judge
+from surgery.errors import UnsupportedModel
 
 
 class Between(nn.Module):
@@ -128,3 +129,130 @@ def test_uneven_pieces_of_a_grouped_convolution_change_places(times: int) -> Non
 
     result = cut_soundly(Between(rotated, w=torch.randn(8, 4, 3, 3)), IMAGE)
     assert len(result.plan.dead) == 2
+
+
+def largest(m: Any, y: Tensor) -> Tensor:
+    return y * torch.linalg.vector_norm(y + 1, ord=float("inf"), dim=1, keepdim=True)
+
+
+def test_a_largest_value_is_no_sum_of_parts() -> None:
+    result = cut_soundly(Wide(largest), IMAGE)
+    assert {cut.tensor for cut in result.plan.cuts} == {"first.weight", "wide.weight", "wide.bias"}
+    assert any("vector_norm" in f.reason and "every index" in f.reason for f in result.coupling.frozen)
+
+
+class Wide(Between):
+    """With something to cut before it."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__(function)
+        self.wide = nn.Conv2d(3, 16, 1)
+        self.first = nn.Conv2d(16, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) → (N, 4, H, W)."""
+        return super().forward(self.wide(x).relu())
+
+
+class Counting(nn.Module):
+    """Keeps a mean of what it has seen, in place, and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 1)
+        self.register_buffer("seen", torch.zeros(8))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) → (N, 5, H - 2, W - 2)."""
+        y = F.relu(self.first(x))
+        self.calls += 1
+        self.seen.mul_(0.9).add_(0.1 * y.detach().mean((0, 2, 3)))
+        return self.last(y - self.seen[None, :, None, None])
+
+
+def test_a_model_that_writes_into_buffers_comes_back_as_it_was() -> None:
+    model = Counting().eval()
+    result = surgery.shrink(model, IMAGE, budget=surgery.Budget(channels=0.5))
+    assert result.plan.dead
+    for state in (model.state_dict(), result.model.state_dict()):
+        assert int(state["calls"]) == 0
+        assert not state["seen"].any()
+
+
+def test_a_choice_by_a_constant_mask_has_a_size_and_one_by_values_is_refused() -> None:
+    model = Wide(lambda m, y: y[:, torch.tensor([True, False] * 4)])
+    model.last = nn.Conv2d(4, 4, 1)
+    cut_soundly(model, IMAGE)
+    with pytest.raises(UnsupportedModel, match=r"test_odd_calls\.py:\d+ returns as much as values say.*--part"):
+        surgery.shrink(Kept(), IMAGE)
+
+
+class Kept(Between):
+    """Gives only what is found."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda m, y: y)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) → (as many as there are, 4)."""
+        found = super().forward(x).permute(0, 2, 3, 1).reshape(-1, 4)
+        return found[found[:, 0] > 0]
+
+
+class Decoder(nn.Module):
+    """Attention whose keys come from elsewhere: it takes its own weight apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory, self.query = nn.Linear(6, 16), nn.Linear(6, 16)
+        self.attention, self.last = nn.MultiheadAttention(16, 4, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """(N, T, 6) and (N, S, 6) → (N, S, 3)."""
+        memory = self.memory(x)
+        return self.last(self.attention(self.query(y), memory, memory, need_weights=False)[0])
+
+
+def test_a_weight_that_is_taken_apart_is_not_computed() -> None:
+    torch.manual_seed(0)
+    model, inputs = Decoder().double().eval(), (torch.randn(2, 5, 6).double(), torch.randn(2, 4, 6).double())
+    nn.init.normal_(model.attention.in_proj_bias)
+    nn.init.normal_(model.attention.out_proj.bias)
+    result = surgery.shrink(model, inputs, budget=surgery.Budget(channels=0.5))
+    assert not result.program.materialised
+    assert result.model.state_dict()["attention.in_proj_weight"].shape[0] < 48
+    assert judge(model, result.model, [inputs, tuple(torch.randn_like(x) for x in inputs)]).sound
+
+
+GAINS: dict[str, Callable[[Tensor], Tensor]] = {
+    "normalised": lambda g: F.normalize(g, dim=0),
+    "shares": lambda g: g / g.sum(),
+    "centred": lambda g: g - g.mean(),
+    "softmax": lambda g: g.softmax(0),
+    "layer norm": lambda g: F.layer_norm(g, (8,)),
+}
+
+
+@pytest.mark.parametrize("name", GAINS)
+def test_a_gain_computed_over_the_channels_keeps_its_dense_values(name: str) -> None:
+    gain = GAINS[name]
+    model = Between(lambda m, y: y * gain(m.g)[:, None, None], g=torch.rand(8) + 0.5)
+    result = surgery.shrink(model.eval(), IMAGE, budget=surgery.Budget(channels=0.6), inexact="never")
+    kept = result.model.state_dict()["g_computed"]
+    assert set(kept.flatten().tolist()) < set(gain(model.g).tolist())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_unit_that_is_left_may_be_dead_on_some_values(seed: int) -> None:
+    class Darkest(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.relu(self.first(x)).amin((2, 3)))
+
+    torch.manual_seed(0)
+    result = surgery.shrink(Darkest().eval(), IMAGE, budget=surgery.Budget(channels=0.13), seed=seed)
+    assert [len(units) for units in result.plan.dead.values()] == [7]
