@@ -85,7 +85,8 @@ def render(data: Mapping[str, Any], models: Iterable[Model]) -> str:
         "with one thread, at most 120 s of processor time and 8 GiB per model and tool. Seconds are of the cut with",
         "the counts of MACs it goes by, without oracle and ONNX: processor time, in older rows wall time. Rows were",
         "measured while the code was worked on, with other work on the machine, which slows its two cores down by up",
-        "to a half: a row over the limit of time may be under it alone.",
+        "to a half: a row over the limit of time may be under it alone. Rows with a day in the results file are of",
+        "that day's code, those without of the days before.",
         "",
         "| tool | " + " | ".join(_OUTCOMES.values()) + " |",
         "|---" * (len(_OUTCOMES) + 1) + "|",
@@ -116,7 +117,13 @@ def _comparison(rows: Rows, models: tuple[Model, ...]) -> list[str]:
 
 
 def _refusals(rows: Rows, models: tuple[Model, ...]) -> list[str]:
-    lines = ["## What is not cut, and why", ""]
+    lines = [
+        "## What is not cut, and why",
+        "",
+        "Over the limit of time: with the stages that had begun, each after how many seconds of processor time. What",
+        "has come to the oracle was cut, and has passed this compiler's own check.",
+        "",
+    ]
     for model in models:
         row = rows.get("surgery", {}).get(model.name)
         kind = outcome(row)
@@ -125,7 +132,7 @@ def _refusals(rows: Rows, models: tuple[Model, ...]) -> list[str]:
             lines.append(f"- **{model.name}** ({_OUTCOMES[kind]}): {why.replace('|', '/')}")
     missing = sum(model.name not in rows.get("surgery", {}) for model in models)
     rest = "of the models that were run" if missing else "on the list"
-    return lines if len(lines) > 2 else [*lines, f"Nothing {rest}."]
+    return lines if lines[-1] else [*lines[:2], f"Nothing {rest}."]
 
 
 _MUCH = 0.02
