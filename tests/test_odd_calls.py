@@ -131,16 +131,6 @@ def test_uneven_pieces_of_a_grouped_convolution_change_places(times: int) -> Non
     assert len(result.plan.dead) == 2
 
 
-def largest(m: Any, y: Tensor) -> Tensor:
-    return y * torch.linalg.vector_norm(y + 1, ord=float("inf"), dim=1, keepdim=True)
-
-
-def test_a_largest_value_is_no_sum_of_parts() -> None:
-    result = cut_soundly(Wide(largest), IMAGE)
-    assert {cut.tensor for cut in result.plan.cuts} == {"first.weight", "wide.weight", "wide.bias"}
-    assert any("vector_norm" in f.reason and "every index" in f.reason for f in result.coupling.frozen)
-
-
 class Wide(Between):
     """With something to cut before it."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import inf
 from typing import Any
 
 import torch
@@ -70,8 +69,8 @@ def _couple_frozen(call: Call) -> Coupled:
 
 
 def _couple_norm(call: Call) -> Coupled:
-    """A norm of order 0 or more does not notice zeros: what is removed counts as that. A largest value is no sum."""
-    return _couple_sum(call) if 0 <= call.bound.get("ord", 2) < inf else _couple_frozen(call)
+    """A norm of order 0 or more does not notice zeros: what is removed counts as that."""
+    return _couple_sum(call) if call.bound.get("ord", 2) >= 0 else _couple_frozen(call)
 
 
 def _couple_scan(call: Call) -> Coupled:
@@ -129,7 +128,7 @@ register(
         couple=_couple_norm,
         masked=("self",),
         example=between_linears(lambda x: nn.functional.normalize(x, dim=-1)),
-        says="removed indices add nothing; of negative or infinite order: never cut",
+        says="removed indices add nothing; of negative order: never cut",
     ),
     _moment("mean.dim", lambda x: x * x.mean(-1, keepdim=True)),
     _moment("mean.default", lambda x: x * x.mean()),
