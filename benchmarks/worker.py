@@ -18,6 +18,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import psutil
 
@@ -53,11 +54,11 @@ def fresh_process(path: Path, settings: Settings) -> FirstRuns:
     command = [sys.executable, "-P", "-m", "benchmarks.worker", request]
     try:
         done = subprocess.run(
-            command, env=_environment(), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+            command, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired as error:
         raise TimerFailed(f"{path}: the process measuring its memory gave no answer in {TIMEOUT_S:.0f} s") from error
-    answer = _answer(done.stdout)
+    answer = answer_of(done.stdout)
     if "error" in answer:
         raise InvalidInput(str(answer["error"]))
     if done.returncode != 0 or "load_ms" not in answer:
@@ -66,7 +67,7 @@ def fresh_process(path: Path, settings: Settings) -> FirstRuns:
             f"{path}: the process measuring its memory ended with code {done.returncode} ({last}); "
             "a negative code is a signal, -9 most often means out of memory"
         )
-    return FirstRuns(**answer)  # type: ignore[arg-type]
+    return FirstRuns(**answer)
 
 
 def main(request: str) -> int:
@@ -111,14 +112,15 @@ def peak_bytes() -> int:
     return int(peak) if sys.platform == "darwin" else int(peak) * 1024
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Return the environment with the folder that holds this package on the child's path, installed or not."""
     root = str(Path(__file__).resolve().parent.parent)
     known = os.environ.get("PYTHONPATH")
     return {**os.environ, "PYTHONPATH": root + (os.pathsep + known if known else "")}
 
 
-def _answer(stdout: str) -> dict[str, object]:
+def answer_of(stdout: str) -> dict[str, Any]:
+    """Return the JSON object on the last line that a process printed; empty where there is none."""
     lines = stdout.strip().splitlines()
     try:
         answer = json.loads(lines[-1]) if lines else {}

@@ -30,6 +30,7 @@ def allocate(
     budget: Budget,
     *,
     cost: CostFn | None,
+    dense: int | None = None,
     fingerprint: str,
     inputs: tuple[InputSpec, ...],
     scope: str = "global",
@@ -45,6 +46,7 @@ def allocate(
         budget: fraction of the dense model to keep.
         cost: dead units per group name → MACs or parameters of what is left, whichever the budget names; None for
             `channels`, which are counted here: the fraction of the units of all groups.
+        dense: cost of the dense model, where `cost` tells that of a model some of whose blocks are gone already.
         fingerprint: of the program, for the plan.
         inputs: of the program, for the plan.
         scope: `global` ranks the steps of all groups by their units' mean score; `uniform` keeps one fraction of every
@@ -68,11 +70,11 @@ def allocate(
     """
     _check_options(scope=scope, round_to=round_to, inexact=inexact)
     _check_scores(coupling, scores)
-    meter = _Meter.of(coupling, budget, cost)
+    meter = _Meter.of(coupling, budget, cost, dense)
     make_schedule = global_schedule if scope == "global" else uniform_schedule
     ladders = ladders_of(coupling, scores, round_to)
     notes: list[str] = []
-    for chosen in _attempts(coupling, inexact):
+    for chosen in attempts(coupling, inexact):
         schedule = make_schedule([ladder for ladder in ladders if chosen.issuperset(ladder.groups)])
         dead = _first_within(schedule, meter)
         if dead is not None:
@@ -100,6 +102,7 @@ def plan_from_dead(
     budget: Budget | None = None,
     settings: Mapping[str, Any] = NO_SETTINGS,
     notes: Sequence[str] = (),
+    reasons: Mapping[str, str] = NO_SETTINGS,
 ) -> Plan:
     """Return the plan that removes these units.
 
@@ -111,6 +114,7 @@ def plan_from_dead(
         budget: what was asked for, or None for a plan made by hand.
         settings: kept in the plan as given: JSON values.
         notes: decisions with reasons.
+        reasons: group name → why it stands where it stands.
 
     Raises:
         PlanMismatch: a group or a unit that the coupling does not have.
@@ -133,6 +137,7 @@ def plan_from_dead(
         budget=budget,
         settings=dict(settings),
         notes=tuple(notes),
+        reasons=dict(reasons),
     )
 
 
@@ -184,13 +189,13 @@ class _Meter:
     cost: CostFn
 
     @classmethod
-    def of(cls, coupling: Coupling, budget: Budget, cost: CostFn | None) -> _Meter:
+    def of(cls, coupling: Coupling, budget: Budget, cost: CostFn | None, dense: int | None) -> _Meter:
         if budget.kind == "channels":
             total = sum(group.size for group in coupling.groups)
-            return cls("channels", budget.fraction, total, lambda dead: total - sum(map(len, dead.values())))
+            return cls("channels", budget.amount, total, lambda dead: total - sum(map(len, dead.values())))
         if cost is None:
             raise InvalidInput(f"a budget on {budget.kind} needs a cost function: pass `cost`, or give budget channels")
-        return cls(budget.kind, budget.fraction, cost({}), cost)
+        return cls(budget.kind, budget.amount, cost({}) if dense is None else dense, cost)
 
     def share(self, dead: Mapping[str, Sequence[int]]) -> float:
         """Fraction of the dense cost that is left (a quotient: 29 of 100 is 0.29, as 0.29 * 100 is not)."""
@@ -203,6 +208,8 @@ class _Meter:
 
 def _first_within(schedule: Schedule, meter: _Meter) -> dict[str, tuple[int, ...]] | None:
     """Dead units of the first state within the budget, or None; the state before it exceeds the budget."""
+    if meter.share({}) <= meter.fraction:
+        return {}  # blocks that are gone were enough
     over, within = 0, schedule.length
     if meter.share(schedule.dead(within)) > meter.fraction:
         return None
@@ -215,8 +222,8 @@ def _first_within(schedule: Schedule, meter: _Meter) -> dict[str, tuple[int, ...
     return schedule.dead(within)
 
 
-def _attempts(coupling: Coupling, inexact: str) -> list[frozenset[str]]:
-    """Names of the groups that may be cut: sets to be tried in turn."""
+def attempts(coupling: Coupling, inexact: str) -> list[frozenset[str]]:
+    """Return names of the groups that may be cut: sets to be tried in turn."""
     every = frozenset(group.name for group in coupling.groups)
     exact = frozenset(group.name for group in coupling.groups if group.inexact is None)
     attempts = {"never": [exact], "always": [every], "if-needed": [exact, every]}[inexact]

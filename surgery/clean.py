@@ -28,7 +28,8 @@ _CONTRACTIONS = {f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)} 
 _SCALARS = (aten.item.default, aten._local_scalar_dense.default)
 _SLICE_ALIKE = {"movement", "element-wise", "creation", "look-up"}
 """Families of operators that do the same to a slice of a weight as to the whole."""
-_MIXING = {"norm", "reduction"}
+_MIXING = {"norm", "reduction", "attention"}
+"""Families of operators whose result at one index depends on the others: of attention, softmax."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -189,11 +190,11 @@ def _computed_weights(node: torch.fx.Node, sources: Mapping[torch.fx.Node, Any])
 
 
 def _family(node: torch.fx.Node) -> str:
-    """Of the operator's rule; picking one of several results moves them, and a softmax is a norm of its axis."""
+    """Of the operator's rule; picking one of several results moves them."""
     if node.target is operator.getitem:
         return "movement"
     rule = rules().get(str(node.target))
-    return "norm" if "softmax" in str(node.target) else rule.family if rule else ""
+    return rule.family if rule else ""
 
 
 def _fold_scalars(graph: torch.fx.GraphModule) -> None:
@@ -311,7 +312,7 @@ def _functionalise(graph: torch.fx.GraphModule) -> bool:
     order: dict[torch.fx.Node, float] = {node: k for k, node in enumerate(graph.graph.nodes)}
     family = _alias_families(graph)
     for node in list(graph.graph.nodes):
-        if not _mutates(node):
+        if not mutates(node):
             continue
         chain, now = _slices_up(node.args[0]), order[node]
         if chain[-1].op != "call_function" or _plain_overload(node.target) is None:
@@ -372,7 +373,8 @@ def _join(family: dict[torch.fx.Node, list[torch.fx.Node]], old: torch.fx.Node, 
     family[new] = family[old]
 
 
-def _mutates(node: torch.fx.Node) -> bool:
+def mutates(node: torch.fx.Node) -> bool:
+    """Whether a call may change its arguments."""
     schema = getattr(node.target, "_schema", None)
     return node.op == "call_function" and schema is not None and schema.is_mutable
 
@@ -392,7 +394,7 @@ def _alias_families(graph: torch.fx.GraphModule) -> dict[torch.fx.Node, list[tor
         family[node] = [node]
         schema = getattr(node.target, "_schema", None)
         views = schema is None or any(r.alias_info is not None for r in schema.returns) or "dropout" in str(node.target)
-        if node.op == "call_function" and views and not _mutates(node):
+        if node.op == "call_function" and views and not mutates(node):
             for source in node.all_input_nodes:
                 merged = list(dict.fromkeys(family[source] + family[node]))
                 for member in merged:

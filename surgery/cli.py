@@ -6,7 +6,6 @@ whatever libraries or the user's own file print go to standard error.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shlex
@@ -15,8 +14,7 @@ import signal
 import sys
 import threading
 import traceback
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,20 +23,35 @@ import click
 
 from surgery import __version__
 from surgery.errors import INTERNAL, OK, InvalidInput, SurgeryError
-from surgery.options import DELIVERY, EXIT_CODES, MODEL, OUTPUT, SELECTION, Session, options
+from surgery.options import (
+    DELIVERY,
+    EXIT_CODES,
+    MODEL,
+    OUTPUT,
+    PLANNING,
+    PROFILE,
+    SELECTION,
+    TIMING,
+    Session,
+    options,
+)
+from surgery.screen import PLAIN_WIDTH, Terminated, print_profile, print_report, say, work
 
 if TYPE_CHECKING:
+    from surgery.decide import Decision
+    from surgery.deliver import Measurement
+    from surgery.ir import Report
     from surgery.models import LoadedModel
-    from surgery.pipeline import Decision, Progress, Request
+    from surgery.request import Progress, Request
 
 INTERRUPTED = 130
 TERMINATED = 143
 INEXACT = {None: "if-needed", True: "never", False: "always"}
-PLAIN_WIDTH = 110  # columns of the table where standard output is a file or a pipe
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where the program stands, so that everything is cleaned up as for Ctrl-C."""
+BUDGETS = ("latency", "latency_ms", "macs", "params", "channels")
+_ASKED = (
+    *("criterion", "scope", "round_to", "own_class", "part", "tracer", "seed"),
+    *("threads", "batch", "latency_table", "correct", "drop_layers", "acceptance"),
+)
 
 
 @click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
@@ -48,7 +61,7 @@ def cli() -> None:
 
 
 @cli.command(epilog=EXIT_CODES)
-@options(MODEL, SELECTION, DELIVERY, OUTPUT)
+@options(MODEL, SELECTION, TIMING, PLANNING, DELIVERY, OUTPUT)
 @click.pass_obj
 def shrink(session: Session, /, model: str, as_json: bool, quiet: bool, out: Path | None, **given: Any) -> None:
     """Shrink MODEL: cut, check, export to ONNX, time, and write everything into --out.
@@ -57,29 +70,82 @@ def shrink(session: Session, /, model: str, as_json: bool, quiet: bool, out: Pat
     (or a module and its example inputs), or a .pt2 exported program.
     """
     _one_budget(given)
-    with _work(session, quiet=quiet) as progress:
-        from surgery import artefacts, deliver, pipeline, report
-
-        how = deliver.Measurement(given["opset"], given["threads"], given["batch"], given["runs"], given["seed"])
+    with work(session, quiet=quiet) as progress:
+        how = _measurement(given)
         loaded = _load(model, given, progress)
-        _refuse_huge_batch(loaded, given["batch"])
-        out = out if out is not None else Path("shrunk", _folder_name(loaded.name))
-        session.writing = True
-        artefacts.prepare(out)
-        result = pipeline.realise(_decide(loaded, given, progress), progress=progress)
-        data = report.named(
-            result.report,
-            name=loaded.name,
-            weights=loaded.weights,
-            next_command=_evaluate_command(model, out, loaded, given),
-            notes=(*loaded.warnings, *loaded.notes),
-        )
-        written = deliver.save(replace(result, report=data), out, how, progress=progress)
-    _print_report(written.data, as_json=as_json)
+        written = _deliver(session, loaded, model, out, given, how, progress, lambda: _decide(loaded, given, progress))
+    print_report(written.data, as_json=as_json)
 
 
 @cli.command(epilog=EXIT_CODES)
-@options(MODEL, SELECTION, OUTPUT)
+@click.argument("plan", type=click.Path(path_type=Path))
+@options(MODEL, TIMING, DELIVERY, OUTPUT)
+@click.pass_obj
+def apply(
+    session: Session, /, plan: Path, model: str, as_json: bool, quiet: bool, out: Path | None, **given: Any
+) -> None:
+    """Repeat PLAN, the plan.json of an earlier run, on MODEL: the same architecture, with any weights.
+
+    MODEL, and what is written into --out, are as for `surgery shrink`; whatever is drawn at random is drawn as then.
+    """
+    with work(session, quiet=quiet) as progress:
+        from surgery.ir import Plan
+
+        decided = Plan.load(plan)
+        given["seed"] = decided.settings.get("seed", 0)
+        how = _measurement(given)
+        loaded = _load(model, given, progress)
+
+        def again() -> Decision:
+            from surgery.repeat import repeat
+
+            inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
+            return repeat(decided, loaded.module, inputs, example_kwargs=kwargs, progress=progress)
+
+        written = _deliver(session, loaded, model, out, given, how, progress, again)
+    print_report(written.data, as_json=as_json)
+
+
+@cli.command(epilog=EXIT_CODES)
+@options(MODEL, PROFILE, TIMING, OUTPUT)
+@click.pass_obj
+def profile(
+    session: Session, /, model: str, as_json: bool, quiet: bool, out: Path | None, pack: Path | None, **given: Any
+) -> None:
+    """Measure what MODEL's kernels take on this machine, or pack them to be measured on a device.
+
+    The latency table that --out writes, here or there, is what `surgery shrink MODEL --latency-table` plans by. Give
+    the same --keep, --part and --batch to both.
+    """
+    if out is not None and pack is not None:
+        raise click.UsageError("--out measures here and --pack does not; choose one of them")
+    with work(session, quiet=quiet) as progress:
+        from benchmarks.session import Settings
+        from surgery import profile as profiles
+
+        target = pack or out
+        if target is not None:
+            profiles.refuse_unwritable("--pack" if pack else "--out", target)
+        if pack is None:
+            Settings(threads=given["threads"])  # refuses more threads than there are cores, which a device may have
+        loaded = _load(model, given, progress)
+        _refuse_huge_batch(loaded, given["batch"])
+        inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
+        found = profiles.survey(loaded.module, inputs, _request(given), example_kwargs=kwargs, progress=progress)
+        session.writing = True
+        if pack is not None:
+            profiles.pack(found, pack, name=loaded.name, progress=progress)
+            data = {"pack": str(pack), "kernels": len(found.keys)}
+        else:
+            measured = profiles.measure(found, progress=progress)
+            data = profiles.describe(measured, name=loaded.name)
+            if out is not None:
+                measured.table.save(out)
+    print_profile(data, out=out, as_json=as_json)
+
+
+@cli.command(epilog=EXIT_CODES)
+@options(MODEL, SELECTION, TIMING, PLANNING, OUTPUT)
 @click.pass_obj
 def show(session: Session, /, model: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Show what would be cut from MODEL and why, without cutting, exporting or writing anything.
@@ -87,7 +153,7 @@ def show(session: Session, /, model: str, as_json: bool, quiet: bool, **given: A
     MODEL and the options are those of `surgery shrink`.
     """
     _one_budget(given)
-    with _work(session, quiet=quiet) as progress:
+    with work(session, quiet=quiet) as progress:
         from surgery import report
 
         loaded = _load(model, given, progress)
@@ -98,7 +164,7 @@ def show(session: Session, /, model: str, as_json: bool, quiet: bool, **given: A
             next_command=_shrink_command(session.arguments),
             notes=(*loaded.warnings, *loaded.notes),
         )
-    _print_report(data, as_json=as_json)
+    print_report(data, as_json=as_json)
 
 
 @cli.command(epilog=EXIT_CODES)
@@ -124,7 +190,7 @@ def ops(markdown: bool, as_json: bool) -> None:
 
 
 def _one_budget(given: Mapping[str, Any]) -> None:
-    budgets = [f"--{kind}" for kind in ("macs", "params", "channels") if given[kind] is not None]
+    budgets = [f"--{kind.replace('_', '-')}" for kind in BUDGETS if given[kind] is not None]
     if len(budgets) > 1:
         raise click.UsageError(f"{' and '.join(budgets)} are given, but a run has one budget; choose one of them")
 
@@ -156,90 +222,65 @@ def _load(model: str, given: Mapping[str, Any], progress: Progress) -> LoadedMod
         trust=given["trust"],
     )
     for warning in loaded.warnings:
-        _say(f"warning: {warning}")
+        say(f"warning: {warning}")
     return loaded
 
 
 def _decide(loaded: LoadedModel, given: Mapping[str, Any], progress: Progress) -> Decision:
-    from surgery import pipeline
+    from surgery.decide import decide
 
     inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
-    return pipeline.decide(loaded.module, inputs, _request(given), example_kwargs=kwargs, progress=progress)
+    return decide(loaded.module, inputs, _request(given), example_kwargs=kwargs, progress=progress)
+
+
+def _deliver(
+    session: Session,
+    loaded: LoadedModel,
+    model: str,
+    out: Path | None,
+    given: Mapping[str, Any],
+    how: Measurement,
+    progress: Progress,
+    decided: Callable[[], Decision],
+) -> Report:
+    """Cut what is decided, check, export, time, and write everything into the output folder."""
+    from surgery import artefacts, deliver, pipeline, report
+
+    _refuse_huge_batch(loaded, given["batch"])
+    out = out if out is not None else Path("shrunk", _folder_name(loaded.name))
+    session.writing = True
+    artefacts.prepare(out)
+    result = pipeline.realise(decided(), progress=progress)
+    data = report.named(
+        result.report,
+        name=loaded.name,
+        weights=loaded.weights,
+        next_command=_evaluate_command(model, out, loaded, given),
+        notes=(*loaded.warnings, *loaded.notes),
+    )
+    return deliver.save(replace(result, report=data), out, how, progress=progress)
+
+
+def _measurement(given: Mapping[str, Any]) -> Measurement:
+    from surgery.deliver import Measurement
+
+    return Measurement(given["opset"], given["threads"], given["batch"], given["runs"], given["seed"])
 
 
 def _request(given: Mapping[str, Any]) -> Request:
     from surgery.ir import Budget
-    from surgery.pipeline import Request
+    from surgery.request import Request
 
-    budget = {kind: given[kind] for kind in ("macs", "params", "channels") if given[kind] is not None}
+    budget = {kind: given[kind] for kind in BUDGETS if given.get(kind) is not None}
     return Request(
-        budget=Budget(**(budget or {"macs": 0.5})),
-        inexact=INEXACT[given["exact"]],
+        budget=Budget(**budget) if budget else None,
+        inexact=INEXACT[given.get("exact")],
         keep=tuple(given["keep"]),
-        **{key: given[key] for key in ("criterion", "scope", "round_to", "own_class", "part", "tracer", "seed")},
+        **{key: given[key] for key in _ASKED if key in given},
     )
 
 
-# What the user sees. -------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _work(session: Session, *, quiet: bool) -> Iterator[Progress]:
-    """Keep standard output clean while stages run, and yield the function that shows how far they are."""
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    columns = (TimeElapsedColumn(), BarColumn(), TextColumn("{task.description}"))
-    # No refreshing thread: it would disturb the timer.
-    bar = Bar(*columns, console=console, auto_refresh=False, transient=True, disable=quiet, redirect_stdout=False)
-    task = bar.add_task("", total=1.0)
-    seen: list[str] = []
-
-    def progress(stage: str, fraction: float) -> None:
-        if session.stopped:
-            raise Terminated
-        if console.is_terminal:
-            bar.update(task, description=stage, completed=fraction, refresh=True)
-        elif stage not in seen and not quiet:  # a log file: one line per stage
-            console.print(stage, highlight=False)
-        seen.append(stage)
-
-    with _only_result_on_stdout(), warnings.catch_warnings():
-        if not session.debug:
-            warnings.simplefilter("ignore")
-        with bar if console.is_terminal else contextlib.nullcontext():
-            yield progress
-
-
-@contextlib.contextmanager
-def _only_result_on_stdout() -> Iterator[None]:
-    """Send what others print to standard error, also below Python: commands that the user's file runs, native code."""
-    sys.stdout.flush()
-    saved = os.dup(1)
-    try:
-        os.dup2(2, 1)
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        os.dup2(saved, 1)
-        os.close(saved)
-
-
-def _print_report(data: Mapping[str, Any], *, as_json: bool) -> None:
-    from rich.console import Console
-
-    from surgery import report
-    from surgery.ir import Report
-
-    if as_json:
-        click.echo(Report(data).to_json(), nl=False)
-    else:
-        console = Console()
-        report.render_terminal(data, console if console.is_terminal else Console(width=PLAIN_WIDTH))
-    sys.stdout.flush()
-    os.dup2(2, 1)  # what the user's file prints at exit is no part of the result
+# Commands to be typed next. -------------------------------------------------------------------------------------------
 
 
 def _evaluate_command(model: str, out: Path, loaded: LoadedModel, given: Mapping[str, Any]) -> str:
@@ -300,7 +341,7 @@ def _stop(session: Session, number: int) -> None:
     session.stopped = TERMINATED if number == signal.SIGTERM else INTERRUPTED
     signal.signal(number, signal.SIG_DFL)  # a second one ends the process; the previous files are whole in any case
     if not session.writing:
-        _say(_stopped(session.stopped))
+        say(_stopped(session.stopped))
         os._exit(session.stopped)
     raise Terminated
 
@@ -315,30 +356,26 @@ def _explain(error: BaseException, session: Session) -> int:
     if session.debug:
         traceback.print_exception(error)
     if session.stopped or isinstance(error, KeyboardInterrupt):
-        _say(_stopped(session.stopped or INTERRUPTED))
+        say(_stopped(session.stopped or INTERRUPTED))
         return session.stopped or INTERRUPTED
     if isinstance(error, MemoryError):
-        _say(f"error: not enough memory ({error}); use a smaller --batch, --input-shape or model")
+        say(f"error: not enough memory ({error}); use a smaller --batch, --input-shape or model")
         return InvalidInput.exit_code
     if isinstance(error, click.UsageError):
         hint = f"; see '{error.ctx.command_path} --help'" if error.ctx else ""
         if session.arguments[:1] == ("shrink",) and session.arguments[1:2] and session.arguments[1] in cli.commands:
             hint = f"; '{session.arguments[1]}' is a command of its own: surgery {shlex.join(session.arguments[1:])}"
-        _say(f"error: {error.format_message().rstrip('.')}{hint}")
+        say(f"error: {error.format_message().rstrip('.')}{hint}")
         return error.exit_code
     if isinstance(error, click.ClickException):
         error.show()
         return InvalidInput.exit_code
     if isinstance(error, SurgeryError):
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return error.exit_code
     what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    _say(f"internal error: {what}; this is a bug, please report it with what the same command prints with --debug")
+    say(f"internal error: {what}; this is a bug, please report it with what the same command prints with --debug")
     return INTERNAL
-
-
-def _say(sentence: str) -> None:
-    click.echo(f"surgery: {sentence}", err=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from surgery.ops.registry import Shape, rules
 from surgery.wiring import Wiring
 
 
-class _Sizes:
+class Sizes:
     """Surviving lengths of many axes at once; axes with equal labels are counted once."""
 
     def __init__(self, wiring: Wiring) -> None:
@@ -38,6 +38,11 @@ class _Sizes:
             self._axes.append(layers)
         return self._slots[key]
 
+    @property
+    def axes(self) -> Sequence[Layers]:
+        """The labels of each slot's axis, as roots."""
+        return self._axes
+
     def lengths(self, dead: Mask) -> list[int]:
         """Surviving length per slot."""
         alive = ~dead
@@ -60,7 +65,7 @@ def cost_functions(program: Program, coupling: Coupling) -> Mapping[str, CostFn]
 
 
 def _macs(program: Program, wiring: Wiring) -> CostFn:
-    table, sizes = rules(), _Sizes(wiring)
+    table, sizes = rules(), Sizes(wiring)
     terms: list[tuple[Callable[[Mapping[str, Shape], Shape], int], dict[str, list[int]], list[int]]] = []
     for node in program.nodes:
         rule = table.get(node.op)
@@ -82,6 +87,16 @@ def _macs(program: Program, wiring: Wiring) -> CostFn:
     return macs
 
 
+HOT_BYTES = 1 << 20
+"""Weights of a network up to so many bytes stay in the cache next to a core from run to run."""
+
+
+def is_cold(program: Program) -> bool:
+    """Whether a network's weights are too many to stay in the cache next to a core."""
+    held: int = sum(p.numel() * p.element_size() for p in program.dense.model.parameters())
+    return held > HOT_BYTES
+
+
 def batch_size(program: Program) -> int:
     """How many samples the example inputs hold."""
     first = program.inputs[0].shape if program.inputs else ()
@@ -89,7 +104,7 @@ def batch_size(program: Program) -> int:
 
 
 def _params(program: Program, wiring: Wiring) -> CostFn:
-    sizes = _Sizes(wiring)
+    sizes = Sizes(wiring)
     tracked: list[list[int]] = []
     fixed = 0
     seen: set[int] = set()

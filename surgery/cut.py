@@ -123,9 +123,12 @@ def _others(size: int, dead: tuple[int, ...]) -> Tensor:
 
 def masked(program: Program, plan: Plan, coupling: Coupling) -> nn.Module:
     """Return a copy of the dense model whose dead slices are zero and still there: what masking tools make."""
-    module: nn.Module = copied(program.model)
+    module: nn.Module = copied(program.dense.model)
     tensors = dict(module.named_parameters(remove_duplicate=False))
+    left = {name for name, _ in program.model.named_parameters(remove_duplicate=False)}
     with torch.no_grad():
+        for name in tensors.keys() - left:  # of blocks that are gone
+            tensors[name].zero_()
         for name, tensor in arranged(module.state_dict(), moves_of(coupling, plan.arranged)).items():
             module.state_dict()[name].copy_(tensor)
         for c in plan.cuts:

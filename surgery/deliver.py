@@ -28,7 +28,8 @@ from surgery import __version__, artefacts, report
 from surgery.cut import masked
 from surgery.errors import CheckFailed, InvalidInput, UnsupportedModel
 from surgery.ir import Plan, Report
-from surgery.pipeline import Clock, Progress, Result, apply
+from surgery.pipeline import Result, apply
+from surgery.request import Clock, Progress
 from surgery.trace import evaluating, quiet
 
 
@@ -171,7 +172,8 @@ class _Subject:
             return cls(result.whole.model, result.whole.around, args, kwargs, None, batch)
         dynamic = tuple(spec.dynamic for spec in program.inputs)
         batch = program.inputs[0].shape[0] if program.inputs and program.inputs[0].shape else 1
-        return cls(program.model, lambda module: module, program.example_args, program.example_kwargs, dynamic, batch)
+        dense = program.dense.model
+        return cls(dense, lambda module: module, program.example_args, program.example_kwargs, dynamic, batch)
 
     def axes(self) -> dict[str, tuple[int, ...]] | None:
         """Input name → dynamic axes; None where they are not known."""
@@ -235,10 +237,13 @@ def _export_three(
     }
     origin = {
         "tool_version": __version__,
-        "budget": f"{plan.budget.kind} {plan.budget.fraction:g}" if plan.budget else "none",
+        "budget": f"{plan.budget.kind} {plan.budget.amount:g}" if plan.budget else "none",
         "plan_sha256": plan.digest,
         "dense_fingerprint": program.fingerprint,
     }
+    if (latency := result.report["latency"]) is not None:
+        # What acceptances on the device are compared with.
+        origin["predicted_latency_ratio"] = f"{latency['predicted_ms'] / latency['predicted_dense_ms']:.6f}"
     exports = {}
     for name, (model, path) in models.items():
         with clock(f"export {name}"):

@@ -19,7 +19,7 @@ from typing import Any
 
 from surgery.errors import InvalidInput, PlanMismatch
 
-PLAN_SCHEMA = 2
+PLAN_SCHEMA = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,7 @@ class Program:
         tracer: `export` or `torch-pruning`.
         materialised: weight that the model computes from parameters, and that the graph holds ready-made → names of
             those parameters which are read nowhere else.
+        whole: the program as it was traced, where this one is what is left of it without some blocks.
     """
 
     graph: Any
@@ -72,6 +73,41 @@ class Program:
     model: Any
     tracer: str = "export"
     materialised: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    whole: Program | None = None
+
+    @property
+    def dense(self) -> Program:
+        """The program as it was traced."""
+        return self.whole or self
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A residual branch: without it every shape stays, and the sum that it enters is its other operand.
+
+    Attributes:
+        name: path of the module that adds it up, numbered where it adds up several.
+        module: that path.
+        sum: name of the operation that adds it up.
+        stays: name of the other operand.
+        branch: name of the operand that goes.
+        nodes: names of the operations that go with it, in order.
+        tensors: parameters and buffers that only they read.
+        source: the user's ``file:line`` of the sum.
+        plain: whether the operand that stays is what the branch starts from, and not a projection of it.
+        rank: number of axes of the sum.
+    """
+
+    name: str
+    module: str
+    sum: str
+    stays: str
+    branch: str
+    nodes: tuple[str, ...]
+    tensors: tuple[str, ...]
+    source: str
+    plain: bool
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,35 +195,53 @@ CostFn = Callable[[Mapping[str, Sequence[int]]], int]
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What to keep, as a fraction of the dense model (0 < R < 1): exactly one of the three is set.
+    """What to keep: a fraction of the dense model (0 < R < 1), or milliseconds. Exactly one is set.
+
+    Attributes:
+        macs: fraction of the multiply-adds.
+        params: fraction of the parameters.
+        channels: fraction of all removable units.
+        latency: fraction of the dense model's latency in ONNX Runtime.
+        latency_ms: latency in ONNX Runtime, in milliseconds.
 
     Raises:
-        InvalidInput: none or several are set, or the fraction is not strictly between 0 and 1.
+        InvalidInput: none or several are set, or one is out of range.
     """
 
     macs: float | None = None
     params: float | None = None
     channels: float | None = None
+    latency: float | None = None
+    latency_ms: float | None = None
 
     def __post_init__(self) -> None:
         given = {k: v for k, v in asdict(self).items() if v is not None}
         if len(given) != 1:
-            raise InvalidInput(f"a budget names exactly one of macs, params, channels; got {sorted(given) or 'none'}")
+            kinds = ", ".join(f.name for f in fields(self))
+            raise InvalidInput(f"a budget names exactly one of {kinds}; got {sorted(given) or 'none'}")
         name, value = next(iter(given.items()))
-        if not (isinstance(value, (int, float)) and 0.0 < value < 1.0):
+        if name == "latency_ms":
+            if not (isinstance(value, (int, float)) and 0.0 < value < float("inf")):
+                raise InvalidInput(f"budget latency_ms={value!r}: give a number of milliseconds above 0")
+        elif not (isinstance(value, (int, float)) and 0.0 < value < 1.0):
             raise InvalidInput(
                 f"budget {name}={value!r}: the fraction of the dense model to keep must lie strictly between 0 and 1"
             )
 
     @property
     def kind(self) -> str:
-        """`macs`, `params` or `channels`."""
+        """`macs`, `params`, `channels`, `latency` or `latency_ms`."""
         return next(k for k, v in asdict(self).items() if v is not None)
 
     @property
-    def fraction(self) -> float:
-        """The fraction of the dense model to keep."""
+    def amount(self) -> float:
+        """The fraction of the dense model to keep, or milliseconds."""
         return float(next(v for v in asdict(self).values() if v is not None))
+
+    @property
+    def is_latency(self) -> bool:
+        """Whether time decides."""
+        return self.latency is not None or self.latency_ms is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +281,9 @@ class Plan:
         settings: criterion, scope, seed and the like, as given.
         notes: decisions with reasons.
         arranged: in what order heads hold their members before `cuts` are made; each head in the first where missing.
+        dropped: name of each block that is gone altogether → what it leaves behind, a constant per channel; empty where
+            that is nothing.
+        reasons: group or block name → why it stands where it stands.
     """
 
     dead: Mapping[str, tuple[int, ...]]
@@ -238,6 +295,8 @@ class Plan:
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     arranged: tuple[Arrangement, ...] = ()
+    dropped: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the plan as JSON text: sorted keys, byte-identical for equal plans."""
@@ -283,6 +342,8 @@ class Plan:
                 arranged=tuple(
                     Arrangement(a["group"], a["outer"], tuple(map(tuple, a["orders"]))) for a in data["arranged"]
                 ),
+                dropped={name: tuple(values) for name, values in data["dropped"].items()},
+                reasons=dict(data["reasons"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanMismatch(

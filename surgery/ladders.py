@@ -58,17 +58,24 @@ class Schedule:
         return {name: tuple(sorted(units)) for name, units in dead.items()}
 
 
-def ladders_of(coupling: Coupling, scores: Scores, round_to: int) -> list[Ladder]:
-    """Return the ladders of all groups, in the order of the groups; those that must stay alike share one."""
+def ladders_of(coupling: Coupling, scores: Scores, round_to: int | Mapping[str, int]) -> list[Ladder]:
+    """Return the ladders of all groups, in the order of the groups; those that must stay alike share one.
+
+    Args:
+        coupling: the groups.
+        scores: importance per unit.
+        round_to: what is left of a group that is cut is a multiple of this; one number, or one per group.
+    """
+    multiples = dict.fromkeys((g.name for g in coupling.groups), round_to) if isinstance(round_to, int) else round_to
     bundles = {piece[0][0]: pieces for pieces in coupling.alike if (piece := pieces[0])}
     together = {name for pieces in coupling.alike for piece in pieces for name, _ in piece}
     groups = {group.name: group for group in coupling.groups}
     out = []
     for name, group in groups.items():
         if name in bundles:
-            out.append(_alike(bundles[name], groups, scores, round_to, coupling))
+            out.append(_alike(bundles[name], groups, scores, multiples, coupling))
         elif name not in together:
-            out.append(_single(group, scores[name], round_to, coupling.floors.get(name, ())))
+            out.append(_single(group, scores[name], multiples[name], coupling.floors.get(name, ())))
     return out
 
 
@@ -87,7 +94,11 @@ def _single(group: Group, scores: Sequence[float], round_to: int, floors: Sequen
 
 
 def _alike(
-    pieces: Sequence[Sequence[Unit]], groups: Mapping[str, Group], scores: Scores, round_to: int, coupling: Coupling
+    pieces: Sequence[Sequence[Unit]],
+    groups: Mapping[str, Group],
+    scores: Scores,
+    round_to: Mapping[str, int],
+    coupling: Coupling,
 ) -> Ladder:
     """Units go in rounds: the least important of each piece, then the next of each; the last round stays."""
     names = tuple(dict.fromkeys(name for piece in pieces for name, _ in piece))
@@ -100,7 +111,7 @@ def _alike(
     ends = []
     for removed, (name, unit) in enumerate(order[: -len(pieces)], start=1):
         left[name] -= widths[name][unit]
-        whole = removed % len(pieces) == 0 and all(n > 0 and n % round_to == 0 for n in left.values())
+        whole = removed % len(pieces) == 0 and all(n > 0 and n % round_to[owner] == 0 for owner, n in left.items())
         if whole and all(floor & (last | set(order[removed:])) for floor in floors):
             ends.append(removed)
     return _ladder(names, order, ends, scores)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from surgery.clean import mutates
 from surgery.ir import Program
 from surgery.labels import Value
 from surgery.lean import ONE_AT_A_TIME
@@ -133,8 +134,8 @@ class Run(torch.fx.Interpreter):
     def run_node(self, n: torch.fx.Node) -> Any:
         """Run one call on the CPU, with dtype literals of the traced program raised to the dtype of the run."""
         if n.op != "call_function":
-            value = super().run_node(n)
-            return value.clone() if n.op == "get_attr" and any(map(_writes, n.users)) else value
+            value = super().run_node(n)  # a buffer that counts calls, say, is written into
+            return value.clone() if n.op == "get_attr" and any(map(mutates, n.users)) else value
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         args, kwargs = tuple(map(self._here, args)), {name: self._here(x) for name, x in kwargs.items()}
         if self._override is not None:
@@ -147,12 +148,6 @@ class Run(torch.fx.Interpreter):
         if isinstance(x, torch.device):
             return torch.device("cpu")
         return self._dtype if isinstance(x, torch.dtype) and x.is_floating_point and self._dtype is not None else x
-
-
-def _writes(node: torch.fx.Node) -> bool:
-    """Whether a call may change its arguments: a buffer that counts calls, say."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
 
 
 def narrowest(program: Program) -> torch.dtype:

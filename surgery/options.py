@@ -78,6 +78,15 @@ def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     ctx.ensure_object(Session).debug |= value
 
 
+_KEEP = click.option(
+    "--keep", multiple=True, metavar="PATTERN",
+    help="Leave modules or parameters of this name whole (* and ? match); may be repeated.",
+)  # fmt: skip
+_PART = click.option("--part", metavar="SUBMODULE", help="Shrink this submodule only; its interface stays.")
+_SEED = click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
+    help="For everything drawn at random.",
+)  # fmt: skip
 _FRACTION = click.FloatRange(0.0, 1.0, min_open=True, max_open=True)
 
 MODEL = (
@@ -95,7 +104,14 @@ MODEL = (
 )  # fmt: skip
 
 SELECTION = (
-    click.option("--macs", type=_FRACTION, metavar="R", help="Fraction of the MACs to keep.  [default: 0.5]"),
+    click.option(
+        "--latency", type=_FRACTION, metavar="R",
+        help="Fraction of the dense model's latency in ONNX Runtime to keep.  [default: 0.5]",
+    ),
+    click.option(
+        "--latency-ms", type=click.FloatRange(0.0, min_open=True), metavar="X", help="Milliseconds to get down to.",
+    ),
+    click.option("--macs", type=_FRACTION, metavar="R", help="Fraction of the MACs to keep."),
     click.option("--params", type=_FRACTION, metavar="R", help="Fraction of the parameters to keep."),
     click.option("--channels", type=_FRACTION, metavar="R", help="Fraction of all removable units to keep."),
     click.option(
@@ -114,23 +130,17 @@ SELECTION = (
         "--exact/--allow-inexact", "exact", default=None,
         help="Never, or freely, cut what is not like zeros (norms, means); without either, only if the budget asks.",
     ),
-    click.option(
-        "--keep", multiple=True, metavar="PATTERN",
-        help="Leave modules or parameters of this name whole (* and ? match); may be repeated.",
-    ),
+    _KEEP,
     click.option(
         "--own-class", is_flag=True,
         help="Keep whole what your class's code cannot run at other sizes, so that your class comes back.",
     ),
-    click.option("--part", metavar="SUBMODULE", help="Shrink this submodule only; its interface stays."),
+    _PART,
     click.option(
         "--tracer", type=click.Choice(["export", "torch-pruning"]), default="export", show_default=True,
         help="How the model is captured; torch-pruning for what torch.export cannot capture.",
     ),
-    click.option(
-        "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
-        help="For everything drawn at random.",
-    ),
+    _SEED,
 )  # fmt: skip
 
 OUTPUT = (
@@ -142,7 +152,7 @@ OUTPUT = (
     ),
 )  # fmt: skip
 
-DELIVERY = (
+TIMING = (
     click.option(
         "--threads", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
         help="Intra-op threads of ONNX Runtime while timing.",
@@ -150,6 +160,39 @@ DELIVERY = (
     click.option(
         "--batch", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Items per timed run.",
     ),
+)  # fmt: skip
+
+PLANNING = (
+    click.option(
+        "--latency-table", type=click.Path(), metavar="FILE",
+        help="Plan by this table, of another device perhaps, and time nothing to plan.  [default: this machine's]",
+    ),
+    click.option(
+        "--acceptance", type=click.Path(), metavar="FILE",
+        help="Aim by what an earlier plan was measured to take on that table's device.",
+    ),
+    click.option(
+        "--correct/--no-correct", default=True, show_default=True,
+        help="Time the compact model and correct the plan until the latency is met.",
+    ),
+    click.option(
+        "--drop-layers/--no-drop-layers", default=True, show_default=True,
+        help="Let residual blocks go as a whole: dead ones, and those that buy latency most cheaply.",
+    ),
+)  # fmt: skip
+
+PROFILE = (
+    _KEEP,
+    _PART,
+    _SEED,
+    click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write the latency table there."),
+    click.option(
+        "--pack", type=click.Path(path_type=Path), metavar="FILE.zip",
+        help="Measure nothing here: write what measures on a device that has Python, numpy and onnxruntime.",
+    ),
+)  # fmt: skip
+
+DELIVERY = (
     click.option("--opset", type=click.IntRange(min=18), metavar="N", help="ONNX opset.  [default: the exporter's]"),
     click.option(
         "--runs", type=click.IntRange(min=3), default=2000, show_default=True, metavar="N",

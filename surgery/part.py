@@ -121,13 +121,15 @@ def plain_arguments(program: Program) -> dict[str, Any]:
     return {"arguments": plain} if plain else {}
 
 
-def of_plan(plan: Plan, dense_model: nn.Module, example_inputs: Any) -> Whole | None:
+def of_plan(
+    plan: Plan, dense_model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None
+) -> Whole | None:
     """Return the part that the plan is for, with inputs from the plan where none of the whole model are given."""
     name = plan.settings.get("part")
     if name is None:
         return None
     if example_inputs is not None:
-        return reach(dense_model, name, example_inputs, None)
+        return reach(dense_model, name, example_inputs, example_kwargs)
     module = find(dense_model, name)
     return Whole(dense_model, name, module, *inputs_of(plan, module))
 

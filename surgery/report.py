@@ -52,6 +52,7 @@ def describe(
     compact: CompactModel | None = None,
     verdict: CheckResult | None = None,
     costs: Mapping[str, tuple[int, int]],
+    loop: Any = None,
 ) -> dict[str, Any]:
     """Return the report on a decision: what is cut, what stays and why, and what the check found.
 
@@ -62,6 +63,7 @@ def describe(
         compact: the smaller model, or None where nothing was cut yet (`surgery show`).
         verdict: what the check found, or None where nothing was checked.
         costs: ``params``, ``macs`` and ``channels`` → (dense, kept), in parameters, MACs per batch element, units.
+        loop: for a budget of time, how the plan was found (`surgery.race.Loop`).
 
     Returns:
         JSON-ready data of schema `SCHEMA`, without files and times.
@@ -73,21 +75,26 @@ def describe(
         "tool": {"name": "model-surgery", "version": __version__},
         "accuracy": {"status": "unknown", "verdict": VERDICT, "next_command": None},
         "model": {
-            "name": type(program.model).__name__,
+            "name": type(program.dense.model).__name__,
             "weights": None,
             "fingerprint": program.fingerprint,
             "tracer": program.tracer,
             "inputs": [_plain(spec) for spec in program.inputs],
         },
         "budget": _budget(plan, costs),
+        "latency": _plain_loop(loop),
         "settings": json.loads(json.dumps(dict(plan.settings))),
-        "plan": {"digest": plan.digest, "notes": list(plan.notes)},
+        "plan": {"digest": plan.digest, "notes": list(plan.notes), "reasons": dict(plan.reasons)},
         "compact": _compact(compact),
         "models": [
             {"name": name, "parameters": cost["params"], "macs": cost["macs"], "onnx_bytes": None}
             for name, cost in rows
         ],
         "groups": _groups(coupling, plan),
+        "dropped": [
+            {"name": name, "constant": bool(left), "reason": plan.reasons.get(name)}
+            for name, left in plan.dropped.items()
+        ],
         "frozen": [_plain(frozen) for frozen in coupling.frozen],
         "check": _plain(verdict) if verdict else None,
         "timing": None,
@@ -149,13 +156,17 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(asdict(value)))
 
 
+def _plain_loop(loop: Any) -> dict[str, Any] | None:
+    return json.loads(json.dumps(loop.to_dict())) if loop is not None else None
+
+
 def _budget(plan: Plan, costs: Mapping[str, tuple[int, int]]) -> dict[str, Any] | None:
-    if plan.budget is None:
+    if plan.budget is None or plan.budget.is_latency:
         return None
     dense, kept = costs[plan.budget.kind]
     return {
         "kind": plan.budget.kind,
-        "fraction": plan.budget.fraction,
+        "fraction": plan.budget.amount,
         "dense": dense,
         "kept": kept,
         "kept_fraction": kept / dense if dense else 1.0,
@@ -228,6 +239,11 @@ def cut_lines(data: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def dropped_lines(data: Mapping[str, Any]) -> list[str]:
+    """Return one line per block that is gone, with why it went."""
+    return [f"{b['name']}: {b['reason'] or 'dead' + ', a constant stays' * b['constant']}" for b in data["dropped"]]
+
+
 def inexact_lines(data: Mapping[str, Any]) -> list[str]:
     """Return one line per cut group whose removal changes what a norm or mean averages over."""
     return [f"{g['name']}: {g['inexact']}" for g in data["groups"] if g["inexact"] and g["to"] < g["from"]]
@@ -251,6 +267,15 @@ def budget_line(data: Mapping[str, Any]) -> str:
         f"budget: keep at most {budget['fraction']:g} of the {budget['kind']}; "
         f"kept {budget['kept_fraction']:.4f} ({_si(budget['kept'])} of {_si(budget['dense'])})"
     )
+
+
+def latency_line(data: Mapping[str, Any]) -> str:
+    """Return what a budget of time came to; the empty string for other budgets."""
+    latency = data["latency"]
+    if latency is None:
+        return ""
+    table = f"by the latency table {latency['predicted_ms']:.4g} of {latency['predicted_dense_ms']:.4g} ms"
+    return f"latency budget: keep at most {latency['target']:.4g} of it; {latency['verdict']}; {table}"
 
 
 def compact_line(data: Mapping[str, Any]) -> str:
@@ -289,7 +314,7 @@ def timing_line(data: Mapping[str, Any]) -> str:
 
 
 def _sentences(data: Mapping[str, Any]) -> list[str]:
-    lines = (budget_line(data), compact_line(data), check_line(data), timing_line(data))
+    lines = (budget_line(data), latency_line(data), compact_line(data), check_line(data), timing_line(data))
     return [line for line in lines if line]
 
 
@@ -312,6 +337,7 @@ def render_terminal(data: Mapping[str, Any], console: Console) -> None:
     for line in _sentences(data):
         console.print(line, markup=False, highlight=False)
     _section(console, "cut (group: units from → to)", cut_lines(data), limit=_SHOWN_GROUPS)
+    _section(console, "dropped: whole residual branches", dropped_lines(data), limit=_SHOWN_GROUPS)
     _section(console, "inexact: not what zeros would give", inexact_lines(data), limit=_SHOWN_GROUPS)
     _section(console, "frozen, and why", frozen_lines(data), limit=_SHOWN_REASONS)
     _section(console, "notes", note_lines(data), limit=None)
@@ -356,6 +382,7 @@ def render_markdown(data: Mapping[str, Any]) -> str:
         sentences=_sentences(data),
         sections={
             "Cut: group, units from → to": cut_lines(data),
+            "Dropped: whole residual branches": dropped_lines(data),
             "Inexact: not what zeros would give": inexact_lines(data),
             "Frozen, and why": frozen_lines(data),
             "Notes": note_lines(data),

@@ -69,7 +69,7 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
     notes = (*notes, *_fixed_axes(inputs), *_computed_weights(cleaned.materialised))
     return Program(
         graph=graph,
-        nodes=tuple(_describe(n) for n in graph.graph.nodes if n.op == "call_function"),
+        nodes=describe_graph(graph.graph),
         inputs=inputs,
         example_args=args,
         example_kwargs=kwargs,
@@ -360,6 +360,11 @@ def module_of(node: torch.fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [entry[0] if isinstance(entry, tuple) else str(entry) for entry in stack.values()]
     return paths[-1] if paths else ""
+
+
+def describe_graph(graph: torch.fx.Graph) -> tuple[Node, ...]:
+    """Return what a graph computes, in order, as readable nodes."""
+    return tuple(_describe(n) for n in graph.nodes if n.op == "call_function")
 
 
 def _describe(node: torch.fx.Node) -> Node:

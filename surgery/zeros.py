@@ -35,13 +35,14 @@ def counted(program: Program, wiring: Wiring, *, seed: int = 0) -> dict[str, str
     if not candidates:
         return {}
     masks = Masks(wiring, wiring.dead_roots(_half(wiring, seed)))
-    mask = masking(program, wiring, masks)
+    mask, table = masking(program, wiring, masks), rules()
     found: dict[str, str] = {}
 
     def compare(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
         value = wiring.values[node.name]
-        if str(node.target) in _GATES and isinstance(value, Value):  # shut on these inputs, but not on all
-            return torch.where(_alive(value, masks), node.target(*args, **kwargs), args[0])  # type: ignore[operator]
+        if isinstance(value, Value) and (rule := table.get(str(node.target))) is not None and rule.gate:
+            out: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+            return torch.where(_alive(value, masks) | (out != 0), out, args[0])  # shut here, but not on all inputs
         masked = mask(node, args, kwargs)
         if node.name not in candidates or not isinstance(masked, Tensor) or not isinstance(value, Value):
             return masked
@@ -59,13 +60,6 @@ def counted(program: Program, wiring: Wiring, *, seed: int = 0) -> dict[str, str
     with torch.no_grad():
         Run(program.graph, state, compare, torch.float64).run(*inputs)
     return found
-
-
-_GATES = {
-    f"aten.{name}.default"
-    for name in ("relu", "relu6", "hardtanh", "hardswish", "threshold", "clamp", "clamp_min", "clamp_max")
-} | {"aten.softshrink.default", "aten.hardshrink.default"}
-"""Functions that give zero for much besides zero: what removed units hold is taken to pass them."""
 
 
 def _holds(node: torch.fx.Node, x: Any, wiring: Wiring, masks: Masks) -> bool:

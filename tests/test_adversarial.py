@@ -424,7 +424,9 @@ def test_heads_that_mix_with_the_batch_are_never_cut_wrong(mixed: Any) -> None:
 
 def test_without_a_floating_output_nothing_is_shown() -> None:
     with pytest.raises(CheckFailed, match="no floating-point tensor"):
-        surgery.shrink(three(lambda m, x: m.z(m.a(x)).argmax(1)), torch.randn(2, 3, 6, 6))
+        surgery.shrink(
+            three(lambda m, x: m.z(m.a(x)).argmax(1)), torch.randn(2, 3, 6, 6), budget=surgery.Budget(macs=0.5)
+        )
 
 
 def outputs_as_before(cutting: Cutting) -> bool:

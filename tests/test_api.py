@@ -38,12 +38,13 @@ def net(seed: int = 0, width: int = 12) -> Net:
     return Net(width)
 
 
+HALF = surgery.Budget(macs=0.5)
 IMAGE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
 def result() -> Any:
-    return surgery.shrink(net(), IMAGE)
+    return surgery.shrink(net(), IMAGE, budget=HALF)
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +73,14 @@ def test_the_report_counts_what_fvcore_counts_on_the_modules(result: Any) -> Non
 
 def test_every_stage_is_timed_and_told() -> None:
     told: list[str] = []
-    result = surgery.shrink(net(), IMAGE, progress=lambda stage, fraction: told.append(stage))
+    result = surgery.shrink(net(), IMAGE, budget=HALF, progress=lambda stage, fraction: told.append(stage))
     stages = ["trace", "couple", "score", "allocate", "cut", "check", "count"]
     assert list(dict.fromkeys(told)) == stages
     assert list(result.report["stages_s"]) == stages
 
 
 def test_the_same_seed_and_arguments_give_the_same_bytes(result: Any) -> None:
-    again = surgery.shrink(net(), IMAGE)
+    again = surgery.shrink(net(), IMAGE, budget=HALF)
     assert again.plan.to_json() == result.plan.to_json()
     assert weights_bytes(again.model) == weights_bytes(result.model)
 
@@ -95,7 +96,7 @@ def test_a_users_criterion_is_named_in_the_plan() -> None:
     def first_units_go(group: Any, parameters: Any) -> list[float]:
         return [float(k) for k in range(group.size)]
 
-    made = surgery.shrink(net(), IMAGE, criterion=first_units_go)
+    made = surgery.shrink(net(), IMAGE, budget=HALF, criterion=first_units_go)
     assert made.plan.settings["criterion"] == "first_units_go"
     assert all(dead == tuple(range(len(dead))) for dead in made.plan.dead.values())
 
@@ -113,7 +114,7 @@ def test_a_plan_travels_to_another_copy_of_the_dense_model(result: Any, tmp_path
 
 def test_keyword_inputs_are_made_again_from_the_plan() -> None:
     scaled = {"scale": torch.ones(1, 1)}
-    made = surgery.shrink(net(), IMAGE, example_kwargs=scaled)
+    made = surgery.shrink(net(), IMAGE, budget=HALF, example_kwargs=scaled)
     compact = surgery.apply(made.plan, net())
     assert torch.equal(compact(IMAGE, **scaled), made.model(IMAGE, **scaled))
 
@@ -188,7 +189,7 @@ class Told(nn.Module):
 def test_arguments_that_are_no_tensors_are_in_the_plan(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Told().eval(), torch.randn(1, 3, 12, 12)
-    result = surgery.shrink(model, x, example_kwargs={"scale": 2.0, "bent": False})
+    result = surgery.shrink(model, x, budget=HALF, example_kwargs={"scale": 2.0, "bent": False})
     assert result.check.error_float64 <= 1e-10
     result.plan.save(tmp_path / "plan.json")
     plan = surgery.Plan.load(tmp_path / "plan.json")

@@ -65,8 +65,8 @@ def not_a_number():
 # Faults planted in the compiler itself, which runs in the same process.
 
 def wrong_cut():
-    from surgery import pipeline
-    cut = pipeline.cut
+    from surgery import request
+    cut = request.cut
 
     def wrong(program, plan, *, coupling=None):
         compact = cut(program, plan, coupling=coupling)
@@ -74,26 +74,30 @@ def wrong_cut():
         weight.data = weight.data.flip(1)
         return compact
 
-    pipeline.cut = wrong
+    request.cut = wrong
     return net()
 
 
 def bug():
-    from surgery import pipeline
-    pipeline.couple = lambda program, keep=(): {}["no such key"]
+    from surgery import request
+    request.couple = lambda program, keep=(): {}["no such key"]
     return net()
 
 
 def slow():
-    from surgery import pipeline
+    from surgery import request
 
     def couple(program, keep=()):
         print("in the middle", flush=True)
         time.sleep(60)
 
-    pipeline.couple = couple
+    request.couple = couple
     return net()
 """
+
+
+HALF = ("--macs", "0.5")
+BUDGETS = {"--macs", "--params", "--channels", "--latency", "--latency-ms"}
 
 
 @dataclass(frozen=True)
@@ -156,14 +160,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder, empty = tmp_path_factory.mktemp("cli"), tmp_path_factory.mktemp("show")
     for place in (folder, empty):
         (place / "nets.py").write_text(NETS)
-    good = ["nets.py:net", "--weights", "random", "--runs", "3"]
+    good = ["nets.py:net", "--weights", "random", "--runs", "3", *HALF]
     first = run(folder, *good, "--out", "out")
     before = digest(folder / "out")
     calls = {
-        "show": lambda: run(empty, "show", "nets.py:net", "--weights", "random", "--keep", "fc", module=True),
+        "show": lambda: run(empty, "show", "nets.py:net", "--weights", "random", *HALF, "--keep", "fc", module=True),
         "again": lambda: run(folder, *good, "--out", "again", "--json", "--quiet"),
         "debug": lambda: run(folder, "nets.py:bug", "--debug", "--out", "out"),
-        **{name: partial(run, folder, "--quiet", "--out", "out", *args) for name, (args, _, _) in MISHAPS.items()},
+        **{
+            name: partial(run, folder, "--quiet", "--out", "out", *args, *(() if BUDGETS & set(args) else HALF))
+            for name, (args, _, _) in MISHAPS.items()
+        },
     }
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         running = {name: pool.submit(call) for name, call in calls.items()}
@@ -239,7 +246,7 @@ def test_show_says_what_would_be_cut_and_writes_nothing(place: Place) -> None:
     assert result.returncode == 0, result.stderr
     assert "conv1.weight:0" in result.stdout
     assert "conv2.weight:0" not in result.stdout.split("frozen, and why")[0]
-    assert "shrink nets.py:net --weights random --keep fc" in result.stdout.splitlines()[0]
+    assert "shrink nets.py:net --weights random --macs 0.5 --keep fc" in result.stdout.splitlines()[0]
     assert sorted(path.name for path in place.empty.iterdir() if path.name != "__pycache__") == ["nets.py"]
 
 

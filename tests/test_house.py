@@ -21,24 +21,30 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 ORDER = """
-    surgery.errors surgery.blame surgery.ir surgery.tolerances surgery.compat
+    surgery.errors surgery.blame surgery.ir surgery.kernels surgery.tables surgery.tolerances surgery.compat
     surgery.pt2 surgery.checkpoints surgery.libraries surgery.usercode surgery.models
     surgery.sizes surgery.labels surgery.ops.registry surgery.ops.examples surgery.ops.index surgery.ops.*
     surgery.copies surgery.guards surgery.einsum surgery.unlift surgery.lean surgery.clean surgery.trace
-    surgery.wiring surgery.pieces surgery.numerics surgery.zeros surgery.couple surgery.score surgery.fvcount
-    surgery.cost surgery.ladders surgery.allocate surgery.moves surgery.graph surgery.transplant surgery.compare
-    surgery.cut surgery.check
+    surgery.graph surgery.wiring surgery.pieces surgery.numerics surgery.blocks surgery.zeros surgery.couple
+    surgery.score surgery.fvcount
+    surgery.cost surgery.lower surgery.ladders surgery.latency surgery.spend surgery.allocate surgery.timeplan
+    surgery.moves surgery.transplant surgery.compare
+    surgery.cut surgery.check surgery.check_dropped
     surgery.arrange surgery.torch_pruning surgery.eager surgery.part surgery.artefacts surgery.report
-    surgery.optable surgery.pipeline surgery.deliver
-    surgery.options surgery.cli
+    surgery.optable surgery.request surgery.acceptance surgery.race surgery.decide surgery.repeat surgery.profile
+    surgery.pipeline surgery.deliver
+    surgery.options surgery.screen surgery.cli
 """
 LAYERS = ORDER.split()
 """Each module imports only from those before it; of the families in surgery.ops, others know `index` alone."""
 
-ROOF = {"surgery.pipeline", "surgery.deliver", "surgery.options", "surgery.cli"}
+ROOF = {
+    *("surgery.race", "surgery.decide", "surgery.profile", "surgery.pipeline", "surgery.deliver"),
+    *("surgery.options", "surgery.cli"),
+}
 """Only these see exporters and benchmarks."""
 
-SHARED = {"surgery.errors", "surgery.ir", "surgery.lean"}
+SHARED = {"surgery.errors", "surgery.ir", "surgery.kernels", "surgery.lean", "surgery.tables"}
 """All that exporters and benchmarks see of surgery: its nouns, and how captures by torch are made cheaper."""
 
 WITHOUT_TORCH = {
@@ -272,7 +278,16 @@ def test_the_installed_wheel_shrinks_a_network(installed: Path, tmp_path: Path) 
     where = run([installed / "python", "-c", "import surgery; print(surgery.__file__)"], cwd=tmp_path, env=environment)
     assert Path(where.strip()).is_relative_to(installed.parent)
     (tmp_path / "net.py").write_text(TINY, encoding="utf-8")
-    command: list[str | Path] = [installed / "surgery", "shrink", "net.py:tiny", "--runs", "3", "--quiet"]
+    command: list[str | Path] = [
+        installed / "surgery",
+        "shrink",
+        "net.py:tiny",
+        "--runs",
+        "3",
+        "--quiet",
+        "--macs",
+        "0.5",
+    ]
     printed = run([*command, "--out", "small"], cwd=tmp_path, env=environment)
     assert printed.strip().lower().startswith("accuracy unknown")
     assert {"compact.onnx", "plan.json", "report.md"} <= {path.name for path in (tmp_path / "small").iterdir()}

@@ -255,4 +255,4 @@ def test_own_class_that_holds_no_cut_is_refused() -> None:
             return y
 
     with pytest.raises(UnsupportedModel, match="own-class"):
-        surgery.shrink(Fixed().eval(), torch.randn(2, 3, 10, 10), own_class=True)
+        surgery.shrink(Fixed().eval(), torch.randn(2, 3, 10, 10), own_class=True, budget=surgery.Budget(macs=0.5))

@@ -61,6 +61,7 @@ SOMETHING_OF_ZERO: dict[str, tuple[nn.Module, str]] = {
     "count": (Between(lambda y: y * (y <= 0).sum(1, keepdim=True)), "sum"),
     "norm of gates": (Between(lambda y: y * y.sigmoid().norm(dim=1, keepdim=True)), "norm"),
     "largest of what is shifted": (Between(lambda y: F.normalize(y + 1, p=float("inf"), dim=1)), "norm"),
+    "least value": (Between(lambda y: y * (1 + F.relu(y).clamp(min=0.5).sum(1, True))), "sum"),
     "rarely open": (Between(lambda y: y * (1 + F.relu(y + y.sum((1, 2, 3), True) - 900).sum(1, True))), "sum"),
     "sum of what was summed": (Between(twice), "sum"),
     "sum with a shared map": (Between(lambda y: y * (y + y.sum((1, 2, 3), keepdim=True)).sum(1, keepdim=True)), "sum"),

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -87,3 +89,59 @@ def resnet20(num_classes: int = 10) -> tuple[nn.Module, Tensor]:
 def resnet56(num_classes: int = 10) -> tuple[nn.Module, Tensor]:
     """Return ResNet-56 with random weights, and an example input."""
     return CifarResNet(9, num_classes), torch.zeros(EXAMPLE_SHAPE)
+
+
+class ProjectedBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut, a 1x1 convolution where sizes differ (option B of the paper)."""
+
+    def __init__(self, widths: tuple[int, int, int], stride: int, *, projected: bool) -> None:
+        super().__init__()
+        channels_in, inner, channels_out = widths
+        self.conv1 = nn.Conv2d(channels_in, inner, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, channels_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels_out)
+        shortcut = nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
+        self.downsample = nn.Sequential(*((shortcut, nn.BatchNorm2d(channels_out)) if projected else ()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C', H / stride, W / stride)."""
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.downsample(x))
+
+
+class ProjectedResNet(nn.Module):
+    """Three stages of `ProjectedBlock`, of the depth and widths that a state dict tells."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        width = state["conv1.weight"].shape[0]
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.layer1, self.layer2, self.layer3 = (_projected_stage(state, stage) for stage in (1, 2, 3))
+        self.fc = nn.Linear(state["fc.weight"].shape[1], state["fc.weight"].shape[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits, (N, 3, 32, 32) → (N, classes)."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        logits: Tensor = self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return logits
+
+
+def _projected_stage(state: Mapping[str, Tensor], stage: int) -> nn.Sequential:
+    count = len({name.split(".")[1] for name in state if name.startswith(f"layer{stage}.")})
+    strides = [2 if stage > 1 and k == 0 else 1 for k in range(count)]
+    return nn.Sequential(*(_projected(state, f"layer{stage}.{k}", stride) for k, stride in enumerate(strides)))
+
+
+def _projected(state: Mapping[str, Tensor], name: str, stride: int) -> ProjectedBlock:
+    first, second = state[f"{name}.conv1.weight"], state[f"{name}.conv2.weight"]
+    widths = first.shape[1], first.shape[0], second.shape[0]
+    return ProjectedBlock(widths, stride, projected=f"{name}.downsample.0.weight" in state)
+
+
+def projected_resnet(state: Mapping[str, Tensor]) -> nn.Module:
+    """Return the residual network that a state dict is of, with its weights."""
+    model = ProjectedResNet(state)
+    model.load_state_dict(dict(state))
+    return model

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from surgery.kernels import Step, step
 from surgery.labels import Layers, Value
 from surgery.ops.examples import Built, between_convs
 from surgery.ops.registry import Call, Rewrite, Rule, Shape, register
@@ -59,6 +60,21 @@ def _sdpa_macs(shapes: Mapping[str, Shape], out: Shape) -> int:
     return prod(q) * k[-2] + prod(q[:-1]) * k[-2] * v[-1]
 
 
+def _onnx_sdpa(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
+    rank = len(out)
+    swapped = [*range(rank - 2), rank - 1, rank - 2]
+    scaled = [step("Mul", "query", 0.5), step("Transpose", "key", perm=swapped), step("Mul", "%1", 0.5)]
+    mask = [step("Add", "%3", "attn_mask")] if "attn_mask" in shapes else []
+    last = len(scaled) + len(mask)
+    return [
+        *scaled,
+        step("MatMul", "%0", "%2"),
+        *mask,
+        step("Softmax", f"%{last}", axis=-1),
+        step("MatMul", f"%{last + 1}", "value"),
+    ]
+
+
 class _Attention(nn.Module):
     """Three projections, heads, attention, a projection out."""
 
@@ -92,6 +108,7 @@ def _softmax_rule(op: str, function: Any) -> Rule:
         op=op,
         family="attention",
         couple=_couple_softmax,
+        onnx=lambda a, shapes, out: [step("LogSoftmax" if "log" in op else "Softmax", "self", axis=a["dim"])],
         example=between_convs(function),
         says="the axis it runs over is never cut",
     )
@@ -105,6 +122,7 @@ register(
         rewrite=_explicit_scale,
         masked=("query", "key", "value"),
         macs=_sdpa_macs,
+        onnx=_onnx_sdpa,
         example=_attention_example,
         says="heads tied, head dimensions of query and key contracted, tokens never cut; scale made explicit",
     ),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 
+from surgery.kernels import Step, step
 from surgery.labels import Value
 from surgery.ops.examples import Between, Built, between_convs
 from surgery.ops.registry import Call, Rewrite, Rule, Scaled, Shape, join, register
@@ -57,6 +58,35 @@ def _macs(shapes: Mapping[str, Shape], out: Shape, *, transposed: bool) -> int:
     return x[0] * prod(weight) * prod((x if transposed else out)[2:])
 
 
+def _onnx(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape, *, transposed: bool) -> Sequence[Step]:
+    kernel, dilation = shapes["weight"][2:], _each(a["dilation"], shapes)
+    pads: list[int] = []
+    if isinstance(a["padding"], str):
+        whole = [d * (k - 1) if a["padding"] == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        pads = [w // 2 for w in whole] + [w - w // 2 for w in whole]
+    else:
+        pads = 2 * _each(a["padding"], shapes)
+    return [
+        step(
+            "ConvTranspose" if transposed else "Conv",
+            "input",
+            "weight",
+            "bias",
+            kernel_shape=kernel,
+            strides=_each(a["stride"], shapes),
+            pads=pads,
+            dilations=dilation,
+            output_padding=_each(a["output_padding"], shapes) if transposed else None,
+        )
+    ]
+
+
+def _each(value: Any, shapes: Mapping[str, Shape]) -> list[int]:
+    """One number per spatial axis."""
+    numbers = list(value) if isinstance(value, (list, tuple)) else [value]
+    return numbers * (len(shapes["weight"]) - 2) if len(numbers) == 1 else numbers
+
+
 def _grouped(module: nn.Module) -> Built:
     net = Between(nn.Conv2d(3, 8, 3), module, nn.Conv2d(8, 4, 3))
     return net, (torch.randn(2, 3, 14, 14),)
@@ -91,7 +121,9 @@ def _rule(name: str) -> Rule:
         couple=lambda call: _couple(call, transposed=transposed),
         rewrite=lambda r: _groups(r, transposed=transposed),
         masked=("input",),
+        factors=("weight",),
         macs=lambda shapes, out: _macs(shapes, out, transposed=transposed),
+        onnx=lambda a, shapes, out: _onnx(a, shapes, out, transposed=transposed),
         example=_EXAMPLES[name],
         says="input channels contracted per group; groups die whole, or shrink alike; `groups` rewritten",
     )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from surgery.kernels import Step, step
 from surgery.labels import Layers, Value
 from surgery.ops.examples import between_linears, fork_linears
-from surgery.ops.registry import Call, Rule, Shape, register
+from surgery.ops.registry import Call, Lowering, Rule, Shape, register
 
 
 def _couple_linear(call: Call) -> Value:
@@ -65,6 +67,17 @@ def _linear_macs(shapes: Mapping[str, Shape], out: Shape) -> int:
     return prod(shapes["input"]) * shapes["weight"][0]
 
 
+def _onnx_linear(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
+    if len(out) == 2:
+        return [step("Gemm", "input", "weight", "bias", transB=1)]
+    product = step("MatMul", "input", "weight:T")
+    return [product] if "bias" not in shapes else [product, step("Add", "%0", "bias")]
+
+
+def _onnx_product(first: str, second: str) -> Lowering:
+    return lambda a, shapes, out: [step("MatMul", first, second)]
+
+
 def _of_two(op: str, first: str, second: str, says: str) -> Rule:
     function: Callable[[Tensor, Tensor], Tensor] = torch.bmm if op == "aten.bmm.default" else torch.matmul
     return Rule(
@@ -73,6 +86,7 @@ def _of_two(op: str, first: str, second: str, says: str) -> Rule:
         couple=lambda call: _matmul(call, call.value(first), call.value(second)),
         masked=(first, second),
         macs=lambda shapes, out: prod(out) * shapes[first][-1],
+        onnx=_onnx_product(first, second),
         example=fork_linears(lambda a, b: function(function(a, b.transpose(1, 2)), b)),
         says=says,
     )
@@ -108,8 +122,10 @@ register(
         op="aten.linear.default",
         family="matrix product",
         couple=_couple_linear,
+        factors=("weight",),
         masked=("input",),
         macs=_linear_macs,
+        onnx=_onnx_linear,
         example=between_linears(nn.Linear(12, 9), after=9),
         says="input features contracted",
     ),
@@ -121,6 +137,7 @@ register(
         couple=lambda call: _matmul(call, call.value("self"), call.value("mat2")),
         masked=("self",),
         macs=lambda shapes, out: prod(out) * shapes["self"][-1],
+        onnx=_onnx_product("self", "mat2"),
         example=between_linears(_Square(), after=10),
         says="inner axes contracted",
     ),
@@ -130,6 +147,7 @@ register(
         couple=_couple_addmm,
         masked=("mat1",),
         macs=lambda shapes, out: prod(out) * shapes["mat1"][-1],
+        onnx=lambda a, shapes, out: [step("Gemm", "mat1", "mat2", "self")],
         example=between_linears(_RawProduct(), after=10),
         says="inner axes contracted, bias tied to the outputs",
     ),

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from surgery.kernels import Step, step
 from surgery.labels import Layers, Value
 from surgery.ops.examples import between_convs, between_linears, fork_convs
 from surgery.ops.index import picked
-from surgery.ops.registry import Call, Coupled, Example, Replacement, Rewrite, Rule, Shape, register
+from surgery.ops.registry import Call, Coupled, Example, Lowering, Replacement, Rewrite, Rule, Shape, free, register
 
 aten = torch.ops.aten
 Changes = Mapping[str, Any] | Replacement
@@ -33,6 +34,7 @@ def _moves(
     example: Example | None = None,
     after: int = 0,
     couple: Callable[[Call], Coupled] | None = None,
+    onnx: Lowering | None = None,
 ) -> Rule:
     packet, overload = name.rsplit(".", 1)
     op = getattr(getattr(aten, packet), overload)
@@ -41,9 +43,31 @@ def _moves(
         family="movement",
         couple=couple or (lambda call: _run(call, op)),
         rewrite=rewrite,
+        onnx=onnx,
         example=example or between_convs(function, after=after),
         says="run on labels",
     )
+
+
+def _onnx_order(order: Callable[[Mapping[str, Any], list[int]], list[int]]) -> Lowering:
+    def onnx(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
+        axes = list(range(len(out)))
+        return [step("Transpose", next(iter(shapes)), perm=order(a, axes))]
+
+    return onnx
+
+
+def _exchanged(axes: list[int], first: int, second: int) -> list[int]:
+    axes[first], axes[second] = axes[second], axes[first]
+    return axes
+
+
+_PERMUTED = _onnx_order(lambda a, axes: [axes[d] for d in a["dims"]])
+_TRANSPOSED = _onnx_order(lambda a, axes: _exchanged(axes, a["dim0"], a["dim1"]))
+
+
+def _onnx_cat(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
+    return [step("Concat", *(name for name in shapes if name.startswith("tensors")), axis=a["dim"] % len(out))]
 
 
 def _sizes(argument: str) -> Callable[[Rewrite], Changes]:
@@ -291,22 +315,30 @@ register(
         lambda x: aten.view(x, [x.shape[0], 2, 4, 10, 10]).flatten(1, 2),
         rewrite=_sizes("size"),
         couple=_couple_view,
+        onnx=free,
     ),
-    _moves("reshape.default", lambda x: x.transpose(2, 3).reshape(x.shape[0], 8, 10, 10), rewrite=_sizes("shape")),
+    _moves(
+        "reshape.default",
+        lambda x: x.transpose(2, 3).reshape(x.shape[0], 8, 10, 10),
+        rewrite=_sizes("shape"),
+        onnx=free,
+    ),
     _moves(
         "_unsafe_view.default",
         lambda x: aten._unsafe_view(x, [x.shape[0], 8, 10, 10]),
         rewrite=_sizes("size"),
         couple=_couple_view,
+        onnx=free,
     ),
-    _moves("flatten.using_ints", torch.flatten, example=between_linears(lambda x: x.flatten(1), after=72)),
+    _moves("flatten.using_ints", torch.flatten, example=between_linears(lambda x: x.flatten(1), after=72), onnx=free),
     _moves(
         "unflatten.int",
         lambda x: aten.unflatten.int(x, 1, [4, 2]).flatten(1, 2),
         rewrite=_unflatten_sizes,
+        onnx=free,
     ),
-    _moves("permute.default", lambda x: _back(_swap(x))),
-    _moves("transpose.int", lambda x: x.transpose(1, 2).transpose(1, 2)),
+    _moves("permute.default", lambda x: _back(_swap(x)), onnx=_PERMUTED),
+    _moves("transpose.int", lambda x: x.transpose(1, 2).transpose(1, 2), onnx=_TRANSPOSED),
     _moves("swapaxes.default", lambda x: aten.swapaxes(aten.swapaxes(x, 1, 2), 1, 2)),
     _moves("movedim.int", lambda x: x.movedim(1, 3).movedim(3, 1)),
     _moves(
@@ -319,10 +351,10 @@ register(
         lambda x: x,
         example=between_linears(lambda x: aten.numpy_T(aten.numpy_T(x.flatten(0, 1))).unflatten(0, (-1, 6))),
     ),
-    _moves("unsqueeze.default", lambda x: x.unsqueeze(1).squeeze(1)),
-    _moves("squeeze.dim", lambda x: aten.squeeze.dim(x.unsqueeze(2), 2), rewrite=_squeezed),
-    _moves("squeeze.dims", lambda x: aten.squeeze.dims(x.unsqueeze(2), [2]), rewrite=_squeezed),
-    _moves("squeeze.default", lambda x: aten.squeeze.default(x.unsqueeze(2)), rewrite=_squeezed),
+    _moves("unsqueeze.default", lambda x: x.unsqueeze(1).squeeze(1), onnx=free),
+    _moves("squeeze.dim", lambda x: aten.squeeze.dim(x.unsqueeze(2), 2), rewrite=_squeezed, onnx=free),
+    _moves("squeeze.dims", lambda x: aten.squeeze.dims(x.unsqueeze(2), [2]), rewrite=_squeezed, onnx=free),
+    _moves("squeeze.default", lambda x: aten.squeeze.default(x.unsqueeze(2)), rewrite=_squeezed, onnx=free),
     _moves("slice.Tensor", lambda x: x[:, 2:7], rewrite=_bounds, after=5),
     _moves("flip.default", lambda x: x.flip(1)),
     _moves("roll.default", lambda x: x.roll(3, 1), rewrite=_rolled),
@@ -348,6 +380,7 @@ register(
         op="aten.cat.default",
         family="movement",
         couple=_couple_cat,
+        onnx=_onnx_cat,
         example=fork_convs(lambda a, b: torch.cat([a, b], 1), after=16),
         says="labels laid end to end",
     ),

@@ -5,13 +5,14 @@ An axis normaliser does not commute with zeroing: where its axis is cut, it mean
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from surgery.kernels import Step, step
 from surgery.labels import Value
 from surgery.ops.examples import between_convs, between_linears
 from surgery.ops.registry import Call, Coupled, Dead, Rewrite, Rule, Shape, join, register
@@ -142,6 +143,18 @@ def _counted(per_element: int, *, affine: int) -> Any:
     return macs
 
 
+def _onnx_batch(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
+    return [step("BatchNormalization", "input", "weight", "bias", "running_mean", "running_var")]
+
+
+def _onnx_layer(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
+    return [step("LayerNormalization", "input", "weight", "bias", axis=-len(a["normalized_shape"]))]
+
+
+def _onnx_instance(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
+    return [step("InstanceNormalization", "input", "weight", "bias")]
+
+
 class _Decomposed(nn.BatchNorm2d):
     """Batch norm as programs exported in core ATen have it."""
 
@@ -169,6 +182,8 @@ register(
         op="aten.batch_norm.default",
         family="norm",
         couple=_couple_batch,
+        onnx=_onnx_batch,
+        factors=("weight",),
         macs=_counted(1, affine=2),
         example=between_convs(nn.BatchNorm2d(8)),
         says="one scale and shift per channel: ties them",
@@ -177,6 +192,8 @@ register(
         op="aten._native_batch_norm_legit_no_training.default",
         family="norm",
         couple=_couple_batch,
+        onnx=_onnx_batch,
+        factors=("weight",),
         macs=_counted(1, affine=2),
         example=between_convs(_Decomposed(8)),
         says="one scale and shift per channel: ties them",
@@ -185,6 +202,7 @@ register(
         op="aten.instance_norm.default",
         family="norm",
         couple=_couple_batch,
+        onnx=_onnx_instance,
         macs=_counted(4, affine=5),
         example=between_convs(nn.InstanceNorm2d(8, affine=True)),
         says="normalises each channel over space: ties scale and shift",
@@ -193,6 +211,8 @@ register(
         op="aten.layer_norm.default",
         family="norm",
         couple=_couple_layer,
+        onnx=_onnx_layer,
+        factors=("weight",),
         rewrite=_rewrite_layer,
         reference=_reference_layer,
         macs=_counted(4, affine=5),
@@ -212,6 +232,7 @@ register(
         op="aten.group_norm.default",
         family="norm",
         couple=_couple_group,
+        onnx=_onnx_instance,
         rewrite=_rewrite_group,
         reference=_reference_group,
         macs=_counted(4, affine=5),

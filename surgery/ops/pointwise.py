@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surgery.kernels import Step, step
 from surgery.labels import Layers, Value
 from surgery.ops.examples import between_convs, fork_convs
-from surgery.ops.registry import Call, Rule, register
+from surgery.ops.registry import Call, Lowering, Rule, Shape, free, register
 
 aten = torch.ops.aten
 
@@ -46,6 +47,8 @@ def _unary(name: str, function: Callable[[Tensor], Tensor]) -> Rule:
         family="element-wise",
         couple=_couple,
         example=between_convs(function),
+        gate=name.split(".")[0] in _GATES,
+        onnx=_ONNX.get(name),
         says="passes every axis",
     )
 
@@ -56,6 +59,8 @@ def _binary(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> Rule:
         family="element-wise",
         couple=_couple,
         example=fork_convs(function),
+        factors=("self", "other") if name == "mul.Tensor" else (),
+        onnx=_ONNX.get(name),
         says="ties its operands index by index, broadcast axes apart",
     )
 
@@ -72,6 +77,74 @@ def _mixed(mask: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Turn an operator with a boolean result into one with a float result."""
     return lambda x: torch.where(mask(x), x, 0.5 * x)
 
+
+def _onnx(op: str, *inputs: Any, **attributes: Any) -> Lowering:
+    return lambda a, shapes, out: [step(op, *(inputs or ("self",)), **attributes)]
+
+
+def _onnx_two(op: str) -> Lowering:
+    """An operand that is no tensor is a number."""
+
+    def onnx(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
+        return [step(op, *(name if name in shapes else 0.5 for name in ("self", "other")))]
+
+    return onnx
+
+
+def _onnx_clip(low: str, high: str) -> Lowering:
+    return lambda a, shapes, out: [step("Clip", "self", *(_number(a.get(name)) for name in (low, high)))]
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+_ONNX: Mapping[str, Lowering] = {
+    "relu.default": _onnx("Relu"),
+    "relu6.default": _onnx("Clip", "self", 0.0, 6.0),
+    "hardtanh.default": _onnx_clip("min_val", "max_val"),
+    "clamp.default": _onnx_clip("min", "max"),
+    "clamp_min.default": _onnx_clip("min", ""),
+    "silu.default": lambda a, shapes, out: [step("Sigmoid", "self"), step("Mul", "self", "%0")],
+    "gelu.default": lambda a, shapes, out: [step("Gelu", "self", approximate=a["approximate"])],
+    "sigmoid.default": _onnx("Sigmoid"),
+    "hardsigmoid.default": _onnx("HardSigmoid", alpha=1 / 6, beta=0.5),
+    "hardswish.default": _onnx("HardSwish"),
+    "tanh.default": _onnx("Tanh"),
+    "leaky_relu.default": _onnx("LeakyRelu"),
+    "elu.default": _onnx("Elu"),
+    "selu.default": _onnx("Selu"),
+    "mish.default": _onnx("Mish"),
+    "softplus.default": _onnx("Softplus"),
+    "exp.default": _onnx("Exp"),
+    "log.default": _onnx("Log"),
+    "sqrt.default": _onnx("Sqrt"),
+    "abs.default": _onnx("Abs"),
+    "neg.default": _onnx("Neg"),
+    "erf.default": _onnx("Erf"),
+    "pow.Tensor_Scalar": lambda a, shapes, out: [step("Pow", "self", float(a["exponent"]))],
+    "dropout.default": free,
+    "feature_dropout.default": free,
+    "alpha_dropout.default": free,
+    "clone.default": free,
+    "contiguous.default": free,
+    "detach.default": free,
+    "alias.default": free,
+    "lift_fresh_copy.default": free,
+    "to.dtype": free,
+    "to.device": free,
+    **{
+        f"{name}.Scalar": _onnx_two(op) for name, op in (("add", "Add"), ("sub", "Sub"), ("mul", "Mul"), ("div", "Div"))
+    },
+    **{
+        f"{name}.Tensor": _onnx_two(op) for name, op in (("add", "Add"), ("sub", "Sub"), ("mul", "Mul"), ("div", "Div"))
+    },
+}
+
+_GATES = {"relu", "relu6", "hardtanh", "hardswish", "threshold", "clamp", "clamp_min", "clamp_max"} | {
+    "softshrink",
+    "hardshrink",
+}
 
 _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "relu.default": F.relu,

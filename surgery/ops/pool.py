@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from surgery.kernels import Step, step
 from surgery.ops.examples import Built, between_convs
-from surgery.ops.registry import Call, Coupled, Rule, Shape, register
+from surgery.ops.registry import Call, Coupled, Lowering, Rule, Shape, register
 
 aten = torch.ops.aten
 
@@ -32,6 +34,46 @@ def _times(factor: int, *, of_output: bool) -> Callable[[Mapping[str, Shape], Sh
     return macs
 
 
+def _onnx_window(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
+    spatial = len(shapes[next(iter(shapes))]) - 2
+    kernel, stride, pads = (_each(a[name], spatial) for name in ("kernel_size", "stride", "padding"))
+    return [
+        step(
+            "MaxPool" if "dilation" in a else "AveragePool",
+            "self",
+            kernel_shape=kernel,
+            strides=stride or kernel,
+            pads=2 * pads,
+            ceil_mode=int(a["ceil_mode"]),
+        )
+    ]
+
+
+def _each(value: Any, spatial: int) -> list[int]:
+    numbers = list(value) if isinstance(value, (list, tuple)) else [value]
+    return numbers * spatial if len(numbers) == 1 else numbers
+
+
+def _onnx_adaptive(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step] | None:
+    """One mean over the image, or means over windows of equal size; other windows are not timed."""
+    before, after = shapes["self"][2:], out[2:]
+    if all(size == 1 for size in after):
+        return [step("GlobalAveragePool", "self")]
+    if not all(isinstance(b, int) and isinstance(s, int) and b % s == 0 for b, s in zip(before, after, strict=True)):
+        return None
+    kernel = [b // s for b, s in zip(before, after, strict=True)]
+    return [step("AveragePool", "self", kernel_shape=kernel, strides=kernel)] if max(kernel) > 1 else []
+
+
+def _onnx_resize(mode: str) -> Lowering:
+    def onnx(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
+        source = next(iter(shapes.values()))
+        scales = (1.0, 1.0, *(o / s for o, s in zip(out[2:], source[2:], strict=True)))
+        return [step("Resize", next(iter(shapes)), None, scales, mode=mode)]
+
+    return onnx
+
+
 def _line(function: Callable[[Tensor], Tensor]) -> Callable[[], Built]:
     return between_convs(lambda x: function(x.flatten(2)).reshape(x.shape[0], 8, -1, 5))
 
@@ -41,6 +83,7 @@ def _rule(
     spatial: int,
     function: Callable[[Tensor], Tensor],
     macs: Callable[[Mapping[str, Shape], Shape], int] | None = None,
+    onnx: Lowering | None = None,
 ) -> Rule:
     example = _line(function) if spatial == 1 else between_convs(function)
     return Rule(
@@ -49,6 +92,7 @@ def _rule(
         couple=lambda call: _couple(call, spatial),
         example=example,
         macs=macs,
+        onnx=onnx,
         says="passes batch and channels",
     )
 
@@ -66,20 +110,38 @@ _INPUT, _OUTPUT, _FOUR = _times(1, of_output=False), _times(1, of_output=True), 
 
 register(
     _rule("max_pool1d.default", 1, lambda x: F.max_pool1d(x, 2)),
-    _rule("max_pool2d.default", 2, lambda x: F.max_pool2d(x, 2)),
+    _rule("max_pool2d.default", 2, lambda x: F.max_pool2d(x, 2), onnx=_onnx_window),
     _rule("max_pool3d.default", 3, _volume(lambda x: F.max_pool3d(x, (1, 2, 2)))),
     _rule("max_pool2d_with_indices.default", 2, lambda x: aten.max_pool2d_with_indices(x, [2, 2])[0]),
     _rule("avg_pool1d.default", 1, lambda x: F.avg_pool1d(x, 2)),
-    _rule("avg_pool2d.default", 2, lambda x: F.avg_pool2d(x, 2)),
+    _rule("avg_pool2d.default", 2, lambda x: F.avg_pool2d(x, 2), onnx=_onnx_window),
     _rule("avg_pool3d.default", 3, _volume(lambda x: F.avg_pool3d(x, (1, 2, 2)))),
     _rule("adaptive_avg_pool1d.default", 1, lambda x: F.adaptive_avg_pool1d(x, 50), _INPUT),
-    _rule("adaptive_avg_pool2d.default", 2, lambda x: F.adaptive_avg_pool2d(x, 5), _INPUT),
+    _rule("adaptive_avg_pool2d.default", 2, lambda x: F.adaptive_avg_pool2d(x, 5), _INPUT, _onnx_adaptive),
     _rule("adaptive_avg_pool3d.default", 3, _volume(lambda x: F.adaptive_avg_pool3d(x, (1, 5, 5))), _INPUT),
-    _rule("_adaptive_avg_pool2d.default", 2, lambda x: aten._adaptive_avg_pool2d(x, [5, 5]), _INPUT),
+    _rule("_adaptive_avg_pool2d.default", 2, lambda x: aten._adaptive_avg_pool2d(x, [5, 5]), _INPUT, _onnx_adaptive),
     _rule("adaptive_max_pool2d.default", 2, lambda x: aten.adaptive_max_pool2d(x, [5, 5])[0]),
-    _rule("upsample_nearest2d.default", 2, lambda x: aten.upsample_nearest2d(x, [20, 20]), _OUTPUT),
-    _rule("upsample_nearest2d.vec", 2, lambda x: aten.upsample_nearest2d.vec(x, [20, 20], None), _OUTPUT),
-    _rule("upsample_bilinear2d.default", 2, lambda x: aten.upsample_bilinear2d(x, [20, 20], False), _FOUR),
-    _rule("upsample_bilinear2d.vec", 2, _bilinear, _FOUR),
+    _rule(
+        "upsample_nearest2d.default",
+        2,
+        lambda x: aten.upsample_nearest2d(x, [20, 20]),
+        _OUTPUT,
+        _onnx_resize("nearest"),
+    ),
+    _rule(
+        "upsample_nearest2d.vec",
+        2,
+        lambda x: aten.upsample_nearest2d.vec(x, [20, 20], None),
+        _OUTPUT,
+        _onnx_resize("nearest"),
+    ),
+    _rule(
+        "upsample_bilinear2d.default",
+        2,
+        lambda x: aten.upsample_bilinear2d(x, [20, 20], False),
+        _FOUR,
+        _onnx_resize("linear"),
+    ),
+    _rule("upsample_bilinear2d.vec", 2, _bilinear, _FOUR, _onnx_resize("linear")),
     _rule("upsample_bicubic2d.vec", 2, lambda x: aten.upsample_bicubic2d.vec(x, [20, 20], False, None)),
 )

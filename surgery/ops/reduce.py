@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from surgery.kernels import Step, step
 from surgery.labels import Layers, Value
 from surgery.ops.examples import between_convs, between_linears
-from surgery.ops.registry import Call, Coupled, Dead, Rule, register
+from surgery.ops.registry import Call, Coupled, Dead, Rule, Shape, register
 
 aten = torch.ops.aten
 
@@ -93,6 +94,11 @@ def _frozen(name: str, function: Callable[[Tensor], Tensor], *, scan: bool = Fal
     )
 
 
+def _onnx_mean(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
+    axes = tuple(a.get("dim") or range(len(shapes["self"])))
+    return [step("ReduceMean", "self", axes, keepdims=int(a.get("keepdim", False)))]
+
+
 def _moment(name: str, function: Callable[[Tensor], Tensor]) -> Rule:
     return Rule(
         op=f"aten.{name}",
@@ -100,6 +106,7 @@ def _moment(name: str, function: Callable[[Tensor], Tensor]) -> Rule:
         couple=_couple_moment,
         masked=("self",),
         reference=_reference_moment,
+        onnx=_onnx_mean if name.startswith("mean") else None,
         example=between_linears(function),
         says="inexact where the reduced axis is cut: averages over the survivors",
     )

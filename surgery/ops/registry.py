@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from surgery.kernels import Step
 from surgery.labels import Atoms, Layers, Mask, Value
 
 Shape = tuple[int, ...]
@@ -238,6 +239,9 @@ class Dead:
         return self.op(**{**self.bound, **changed})
 
 
+Lowering = Callable[[Mapping[str, Any], Mapping[str, Any], Any], Sequence[Step] | None]
+"""Sees sizes as numbers, or as text where they may change."""
+
 Example = Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]
 
 
@@ -254,6 +258,10 @@ class Rule:
         masked: tensor arguments whose dead slices count as zero (contracted axes).
         reference: what the operator means when some inputs are dead, where zeroing them is not it.
         macs: (input shapes by name, output shape) → multiply-adds, by fvcore's formula; None: not counted.
+        onnx: (arguments, shapes by name, output shape) → the ONNX operators that it becomes, for latency tables; none
+            where it costs nothing; None: not timed.
+        factors: arguments of which all zeros let nothing of the others through.
+        gate: whether it gives zero for much besides zero, as a rectifier does.
         says: one line for the table of operators.
     """
 
@@ -265,6 +273,9 @@ class Rule:
     masked: tuple[str, ...] = ()
     reference: Callable[[Dead], Any] | None = None
     macs: Callable[[Mapping[str, Shape], Shape], int] | None = None
+    onnx: Lowering | None = None
+    factors: tuple[str, ...] = ()
+    gate: bool = False
     says: str = field(default="")
 
 
@@ -285,3 +296,8 @@ def rules() -> Mapping[str, Rule]:
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"surgery.ops.{module.name}")
     return MappingProxyType(_RULES)
+
+
+def free(arguments: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
+    """Lower an operator that costs nothing: a view, or what evaluation leaves out."""
+    return ()

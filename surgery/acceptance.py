@@ -1,0 +1,116 @@
+"""Acceptances: what a plan's compact model was measured to take on another device, and where that moves the next aim.
+
+``python PACK.zip accept compact.onnx`` writes one on the device, and the next plan for that device aims by it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import InvalidInput
+from surgery.request import Request
+
+SCHEMA = 1
+MOST = 0.999
+_HINT = "`python PACK.zip accept compact.onnx` writes one on the device"
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """What was measured on a device.
+
+    Attributes:
+        origin: what to call it.
+        ratio: the compact model's latency relative to the dense one's, as measured.
+        predicted: that ratio by the latency table, when the plan was made.
+        dense_ms: the dense model's measured latency.
+        device: what was measured on, as in latency tables.
+        fingerprint: of the architecture that was cut.
+    """
+
+    origin: str
+    ratio: float
+    predicted: float
+    dense_ms: float
+    device: Mapping[str, Any]
+    fingerprint: str
+
+    @classmethod
+    def load(cls, path: str | Path) -> Acceptance:
+        """Read what a pack wrote; raises InvalidInput where the file is missing, or cannot be aimed by."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data["schema"] != SCHEMA:
+                raise InvalidInput(
+                    f"{path}: acceptance of schema {data['schema']}, this version reads {SCHEMA}; use a new pack"
+                )
+            if data["predicted_latency_ratio"] is None:
+                raise InvalidInput(
+                    f"{path}: its compact model does not say which latency was predicted for it; accept one that "
+                    "`surgery shrink --latency` wrote"
+                )
+            return cls(
+                str(path),
+                _above_zero(data["ratio"]),
+                _above_zero(data["predicted_latency_ratio"]),
+                _above_zero(data["dense_ms"]),
+                dict(data["device"]),
+                str(data["dense_fingerprint"]),
+            )
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidInput(f"cannot read acceptance {path}: {error}; {_HINT}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidInput(f"{path}: not an acceptance ({error!s:.120}); {_HINT}") from error
+
+    def aim(self, target: float) -> float:
+        """Return the fraction to aim at by the table, so that the device may measure `target`."""
+        return min(target * self.predicted / self.ratio, MOST)
+
+    def told(self, aim: float) -> str:
+        """Say where the aim comes from."""
+        return (
+            f"aimed at {aim:.4f} of the dense latency by the table: its device measured {self.ratio:.4f} where the "
+            f"table told {self.predicted:.4f}"
+        )
+
+    def refuse_others(self, device: Mapping[str, Any], fingerprint: str) -> None:
+        """Raise InvalidInput where the table is of another device, or the plan is for another architecture."""
+        names = sorted(name for name in {*device, *self.device} if device.get(name) != self.device.get(name))
+        if names:
+            raise InvalidInput(
+                f"acceptance {self.origin} was measured on another device than the latency table: {', '.join(names)} "
+                "differ; run the pack once more there, for both"
+            )
+        if fingerprint != self.fingerprint:
+            raise InvalidInput(
+                f"acceptance {self.origin} is of another architecture than this model; accept a compact model of this"
+            )
+
+
+def _above_zero(value: Any) -> float:
+    figure = float(value)
+    if not 0 < figure < float("inf"):
+        raise ValueError(f"{value!r:.20} is no latency")
+    return figure
+
+
+def acceptance_of(request: Request) -> Acceptance | None:
+    """Return the acceptance that a request brings, if any.
+
+    Raises:
+        InvalidInput: it cannot be read, or the budget is none of time by a table that was given.
+    """
+    if request.acceptance is None:
+        return None
+    if not isinstance(request.acceptance, (str, Path)):
+        raise InvalidInput(f"acceptance is of type {type(request.acceptance).__name__}: give the path of its file")
+    if request.latency_table is None or not request.goal.is_latency:
+        raise InvalidInput(
+            f"acceptance {request.acceptance} corrects a latency by the table of its device; give that table too, with "
+            "--latency-table, and a budget of latency"
+        )
+    return Acceptance.load(request.acceptance)

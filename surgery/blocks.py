@@ -1,0 +1,338 @@
+"""Residual blocks that can go as a whole: which there are, which are dead already, and the program without them.
+
+A block is a branch that comes from the same value as the operand that it is added to, so that the sum without it has
+the same shape and still the same source. Nothing is told by names: blocks are found in the program.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.copies import buffers_kept, copied, fresh
+from surgery.errors import PlanMismatch
+from surgery.graph import CompactGraph, hold
+from surgery.ir import Block, Program
+from surgery.numerics import flat_outputs
+from surgery.ops.registry import rules
+from surgery.sizes import hint
+from surgery.trace import describe_graph, evaluating, module_of, source_of
+from surgery.wiring import all_tensors, bind
+
+Known = Mapping[str, Tensor]
+"""What values are whatever the input, by node name."""
+
+
+def find_blocks(program: Program) -> tuple[Block, ...]:
+    """Return the residual blocks of a program, in order."""
+    if program.graph is None:
+        return ()
+    order = {node: k for k, node in enumerate(program.graph.graph.nodes)}
+    found = [block for node in order if (block := _block(node, order)) is not None]
+    many = Counter(block.module for block in found)
+    seen: Counter[str] = Counter()
+    out = []
+    for block in found:
+        seen[block.module] += 1
+        number = f"#{seen[block.module]}" if many[block.module] > 1 else ""
+        out.append(replace(block, name=f"{block.module}{number}" if block.module else block.sum))
+    return tuple(out)
+
+
+def _block(node: torch.fx.Node, order: Mapping[torch.fx.Node, int]) -> Block | None:
+    """The block that a sum adds up, if it is one: of two branches from one value the one with more operations."""
+    operands = _operands(node)
+    if operands is None:
+        return None
+    candidates = []
+    for stays, branch in (operands, operands[::-1]):
+        nodes = _exclusive(branch, node)
+        if nodes and _entries(nodes) == {_origin(stays, node)} and _learns(nodes):
+            candidates.append((len(nodes), stays, branch, nodes))
+    if not candidates:
+        return None
+    _, stays, branch, nodes = max(candidates, key=lambda c: c[0])
+    calls = sorted((n for n in nodes if n.op == "call_function"), key=order.__getitem__)
+    tensors = tuple(str(n.target) for n in sorted(nodes, key=order.__getitem__) if n.op == "get_attr")
+    names = tuple(n.name for n in calls)
+    plain = _origin(stays, node) is stays
+    return Block(
+        "",
+        module_of(node),
+        node.name,
+        stays.name,
+        branch.name,
+        names,
+        tensors,
+        source_of(node),
+        plain,
+        node.meta["val"].dim(),
+    )
+
+
+def _operands(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node] | None:
+    """The two operands of a plain sum of tensors of one shape."""
+    if node.op != "call_function" or str(node.target) != "aten.add.Tensor":
+        return None
+    raw = bind(node, lambda n: n).raw
+    a, b = raw["self"], raw["other"]
+    if raw.get("alpha", 1) != 1 or not all(isinstance(x, torch.fx.Node) for x in (a, b)) or a is b:
+        return None
+    shapes = [_shape(x) for x in (a, b, node)]
+    return (a, b) if shapes[0] is not None and shapes[0] == shapes[1] == shapes[2] else None
+
+
+def _shape(node: torch.fx.Node) -> tuple[int, ...] | None:
+    value = node.meta.get("val")
+    return tuple(hint(s) for s in value.shape) if isinstance(value, Tensor) else None
+
+
+def _exclusive(branch: torch.fx.Node, sink: torch.fx.Node) -> set[torch.fx.Node]:
+    """What only the branch needs: the nodes all of whose readers lead to `sink` through it."""
+    if set(branch.users) != {sink}:
+        return set()
+    inside = {branch}
+    waiting = list(branch.all_input_nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in inside and node.op in ("call_function", "get_attr") and set(node.users) <= inside:
+            inside.add(node)
+            waiting.extend(node.all_input_nodes)
+            waiting.extend(n for m in inside for n in m.all_input_nodes if n not in inside and set(n.users) <= inside)
+    return inside
+
+
+def _entries(nodes: Collection[torch.fx.Node]) -> set[torch.fx.Node]:
+    """The computed tensors that a branch starts from; sizes do not count."""
+    outside = {source for node in nodes for source in node.all_input_nodes if source not in nodes}
+    return {n for n in outside if n.op != "get_attr" and isinstance(n.meta.get("val"), Tensor)}
+
+
+def _origin(stays: torch.fx.Node, sink: torch.fx.Node) -> torch.fx.Node:
+    """Where the operand that stays comes from: itself, or what a branch of its own (a projection) starts from."""
+    entries = _entries(_exclusive(stays, sink))
+    return entries.pop() if len(entries) == 1 else stays
+
+
+def _learns(nodes: Collection[torch.fx.Node]) -> bool:
+    """Whether a branch holds a layer: something that contracts with a weight."""
+    table = rules()
+    return any(
+        (rule := table.get(str(n.target))) is not None
+        and rule.masked
+        and any(a.op == "get_attr" for a in n.all_input_nodes)
+        for n in nodes
+    )
+
+
+# What is dead already. -----------------------------------------------------------------------------------------------
+
+
+def dead_blocks(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[float, ...]]:
+    """Return the blocks whose branch gives a constant per channel, whatever the input, and that constant.
+
+    Nothing flows through an operator whose weight is all zero, nor through a product with zeros; what follows is worked
+    out by the operators themselves, in float64.
+
+    Returns:
+        Block name → the constant of each channel (axis 1); empty where it is zero.
+    """
+    known = _known(program) if blocks else {}
+    dead: dict[str, tuple[float, ...]] = {}
+    for block in blocks:
+        value = known.get(block.branch)
+        if value is None:
+            continue
+        if not bool(value.any()):
+            dead[block.name] = ()
+        elif value.dim() > 1 and torch.equal(value, (row := _per_channel(value)).expand_as(value)):
+            dead[block.name] = tuple(row.flatten().tolist())
+    return dead
+
+
+def _per_channel(value: Tensor) -> Tensor:
+    corner: tuple[Any, ...] = (slice(0, 1), slice(None), *(slice(0, 1) for _ in value.shape[2:]))
+    return value[corner]
+
+
+def _known(program: Program) -> Known:
+    """Values that are the same for every input, by node name."""
+    tensors = {name: t.detach().cpu() for name, t in all_tensors(program).items()}
+    known: dict[str, Any] = {}
+    for node in program.graph.graph.nodes:
+        if node.op == "get_attr":
+            value = tensors[str(node.target)]
+            known[node.name] = value.double() if value.is_floating_point() else value
+        elif node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
+            arguments = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+            if arguments and (_stops(node, known) or all(n.name in known for n in arguments)):
+                result = _result(node, known)
+                if result is not None:
+                    known[node.name] = result
+    return known
+
+
+def _stops(node: torch.fx.Node, known: Known) -> bool:
+    """Whether nothing of its unknown operands gets through: its weight, or the factor, is all zero."""
+    raw = bind(node, lambda n: n).raw
+    rule = rules().get(str(node.target))
+    names = rule.factors if rule is not None else ()
+    factors = [known.get(raw[name].name) for name in names if isinstance(raw.get(name), torch.fx.Node)]
+    return any(value is not None and not bool(value.any()) for value in factors)
+
+
+def _result(node: torch.fx.Node, known: Known) -> Tensor | None:
+    """Run an operator on what is known, and on zeros where nothing gets through."""
+
+    def value(n: torch.fx.Node) -> Any:
+        meta = n.meta.get("val")
+        if isinstance(meta, Tensor):
+            shape = tuple(hint(s) for s in meta.shape)
+            return known[n.name] if n.name in known else torch.zeros(shape, dtype=torch.float64)
+        return hint(meta)
+
+    try:
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value)
+        result = node.target(*args, **kwargs)  # type: ignore[operator]
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ):  # an operator that takes no float64, or sizes that it works out itself
+        return None
+    return result if isinstance(result, Tensor) else None
+
+
+# Without them. -------------------------------------------------------------------------------------------------------
+
+
+def drop(program: Program, constants: Mapping[str, Sequence[float]], blocks: Sequence[Block] | None = None) -> Program:
+    """Return the program without some of its blocks.
+
+    Args:
+        program: as it was traced; left unchanged.
+        constants: name of each block that goes → what it leaves behind, per channel; empty for nothing.
+        blocks: what `find_blocks` returned, where it is at hand.
+
+    Raises:
+        PlanMismatch: the program has no block of that name.
+    """
+    if not constants:
+        return program
+    known = {block.name: block for block in (find_blocks(program) if blocks is None else blocks)}
+    strange = [name for name in constants if name not in known]
+    if strange:
+        raise PlanMismatch(
+            f"no block '{strange[0]}' in this model: the plan was made for another architecture; make a new plan"
+        )
+    gone = [known[name] for name in constants]
+    graph, added = _without(program, gone, constants)
+    tensors = {name: t for name, t in all_tensors(program).items() if name not in _lost(program, graph)}
+    held = CompactGraph(hold(nn.Module(), {**tensors, **added}, program.model), graph, type(program.model).__name__)
+    model = _model_without(program, gone, held) if not added else None
+    held.train(program.model.training)
+    return replace(
+        program,
+        graph=held,
+        nodes=describe_graph(graph),
+        model=held if model is None else model,
+        materialised={name: sources for name, sources in program.materialised.items() if name in tensors},
+        notes=program.notes,
+        whole=program,
+    )
+
+
+def _without(
+    program: Program, gone: Sequence[Block], constants: Mapping[str, Sequence[float]]
+) -> tuple[torch.fx.Graph, dict[str, nn.Parameter]]:
+    """Copy the graph: each sum becomes its other operand, plus a constant where the branch leaves one."""
+    skipped = {name for block in gone for name in block.nodes}
+    sums = {block.sum: block for block in gone}
+    graph = torch.fx.Graph()
+    graph.set_codegen(copy.deepcopy(program.graph.graph._codegen))
+    new: dict[torch.fx.Node, torch.fx.Node] = {}
+    left = constants_of(gone, constants)
+    added: dict[str, nn.Parameter] = {}
+    for node in program.graph.graph.nodes:
+        if node.op == "output":
+            graph.output(torch.fx.map_arg(node.args[0], lambda n: new[n])).meta = dict(node.meta)
+        elif node.name in sums:
+            block = sums[node.name]
+            stays = next(n for n in node.all_input_nodes if n.name == block.stays)
+            new[node] = new[stays]
+            if constants[block.name]:
+                name = _name_of(block)
+                added[name] = nn.Parameter(left[name].to(node.meta["val"].dtype))
+                new[node] = _plus(graph, node, new[stays], name, added[name])
+        elif node.name not in skipped:
+            new[node] = graph.node_copy(node, lambda n: new[n])
+            new[node].meta = dict(node.meta)
+    for node in reversed(list(graph.nodes)):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+    return graph, added
+
+
+def constants_of(blocks: Sequence[Block], constants: Mapping[str, Sequence[float]]) -> dict[str, Tensor]:
+    """Return what blocks leave behind as float64 tensors (1, C, 1, ..), by the names that they bear in the program."""
+    return {
+        _name_of(block): torch.tensor(values, dtype=torch.float64).reshape(1, -1, *[1] * (block.rank - 2))
+        for block in blocks
+        if (values := constants[block.name])
+    }
+
+
+def _name_of(block: Block) -> str:
+    return f"{block.name.replace('.', '_').replace('#', '_')}_left"
+
+
+def _plus(
+    graph: torch.fx.Graph, node: torch.fx.Node, stays: torch.fx.Node, name: str, value: nn.Parameter
+) -> torch.fx.Node:
+    attribute = graph.create_node("get_attr", name, name=name)
+    attribute.meta["val"] = value.detach()
+    total = graph.create_node("call_function", node.target, (stays, attribute), name=node.name)
+    total.meta = dict(node.meta)
+    return total
+
+
+def _lost(program: Program, graph: torch.fx.Graph) -> set[str]:
+    """Tensors that the program read, and what is left of it does not."""
+    read = {str(n.target) for n in program.graph.graph.nodes if n.op == "get_attr"}
+    return read - {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+
+
+def _model_without(program: Program, gone: Sequence[Block], held: nn.Module) -> nn.Module | None:
+    """The user's model with an identity in the place of each module whose blocks are gone, where that is the same.
+
+    A module may do more than add up, or be called with more than the one value: the two are run.
+    """
+    model: nn.Module = program.model
+    paths, modules = {block.module for block in gone}, dict(model.named_modules())
+    if not all(block.plain for block in gone) or not all(path and path in modules for path in paths):
+        return None
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    left = copied(model, {**shared, **{id(modules[path]): nn.Identity() for path in paths}})
+    with torch.no_grad(), evaluating(left), evaluating(held), buffers_kept(left):
+        try:
+            mine = flat_outputs(left(*fresh(program.example_args), **fresh(dict(program.example_kwargs))))
+        except Exception:  # whatever the user's forward raises where a submodule is not what it was
+            return None
+        theirs = flat_outputs(held(*fresh(program.example_args), **fresh(dict(program.example_kwargs))))
+    equal = len(mine) == len(theirs) and all(
+        a.shape == b.shape and torch.allclose(a, b) for a, b in zip(mine, theirs, strict=True)
+    )
+    return left if equal else None
+
+
+def blocks_within(blocks: Sequence[Block], kept: Collection[str]) -> Iterator[Block]:
+    """Yield the blocks none of whose tensors is to be kept."""
+    for block in blocks:
+        if not set(block.tensors) & set(kept):
+            yield block

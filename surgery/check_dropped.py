@@ -1,0 +1,89 @@
+"""The oracle for blocks: is a program without them what the traced one computes when their branches give nothing?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.blocks import constants_of, dead_blocks, find_blocks
+from surgery.compare import relative_error, require
+from surgery.errors import CheckFailed
+from surgery.ir import Plan, Program
+from surgery.numerics import Run, flat_outputs, sample_inputs, state_of, well_conditioned
+
+
+def check_dropped(program: Program, plan: Plan, *, seed: int = 0) -> tuple[str, ...]:
+    """Verify a program without blocks against the program as it was traced.
+
+    Branches that are gone give their constants in the traced program, on distinct, well-conditioned values. Those that
+    are dead give what they give, on the real weights. Both in float64.
+
+    Args:
+        program: what `drop` returned.
+        plan: whose `dropped` it was.
+        seed: of values and inputs.
+
+    Returns:
+        What was found, in words.
+
+    Raises:
+        CheckFailed: outputs differ by more than 1e-10 of what varies with the input.
+    """
+    whole = program.dense
+    blocks = {block.name: block for block in find_blocks(whole)}
+    branches = {blocks[name].branch: plan.dropped[name] for name in plan.dropped}
+    exact = constants_of([blocks[name] for name in plan.dropped], plan.dropped)
+    worst = _apart(program, whole, well_conditioned(whole, seed=seed), branches, exact, seed)
+    require(worst, torch.float64, f"dropping {len(branches)} blocks, on distinct, well-conditioned values")
+    dead = {name: values for name, values in branches.items() if name in _dead(whole, plan)}
+    if not dead:
+        return ()
+    real = {name: t.double() if t.is_floating_point() else t for name, t in state_of(whole).items()}
+    zeroed = {name: values for name, values in branches.items() if name not in dead}
+    worst = _apart(program, whole, real, zeroed, exact, seed)
+    require(worst, torch.float64, f"taking out {len(dead)} dead blocks, on the real weights")
+    return (f"{len(dead)} dead blocks taken out: relative error {worst:.1e} in float64 on the real weights",)
+
+
+def _dead(whole: Program, plan: Plan) -> set[str]:
+    blocks = [block for block in find_blocks(whole) if block.name in plan.dropped]
+    dead = dead_blocks(whole, blocks)
+    return {block.branch for block in blocks if block.name in dead}
+
+
+def _apart(
+    program: Program,
+    whole: Program,
+    state: Mapping[str, Tensor],
+    branches: Mapping[str, tuple[float, ...]],
+    exact: Mapping[str, Tensor],
+    seed: int,
+) -> float:
+    """The relative difference between the two programs, these branches giving their constants in the traced one."""
+
+    def constant(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.name not in branches:
+            return NotImplemented
+        value = torch.zeros_like(node.target(*args, **kwargs))  # type: ignore[operator]
+        left = branches[node.name]
+        if left:
+            value = value + torch.tensor(left, dtype=value.dtype).reshape(1, -1, *[1] * (value.dim() - 2))
+        return value
+
+    inputs = sample_inputs(whole, seed=seed + 31, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = flat_outputs(Run(whole.graph, state, constant, dtype=torch.float64).run(*inputs))
+        left = _with_constants(program, state, exact)
+        found = flat_outputs(Run(program.graph, left, dtype=torch.float64).run(*inputs))
+    if [x.shape for x in wanted] != [x.shape for x in found] or not wanted:
+        raise CheckFailed("the model without its blocks returns other outputs; please report it")
+    return relative_error([wanted], [found])[0]
+
+
+def _with_constants(program: Program, state: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state with the constants that blocks left behind, which the traced program does not have, unrounded."""
+    own = {name: t.double() if t.is_floating_point() else t for name, t in state_of(program).items()}
+    return {name: state.get(name, exact.get(name, value)) for name, value in own.items()}

@@ -1,0 +1,287 @@
+"""The loop closed by measuring: a plan by the table is cut, exported, timed against the dense model, and corrected.
+
+A table knows operators one by one. What a whole network makes of them (caches, the runtime's own fusions) is measured
+on the files themselves, in fresh processes, and the plan's aim is moved until the measured ratio is the one asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from benchmarks import ratio as timer
+from benchmarks.cache import Given, Measured
+from exporters import onnx
+from exporters.signature import bind
+from surgery.errors import BudgetUnreachable, InvalidInput
+from surgery.ir import Budget, Plan, Program
+from surgery.request import Request
+from surgery.tables import LatencyTable
+from surgery.timeplan import Source
+
+ROUNDS = 4
+LOWEST, HIGHEST = 0.92, 1.03
+"""The measured ratio over the one asked for: between these a plan meets its budget."""
+NEAR = 0.04
+"""One process's ratio that is this near is worth asking others."""
+CLOSE = 0.015
+"""Corrections end once the measured ratio is this near, relative to the one asked for."""
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One plan: what it aimed at by the table, what the table told of it, and what was measured."""
+
+    aim: float
+    predicted: float
+    measured: float
+    ratios: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """How a plan was found.
+
+    Attributes:
+        target: the fraction of the dense latency that was asked for.
+        dense_ms: the dense model's measured latency; None where nothing was measured.
+        rounds: in order; the plan that was taken is that of round `taken`.
+        taken: index of that round; -1 where nothing was measured.
+        verdict: whether the budget is met, or why not.
+        device: what times were taken on, by the table.
+    """
+
+    target: float
+    dense_ms: float | None
+    predicted_dense_ms: float
+    predicted_ms: float
+    rounds: tuple[Round, ...] = ()
+    taken: int = -1
+    verdict: str = ""
+    device: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            **asdict(self),
+            "rounds": [{**asdict(r), "ratios": list(r.ratios)} for r in self.rounds],
+            "met": self.met,
+        }
+
+    @property
+    def predicted(self) -> float:
+        """The fraction of the dense latency that the table tells."""
+        return self.predicted_ms / self.predicted_dense_ms
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the measured ratio is within bounds; None where nothing was measured."""
+        if self.taken < 0:
+            return None
+        return LOWEST <= self.rounds[self.taken].measured / self.target <= HIGHEST
+
+
+def source_of(
+    table: LatencyTable | str | Path | None,
+    *,
+    cold: bool,
+    threads: int,
+    seed: int,
+    progress: Progress | None,
+    warn: Callable[[str], None],
+) -> Source:
+    """Return where kernels' times come from: the table that is given, or this machine."""
+    if table is None:
+        return Measured(threads, cold=cold, seed=seed, progress=progress, warn=warn)
+    if isinstance(table, LatencyTable):
+        return Given(table, "table.json", warn=warn)
+    if not isinstance(table, (str, Path)):
+        raise InvalidInput(f"latency_table is of type {type(table).__name__}: give a path, or a LatencyTable")
+    return Given(LatencyTable.load(table), str(table), warn=warn)
+
+
+class Plotted(Protocol):
+    """A plan with what is known of its time."""
+
+    @property
+    def plan(self) -> Plan:
+        """Which units die."""
+
+    @property
+    def loop(self) -> Loop | None:
+        """What the table tells."""
+
+
+Chosen = TypeVar("Chosen", bound=Plotted)
+
+
+class Track:
+    """The dense model as an ONNX file, and compact ones to be timed against it."""
+
+    def __init__(
+        self, program: Program, folder: Path, *, threads: int, batch: int, seed: int, progress: Progress | None
+    ):
+        self._program, self._folder = program, folder
+        self._threads, self._seed, self._progress = threads, seed, progress
+        tensors = bind(program.model, program.example_args, program.example_kwargs).tensors
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self._axes = {name: spec.dynamic for name, spec in zip(tensors, program.inputs, strict=True)}
+        free = any(0 in axes for axes in self._axes.values())
+        self._batch = batch if free else next(iter(self._shapes.values()))[0]
+        self._dense = self._export(program.model, "dense")
+
+    def _export(self, module: torch.nn.Module, name: str) -> Path:
+        if self._progress is not None:
+            self._progress(f"export {name} to time it", 0.0)
+        program = self._program
+        result = onnx.export(
+            module,
+            program.example_args,
+            self._folder / f"{name}.onnx",
+            example_kwargs=program.example_kwargs,
+            dynamic_axes=self._axes,
+            check=False,
+        )
+        return result.path
+
+    @property
+    def dense(self) -> Path:
+        """The dense model's file."""
+        return self._dense
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Input name → its shape in one timed run."""
+        return {
+            name: (self._batch, *shape[1:]) if 0 in self._axes[name] else shape for name, shape in self._shapes.items()
+        }
+
+    def entry(self, module: torch.nn.Module) -> Path:
+        """Export a compact model, to be timed; it takes the place of the one before."""
+        return self._export(module, "compact")
+
+    def time(self, compact: Path, *, processes: int) -> timer.Ratio:
+        """Return a file's latency relative to the dense model's."""
+        return timer.measure(
+            self._dense,
+            compact,
+            threads=self._threads,
+            batch=self._batch,
+            shapes=self._shapes,
+            seed=self._seed,
+            processes=processes,
+            progress=self._progress,
+        )
+
+    def dense_ms(self) -> float:
+        """Return the dense model's latency."""
+        found = timer.measure(
+            self._dense, self._dense, threads=self._threads, batch=self._batch, shapes=self._shapes, seed=self._seed
+        )
+        return found.dense_ms
+
+
+def track_of(program: Program, folder: Path, request: Request, progress: Progress | None) -> Track:
+    """Return the track for a request; files go into `folder`."""
+    return Track(program, folder, threads=request.threads, batch=request.batch, seed=request.seed, progress=progress)
+
+
+def open_loop(kept_ms: float, dense_ms: float, target: float, device: Mapping[str, Any]) -> Loop:
+    """Return what is known of a plan that was not timed."""
+    told = "not timed: the latencies are the table's"
+    return Loop(target, None, dense_ms, kept_ms, verdict=told, device=device)
+
+
+def target_of(budget: Budget, dense_ms: float) -> float:
+    """Return the fraction of the dense latency that a budget asks for.
+
+    Raises:
+        InvalidInput: the milliseconds are no less than the dense model takes already.
+    """
+    if budget.latency is not None:
+        return budget.latency
+    fraction = budget.amount / dense_ms
+    if fraction >= 1:
+        raise InvalidInput(
+            f"latency_ms={budget.amount:g}: the dense model takes {dense_ms:.4g} ms already; ask for fewer milliseconds"
+        )
+    return fraction
+
+
+def close(
+    first: Chosen,
+    replan: Callable[[float], Chosen],
+    cut: Callable[[Chosen], torch.nn.Module],
+    track: Track,
+) -> tuple[Chosen, Loop]:
+    """Correct a plan until its measured ratio is the one asked for, in at most `ROUNDS` rounds.
+
+    A round that one process finds near is judged by `ratio.PROCESSES` fresh ones.
+
+    Args:
+        first: the plan that aims at the target, by the table.
+        replan: fraction of the dense time by the table → another plan.
+        cut: plan → compact module.
+        track: where modules are timed.
+
+    Returns:
+        The plan whose measured ratio is nearest to the target, one within bounds before any other; and the rounds.
+    """
+    target = _loop(first).target
+    plans, dense = [first], list[float]()
+    rounds: list[Round] = []
+    aim, why = target, "the corrections ran out"
+    while True:
+        compact = track.entry(cut(plans[-1]))
+        found = track.time(compact, processes=1)
+        last = len(rounds) + 1 == ROUNDS
+        if last or abs(found.value / target - 1) <= NEAR:
+            found = track.time(compact, processes=timer.PROCESSES)
+        dense.append(found.dense_ms)
+        rounds.append(Round(aim, _loop(plans[-1]).predicted, found.value, found.ratios))
+        if last or abs(found.value / target - 1) <= CLOSE:
+            break
+        aim *= target / found.value
+        try:
+            corrected = replan(min(aim, 0.999))
+        except BudgetUnreachable:
+            why = "every group is at its smallest"
+            break
+        if any(_same(corrected.plan, p.plan) for p in plans):
+            why = "no other combination of widths comes nearer"
+            break
+        plans.append(corrected)
+    best = min(range(len(rounds)), key=lambda k: _distance(rounds[k].measured / target))
+    if len(rounds[best].ratios) < timer.PROCESSES:
+        found = track.time(track.entry(cut(plans[best])), processes=timer.PROCESSES)
+        rounds[best] = replace(rounds[best], measured=found.value, ratios=found.ratios)
+    loop = replace(_loop(plans[best]), dense_ms=median(dense), rounds=tuple(rounds), taken=best)
+    return plans[best], _judged(loop, why)
+
+
+def _loop(plotted: Plotted) -> Loop:
+    assert plotted.loop is not None, "only plans for a time are timed"
+    return plotted.loop
+
+
+def _same(a: Plan, b: Plan) -> bool:
+    return a.dead == b.dead and a.dropped == b.dropped
+
+
+def _distance(relative: float) -> tuple[bool, float]:
+    return not LOWEST <= relative <= HIGHEST, abs(relative - 1)
+
+
+def _judged(loop: Loop, why: str) -> Loop:
+    measured = loop.rounds[loop.taken].measured
+    told = f"measured {measured:.4f} of the dense latency, asked for {loop.target:.4f}, in {len(loop.rounds)} rounds"
+    if loop.met:
+        return replace(loop, verdict=f"met: {told}")
+    return replace(loop, verdict=f"NOT met: {told}: {why}")

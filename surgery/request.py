@@ -1,0 +1,108 @@
+"""What is asked for, and what the stages stand on: options, tracers, clocks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from surgery import part as parts
+from surgery.check import check
+from surgery.cost import cost_functions
+from surgery.couple import couple
+from surgery.cut import cut
+from surgery.errors import InvalidInput
+from surgery.ir import Budget, CheckResult, CompactModel, CostFn, Coupling, Program
+from surgery.lean import rare_collections
+from surgery.trace import trace
+
+Progress = Callable[[str, float], None]
+"""Told what is being done, and the fraction of it behind us (0 to 1)."""
+
+DEFAULT_BUDGET = Budget(latency=0.5)
+WITHOUT_PROGRAM = Budget(macs=0.5)
+"""The default where nothing tells a runtime's operators: models that `torch.export` cannot capture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """The stages that depend on how the model was captured."""
+
+    trace: Callable[..., Program]
+    couple: Callable[..., Coupling]
+    cost_functions: Callable[..., Mapping[str, CostFn]]
+    cut: Callable[..., CompactModel]
+    check: Callable[..., CheckResult]
+    reference: Callable[..., torch.nn.Module]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for. The fields are the keyword arguments of `shrink`, and the options of the command line."""
+
+    budget: Budget | None = None
+    criterion: Any = "l1"
+    scope: str = "global"
+    round_to: int = 1
+    inexact: str = "if-needed"
+    keep: tuple[str, ...] = ()
+    own_class: bool = False
+    part: str | None = None
+    tracer: str = "export"
+    seed: int = 0
+    threads: int = 1
+    batch: int = 1
+    latency_table: Any = None
+    correct: bool = True
+    drop_layers: bool = True
+    acceptance: Any = None
+
+    @property
+    def goal(self) -> Budget:
+        """The budget: half of the latency by default."""
+        if self.budget is not None:
+            return self.budget
+        return WITHOUT_PROGRAM if self.tracer == "torch-pruning" else DEFAULT_BUDGET
+
+    def settings(self) -> dict[str, Any]:
+        """Return what a plan records, so that it can be applied again: JSON values, without the budget."""
+        clocked = () if self.goal.is_latency else ("threads", "batch")
+        left_out = {"budget", "latency_table", "acceptance", "correct", *clocked}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        criterion = self.criterion if isinstance(self.criterion, str) else getattr(self.criterion, "__name__", "custom")
+        return {**values, "criterion": criterion, "keep": list(self.keep)}
+
+
+class Clock:
+    """Tells `progress` of stages and keeps the seconds that each took, in `seconds`."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self.progress = progress or (lambda stage, fraction: None)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time the block as one stage."""
+        self.progress(stage, 0.0)
+        start = time.perf_counter()
+        with rare_collections():
+            yield
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
+        self.progress(stage, 1.0)
+
+
+def stages_of(tracer: str) -> Stages:
+    """Return what belongs to a tracer; raises InvalidInput where there is none of that name."""
+    if tracer == "export":
+        return Stages(trace, couple, cost_functions, cut, check, parts.reference_module)
+    if tracer == "torch-pruning":
+        from surgery import eager, torch_pruning  # Here: importing torch-pruning takes seconds.
+
+        return Stages(
+            eager.trace, torch_pruning.couple, eager.cost_functions, eager.cut, eager.check, eager.reference_module
+        )
+    raise InvalidInput(f"no tracer '{tracer}'; there are export and torch-pruning")

@@ -1,0 +1,110 @@
+"""What the user sees of a command: progress on standard error, the result alone on standard output."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery.options import Session
+
+if TYPE_CHECKING:
+    from surgery.request import Progress
+
+PLAIN_WIDTH = 110
+"""Columns of tables where standard output is a file or a pipe."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where the program stands, so that everything is cleaned up as for Ctrl-C."""
+
+
+@contextlib.contextmanager
+def work(session: Session, *, quiet: bool) -> Iterator[Progress]:
+    """Keep standard output clean while stages run, and yield the function that shows how far they are."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    columns = (TimeElapsedColumn(), BarColumn(), TextColumn("{task.description}"))
+    # No refreshing thread: it would disturb the timer.
+    bar = Bar(*columns, console=console, auto_refresh=False, transient=True, disable=quiet, redirect_stdout=False)
+    task = bar.add_task("", total=1.0)
+    seen: list[str] = []
+
+    def progress(stage: str, fraction: float) -> None:
+        if session.stopped:
+            raise Terminated
+        if console.is_terminal:
+            bar.update(task, description=stage, completed=fraction, refresh=True)
+        elif stage not in seen and not quiet:  # a log file: one line per stage
+            console.print(stage, highlight=False)
+        seen.append(stage)
+
+    with _only_result_on_stdout(), warnings.catch_warnings():
+        if not session.debug:
+            warnings.simplefilter("ignore")
+        with bar if console.is_terminal else contextlib.nullcontext():
+            yield progress
+
+
+@contextlib.contextmanager
+def _only_result_on_stdout() -> Iterator[None]:
+    """Send what others print to standard error, also below Python: commands that the user's file runs, native code."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def print_report(data: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print the report as a table or as JSON, the last thing that standard output gets."""
+    from rich.console import Console
+
+    from surgery import report
+    from surgery.ir import Report
+
+    if as_json:
+        click.echo(Report(data).to_json(), nl=False)
+    else:
+        console = Console()
+        report.render_terminal(data, console if console.is_terminal else Console(width=PLAIN_WIDTH))
+    sys.stdout.flush()
+    os.dup2(2, 1)  # what the user's file prints at exit is no part of the result
+
+
+def print_profile(data: Mapping[str, Any], *, out: Path | None, as_json: bool) -> None:
+    """Print a profile, or where the pack lies, as text or as JSON; nothing follows on standard output."""
+    from rich.console import Console
+
+    from surgery import profile as profiles
+
+    if as_json:
+        click.echo(json.dumps(data, indent=1))
+    elif "pack" in data:
+        click.echo(f"{data['pack']}: {data['kernels']} kernels; on the device: python {Path(data['pack']).name}")
+    else:
+        console = Console()
+        profiles.render_terminal(data, console if console.is_terminal else Console(width=PLAIN_WIDTH))
+        if out is not None:
+            click.echo(f"written: {out}; plan by it with: surgery shrink MODEL --latency-table {out}")
+    sys.stdout.flush()
+    os.dup2(2, 1)  # as above
+
+
+def say(sentence: str) -> None:
+    """Print one sentence on standard error."""
+    click.echo(f"surgery: {sentence}", err=True)

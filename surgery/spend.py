@@ -1,0 +1,168 @@
+"""Scores, a latency table and a budget make a plan: the most importance that fits into the time.
+
+Time does not fall evenly with channels: a step of the device's stairs buys much, all widths between cost like the next
+edge, and what a step buys hangs on the widths around it. So the search moves from edge to edge, takes each time what
+gives most time for the importance that it costs, and works out all costs anew after each move; a last pass exchanges
+steps as long as that keeps more. Blocks that may be dropped compete with channels in the same currency.
+
+Source: after Yang et al. 2018, NetAdapt (arXiv:1804.03230), and Shen et al. 2022, HALP (arXiv:2110.10811).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from math import log
+
+from surgery.ladders import Ladder
+from surgery.latency import Forecast
+
+LOOK_AHEAD = 4
+"""How many steps of a ladder one move may take: single steps may buy nothing where several units share a stair."""
+ROUNDS = 200
+_LEAST = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Steps taken on each ladder, and the blocks that are gone."""
+
+    levels: tuple[int, ...]
+    dropped: frozenset[int] = frozenset()
+
+    def moved(self, ladder: int, to: int) -> State:
+        """Return the state with one ladder at another level."""
+        levels = list(self.levels)
+        levels[ladder] = to
+        return replace(self, levels=tuple(levels))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Worth:
+    """Importance lost at each level of each ladder, and with each block.
+
+    Attributes:
+        ladders: for each ladder, importance lost at level 0, 1, ..: begins with 0 and never falls.
+        blocks: importance lost with each block.
+        inside: for each block, the ladders whose units go with it altogether.
+    """
+
+    ladders: tuple[tuple[float, ...], ...]
+    blocks: tuple[float, ...] = ()
+    inside: tuple[frozenset[int], ...] = ()
+
+    def lost(self, state: State) -> float:
+        """Return the importance that a state has lost."""
+        gone = frozenset().union(*(self.inside[b] for b in state.dropped)) if state.dropped else frozenset()
+        widths = sum(
+            lost[level] for k, (lost, level) in enumerate(zip(self.ladders, state.levels, strict=True)) if k not in gone
+        )
+        return widths + sum(self.blocks[b] for b in state.dropped)
+
+
+def worth_of(
+    ladders: Sequence[Ladder], scores: Sequence[Sequence[float]], readers: Sequence[int]
+) -> tuple[tuple[float, ...], ...]:
+    """Return what is lost at each level of each ladder: how much of the signal its readers no longer get.
+
+    A unit's share of the scores of its ladder stands for its share of the signal. Layers pass on what they get, so what
+    is left of the signal is a product over layers; its negative logarithm adds up, over all layers that read the units.
+    So narrowing one layer to nothing costs more than taking as many units from several, and a unit of a residual
+    stream, which many layers read, costs more than one that a single layer reads.
+
+    Args:
+        ladders: by which groups shrink.
+        scores: for each ladder the scores of its units, in order of removal; none negative.
+        readers: for each ladder the number of layers that read its units.
+    """
+    out = []
+    for ladder, values, count in zip(ladders, scores, readers, strict=True):
+        sums = [0.0, *accumulate(max(0.0, float(v)) for v in values)]
+        whole = sums[-1] or 1.0
+        kept = [max(_LEAST, 1.0 - sums[end] / whole) for end in (0, *ladder.ends)]
+        out.append(tuple(-max(1, count) * log(share) for share in kept))
+    return tuple(out)
+
+
+def spend(forecast: Forecast, worth: Worth, target_ms: float, *, start: State | None = None) -> State | None:
+    """Return a state that takes at most `target_ms` and loses little importance; None where none is fast enough."""
+    state = start or State((0,) * len(worth.ladders))
+    left = forecast.total(state.levels, state.dropped)
+    while left > target_ms:
+        best = max(_moves(forecast, worth, state), key=lambda m: (m.rate(left - target_ms), -m.lost), default=None)
+        if best is None:
+            return None
+        state, left = best.state, left - best.saved
+    return _polished(forecast, worth, state, target_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    state: State
+    saved: float
+    lost: float
+
+    def rate(self, wanted: float) -> float:
+        """Time won for importance lost; what is won beyond what is wanted does not count."""
+        return min(self.saved, wanted) / max(self.lost, 1e-12)
+
+
+def _moves(forecast: Forecast, worth: Worth, state: State) -> Iterator[_Move]:
+    """All moves that save time."""
+    gone = frozenset().union(*(worth.inside[b] for b in state.dropped)) if state.dropped else frozenset()
+    for k, lost in enumerate(worth.ladders):
+        at = state.levels[k]
+        for to in range(at + 1, min(at + 1 + LOOK_AHEAD, len(lost))) if k not in gone else ():
+            saved = -forecast.change(state.levels, k, to, state.dropped)
+            if saved > 0:
+                yield _Move(state.moved(k, to), saved, lost[to] - lost[at])
+    for b in range(len(worth.blocks)):
+        if b not in state.dropped:
+            after = replace(state, dropped=state.dropped | {b})
+            saved = forecast.block(state.levels, b, state.dropped)
+            if saved > 0:
+                yield _Move(after, saved, worth.lost(after) - worth.lost(state))
+
+
+def _polished(forecast: Forecast, worth: Worth, state: State, target_ms: float) -> State:
+    """Put steps back, and exchange one for another, as long as that keeps more importance within the time."""
+    for _ in range(ROUNDS):
+        total = forecast.total(state.levels, state.dropped)
+        better = _best_exchange(forecast, worth, state, target_ms - total)
+        if better is None:
+            return state
+        state = better
+    return state
+
+
+def _best_exchange(forecast: Forecast, worth: Worth, state: State, slack: float) -> State | None:
+    lost = worth.lost(state)
+    best: tuple[float, State] | None = None
+    for up in _upward(forecast, worth, state):
+        if up.saved + slack >= 0:
+            candidates = [up]
+        else:
+            candidates = [
+                _Move(down.state, up.saved + down.saved, 0.0)
+                for down in _moves(forecast, worth, up.state)
+                if up.saved + down.saved + slack >= 0
+            ]
+        for move in candidates:
+            gain = lost - worth.lost(move.state)
+            if gain > 1e-9 * max(1.0, lost) and (best is None or gain > best[0]):
+                best = gain, move.state
+    if best is None:
+        return None
+    return best[1]
+
+
+def _upward(forecast: Forecast, worth: Worth, state: State) -> Iterator[_Move]:
+    """Moves that put something back; `saved` is negative."""
+    for k in range(len(worth.ladders)):
+        at = state.levels[k]
+        for to in range(max(0, at - LOOK_AHEAD), at):
+            yield _Move(state.moved(k, to), -forecast.change(state.levels, k, to, state.dropped), 0.0)
+    for b in state.dropped:
+        after = replace(state, dropped=state.dropped - {b})
+        yield _Move(after, -forecast.block(state.levels, b, after.dropped), 0.0)

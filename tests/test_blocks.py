@@ -1,0 +1,240 @@
+"""Residual blocks that go: found, dropped exactly, dead ones recognised, and the oracle that must notice mistakes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from stairs import table_of
+from torch import Tensor, nn
+
+import surgery
+from benchmarks.studies import data
+from exporters import onnx as exporter
+from surgery.blocks import dead_blocks, drop, find_blocks
+from surgery.check_dropped import check_dropped
+from surgery.compat import import_torchvision
+from surgery.couple import couple
+from surgery.errors import CheckFailed, InvalidInput, PlanMismatch
+from surgery.ir import Program
+from surgery.trace import trace
+
+IMAGE = torch.randn(2, 3, 16, 16)
+
+
+class Branch(nn.Module):
+    """x + bn(conv(relu(conv(x)))), rectified as asked."""
+
+    def __init__(self, width: int, *, rectified: bool = True) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(width, width, 3, 1, 1), nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn, self.rectified = nn.BatchNorm2d(width), rectified
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.bn(self.conv2(torch.relu(self.conv1(x))))
+        return torch.relu(y) if self.rectified else y
+
+
+def net(*, width: int = 32, blocks: int = 4, rectified: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    body = [Branch(width, rectified=rectified) for _ in range(blocks)]
+    stem = [nn.Conv2d(3, width, 3, 1, 1), nn.ReLU()]
+    model = nn.Sequential(*stem, *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    return model.eval()
+
+
+def plan_without(program: Program, dropped: dict[str, tuple[float, ...]]) -> surgery.Plan:
+    return surgery.Plan({}, {}, (), program.fingerprint, program.inputs, dropped=dropped)
+
+
+NETWORKS = {
+    "resnet50": 16,
+    "mobilenet_v2": 10,
+    "convnext_tiny": 18,
+    "vit_b_16": 24,
+    "efficientnet_b0": 9,
+    "swin_t": 24,
+}
+"""How many blocks each has."""
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_blocks_of_real_networks_are_found_and_dropped_exactly(name: str) -> None:
+    model = getattr(import_torchvision().models, name)(weights=None).eval()
+    program = trace(model, torch.randn(1, 3, 224, 224))
+    blocks = find_blocks(program)
+    expected = {
+        "resnet50": 16,
+        "mobilenet_v2": 10,
+        "convnext_tiny": 18,
+        "vit_b_16": 24,
+        "efficientnet_b0": 9,
+        "swin_t": 24,
+    }
+    assert len(blocks) == len({block.name for block in blocks}) == expected[name]
+    gone: dict[str, tuple[float, ...]] = {block.name: () for block in blocks[1::3]}
+    left = drop(program, gone, blocks)
+    assert check_dropped(left, plan_without(program, gone)) == ()
+    assert not {n for b in blocks[1::3] for n in b.nodes} & {node.name for node in left.nodes}
+    kept = {n for n, _ in left.model.named_parameters()}
+    assert not {t for b in blocks[1::3] for t in b.tensors} & kept
+    couple(left)
+
+
+def test_a_densely_connected_network_has_none() -> None:
+    model = import_torchvision().models.densenet121(weights=None).eval()
+    assert find_blocks(trace(model, torch.randn(1, 3, 64, 64))) == ()
+
+
+def test_the_users_class_comes_back_with_an_identity_where_that_is_the_same() -> None:
+    model = net()
+    program = trace(model, IMAGE)
+    left = drop(program, {"3": ()})
+    assert type(left.model) is nn.Sequential
+    assert isinstance(left.model[3], nn.Identity)
+    assert isinstance(model[3], Branch)
+
+
+class WrongTurn(nn.Module):
+    """A block whose sum is not all that its module does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x + self.conv(x))
+
+
+def test_the_rewritten_program_comes_back_where_an_identity_is_not_the_same() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), WrongTurn(), WrongTurn(), nn.Flatten(), nn.Linear(8 * 256, 4)).eval()
+    program = trace(model, IMAGE)
+    gone: dict[str, tuple[float, ...]] = {"1": ()}
+    left = drop(program, gone)
+    assert isinstance(left.model, torch.fx.GraphModule)
+    assert check_dropped(left, plan_without(program, gone)) == ()
+
+
+def test_the_oracle_notices_a_block_dropped_wrongly() -> None:
+    program = trace(net(), IMAGE)
+    gone: dict[str, tuple[float, ...]] = {"3": ()}
+    left = drop(program, gone)
+    for faulty in (replace(drop(program, {"4": ()}), whole=program), drop(program, {**gone, "4": ()})):
+        with pytest.raises(CheckFailed):
+            check_dropped(faulty, plan_without(program, gone))
+    with pytest.raises(CheckFailed):
+        check_dropped(left, plan_without(program, {"3": (0.5,) * 32}))
+
+
+def kill(model: nn.Module, index: int, *, left: bool) -> None:
+    """Zero a block's last convolution; its batch norm goes on giving a constant, or nothing."""
+    block = model[index]  # type: ignore[index]
+    with torch.no_grad():
+        block.conv2.weight.zero_()
+        if not left:
+            block.bn.bias.zero_()
+            block.bn.running_mean.zero_()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("left", [False, True])
+def test_a_dead_block_vanishes_and_its_constant_stays(dtype: torch.dtype, left: bool, tmp_path: Path) -> None:
+    model = net().to(dtype)
+    kill(model, 3, left=left)
+    image = IMAGE.to(dtype)
+    result = surgery.shrink(model, image, budget=surgery.Budget(macs=0.9))
+    assert set(result.plan.dropped) == {"3"}
+    assert bool(result.plan.dropped["3"]) == left
+    assert any("dead" in note and "test_blocks.py" in note for note in result.plan.notes)
+    assert not result.plan.dead  # a quarter of the network was dead: nothing else has to go
+    error = float((result.model(image) - model(image)).detach().abs().max())
+    assert error <= (1e-10 if dtype == torch.float64 else 1e-5)
+    exporter.export(result.model, image, tmp_path / "compact.onnx")
+    convolutions = [n for n in onnx.load(tmp_path / "compact.onnx").graph.node if n.op_type == "Conv"]
+    assert len(convolutions) == 7
+    again = surgery.apply(surgery.Plan.from_json(result.plan.to_json()), model)
+    assert torch.equal(again(image), result.model(image))
+
+
+def test_a_dead_block_stays_where_layers_may_not_be_dropped_or_are_kept() -> None:
+    model = net()
+    kill(model, 3, left=False)
+    half = surgery.Budget(macs=0.5)
+    assert not surgery.shrink(model, IMAGE, budget=half, drop_layers=False).plan.dropped
+    assert not surgery.shrink(model, IMAGE, budget=half, keep=("3.conv1",)).plan.dropped
+
+
+def test_a_network_whose_branches_all_end_in_zero_is_one_before_training() -> None:
+    model = net()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.zeros_(module.weight)
+    program = trace(model, IMAGE)
+    assert len(dead_blocks(program, find_blocks(program))) == 4
+    result = surgery.shrink(model, IMAGE, budget=surgery.Budget(macs=0.5))
+    assert not result.plan.dropped
+    assert any("before training" in note for note in result.plan.notes)
+
+
+def test_a_constant_that_is_not_the_same_everywhere_is_not_taken_for_one() -> None:
+    """A convolution of a constant sees the padding at the border."""
+    model = net()
+    with torch.no_grad():
+        model[3].conv1.weight.zero_()
+        model[3].conv1.bias.fill_(1.0)
+    program = trace(model, IMAGE)
+    assert dead_blocks(program, find_blocks(program)) == {}
+
+
+def test_blocks_go_for_time_and_may_be_forbidden_to() -> None:
+    model = net(blocks=8)
+    for index in (4, 6):  # their last scales are small: they matter least
+        nn.init.constant_(model[index].bn.weight, 1e-3)  # type: ignore[union-attr, arg-type]
+    program = trace(model, IMAGE)
+    given = table_of(program, couple(program))
+    budget = surgery.Budget(latency=0.7)
+    dropped = surgery.shrink(model, IMAGE, budget=budget, latency_table=given)
+    assert {"4", "6"} <= set(dropped.plan.dropped)
+    assert "importance" in dropped.plan.reasons["4"]
+    assert dropped.kind == "module"
+    kept = surgery.shrink(model, IMAGE, budget=budget, latency_table=given, drop_layers=False)
+    assert not kept.plan.dropped
+    assert kept.plan.dead
+
+
+def test_a_plan_with_blocks_of_another_network_is_refused() -> None:
+    with pytest.raises(PlanMismatch, match="no block 'layer9'"):
+        drop(trace(net(), IMAGE), {"layer9": ()})
+
+
+@pytest.fixture(scope="module")
+def half_dead() -> nn.Module:
+    """ResNet-20 of the Distiller project, regularised until five of its convolutions were all zero."""
+    try:
+        path = data.find_root() / "cifar10_weights" / "distiller_resnet20_4Dreg.pt"
+    except InvalidInput as error:
+        pytest.skip(str(error))
+    if not path.is_file():
+        pytest.skip(f"no checkpoint at {path}")
+    from benchmarks.studies.networks import projected_resnet
+
+    return projected_resnet(torch.load(path, map_location="cpu", weights_only=True)).eval()
+
+
+def test_the_dead_branches_of_a_trained_network_disappear(half_dead: nn.Module) -> None:
+    model = half_dead.double()
+    zero = [n for n, p in model.named_parameters() if p.dim() == 4 and not p.any()]
+    assert len(zero) == 5
+    image = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    result = surgery.shrink(model, image, budget=surgery.Budget(macs=0.95))
+    assert set(result.plan.dropped) == {"layer1.0", "layer1.1", "layer2.2"}
+    assert max(abs(x) for left in result.plan.dropped.values() for x in left) > 0.6
+    assert not {n.rpartition(".")[0] for n in zero} & {n for n, _ in result.model.named_modules()}
+    assert float((result.model(image) - model(image)).detach().abs().max()) <= 1e-10

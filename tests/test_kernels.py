@@ -1,0 +1,146 @@
+"""Kernels: what programs become for a runtime, and the small models that are timed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import probe
+from benchmarks.fill import REFERENCE, Wanted, fill
+from benchmarks.micro import chain_bytes, model_bytes
+from surgery.compat import import_torchvision
+from surgery.couple import couple
+from surgery.ir import Coupling, Program
+from surgery.kernels import Kernel, Operand, Widths, resolved, step
+from surgery.latency import widths_of
+from surgery.lower import Lowered, lower
+from surgery.ops.registry import rules
+from surgery.tables import LatencyTable
+from surgery.trace import trace
+
+
+def lowered(model: nn.Module, x: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[Program, Coupling, Lowered]:
+    program = trace(model.eval(), x)
+    coupling = couple(program)
+    return program, coupling, lower(program, coupling)
+
+
+def run_kernel(kernel: Kernel, widths: Widths) -> tuple[int, ...]:
+    """Check a kernel's model, run it, and return the shape of what comes out."""
+    content = model_bytes(kernel, widths)
+    onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    given = {i.name: np.ones(i.shape, np.float32) for i in session.get_inputs()}
+    return tuple(session.run(None, given)[0].shape)
+
+
+TIMED = sorted(op for op, rule in rules().items() if rule.onnx is not None)
+
+
+@pytest.mark.parametrize("op", TIMED)
+def test_every_rule_that_is_timed_makes_kernels_that_run(op: str) -> None:
+    model, inputs = rules()[op].example()
+    program, coupling, low = lowered(model, inputs)
+    assert any(node.op == op for node in program.nodes)
+    assert op not in {node.op for node in program.nodes if node.name in low.untimed}
+    for kernel, widths in widths_of(low, coupling.facts, {}):
+        sizes = dict(zip(kernel.letters, widths, strict=True))
+        assert run_kernel(kernel, widths) == resolved(kernel.shape, sizes)
+        assert Kernel.from_key(kernel.key) == kernel
+
+
+def test_batch_norms_are_folded_and_activations_join_the_convolution() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1), nn.SiLU()
+    )
+    _, coupling, low = lowered(model, torch.randn(1, 3, 12, 12))
+    assert [[s.op for s in placed.kernel.steps] for placed in low.placed] == [
+        ["Conv", "Relu"],
+        ["Conv", "Sigmoid", "Mul"],
+    ]
+    first, second = (placed.kernel for placed in low.placed)
+    assert [o.kind for o in first.operands] == ["value", "weight", "weight"]
+    assert [o.kind for o in second.operands] == ["image", "weight", "weight"]
+    assert low.untimed == ()
+    assert widths_of(low, coupling.facts, {})[1][1] == (16,)
+
+
+def test_what_several_read_is_not_fused() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.a(x)
+            return self.b(torch.relu(y)) + y
+
+    _, _, low = lowered(Twice(), torch.randn(1, 3, 8, 8))
+    assert [[s.op for s in p.kernel.steps] for p in low.placed] == [["Conv"], ["Relu"], ["Conv", "Add"]]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "convnext_tiny", "vit_b_16", "shufflenet_v2_x0_5"])
+def test_networks_are_timed_whole(name: str) -> None:
+    model = getattr(import_torchvision().models, name)(weights=None)
+    program, coupling, low = lowered(model, torch.randn(1, 3, 224, 224))
+    contracting = {op for op, rule in rules().items() if rule.macs is not None and rule.masked}
+    contractions = Counter(node.op for node in program.nodes if node.op in contracting)
+    untimed = Counter(node.op for node in program.nodes if node.name in low.untimed)
+    assert contractions
+    assert not contractions.keys() & untimed.keys()
+    dense = widths_of(low, coupling.facts, {})
+    group = max(coupling.groups, key=lambda g: g.size)
+    cut = widths_of(low, coupling.facts, {group.name: range(group.size // 2)})
+    changed = [(a, b) for (_, a), (_, b) in zip(dense, cut, strict=True) if a != b]
+    assert changed
+    assert all(x >= y for a, b in changed for x, y in zip(a, b, strict=True))
+
+
+def test_the_batch_is_the_one_asked_for() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(1), nn.Linear(8 * 36, 4))
+    program = trace(model.eval(), torch.randn(1, 3, 8, 8))
+    for batch in (1, 5):
+        placed = lower(program, couple(program), batch=batch).placed
+        assert {p.kernel.shape[0] for p in placed} == {batch}
+
+
+def test_only_the_kernel_is_timed_and_not_what_stands_around_it(tmp_path: Path) -> None:
+    """Events as ONNX Runtime's profiler gives them: of a context, changes of layout at the ends, and the kernel."""
+    run = [
+        ("ReorderInput", "ReorderInput_kernel_time", 100),
+        ("Conv", "context_x0_conv_nchwc_kernel_time", 100),
+        ("MaxPool", "context_x0_nchwc_kernel_time", 100),
+        ("Conv", "s0_nchwc_kernel_time", 7),
+        ("ReorderOutput", "ReorderOutput_token_3_kernel_time", 2),
+        ("HardSwish", "kernel_s1_kernel_time", 3),
+        ("ReorderInput", "ReorderInput_token_4_kernel_time", 1),
+        ("Conv", "context_out_conv_nchwc_kernel_time", 100),
+        ("MaxPool", "context_out_nchwc_kernel_time", 100),
+        ("ReorderOutput", "ReorderOutput_kernel_time", 100),
+    ]
+    nodes = [{"cat": "Node", "name": name, "dur": us, "args": {"op_name": op}} for op, name, us in run]
+    events = [*nodes, {"cat": "Session", "name": "model_run", "dur": 1}]
+    assert probe.runs_ms(events * 2) == [0.013, 0.013]
+    assert probe.Timer(1, str(tmp_path)).kernel_ms(chain_bytes(3)) > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_run_by_itself_counts_as_nothing() -> None:
+    strange = Kernel.from_key(REFERENCE[0].key.replace('"Conv"', '"NoSuchOperator"'))
+    table = LatencyTable({}, {}, 0.0, {})
+    filled = fill(table, [Wanted(strange, (16, 16)), Wanted(REFERENCE[0], (16, 16))], threads=1, rounds=1)
+    assert set(filled.entries[strange.key].grid) == {0.0}
+    assert min(filled.entries[REFERENCE[0].key].grid) > 0
+
+
+def test_what_is_joined_is_as_long_as_its_pieces() -> None:
+    pieces = tuple(Operand(name, (1, letter, 4, 4), "image") for name, letter in (("x0", "a"), ("x1", "b")))
+    joined = Kernel((step("Concat", "x0", "x1", axis=1),), pieces, (1, "c", 4, 4), True)
+    assert run_kernel(joined, (14, 15, 30)) == (1, 29, 4, 4)

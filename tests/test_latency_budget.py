@@ -1,0 +1,279 @@
+"""Budgets of time: plans by a table, on stair edges, with reasons; the loop that measuring closes; the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from stairs import STEP, table_of
+from torch import nn
+
+import surgery
+from benchmarks.ratio import PROCESSES, Ratio
+from surgery import race
+from surgery.couple import couple
+from surgery.errors import BudgetUnreachable, InvalidInput
+from surgery.ir import Plan
+from surgery.latency import predicted_ms, widths_of
+from surgery.lower import lower
+from surgery.race import Loop
+from surgery.score import CRITERIA
+from surgery.tables import LatencyTable
+from surgery.trace import trace
+
+ROOT = Path(__file__).resolve().parent.parent
+IMAGE = torch.randn(2, 3, 16, 16)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    widths = [(3, 64), (64, 128), (128, 64)]
+    layers = [x for i, o in widths for x in (nn.Conv2d(i, o, 3, 1, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).eval()
+
+
+@pytest.fixture(scope="module")
+def table() -> LatencyTable:
+    program = trace(net(), IMAGE)
+    return table_of(program, couple(program))
+
+
+def shrunk(table: LatencyTable, budget: surgery.Budget, **asked: object) -> surgery.Result:
+    return surgery.shrink(net(), IMAGE, budget=budget, latency_table=table, **asked)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fraction", [0.75, 0.5, 0.2])
+def test_the_plan_takes_the_time_that_the_table_tells(table: LatencyTable, fraction: float) -> None:
+    result = shrunk(table, surgery.Budget(latency=fraction))
+    told = result.report["latency"]
+    assert told["predicted_ms"] <= fraction * told["predicted_dense_ms"]
+    low = lower(result.program, result.coupling)
+    again = predicted_ms(widths_of(low, result.coupling.facts, result.plan.dead), table)
+    assert again == pytest.approx(told["predicted_ms"])
+    assert told["met"] is None
+    assert result.check.error_float64 <= 1e-10
+
+
+def test_widths_stand_on_stair_edges_and_say_why(table: LatencyTable) -> None:
+    plan = shrunk(table, surgery.Budget(latency=0.5)).plan
+    left = {name: size - len(plan.dead.get(name, ())) for name, size in plan.sizes.items()}
+    assert plan.dead
+    assert all(width % STEP == 0 for width in left.values())
+    for name, width in left.items():
+        assert plan.reasons[name].startswith(f"{width} of {plan.sizes[name]}: its kernels take ")
+        assert f"{width} → {width - 1} would be slower" in plan.reasons[name]
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_the_same_model_seed_and_table_give_the_same_plan_to_the_byte(table: LatencyTable, tmp_path: Path) -> None:
+    table.save(tmp_path / "t.json")
+    first = shrunk(table, surgery.Budget(latency=0.5), correct=False)
+    second = surgery.shrink(
+        net(), IMAGE, budget=surgery.Budget(latency=0.5), latency_table=tmp_path / "t.json", correct=False
+    )
+    assert first.plan.to_json() == second.plan.to_json()
+
+
+@pytest.mark.parametrize("criterion", sorted(CRITERIA))
+def test_every_criterion_goes_with_time(table: LatencyTable, criterion: str) -> None:
+    result = shrunk(table, surgery.Budget(latency=0.5), criterion=criterion)
+    assert result.report["latency"]["predicted_ms"] <= 0.5 * result.report["latency"]["predicted_dense_ms"]
+
+
+def test_what_is_kept_stays_and_a_part_is_planned_by_itself(table: LatencyTable) -> None:
+    kept = shrunk(table, surgery.Budget(latency=0.75), keep=("3",))
+    assert kept.model.get_submodule("3").weight.shape[0] == 128  # type: ignore[union-attr, index]
+    whole = nn.Sequential(net(), nn.Softmax(1)).eval()
+    part = surgery.shrink(
+        whole, IMAGE, budget=surgery.Budget(latency=0.5), part="0", latency_table=table, correct=False
+    )
+    assert part.plan.dead
+    assert part.report["part"]["name"] == "0"
+
+
+def test_milliseconds_are_taken_of_the_tables_dense_model(table: LatencyTable) -> None:
+    dense = shrunk(table, surgery.Budget(latency=0.5)).report["latency"]["predicted_dense_ms"]
+    result = shrunk(table, surgery.Budget(latency_ms=0.4 * dense))
+    assert result.report["latency"]["predicted_ms"] <= 0.4 * dense
+    with pytest.raises(InvalidInput, match=r"takes .* ms already"):
+        shrunk(table, surgery.Budget(latency_ms=2 * dense))
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"round_to": 8}, "round_to"),
+        ({"scope": "uniform"}, "scope"),
+        ({"tracer": "torch-pruning"}, "torch.export"),
+    ],
+)
+def test_what_the_clock_decides_is_refused_beside_it(table: LatencyTable, asked: dict[str, object], said: str) -> None:
+    with pytest.raises(InvalidInput, match=said):
+        shrunk(table, surgery.Budget(latency=0.5), **asked)
+
+
+def test_a_time_that_cannot_be_had_says_what_can(table: LatencyTable) -> None:
+    with pytest.raises(BudgetUnreachable, match="ms are predicted"):
+        shrunk(table, surgery.Budget(latency=0.01))
+
+
+@pytest.mark.parametrize(
+    "budget", [{"latency": 1.0}, {"latency": 0.0}, {"latency_ms": 0.0}, {"latency_ms": float("inf")}]
+)
+def test_budgets_of_time_out_of_range_are_refused(budget: dict[str, float]) -> None:
+    with pytest.raises(InvalidInput):
+        surgery.Budget(**budget)
+
+
+def test_a_table_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="cannot read latency table"):
+        shrunk(tmp_path / "missing.json", surgery.Budget(latency=0.5))  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match="latency_table"):
+        shrunk(3, surgery.Budget(latency=0.5))  # type: ignore[arg-type]
+
+
+# The loop. -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Aimed:
+    """A plan that does nothing but remember what it aimed at."""
+
+    plan: Plan
+    loop: Loop
+
+
+class Machine:
+    """A made-up track: what a plan takes is a function of what it aimed at."""
+
+    def __init__(self, truth: Callable[[float], float]) -> None:
+        self.truth, self.processes = truth, list[int]()
+
+    def entry(self, module: object) -> float:
+        return float(module)  # type: ignore[arg-type]
+
+    def time(self, compact: float, *, processes: int) -> Ratio:
+        self.processes.append(processes)
+        ratio = self.truth(compact)
+        return Ratio(ratio, (ratio,) * processes, 10.0, 10.0 * ratio)
+
+
+def aimed(fraction: float, step: float = 0.0) -> Aimed:
+    fraction = round(fraction / step) * step if step else fraction
+    plan = Plan({"g": (round(1e6 * fraction),)}, {}, (), "", ())
+    return Aimed(plan, Loop(0.5, None, 1.0, fraction))
+
+
+def close(truth: Callable[[float], float], *, step: float = 0.0) -> tuple[Aimed, Loop, Machine]:
+    machine = Machine(truth)
+    taken, loop = race.close(
+        aimed(0.5, step),
+        lambda f: aimed(f, step),
+        lambda a: a.loop.predicted_ms,
+        machine,  # type: ignore[arg-type, return-value]
+    )
+    return taken, loop, machine
+
+
+@pytest.mark.parametrize("bias", [0.8, 1.0, 1.3])
+def test_a_plan_is_corrected_until_the_measured_time_is_met(bias: float) -> None:
+    taken, loop, machine = close(lambda aim: bias * aim)
+    assert loop.met
+    assert abs(loop.rounds[loop.taken].measured / 0.5 - 1) <= race.CLOSE
+    assert len(loop.rounds) <= race.ROUNDS
+    assert len(loop.rounds[loop.taken].ratios) == PROCESSES
+    assert taken.loop.predicted_ms == pytest.approx(0.5 / bias)
+    assert loop.verdict.startswith("met: ")
+    assert max(machine.processes) == PROCESSES
+
+
+def test_what_stays_out_of_reach_is_said() -> None:
+    def unreachable(fraction: float) -> Aimed:
+        raise BudgetUnreachable("smallest")
+
+    machine = Machine(lambda aim: 0.7)
+    _, loop = race.close(aimed(0.5), unreachable, lambda a: a.loop.predicted_ms, machine)  # type: ignore[arg-type, return-value]
+    assert loop.met is False
+    assert "every group is at its smallest" in loop.verdict
+    assert len(loop.rounds[0].ratios) == PROCESSES
+
+
+def test_coarse_steps_end_the_loop_at_the_nearest_plan() -> None:
+    taken, loop, _ = close(lambda aim: 1.1 * aim, step=0.1)
+    assert len(loop.rounds) <= race.ROUNDS
+    assert taken.loop.predicted_ms == pytest.approx(0.5)
+    assert loop.met is False
+    assert "no other combination" in loop.verdict
+
+
+def test_a_loop_is_plain_json() -> None:
+    _, loop, _ = close(lambda aim: aim)
+    assert json.loads(json.dumps(loop.to_dict()))["met"] is True
+    assert replace(loop, taken=-1).met is None
+
+
+# The command line. ---------------------------------------------------------------------------------------------------
+
+NETS = """
+import torch
+from torch import nn
+
+def net():
+    layers = [nn.Conv2d(3, 64, 3, 1, 1), nn.ReLU(), nn.Conv2d(64, 64, 3, 1, 1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)), torch.randn(1, 3, 16, 16)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("latency")
+    (place / "nets.py").write_text(NETS)
+    scope: dict[str, object] = {}
+    exec(NETS, scope)
+    model, example = scope["net"]()  # type: ignore[operator]
+    program = trace(model.eval(), example)
+    table_of(program, couple(program)).save(place / "table.json")
+    return place
+
+
+def run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SURGERY_CACHE": str(folder / "cache")}
+    line = [sys.executable, "-m", "surgery.cli", *args, "--quiet"]
+    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=600)
+
+
+def test_the_command_line_plans_by_a_table(folder: Path) -> None:
+    done = run(
+        folder, "shrink", "nets.py:net", "--latency-table", "table.json", "--latency", "0.5", "--runs", "3", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert data["latency"]["target"] == 0.5
+    assert data["latency"]["device"]["cpu"] == "made up"
+    assert [row["name"] for row in data["models"]] == ["dense", "masked", "compact"]
+    assert data["budget"] is None
+    assert not (folder / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (["--latency", "0.5", "--macs", "0.5"], 2, "--latency and --macs"),
+        (["--latency", "0.5", "--round-to", "8"], 2, "round_to"),
+        (["--latency-table", "nowhere.json"], 2, "cannot read latency table"),
+        (["--latency-table", "nets.py"], 2, "not a latency table"),
+        (["--latency-table", "table.json", "--latency", "0.001"], 5, "ms are predicted"),
+    ],
+)
+def test_what_goes_wrong_is_said_in_one_sentence(folder: Path, args: list[str], code: int, said: str) -> None:
+    done = run(folder, "show", "nets.py:net", *args)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -1,0 +1,97 @@
+"""The search: most importance within a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from surgery.spend import State, Worth, spend
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Layers between ladders: the time of each is the product of the widths on both sides. Block b is layer b."""
+
+    widths: tuple[tuple[int, ...], ...]
+    layers: tuple[tuple[int, int], ...]
+    blocks: tuple[int, ...] = ()
+
+    def _ms(self, layer: tuple[int, int], levels: Sequence[int]) -> float:
+        a, b = layer
+        return float(self.widths[a][levels[a]] * self.widths[b][levels[b]])
+
+    def _there(self, dropped: Collection[int]) -> list[tuple[int, int]]:
+        gone = {self.blocks[b] for b in dropped}
+        return [layer for k, layer in enumerate(self.layers) if k not in gone]
+
+    def total(self, levels: Sequence[int], dropped: Collection[int] = ()) -> float:
+        return sum(self._ms(layer, levels) for layer in self._there(dropped))
+
+    def change(self, levels: Sequence[int], ladder: int, to: int, dropped: Collection[int] = ()) -> float:
+        moved = [to if k == ladder else level for k, level in enumerate(levels)]
+        return self.total(moved, dropped) - self.total(levels, dropped)
+
+    def block(self, levels: Sequence[int], block: int, dropped: Collection[int] = ()) -> float:
+        return self.total(levels, dropped) - self.total(levels, {*dropped, block})
+
+
+def chain(importance: Sequence[Sequence[float]], *, blocks: Sequence[float] = ()) -> tuple[Chain, Worth]:
+    """Ladders of these steps' importance, each next to the one after it; the first layers are blocks of this worth."""
+    widths = tuple(tuple(range(len(steps) + 1, 0, -1)) for steps in importance)
+    lost = tuple(tuple(sum(steps[:k]) for k in range(len(steps) + 1)) for steps in importance)
+    layers = tuple((k, k + 1) for k in range(len(importance) - 1))
+    inside = tuple(frozenset[int]() for _ in blocks)
+    return Chain(widths, layers, tuple(range(len(blocks)))), Worth(lost, tuple(blocks), inside)
+
+
+def best_by_trying_all(time: Chain, worth: Worth, target: float) -> float | None:
+    sets = [frozenset(b for b, out in enumerate(bits) if out) for bits in product((0, 1), repeat=len(worth.blocks))]
+    states = [State(levels, s) for levels in product(*(range(len(x)) for x in worth.ladders)) for s in sets]
+    within = [worth.lost(s) for s in states if time.total(s.levels, s.dropped) <= target]
+    return min(within, default=None)
+
+
+steps = st.lists(st.floats(0.1, 5.0), min_size=1, max_size=3).map(sorted)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(steps, min_size=2, max_size=4), st.lists(st.floats(0.1, 9.0), max_size=1), st.floats(0.05, 0.99))
+def test_the_time_is_kept_and_nearly_the_most_importance(
+    importance: list[list[float]], blocks: list[float], share: float
+) -> None:
+    time, worth = chain(importance, blocks=blocks)
+    dense = (0,) * len(importance)
+    target = share * time.total(dense)
+    best = best_by_trying_all(time, worth, target)
+    found = spend(time, worth, target)  # type: ignore[arg-type]
+    if best is None:
+        assert found is None
+        return
+    assert found is not None
+    assert time.total(found.levels, found.dropped) <= target + 1e-9
+    everything = sum(x[-1] for x in worth.ladders) + sum(worth.blocks)
+    assert worth.lost(found) <= best + 0.25 * everything
+
+
+def test_nothing_goes_where_there_is_time() -> None:
+    time, worth = chain([[1.0], [1.0]])
+    assert spend(time, worth, time.total((0, 0))) == State((0, 0))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("worth_of_block", [0.01, 100.0])
+def test_a_block_goes_where_it_buys_time_cheaply(worth_of_block: float) -> None:
+    time, worth = chain([[1.0, 1.0, 1.0]] * 3, blocks=[worth_of_block])
+    found = spend(time, worth, 0.6 * time.total((0, 0, 0)))  # type: ignore[arg-type]
+    assert found is not None
+    assert (found.dropped == {0}) == (worth_of_block < 1)
+
+
+def test_units_inside_a_block_are_not_paid_twice() -> None:
+    worth = Worth(((0.0, 5.0),), (3.0,), (frozenset({0}),))
+    assert worth.lost(State((1,), frozenset())) == 5.0
+    assert worth.lost(State((1,), frozenset({0}))) == 3.0
