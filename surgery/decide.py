@@ -24,7 +24,8 @@ from surgery.lower import lower
 from surgery.moves import arranged, moves_of
 from surgery.race import Loop
 from surgery.request import Clock, Progress, Request, Stages, stages_of
-from surgery.score import block_worth, score
+from surgery.score import score, weights_of
+from surgery.signal import Signal, signal_of
 from surgery.timeplan import Planner, Timed, carried
 
 
@@ -114,10 +115,10 @@ def _prepared(stages: Stages, program: Program, request: Request, run: Clock) ->
     with run("couple"):
         coupling = stages.couple(program, keep=request.keep)
     with run("score"):
-        orders = arrange(program, coupling, request.criterion, seed=request.seed)
+        orders = arrange(program, coupling, request.ranking, seed=request.seed)
         moves = moves_of(coupling, orders)
         scores = score(
-            program, coupling, request.criterion, seed=request.seed, prepare=lambda weights: arranged(weights, moves)
+            program, coupling, request.ranking, seed=request.seed, prepare=lambda weights: arranged(weights, moves)
         )
     return _Ground(program, coupling, scores, orders, stages.cost_functions(program, coupling))
 
@@ -269,8 +270,14 @@ class _Clockwork:
             settings=self._settings,
             budget=self._request.goal,
             blocks=blocks,
-            worth=block_worth(ground.program, blocks),
+            signal=self._signal(ground, blocks),
         )
+
+    def _signal(self, ground: _Ground, blocks: tuple[Block, ...]) -> Signal:
+        """Who reads the units; how much a unit counts among its like is the criterion's to tell."""
+        parameters = arranged(weights_of(ground.program, ground.coupling), moves_of(ground.coupling, ground.orders))
+        signal = signal_of(ground.program, ground.coupling, parameters, blocks)
+        return signal if self._request.ranking == "signal" else signal.ranked(ground.scores)
 
 
 def _timed_dense(program: Program, request: Request, run: Clock) -> float:

@@ -115,8 +115,8 @@ SELECTION = (
     click.option("--params", type=_FRACTION, metavar="R", help="Fraction of the parameters to keep."),
     click.option("--channels", type=_FRACTION, metavar="R", help="Fraction of all removable units to keep."),
     click.option(
-        "--criterion", type=click.Choice(["l1", "l2", "bn-gamma", "lamp", "fpgm", "random"]),
-        default="l1", show_default=True, help="What makes a unit important.",
+        "--criterion", type=click.Choice(["l1", "l2", "bn-gamma", "lamp", "fpgm", "signal", "random"]),
+        help="What makes a unit important.  [default: signal for a budget of time, else l1]",
     ),
     click.option(
         "--scope", type=click.Choice(["global", "uniform"]), default="global", show_default=True,

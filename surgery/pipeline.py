@@ -120,7 +120,7 @@ def shrink(
     example_inputs: Any,
     *,
     budget: Budget | None = None,
-    criterion: str | Callable[..., Any] = "l1",
+    criterion: str | Callable[..., Any] | None = None,
     scope: str = "global",
     round_to: int = 1,
     inexact: str = "if-needed",
@@ -144,7 +144,8 @@ def shrink(
         model: the dense model; bit-identical afterwards.
         example_inputs: a tensor, or a tuple of forward's positional arguments; (N, C, H, W) for most vision models.
         budget: what to keep; half of the dense model's latency in ONNX Runtime by default.
-        criterion: name of a criterion of `surgery.score`, or a callable ``(group, parameters) -> score per unit``.
+        criterion: name of a criterion of `surgery.score`, or a callable ``(group, parameters) -> score per unit``;
+            None: `signal` for a budget of time, else `l1`.
         scope: `global` ranks all units together, `uniform` keeps the same share of every group.
         round_to: kept units per group are multiples of this.
         inexact: `never`, `if-needed` or `always` cut units whose removal is not the same as zeros (`Group.inexact`).

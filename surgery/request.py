@@ -45,7 +45,7 @@ class Request:
     """What is asked for. The fields are the keyword arguments of `shrink`, and the options of the command line."""
 
     budget: Budget | None = None
-    criterion: Any = "l1"
+    criterion: Any = None
     scope: str = "global"
     round_to: int = 1
     inexact: str = "if-needed"
@@ -68,12 +68,18 @@ class Request:
             return self.budget
         return WITHOUT_PROGRAM if self.tracer == "torch-pruning" else DEFAULT_BUDGET
 
+    @property
+    def ranking(self) -> Any:
+        """The criterion: `signal` for a budget of time by default, else `l1`."""
+        return self.criterion if self.criterion is not None else "signal" if self.goal.is_latency else "l1"
+
     def settings(self) -> dict[str, Any]:
         """Return what a plan records, so that it can be applied again: JSON values, without the budget."""
         clocked = () if self.goal.is_latency else ("threads", "batch")
         left_out = {"budget", "latency_table", "acceptance", "correct", *clocked}
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
-        criterion = self.criterion if isinstance(self.criterion, str) else getattr(self.criterion, "__name__", "custom")
+        ranking = self.ranking
+        criterion = ranking if isinstance(ranking, str) else getattr(ranking, "__name__", "custom")
         return {**values, "criterion": criterion, "keep": list(self.keep)}
 
 

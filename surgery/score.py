@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from surgery.blame import first_line, user_line
 from surgery.errors import InvalidInput, PlanMismatch
-from surgery.ir import Block, Coupling, Group, Program, Scores, Site
+from surgery.ir import Coupling, Group, Program, Scores, Site
+from surgery.signal import signal_of
 from surgery.wiring import all_tensors
 
 Criterion = Callable[[Group, Mapping[str, Tensor]], Sequence[float] | Tensor]
@@ -54,6 +55,9 @@ def score(
     """
     function = _resolve(criterion, seed)
     parameters = prepare(weights_of(program, coupling))
+    if criterion == "signal":
+        known = signal_of(program, coupling, parameters)
+        return {group.name: known.scores(group) for group in coupling.groups}
     with torch.no_grad():
         return {group.name: _scored(function, group, parameters) for group in coupling.groups}
 
@@ -64,50 +68,6 @@ def score_group(
     """Return the importance of every unit of one group, whose sites are axes of these parameters; see `score`."""
     with torch.no_grad():
         return _scored(_resolve(criterion, seed), group, parameters)
-
-
-BLOCK_PRICE = 3.0
-"""What a block's signal counts against that of single layers' units; chosen on training images of CIFAR-10."""
-
-
-def block_worth(program: Program, blocks: Sequence[Block]) -> dict[str, float]:
-    """Return what is lost with each residual block: how much of the signal of the stream it adds to is its own.
-
-    The energy of a branch is read from its last scale (a batch norm's gain and shift, a layer scale, or the last
-    layer's weights, by output channel), that of the stream is the sum over what was added to it so far. The worth is
-    ``-log(1 - share)``, the currency of `spend.worth_of`, times `BLOCK_PRICE`.
-    """
-    tensors = all_tensors(program)
-    nodes = {node.name: node for node in program.graph.graph.nodes} if blocks else {}
-    energies = {block.name: _branch_energy(nodes, block, tensors) for block in blocks}
-    stream = sum(energies.values()) / len(energies) if energies else 0.0  # what the stem gives: as a block does
-    out = {}
-    for name, energy in energies.items():
-        stream += energy
-        share = energy / stream if stream > 0 else 0.5
-        out[name] = -BLOCK_PRICE * math.log(max(1e-9, 1.0 - share))
-    return out
-
-
-def _branch_energy(nodes: Mapping[str, torch.fx.Node], block: Block, tensors: Mapping[str, Tensor]) -> float:
-    """Mean square of what a branch gives, by its last operator that has weights, were its input of unit size."""
-    node = nodes[block.branch]
-    while node.name in block.nodes:
-        read = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
-        learned = [name for name in read if isinstance(tensors[name], nn.Parameter)]
-        if learned:
-            return sum(_mean_square(tensors[name].detach().double()) for name in learned)
-        inner = [n for n in node.all_input_nodes if n.name in block.nodes]
-        if not inner:
-            break
-        node = inner[0]
-    return 1.0
-
-
-def _mean_square(weight: Tensor) -> float:
-    """Over output channels, of the sum of squares of each."""
-    per_channel = weight.flatten(1) if weight.dim() > 1 and weight.shape[0] > 1 else weight.reshape(-1, 1)
-    return float(per_channel.square().sum(1).mean())
 
 
 def l1(group: Group, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -162,6 +122,20 @@ def fpgm(group: Group, parameters: Mapping[str, Tensor]) -> Tensor:
     return _over_mean(squared.clamp_min(0).fill_diagonal_(0).sqrt().sum(1))
 
 
+def signal(group: Group, parameters: Mapping[str, Tensor]) -> Tensor:
+    """How much of the energy of the weights that read the unit is its own, over all layers that read it.
+
+    `score` weighs each of these layers by how much of what it says counts at the outputs; see `surgery.signal`.
+    """
+    owned = list(_owned(group, parameters))
+    read = [(site, weight) for site, weight in owned if site.axis == 1] or owned
+    total = torch.zeros(group.size, dtype=torch.float64)
+    for site, weight in read:
+        whole = weight.double().square().sum().clamp_min(torch.finfo(torch.float64).tiny)
+        total += _per_unit(site, weight, order=2, size=group.size) / whole
+    return total
+
+
 def uniform_random(group: Group, parameters: Mapping[str, Tensor], *, seed: int = 0) -> Sequence[float]:
     """Uniform on [0, 1): the same for the same seed and group name, whatever else the model holds."""
     digest = hashlib.sha256(f"{seed}:{group.name}".encode()).digest()
@@ -169,7 +143,15 @@ def uniform_random(group: Group, parameters: Mapping[str, Tensor], *, seed: int 
 
 
 CRITERIA: Mapping[str, Criterion] = MappingProxyType(
-    {"l1": l1, "l2": l2, "bn-gamma": bn_gamma, "lamp": lamp, "fpgm": fpgm, "random": uniform_random}
+    {
+        "l1": l1,
+        "l2": l2,
+        "bn-gamma": bn_gamma,
+        "lamp": lamp,
+        "fpgm": fpgm,
+        "signal": signal,
+        "random": uniform_random,
+    }
 )
 
 
@@ -205,14 +187,19 @@ def _sum_over_sites(group: Group, parameters: Mapping[str, Tensor], *, order: in
     """Per unit the sum of ``|w| ** order`` over all weights it owns: (units,), float64."""
     total = torch.zeros(group.size, dtype=torch.float64)
     for site, weight in _owned(group, parameters):
-        others = [axis for axis in range(weight.ndim) if axis != site.axis]
-        if others:
-            per_position = torch.linalg.vector_norm(weight, ord=order, dim=others, dtype=torch.float64)
-        else:
-            per_position = weight.double().abs()
-        positions, units = _positions(site)
-        total.index_add_(0, units, per_position.pow(order)[positions])
+        total += _per_unit(site, weight, order=order, size=group.size)
     return total
+
+
+def _per_unit(site: Site, weight: Tensor, *, order: int, size: int) -> Tensor:
+    """Sum of ``|w| ** order`` over what each unit owns of one weight: (units,), float64."""
+    others = [axis for axis in range(weight.ndim) if axis != site.axis]
+    if others:
+        per_position = torch.linalg.vector_norm(weight, ord=order, dim=others, dtype=torch.float64)
+    else:
+        per_position = weight.double().abs()
+    positions, units = _positions(site)
+    return torch.zeros(size, dtype=torch.float64).index_add_(0, units, per_position.pow(order)[positions])
 
 
 def _rows_per_unit(site: Site, weight: Tensor) -> Tensor:

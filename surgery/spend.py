@@ -10,18 +10,18 @@ Source: after Yang et al. 2018, NetAdapt (arXiv:1804.03230), and Shen et al. 202
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from math import log
+
+import numpy as np
 
 from surgery.ladders import Ladder
 from surgery.latency import Forecast
+from surgery.signal import Reader, loss_of
 
 LOOK_AHEAD = 4
 """How many steps of a ladder one move may take: single steps may buy nothing where several units share a stair."""
 ROUNDS = 200
-_LEAST = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,28 +61,31 @@ class Worth:
         return widths + sum(self.blocks[b] for b in state.dropped)
 
 
-def worth_of(
-    ladders: Sequence[Ladder], scores: Sequence[Sequence[float]], readers: Sequence[int]
-) -> tuple[tuple[float, ...], ...]:
+def worth_of(ladders: Sequence[Ladder], readers: Mapping[str, Sequence[Reader]]) -> tuple[tuple[float, ...], ...]:
     """Return what is lost at each level of each ladder: how much of the signal its readers no longer get.
 
-    A unit's share of the scores of its ladder stands for its share of the signal. Layers pass on what they get, so what
-    is left of the signal is a product over layers; its negative logarithm adds up, over all layers that read the units.
     So narrowing one layer to nothing costs more than taking as many units from several, and a unit of a residual
     stream, which many layers read, costs more than one that a single layer reads.
 
     Args:
         ladders: by which groups shrink.
-        scores: for each ladder the scores of its units, in order of removal; none negative.
-        readers: for each ladder the number of layers that read its units.
+        readers: of each group's units.
     """
-    out = []
-    for ladder, values, count in zip(ladders, scores, readers, strict=True):
-        sums = [0.0, *accumulate(max(0.0, float(v)) for v in values)]
-        whole = sums[-1] or 1.0
-        kept = [max(_LEAST, 1.0 - sums[end] / whole) for end in (0, *ladder.ends)]
-        out.append(tuple(-max(1, count) * log(share) for share in kept))
-    return tuple(out)
+    return tuple(_lost_on(ladder, readers) for ladder in ladders)
+
+
+def _lost_on(ladder: Ladder, readers: Mapping[str, Sequence[Reader]]) -> tuple[float, ...]:
+    """A layer that reads several of the ladder's groups loses what it reads of all of them."""
+    heard = {reader.name: reader.heard for name in ladder.groups for reader in readers[name]}
+    shares = {
+        layer: {name: r.shares for name in ladder.groups for r in readers[name] if r.name == layer} for layer in heard
+    }
+    total = np.zeros(len(ladder.ends) + 1)
+    for layer, loudness in heard.items():
+        own = [shares[layer][name][unit] if name in shares[layer] else 0.0 for name, unit in ladder.order]
+        sums = np.concatenate([[0.0], np.cumsum(own)])
+        total += [loss_of(loudness, float(sums[end])) for end in (0, *ladder.ends)]
+    return tuple(float(x) for x in np.maximum.accumulate(total))
 
 
 def spend(forecast: Forecast, worth: Worth, target_ms: float, *, start: State | None = None) -> State | None:

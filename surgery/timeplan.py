@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from surgery.allocate import attempts, plan_from_dead
@@ -13,6 +13,7 @@ from surgery.kernels import Kernel, Widths
 from surgery.ladders import Ladder, ladders_of
 from surgery.latency import Forecast, group_steps, predicted_ms, widths_of
 from surgery.lower import Lowered
+from surgery.signal import Signal
 from surgery.spend import State, Worth, spend, worth_of
 from surgery.tables import LatencyTable
 
@@ -66,8 +67,8 @@ class Planner:
         inputs: of the program, for plans.
         settings: kept in plans as given.
         budget: what was asked for, kept in plans.
+        signal: who reads the units, and what is lost with them and with blocks.
         blocks: those that may be dropped.
-        worth: block name → what is lost with it.
     """
 
     coupling: Coupling
@@ -79,8 +80,8 @@ class Planner:
     inputs: tuple[InputSpec, ...]
     settings: Mapping[str, Any]
     budget: Budget
+    signal: Signal
     blocks: tuple[Block, ...] = ()
-    worth: Mapping[str, float] = field(default_factory=dict)
 
     def dense_ms(self) -> float:
         """Return the dense model's milliseconds by the table, which is filled where it has gaps."""
@@ -124,7 +125,6 @@ class Planner:
         raise BudgetUnreachable(self._unreachable(target_ms, least, steps))
 
     def _worth(self, ladders: Sequence[Ladder]) -> Worth:
-        values = [[self.scores[name][unit] for name, unit in ladder.order] for ladder in ladders]
         sites = {group.name: {site.tensor for site in group.sites} for group in self.coupling.groups}
         held = [set(block.tensors) for block in self.blocks]
         inside = tuple(
@@ -132,16 +132,10 @@ class Planner:
             for own in held
         )
         return Worth(
-            worth_of(ladders, values, [self._readers(ladder) for ladder in ladders]),
-            tuple(self.worth[block.name] for block in self.blocks),
+            worth_of(ladders, self.signal.readers),
+            tuple(self.signal.block_lost(block.name) for block in self.blocks),
             inside,
         )
-
-    def _readers(self, ladder: Ladder) -> int:
-        """How many layers read the units: weights that are contracted with them, on their second axis."""
-        sites = [site for name in ladder.groups for site in self.coupling.group(name).sites]
-        shapes = self.coupling.shapes
-        return len({site.tensor for site in sites if site.axis == 1 and len(shapes[site.tensor]) > 1})
 
     def _unreachable(self, target_ms: float, least: float, steps: Mapping[str, int]) -> str:
         step = max(steps.values(), default=1)

@@ -11,6 +11,7 @@ from torch import nn
 
 from surgery.kernels import Step, step
 from surgery.labels import Value
+from surgery.moments import Moments, contracted
 from surgery.ops.examples import Between, Built, between_convs
 from surgery.ops.registry import Call, Rewrite, Rule, Scaled, Shape, join, register
 
@@ -81,6 +82,16 @@ def _onnx(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape, *, tran
     ]
 
 
+def _moments(a: Mapping[str, Any], *, transposed: bool) -> Moments:
+    x, weight = a["input"], a["weight"].mean
+    channel = len(x.shape) - weight.dim() + 1
+    if transposed:  # (C, O/g, ..) → (O, C/g, ..)
+        groups = a["groups"]
+        weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    bias = a["bias"].mean if a.get("bias") is not None else None
+    return contracted(weight, bias, x, channel, len(x.shape))
+
+
 def _each(value: Any, shapes: Mapping[str, Shape]) -> list[int]:
     """One number per spatial axis."""
     numbers = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -122,6 +133,8 @@ def _rule(name: str) -> Rule:
         rewrite=lambda r: _groups(r, transposed=transposed),
         masked=("input",),
         factors=("weight",),
+        contracts={"weight": 0 if transposed else 1},
+        moments=lambda a: _moments(a, transposed=transposed),
         macs=lambda shapes, out: _macs(shapes, out, transposed=transposed),
         onnx=lambda a, shapes, out: _onnx(a, shapes, out, transposed=transposed),
         example=_EXAMPLES[name],

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from surgery.kernels import Step, step
 from surgery.labels import Layers, Value
+from surgery.moments import Moments, contracted
 from surgery.ops.examples import between_linears, fork_linears
 from surgery.ops.registry import Call, Lowering, Rule, Shape, register
 
@@ -92,6 +93,16 @@ def _of_two(op: str, first: str, second: str, says: str) -> Rule:
     )
 
 
+def _linear_moments(a: Mapping[str, Any]) -> Moments:
+    bias = a["bias"].mean if a.get("bias") is not None else None
+    return contracted(a["weight"].mean, bias, a["input"], -1, len(a["input"].shape))
+
+
+def _addmm_moments(a: Mapping[str, Any]) -> Moments:
+    bias = a["self"].mean.reshape(-1)
+    return contracted(a["mat2"].mean.T, bias if bias.numel() > 1 else None, a["mat1"], -1, 2)
+
+
 class _RawProduct(nn.Module):
     """x @ W with a bare two-dimensional parameter."""
 
@@ -123,6 +134,8 @@ register(
         family="matrix product",
         couple=_couple_linear,
         factors=("weight",),
+        contracts={"weight": 1},
+        moments=_linear_moments,
         masked=("input",),
         macs=_linear_macs,
         onnx=_onnx_linear,
@@ -136,6 +149,8 @@ register(
         family="matrix product",
         couple=lambda call: _matmul(call, call.value("self"), call.value("mat2")),
         masked=("self",),
+        contracts={"mat2": 0},
+        moments=lambda a: contracted(a["mat2"].mean.T, None, a["self"], -1, 2),
         macs=lambda shapes, out: prod(out) * shapes["self"][-1],
         onnx=_onnx_product("self", "mat2"),
         example=between_linears(_Square(), after=10),
@@ -146,6 +161,8 @@ register(
         family="matrix product",
         couple=_couple_addmm,
         masked=("mat1",),
+        contracts={"mat2": 0},
+        moments=_addmm_moments,
         macs=lambda shapes, out: prod(out) * shapes["mat1"][-1],
         onnx=lambda a, shapes, out: [step("Gemm", "mat1", "mat2", "self")],
         example=between_linears(_RawProduct(), after=10),

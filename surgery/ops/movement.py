@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from surgery.kernels import Step, step
 from surgery.labels import Layers, Value
+from surgery.moments import joined
 from surgery.ops.examples import between_convs, between_linears, fork_convs
 from surgery.ops.index import picked
 from surgery.ops.registry import Call, Coupled, Example, Lowering, Replacement, Rewrite, Rule, Shape, free, register
@@ -36,8 +38,7 @@ def _moves(
     couple: Callable[[Call], Coupled] | None = None,
     onnx: Lowering | None = None,
 ) -> Rule:
-    packet, overload = name.rsplit(".", 1)
-    op = getattr(getattr(aten, packet), overload)
+    op = operator.attrgetter(name)(aten)
     return Rule(
         op=f"aten.{name}",
         family="movement",
@@ -285,8 +286,7 @@ def _rewrite_pad(r: Rewrite) -> Changes:
 
 def _frozen_axis(name: str, function: Callable[[Tensor], Tensor], *, argument: str = "dim") -> Rule:
     """Select and unbind name single indices of an axis: it is never cut; the others pass."""
-    packet, overload = name.rsplit(".", 1)
-    op = getattr(getattr(aten, packet), overload)
+    op = operator.attrgetter(name)(aten)
 
     def couple(call: Call) -> Coupled:
         call.freeze(call.value("self"), call[argument], "single indices of this axis are picked out")
@@ -381,6 +381,8 @@ register(
         family="movement",
         couple=_couple_cat,
         onnx=_onnx_cat,
+        mixes=True,
+        moments=lambda a: joined(a["tensors"], a["dim"]),
         example=fork_convs(lambda a, b: torch.cat([a, b], 1), after=16),
         says="labels laid end to end",
     ),

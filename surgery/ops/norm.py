@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from surgery.kernels import Step, step
 from surgery.labels import Value
+from surgery.moments import Moments, normed
 from surgery.ops.examples import between_convs, between_linears
 from surgery.ops.registry import Call, Coupled, Dead, Rewrite, Rule, Shape, join, register
 
@@ -136,6 +137,17 @@ def _reference_group(dead: Dead) -> Tensor:
     return _affine(dead, y, [1, -1] + [1] * (x.dim() - 2))
 
 
+def _told_channels(a: Mapping[str, Any]) -> Moments:
+    """Running statistics, where there are any, say what is left of a variance that is near nothing."""
+    seen = a.get("running_var")
+    left = seen.mean / (seen.mean + a.get("eps", 1e-5)) if seen is not None else 1.0
+    return normed(a["input"], a.get("weight"), a.get("bias"), 1, left)
+
+
+def _told_last(a: Mapping[str, Any]) -> Moments:
+    return normed(a["input"], a.get("weight"), a.get("bias"), None)
+
+
 def _counted(per_element: int, *, affine: int) -> Any:
     def macs(shapes: Mapping[str, Shape], out: Shape) -> int:
         return prod(shapes["input"]) * (affine if "weight" in shapes else per_element)
@@ -185,6 +197,7 @@ register(
         onnx=_onnx_batch,
         factors=("weight",),
         macs=_counted(1, affine=2),
+        moments=_told_channels,
         example=between_convs(nn.BatchNorm2d(8)),
         says="one scale and shift per channel: ties them",
     ),
@@ -195,6 +208,7 @@ register(
         onnx=_onnx_batch,
         factors=("weight",),
         macs=_counted(1, affine=2),
+        moments=_told_channels,
         example=between_convs(_Decomposed(8)),
         says="one scale and shift per channel: ties them",
     ),
@@ -204,6 +218,7 @@ register(
         couple=_couple_batch,
         onnx=_onnx_instance,
         macs=_counted(4, affine=5),
+        moments=_told_channels,
         example=between_convs(nn.InstanceNorm2d(8, affine=True)),
         says="normalises each channel over space: ties scale and shift",
     ),
@@ -216,6 +231,7 @@ register(
         rewrite=_rewrite_layer,
         reference=_reference_layer,
         macs=_counted(4, affine=5),
+        moments=_told_last,
         example=between_linears(nn.LayerNorm(12)),
         says="inexact where the normalised axis is cut: normalises over the survivors",
     ),
@@ -225,6 +241,7 @@ register(
         couple=_couple_layer,
         rewrite=_rewrite_layer,
         reference=_reference_rms,
+        moments=_told_last,
         example=between_linears(_WithScale(12)),
         says="inexact where the normalised axis is cut: normalises over the survivors",
     ),
@@ -236,6 +253,7 @@ register(
         rewrite=_rewrite_group,
         reference=_reference_group,
         macs=_counted(4, affine=5),
+        moments=_told_channels,
         example=between_convs(nn.GroupNorm(4, 8)),
         says="whole groups die exactly; members of all groups alike, inexactly",
     ),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from surgery.kernels import Step, step
 from surgery.labels import Layers, Value
+from surgery.moments import Told, multiplied, summed
 from surgery.ops.examples import between_convs, fork_convs
 from surgery.ops.registry import Call, Lowering, Rule, Shape, free, register
 
@@ -60,6 +61,8 @@ def _binary(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> Rule:
         couple=_couple,
         example=fork_convs(function),
         factors=("self", "other") if name == "mul.Tensor" else (),
+        mixes=name in ("add.Tensor", "sub.Tensor"),
+        moments=_MOMENTS.get(name),
         onnx=_ONNX.get(name),
         says="ties its operands index by index, broadcast axes apart",
     )
@@ -251,6 +254,13 @@ _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "atan2.default": torch.atan2,
     "expand_as.default": lambda a, b: b * a.mean((2, 3), keepdim=True).expand_as(b),
     "type_as.default": lambda a, b: a.type_as(b),
+}
+
+
+_MOMENTS: Mapping[str, Told] = {
+    "add.Tensor": lambda a: summed(a["self"], a["other"], a.get("alpha", 1)),
+    "sub.Tensor": lambda a: summed(a["self"], a["other"], -a.get("alpha", 1)),
+    "mul.Tensor": lambda a: multiplied(a["self"], a["other"]),
 }
 
 

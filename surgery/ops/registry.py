@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from surgery.kernels import Step
 from surgery.labels import Atoms, Layers, Mask, Value
+from surgery.moments import Told
 
 Shape = tuple[int, ...]
 Coupled = Value | tuple[Value, ...]
@@ -261,6 +262,9 @@ class Rule:
         onnx: (arguments, shapes by name, output shape) → the ONNX operators that it becomes, for latency tables; none
             where it costs nothing; None: not timed.
         factors: arguments of which all zeros let nothing of the others through.
+        contracts: axis of which weight, by argument name, goes with the axis that is contracted.
+        mixes: whether its operands share the result between them, as those of a sum do.
+        moments: mean and variance of the result from those of the arguments; None: by the operator's family.
         gate: whether it gives zero for much besides zero, as a rectifier does.
         says: one line for the table of operators.
     """
@@ -275,6 +279,9 @@ class Rule:
     macs: Callable[[Mapping[str, Shape], Shape], int] | None = None
     onnx: Lowering | None = None
     factors: tuple[str, ...] = ()
+    contracts: Mapping[str, int] = field(default_factory=dict)
+    mixes: bool = False
+    moments: Told | None = None
     gate: bool = False
     says: str = field(default="")
 

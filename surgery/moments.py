@@ -1,0 +1,165 @@
+"""Mean and variance of activations, told from a network's own weights and norm statistics: no images are needed.
+
+A batch norm says what its output looks like over the training data: its shift is the mean, its scale the deviation.
+From there values are followed through the operators, each position as if independent of the others: an element-wise
+function by Gauss-Hermite quadrature, a contraction by its weights, a movement by moving.
+
+Source: after Nagel et al. 2019, Data-free quantization (arXiv:1906.04721), who clip normals for rectifiers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+POINTS = 24
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """Mean and variance of a value, float64, each of a shape that broadcasts to the value's own, `shape`."""
+
+    mean: Tensor
+    var: Tensor
+    shape: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, constant: Tensor) -> Moments:
+        """Return the moments of something that does not vary."""
+        value = constant.detach().cpu().to(torch.float64)
+        return cls(value, torch.zeros((), dtype=torch.float64), tuple(value.shape))
+
+    def energies(self, axis: int) -> Tensor:
+        """Mean squares along an axis, averaged over the others."""
+        return _over(self.mean.square() + self.var, axis, self.shape)
+
+    @property
+    def energy(self) -> float:
+        """Sum of the mean squares of a sample's positions."""
+        return _total(self.mean.square() + self.var, self.shape)
+
+    @property
+    def variance(self) -> float:
+        """Sum of the variances of a sample's positions."""
+        return _total(self.var, self.shape)
+
+
+def _total(values: Tensor, shape: tuple[int, ...]) -> float:
+    return float(values.mean()) * prod(shape[1:])
+
+
+def through(function: Callable[[Tensor], Tensor], x: Moments) -> Moments:
+    """Return the moments of an element-wise function of a normal variable."""
+    nodes, weights = _quadrature()
+    mean = x.mean + torch.zeros_like(x.var)
+    drawn = mean + x.var.clamp_min(0).sqrt() * nodes.reshape(-1, *[1] * mean.dim())
+    values = function(drawn)
+    share = weights.reshape(-1, *[1] * mean.dim())
+    first = (share * values).sum(0)
+    return Moments(first, (share * (values - first).square()).sum(0))
+
+
+def contracted(weight: Tensor, bias: Tensor | None, x: Moments, axis: int, rank: int) -> Moments:
+    """Return the moments of a contraction of one axis of a value.
+
+    Args:
+        weight: (outputs, inputs of its group, ..): what follows are positions in space, which are alike.
+        bias: (outputs,), or None.
+        x: of the input.
+        axis: which of the input is contracted, and of the result is new.
+        rank: of the result.
+    """
+    outputs, inside, inputs = weight.shape[0], weight.shape[1], x.shape[axis]
+    groups = inputs // inside
+    flat = weight.to(torch.float64).reshape(outputs, inside, -1)
+    mean, var = (_over(t, axis, x.shape).reshape(groups, 1, inside) for t in (x.mean, x.var))
+    sums, squares = (t.reshape(groups, outputs // groups, inside) for t in (flat.sum(2), flat.square().sum(2)))
+    shift = 0.0 if bias is None else bias.to(torch.float64)
+    layout = [-1 if a == axis % rank else 1 for a in range(rank)]
+    mean, var = (sums * mean).sum(2).flatten() + shift, (squares * var).sum(2).flatten()
+    return Moments(mean.reshape(layout), var.reshape(layout))
+
+
+def _over(values: Tensor, axis: int, shape: tuple[int, ...]) -> Tensor:
+    """Values along one axis, averaged over the others."""
+    full = values.reshape([1] * (len(shape) - values.dim()) + list(values.shape))
+    others = [a for a in range(len(shape)) if a != axis % len(shape)]
+    return (full.mean(others) if others else full).expand(shape[axis])
+
+
+def summed(a: Moments | float, b: Moments | float, scale: float = 1.0) -> Moments:
+    """Return the moments of ``a + scale * b``."""
+    a, b = _lifted(a), _lifted(b)
+    return Moments(a.mean + scale * b.mean, a.var + scale * scale * b.var)
+
+
+def multiplied(a: Moments | float, b: Moments | float) -> Moments:
+    """Return the moments of ``a * b``."""
+    a, b = _lifted(a), _lifted(b)
+    var = a.var * b.var + a.var * b.mean.square() + b.var * a.mean.square()
+    return Moments(a.mean * b.mean, var)
+
+
+def _lifted(x: Moments | float) -> Moments:
+    return x if isinstance(x, Moments) else Moments.of(torch.tensor(float(x)))
+
+
+def joined(parts: Sequence[Moments], axis: int) -> Moments:
+    """Return the moments of values laid end to end along an axis."""
+    shapes = [part.shape for part in parts]
+    axis %= len(shapes[0])
+
+    def laid(pieces: Sequence[Tensor]) -> Tensor:
+        full = [p.reshape([1] * (len(s) - p.dim()) + list(p.shape)) for p, s in zip(pieces, shapes, strict=True)]
+        others = np.broadcast_shapes(*(f.select(axis, 0).shape for f in full))
+        sizes = [[*others[:axis], s[axis], *others[axis:]] for s in shapes]
+        return torch.cat([f.expand(size) for f, size in zip(full, sizes, strict=True)], axis)
+
+    return Moments(laid([p.mean for p in parts]), laid([p.var for p in parts]))
+
+
+def normed(
+    x: Moments, weight: Moments | None, bias: Moments | None, axis: int | None, left: Tensor | float = 1.0
+) -> Moments:
+    """Return the moments of a norm's output.
+
+    Args:
+        x: of its input.
+        weight: its scale, or None.
+        bias: its shift, or None.
+        axis: of the channels that scale and shift belong to; None: they are aligned with the last axes.
+        left: what is left of the variance of 1 that a norm makes.
+    """
+    rank = len(x.shape)
+    var = left * (weight.mean.square() if weight is not None else torch.ones(1, dtype=torch.float64))
+    mean = bias.mean if bias is not None else torch.zeros(1, dtype=torch.float64)
+    if axis is None:
+        return Moments(mean, var)
+    layout = [-1 if a == axis else 1 for a in range(rank)]
+    return Moments(mean.reshape(layout), var.reshape(layout))
+
+
+def compressed(values: Tensor) -> Tensor:
+    """Take axes along which nothing changes together."""
+    for axis in range(values.dim()):
+        first = values.narrow(axis, 0, 1) if values.shape[axis] > 1 else values
+        if first is not values and torch.equal(first.expand_as(values), values):
+            values = first
+    return values.contiguous()
+
+
+@cache
+def _quadrature() -> tuple[Tensor, Tensor]:
+    nodes, weights = np.polynomial.hermite_e.hermegauss(POINTS)
+    return torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
+
+
+Told = Callable[[Mapping[str, Any]], Moments]
+"""Arguments by name, tensors as their moments → moments of the result, their shape left open."""
