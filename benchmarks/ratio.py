@@ -41,6 +41,18 @@ class Ratio:
     dense_ms: float
     compact_ms: float
 
+    def __add__(self, other: Ratio) -> Ratio:
+        """Return what both found together; milliseconds are the mean of both."""
+        ratios = (*self.ratios, *other.ratios)
+        own, all_ = len(self.ratios), len(ratios)
+
+        def mean(a: float, b: float) -> float:
+            return (a * own + b * (all_ - own)) / all_
+
+        return Ratio(
+            median(ratios), ratios, mean(self.dense_ms, other.dense_ms), mean(self.compact_ms, other.compact_ms)
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {**asdict(self), "ratios": list(self.ratios)}

@@ -27,7 +27,7 @@ from surgery.timeplan import Source
 ROUNDS = 4
 LOWEST, HIGHEST = 0.92, 1.03
 """The measured ratio over the one asked for: between these a plan meets its budget."""
-NEAR = 0.04
+NEAR = 0.02
 """One process's ratio that is this near is worth asking others."""
 CLOSE = 0.015
 """Corrections end once the measured ratio is this near, relative to the one asked for."""
@@ -167,18 +167,20 @@ class Track:
         """Export a compact model, to be timed; it takes the place of the one before."""
         return self._export(module, "compact")
 
-    def time(self, compact: Path, *, processes: int) -> timer.Ratio:
-        """Return a file's latency relative to the dense model's."""
-        return timer.measure(
+    def time(self, compact: Path, *, processes: int, after: timer.Ratio | None = None) -> timer.Ratio:
+        """Return a file's latency relative to the dense model's, from so many processes, those before counted."""
+        done = len(after.ratios) if after is not None else 0
+        found = timer.measure(
             self._dense,
             compact,
             threads=self._threads,
             batch=self._batch,
             shapes=self._shapes,
-            seed=self._seed,
-            processes=processes,
+            seed=self._seed + done,
+            processes=processes - done,
             progress=self._progress,
         )
+        return found if after is None else after + found
 
     def dense_ms(self) -> float:
         """Return the dense model's latency."""
@@ -243,7 +245,7 @@ def close(
         found = track.time(compact, processes=1)
         last = len(rounds) + 1 == ROUNDS
         if last or abs(found.value / target - 1) <= NEAR:
-            found = track.time(compact, processes=timer.PROCESSES)
+            found = track.time(compact, processes=timer.PROCESSES, after=found)
         dense.append(found.dense_ms)
         rounds.append(Round(aim, _loop(plans[-1]).predicted, found.value, found.ratios))
         if last or abs(found.value / target - 1) <= CLOSE:

@@ -159,10 +159,11 @@ class Machine:
     def entry(self, module: object) -> float:
         return float(module)  # type: ignore[arg-type]
 
-    def time(self, compact: float, *, processes: int) -> Ratio:
+    def time(self, compact: float, *, processes: int, after: Ratio | None = None) -> Ratio:
         self.processes.append(processes)
         ratio = self.truth(compact)
-        return Ratio(ratio, (ratio,) * processes, 10.0, 10.0 * ratio)
+        found = Ratio(ratio, (ratio,) * (processes - (len(after.ratios) if after else 0)), 10.0, 10.0 * ratio)
+        return after + found if after else found
 
 
 def aimed(fraction: float, step: float = 0.0) -> Aimed:
