@@ -87,6 +87,8 @@ def decide(
     progress: Progress | None = None,
 ) -> Decision:
     """Return what would be cut from the model, which stays as it is; arguments and errors are those of `shrink`."""
+    if request.goal.is_latency:
+        _refuse_what_the_clock_decides(request)
     acceptance_of(request)  # refused before the long work
     run = Clock(progress)
     stages = stages_of(request.tracer)
@@ -187,7 +189,6 @@ class _Clockwork:
         dead: Mapping[str, tuple[float, ...]],
         settings: Mapping[str, Any],
     ) -> None:
-        _refuse_what_the_clock_decides(request)
         self._stages, self._program, self._request, self._run = stages, program, request, run
         self._blocks, self._dead, self._settings = blocks, dict(dead), settings
         self._grounds = {frozenset(dead): ground}
@@ -292,9 +293,15 @@ def _refuse_what_the_clock_decides(request: Request) -> None:
             "of macs, params or channels"
         )
     if request.round_to != 1:
-        raise InvalidInput("round_to does not go with a latency budget: widths go by the device's own measured steps")
+        raise InvalidInput(
+            "round_to does not go with a latency budget: widths go by the device's own steps; give a budget of "
+            "macs, params or channels with it"
+        )
     if request.scope != "global":
-        raise InvalidInput(f"scope={request.scope!r} does not go with a latency budget: the clock weighs all groups")
+        raise InvalidInput(
+            f"scope={request.scope!r} does not go with a latency budget: the clock weighs all groups; give a budget of "
+            "macs, params or channels with it"
+        )
 
 
 def _in_the_way(stages: Stages, choice: Choice, request: Request, run: Clock) -> str:
