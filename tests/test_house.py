@@ -216,7 +216,7 @@ def test_the_readme_opens_with_two_commands() -> None:
     assert "venv" in first
     assert first.endswith("scripts/shrink.py resnet18")
     assert "[test]" in second
-    assert second.endswith("-m pytest")
+    assert second.endswith("-m pytest -n 2")
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/adding-an-operator.md"])
