@@ -123,8 +123,8 @@ def surgery_row(model: Model) -> Row:
         tell("ONNX")
         with tempfile.TemporaryDirectory() as folder:
             single = _as(subject.inputs, torch.float32)
-            exported = onnx.export(compact.float(), single, Path(folder, "compact.onnx"))
-        row |= {"onnx_error": exported.error, "onnx_notes": [plain(note) for note in exported.notes], "stage": "done"}
+            written = onnx.export(compact.float(), single, Path(folder, "compact.onnx"))
+        row |= {"onnx_error": written.error, "onnx_notes": [plain(note) for note in written.notes], "stage": "done"}
     return row
 
 
@@ -184,7 +184,7 @@ def _pruned(subject: Subject, scope: str) -> Row:
     started = time.process_time()
     with _explained(row):
         dense_macs, dense_params = _count(subject.dense, subject.inputs)
-        dense_products, _ = _products(subject.dense, subject.inputs)
+        dense_products, _ = products(subject.dense, subject.inputs)
         module = copy.deepcopy(subject.dense)
         pruner = tp.pruner.BasePruner(
             module,
@@ -194,7 +194,7 @@ def _pruned(subject: Subject, scope: str) -> Row:
             pruning_ratio=0.95,
             max_pruning_ratio=0.95,
             iterative_steps=40,
-            ignored_layers=list(_output_layers(module, subject.inputs)),
+            ignored_layers=list(output_layers(module, subject.inputs)),
             num_heads=_heads(module),
             prune_num_heads=True,
             prune_head_dims=True,
@@ -205,10 +205,10 @@ def _pruned(subject: Subject, scope: str) -> Row:
         kept, movable = (dense_macs, dense_params), _movable(pruner)
         for _ in range(40):
             pruner.step()
-            products, why = _products(module, subject.inputs)
+            left, why = products(module, subject.inputs)
             if why:
                 return row | {"sound": False, "why": why, "macs_kept": None}
-            if products <= _NEAR * dense_products:
+            if left <= _NEAR * dense_products:
                 kept = _count(module, subject.inputs)
                 if kept[0] <= MACS * dense_macs:
                     break
@@ -226,7 +226,7 @@ def _pruned(subject: Subject, scope: str) -> Row:
     return row
 
 
-def _products(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[int, str]:
+def products(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[int, str]:
     """Multiply-adds of one forward pass by torch's own counter, which is quick; or why the model does not run."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     shapes, without = _pytree.tree_map_only(Tensor, lambda x: x.to("meta"), (tensors, inputs))
@@ -279,7 +279,7 @@ def _heads(module: nn.Module) -> dict[nn.Module, int]:
     return heads
 
 
-def _output_layers(module: nn.Module, inputs: tuple[Any, ...]) -> Iterator[nn.Module]:
+def output_layers(module: nn.Module, inputs: tuple[Any, ...]) -> Iterator[nn.Module]:
     """Layers whose output is, up to its shape, an output of the model."""
     made: list[tuple[nn.Module, int]] = []
     hooks = [
@@ -316,7 +316,7 @@ def onnxsim_row(model: Model) -> Row:
     row: Row = {"stage": "cut"}
     with _explained(row), tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "dense.onnx")
-        row["exporter"] = _exported(module, inputs, path)
+        row["exporter"] = exported(module, inputs, path)
         dense, _ = onnxsim.simplify(onnx.load(path))
         started = time.process_time()
         pruned = onnxsim.apply_structured_pruning(dense, sparsity=MACS, importance_norm="l1", global_sparsity=True)
@@ -327,7 +327,7 @@ def onnxsim_row(model: Model) -> Row:
     return row
 
 
-def _exported(module: nn.Module, inputs: tuple[Any, ...], path: Path) -> str:
+def exported(module: nn.Module, inputs: tuple[Any, ...], path: Path) -> str:
     """Write the ONNX file; returns by which of torch's exporters."""
     from exporters.onnx import export
 
