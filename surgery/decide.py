@@ -164,7 +164,7 @@ def _dead(program: Program, blocks: Sequence[Block]) -> tuple[dict[str, tuple[fl
     if dead and len(dead) == len(find_blocks(program)):
         return {}, [f"all {len(dead)} residual branches give a constant, as before training: they stay"]
     at = {block.name: block.source for block in blocks}
-    said = {name: "a constant per channel, which is added in its place" if dead[name] else "nothing" for name in dead}
+    said = {name: "a constant per channel, which stays" if dead[name] else "nothing" for name in dead}
     return dead, [f"dead: the branch of '{name}' ({at[name]}) gives {said[name]}" for name in dead]
 
 

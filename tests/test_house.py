@@ -25,8 +25,8 @@ ORDER = """
     surgery.pt2 surgery.checkpoints surgery.libraries surgery.usercode surgery.models
     surgery.sizes surgery.labels surgery.ops.registry surgery.ops.examples surgery.ops.index surgery.ops.*
     surgery.copies surgery.guards surgery.einsum surgery.unlift surgery.lean surgery.clean surgery.trace
-    surgery.graph surgery.wiring surgery.pieces surgery.numerics surgery.blocks surgery.zeros surgery.couple
-    surgery.score surgery.fvcount
+    surgery.graph surgery.wiring surgery.pieces surgery.numerics surgery.leftovers surgery.blocks surgery.zeros
+    surgery.couple surgery.score surgery.fvcount
     surgery.cost surgery.lower surgery.ladders surgery.latency surgery.spend surgery.allocate surgery.timeplan
     surgery.moves surgery.transplant surgery.compare
     surgery.cut surgery.check surgery.check_dropped
