@@ -19,12 +19,14 @@ from surgery.blocks import dead_blocks, drop, find_blocks
 from surgery.cost import is_cold
 from surgery.couple import kept_names
 from surgery.errors import InvalidInput, UnsupportedModel
+from surgery.images import seen_by
 from surgery.ir import Arrangement, Block, CostFn, Coupling, Plan, Program, Scores
 from surgery.lower import lower
 from surgery.moves import arranged, moves_of
+from surgery.practise import practised_worth
 from surgery.race import Loop
 from surgery.request import Clock, Progress, Request, Stages, stages_of
-from surgery.score import block_worth, score
+from surgery.score import BLOCK_PRICE, block_worth, score
 from surgery.timeplan import Planner, Timed, carried
 
 
@@ -92,6 +94,8 @@ def decide(
     with run("trace"):
         whole = parts.reach(model, request.part, example_inputs, example_kwargs) if request.part is not None else None
         program = stages.trace(*(whole.call if whole else (model, example_inputs, example_kwargs)))
+    if request.calibration is not None:
+        request = replace(request, calibration=seen_by(request.calibration, program, whole))
     choice = _chosen(stages, program, request, run)
     while request.own_class and (module := _in_the_way(stages, choice, request, run)):
         request = replace(request, keep=(*request.keep, module))
@@ -191,6 +195,7 @@ class _Clockwork:
         self._blocks, self._dead, self._settings = blocks, dict(dead), settings
         self._grounds = {frozenset(dead): ground}
         self._warnings: list[str] = []
+        self._worth: Mapping[str, float] | None = None
         self._source = race.source_of(
             request.latency_table,
             cold=is_cold(program),
@@ -269,8 +274,19 @@ class _Clockwork:
             settings=self._settings,
             budget=self._request.goal,
             blocks=blocks,
-            worth=block_worth(ground.program, blocks),
+            worth=self._worth_of(ground.program, blocks),
         )
+
+    def _worth_of(self, program: Program, blocks: tuple[Block, ...]) -> Mapping[str, float]:
+        """What blocks are worth: by their weights, or seen on calibration images, once for all plans."""
+        images = self._request.calibration
+        if images is None or not blocks:
+            return block_worth(program, blocks)
+        if self._worth is None:
+            with self._run("calibrate"):
+                macs = self._grounds[frozenset(self._dead)].costs["macs"]({})
+                self._worth = practised_worth(program, blocks, images.batches, price=BLOCK_PRICE, macs=macs)
+        return self._worth
 
 
 def _timed_dense(program: Program, request: Request, run: Clock) -> float:

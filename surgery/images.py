@@ -19,13 +19,14 @@ from torch.utils import _pytree as pytree
 
 from surgery.blame import first_line
 from surgery.errors import InvalidInput
-from surgery.ir import InputSpec
+from surgery.ir import InputSpec, Program
+from surgery.part import Whole, reach
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's images, by which most published weights are normalised."""
 MOST = 256
 """At most so many images are read from files: by name, evenly spaced."""
-BATCH = 16
+BATCH = 8
 """Images that are run at a time, however they were given."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
 _GIVE = "give a tensor (N, C, H, W), or a sequence or DataLoader of batches"
@@ -52,6 +53,35 @@ class Calibration:
     def through(self, function: Callable[[tuple[Tensor, ...]], Sequence[Tensor]]) -> Calibration:
         """Return each batch as a function of it: what a part of the model is given, say."""
         return replace(self, batches=tuple(tuple(function(batch)) for batch in self.batches))
+
+
+def seen_by(given: Any, program: Program, whole: Whole | None) -> Calibration:
+    """Return calibration images as a program's inputs; arguments and errors are those of `gather`.
+
+    Args:
+        given: inputs of the model, of the whole one where a part of it was traced.
+        program: the traced model or part.
+        whole: where it is a part, what that belongs to.
+    """
+    if isinstance(given, Calibration):
+        return given
+    if whole is None:
+        return gather(given, program.inputs)
+    args = whole.example_args or ()
+    seen = gather(given, [_spec_of(x) for x in pytree.tree_leaves(args) if isinstance(x, Tensor)])
+
+    def arriving(batch: tuple[Tensor, ...]) -> list[Tensor]:
+        inputs = iter(batch)
+        given = pytree.tree_map(lambda x: next(inputs).to(x) if isinstance(x, Tensor) else x, args)
+        found = reach(whole.model, whole.name, given, whole.example_kwargs)
+        return [x.cpu() for x in pytree.tree_leaves((found.args, dict(found.kwargs))) if isinstance(x, Tensor)]
+
+    return seen.through(arriving)
+
+
+def _spec_of(x: Tensor) -> InputSpec:
+    """A whole model's input: of a part it is not known which axes are free."""
+    return InputSpec("input", tuple(x.shape), str(x.dtype).removeprefix("torch."), tuple(range(x.dim())))
 
 
 def gather(given: Any, inputs: Sequence[InputSpec]) -> Calibration:
