@@ -19,9 +19,10 @@ from surgery.copies import buffers_kept, copied, fresh
 from surgery.errors import PlanMismatch
 from surgery.graph import CompactGraph, hold
 from surgery.ir import Block, Program
+from surgery.leftovers import Leftovers, Shifted, fold, spread
 from surgery.numerics import flat_outputs
 from surgery.ops.registry import rules
-from surgery.sizes import hint
+from surgery.sizes import hint, is_symbolic
 from surgery.trace import describe_graph, evaluating, module_of, source_of
 from surgery.wiring import all_tensors, bind
 
@@ -72,7 +73,6 @@ def _block(node: torch.fx.Node, order: Mapping[torch.fx.Node, int]) -> Block | N
         tensors,
         source_of(node),
         plain,
-        node.meta["val"].dim(),
     )
 
 
@@ -141,9 +141,11 @@ def dead_blocks(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[fl
     out by the operators themselves, in float64.
 
     Returns:
-        Block name → the constant of each channel (axis 1); empty where it is zero.
+        Block name → the constant of each channel (axis 1, or the last); empty where it is zero.
     """
     known = _known(program) if blocks else {}
+    values = {node.name: node.meta.get("val") for node in program.graph.graph.nodes} if blocks else {}
+    stretches = {name for name, v in values.items() if isinstance(v, Tensor) and v.dim() and is_symbolic(v.shape[-1])}
     dead: dict[str, tuple[float, ...]] = {}
     for block in blocks:
         value = known.get(block.branch)
@@ -151,14 +153,21 @@ def dead_blocks(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[fl
             continue
         if not bool(value.any()):
             dead[block.name] = ()
-        elif value.dim() > 1 and torch.equal(value, (row := _per_channel(value)).expand_as(value)):
-            dead[block.name] = tuple(row.flatten().tolist())
+        elif (row := _per_channel(value, free_last=block.branch in stretches)) is not None:
+            dead[block.name] = tuple(row.tolist())
     return dead
 
 
-def _per_channel(value: Tensor) -> Tensor:
-    corner: tuple[Any, ...] = (slice(0, 1), slice(None), *(slice(0, 1) for _ in value.shape[2:]))
-    return value[corner]
+def _per_channel(value: Tensor, *, free_last: bool) -> Tensor | None:
+    """What a value is at each index of axis 1, or of the last where that has one size, if nothing else counts."""
+    if value.dim() < 2:
+        return None
+    last = value.dim() - 1
+    for axis in (1,) if free_last or value.shape[1] == value.shape[last] else (1, last):
+        corner = value[tuple(slice(None) if a == axis else slice(0, 1) for a in range(value.dim()))]
+        if torch.equal(value, corner.expand_as(value)):
+            return corner.flatten()
+    return None
 
 
 def _known(program: Program) -> Known:
@@ -225,17 +234,17 @@ def drop(program: Program, constants: Mapping[str, Sequence[float]], blocks: Seq
     """
     if not constants:
         return program
-    known = {block.name: block for block in (find_blocks(program) if blocks is None else blocks)}
-    strange = [name for name in constants if name not in known]
-    if strange:
-        raise PlanMismatch(
-            f"no block '{strange[0]}' in this model: the plan was made for another architecture; make a new plan"
-        )
-    gone = [known[name] for name in constants]
-    graph, added = _without(program, gone, constants)
-    tensors = {name: t for name, t in all_tensors(program).items() if name not in _lost(program, graph)}
-    held = CompactGraph(hold(nn.Module(), {**tensors, **added}, program.model), graph, type(program.model).__name__)
-    model = _model_without(program, gone, held) if not added else None
+    gone = _named_blocks(program, constants, blocks)
+    graph, left = _without(program, gone, constants)
+    lost = _lost(program, graph)
+    tensors = {name: t for name, t in all_tensors(program).items() if name not in lost}
+    shifted = {name: _shifted(tensors[name], by) for name, by in left.shifts.items()}
+    kinds = {str(n.target): n.meta["val"].dtype for n in graph.nodes if n.op == "get_attr" and n.target in left.added}
+    device = next((p.device for p in program.model.parameters()), None)
+    added = {name: nn.Parameter(value.to(device, kinds[name])) for name, value in left.added.items()}
+    root = hold(nn.Module(), {**tensors, **shifted, **added}, program.model)
+    held = CompactGraph(root, graph, type(program.model).__name__)
+    model = _model_without(program, gone, held, added, {id(tensors[name]): t for name, t in shifted.items()})
     held.train(program.model.training)
     return replace(
         program,
@@ -248,17 +257,32 @@ def drop(program: Program, constants: Mapping[str, Sequence[float]], blocks: Seq
     )
 
 
+def _named_blocks(program: Program, names: Collection[str], blocks: Sequence[Block] | None = None) -> list[Block]:
+    known = {block.name: block for block in (find_blocks(program) if blocks is None else blocks)}
+    strange = [name for name in names if name not in known]
+    if strange:
+        raise PlanMismatch(
+            f"no block '{strange[0]}' in this model: the plan was made for another architecture; make a new plan"
+        )
+    return [known[name] for name in names]
+
+
+def left_behind(program: Program, constants: Mapping[str, Sequence[float]]) -> Leftovers:
+    """Return where `drop` puts the constants of blocks; arguments and errors are the same."""
+    return _without(program, _named_blocks(program, constants), constants)[1]
+
+
 def _without(
     program: Program, gone: Sequence[Block], constants: Mapping[str, Sequence[float]]
-) -> tuple[torch.fx.Graph, dict[str, nn.Parameter]]:
-    """Copy the graph: each sum becomes its other operand, plus a constant where the branch leaves one."""
+) -> tuple[torch.fx.Graph, Leftovers]:
+    """Copy the graph: each sum becomes its other operand, plus what the branch leaves and no bias takes up."""
     skipped = {name for block in gone for name in block.nodes}
     sums = {block.sum: block for block in gone}
     graph = torch.fx.Graph()
     graph.set_codegen(copy.deepcopy(program.graph.graph._codegen))
     new: dict[torch.fx.Node, torch.fx.Node] = {}
-    left = constants_of(gone, constants)
-    added: dict[str, nn.Parameter] = {}
+    tensors = all_tensors(program)
+    added: dict[str, Tensor] = {}
     for node in program.graph.graph.nodes:
         if node.op == "output":
             graph.output(torch.fx.map_arg(node.args[0], lambda n: new[n])).meta = dict(node.meta)
@@ -267,8 +291,8 @@ def _without(
             stays = next(n for n in node.all_input_nodes if n.name == block.stays)
             new[node] = new[stays]
             if constants[block.name]:
-                name = _name_of(block)
-                added[name] = nn.Parameter(left[name].to(node.meta["val"].dtype))
+                name = _name_of(block, tensors)
+                added[name] = spread(constants[block.name], node.meta["val"].shape)
                 new[node] = _plus(graph, node, new[stays], name, added[name])
         elif node.name not in skipped:
             new[node] = graph.node_copy(node, lambda n: new[n])
@@ -276,30 +300,29 @@ def _without(
     for node in reversed(list(graph.nodes)):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
-    return graph, added
+    own = {name: tensor for name, tensor in tensors.items() if name not in program.materialised}
+    return graph, fold(graph, added, own)
 
 
-def constants_of(blocks: Sequence[Block], constants: Mapping[str, Sequence[float]]) -> dict[str, Tensor]:
-    """Return what blocks leave behind as float64 tensors (1, C, 1, ..), by the names that they bear in the program."""
-    return {
-        _name_of(block): torch.tensor(values, dtype=torch.float64).reshape(1, -1, *[1] * (block.rank - 2))
-        for block in blocks
-        if (values := constants[block.name])
-    }
+def _name_of(block: Block, tensors: Collection[str]) -> str:
+    """What the constant of a block is called: as `Shifted` calls it in the place of the block's module."""
+    name = f"{block.module}.constant"
+    plain = block.plain and block.name == block.module and name not in tensors
+    return name if plain else f"{block.name.replace('.', '_').replace('#', '_')}_left"
 
 
-def _name_of(block: Block) -> str:
-    return f"{block.name.replace('.', '_').replace('#', '_')}_left"
-
-
-def _plus(
-    graph: torch.fx.Graph, node: torch.fx.Node, stays: torch.fx.Node, name: str, value: nn.Parameter
-) -> torch.fx.Node:
-    attribute = graph.create_node("get_attr", name, name=name)
-    attribute.meta["val"] = value.detach()
+def _plus(graph: torch.fx.Graph, node: torch.fx.Node, stays: torch.fx.Node, name: str, value: Tensor) -> torch.fx.Node:
+    attribute = graph.create_node("get_attr", name, name=name.replace(".", "_"))
+    attribute.meta["val"] = value.to(node.meta["val"].dtype)
     total = graph.create_node("call_function", node.target, (stays, attribute), name=node.name)
     total.meta = dict(node.meta)
     return total
+
+
+def _shifted(tensor: Tensor, by: Tensor) -> Tensor:
+    """A copy of a parameter or buffer with a constant added to it, rounded once."""
+    value = (tensor.detach().double() + by.to(tensor.device)).to(tensor.dtype)
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
 def _lost(program: Program, graph: torch.fx.Graph) -> set[str]:
@@ -308,27 +331,59 @@ def _lost(program: Program, graph: torch.fx.Graph) -> set[str]:
     return read - {str(n.target) for n in graph.nodes if n.op == "get_attr"}
 
 
-def _model_without(program: Program, gone: Sequence[Block], held: nn.Module) -> nn.Module | None:
-    """The user's model with an identity in the place of each module whose blocks are gone, where that is the same.
+def _model_without(
+    program: Program,
+    gone: Sequence[Block],
+    held: CompactGraph,
+    added: Mapping[str, nn.Parameter],
+    shifted: Mapping[int, Tensor],
+) -> nn.Module | None:
+    """The user's model with a stand-in for each module whose blocks are gone, where that is the same.
 
     A module may do more than add up, or be called with more than the one value: the two are run.
     """
     model: nn.Module = program.model
-    paths, modules = {block.module for block in gone}, dict(model.named_modules())
+    paths, modules = dict.fromkeys(block.module for block in gone), dict(model.named_modules())
     if not all(block.plain for block in gone) or not all(path and path in modules for path in paths):
         return None
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    left = copied(model, {**shared, **{id(modules[path]): nn.Identity() for path in paths}})
-    with torch.no_grad(), evaluating(left), evaluating(held), buffers_kept(left):
+    if not {name.removesuffix(".constant") for name in added} <= paths.keys():
+        return None
+    rectified = _rectified(program, gone)
+    shared = {**{id(t): t for t in (*model.parameters(), *model.buffers())}, **shifted}
+    wanted = _outputs(held, program)
+    for where in ({path for path in rectified if f"{path}.constant" in added}, rectified):
+        instead = {id(modules[path]): _stand_in(added.get(f"{path}.constant"), path in where) for path in paths}
+        left = copied(model, {**shared, **instead})
         try:
-            mine = flat_outputs(left(*fresh(program.example_args), **fresh(dict(program.example_kwargs))))
+            found = _outputs(left, program)
         except Exception:  # whatever the user's forward raises where a submodule is not what it was
             return None
-        theirs = flat_outputs(held(*fresh(program.example_args), **fresh(dict(program.example_kwargs))))
-    equal = len(mine) == len(theirs) and all(
-        a.shape == b.shape and torch.allclose(a, b) for a, b in zip(mine, theirs, strict=True)
-    )
-    return left if equal else None
+        if len(found) == len(wanted) and all(
+            a.shape == b.shape and torch.allclose(a, b) for a, b in zip(found, wanted, strict=True)
+        ):
+            return left
+    return None
+
+
+def _stand_in(constant: nn.Parameter | None, rectified: bool) -> nn.Module:
+    return Shifted(constant, rectified=rectified) if constant is not None or rectified else nn.Identity()
+
+
+def _rectified(program: Program, gone: Sequence[Block]) -> set[str]:
+    """The modules that end in a ReLU of the sum."""
+    nodes = {node.name: node for node in program.graph.graph.nodes}
+    found = set()
+    for block in gone:
+        reader, *more = nodes[block.sum].users or [None]
+        if reader is not None and not more and str(reader.target) == "aten.relu.default":
+            within = module_of(reader)
+            found |= {block.module} if f"{within}.".startswith(f"{block.module}.") else set()
+    return found
+
+
+def _outputs(model: nn.Module, program: Program) -> list[Tensor]:
+    with torch.no_grad(), evaluating(model), buffers_kept(model):
+        return flat_outputs(model(*fresh(program.example_args), **fresh(dict(program.example_kwargs))))
 
 
 def blocks_within(blocks: Sequence[Block], kept: Collection[str]) -> Iterator[Block]:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.blocks import constants_of, dead_blocks, find_blocks
+from surgery.blocks import dead_blocks, find_blocks, left_behind
 from surgery.compare import relative_error, require
 from surgery.errors import CheckFailed
 from surgery.ir import Plan, Program
+from surgery.leftovers import Leftovers, spread
 from surgery.numerics import Run, flat_outputs, sample_inputs, state_of, well_conditioned
 
 
@@ -35,7 +36,8 @@ def check_dropped(program: Program, plan: Plan, *, seed: int = 0) -> tuple[str, 
     whole = program.dense
     blocks = {block.name: block for block in find_blocks(whole)}
     branches = {blocks[name].branch: plan.dropped[name] for name in plan.dropped}
-    exact = constants_of([blocks[name] for name in plan.dropped], plan.dropped)
+    exact = left_behind(whole, plan.dropped)
+    _require_shifted(program, whole, exact)
     worst = _apart(program, whole, well_conditioned(whole, seed=seed), branches, exact, seed)
     require(worst, torch.float64, f"dropping {len(branches)} blocks, on distinct, well-conditioned values")
     dead = {name: values for name, values in branches.items() if name in _dead(whole, plan)}
@@ -59,7 +61,7 @@ def _apart(
     whole: Program,
     state: Mapping[str, Tensor],
     branches: Mapping[str, tuple[float, ...]],
-    exact: Mapping[str, Tensor],
+    exact: Leftovers,
     seed: int,
 ) -> float:
     """The relative difference between the two programs, these branches giving their constants in the traced one."""
@@ -70,7 +72,7 @@ def _apart(
         value = torch.zeros_like(node.target(*args, **kwargs))  # type: ignore[operator]
         left = branches[node.name]
         if left:
-            value = value + torch.tensor(left, dtype=value.dtype).reshape(1, -1, *[1] * (value.dim() - 2))
+            value = value + spread(left, value.shape).to(value.dtype)
         return value
 
     inputs = sample_inputs(whole, seed=seed + 31, dtype=torch.float64)
@@ -83,7 +85,22 @@ def _apart(
     return relative_error([wanted], [found])[0]
 
 
-def _with_constants(program: Program, state: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state with the constants that blocks left behind, which the traced program does not have, unrounded."""
+def _with_constants(program: Program, state: Mapping[str, Tensor], exact: Leftovers) -> dict[str, Tensor]:
+    """The state with the constants that blocks left behind, unrounded."""
     own = {name: t.double() if t.is_floating_point() else t for name, t in state_of(program).items()}
-    return {name: state.get(name, exact.get(name, value)) for name, value in own.items()}
+    given = {name: state.get(name, exact.added.get(name, value)) for name, value in own.items()}
+    return {name: value + exact.shifts[name] if name in exact.shifts else value for name, value in given.items()}
+
+
+def _require_shifted(program: Program, whole: Program, exact: Leftovers) -> None:
+    """Tensors that have taken a constant up are to hold it, and all others what they held."""
+    before, after = state_of(whole), state_of(program)
+    for name in after.keys() & before.keys():
+        wanted = before[name]
+        if name in exact.shifts:
+            wanted = (wanted.double() + exact.shifts[name]).to(wanted.dtype)
+        if not torch.equal(after[name], wanted):
+            raise CheckFailed(f"'{name}' is not what it was, or does not hold the constant that it is to take up")
+    for name, value in exact.added.items():
+        if name not in after or not torch.equal(after[name], value.to(after[name].dtype)):
+            raise CheckFailed(f"'{name}' does not hold the constant that a block left behind")

@@ -24,6 +24,7 @@ import click
 from surgery import __version__
 from surgery.errors import INTERNAL, OK, InvalidInput, SurgeryError
 from surgery.options import (
+    CALIBRATION,
     DELIVERY,
     EXIT_CODES,
     MODEL,
@@ -61,7 +62,7 @@ def cli() -> None:
 
 
 @cli.command(epilog=EXIT_CODES)
-@options(MODEL, SELECTION, TIMING, PLANNING, DELIVERY, OUTPUT)
+@options(MODEL, SELECTION, TIMING, PLANNING, CALIBRATION, DELIVERY, OUTPUT)
 @click.pass_obj
 def shrink(session: Session, /, model: str, as_json: bool, quiet: bool, out: Path | None, **given: Any) -> None:
     """Shrink MODEL: cut, check, export to ONNX, time, and write everything into --out.
@@ -145,7 +146,7 @@ def profile(
 
 
 @cli.command(epilog=EXIT_CODES)
-@options(MODEL, SELECTION, TIMING, PLANNING, OUTPUT)
+@options(MODEL, SELECTION, TIMING, PLANNING, CALIBRATION, OUTPUT)
 @click.pass_obj
 def show(session: Session, /, model: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Show what would be cut from MODEL and why, without cutting, exporting or writing anything.
@@ -230,7 +231,18 @@ def _decide(loaded: LoadedModel, given: Mapping[str, Any], progress: Progress) -
     from surgery.decide import decide
 
     inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
-    return decide(loaded.module, inputs, _request(given), example_kwargs=kwargs, progress=progress)
+    request = replace(_request(given), calibration=_images(loaded, given))
+    return decide(loaded.module, inputs, request, example_kwargs=kwargs, progress=progress)
+
+
+def _images(loaded: LoadedModel, given: Mapping[str, Any]) -> Any:
+    if given["calibrate"] is None:
+        return None
+    from surgery import images
+
+    first = loaded.example_inputs[0] if isinstance(loaded.example_inputs, tuple) else loaded.example_inputs
+    mean, std = given["mean"] or images.MEAN, given["std"] or images.STD
+    return images.read(given["calibrate"], getattr(first, "shape", ()), mean=mean, std=std)
 
 
 def _deliver(

@@ -19,9 +19,11 @@ from surgery.blocks import dead_blocks, drop, find_blocks
 from surgery.cost import is_cold
 from surgery.couple import kept_names
 from surgery.errors import InvalidInput, UnsupportedModel
+from surgery.images import seen_by
 from surgery.ir import Arrangement, Block, CostFn, Coupling, Plan, Program, Scores
 from surgery.lower import lower
 from surgery.moves import arranged, moves_of
+from surgery.practise import practised_worth
 from surgery.race import Loop
 from surgery.request import Clock, Progress, Request, Stages, stages_of
 from surgery.score import score, weights_of
@@ -95,6 +97,8 @@ def decide(
     with run("trace"):
         whole = parts.reach(model, request.part, example_inputs, example_kwargs) if request.part is not None else None
         program = stages.trace(*(whole.call if whole else (model, example_inputs, example_kwargs)))
+    if request.calibration is not None:
+        request = replace(request, calibration=seen_by(request.calibration, program, whole))
     choice = _chosen(stages, program, request, run)
     while request.own_class and (module := _in_the_way(stages, choice, request, run)):
         request = replace(request, keep=(*request.keep, module))
@@ -167,7 +171,7 @@ def _dead(program: Program, blocks: Sequence[Block]) -> tuple[dict[str, tuple[fl
     if dead and len(dead) == len(find_blocks(program)):
         return {}, [f"all {len(dead)} residual branches give a constant, as before training: they stay"]
     at = {block.name: block.source for block in blocks}
-    said = {name: "a constant per channel, which is added in its place" if dead[name] else "nothing" for name in dead}
+    said = {name: "a constant per channel, which stays" if dead[name] else "nothing" for name in dead}
     return dead, [f"dead: the branch of '{name}' ({at[name]}) gives {said[name]}" for name in dead]
 
 
@@ -193,6 +197,7 @@ class _Clockwork:
         self._blocks, self._dead, self._settings = blocks, dict(dead), settings
         self._grounds = {frozenset(dead): ground}
         self._warnings: list[str] = []
+        self._worth: Mapping[str, float] | None = None
         self._source = race.source_of(
             request.latency_table,
             cold=is_cold(program),
@@ -278,7 +283,17 @@ class _Clockwork:
         """Who reads the units; how much a unit counts among its like is the criterion's to tell."""
         parameters = arranged(weights_of(ground.program, ground.coupling), moves_of(ground.coupling, ground.orders))
         signal = signal_of(ground.program, ground.coupling, parameters, blocks)
+        if self._request.calibration is not None and blocks:
+            signal = replace(signal, blocks=self._practised(ground.program, blocks))
         return signal if self._request.ranking == "signal" else signal.ranked(ground.scores)
+
+    def _practised(self, program: Program, blocks: tuple[Block, ...]) -> Mapping[str, float]:
+        """What is lost with blocks as seen on calibration images, once for all plans."""
+        if self._worth is None:
+            with self._run("calibrate"):
+                macs = self._grounds[frozenset(self._dead)].costs["macs"]({})
+                self._worth = practised_worth(program, blocks, self._request.calibration.batches, macs=macs)
+        return self._worth
 
 
 def _timed_dense(program: Program, request: Request, run: Clock) -> float:

@@ -95,7 +95,6 @@ class Block:
         tensors: parameters and buffers that only they read.
         source: the user's ``file:line`` of the sum.
         plain: whether the operand that stays is what the branch starts from, and not a projection of it.
-        rank: number of axes of the sum.
     """
 
     name: str
@@ -107,7 +106,6 @@ class Block:
     tensors: tuple[str, ...]
     source: str
     plain: bool
-    rank: int
 
 
 @dataclass(frozen=True, slots=True)

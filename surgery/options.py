@@ -56,6 +56,19 @@ class Shape(click.ParamType[tuple[int, ...]]):
         return shape
 
 
+class Numbers(click.ParamType[tuple[float, ...]]):
+    """``0.5,0.5,0.5`` → (0.5, 0.5, 0.5)."""
+
+    name = "R,G,B"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """Parse the text; click reports what is raised."""
+        try:
+            return value if isinstance(value, tuple) else tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"'{value}' is no list of numbers; write one for each channel, as in 0.5,0.5,0.5", param, ctx)
+
+
 class Assignment(click.ParamType[tuple[str, Any]]):
     """``num_classes=10`` → ("num_classes", 10): the value as a Python literal, or else as text."""
 
@@ -179,6 +192,15 @@ PLANNING = (
         "--drop-layers/--no-drop-layers", default=True, show_default=True,
         help="Let residual blocks go as a whole: dead ones, and those that buy latency most cheaply.",
     ),
+)  # fmt: skip
+
+CALIBRATION = (
+    click.option(
+        "--calibrate", type=click.Path(), metavar="FILE.npz|FOLDER",
+        help="Judge blocks on images: 'images' (N,H,W,C) of uint8 in an .npz file, or image files.",
+    ),
+    click.option("--mean", type=Numbers(), help="Of each channel, for pixels of 0 to 1.  [default: ImageNet's]"),
+    click.option("--std", type=Numbers(), help="Likewise.  [default: ImageNet's]"),
 )  # fmt: skip
 
 PROFILE = (

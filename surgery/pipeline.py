@@ -135,6 +135,7 @@ def shrink(
     correct: bool = True,
     drop_layers: bool = True,
     acceptance: str | Path | None = None,
+    calibration: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -163,6 +164,9 @@ def shrink(
         drop_layers: let residual blocks go as a whole: those that are dead already, and for budgets of time those that
             buy it most cheaply.
         acceptance: path of what a pack measured of an earlier plan on the table's device; the new plan aims by it.
+        calibration: images on which blocks are judged, for budgets of time: a tensor (N, C, H, W), normalised as the
+            model expects, or a sequence or DataLoader of batches, each forward's input or a tuple of its inputs (what
+            follows them, such as labels, is left out). The plan's settings record their number and digest.
         example_kwargs: forward's keyword arguments.
         progress: called with a stage's name and 0.0 as it begins, 1.0 when it is done.
 
@@ -194,6 +198,7 @@ def shrink(
         correct=correct,
         drop_layers=drop_layers,
         acceptance=acceptance,
+        calibration=calibration,
     )
     if not isinstance(request.goal, Budget):
         raise InvalidInput(f"budget is {budget!r}; pass for example surgery.Budget(latency=0.5)")

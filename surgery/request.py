@@ -16,6 +16,7 @@ from surgery.cost import cost_functions
 from surgery.couple import couple
 from surgery.cut import cut
 from surgery.errors import InvalidInput
+from surgery.images import Calibration
 from surgery.ir import Budget, CheckResult, CompactModel, CostFn, Coupling, Program
 from surgery.lean import rare_collections
 from surgery.trace import trace
@@ -60,6 +61,7 @@ class Request:
     correct: bool = True
     drop_layers: bool = True
     acceptance: Any = None
+    calibration: Any = None
 
     @property
     def goal(self) -> Budget:
@@ -76,11 +78,12 @@ class Request:
     def settings(self) -> dict[str, Any]:
         """Return what a plan records, so that it can be applied again: JSON values, without the budget."""
         clocked = () if self.goal.is_latency else ("threads", "batch")
-        left_out = {"budget", "latency_table", "acceptance", "correct", *clocked}
+        left_out = {"budget", "latency_table", "acceptance", "correct", "calibration", *clocked}
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         ranking = self.ranking
         criterion = ranking if isinstance(ranking, str) else getattr(ranking, "__name__", "custom")
-        return {**values, "criterion": criterion, "keep": list(self.keep)}
+        seen = {"calibration": self.calibration.described()} if isinstance(self.calibration, Calibration) else {}
+        return {**values, "criterion": criterion, "keep": list(self.keep), **seen}
 
 
 class Clock:

@@ -46,7 +46,7 @@ class Signal:
 
     Attributes:
         readers: group name → the layers that read its units.
-        blocks: block name → the share of the variance of the sum that its branch brings.
+        blocks: block name → what is lost with it.
     """
 
     readers: Mapping[str, tuple[Reader, ...]]
@@ -66,10 +66,6 @@ class Signal:
             shares = tuple(v / whole for v in kept)
             readers[name] = tuple(replace(r, shares=shares) for r in self.readers[name])
         return replace(self, readers=readers)
-
-    def block_lost(self, name: str) -> float:
-        """Return what is lost with a block, in the currency of `loss_of`."""
-        return -math.log(max(_LEAST, 1.0 - self.blocks[name]))
 
 
 def loss_of(heard: float, share: float) -> float:
@@ -96,14 +92,20 @@ def signal_of(
         heard = _heard(program, known) if program.graph is not None else {}
         layers = _layers(program, known) if known else {}
         readers = {group.name: _readers(group, parameters, layers, heard) for group in coupling.groups}
-        return Signal(readers, {block.name: _share(known, block) for block in blocks})
+        return Signal(readers, {block.name: _block_lost(known, block) for block in blocks})
 
 
-def _share(known: Mapping[str, Any], block: Block) -> float:
-    """The branch's part of the variance of the sum."""
+def block_worth(program: Program, blocks: Sequence[Block]) -> dict[str, float]:
+    """Return what is lost with each residual block: of the variance of its sum, the branch's part goes."""
+    with torch.no_grad():
+        known = moments_of(program) if blocks else {}
+        return {block.name: _block_lost(known, block) for block in blocks}
+
+
+def _block_lost(known: Mapping[str, Any], block: Block) -> float:
     branch, stays = (known[name].variance for name in (block.branch, block.stays))
     whole = branch + stays
-    return branch / whole if whole > 0 else 0.5
+    return loss_of(1.0, branch / whole if whole > 0 else 0.5)
 
 
 # Forward: moments. ---------------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ class Planner:
         )
         return Worth(
             worth_of(ladders, self.signal.readers),
-            tuple(self.signal.block_lost(block.name) for block in self.blocks),
+            tuple(self.signal.blocks[block.name] for block in self.blocks),
             inside,
         )
 

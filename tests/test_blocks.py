@@ -235,6 +235,8 @@ def test_the_dead_branches_of_a_trained_network_disappear(half_dead: nn.Module) 
     image = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     result = surgery.shrink(model, image, budget=surgery.Budget(macs=0.95))
     assert set(result.plan.dropped) == {"layer1.0", "layer1.1", "layer2.2"}
+    assert result.kind == "module"
+    assert type(result.model) is type(model)
     assert max(abs(x) for left in result.plan.dropped.values() for x in left) > 0.6
     assert not {n.rpartition(".")[0] for n in zero} & {n for n, _ in result.model.named_modules()}
     assert float((result.model(image) - model(image)).detach().abs().max()) <= 1e-10

@@ -26,12 +26,13 @@ ORDER = """
     surgery.sizes surgery.labels surgery.moments
     surgery.ops.registry surgery.ops.examples surgery.ops.index surgery.ops.*
     surgery.copies surgery.guards surgery.einsum surgery.unlift surgery.lean surgery.clean surgery.trace
-    surgery.graph surgery.wiring surgery.pieces surgery.numerics surgery.blocks surgery.zeros surgery.couple
-    surgery.signal surgery.score surgery.fvcount
+    surgery.graph surgery.wiring surgery.pieces surgery.numerics surgery.leftovers surgery.blocks surgery.zeros
+    surgery.couple surgery.signal surgery.score surgery.practise surgery.fvcount
     surgery.cost surgery.lower surgery.ladders surgery.latency surgery.spend surgery.allocate surgery.timeplan
     surgery.moves surgery.transplant surgery.compare
     surgery.cut surgery.check surgery.check_dropped
-    surgery.arrange surgery.torch_pruning surgery.eager surgery.part surgery.artefacts surgery.report
+    surgery.arrange surgery.torch_pruning surgery.eager surgery.part surgery.images surgery.artefacts
+    surgery.report
     surgery.optable surgery.request surgery.acceptance surgery.race surgery.decide surgery.repeat surgery.profile
     surgery.pipeline surgery.deliver
     surgery.options surgery.screen surgery.cli

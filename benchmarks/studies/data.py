@@ -58,10 +58,14 @@ def trained(root: Path, network: str) -> nn.Module:
 def exact_images(root: Path) -> Images:
     """Return the 932 test images, exact pixels, normalised as the checkpoints expect."""
     with np.load(_existing(root / "cifar10" / "test_lossless_932.npz")) as data:
-        pixels = torch.from_numpy(data["images"]).permute(0, 3, 1, 2).float() / 255  # (N, 3, 32, 32)
-        labels = torch.from_numpy(data["labels"].astype(np.int64))
+        return Images(normalised(data["images"]), torch.from_numpy(data["labels"].astype(np.int64)))
+
+
+def normalised(pixels: np.ndarray) -> Tensor:
+    """Return images (N, H, W, 3) of uint8 as the checkpoints expect them, (N, 3, H, W)."""
+    scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in (_MEAN, _DEVIATION))
-    return Images((pixels - mean) / deviation, labels)
+    return (scaled - mean) / deviation
 
 
 def predictions(model: nn.Module, images: Images, batch: int = 233) -> Tensor:

@@ -1,0 +1,236 @@
+"""Which residual blocks the rest of the network can make up for, seen on calibration images.
+
+The network runs without a block's branch; what is then missing from its outputs is what the block is worth. Blocks that
+make up for each other look superfluous one by one; so they are taken away in turn, each time the one without which
+least is missing given those that are gone. What a light recovery could give back may be given back first: a scale and
+a shift per channel of the stream behind the block, fitted by least squares. Plans do without that, because compact
+models come without recovery, and because the order is no better after one (benchmarks/studies/blocks.py).
+
+Source: after Wang and Wu 2022, PRACTISE (arXiv:2202.07861), whose recoverability is the outputs' error after training
+inserted layers; here such a layer is a scale and a shift, its fit is closed, and the blocks are taken in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import log1p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.ir import Block, Program
+from surgery.numerics import Run, flat_outputs, state_of
+from surgery.sizes import hint
+from surgery.wiring import all_tensors
+
+Batches = Sequence[Sequence[Tensor]]
+LOST = 1.0
+"""Blocks are taken in turn until as much of the outputs is missing as there is."""
+NEAR = 1.2
+"""A block is taken at once if no other can be better than it by more than this factor."""
+WORK_MACS = 3e12
+"""What all runs together may take; large networks run on fewer images,"""
+FEWEST = 8
+"""but on so many."""
+_LEAST = 1e-30
+
+
+def practised_worth(program: Program, blocks: Sequence[Block], batches: Batches, *, macs: int = 0) -> dict[str, float]:
+    """Return what is lost with each residual block, the worth of those that go before it not counted in.
+
+    That is by how much the logarithm of one plus what is missing grows. Near zero it is ``-log(1 - missing)``, the
+    currency of `signal.loss_of`; it goes on where more is missing than there is.
+
+    Args:
+        program: traced; its weights are those of `program.model`.
+        blocks: of that program.
+        batches: of its inputs.
+        macs: of one image through the network, by which the images are limited; 0 for all of them.
+    """
+    if not blocks:
+        return {}
+    most = max(FEWEST, int(WORK_MACS / (4 * len(blocks) * macs))) if macs else None
+    trial = Trial(program, blocks, first(batches, most))
+    worth: dict[str, float] = {}
+    before, least = 0.0, 0.0
+    for name, missing in trial.in_turn():
+        least = max(least, log1p(missing) - log1p(before), 1e-6)
+        worth[name], before = least, missing
+    rest = {name: max(least, log1p(trial.alone[name])) for name in trial.alone.keys() - worth.keys()}
+    found = {**worth, **rest}
+    return {block.name: float(f"{found[block.name]:.6g}") for block in blocks}
+
+
+def first(batches: Batches, most: int | None) -> Batches:
+    """Return the first batches, all or as many as hold at most so many images, at least one: sizes may be fixed."""
+    ends = accumulate(len(batch[0]) for batch in batches)
+    return [
+        batch for k, (batch, end) in enumerate(zip(batches, ends, strict=True)) if not k or most is None or end <= most
+    ]
+
+
+class Trial:
+    """A network that runs without some of its blocks, and how much of its outputs is then missing.
+
+    Attributes:
+        alone: block name → what is missing where only it is gone.
+
+    Args:
+        program: traced; its weights are those of `program.model`.
+        blocks: of that program.
+        batches: of its inputs.
+        compensated: give back what a scale and a shift per channel of the stream can.
+    """
+
+    def __init__(
+        self, program: Program, blocks: Sequence[Block], batches: Batches, *, compensated: bool = False
+    ) -> None:
+        self._graph, self._state, self._batches = program.graph, state_of(program), batches
+        self._blocks = {block.name: block for block in blocks}
+        self._fits: Mapping[str, Fit] = _fits(program, self._state, blocks, batches) if compensated else {}
+        self._dense = list(self._outputs(()))
+        self._variances = [_variance(outputs) for outputs in zip(*self._dense, strict=True)]
+        self.alone = {name: self.missing((name,)) for name in self._blocks}
+
+    def missing(self, gone: Collection[str]) -> float:
+        """Return how much is missing without these blocks: squared error over variance, the mean over outputs."""
+        wrong = [0.0 for _ in self._variances]
+        for outputs, others in zip(self._dense, self._outputs(gone), strict=True):
+            wrong = [e + _apart(a, b) for e, a, b in zip(wrong, outputs, others, strict=True)]
+        return sum(e / v for e, v in zip(wrong, self._variances, strict=True)) / max(1, len(wrong))
+
+    def in_turn(self, most: float = LOST) -> Iterator[tuple[str, float]]:
+        """Yield block by block, the least missed first, and what is missing without it and all before it.
+
+        What a block adds to what is missing hardly falls as others go; so only blocks whose last figure is the lowest
+        are tried again (lazy greedy, Minoux 1978).
+        """
+        adds, so_far = dict(self.alone), 0.0
+        gone: list[str] = []
+        while adds and so_far < most:
+            tried: set[str] = set() if gone else set(adds)
+            while (name := min(adds, key=adds.__getitem__)) not in tried:
+                adds[name] = self.missing([*gone, name]) - so_far
+                tried.add(name)
+                if adds[name] <= NEAR * min(adds.values()):
+                    break
+            so_far += adds.pop(name)
+            gone.append(name)
+            yield name, so_far
+
+    def _outputs(self, gone: Collection[str]) -> Iterator[list[Tensor]]:
+        without = _without([self._blocks[name] for name in gone], self._fits)
+        with torch.no_grad():
+            for batch in self._batches:
+                run = Run(self._graph, self._state, without)
+                yield flat_outputs(run.run(*batch, enable_io_processing=False))
+
+
+Fit = tuple[Tensor, Tensor, int]
+"""The scale, the shift, and the axis of the channels."""
+
+
+def _without(blocks: Sequence[Block], fits: Mapping[str, Fit]) -> Any:
+    """An override: branches are not run, and sums are what stays, brought nearest to what they were."""
+    sums = {block.sum: block for block in blocks}
+    skipped = {name for block in blocks for name in block.nodes}
+
+    def override(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.name in skipped:
+            return None
+        if node.name not in sums:
+            return NotImplemented
+        block = sums[node.name]
+        stays: Tensor = _operand(node, args, block)
+        return _scaled(stays, fits[block.name]) if block.name in fits else stays
+
+    return override
+
+
+def _operand(node: torch.fx.Node, args: Sequence[Any], block: Block) -> Tensor:
+    value: Tensor = args[[x.name for x in node.all_input_nodes].index(block.stays)]
+    return value
+
+
+def _scaled(x: Tensor, fit: Fit) -> Tensor:
+    scale, shift, axis = fit
+    shape = [len(scale) if a == axis else 1 for a in range(x.dim())]
+    return x * scale.reshape(shape).to(x.dtype) + shift.reshape(shape).to(x.dtype)
+
+
+def _fits(program: Program, state: Mapping[str, Tensor], blocks: Sequence[Block], batches: Batches) -> dict[str, Fit]:
+    """For each block what brings the stream without it nearest to the stream with it, in the dense network."""
+    nodes = {node.name: node for node in program.graph.graph.nodes}
+    sums = {block.sum: block for block in blocks}
+    moments = {b.name: _Moments.none(nodes[b.sum], _channels(program, b, nodes[b.sum])) for b in blocks}
+
+    def look(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.name not in sums:
+            return NotImplemented
+        total = node.target(*args, **kwargs)  # type: ignore[operator]
+        block = sums[node.name]
+        moments[block.name].add(_operand(node, args, block), total)
+        return total
+
+    with torch.no_grad():
+        for batch in batches:
+            Run(program.graph, state, look).run(*batch, enable_io_processing=False)
+    return {name: (*found.fit(), found.axis) for name, found in moments.items()}
+
+
+def _channels(program: Program, block: Block, total: torch.fx.Node) -> int:
+    """The axis that is as long as a bias or scale of the branch: the first after the batch, or the last."""
+    tensors = all_tensors(program)
+    lengths = {tensors[name].numel() for name in block.tensors if tensors[name].dim() == 1}
+    shape = [hint(size) for size in total.meta["val"].shape]
+    last = len(shape) - 1
+    tokens = shape[last] in lengths and (last < 3 or shape[1] not in lengths)
+    return last if tokens else min(1, last)
+
+
+@dataclass(slots=True)
+class _Moments:
+    """Per channel, over all images and positions: count, and sums of x, y, x², xy; (C,), float64."""
+
+    axis: int
+    count: int
+    x: Tensor
+    y: Tensor
+    xx: Tensor
+    xy: Tensor
+
+    @classmethod
+    def none(cls, node: torch.fx.Node, axis: int) -> _Moments:
+        channels = hint(node.meta["val"].shape[axis])
+        return cls(axis, 0, *(torch.zeros(channels, dtype=torch.float64) for _ in range(4)))
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        x, y = (t.movedim(self.axis, 0).flatten(1).double() for t in (x, y))
+        self.count += x.shape[1]
+        self.x += x.sum(1)
+        self.y += y.sum(1)
+        self.xx += (x * x).sum(1)
+        self.xy += (x * y).sum(1)
+
+    def fit(self) -> tuple[Tensor, Tensor]:
+        """The scale and the shift that bring x nearest to y."""
+        x, y = self.x / self.count, self.y / self.count
+        squares = self.xx / self.count
+        variance = squares - x * x
+        varies = variance > 1e-9 * squares
+        scale = torch.where(varies, (self.xy / self.count - x * y) / variance.clamp_min(_LEAST), torch.ones_like(x))
+        return scale, y - scale * x
+
+
+def _variance(outputs: Sequence[Tensor]) -> float:
+    """Sum of squared deviations from the mean over samples; of squares where there is one, or none varies."""
+    rows = torch.cat([x.double().reshape(len(x) if x.dim() else 1, -1) for x in outputs])
+    squares, deviations = float(rows.square().sum()), float((rows - rows.mean(0)).square().sum())
+    return max(_LEAST, deviations if deviations > 1e-9 * squares else squares)
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).square().sum())
