@@ -16,6 +16,7 @@ class Options:
         onnxsim: whether onnxsim's structured pruning is among them.
         criteria: of torch-pruning, on trained networks.
         evaluations: networks that a rival may try to find a latency, on trained networks.
+        torch_threads: with which images are judged; more than one crawls on a machine that is not idle.
         data_root: of the checkpoints and images; None: `SURGERY_DATA`, or `shared/data` beside the checkout.
     """
 
@@ -24,5 +25,6 @@ class Options:
     equal_latency_of: tuple[str, ...] = ("torch-pruning", "torch-pruning, round_to 16", "uniform")
     onnxsim: bool = True
     criteria: tuple[str, ...] = ("l1", "lamp", "fpgm", "bn-scale")
-    evaluations: int = 4
+    evaluations: int = 6
+    torch_threads: int = 1
     data_root: str | None = None
