@@ -65,6 +65,8 @@ class Judge:
 
 def accuracy(job: Job, options: Options, folder: Path) -> Entry:
     """Shrink to a target, bring the others to the latency that was measured, judge all on the same images."""
+    if job.network not in data.NETWORKS:
+        options = replace(options, criteria=options.criteria_imagenet)
     trained = load(job.network, data.find_root(options.data_root))
     subject = trained.subject
     bench = Bench(subject, folder, job.threads, options.seconds)
