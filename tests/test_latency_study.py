@@ -15,8 +15,10 @@ from benchmarks.studies.latency import isolated, rows, table
 from benchmarks.studies.latency.compare import at_equal_latency, best, gap, nearest_above
 from benchmarks.studies.latency.jobs import LIMIT_S, Job, chosen, every_job
 from benchmarks.studies.latency.rivals import PLAIN, DoesNotRun, Setting, Subject, Uniform, by_torch_pruning, to_macs
-from benchmarks.studies.latency.search import MOST, Point, nearest, reach
-from benchmarks.studies.latency.trained import reestimated
+from benchmarks.studies.latency.search import MOST, Point, guess_from, nearest, reach
+from benchmarks.studies.latency.trained import has_batch_norms, reestimated
+from surgery.graph import CompactGraph
+from surgery.trace import trace
 
 # Which rows. ---------------------------------------------------------------------------------------------------------
 
@@ -79,6 +81,14 @@ def test_what_cannot_be_reached_is_told_by_its_nearest() -> None:
     point = reach(lambda share: 1 - 0.2 * share, 0.5, tolerance=0.01, most=5)
     assert point.ratio == pytest.approx(1 - 0.2 * MOST, abs=0.02)
     assert nearest([Point(0.1, 0.8), Point(0.2, 0.52), Point(0.3, 0.4)], 0.5, tolerance=0.02).ratio == 0.4
+
+
+def test_earlier_points_tell_where_to_begin() -> None:
+    assert guess_from([], 0.5) is None
+    assert guess_from([Point(0.4, 0.6), Point(0.6, 0.4)], 0.5) == pytest.approx(0.5)
+    assert guess_from([Point(0.4, 0.6)], 0.8) == pytest.approx(0.2)
+    beyond = guess_from([Point(0.4, 0.6)], 0.5)
+    assert beyond is not None and 0.4 < beyond < MOST
 
 
 # Comparisons. --------------------------------------------------------------------------------------------------------
@@ -152,6 +162,11 @@ def test_norms_are_estimated_on_a_copy() -> None:
         mean = module[0](images).mean((0, 2, 3))
     assert torch.allclose(found[1].running_mean, mean, atol=1e-4)
     assert torch.equal(module[1].running_mean, torch.zeros(32)) and not found.training
+    program = trace(module, (images,))
+    graph = CompactGraph(module, program.graph.graph)
+    assert has_batch_norms(graph)
+    again = torch.randn(60, 3, 8, 8)
+    assert torch.allclose(reestimated(graph, again)(again), reestimated(module, again)(again), atol=1e-5)
 
 
 # Tables. -------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,13 @@ _USUAL = Options()
     help="Targets at which rivals are brought to our latency too, on random weights; repeatable, 0 for none.",
 )  # fmt: skip
 @click.option("--onnxsim/--no-onnxsim", default=True, show_default=True, help="Run its structured pruning as well.")
+@click.option(
+    "--criteria-imagenet", multiple=True, default=_USUAL.criteria_imagenet, show_default=True, help="Of torch-pruning."
+)
 @click.option("--evaluations", default=_USUAL.evaluations, show_default=True, help="Networks tried for one latency.")
+@click.option(
+    "--torch-threads", default=_USUAL.torch_threads, show_default=True, help="To judge images; 2 on an idle machine."
+)
 @click.option("--data-root", type=click.Path(), help="Folder of checkpoints and images.")
 @click.option("--list", "as_list", is_flag=True, help="Run nothing; print the rows that would be run.")
 @click.option("--table", is_flag=True, help="Run nothing; print Markdown tables from the results file.")

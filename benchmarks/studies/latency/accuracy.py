@@ -20,11 +20,13 @@ from torch import nn
 
 import surgery
 from benchmarks.studies import data
+from benchmarks.studies.latency import rows
 from benchmarks.studies.latency.bench import MET, NEAR, Bench, loop_of, tell, told
 from benchmarks.studies.latency.compare import gap
 from benchmarks.studies.latency.jobs import Job
 from benchmarks.studies.latency.options import Options
 from benchmarks.studies.latency.rivals import SETTINGS, DoesNotRun, Setting, Subject, Uniform, by_torch_pruning
+from benchmarks.studies.latency.search import Point, guess_from
 from benchmarks.studies.latency.trained import Trained, classes, has_batch_norms, load, reestimated
 from surgery.errors import SurgeryError
 
@@ -63,6 +65,8 @@ class Judge:
 
 def accuracy(job: Job, options: Options, folder: Path) -> Entry:
     """Shrink to a target, bring the others to the latency that was measured, judge all on the same images."""
+    if job.network not in data.NETWORKS:
+        options = replace(options, criteria=options.criteria_imagenet)
     trained = load(job.network, data.find_root(options.data_root))
     subject = trained.subject
     bench = Bench(subject, folder, job.threads, options.seconds)
@@ -75,7 +79,7 @@ def accuracy(job: Job, options: Options, folder: Path) -> Entry:
     judge = Judge(trained, classes(subject.module, trained.images))
     judge.ours.update(judge.look(result.model))
     ours = {"macs": subject.kept(result.model), **judge.say(judge.ours)}
-    found = _Search(bench, judge, options, bench.quick(result.model)).all()
+    found = _Search(bench, judge, options, bench.quick(result.model), _known(job)).all()
     figures = bench.race()
     for entry in (e for e in found if "failed" not in e):
         entry |= told(entry["macs"], figures["latency"][entry["file"]])
@@ -102,6 +106,8 @@ class _Search:
     judge: Judge
     options: Options
     wanted: float
+    known: dict[str, list[Point]]
+    """What is known already, by file: of other targets, and of settings before."""
 
     def all(self) -> list[Entry]:
         """Return an entry per rival, setting and criterion."""
@@ -136,7 +142,9 @@ class _Search:
         file = f"{name}, {criterion}"
         tell(file)
         try:
-            point = self.bench.to_latency(cut, self.wanted, most=self.options.evaluations)
+            start = guess_from(self.known.get(file, self.known.get(rival, [])), self.wanted)
+            point = self.bench.to_latency(cut, self.wanted, most=self.options.evaluations, start=start)
+            self.known.setdefault(rival, [point])
             module = cut(point.share)
             entry |= {"share": point.share, "macs": self.bench.subject.kept(module), "file": file}
             entry |= {"reached": point.ratio <= self.wanted * (1 + NEAR), **self.judge.say(self.judge.look(module))}
@@ -161,6 +169,17 @@ class _Search:
         except DoesNotRun as error:
             return [_failed(entry, error)]
         return []
+
+
+def _known(job: Job) -> dict[str, list[Point]]:
+    """What rows of other targets say of shares and latencies, by file: where to begin."""
+    points: dict[str, list[Point]] = {}
+    for row in rows.read().values():
+        if (row["part"], row["network"]) == (job.part, job.network) and "failed" not in row:
+            for entry in row["rivals"]:
+                if "file" in entry:
+                    points.setdefault(entry["file"], []).append(Point(entry["share"], entry["latency"]["value"]))
+    return points
 
 
 def _failed(entry: Mapping[str, Any], error: Exception) -> Entry:

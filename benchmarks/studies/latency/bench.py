@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 from torch import nn
 
 from benchmarks import ort
@@ -45,7 +46,9 @@ class Bench:
         return self.enter(name, path)
 
     def enter(self, name: str, path: Path) -> Path:
-        """Take a file that is there already; returns it."""
+        """Take a file that is there already, and runs; returns it."""
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        session.run(None, {i.name: x.numpy() for i, x in zip(session.get_inputs(), self.subject.inputs, strict=True)})
         self._files[name] = path
         return path
 

@@ -14,8 +14,10 @@ class Options:
         equal_latency: targets at which rivals are brought to our latency too; one thread only.
         equal_latency_of: which rivals.
         onnxsim: whether onnxsim's structured pruning is among them.
-        criteria: of torch-pruning, on trained networks.
+        criteria: of torch-pruning, on trained CIFAR networks.
+        criteria_imagenet: the same on those of ImageNet, whose images take a hundred times as long to judge by.
         evaluations: networks that a rival may try to find a latency, on trained networks.
+        torch_threads: with which images are judged; more than one crawls on a machine that is not idle.
         data_root: of the checkpoints and images; None: `SURGERY_DATA`, or `shared/data` beside the checkout.
     """
 
@@ -24,5 +26,7 @@ class Options:
     equal_latency_of: tuple[str, ...] = ("torch-pruning", "torch-pruning, round_to 16", "uniform")
     onnxsim: bool = True
     criteria: tuple[str, ...] = ("l1", "lamp", "fpgm", "bn-scale")
-    evaluations: int = 4
+    criteria_imagenet: tuple[str, ...] = ("l1", "lamp")
+    evaluations: int = 6
+    torch_threads: int = 1
     data_root: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,17 @@ def nearest(points: Sequence[Point], wanted: float, *, tolerance: float) -> Poin
     """Return the nearest of the points that are at most `tolerance` above what is wanted; of all, if none is."""
     within = [p for p in points if p.ratio <= wanted * (1 + tolerance)]
     return min(within or points, key=lambda p: abs(p.ratio - wanted))
+
+
+def guess_from(points: Sequence[Point], wanted: float) -> float | None:
+    """Return the share that a straight line between earlier points tells for a ratio; None without any."""
+    if not points:
+        return None
+    known = sorted([Point(0.0, 1.0), *points], key=lambda p: p.share)
+    for a, b in itertools.pairwise(known):
+        if a.ratio >= wanted > b.ratio:
+            return a.share + (a.ratio - wanted) / (a.ratio - b.ratio) * (b.share - a.share)
+    return min(MOST, 0.5 * (known[-1].share + MOST)) if known[-1].ratio > wanted else known[-1].share
 
 
 def _between(low: Point, high: Point, wanted: float, *, repeated: int) -> float:

@@ -109,7 +109,7 @@ def speeds(rows: Mapping[str, Row]) -> str:
             threads = f", {row['threads']} threads" if row["threads"] > 1 else ""
             loop, name = row["loop"], f"{row['network']}, {row['amount']:g}{threads}"
             said = f"{'met' if row['entries']['ours']['met'] else 'NOT met'}: {loop['measured']:.3f}"
-            for tool, entry in row["entries"].items():
+            for tool, entry in sorted(row["entries"].items(), key=lambda kv: (kv[0] != "ours", kv[0])):
                 if "failed" in entry:
                     yield name, tool, f"{entry['failed']}: {entry['message'][:60]}", "", "", ""
                     continue

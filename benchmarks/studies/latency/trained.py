@@ -117,20 +117,41 @@ def classes(module: nn.Module, images: Tensor) -> NDArray[np.int64]:
 
 
 def reestimated(module: nn.Module, images: Tensor) -> nn.Module:
-    """Return a copy whose batch norms have the mean and variance of these images: the plain average over batches."""
+    """Return a copy whose batch norms have the mean and variance of these images: the plain average over batches.
+
+    Of a rewritten program the operators are told to, since it has no modules for them.
+    """
     module = copy.deepcopy(module).eval()
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
         norm.train()
-    if norms:
-        with torch.no_grad():
-            for part in torch.split(images, _BATCH):
-                module(part)
+    with torch.no_grad():
+        for number, part in enumerate(torch.split(images, _BATCH) if has_batch_norms(module) else (), start=1):
+            for norm in norms:
+                norm.momentum = 1 / number
+            _set_operators(module, training=True, momentum=1 / number)
+            module(part)
+    _set_operators(module, training=False, momentum=0.1)
     return module.eval()
 
 
 def has_batch_norms(module: nn.Module) -> bool:
     """Tell whether there is anything to re-estimate."""
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
+    return bool(_operators(module)) or any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
+
+
+def _operators(module: nn.Module) -> list[torch.fx.Node]:
+    """A rewritten program's batch norms."""
+    if not isinstance(module, torch.fx.GraphModule):
+        return []
+    return [node for node in module.graph.nodes if node.target is torch.ops.aten.batch_norm.default]
+
+
+def _set_operators(module: nn.Module, *, training: bool, momentum: float) -> None:
+    """Set the arguments of a rewritten program's batch norms, but not its dropouts."""
+    operators = _operators(module)
+    for node in operators:
+        node.update_arg(5, training)
+        node.update_arg(6, momentum)
+    if operators and isinstance(module, torch.fx.GraphModule):
+        module.recompile()

@@ -31,7 +31,7 @@ def main(request: str) -> int:
     fields = json.loads(request)
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["options"].items()}
     job, options = Job(**fields["job"]), Options(**given)
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.torch_threads)
     warnings.simplefilter("ignore")
     try:
         with tempfile.TemporaryDirectory() as folder:
