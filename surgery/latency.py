@@ -122,6 +122,21 @@ class Forecast:
         gone = self._missing(dropped)
         return sum(self._ms(k, levels) for k in self._gone[block] if k not in gone)
 
+    @property
+    def hangs_on(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """For each kernel the ladders that its widths hang on, and the blocks that it goes with."""
+        return [
+            (
+                tuple(ladder for ladder, touched in enumerate(self._touched) if k in touched),
+                tuple(block for block, gone in enumerate(self._gone) if k in gone),
+            )
+            for k in range(len(self._placed))
+        ]
+
+    def kernel(self, k: int, levels: Levels) -> float:
+        """Return the milliseconds of one kernel in a state in which it is still there."""
+        return self._ms(k, levels)
+
     def kinds(self, ladder: int) -> list[str]:
         """Return the kinds of kernels that one ladder's units reach."""
         return sorted({kind_of(self._placed[k].kernel) for k in self._touched[ladder]})

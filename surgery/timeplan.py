@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -51,6 +51,15 @@ class Timed:
     plan: Plan
     kept_ms: float
     dropped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Problem:
+    """What `spend` searches: steps of ladders and blocks, what they save and what is lost with them."""
+
+    ladders: Sequence[Ladder]
+    forecast: Forecast
+    worth: Worth
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,21 +117,27 @@ class Planner:
         return timed
 
     def _once(self, table: LatencyTable, target_ms: float) -> tuple[Timed, list[tuple[Kernel, Widths]]]:
-        steps = group_steps(self.lowered, self.coupling, table, most=FINEST)
-        ladders = ladders_of(self.coupling, self.scores, steps)
         least = float("inf")
-        for chosen in attempts(self.coupling, self.inexact):
-            allowed = [ladder for ladder in ladders if chosen.issuperset(ladder.groups)]
-            taken = [{*block.nodes, block.sum} for block in self.blocks]
-            forecast = Forecast(self.lowered, table, self.coupling, allowed, taken)
-            worth = self._worth(allowed)
-            state = spend(forecast, worth, target_ms)
+        for problem in self.problems(table):
+            forecast = problem.forecast
+            state = spend(forecast, problem.worth, target_ms)
             if state is not None:
-                timed = self._timed(forecast, worth, allowed, state, table, target_ms)
+                timed = self._timed(forecast, problem.worth, problem.ladders, state, table, target_ms)
                 return timed, forecast.points(state.levels, state.dropped)
             everything = range(len(self.blocks))
-            least = min(least, forecast.total([len(ladder.ends) for ladder in allowed], everything))
+            least = min(least, forecast.total([len(ladder.ends) for ladder in problem.ladders], everything))
+        steps = group_steps(self.lowered, self.coupling, table, most=FINEST)
         raise BudgetUnreachable(self._unreachable(target_ms, least, steps))
+
+    def problems(self, table: LatencyTable) -> Iterator[Problem]:
+        """Yield what is to be searched by a table; first without groups whose removal is inexact, where that is so."""
+        steps = group_steps(self.lowered, self.coupling, table, most=FINEST)
+        ladders = ladders_of(self.coupling, self.scores, steps)
+        taken = [{*block.nodes, block.sum} for block in self.blocks]
+        for chosen in attempts(self.coupling, self.inexact):
+            allowed = [ladder for ladder in ladders if chosen.issuperset(ladder.groups)]
+            forecast = Forecast(self.lowered, table, self.coupling, allowed, taken)
+            yield Problem(allowed, forecast, self._worth(allowed))
 
     def _worth(self, ladders: Sequence[Ladder]) -> Worth:
         sites = {group.name: {site.tensor for site in group.sites} for group in self.coupling.groups}

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.studies.allocation import Exact
 from surgery.spend import State, Worth, spend
 
 
@@ -35,6 +36,13 @@ class Chain:
     def change(self, levels: Sequence[int], ladder: int, to: int, dropped: Collection[int] = ()) -> float:
         moved = [to if k == ladder else level for k, level in enumerate(levels)]
         return self.total(moved, dropped) - self.total(levels, dropped)
+
+    @property
+    def hangs_on(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        return [(layer, tuple(b for b, k in enumerate(self.blocks) if k == n)) for n, layer in enumerate(self.layers)]
+
+    def kernel(self, k: int, levels: Sequence[int]) -> float:
+        return self._ms(self.layers[k], levels)
 
     def block(self, levels: Sequence[int], block: int, dropped: Collection[int] = ()) -> float:
         return self.total(levels, dropped) - self.total(levels, {*dropped, block})
@@ -95,3 +103,19 @@ def test_units_inside_a_block_are_not_paid_twice() -> None:
     worth = Worth(((0.0, 5.0),), (3.0,), (frozenset({0}),))
     assert worth.lost(State((1,), frozenset())) == 5.0
     assert worth.lost(State((1,), frozenset({0}))) == 3.0
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(steps, min_size=2, max_size=4), st.floats(0.3, 0.9), st.floats(0.1, 5.0))
+def test_the_studys_exact_solver_finds_what_trying_all_finds(
+    importance: list[list[float]], share: float, worth_of_block: float
+) -> None:
+    time, worth = chain(importance, blocks=[worth_of_block])
+    dense = time.total([0] * len(worth.ladders))
+    wanted = best_by_trying_all(time, worth, share * dense)
+    state, _ = Exact(time, worth, share * dense).solve(20.0)  # type: ignore[arg-type]
+    if wanted is None:
+        assert state is None
+    else:
+        assert state is not None and time.total(state.levels, state.dropped) <= share * dense * (1 + 1e-6)
+        assert worth.lost(state) == pytest.approx(wanted, rel=2e-3, abs=1e-6)
