@@ -302,7 +302,7 @@ def _timed_dense(program: Program, request: Request, run: Clock) -> float:
 
 
 def _refuse_what_the_clock_decides(request: Request) -> None:
-    if request.tracer != "export":
+    if request.tracer == "torch-pruning":
         raise InvalidInput(
             "a latency budget needs the operators that torch.export captures; with tracer torch-pruning give a budget "
             "of macs, params or channels"
