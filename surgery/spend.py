@@ -3,7 +3,9 @@
 Time does not fall evenly with channels: a step of the device's stairs buys much, all widths between cost like the next
 edge, and what a step buys hangs on the widths around it. So the search moves from edge to edge, takes each time what
 gives most time for the importance that it costs, and works out all costs anew after each move; a last pass exchanges
-steps as long as that keeps more. Blocks that may be dropped compete with channels in the same currency.
+steps as long as that keeps more. Blocks that may be dropped compete with channels in the same currency. They are large
+pieces, which a greedy search misjudges one way or the other: it begins several times, with blocks priced lower and
+higher than they are worth, and the best of its ends, at the true price, is taken.
 
 Source: after Yang et al. 2018, NetAdapt (arXiv:1804.03230), and Shen et al. 2022, HALP (arXiv:2110.10811).
 """
@@ -22,6 +24,8 @@ from surgery.signal import Reader, loss_of
 LOOK_AHEAD = 4
 """How many steps of a ladder one move may take: single steps may buy nothing where several units share a stair."""
 ROUNDS = 200
+PRICES = (1.0, 0.7, 0.55, 1.5)
+"""What blocks count in one search after the other, in their own worth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +94,24 @@ def _lost_on(ladder: Ladder, readers: Mapping[str, Sequence[Reader]]) -> tuple[f
 
 def spend(forecast: Forecast, worth: Worth, target_ms: float, *, start: State | None = None) -> State | None:
     """Return a state that takes at most `target_ms` and loses little importance; None where none is fast enough."""
-    state = start or State((0,) * len(worth.ladders))
+    begin = start or State((0,) * len(worth.ladders))
+    ends = []
+    for price in PRICES if worth.blocks else PRICES[:1]:
+        priced = replace(worth, blocks=tuple(price * lost for lost in worth.blocks))
+        end = _descended(forecast, priced, begin, target_ms)
+        if end is not None:
+            ends.append(_polished(forecast, worth, end, target_ms))
+    return min(ends, key=worth.lost, default=None)
+
+
+def _descended(forecast: Forecast, worth: Worth, state: State, target_ms: float) -> State | None:
     left = forecast.total(state.levels, state.dropped)
     while left > target_ms:
         best = max(_moves(forecast, worth, state), key=lambda m: (m.rate(left - target_ms), -m.lost), default=None)
         if best is None:
             return None
         state, left = best.state, left - best.saved
-    return _polished(forecast, worth, state, target_ms)
+    return state
 
 
 @dataclass(frozen=True, slots=True)
