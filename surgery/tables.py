@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from surgery.errors import InvalidInput
-from surgery.kernels import Kernel, Widths, resolved
+from surgery.kernels import Kernel, Size, Widths, resolved
 
 SCHEMA = 1
 LADDER = 2
@@ -116,10 +116,11 @@ class LatencyTable:
         return None
 
     def covers(self, kernel: Kernel, widths: Widths) -> bool:
-        """Return whether the table holds the kernel up to these widths."""
+        """Return whether the table holds the kernel at all widths up to these."""
         return any(
             all(x <= axis[-1] for x, axis in zip(place_of(same, theirs), self.entries[same.key].axes))
             for same, theirs in self._like(kernel, widths)
+            if _bound(same, kernel, {letter: letter for letter in kernel.letters}) is not None
         )
 
     def _like(self, kernel: Kernel, widths: Widths) -> Iterator[Tuple[Kernel, Widths]]:
@@ -245,15 +246,21 @@ def _steps_key(kernel: Kernel) -> str:
 
 def _matched(pattern: Kernel, kernel: Kernel, widths: Widths) -> Optional[Widths]:
     """Return what a kernel's letters would have to stand for to be another one, or None where nothing would do."""
-    sizes = dict(zip(kernel.letters, widths))
-    bound: Dict[str, int] = {}
+    bound = _bound(pattern, kernel, dict(zip(kernel.letters, widths)))
+    return None if bound is None else tuple(int(bound[letter]) for letter in pattern.letters)
+
+
+def _bound(pattern: Kernel, kernel: Kernel, sizes: Mapping[str, Size]) -> Optional[Dict[str, Size]]:
+    """What a pattern's letters stand for where its shapes are a kernel's; None where one fixed or twice differs."""
+    bound: Dict[str, Size] = {}
     pairs = list(zip(pattern.operands, kernel.operands))
     shapes = [(p.shape, k.shape) for p, k in pairs] + [(pattern.shape, kernel.shape)]
     for open_shape, shape in shapes:
-        for letter, size in zip(open_shape, resolved(shape, sizes)):
+        for letter, given in zip(open_shape, shape):
+            size = sizes[given] if isinstance(given, str) else given
             if (bound.setdefault(letter, size) if isinstance(letter, str) else letter) != size:
                 return None
-    return tuple(bound[letter] for letter in pattern.letters)
+    return bound
 
 
 def kind_of(kernel: Kernel) -> str:

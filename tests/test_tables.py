@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,14 @@ def test_a_kernel_with_a_fixed_width_is_found_among_those_with_open_ones() -> No
     assert grid().covers(fixed, (32,))
     assert not grid().covers(Kernel.from_key(CONV.key.replace('"b"', "128")), (32,))
     assert grid().ms(Kernel.from_key(CONV.key.replace('[1,"a",8,8]', '[1,"a",9,9]')), (16, 16)) is None
+
+
+def test_a_kernel_with_open_widths_is_not_covered_by_one_where_they_are_fixed() -> None:
+    fixed = Kernel.from_key(CONV.key.replace('"b"', "64"))
+    held = replace(grid(), entries={fixed.key: Entry(((16, 32),), (1.0, 2.0))})
+    assert held.covers(fixed, (32,))
+    assert held.ms(CONV, (32, 64)) == 2.0
+    assert not held.covers(CONV, (32, 64))
 
 
 def test_the_wider_grid_stays_whichever_comes_first() -> None:
