@@ -1,7 +1,8 @@
-"""Residual blocks that can go as a whole: which there are, which are dead already, and the program without them.
+"""Blocks that can go as a whole: which there are, which are dead already, and the program without them.
 
 A block is a branch that comes from the same value as the operand that it is added to, so that the sum without it has
-the same shape and still the same source. Nothing is told by names: blocks are found in the program.
+the same shape and still the same source; or a depthwise layer. Nothing is told by names: blocks are found in the
+program.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.copies import buffers_kept, copied, fresh
+from surgery.depthwise import depthwise_layers
 from surgery.errors import PlanMismatch
 from surgery.graph import CompactGraph, hold
 from surgery.ir import Block, Program
@@ -31,11 +33,12 @@ Known = Mapping[str, Tensor]
 
 
 def find_blocks(program: Program) -> tuple[Block, ...]:
-    """Return the residual blocks of a program, in order."""
+    """Return the residual branches and depthwise layers of a program, in order."""
     if program.graph is None:
         return ()
     order = {node: k for k, node in enumerate(program.graph.graph.nodes)}
-    found = [block for node in order if (block := _block(node, order)) is not None]
+    layers = {layer.sum: layer for layer in depthwise_layers(program)}
+    found = [block for node in order if (block := layers.get(node.name) or _block(node, order)) is not None]
     many = Counter(block.module for block in found)
     seen: Counter[str] = Counter()
     out = []
@@ -148,7 +151,7 @@ def dead_blocks(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[fl
     stretches = {name for name, v in values.items() if isinstance(v, Tensor) and v.dim() and is_symbolic(v.shape[-1])}
     dead: dict[str, tuple[float, ...]] = {}
     for block in blocks:
-        value = known.get(block.branch)
+        value = known.get(block.branch)  # without a layer something would flow again where nothing did
         if value is None:
             continue
         if not bool(value.any()):
@@ -275,7 +278,7 @@ def left_behind(program: Program, constants: Mapping[str, Sequence[float]]) -> L
 def _without(
     program: Program, gone: Sequence[Block], constants: Mapping[str, Sequence[float]]
 ) -> tuple[torch.fx.Graph, Leftovers]:
-    """Copy the graph: each sum becomes its other operand, plus what the branch leaves and no bias takes up."""
+    """Copy the graph: each sum becomes what stays, plus what a branch leaves and no bias takes up."""
     skipped = {name for block in gone for name in block.nodes}
     sums = {block.sum: block for block in gone}
     graph = torch.fx.Graph()
@@ -286,15 +289,16 @@ def _without(
     for node in program.graph.graph.nodes:
         if node.op == "output":
             graph.output(torch.fx.map_arg(node.args[0], lambda n: new[n])).meta = dict(node.meta)
+        elif node.name in skipped:
+            continue
         elif node.name in sums:
             block = sums[node.name]
-            stays = next(n for n in node.all_input_nodes if n.name == block.stays)
-            new[node] = new[stays]
+            new[node] = stays = next(copy for old, copy in new.items() if old.name == block.stays)
             if constants[block.name]:
                 name = _name_of(block, tensors)
                 added[name] = spread(constants[block.name], node.meta["val"].shape)
-                new[node] = _plus(graph, node, new[stays], name, added[name])
-        elif node.name not in skipped:
+                new[node] = _plus(graph, node, stays, name, added[name])
+        else:
             new[node] = graph.node_copy(node, lambda n: new[n])
             new[node].meta = dict(node.meta)
     for node in reversed(list(graph.nodes)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from surgery.numerics import Run, flat_outputs, sample_inputs, state_of, well_co
 def check_dropped(program: Program, plan: Plan, *, seed: int = 0) -> tuple[str, ...]:
     """Verify a program without blocks against the program as it was traced.
 
-    Branches that are gone give their constants in the traced program, on distinct, well-conditioned values. Those that
-    are dead give what they give, on the real weights. Both in float64.
+    Branches that are gone give their constants in the traced program, and operators of layers that are gone what they
+    read, on distinct, well-conditioned values. Branches that are dead give what they give, on the real weights. Both in
+    float64.
 
     Args:
         program: what `drop` returned.
@@ -35,17 +36,19 @@ def check_dropped(program: Program, plan: Plan, *, seed: int = 0) -> tuple[str, 
     """
     whole = program.dense
     blocks = {block.name: block for block in find_blocks(whole)}
-    branches = {blocks[name].branch: plan.dropped[name] for name in plan.dropped}
+    gone = [blocks[name] for name in plan.dropped]
+    branches = {block.branch: plan.dropped[block.name] for block in gone if not block.is_layer}
+    layers = {name for block in gone if block.is_layer for name in (*block.nodes, block.sum)}
     exact = left_behind(whole, plan.dropped)
     _require_shifted(program, whole, exact)
-    worst = _apart(program, whole, well_conditioned(whole, seed=seed), branches, exact, seed)
-    require(worst, torch.float64, f"dropping {len(branches)} blocks, on distinct, well-conditioned values")
+    worst = _apart(program, whole, well_conditioned(whole, seed=seed), branches, layers, exact, seed)
+    require(worst, torch.float64, f"dropping {len(gone)} blocks, on distinct, well-conditioned values")
     dead = {name: values for name, values in branches.items() if name in _dead(whole, plan)}
     if not dead:
         return ()
     real = {name: t.double() if t.is_floating_point() else t for name, t in state_of(whole).items()}
     zeroed = {name: values for name, values in branches.items() if name not in dead}
-    worst = _apart(program, whole, real, zeroed, exact, seed)
+    worst = _apart(program, whole, real, zeroed, layers, exact, seed)
     require(worst, torch.float64, f"taking out {len(dead)} dead blocks, on the real weights")
     return (f"{len(dead)} dead blocks taken out: relative error {worst:.1e} in float64 on the real weights",)
 
@@ -61,12 +64,15 @@ def _apart(
     whole: Program,
     state: Mapping[str, Tensor],
     branches: Mapping[str, tuple[float, ...]],
+    layers: Collection[str],
     exact: Leftovers,
     seed: int,
 ) -> float:
-    """The relative difference between the two programs, these branches giving their constants in the traced one."""
+    """The relative difference between the two; in the traced one branches give constants, layers what they read."""
 
     def constant(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.name in layers:
+            return args[0]
         if node.name not in branches:
             return NotImplemented
         value = torch.zeros_like(node.target(*args, **kwargs))  # type: ignore[operator]

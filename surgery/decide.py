@@ -168,7 +168,7 @@ def _droppable(program: Program, request: Request) -> tuple[Block, ...]:
 def _dead(program: Program, blocks: Sequence[Block]) -> tuple[dict[str, tuple[float, ...]], list[str]]:
     """Blocks that are dead already, with the constants that they leave; and what to say of them."""
     dead = dead_blocks(program, blocks)
-    if dead and len(dead) == len(find_blocks(program)):
+    if dead and len(dead) == sum(not block.is_layer for block in find_blocks(program)):
         return {}, [f"all {len(dead)} residual branches give a constant, as before training: they stay"]
     at = {block.name: block.source for block in blocks}
     said = {name: "a constant per channel, which stays" if dead[name] else "nothing" for name in dead}

@@ -83,17 +83,16 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A residual branch: without it every shape stays, and the sum that it enters is its other operand.
+    """What can go while every shape stays: the branch of a sum, or a depthwise layer, which then passes its input on.
 
     Attributes:
-        name: path of the module that adds it up, numbered where it adds up several.
-        module: that path.
-        sum: name of the operation that adds it up.
-        stays: name of the other operand.
-        branch: name of the operand that goes.
+        name: path of the module that adds it up, or is the layer, numbered where there are several in that `module`.
+        sum: name of the operation that adds it up, or that ends the layer.
+        stays: name of what is there in its place: the other operand, or what the layer reads.
+        branch: name of the operand that goes; empty for a layer.
         nodes: names of the operations that go with it, in order.
         tensors: parameters and buffers that only they read.
-        source: the user's ``file:line`` of the sum.
+        source: the user's ``file:line`` of it.
         plain: whether the operand that stays is what the branch starts from, and not a projection of it.
     """
 
@@ -106,6 +105,11 @@ class Block:
     tensors: tuple[str, ...]
     source: str
     plain: bool
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is a layer, and not a branch."""
+        return not self.branch
 
 
 @dataclass(frozen=True, slots=True)

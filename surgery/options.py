@@ -190,7 +190,7 @@ PLANNING = (
     ),
     click.option(
         "--drop-layers/--no-drop-layers", default=True, show_default=True,
-        help="Let residual blocks go as a whole: dead ones, and those that buy latency most cheaply.",
+        help="Let residual blocks and depthwise layers go: dead ones, and those that buy latency most cheaply.",
     ),
 )  # fmt: skip
 

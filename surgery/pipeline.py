@@ -161,8 +161,8 @@ def shrink(
         latency_table: path of a table that `surgery profile` wrote, or a `LatencyTable`; None: this machine's, which is
             measured where it has gaps and kept on disk. With a table that is given nothing is timed.
         correct: time the compact model against the dense one, and correct the plan until the budget of time is met.
-        drop_layers: let residual blocks go as a whole: those that are dead already, and for budgets of time those that
-            buy it most cheaply.
+        drop_layers: let residual blocks and depthwise layers go: those that are dead already, and for budgets of time
+            those that buy it most cheaply.
         acceptance: path of what a pack measured of an earlier plan on the table's device; the new plan aims by it.
         calibration: images on which blocks are judged, for budgets of time: a tensor (N, C, H, W), normalised as the
             model expects, or a sequence or DataLoader of batches, each forward's input or a tuple of its inputs (what

@@ -1,6 +1,6 @@
-"""Which residual blocks the rest of the network can make up for, seen on calibration images.
+"""Which blocks the rest of the network can make up for, seen on calibration images.
 
-The network runs without a block's branch; what is then missing from its outputs is what the block is worth. Blocks that
+The network runs without a block; what is then missing from its outputs is what the block is worth. Blocks that
 make up for each other look superfluous one by one; so they are taken away in turn, each time the one without which
 least is missing given those that are gone. What a light recovery could give back may be given back first: a scale and
 a shift per channel of the stream behind the block, fitted by least squares. Plans do without that, because compact
@@ -39,7 +39,7 @@ _LEAST = 1e-30
 
 
 def practised_worth(program: Program, blocks: Sequence[Block], batches: Batches, *, macs: int = 0) -> dict[str, float]:
-    """Return what is lost with each residual block, the worth of those that go before it not counted in.
+    """Return what is lost with each block, the worth of those that go before it not counted in.
 
     That is by how much the logarithm of one plus what is missing grows. Near zero it is ``-log(1 - missing)``, the
     currency of `signal.loss_of`; it goes on where more is missing than there is.
@@ -136,15 +136,18 @@ Fit = tuple[Tensor, Tensor, int]
 def _without(blocks: Sequence[Block], fits: Mapping[str, Fit]) -> Any:
     """An override: branches are not run, and sums are what stays, brought nearest to what they were."""
     sums = {block.sum: block for block in blocks}
-    skipped = {name for block in blocks for name in block.nodes}
+    skipped = {name for block in blocks if not block.is_layer for name in block.nodes}
+    passed = {name for block in blocks if block.is_layer for name in block.nodes}
 
     def override(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
         if node.name in skipped:
             return None
+        if node.name in passed:
+            return args[0]
         if node.name not in sums:
             return NotImplemented
         block = sums[node.name]
-        stays: Tensor = _operand(node, args, block)
+        stays: Tensor = args[0] if block.is_layer else _operand(node, args, block)
         return _scaled(stays, fits[block.name]) if block.name in fits else stays
 
     return override
@@ -165,14 +168,19 @@ def _fits(program: Program, state: Mapping[str, Tensor], blocks: Sequence[Block]
     """For each block what brings the stream without it nearest to the stream with it, in the dense network."""
     nodes = {node.name: node for node in program.graph.graph.nodes}
     sums = {block.sum: block for block in blocks}
+    first_of = {block.nodes[0]: block.name for block in blocks if block.is_layer and block.nodes}
+    entered: dict[str, Tensor] = {}
     moments = {b.name: _Moments.none(nodes[b.sum], _channels(program, b, nodes[b.sum])) for b in blocks}
 
     def look(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.name in first_of:
+            entered[first_of[node.name]] = args[0]
         if node.name not in sums:
             return NotImplemented
         total = node.target(*args, **kwargs)  # type: ignore[operator]
         block = sums[node.name]
-        moments[block.name].add(_operand(node, args, block), total)
+        stays = entered.pop(block.name, args[0]) if block.is_layer else _operand(node, args, block)
+        moments[block.name].add(stays, total)
         return total
 
     with torch.no_grad():

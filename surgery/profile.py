@@ -1,6 +1,6 @@
 """A model's kernels and what each takes: measured here, or packed to be measured on a device.
 
-A plan may take residual blocks out, and runtimes then fuse other operators around the gap. So the kernels of the model
+A plan may take blocks out, and runtimes then fuse other operators around the gap. So the kernels of the model
 without every other block, and without any, are timed as well: a table made here serves plans that drop blocks.
 """
 

@@ -337,7 +337,7 @@ def render_terminal(data: Mapping[str, Any], console: Console) -> None:
     for line in _sentences(data):
         console.print(line, markup=False, highlight=False)
     _section(console, "cut (group: units from → to)", cut_lines(data), limit=_SHOWN_GROUPS)
-    _section(console, "dropped: whole residual branches", dropped_lines(data), limit=_SHOWN_GROUPS)
+    _section(console, "dropped: whole branches and layers", dropped_lines(data), limit=_SHOWN_GROUPS)
     _section(console, "inexact: not what zeros would give", inexact_lines(data), limit=_SHOWN_GROUPS)
     _section(console, "frozen, and why", frozen_lines(data), limit=_SHOWN_REASONS)
     _section(console, "notes", note_lines(data), limit=None)
@@ -382,7 +382,7 @@ def render_markdown(data: Mapping[str, Any]) -> str:
         sentences=_sentences(data),
         sections={
             "Cut: group, units from → to": cut_lines(data),
-            "Dropped: whole residual branches": dropped_lines(data),
+            "Dropped: whole branches and layers": dropped_lines(data),
             "Inexact: not what zeros would give": inexact_lines(data),
             "Frozen, and why": frozen_lines(data),
             "Notes": note_lines(data),

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.depthwise import likeness
 from surgery.ir import Block, Coupling, Group, Program, Site
 from surgery.moments import Moments, compressed, through
 from surgery.ops.registry import Rule, rules
@@ -85,24 +86,26 @@ def signal_of(
         program: whose graph is followed; without one, all layers count as heard.
         coupling: its groups.
         parameters: weights by name, on the CPU.
-        blocks: residual blocks to be judged.
+        blocks: to be judged.
     """
     with torch.no_grad():
         known = moments_of(program) if program.graph is not None else {}
         heard = _heard(program, known) if program.graph is not None else {}
         layers = _layers(program, known) if known else {}
         readers = {group.name: _readers(group, parameters, layers, heard) for group in coupling.groups}
-        return Signal(readers, {block.name: _block_lost(known, block) for block in blocks})
+        return Signal(readers, {block.name: _block_lost(program, known, block) for block in blocks})
 
 
 def block_worth(program: Program, blocks: Sequence[Block]) -> dict[str, float]:
-    """Return what is lost with each residual block: of the variance of its sum, the branch's part goes."""
+    """Return what is lost with each block: a branch's part of its sum's variance, what a layer makes of its input."""
     with torch.no_grad():
         known = moments_of(program) if blocks else {}
-        return {block.name: _block_lost(known, block) for block in blocks}
+        return {block.name: _block_lost(program, known, block) for block in blocks}
 
 
-def _block_lost(known: Mapping[str, Any], block: Block) -> float:
+def _block_lost(program: Program, known: Mapping[str, Any], block: Block) -> float:
+    if block.is_layer:
+        return loss_of(1.0, 1.0 - likeness(program, block, known))
     branch, stays = (known[name].variance for name in (block.branch, block.stays))
     whole = branch + stays
     return loss_of(1.0, branch / whole if whole > 0 else 0.5)

@@ -50,11 +50,20 @@ class Worth:
         ladders: for each ladder, importance lost at level 0, 1, ..: begins with 0 and never falls.
         blocks: importance lost with each block.
         inside: for each block, the ladders whose units go with it altogether.
+        within: for each block, the blocks that are part of it.
     """
 
     ladders: tuple[tuple[float, ...], ...]
     blocks: tuple[float, ...] = ()
     inside: tuple[frozenset[int], ...] = ()
+    within: tuple[frozenset[int], ...] = ()
+
+    def without(self, state: State, block: int) -> State | None:
+        """Return the state with one block more gone; None where it is gone, by itself or with another."""
+        parts = self.within or (frozenset(),) * len(self.blocks)
+        if block in state.dropped or any(block in parts[b] for b in state.dropped):
+            return None
+        return replace(state, dropped=(state.dropped - parts[block]) | {block})
 
     def lost(self, state: State) -> float:
         """Return the importance that a state has lost."""
@@ -135,8 +144,7 @@ def _moves(forecast: Forecast, worth: Worth, state: State) -> Iterator[_Move]:
             if saved > 0:
                 yield _Move(state.moved(k, to), saved, lost[to] - lost[at])
     for b in range(len(worth.blocks)):
-        if b not in state.dropped:
-            after = replace(state, dropped=state.dropped | {b})
+        if (after := worth.without(state, b)) is not None:
             saved = forecast.block(state.levels, b, state.dropped)
             if saved > 0:
                 yield _Move(after, saved, worth.lost(after) - worth.lost(state))

@@ -146,10 +146,14 @@ class Planner:
             frozenset(k for k, ladder in enumerate(ladders) if all(sites[name] <= own for name in ladder.groups))
             for own in held
         )
+        within = tuple(
+            frozenset(k for k, part in enumerate(self.blocks) if part.sum in block.nodes) for block in self.blocks
+        )
         return Worth(
             worth_of(ladders, self.signal.readers),
             tuple(self.signal.blocks[block.name] for block in self.blocks),
             inside,
+            within,
         )
 
     def _unreachable(self, target_ms: float, least: float, steps: Mapping[str, int]) -> str:
@@ -197,9 +201,12 @@ class Planner:
         return Timed(plan, kept_ms, tuple(self.blocks[b].name for b in sorted(state.dropped)))
 
     def _why_block(self, b: int, forecast: Forecast, worth: Worth, state: State) -> str:
-        others = state.dropped - {b}
-        ms = forecast.block(state.levels, b, others)
-        lost = worth.lost(replace(state, dropped=others | {b})) - worth.lost(replace(state, dropped=others))
+        others = replace(state, dropped=state.dropped - {b})
+        without = worth.without(others, b)
+        if without is None:
+            return "goes with the block that it is in"
+        ms = forecast.block(state.levels, b, others.dropped)
+        lost = worth.lost(without) - worth.lost(others)
         rate = f"{1e3 * ms / lost:.3g} us for each unit of importance" if lost > 0 else "at no importance"
         return f"{'dropped' if b in state.dropped else 'stays'}: without it {ms:.3g} ms less, {rate}"
 

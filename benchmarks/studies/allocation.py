@@ -121,6 +121,9 @@ class Exact:
             inside = [b for b, ladders in enumerate(worth.inside) if k in ladders]
             for (level,), variable in self._together((k,), inside).items():
                 self.program.cost[variable] += lost[level]
+        for b, parts in enumerate(worth.within):
+            for part in parts:
+                self.program.constrain([(self._gone[b], 1.0), (self._gone[part], 1.0)], -np.inf, 1.0)
         self._kernels(forecast)
         self.program.constrain(self._times, -np.inf, target_ms)
 
