@@ -16,16 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.copies import buffers_kept, copied, fresh
 from surgery.depthwise import depthwise_layers
 from surgery.errors import PlanMismatch
 from surgery.graph import CompactGraph, hold
 from surgery.ir import Block, Program
-from surgery.leftovers import Leftovers, Shifted, fold, spread
-from surgery.numerics import flat_outputs
+from surgery.leftovers import Leftovers, fold, spread
 from surgery.ops.registry import rules
 from surgery.sizes import hint, is_symbolic
-from surgery.trace import describe_graph, evaluating, module_of, source_of
+from surgery.stand_ins import model_without, shared_path
+from surgery.trace import describe_graph, module_of, source_of
 from surgery.wiring import all_tensors, bind
 
 Known = Mapping[str, Tensor]
@@ -115,6 +114,13 @@ def _entries(nodes: Collection[torch.fx.Node]) -> set[torch.fx.Node]:
     """The computed tensors that a branch starts from; sizes do not count."""
     outside = {source for node in nodes for source in node.all_input_nodes if source not in nodes}
     return {n for n in outside if n.op != "get_attr" and isinstance(n.meta.get("val"), Tensor)}
+
+
+def _shortcut(program: Program, block: Block) -> str:
+    """The path of the module that projects what the branch starts from; empty where it stays as it is."""
+    nodes = {node.name: node for node in program.graph.graph.nodes}
+    projects = () if block.plain else _exclusive(nodes[block.stays], nodes[block.sum])
+    return shared_path([module_of(node) for node in projects if node.op == "call_function"])
 
 
 def _origin(stays: torch.fx.Node, sink: torch.fx.Node) -> torch.fx.Node:
@@ -247,7 +253,8 @@ def drop(program: Program, constants: Mapping[str, Sequence[float]], blocks: Seq
     added = {name: nn.Parameter(value.to(device, kinds[name])) for name, value in left.added.items()}
     root = hold(nn.Module(), {**tensors, **shifted, **added}, program.model)
     held = CompactGraph(root, graph, type(program.model).__name__)
-    model = _model_without(program, gone, held, added, {id(tensors[name]): t for name, t in shifted.items()})
+    paths = {block.name: _shortcut(program, block) for block in gone}
+    model = model_without(program, gone, paths, held, added, {id(tensors[name]): t for name, t in shifted.items()})
     held.train(program.model.training)
     return replace(
         program,
@@ -333,61 +340,6 @@ def _lost(program: Program, graph: torch.fx.Graph) -> set[str]:
     """Tensors that the program read, and what is left of it does not."""
     read = {str(n.target) for n in program.graph.graph.nodes if n.op == "get_attr"}
     return read - {str(n.target) for n in graph.nodes if n.op == "get_attr"}
-
-
-def _model_without(
-    program: Program,
-    gone: Sequence[Block],
-    held: CompactGraph,
-    added: Mapping[str, nn.Parameter],
-    shifted: Mapping[int, Tensor],
-) -> nn.Module | None:
-    """The user's model with a stand-in for each module whose blocks are gone, where that is the same.
-
-    A module may do more than add up, or be called with more than the one value: the two are run.
-    """
-    model: nn.Module = program.model
-    paths, modules = dict.fromkeys(block.module for block in gone), dict(model.named_modules())
-    if not all(block.plain for block in gone) or not all(path and path in modules for path in paths):
-        return None
-    if not {name.removesuffix(".constant") for name in added} <= paths.keys():
-        return None
-    rectified = _rectified(program, gone)
-    shared = {**{id(t): t for t in (*model.parameters(), *model.buffers())}, **shifted}
-    wanted = _outputs(held, program)
-    for where in ({path for path in rectified if f"{path}.constant" in added}, rectified):
-        instead = {id(modules[path]): _stand_in(added.get(f"{path}.constant"), path in where) for path in paths}
-        left = copied(model, {**shared, **instead})
-        try:
-            found = _outputs(left, program)
-        except Exception:  # whatever the user's forward raises where a submodule is not what it was
-            return None
-        if len(found) == len(wanted) and all(
-            a.shape == b.shape and torch.allclose(a, b) for a, b in zip(found, wanted, strict=True)
-        ):
-            return left
-    return None
-
-
-def _stand_in(constant: nn.Parameter | None, rectified: bool) -> nn.Module:
-    return Shifted(constant, rectified=rectified) if constant is not None or rectified else nn.Identity()
-
-
-def _rectified(program: Program, gone: Sequence[Block]) -> set[str]:
-    """The modules that end in a ReLU of the sum."""
-    nodes = {node.name: node for node in program.graph.graph.nodes}
-    found = set()
-    for block in gone:
-        reader, *more = nodes[block.sum].users or [None]
-        if reader is not None and not more and str(reader.target) == "aten.relu.default":
-            within = module_of(reader)
-            found |= {block.module} if f"{within}.".startswith(f"{block.module}.") else set()
-    return found
-
-
-def _outputs(model: nn.Module, program: Program) -> list[Tensor]:
-    with torch.no_grad(), evaluating(model), buffers_kept(model):
-        return flat_outputs(model(*fresh(program.example_args), **fresh(dict(program.example_kwargs))))
 
 
 def blocks_within(blocks: Sequence[Block], kept: Collection[str]) -> Iterator[Block]:

@@ -254,7 +254,10 @@ def _own_class(
 ) -> tuple[nn.Module | None, str, str]:
     """The user's class with sliced submodules, where it computes what the rewritten program computes; why; stuck."""
     if isinstance(program.model, torch.fx.GraphModule):
-        return None, "the model is a graph already", ""
+        without = (
+            "without its blocks forward is another" if program.whole is not None else "the model is a graph already"
+        )
+        return None, without, ""
     if program.materialised:
         weight = next(iter(program.materialised))
         return None, f"forward computes the weight '{weight}' from others, at its old size", ""

@@ -16,6 +16,7 @@ from torch import Tensor
 from surgery.ir import Block, Program
 from surgery.ops.registry import rules
 from surgery.sizes import hint
+from surgery.stand_ins import shared_path
 from surgery.trace import module_of, source_of
 from surgery.wiring import all_tensors, bind
 
@@ -105,15 +106,16 @@ def _block(layer: list[torch.fx.Node]) -> Block:
     own = [n for node in layer for n in node.all_input_nodes if n.op == "get_attr" and set(n.users) <= set(layer)]
     tensors = tuple(dict.fromkeys(str(n.target) for n in own))
     return Block(
-        "", _within(layer), last.name, stays.name, "", tuple(n.name for n in inside), tensors, source_of(layer[0]), True
+        "",
+        shared_path(map(module_of, layer)),
+        last.name,
+        stays.name,
+        "",
+        tuple(n.name for n in inside),
+        tensors,
+        source_of(layer[0]),
+        True,
     )
-
-
-def _within(layer: list[torch.fx.Node]) -> str:
-    """The innermost module that the whole layer is in."""
-    paths = [module_of(node).split(".") for node in layer]
-    together = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
-    return ".".join(names[0] for names in together)
 
 
 def _tensor(node: torch.fx.Node, name: str, tensors: Mapping[str, Tensor]) -> Tensor | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from surgery.sizes import hint
 from surgery.wiring import bind
@@ -41,26 +41,6 @@ class Leftovers:
 
     shifts: Mapping[str, Tensor]
     added: Mapping[str, Tensor]
-
-
-class Shifted(nn.Module):
-    """What stands in the place of a residual block without its branch: (N, C, ..) plus a constant, perhaps rectified.
-
-    Attributes:
-        constant: (1, C, 1, ..), or None for nothing.
-        rectified: whether the block ended in a ReLU.
-    """
-
-    def __init__(self, constant: nn.Parameter | None, *, rectified: bool) -> None:
-        super().__init__()
-        self.constant: nn.Parameter | None
-        self.register_parameter("constant", constant)
-        self.rectified = rectified
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the value in its own shape."""
-        y = x if self.constant is None else x + self.constant
-        return torch.relu(y) if self.rectified else y
 
 
 def spread(values: Sequence[float], shape: Sequence[Any]) -> Tensor:

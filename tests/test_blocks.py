@@ -234,3 +234,22 @@ def test_the_dead_branches_of_a_trained_network_disappear(half_dead: nn.Module) 
     assert max(abs(x) for left in result.plan.dropped.values() for x in left) > 0.6
     assert not {n.rpartition(".")[0] for n in zero} & {n for n, _ in result.model.named_modules()}
     assert float((result.model(image) - model(image)).detach().abs().max()) <= 1e-10
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_projected_shortcut_stays_in_the_users_class(left: bool) -> None:
+    torch.manual_seed(0)
+    model = import_torchvision().models.resnet18(weights=None).eval()
+    nn.init.zeros_(model.layer3[0].bn2.weight)
+    if left:
+        nn.init.normal_(model.layer3[0].bn2.bias)
+    image = torch.randn(2, 3, 64, 64)
+    result = surgery.shrink(model, image, budget=surgery.Budget(macs=0.8))
+    assert list(result.plan.dropped) == ["layer3.0"]
+    assert result.kind == "module"
+    assert type(result.model) is type(model)
+    assert {"layer3.0.downsample.0.weight", "layer3.0.downsample.1.bias"} <= result.model.state_dict().keys()
+    assert not any("layer3.0.conv" in name for name in result.model.state_dict())
+    assert "layer3.0.conv1.weight" in model.state_dict()
+    again = surgery.apply(result.plan, model)
+    assert torch.equal(again(image), result.model(image))

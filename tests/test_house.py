@@ -26,8 +26,9 @@ ORDER = """
     surgery.sizes surgery.labels surgery.moments
     surgery.ops.registry surgery.ops.examples surgery.ops.index surgery.ops.*
     surgery.copies surgery.guards surgery.einsum surgery.unlift surgery.lean surgery.clean surgery.trace
-    surgery.graph surgery.wiring surgery.pieces surgery.numerics surgery.leftovers surgery.depthwise surgery.blocks
-    surgery.zeros surgery.couple surgery.signal surgery.score surgery.practise surgery.fvcount
+    surgery.graph surgery.wiring surgery.pieces surgery.numerics surgery.leftovers surgery.stand_ins
+    surgery.depthwise surgery.blocks surgery.zeros
+    surgery.couple surgery.signal surgery.score surgery.practise surgery.fvcount
     surgery.cost surgery.lower surgery.ladders surgery.latency surgery.spend surgery.allocate surgery.timeplan
     surgery.moves surgery.transplant surgery.compare
     surgery.cut surgery.check surgery.check_dropped

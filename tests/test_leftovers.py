@@ -15,7 +15,7 @@ from surgery.blocks import dead_blocks, drop, find_blocks, left_behind
 from surgery.check_dropped import check_dropped
 from surgery.errors import CheckFailed
 from surgery.ir import Program
-from surgery.leftovers import Shifted
+from surgery.stand_ins import Shifted
 from surgery.trace import trace
 
 WIDTH = 12
