@@ -71,7 +71,7 @@ def _keeps_shape(node: torch.fx.Node) -> bool:
         return False
     channels = weight.shape[0]
     own = weight.shape[1] == 1 and raw.get("groups", 1) == channels > 1 and image.dim() == weight.dim()
-    return own and _like(image, node)
+    return own and node.args[:1] == (raw["input"],) and _like(image, node)
 
 
 def _like(image: Tensor, node: torch.fx.Node) -> bool:
