@@ -100,11 +100,13 @@ def source_of(
     """Return where kernels' times come from: the table that is given, or this machine."""
     if table is None:
         return Measured(threads, cold=cold, seed=seed, progress=progress, warn=warn)
-    if isinstance(table, LatencyTable):
-        return Given(table, "table.json", warn=warn)
-    if not isinstance(table, (str, Path)):
+    if not isinstance(table, (LatencyTable, str, Path)):
         raise InvalidInput(f"latency_table is of type {type(table).__name__}: give a path, or a LatencyTable")
-    return Given(LatencyTable.load(table), str(table), warn=warn)
+    given, origin = (table, "table.json") if isinstance(table, LatencyTable) else (LatencyTable.load(table), str(table))
+    theirs = given.device.get("threads", threads)
+    if theirs != threads:
+        warn(f"the plan is for --threads {theirs}, as latency table {origin} is; times here are of --threads {threads}")
+    return Given(given, origin, warn=warn)
 
 
 class Plotted(Protocol):

@@ -132,6 +132,11 @@ def test_budgets_of_time_out_of_range_are_refused(budget: dict[str, float]) -> N
         surgery.Budget(**budget)
 
 
+def test_a_table_of_other_threads_is_said_to_be_one(table: LatencyTable) -> None:
+    planned = surgery.shrink(net(), IMAGE, budget=surgery.Budget(latency=0.5), latency_table=table, threads=2)
+    assert any("--threads 1" in note and "--threads 2" in note for note in planned.report["notes"])
+
+
 def test_a_table_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="cannot read latency table"):
         shrunk(tmp_path / "missing.json", surgery.Budget(latency=0.5))  # type: ignore[arg-type]
