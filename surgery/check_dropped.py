@@ -71,10 +71,8 @@ def _apart(
     """The relative difference between the two; in the traced one branches give constants, layers what they read."""
 
     def constant(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
-        if node.name in layers:
-            return args[0]
-        if node.name not in branches:
-            return NotImplemented
+        if node.name not in branches:  # what ends a branch may end a layer within it too
+            return args[0] if node.name in layers else NotImplemented
         value = torch.zeros_like(node.target(*args, **kwargs))  # type: ignore[operator]
         left = branches[node.name]
         if left:

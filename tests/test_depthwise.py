@@ -144,6 +144,26 @@ def test_a_branch_goes_with_the_layer_in_it() -> None:
         assert check_dropped(left, plan_without(program, *gone)) == ()
 
 
+class Alone(nn.Module):
+    """x + a depthwise layer: the one is the other's branch."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(*layer(width)[:2])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x + self.layer(x))
+
+
+def test_a_layer_may_be_all_of_a_branch() -> None:
+    torch.manual_seed(0)
+    program = trace(net(Alone(32)), IMAGE)
+    assert [block.name for block in find_blocks(program)] == ["3.layer", "3"]
+    for gone in (("3.layer",), ("3",), ("3", "3.layer")):
+        left = drop(program, dict.fromkeys(gone, ()))
+        assert check_dropped(left, plan_without(program, *gone)) == ()
+
+
 def test_what_is_missing_without_a_layer_is_seen_on_images() -> None:
     torch.manual_seed(0)
     model, images = net(layer(32, near=0.05), layer(32)), torch.randn(8, 3, 16, 16)
