@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import surgery
 from benchmarks.studies import data
+from benchmarks.studies.networks import CifarResNet
 from exporters import onnx as exporter
 from surgery.blocks import dead_blocks, drop, find_blocks
 from surgery.check_dropped import check_dropped
@@ -61,14 +62,18 @@ NETWORKS = {
     "vit_b_16": (24, 0),
     "efficientnet_b0": (9, 12),
     "swin_t": (24, 0),
+    "resnet110": (54, 0),
 }
 """How many branches that may go each has, and how many depthwise layers."""
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_blocks_of_real_networks_are_found_and_dropped_exactly(name: str) -> None:
-    model = getattr(import_torchvision().models, name)(weights=None).eval()
-    program = trace(model, torch.randn(1, 3, 224, 224))
+    if name == "resnet110":
+        model, image = CifarResNet(18).eval(), torch.randn(1, 3, 32, 32)
+    else:
+        model, image = getattr(import_torchvision().models, name)(weights=None).eval(), torch.randn(1, 3, 224, 224)
+    program = trace(model, image)
     blocks = find_blocks(program)
     layers = [block for block in blocks if block.is_layer]
     assert (len(blocks) - len(layers), len(layers)) == NETWORKS[name]
