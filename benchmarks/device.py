@@ -28,6 +28,8 @@ from surgery.kernels import Kernel
 from surgery.tables import LatencyTable
 
 REQUEST = "request.json"
+REQUESTED = ("kernels", "threads", "cold", "part", "shapes", "seed", "batch", "fingerprint", "model")
+"""What that says."""
 DENSE = "dense.onnx"
 SCHEMA = 1
 PROCESSES = 3
@@ -114,6 +116,9 @@ def _request(archive: str) -> Dict[str, Any]:
     try:
         with zipfile.ZipFile(archive) as pack:
             request: Dict[str, Any] = json.loads(pack.read(REQUEST))
+        lacking = [name for name in REQUESTED if name not in request]
+        if lacking:
+            raise ValueError(f"{REQUEST} lacks '{lacking[0]}'")
         return request
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise InvalidInput(
@@ -229,6 +234,8 @@ def _origin(compact: str, request: Mapping[str, Any], threads: int) -> Dict[str,
         raise InvalidInput(
             f"{compact}: cut from another architecture than the pack's {request['model']}; make a pack of its model"
         )
+    if said.get("model", "compact") != "compact":
+        raise InvalidInput(f"{compact}: that is the {said['model']} model; give the compact.onnx that lies beside it")
     predicted = said.get("predicted_latency_ratio")
     return {
         "plan_sha256": said.get("plan_sha256"),

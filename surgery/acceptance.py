@@ -30,6 +30,7 @@ class Acceptance:
         dense_ms: the dense model's measured latency.
         device: what was measured on, as in latency tables.
         fingerprint: of the architecture that was cut.
+        batch: items per timed run.
     """
 
     origin: str
@@ -38,6 +39,7 @@ class Acceptance:
     dense_ms: float
     device: Mapping[str, Any]
     fingerprint: str
+    batch: int
 
     @classmethod
     def load(cls, path: str | Path) -> Acceptance:
@@ -60,6 +62,7 @@ class Acceptance:
                 _above_zero(data["dense_ms"]),
                 dict(data["device"]),
                 str(data["dense_fingerprint"]),
+                int(data["batch"]),
             )
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidInput(f"cannot read acceptance {path}: {error}; {_HINT}") from error
@@ -77,13 +80,18 @@ class Acceptance:
             f"table told {self.predicted:.4f}"
         )
 
-    def refuse_others(self, device: Mapping[str, Any], fingerprint: str) -> None:
-        """Raise InvalidInput where the table is of another device, or the plan is for another architecture."""
+    def refuse_others(self, device: Mapping[str, Any], fingerprint: str, batch: int) -> None:
+        """Raise InvalidInput where the table is of another device, or the plan for another architecture or batch."""
         names = sorted(name for name in {*device, *self.device} if device.get(name) != self.device.get(name))
         if names:
             raise InvalidInput(
                 f"acceptance {self.origin} was measured on another device than the latency table: {', '.join(names)} "
                 "differ; run the pack once more there, for both"
+            )
+        if batch != self.batch:
+            raise InvalidInput(
+                f"acceptance {self.origin} was measured with a batch of {self.batch}, the plan is for --batch {batch}; "
+                "give both the same"
             )
         if fingerprint != self.fingerprint:
             raise InvalidInput(
@@ -102,15 +110,15 @@ def acceptance_of(request: Request) -> Acceptance | None:
     """Return the acceptance that a request brings, if any.
 
     Raises:
-        InvalidInput: it cannot be read, or the budget is none of time by a table that was given.
+        InvalidInput: it cannot be read, or comes without a latency table.
     """
     if request.acceptance is None:
         return None
     if not isinstance(request.acceptance, (str, Path)):
         raise InvalidInput(f"acceptance is of type {type(request.acceptance).__name__}: give the path of its file")
-    if request.latency_table is None or not request.goal.is_latency:
+    if request.latency_table is None:
         raise InvalidInput(
             f"acceptance {request.acceptance} corrects a latency by the table of its device; give that table too, with "
-            "--latency-table, and a budget of latency"
+            "--latency-table"
         )
     return Acceptance.load(request.acceptance)

@@ -141,6 +141,13 @@ def plan_from_dead(
     )
 
 
+def require_own_cuts(plan: Plan, coupling: Coupling) -> None:
+    """Raise PlanMismatch where the plan's cuts are not those of its dead units, or the coupling lacks one of them."""
+    derived = plan_from_dead(coupling, plan.dead, fingerprint=plan.fingerprint, inputs=plan.inputs)
+    if derived.cuts != plan.cuts:
+        raise PlanMismatch("the plan's cuts do not follow from its dead units: the file was edited; make a new plan")
+
+
 # From units to positions. --------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import copy
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -239,11 +240,12 @@ def drop(program: Program, constants: Mapping[str, Sequence[float]], blocks: Seq
         blocks: what `find_blocks` returned, where it is at hand.
 
     Raises:
-        PlanMismatch: the program has no block of that name.
+        PlanMismatch: the program has no block of that name, or one of other channels.
     """
     if not constants:
         return program
     gone = _named_blocks(program, constants, blocks)
+    _require_constants(program, gone, constants)
     graph, left = _without(program, gone, constants)
     lost = _lost(program, graph)
     tensors = {name: t for name, t in all_tensors(program).items() if name not in lost}
@@ -275,6 +277,18 @@ def _named_blocks(program: Program, names: Collection[str], blocks: Sequence[Blo
             f"no block '{strange[0]}' in this model: the plan was made for another architecture; make a new plan"
         )
     return [known[name] for name in names]
+
+
+def _require_constants(program: Program, gone: Sequence[Block], constants: Mapping[str, Sequence[float]]) -> None:
+    nodes = {node.name: node for node in program.graph.graph.nodes}
+    for block in gone:
+        values, shape = constants[block.name], _shape(nodes[block.sum]) or ()
+        numbers = all(isinstance(x, (int, float)) and isfinite(x) for x in values)
+        if values and (block.is_layer or not numbers or len(values) not in {*shape[1:2], *shape[-1:]}):
+            raise PlanMismatch(
+                f"block '{block.name}' leaves {len(values)} constants, not a number for each of its channels: the "
+                "plan was edited, or made for another architecture; make a new plan"
+            )
 
 
 def left_behind(program: Program, constants: Mapping[str, Sequence[float]]) -> Leftovers:

@@ -237,6 +237,8 @@ def _decide(loaded: LoadedModel, given: Mapping[str, Any], progress: Progress) -
 
 def _images(loaded: LoadedModel, given: Mapping[str, Any]) -> Any:
     if given["calibrate"] is None:
+        if alone := [f"--{name}" for name in ("mean", "std") if given[name]]:
+            raise InvalidInput(f"{alone[0]} is for calibration images: give those with --calibrate, or leave it out")
         return None
     from surgery import images
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from surgery.allocate import plan_from_dead
+from surgery.allocate import require_own_cuts
 from surgery.blame import first_line
 from surgery.copies import copied, fresh
 from surgery.couple import couple
@@ -73,9 +73,7 @@ def masks_of(program: Program, plan: Plan, coupling: Coupling) -> Masks:
             "the plan was made for another architecture (its fingerprint differs from this model's); "
             "use the model it was made for, or make a new plan"
         )
-    derived = plan_from_dead(coupling, plan.dead, fingerprint=plan.fingerprint, inputs=plan.inputs)
-    if derived.cuts != plan.cuts:
-        raise PlanMismatch("the plan's cuts do not follow from its dead units: the file was edited; make a new plan")
+    require_own_cuts(plan, coupling)
     wiring: Wiring = coupling.facts
     return Masks(wiring, wiring.dead_roots(plan.dead))
 

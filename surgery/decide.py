@@ -91,6 +91,8 @@ def decide(
     """Return what would be cut from the model, which stays as it is; arguments and errors are those of `shrink`."""
     if request.goal.is_latency:
         _refuse_what_the_clock_decides(request)
+    else:
+        _refuse_what_is_for_the_clock(request)
     acceptance_of(request)  # refused before the long work
     run = Clock(progress)
     stages = stages_of(request.tracer)
@@ -216,19 +218,24 @@ class _Clockwork:
         whole = self._ground(frozenset())
         with self._run("measure kernels"):
             predicted = self._planner(whole, ()).dense_ms()
+        if predicted <= 0:
+            raise InvalidInput(
+                "the latency table tells no time at all for this model; make it anew with surgery profile"
+            )
         measured = predicted
         if request.goal.latency_ms is not None and request.correct and self._source.live:
             measured = _timed_dense(self._program, request, self._run)
         accepted = acceptance_of(request)
         if accepted is not None:
-            accepted.refuse_others(self._source.device, self._program.fingerprint)
+            accepted.refuse_others(self._source.device, self._program.fingerprint, request.batch)
             measured = accepted.dense_ms
         target = race.target_of(request.goal, measured)
 
         def replan(fraction: float) -> Choice:
             with self._run("allocate"):
                 ground, timed = self._plan(fraction * predicted)
-            plan = replace(timed.plan, notes=(*timed.plan.notes, *notes))
+            told = {"predicted_latency_ratio": round(timed.kept_ms / predicted, 6)}
+            plan = replace(timed.plan, notes=(*timed.plan.notes, *notes), settings={**timed.plan.settings, **told})
             loop = race.open_loop(timed.kept_ms, predicted, target, self._source.device)
             return Choice(
                 ground.program,
@@ -316,6 +323,19 @@ def _refuse_what_the_clock_decides(request: Request) -> None:
         raise InvalidInput(
             f"scope={request.scope!r} does not go with a latency budget: the clock weighs all groups; give a budget of "
             "macs, params or channels with it"
+        )
+
+
+def _refuse_what_is_for_the_clock(request: Request) -> None:
+    given = {
+        "--latency-table": request.latency_table is not None,
+        "--acceptance": request.acceptance is not None,
+        "--calibrate": request.calibration is not None,
+        "--no-correct": not request.correct,
+    }
+    for name in (name for name, is_given in given.items() if is_given):
+        raise InvalidInput(
+            f"{name} is for budgets of time, this one is of {request.goal.kind}: leave it out, or give --latency"
         )
 
 

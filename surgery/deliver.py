@@ -241,9 +241,8 @@ def _export_three(
         "plan_sha256": plan.digest,
         "dense_fingerprint": program.fingerprint,
     }
-    if (latency := result.report["latency"]) is not None:
-        # What acceptances on the device are compared with.
-        origin["predicted_latency_ratio"] = f"{latency['predicted_ms'] / latency['predicted_dense_ms']:.6f}"
+    if (predicted := plan.settings.get("predicted_latency_ratio")) is not None:
+        origin["predicted_latency_ratio"] = f"{predicted:.6f}"  # what acceptances on the device are compared with
     exports = {}
     for name, (model, path) in models.items():
         with clock(f"export {name}"):

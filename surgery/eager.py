@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
-from surgery.allocate import plan_from_dead
+from surgery.allocate import plan_from_dead, require_own_cuts
 from surgery.blame import first_line, where_raised
 from surgery.compare import relative_error
 from surgery.copies import copied
@@ -163,9 +163,7 @@ def cut(program: Program, plan: Plan, *, coupling: Coupling | None = None) -> Co
             "use the model it was made for, or make a new plan"
         )
     if coupling is not None:
-        derived = plan_from_dead(coupling, plan.dead, fingerprint=plan.fingerprint, inputs=plan.inputs)
-        if derived.cuts != plan.cuts:
-            raise PlanMismatch("the plan's cuts do not follow from its dead units: it was edited; make a new plan")
+        require_own_cuts(plan, coupling)
     module = _sliced(program, plan)
     with evaluating(module):
         _run_at_new_sizes(module, program)

@@ -189,7 +189,7 @@ def _of_archive(path: Path, channels: int) -> np.ndarray:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise InvalidInput(
             f"--calibrate {path}: give an .npz file with 'images' (N, H, W, C) of uint8, or a folder of images "
-            f"({first_line(error)})"
+            f"({'no such file' if not path.exists() else 'this is none'})"
         ) from error
     pixels = pixels[..., None] if pixels.ndim == 3 else pixels
     if pixels.ndim != 4 or pixels.shape[3] != channels or pixels.dtype != np.uint8 or not len(pixels):

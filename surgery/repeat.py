@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from surgery import part as parts
+from surgery.allocate import require_own_cuts
 from surgery.blocks import drop
 from surgery.decide import Choice, Decision, kept_costs
 from surgery.errors import InvalidInput, PlanMismatch
@@ -61,6 +62,7 @@ def repeat(
     with run("couple"):
         program = drop(dense, plan.dropped)
         coupling = stages.couple(program, keep=request.keep)
+        require_own_cuts(plan, coupling)
         dense_coupling = stages.couple(dense, keep=request.keep) if plan.dropped else coupling
     before, after = stages.cost_functions(dense, dense_coupling), stages.cost_functions(program, coupling)
     costs = kept_costs(dense_coupling, before, coupling, after, plan)

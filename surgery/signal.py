@@ -107,6 +107,8 @@ def _block_lost(program: Program, known: Mapping[str, Any], block: Block) -> flo
     if block.is_layer:
         return loss_of(1.0, 1.0 - likeness(program, block, known))
     branch, stays = (known[name].variance for name in (block.branch, block.stays))
+    if branch == 0:  # it does not vary with the input; what it gives counts nevertheless
+        branch, stays = (known[name].energy for name in (block.branch, block.stays))
     whole = branch + stays
     return loss_of(1.0, branch / whole if whole > 0 else 0.5)
 

@@ -205,15 +205,23 @@ class LatencyTable:
                 Kernel.from_key(key)
                 axes = tuple(tuple(int(x) for x in axis) for axis in e["axes"])
                 grid = tuple(float(ms) for ms in e["grid"])
-                if len(grid) != prod(map(len, axes)) or not all(ms >= 0 for ms in grid):
+                points = {tuple(w): float(ms) for w, ms in e["points"]}
+                if len(grid) != prod(map(len, axes)) or not all(map(_is_time, (*grid, *points.values()))):
                     raise ValueError(f"kernel {key:.60} has a damaged grid")
-                entries[key] = Entry(axes, grid, {tuple(w): float(ms) for w, ms in e["points"]})
+                if not all(axis == tuple(sorted({*axis} - {0})) and axis[0] > 0 for axis in axes):
+                    raise ValueError(f"kernel {key:.60} has damaged axes")
+                entries[key] = Entry(axes, grid, points)
             stairs = {
                 kind: Stairs(int(s["step"]), {int(w): float(ms) for w, ms in s["curve"]})
                 for kind, s in data["stairs"].items()
             }
-            return cls(dict(data["device"]), stairs, float(data["overhead_ms"]), entries)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            overhead_ms = float(data["overhead_ms"])
+            if not _is_time(overhead_ms) or not all(
+                s.step > 0 and all(map(_is_time, s.curve.values())) for s in stairs.values()
+            ):
+                raise ValueError("its stairs or overhead are damaged")
+            return cls(dict(data["device"]), stairs, overhead_ms, entries)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise InvalidInput(
                 f"{origin}: not a latency table ({error!s:.120}); `surgery profile --out table.json` writes one"
             ) from error
@@ -238,6 +246,11 @@ class LatencyTable:
             partial.replace(target)
         except OSError as error:
             raise InvalidInput(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def _is_time(ms: float) -> bool:
+    """Whether a figure can be the time of one kernel: not below zero, and not a day."""
+    return 0.0 <= ms < 1e8
 
 
 def _steps_key(kernel: Kernel) -> str:

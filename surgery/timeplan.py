@@ -157,6 +157,10 @@ class Planner:
         )
 
     def _unreachable(self, target_ms: float, least: float, steps: Mapping[str, int]) -> str:
+        if not steps and not self.blocks:
+            return (
+                f"cannot get down to {target_ms:.4g} ms: nothing of the model may be cut, all of it is frozen or kept"
+            )
         step = max(steps.values(), default=1)
         why = f" (widths go in steps of {step} on this device)" if step > 1 else ""
         return (
@@ -183,6 +187,9 @@ class Planner:
             for k, ladder in enumerate(ladders)
             for name, reason in _reasons(k, ladder, forecast, worth, state, table)
         }
+        for gone in state.dropped:
+            names = [name for k in worth.inside[gone] for name in ladders[k].groups]
+            reasons.update(dict.fromkeys(names, f"goes with '{self.blocks[gone].name}', which is dropped"))
         for b, block in enumerate(self.blocks):
             reasons[block.name] = self._why_block(b, forecast, worth, state)
         plan = plan_from_dead(

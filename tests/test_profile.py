@@ -316,6 +316,7 @@ ACCEPTANCE = {
     "dense_ms": 3.0,
     "device": {"cpu": "one"},
     "dense_fingerprint": "f",
+    "batch": 1,
 }
 
 
@@ -326,11 +327,13 @@ def test_the_aim_moves_by_what_the_table_told_wrongly_and_stays_a_fraction(tmp_p
     assert read.aim(0.48) == pytest.approx(0.4)
     path.write_text(json.dumps({**ACCEPTANCE, "ratio": 0.1}))
     assert Acceptance.load(path).aim(0.9) == 0.999
-    read.refuse_others({"cpu": "one"}, "f")
+    read.refuse_others({"cpu": "one"}, "f", 1)
     with pytest.raises(InvalidInput, match="another device than the latency table: cpu differ"):
-        read.refuse_others({"cpu": "two"}, "f")
+        read.refuse_others({"cpu": "two"}, "f", 1)
     with pytest.raises(InvalidInput, match="another architecture"):
-        read.refuse_others({"cpu": "one"}, "g")
+        read.refuse_others({"cpu": "one"}, "g", 1)
+    with pytest.raises(InvalidInput, match="a batch of 1, the plan is for --batch 4"):
+        read.refuse_others({"cpu": "one"}, "f", 4)
 
 
 @pytest.mark.parametrize(
@@ -353,8 +356,10 @@ def test_files_that_are_no_acceptance_are_refused(tmp_path: Path, changed: dict[
 def test_an_acceptance_needs_its_devices_table_and_a_budget_of_latency(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="--latency-table"):
         acceptance_of(Request(acceptance="acceptance.json"))
-    with pytest.raises(InvalidInput, match="a budget of latency"):
-        acceptance_of(Request(surgery.Budget(macs=0.5), latency_table="table.json", acceptance="acceptance.json"))
+    with pytest.raises(InvalidInput, match="--acceptance is for budgets of time"):
+        surgery.shrink(
+            nn.Conv2d(3, 8, 1), torch.zeros(1, 3, 8, 8), budget=surgery.Budget(macs=0.5), acceptance="a.json"
+        )
     with pytest.raises(InvalidInput, match="cannot read acceptance"):
         acceptance_of(Request(latency_table="table.json", acceptance=tmp_path / "absent.json"))
     with pytest.raises(InvalidInput, match="of type int"):

@@ -105,6 +105,28 @@ def test_what_is_no_table_is_refused_in_one_sentence(tmp_path: Path, text: str) 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"overhead_ms": float("nan")},
+        {"overhead_ms": -1.0},
+        {"stairs": {"conv": {"step": 0, "curve": [[16, 1.0]]}}},
+        {"stairs": {"conv": {"step": -4, "curve": [[16, 1.0]]}}},
+        {"kernels": {CONV.key: {"axes": [[16], [16]], "grid": [1e308], "points": []}}},
+        {"kernels": {CONV.key: {"axes": [[32, 16], [16]], "grid": [1.0, 2.0], "points": []}}},
+        {"kernels": {CONV.key: {"axes": [[16], [16]], "grid": [1.0], "points": [[[16, 8], float("inf")]]}}},
+    ],
+)
+def test_figures_that_are_no_times_are_refused(damage: dict[str, object]) -> None:
+    with pytest.raises(InvalidInput, match="damaged"):
+        LatencyTable.from_json(json.dumps({**json.loads(grid().to_json()), **damage}), "t")
+
+
+def test_text_that_is_nested_too_deeply_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="not a latency table"):
+        LatencyTable.from_json("[" * 100_000, "t")
+
+
 def test_a_damaged_grid_and_another_schema_are_refused() -> None:
     data = json.loads(grid().to_json())
     data["kernels"][CONV.key]["grid"] = [1.0]
