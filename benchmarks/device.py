@@ -200,6 +200,8 @@ def _accept(archive: str, options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
         with zipfile.ZipFile(archive) as pack:
             names = [name for name in pack.namelist() if name.startswith(DENSE)]  # with weights in .data, if large
+            if DENSE not in names:
+                raise InvalidInput(f"{archive}: a damaged pack, it lacks {DENSE}; make it anew with surgery profile")
             pack.extractall(folder, names)
         asked = {
             "files": [os.path.join(folder, DENSE), os.path.abspath(options.compact)],

@@ -257,7 +257,9 @@ def drop(program: Program, constants: Mapping[str, Sequence[float]], blocks: Seq
     held = CompactGraph(root, graph, type(program.model).__name__)
     paths = {block.name: _shortcut(program, block) for block in gone}
     model = model_without(program, gone, paths, held, added, {id(tensors[name]): t for name, t in shifted.items()})
-    held.train(program.model.training)
+    held.eval()  # as programs are; how the model is trained is the model's to know
+    if model is None and program.model.training:
+        model = CompactGraph(root, copy.deepcopy(graph), type(program.model).__name__).train()
     return replace(
         program,
         graph=held,
@@ -286,8 +288,8 @@ def _require_constants(program: Program, gone: Sequence[Block], constants: Mappi
         numbers = all(isinstance(x, (int, float)) and isfinite(x) for x in values)
         if values and (block.is_layer or not numbers or len(values) not in {*shape[1:2], *shape[-1:]}):
             raise PlanMismatch(
-                f"block '{block.name}' leaves {len(values)} constants, not a number for each of its channels: the "
-                "plan was edited, or made for another architecture; make a new plan"
+                f"block '{block.name}' leaves {len(values)} constants, not one number per channel: the plan was "
+                "edited, or made for another architecture; make a new plan"
             )
 
 

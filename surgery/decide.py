@@ -93,6 +93,9 @@ def decide(
         _refuse_what_the_clock_decides(request)
     else:
         _refuse_what_is_for_the_clock(request)
+    for name in ("threads", "batch"):
+        if getattr(request, name) < 1:
+            raise InvalidInput(f"{name}={getattr(request, name)}: give a whole number of 1 or more")
     acceptance_of(request)  # refused before the long work
     run = Clock(progress)
     stages = stages_of(request.tracer)
@@ -256,13 +259,19 @@ class _Clockwork:
 
     def _plan(self, target_ms: float) -> tuple[_Ground, Timed]:
         ground = self._ground(frozenset(self._dead))
-        free = tuple(block for block in self._blocks if block.name not in self._dead)
+        free = self._still_there(ground.program)
         timed = self._planner(ground, free).plan(target_ms)
         constants = {**self._dead, **dict.fromkeys(timed.dropped, ())}
         if timed.dropped:
             ground = self._ground(frozenset(constants))
             timed = replace(timed, plan=carried(timed.plan, ground.coupling))
         return ground, replace(timed, plan=replace(settled(timed.plan, ground.orders), dropped=constants))
+
+    def _still_there(self, program: Program) -> tuple[Block, ...]:
+        """The blocks that may go of what is left, under their names: what stays in their place may be another value."""
+        left = {block.sum: block for block in (find_blocks(program) if self._blocks else ())}
+        alive = (block for block in self._blocks if block.name not in self._dead and block.sum in left)
+        return tuple(replace(left[block.sum], name=block.name) for block in alive)
 
     def _ground(self, dropped: frozenset[str]) -> _Ground:
         if dropped not in self._grounds:

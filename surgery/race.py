@@ -285,7 +285,8 @@ def _distance(relative: float) -> tuple[bool, float]:
 
 def _judged(loop: Loop, why: str) -> Loop:
     measured = loop.rounds[loop.taken].measured
-    told = f"measured {measured:.4f} of the dense latency, asked for {loop.target:.4f}, in {len(loop.rounds)} rounds"
+    rounds = "1 round" if len(loop.rounds) == 1 else f"{len(loop.rounds)} rounds"
+    told = f"measured {measured:.4f} of the dense latency, asked for {loop.target:.4f}, in {rounds}"
     if loop.met:
         return replace(loop, verdict=f"met: {told}")
     return replace(loop, verdict=f"NOT met: {told}: {why}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -258,3 +259,50 @@ def test_a_projected_shortcut_stays_in_the_users_class(left: bool) -> None:
     assert "layer3.0.conv1.weight" in model.state_dict()
     again = surgery.apply(result.plan, model)
     assert torch.equal(again(image), result.model(image))
+
+
+class OfBoth(nn.Module):
+    """relu(conv(x) + branch(x)): with the branch dead, what stays beside it is another value."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv, self.branch = nn.Conv2d(width, width, 3, 1, 1), Branch(width, rectified=False)
+        nn.init.zeros_(self.branch.bn.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.conv(x) + self.branch(x))
+
+
+class Functional(nn.Module):
+    """Two dead branches in one module: no stand-in does what is left of it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv, self.one, self.two = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1), nn.BatchNorm2d(width)
+        nn.init.zeros_(self.one.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.conv(x) * 0.5) + torch.sigmoid(x + self.one(x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("functional", [False, True])
+def test_models_in_training_mode_lose_blocks_as_well(functional: bool, training: bool) -> None:
+    torch.manual_seed(0)
+    model = net(blocks=4)
+    model[3] = OfBoth(32)  # type: ignore[operator]
+    if functional:  # a constant behind a ReLU that is no module: the rewritten program comes back
+        model[4] = Functional(32)  # type: ignore[operator]
+    program = trace(model.eval(), IMAGE)
+    by_time = {"budget": surgery.Budget(latency=0.5), "latency_table": table_of(program, couple(program))}
+    asked: dict[str, Any] = {"budget": surgery.Budget(macs=0.8)} if functional else by_time
+    model.train(training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = surgery.shrink(model, IMAGE, **asked)
+    assert "3.branch" in result.plan.dropped
+    assert result.kind == ("graph" if functional else "module")
+    assert result.model.training == training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    again = surgery.apply(result.plan, model)
+    assert again.training == training
+    assert torch.equal(again.eval()(IMAGE), result.model.eval()(IMAGE))
