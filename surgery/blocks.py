@@ -1,4 +1,4 @@
-"""Blocks that can go as a whole: which there are, which are dead already, and the program without them.
+"""Blocks that can go as a whole: which there are, and the program without them.
 
 A block is a branch that comes from the same value as the operand that it is added to, so that the sum without it has
 the same shape and still the same source; or a depthwise layer. Nothing is told by names: blocks are found in the
@@ -21,15 +21,12 @@ from surgery.depthwise import depthwise_layers
 from surgery.errors import PlanMismatch
 from surgery.graph import CompactGraph, hold
 from surgery.ir import Block, Program
-from surgery.leftovers import Leftovers, fold, spread
+from surgery.leftovers import Leftovers, channel_axes, fold, spread
 from surgery.ops.registry import rules
-from surgery.sizes import hint, is_symbolic
+from surgery.sizes import hint
 from surgery.stand_ins import model_without, shared_path
 from surgery.trace import describe_graph, module_of, source_of
 from surgery.wiring import all_tensors, bind
-
-Known = Mapping[str, Tensor]
-"""What values are whatever the input, by node name."""
 
 
 def find_blocks(program: Program) -> tuple[Block, ...]:
@@ -56,8 +53,8 @@ def _block(node: torch.fx.Node, order: Mapping[torch.fx.Node, int]) -> Block | N
         return None
     candidates = []
     for stays, branch in (operands, operands[::-1]):
-        nodes = _exclusive(branch, node)
-        if nodes and _entries(nodes) == {_origin(stays, node)} and _learns(nodes):
+        nodes, origin = _exclusive(branch, node), _origin(stays, node)
+        if nodes and _entries(nodes) == {origin} and not _carries(branch, origin) and _learns(nodes):
             candidates.append((len(nodes), stays, branch, nodes))
     if not candidates:
         return None
@@ -80,20 +77,21 @@ def _block(node: torch.fx.Node, order: Mapping[torch.fx.Node, int]) -> Block | N
 
 
 def _operands(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node] | None:
-    """The two operands of a plain sum of tensors of one shape."""
+    """The two operands of a plain sum of tensors of one shape and dtype."""
     if node.op != "call_function" or str(node.target) != "aten.add.Tensor":
         return None
     raw = bind(node, lambda n: n).raw
     a, b = raw["self"], raw["other"]
     if raw.get("alpha", 1) != 1 or not all(isinstance(x, torch.fx.Node) for x in (a, b)) or a is b:
         return None
-    shapes = [_shape(x) for x in (a, b, node)]
-    return (a, b) if shapes[0] is not None and shapes[0] == shapes[1] == shapes[2] else None
+    kinds = [_kind(x) for x in (a, b, node)]
+    return (a, b) if kinds[0] is not None and kinds[0] == kinds[1] == kinds[2] else None
 
 
-def _shape(node: torch.fx.Node) -> tuple[int, ...] | None:
+def _kind(node: torch.fx.Node) -> tuple[Any, ...] | None:
+    """Shape and dtype of a tensor."""
     value = node.meta.get("val")
-    return tuple(hint(s) for s in value.shape) if isinstance(value, Tensor) else None
+    return (*(hint(s) for s in value.shape), value.dtype) if isinstance(value, Tensor) else None
 
 
 def _exclusive(branch: torch.fx.Node, sink: torch.fx.Node) -> set[torch.fx.Node]:
@@ -130,6 +128,14 @@ def _origin(stays: torch.fx.Node, sink: torch.fx.Node) -> torch.fx.Node:
     return entries.pop() if len(entries) == 1 else stays
 
 
+def _carries(node: torch.fx.Node, origin: torch.fx.Node) -> bool:
+    """Whether a value is the one that it comes from plus something: the stream, and no branch of it."""
+    if node is origin:
+        return True
+    operands = _operands(node)
+    return operands is not None and any(_carries(x, origin) for x in operands)
+
+
 def _learns(nodes: Collection[torch.fx.Node]) -> bool:
     """Whether a branch holds a layer: something that contracts with a weight."""
     table = rules()
@@ -139,93 +145,6 @@ def _learns(nodes: Collection[torch.fx.Node]) -> bool:
         and any(a.op == "get_attr" for a in n.all_input_nodes)
         for n in nodes
     )
-
-
-# What is dead already. -----------------------------------------------------------------------------------------------
-
-
-def dead_blocks(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[float, ...]]:
-    """Return the blocks whose branch gives a constant per channel, whatever the input, and that constant.
-
-    Nothing flows through an operator whose weight is all zero, nor through a product with zeros; what follows is worked
-    out by the operators themselves, in float64.
-
-    Returns:
-        Block name → the constant of each channel (axis 1, or the last); empty where it is zero.
-    """
-    known = _known(program) if blocks else {}
-    values = {node.name: node.meta.get("val") for node in program.graph.graph.nodes} if blocks else {}
-    stretches = {name for name, v in values.items() if isinstance(v, Tensor) and v.dim() and is_symbolic(v.shape[-1])}
-    dead: dict[str, tuple[float, ...]] = {}
-    for block in blocks:
-        value = known.get(block.branch)  # without a layer something would flow again where nothing did
-        if value is None:
-            continue
-        if not bool(value.any()):
-            dead[block.name] = ()
-        elif (row := _per_channel(value, free_last=block.branch in stretches)) is not None:
-            dead[block.name] = tuple(row.tolist())
-    return dead
-
-
-def _per_channel(value: Tensor, *, free_last: bool) -> Tensor | None:
-    """What a value is at each index of axis 1, or of the last where that has one size, if nothing else counts."""
-    if value.dim() < 2:
-        return None
-    last = value.dim() - 1
-    for axis in (1,) if free_last or value.shape[1] == value.shape[last] else (1, last):
-        corner = value[tuple(slice(None) if a == axis else slice(0, 1) for a in range(value.dim()))]
-        if torch.equal(value, corner.expand_as(value)):
-            return corner.flatten()
-    return None
-
-
-def _known(program: Program) -> Known:
-    """Values that are the same for every input, by node name."""
-    tensors = {name: t.detach().cpu() for name, t in all_tensors(program).items()}
-    known: dict[str, Any] = {}
-    for node in program.graph.graph.nodes:
-        if node.op == "get_attr":
-            value = tensors[str(node.target)]
-            known[node.name] = value.double() if value.is_floating_point() else value
-        elif node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
-            arguments = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-            if arguments and (_stops(node, known) or all(n.name in known for n in arguments)):
-                result = _result(node, known)
-                if result is not None:
-                    known[node.name] = result
-    return known
-
-
-def _stops(node: torch.fx.Node, known: Known) -> bool:
-    """Whether nothing of its unknown operands gets through: its weight, or the factor, is all zero."""
-    raw = bind(node, lambda n: n).raw
-    rule = rules().get(str(node.target))
-    names = rule.factors if rule is not None else ()
-    factors = [known.get(raw[name].name) for name in names if isinstance(raw.get(name), torch.fx.Node)]
-    return any(value is not None and not bool(value.any()) for value in factors)
-
-
-def _result(node: torch.fx.Node, known: Known) -> Tensor | None:
-    """Run an operator on what is known, and on zeros where nothing gets through."""
-
-    def value(n: torch.fx.Node) -> Any:
-        meta = n.meta.get("val")
-        if isinstance(meta, Tensor):
-            shape = tuple(hint(s) for s in meta.shape)
-            return known[n.name] if n.name in known else torch.zeros(shape, dtype=torch.float64)
-        return hint(meta)
-
-    try:
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value)
-        result = node.target(*args, **kwargs)  # type: ignore[operator]
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ):  # an operator that takes no float64, or sizes that it works out itself
-        return None
-    return result if isinstance(result, Tensor) else None
 
 
 # Without them. -------------------------------------------------------------------------------------------------------
@@ -284,9 +203,10 @@ def _named_blocks(program: Program, names: Collection[str], blocks: Sequence[Blo
 def _require_constants(program: Program, gone: Sequence[Block], constants: Mapping[str, Sequence[float]]) -> None:
     nodes = {node.name: node for node in program.graph.graph.nodes}
     for block in gone:
-        values, shape = constants[block.name], _shape(nodes[block.sum]) or ()
+        values, shape = constants[block.name], nodes[block.sum].meta["val"].shape
         numbers = all(isinstance(x, (int, float)) and isfinite(x) for x in values)
-        if values and (block.is_layer or not numbers or len(values) not in {*shape[1:2], *shape[-1:]}):
+        fits = len(values) in {hint(shape[a]) for a in channel_axes(shape)}
+        if values and (block.is_layer or not numbers or not fits):
             raise PlanMismatch(
                 f"block '{block.name}' leaves {len(values)} constants, not one number per channel: the plan was "
                 "edited, or made for another architecture; make a new plan"
@@ -311,7 +231,7 @@ def _without(
     added: dict[str, Tensor] = {}
     for node in program.graph.graph.nodes:
         if node.op == "output":
-            graph.output(torch.fx.map_arg(node.args[0], lambda n: new[n])).meta = dict(node.meta)
+            _return(graph, node, new)
         elif node.name in skipped:
             continue
         elif node.name in sums:
@@ -329,6 +249,18 @@ def _without(
             graph.erase_node(node)
     own = {name: tensor for name, tensor in tensors.items() if name not in program.materialised}
     return graph, fold(graph, added, own)
+
+
+def _return(graph: torch.fx.Graph, output: torch.fx.Node, new: Mapping[torch.fx.Node, torch.fx.Node]) -> None:
+    """Return what the program returned; tensors that were different ones are not to become one, or the input."""
+    returned: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in output.all_input_nodes:
+        value = returned[node] = new[node]
+        shared = value in [returned[other] for other in returned if other is not node]
+        if isinstance(node.meta.get("val"), Tensor) and (shared or value.op != node.op):
+            returned[node] = graph.call_function(torch.ops.aten.clone.default, (value,))
+            returned[node].meta = dict(node.meta)
+    graph.output(torch.fx.map_arg(output.args[0], lambda n: returned[n])).meta = dict(output.meta)
 
 
 def _name_of(block: Block, tensors: Collection[str]) -> str:

@@ -15,9 +15,10 @@ from surgery import race, report
 from surgery.acceptance import acceptance_of
 from surgery.allocate import allocate
 from surgery.arrange import arrange, settled
-from surgery.blocks import dead_blocks, drop, find_blocks
+from surgery.blocks import drop, find_blocks
 from surgery.cost import is_cold
 from surgery.couple import kept_names
+from surgery.dead import dead_blocks
 from surgery.errors import InvalidInput, UnsupportedModel
 from surgery.images import seen_by
 from surgery.ir import Arrangement, Block, CostFn, Coupling, Plan, Program, Scores

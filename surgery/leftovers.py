@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from surgery.sizes import hint
+from surgery.sizes import hint, is_symbolic
 from surgery.wiring import bind
 
 _SUM = "aten.add.Tensor"
@@ -43,12 +44,18 @@ class Leftovers:
     added: Mapping[str, Tensor]
 
 
-def spread(values: Sequence[float], shape: Sequence[Any]) -> Tensor:
-    """Return a constant per channel as a float64 tensor that adds to values of this shape.
+def channel_axes(shape: Sequence[Any]) -> tuple[int, ...]:
+    """Return the axes of a value that constants per channel may be along: axis 1, or the last if it is of another size.
 
-    Channels are along axis 1 where that has as many, (1, C, 1, ..); else along the last.
+    An axis whose size may differ from call to call is none of them.
     """
-    axis = 1 if hint(shape[1]) == len(values) else len(shape) - 1
+    axes = [a for a in (1, len(shape) - 1) if 1 <= a < len(shape) and not is_symbolic(shape[a])]
+    return tuple(a for k, a in enumerate(axes) if all(hint(shape[b]) != hint(shape[a]) for b in axes[:k]))
+
+
+def spread(values: Sequence[float], shape: Sequence[Any]) -> Tensor:
+    """Return a constant per channel as a float64 tensor that adds to values of this shape, as it was traced."""
+    axis = next(a for a in channel_axes(shape) if hint(shape[a]) == len(values))
     sizes = [len(values) if a == axis else 1 for a in range(len(shape))]
     return torch.tensor(values, dtype=torch.float64).reshape(sizes)
 
@@ -116,7 +123,7 @@ def _behind(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Homes:
     """The tensor that this value, which only `reader` reads, comes from and that can take the constant up."""
-    if not isinstance(node, torch.fx.Node) or set(node.users) != {reader}:
+    if not isinstance(node, torch.fx.Node) or set(node.users) != {reader} or _times(node, reader) != 1:
         return {}
     if node.op == "get_attr":
         shift = _as_wide(constant, len(shapes.get(str(node.target), ())))
@@ -126,7 +133,7 @@ def _behind(
     target, raw = str(node.target), bind(node, lambda n: n).raw
     if target in _CHANNELS_FIRST or target in _CHANNELS_LAST:
         axis = constant.dim() - 1 if target in _CHANNELS_LAST else 1
-        batched = "conv" not in target or len(shapes[str(raw["weight"].target)]) == constant.dim()
+        batched = "conv" not in target or _dim(raw["weight"]) == constant.dim()
         vector = constant.flatten() if batched and constant.numel() == constant.shape[axis] else None
         return _taken(raw.get("bias"), vector, free, shapes)
     if _is_sum(node):
@@ -182,6 +189,12 @@ def _as_wide(constant: Tensor, rank: int) -> Tensor | None:
     """The constant with as many axes as a tensor that broadcasts to the same values; None where it varies in others."""
     more = max(0, constant.dim() - rank)
     return constant.reshape(constant.shape[more:]) if constant.shape[:more].numel() == 1 else None
+
+
+def _times(node: torch.fx.Node, reader: torch.fx.Node) -> int:
+    """How often a reader reads a value: a value may be added to itself."""
+    given = pytree.tree_leaves((reader.args, dict(reader.kwargs)))
+    return sum(x is node for x in given)
 
 
 def _is_sum(node: torch.fx.Node) -> bool:

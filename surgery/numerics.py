@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import prod, sqrt
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -63,6 +63,38 @@ def other_sizes(program: Program) -> list[int]:
         return []
     smaller = min(free) // 64 * 32
     return [-smaller, 32] if smaller else [32]
+
+
+T = TypeVar("T")
+
+
+def elsewhere(program: Program, run: Callable[[list[Tensor]], T], *, seed: int) -> list[tuple[list[Tensor], T]] | None:
+    """Run something at another batch and another height and width, where these are free.
+
+    Args:
+        program: whose inputs they are.
+        run: what is done with them, float64; it may raise where a network does not take them.
+        seed: of the inputs.
+
+    Returns:
+        Each input with what came of it; nothing where no size is free, None where there is one and nothing ran.
+    """
+
+    def attempt(batch: bool, by: int) -> list[tuple[list[Tensor], T]] | None:
+        inputs = sample_inputs(program, seed=seed, dtype=torch.float64, by=by)
+        inputs = [torch.cat([x, x[:1]]) if batch and isinstance(x, Tensor) else x for x in inputs]
+        try:
+            return [(inputs, run(inputs))]
+        except Exception:  # whatever operators raise at a size that they do not take
+            return None
+
+    batch = bool(program.inputs) and all(0 in spec.dynamic for spec in program.inputs)
+    changes = other_sizes(program)
+    if batch and changes and (both := attempt(True, changes[0])) is not None:
+        return both
+    ways = [[(True, 0)]] * batch + [[(False, by) for by in changes]] * bool(changes)
+    found = [next((x for way in each if (x := attempt(*way)) is not None), None) for each in ways]
+    return None if any(x is None for x in found) else [pair for x in found for pair in x or ()]
 
 
 def _resized(leaves: list[Any], program: Program, by: int) -> list[Any]:

@@ -28,9 +28,10 @@ from benchmarks.cache import Measured
 from benchmarks.fill import Point
 from surgery import __version__, race
 from surgery import part as parts
-from surgery.blocks import blocks_within, dead_blocks, drop, find_blocks
+from surgery.blocks import blocks_within, drop, find_blocks
 from surgery.cost import is_cold
 from surgery.couple import kept_names
+from surgery.dead import dead_blocks
 from surgery.errors import InvalidInput
 from surgery.ir import Program
 from surgery.latency import predicted_ms, widths_of

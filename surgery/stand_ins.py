@@ -75,28 +75,65 @@ def model_without(
         return None
     if not {name.removesuffix(".constant") for name in added} <= left.keys():
         return None
-    rectified = _rectified(program, gone)
+    nodes = {node.name: node for node in program.graph.graph.nodes}
+    endings = {block.name: _rectifier(nodes[block.sum], block) for block in gone}
+    if not _are_all(program, gone, shortcuts, [node for node in endings.values() if node is not None]):
+        return None
+    through = {block.sum: nodes[block.stays] for block in gone if block.is_layer}
+    rectified = {
+        block.module
+        for block in gone
+        if endings[block.name] is not None
+        and (f"{block.module}.constant" in added or left[block.module] or not _nonnegative(nodes[block.stays], through))
+    }
     shared = {**{id(t): t for t in (*model.parameters(), *model.buffers())}, **shifted}
-    wanted = _outputs(held, program)
-    for where in ({path for path in rectified if f"{path}.constant" in added or left[path]}, rectified):
-        instead = {
-            id(modules[path]): _stand_in(
-                added.get(f"{path}.constant"),
-                path in where,
-                {child: copied(modules[f"{path}.{child}"], shared)} if child else {},
-            )
-            for path, child in left.items()
-        }
-        made = copied(model, {**shared, **instead})
-        try:
-            found = _outputs(made, program)
-        except Exception:  # whatever the user's forward raises where a submodule is not what it was
-            return None
-        if len(found) == len(wanted) and all(
-            a.shape == b.shape and torch.allclose(a, b) for a, b in zip(found, wanted, strict=True)
-        ):
-            return made
-    return None
+    instead: dict[int, nn.Module] = {}
+    for path in sorted(left, reverse=True):  # a block may be in the shortcut of another
+        child = left[path]
+        instead[id(modules[path])] = _stand_in(
+            added.get(f"{path}.constant"),
+            path in rectified,
+            {child: copied(modules[f"{path}.{child}"], {**shared, **instead})} if child else {},
+        )
+    made = copied(model, {**shared, **instead})
+    try:
+        found, after = _outputs(made, program)
+    except Exception:  # whatever the user's forward raises where a submodule is not what it was
+        return None
+    wanted, _ = _outputs(held, program)
+    written = _outputs(model, program)[1]
+    return made if _same(found, wanted) and _same(after, written) and _shared(found) == _shared(wanted) else None
+
+
+def _same(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
+    pairs = zip(found, wanted, strict=False)
+    return len(found) == len(wanted) and all(a.shape == b.shape and torch.allclose(a, b) for a, b in pairs)
+
+
+def _shared(tensors: Sequence[Tensor]) -> list[int]:
+    """For each tensor the first that has the same memory: an identity hands on what another caller may write to."""
+    at = [x.untyped_storage().data_ptr() for x in tensors]
+    return [at.index(address) for address in at]
+
+
+def _are_all(
+    program: Program, gone: Sequence[Block], shortcuts: Mapping[str, str], endings: Sequence[torch.fx.Node]
+) -> bool:
+    """Whether nothing else is computed in the modules of the blocks: it would be gone with them."""
+    kept = [path for path in shortcuts.values() if path]
+    blocks = {name for block in gone for name in (*block.nodes, block.sum)}
+    known = blocks | {node.name for node in endings}
+    for node in program.graph.graph.nodes:
+        if node.op != "call_function" or node.name in known or not isinstance(node.meta.get("val"), Tensor):
+            continue  # sizes are worked out wherever they are first asked for
+        path = module_of(node)
+        if any(_within(path, block.module) for block in gone) and not any(_within(path, own) for own in kept):
+            return False
+    return True
+
+
+def _within(path: str, module: str) -> bool:
+    return f"{path}.".startswith(f"{module}.")
 
 
 def _child(path: str, module: str) -> str:
@@ -110,18 +147,33 @@ def _stand_in(constant: nn.Parameter | None, rectified: bool, shortcut: Mapping[
     return Shifted(constant, rectified=rectified, shortcut=shortcut)
 
 
-def _rectified(program: Program, gone: Sequence[Block]) -> set[str]:
-    """The modules that end in a ReLU of the sum."""
-    nodes = {node.name: node for node in program.graph.graph.nodes}
-    found = set()
-    for block in gone:
-        reader, *more = nodes[block.sum].users or [None]
-        if reader is not None and not more and str(reader.target) == "aten.relu.default":
-            within = module_of(reader)
-            found |= {block.module} if f"{within}.".startswith(f"{block.module}.") else set()
-    return found
+def _rectifier(total: torch.fx.Node, block: Block) -> torch.fx.Node | None:
+    """The ReLU that is all that reads a block's sum, if the block's module ends in it."""
+    reader, *more = total.users or [None]
+    if reader is None or more or str(reader.target) != _RELU or not _within(module_of(reader), block.module):
+        return None
+    return reader
 
 
-def _outputs(model: nn.Module, program: Program) -> list[Tensor]:
+_RELU = "aten.relu.default"
+_NOT_BELOW = (
+    *("aten.max_pool1d.default", "aten.max_pool2d.default", "aten.max_pool3d.default"),
+    *("aten.avg_pool2d.default", "aten.adaptive_avg_pool2d.default", "aten.dropout.default"),
+    *("aten.clone.default", "aten.contiguous.default", "aten.alias.default", "aten.detach.default"),
+)
+"""Operators that give nothing below zero where they are given nothing below zero."""
+
+
+def _nonnegative(node: torch.fx.Node, through: Mapping[str, torch.fx.Node]) -> bool:
+    """Whether a value is known to be rectified already; `through`: end of each layer that is gone → what it reads."""
+    while node.name in through or (node.op == "call_function" and str(node.target) in _NOT_BELOW):
+        node = through[node.name] if node.name in through else node.all_input_nodes[0]
+    return node.op == "call_function" and str(node.target) in (_RELU, "aten.sigmoid.default")
+
+
+def _outputs(model: nn.Module, program: Program) -> tuple[list[Tensor], list[Tensor]]:
+    """What a model gives on the example, and what the example is afterwards."""
+    args, kwargs = fresh((program.example_args, dict(program.example_kwargs)))
     with torch.no_grad(), evaluating(model), buffers_kept(model):
-        return flat_outputs(model(*fresh(program.example_args), **fresh(dict(program.example_kwargs))))
+        found = flat_outputs(model(*args, **kwargs))
+    return found, flat_outputs((args, kwargs))

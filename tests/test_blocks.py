@@ -16,10 +16,11 @@ import surgery
 from benchmarks.studies import data
 from benchmarks.studies.networks import CifarResNet
 from exporters import onnx as exporter
-from surgery.blocks import dead_blocks, drop, find_blocks
+from surgery.blocks import drop, find_blocks
 from surgery.check_dropped import check_dropped
 from surgery.compat import import_torchvision
 from surgery.couple import couple
+from surgery.dead import dead_blocks
 from surgery.errors import CheckFailed, InvalidInput, PlanMismatch
 from surgery.ir import Program
 from surgery.trace import trace

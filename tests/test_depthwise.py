@@ -12,9 +12,10 @@ from torch import nn
 
 import surgery
 from exporters import onnx as exporter
-from surgery.blocks import dead_blocks, drop, find_blocks
+from surgery.blocks import drop, find_blocks
 from surgery.check_dropped import check_dropped
 from surgery.couple import couple
+from surgery.dead import dead_blocks
 from surgery.errors import CheckFailed
 from surgery.ir import Block, Program
 from surgery.practise import Trial

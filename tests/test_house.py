@@ -27,7 +27,7 @@ ORDER = """
     surgery.ops.registry surgery.ops.examples surgery.ops.index surgery.ops.*
     surgery.copies surgery.guards surgery.einsum surgery.unlift surgery.lean surgery.clean surgery.trace
     surgery.graph surgery.wiring surgery.pieces surgery.numerics surgery.leftovers surgery.stand_ins
-    surgery.depthwise surgery.blocks surgery.zeros
+    surgery.depthwise surgery.blocks surgery.dead surgery.zeros
     surgery.couple surgery.signal surgery.score surgery.practise surgery.fvcount
     surgery.cost surgery.lower surgery.ladders surgery.latency surgery.spend surgery.allocate surgery.timeplan
     surgery.moves surgery.transplant surgery.compare

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import surgery
 from exporters import onnx as exporter
-from surgery.blocks import dead_blocks, drop, find_blocks, left_behind
+from surgery.blocks import drop, find_blocks, left_behind
 from surgery.check_dropped import check_dropped
+from surgery.dead import dead_blocks
 from surgery.errors import CheckFailed
 from surgery.ir import Program
 from surgery.stand_ins import Shifted
