@@ -31,9 +31,9 @@ def folder() -> Path:
     return Path(os.environ.get(VARIABLE) or platformdirs.user_cache_dir("model-surgery", appauthor=False))
 
 
-def device_key(threads: int, *, cold: bool) -> str:
+def device_key(threads: int, *, flush_mib: int) -> str:
     """Return the name of this device's table: a digest of everything that `probe.describe` tells."""
-    told = json.dumps(probe.describe(threads, cold=cold), sort_keys=True)
+    told = json.dumps(probe.describe(threads, flush_mib=flush_mib), sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
@@ -42,7 +42,7 @@ class Measured:
 
     Args:
         threads: of ONNX Runtime.
-        cold: whether the network is too large for its weights to stay in the caches next to a core.
+        flush_mib: how much of its caches the network goes through between two runs of a kernel; 0 for a small one.
         seed: of the order of measurements.
         progress: told what is measured.
         warn: told in one sentence what was wrong with the file on disk.
@@ -54,20 +54,20 @@ class Measured:
         self,
         threads: int,
         *,
-        cold: bool = True,
+        flush_mib: int = 4,
         seed: int = 0,
         progress: Progress | None = None,
         warn: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self._threads, self._seed, self._progress, self._warn = threads, seed, progress, warn
-        self._cold = cold
-        self._path = folder() / f"latency-{device_key(threads, cold=cold)}.json"
+        self._flush_mib = flush_mib
+        self._path = folder() / f"latency-{device_key(threads, flush_mib=flush_mib)}.json"
         self._table = self._read(warn)
 
     @property
     def device(self) -> Mapping[str, Any]:
         """What times are measured on."""
-        return probe.describe(self._threads, cold=self._cold)
+        return probe.describe(self._threads, flush_mib=self._flush_mib)
 
     @property
     def path(self) -> Path:
@@ -76,10 +76,10 @@ class Measured:
 
     def cover(self, placed: Sequence[Point]) -> LatencyTable:
         """Return the table with all kernels of a dense network, tabulated over their widths."""
-        table = self._table or fill.new_table(threads=self._threads, cold=self._cold, progress=self._progress)
+        table = self._table or fill.new_table(threads=self._threads, flush_mib=self._flush_mib, progress=self._progress)
         wanted = fill.wanted_of(placed)
         filled = fill.fill(
-            table, wanted, threads=self._threads, cold=self._cold, seed=self._seed, progress=self._progress
+            table, wanted, threads=self._threads, flush_mib=self._flush_mib, seed=self._seed, progress=self._progress
         )
         return self._keep(filled, changed=filled is not self._table and len(filled.entries) > 0)
 
@@ -88,7 +88,7 @@ class Measured:
         assert self._table is not None, "cover comes first"
         before = self._table
         refined = fill.refine(
-            before, points, threads=self._threads, cold=self._cold, seed=self._seed, progress=self._progress
+            before, points, threads=self._threads, flush_mib=self._flush_mib, seed=self._seed, progress=self._progress
         )
         if sum(len(e.points) for e in refined.entries.values()) == sum(len(e.points) for e in before.entries.values()):
             return None
@@ -117,7 +117,7 @@ class Measured:
         except InvalidInput as error:
             warn(f"{error}; it is made anew")
             return None
-        if dict(table.device) != json.loads(json.dumps(probe.describe(self._threads, cold=self._cold))):
+        if dict(table.device) != json.loads(json.dumps(probe.describe(self._threads, flush_mib=self._flush_mib))):
             warn(f"{self._path} was measured on another device or runtime; it is made anew")
             return None
         return table

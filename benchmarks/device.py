@@ -28,7 +28,7 @@ from surgery.kernels import Kernel
 from surgery.tables import LatencyTable
 
 REQUEST = "request.json"
-REQUESTED = ("kernels", "threads", "cold", "part", "shapes", "seed", "batch", "fingerprint", "model")
+REQUESTED = ("kernels", "threads", "flush_mib", "part", "shapes", "seed", "batch", "fingerprint", "model")
 """What that says."""
 DENSE = "dense.onnx"
 SCHEMA = 1
@@ -145,13 +145,13 @@ class _Progress:
 def _table(archive: str, options: argparse.Namespace) -> None:
     request = _request(archive)
     threads = _threads(options, request)
-    table = measured(request["kernels"], threads=threads, cold=request["cold"], rounds=options.rounds)
+    table = measured(request["kernels"], threads=threads, flush_mib=request["flush_mib"], rounds=options.rounds)
     table.save(options.out)
     print(f"{options.out}: {len(table.entries)} kernels; plan with: surgery shrink MODEL --latency-table {options.out}")
 
 
 def measured(
-    kernels: Mapping[str, Sequence[Sequence[int]]], *, threads: int, cold: bool, rounds: Optional[int]
+    kernels: Mapping[str, Sequence[Sequence[int]]], *, threads: int, flush_mib: int, rounds: Optional[int]
 ) -> LatencyTable:
     """Return this device's table of kernels, which are given as key → the widths that they have in the dense network.
 
@@ -164,16 +164,18 @@ def measured(
     try:
         table = fill.new_table(
             threads=threads,
-            cold=cold,
+            flush_mib=flush_mib,
             rounds=rounds or fill.PROBE_ROUNDS,
             progress=lambda stage, fraction: say("find the steps of widths", fraction),
         )
-        table = fill.fill(table, fill.wanted_of(points), threads=threads, cold=cold, rounds=often, progress=say)
+        table = fill.fill(
+            table, fill.wanted_of(points), threads=threads, flush_mib=flush_mib, rounds=often, progress=say
+        )
         return fill.refine(
             table,
             points,
             threads=threads,
-            cold=cold,
+            flush_mib=flush_mib,
             rounds=often,
             progress=lambda stage, f: say("measure dense widths", f),
         )
@@ -220,7 +222,7 @@ def _accept(archive: str, options: argparse.Namespace) -> None:
         "ratios": ratios,
         "dense_ms": median(answer["ms"][0] for answer in found),
         "compact_ms": median(answer["ms"][1] for answer in found),
-        "device": probe.describe(threads, cold=request["cold"]),
+        "device": probe.describe(threads, flush_mib=request["flush_mib"]),
         "batch": request["batch"],
         **origin,
     }

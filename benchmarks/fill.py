@@ -69,7 +69,7 @@ def fill(
     wanted: Iterable[Wanted],
     *,
     threads: int,
-    cold: bool = True,
+    flush_mib: int = 4,
     seed: int = 0,
     rounds: int = ROUNDS,
     progress: Optional[Progress] = None,
@@ -78,7 +78,7 @@ def fill(
     news = {w.kernel.key: w for w in wanted if not table.covers(w.kernel, w.widths)}
     grids = {key: grid_of(w, table.step(w.kernel)) for key, w in news.items()}
     points = [(news[key].kernel, widths) for key, grid in grids.items() for widths in grid]
-    times = measure(points, threads=threads, cold=cold, seed=seed, rounds=rounds, progress=progress)
+    times = measure(points, threads=threads, flush_mib=flush_mib, seed=seed, rounds=rounds, progress=progress)
     entries = {}
     for key, grid in grids.items():
         kernel = news[key].kernel
@@ -106,7 +106,7 @@ def refine(
     points: Iterable[Point],
     *,
     threads: int,
-    cold: bool = True,
+    flush_mib: int = 4,
     seed: int = 0,
     rounds: int = ROUNDS,
     progress: Optional[Progress] = None,
@@ -120,7 +120,9 @@ def refine(
         on_grid = len(kernel.letters) <= LADDER and all(w in a for w, a in zip(widths, entry.axes))
         if not on_grid and widths not in entry.points:
             news[kernel.key, widths] = kernel, widths
-    times = measure(list(news.values()), threads=threads, cold=cold, seed=seed, rounds=rounds, progress=progress)
+    times = measure(
+        list(news.values()), threads=threads, flush_mib=flush_mib, seed=seed, rounds=rounds, progress=progress
+    )
     found: Dict[str, Dict[Widths, float]] = {}
     for (key, widths), ms in times.items():
         found.setdefault(key, {})[widths] = ms
@@ -131,7 +133,7 @@ def measure(
     points: Sequence[Point],
     *,
     threads: int,
-    cold: bool = True,
+    flush_mib: int = 4,
     seed: int = 0,
     rounds: int = ROUNDS,
     progress: Optional[Progress] = None,
@@ -144,7 +146,7 @@ def measure(
         return {}
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        timer = probe.Timer(threads, folder, cold=cold)
+        timer = probe.Timer(threads, folder, flush_mib=flush_mib)
         reference = model_bytes(*REFERENCE)
         samples: Dict[int, list[float]] = {k: [] for k in range(len(points))}
         pulses: List[float] = []
@@ -173,18 +175,20 @@ def measure(
 
 
 def new_table(
-    *, threads: int, cold: bool = True, rounds: int = PROBE_ROUNDS, progress: Optional[Progress] = None
+    *, threads: int, flush_mib: int = 4, rounds: int = PROBE_ROUNDS, progress: Optional[Progress] = None
 ) -> LatencyTable:
     """Return a table of this machine that holds nothing yet but the steps of its stairs; takes some ten seconds."""
     kinds = {kind_of(kernel): kernel for kernel in _PROBES}
     points = [(kernel, (width,) * len(kernel.letters)) for kernel in kinds.values() for width in PROBED]
-    times = measure(points, threads=threads, cold=cold, rounds=rounds, progress=progress)
+    times = measure(points, threads=threads, flush_mib=flush_mib, rounds=rounds, progress=progress)
     curves = {
         kind: {width: times[kernel.key, (width,) * len(kernel.letters)] for width in PROBED}
         for kind, kernel in kinds.items()
     }
     stairs = {kind: Stairs(step_of(curve), curve) for kind, curve in curves.items()}
-    return LatencyTable(json.loads(json.dumps(probe.describe(threads, cold=cold))), stairs, overhead_ms(threads), {})
+    return LatencyTable(
+        json.loads(json.dumps(probe.describe(threads, flush_mib=flush_mib))), stairs, overhead_ms(threads), {}
+    )
 
 
 def overhead_ms(threads: int) -> float:

@@ -1,7 +1,7 @@
 """Times small ONNX models kernel by kernel. Goes to devices as it stands: Python 3.8, numpy and onnxruntime.
 
 ONNX Runtime's profiler tells the time of each operator apart from all else. Between runs a buffer is written that is
-larger than the caches next to a core, so that weights come from where they come from in a network.
+as large as the network, so that weights come from where they come from there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import onnxruntime
 
 CONTEXT = "context_"
 PROVIDER = "CPUExecutionProvider"
-FLUSH_BYTES = 4 << 20
 ENOUGH_MS = 12.0
 WARM_RUNS, MIN_RUNS, MAX_RUNS = 1, 4, 20
 
@@ -39,13 +38,13 @@ def options(threads: int, profile: str = "") -> Any:
 class Timer:
     """Times models by their operators; profiles are written into `folder` and removed.
 
-    With `cold` the caches next to a core are emptied before each run, as the rest of a network would; a small network
-    leaves its weights there.
+    Before each run `flush_mib` MiB are written to, as much as the rest of the network would take of the caches; a small
+    network leaves its weights there.
     """
 
-    def __init__(self, threads: int, folder: str, *, cold: bool = True) -> None:
+    def __init__(self, threads: int, folder: str, *, flush_mib: int = 4) -> None:
         self._threads, self._profile = threads, os.path.join(folder, "profile")
-        self._buffer = np.zeros(FLUSH_BYTES // 4 if cold else 1, np.float32)
+        self._buffer = np.zeros(max(1, flush_mib << 18), np.float32)
 
     def kernel_ms(self, model: bytes) -> float:
         """Return the median milliseconds that the kernel in an ONNX model takes: its operators, not its context."""
@@ -115,7 +114,7 @@ def _own(run: list[tuple[str, str, int]]) -> float:
     return total
 
 
-def describe(threads: int, *, cold: bool = True) -> dict[str, Any]:
+def describe(threads: int, *, flush_mib: int = 4) -> dict[str, Any]:
     """Return what a latency depends on, as JSON values: runtime, build, provider, options, processor, threads."""
     brand, flags = _processor()
     return {
@@ -127,7 +126,7 @@ def describe(threads: int, *, cold: bool = True) -> dict[str, Any]:
         "cpu": brand,
         "flags": flags,
         "threads": threads,
-        "weights": "cold" if cold else "hot",
+        "flush_mib": flush_mib,
     }
 
 

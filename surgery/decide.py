@@ -16,7 +16,7 @@ from surgery.acceptance import acceptance_of
 from surgery.allocate import allocate
 from surgery.arrange import arrange, settled
 from surgery.blocks import drop, find_blocks
-from surgery.cost import is_cold
+from surgery.cost import flush_mib
 from surgery.couple import kept_names
 from surgery.dead import dead_blocks
 from surgery.errors import InvalidInput, UnsupportedModel
@@ -206,7 +206,7 @@ class _Clockwork:
         self._worth: Mapping[str, float] | None = None
         self._source = race.source_of(
             request.latency_table,
-            cold=is_cold(program),
+            flush_mib=flush_mib(program),
             threads=request.threads,
             seed=request.seed,
             progress=run.progress,

@@ -29,7 +29,7 @@ from benchmarks.fill import Point
 from surgery import __version__, race
 from surgery import part as parts
 from surgery.blocks import blocks_within, drop, find_blocks
-from surgery.cost import is_cold
+from surgery.cost import flush_mib
 from surgery.couple import kept_names
 from surgery.dead import dead_blocks
 from surgery.errors import InvalidInput
@@ -158,7 +158,11 @@ def measure(subject: Survey, *, progress: Progress | None = None) -> Profile:
     warnings: list[str] = []
     request = subject.request
     source = Measured(
-        request.threads, cold=is_cold(subject.program), seed=request.seed, progress=progress, warn=warnings.append
+        request.threads,
+        flush_mib=flush_mib(subject.program),
+        seed=request.seed,
+        progress=progress,
+        warn=warnings.append,
     )
     table = source.cover([*subject.dense, *subject.others])
     table = source.refine(subject.dense) or table
@@ -266,7 +270,7 @@ def _asked(subject: Survey, track: race.Track, name: str) -> dict[str, Any]:
     request = subject.request
     return {
         "model": name,
-        "cold": is_cold(subject.program),
+        "flush_mib": flush_mib(subject.program),
         "part": request.part,
         "tool_version": __version__,
         "fingerprint": subject.program.fingerprint,

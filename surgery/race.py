@@ -91,7 +91,7 @@ class Loop:
 def source_of(
     table: LatencyTable | str | Path | None,
     *,
-    cold: bool,
+    flush_mib: int,
     threads: int,
     seed: int,
     progress: Progress | None,
@@ -99,7 +99,7 @@ def source_of(
 ) -> Source:
     """Return where kernels' times come from: the table that is given, or this machine."""
     if table is None:
-        return Measured(threads, cold=cold, seed=seed, progress=progress, warn=warn)
+        return Measured(threads, flush_mib=flush_mib, seed=seed, progress=progress, warn=warn)
     if not isinstance(table, (LatencyTable, str, Path)):
         raise InvalidInput(f"latency_table is of type {type(table).__name__}: give a path, or a LatencyTable")
     given, origin = (table, "table.json") if isinstance(table, LatencyTable) else (LatencyTable.load(table), str(table))

@@ -263,7 +263,7 @@ def test_an_acceptance_says_what_was_timed(
     assert 0.05 < accepted["ratio"] < 1.5
     assert accepted["dense_ms"] > 0 < accepted["compact_ms"]
     assert accepted["device"] == dict(table.device)
-    assert accepted["device"]["weights"] == "hot"
+    assert accepted["device"]["flush_mib"] == 0
     assert accepted["plan_sha256"] == planned.plan.digest
     latency = planned.report["latency"]
     told = latency["predicted_ms"] / latency["predicted_dense_ms"]

@@ -164,7 +164,7 @@ class Fakes:
     def __init__(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
         self.measured: list[tuple[str, tuple[int, ...]]] = []
         patch.setenv(cache.VARIABLE, str(folder))
-        patch.setattr(probe, "describe", lambda threads, cold=True: {**DEVICE, "threads": threads})
+        patch.setattr(probe, "describe", lambda threads, flush_mib=4: {**DEVICE, "threads": threads})
         patch.setattr(fill, "measure", self.measure)
         patch.setattr(fill, "new_table", lambda **_: LatencyTable({**DEVICE, "threads": 1}, {}, 0.001, {}))
 
