@@ -12,7 +12,7 @@ import json
 from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import product, takewhile
+from itertools import chain, product, takewhile
 from math import prod
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
@@ -212,13 +212,11 @@ class LatencyTable:
                     raise ValueError(f"kernel {key:.60} has damaged axes")
                 entries[key] = Entry(axes, grid, points)
             stairs = {
-                kind: Stairs(int(s["step"]), {int(w): float(ms) for w, ms in s["curve"]})
+                kind: Stairs(_step(s["step"]), {int(w): float(ms) for w, ms in s["curve"]})
                 for kind, s in data["stairs"].items()
             }
             overhead_ms = float(data["overhead_ms"])
-            if not _is_time(overhead_ms) or not all(
-                s.step > 0 and all(map(_is_time, s.curve.values())) for s in stairs.values()
-            ):
+            if not _is_time(overhead_ms) or not all(map(_is_time, chain(*(s.curve.values() for s in stairs.values())))):
                 raise ValueError("its stairs or overhead are damaged")
             return cls(dict(data["device"]), stairs, overhead_ms, entries)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
@@ -231,9 +229,14 @@ class LatencyTable:
         """Read a table; raises InvalidInput where the file is missing or is no table."""
         try:
             text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
             raise InvalidInput(
-                f"cannot read latency table {path}: {error}; `surgery profile --out {path}` writes one"
+                f"{path}: not a latency table (no text); `surgery profile --out table.json` writes one"
+            ) from error
+        except OSError as error:
+            raise InvalidInput(
+                f"cannot read latency table {path}: {error.strerror or error}; "
+                "`surgery profile --out table.json` writes one"
             ) from error
         return cls.from_json(text, origin=str(path))
 
@@ -251,6 +254,16 @@ class LatencyTable:
 def _is_time(ms: float) -> bool:
     """Whether a figure can be the time of one kernel: not below zero, and not a day."""
     return 0.0 <= ms < 1e8
+
+
+def _step(value: Any) -> int:
+    """The step of stairs as it is given; raises ValueError where it can be none."""
+    if type(value) is not int or not 1 <= value <= _LARGEST_STEP:
+        raise ValueError(f"its stairs are damaged: a step of {value!r:.20}")
+    return value
+
+
+_LARGEST_STEP = 1024
 
 
 def _steps_key(kernel: Kernel) -> str:

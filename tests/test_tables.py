@@ -112,6 +112,8 @@ def test_what_is_no_table_is_refused_in_one_sentence(tmp_path: Path, text: str) 
         {"overhead_ms": -1.0},
         {"stairs": {"conv": {"step": 0, "curve": [[16, 1.0]]}}},
         {"stairs": {"conv": {"step": -4, "curve": [[16, 1.0]]}}},
+        {"stairs": {"conv": {"step": "8", "curve": [[16, 1.0]]}}},
+        {"stairs": {"conv": {"step": 10**9, "curve": [[16, 1.0]]}}},
         {"kernels": {CONV.key: {"axes": [[16], [16]], "grid": [1e308], "points": []}}},
         {"kernels": {CONV.key: {"axes": [[32, 16], [16]], "grid": [1.0, 2.0], "points": []}}},
         {"kernels": {CONV.key: {"axes": [[16], [16]], "grid": [1.0], "points": [[[16, 8], float("inf")]]}}},
@@ -125,6 +127,13 @@ def test_figures_that_are_no_times_are_refused(damage: dict[str, object]) -> Non
 def test_text_that_is_nested_too_deeply_is_refused() -> None:
     with pytest.raises(InvalidInput, match="not a latency table"):
         LatencyTable.from_json("[" * 100_000, "t")
+
+
+def test_files_that_are_no_text_and_folders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "table.json").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "table.json", tmp_path):
+        with pytest.raises(InvalidInput, match="surgery profile --out table.json"):
+            LatencyTable.load(path)
 
 
 def test_a_damaged_grid_and_another_schema_are_refused() -> None:

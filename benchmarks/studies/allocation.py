@@ -174,7 +174,7 @@ def compared(network: str, program: Program, seconds: float) -> Iterator[Row]:
         coupling=coupling,
         scores=score(program, coupling, "signal"),
         lowered=lower(program, coupling),
-        source=race.source_of(None, flush_mib=32, threads=1, seed=0, progress=None, warn=lambda sentence: None),
+        source=race.source_of(None, flush_mib=24, threads=1, seed=0, progress=None, warn=lambda sentence: None),
         inexact="if-needed",
         fingerprint=program.fingerprint,
         inputs=program.inputs,
