@@ -132,7 +132,7 @@ def test_text_that_is_nested_too_deeply_is_refused() -> None:
 def test_files_that_are_no_text_and_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "table.json").write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path / "table.json", tmp_path):
-        with pytest.raises(InvalidInput, match="surgery profile --out table.json"):
+        with pytest.raises(InvalidInput, match="surgery profile --out"):
             LatencyTable.load(path)
 
 
