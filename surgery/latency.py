@@ -22,6 +22,8 @@ from surgery.wiring import Wiring
 
 Levels = Sequence[int]
 """Steps taken on each ladder."""
+_REMEMBERED = 200_000
+"""Changes of a forecast that are kept at most: some hundred bytes each."""
 
 
 def widths_of(lowered: Lowered, wiring: Wiring, dead: Mapping[str, Sequence[int]]) -> list[tuple[Kernel, Widths]]:
@@ -99,6 +101,8 @@ class Forecast:
         self._gone = [
             frozenset(k for k, p in enumerate(self._placed) if nodes & set(p.nodes)) for nodes in self._blocks
         ]
+        self._near = [self._around(kernels) for kernels in self._touched]
+        self._changes: dict[tuple[Any, ...], float] = {}
 
     def total(self, levels: Levels, dropped: Collection[int] = ()) -> float:
         """Return the predicted milliseconds of a state."""
@@ -107,10 +111,17 @@ class Forecast:
 
     def change(self, levels: Levels, ladder: int, to: int, dropped: Collection[int] = ()) -> float:
         """Return by how many milliseconds a state changes when one ladder goes to another level."""
-        moved = list(levels)
-        moved[ladder] = to
-        gone = self._missing(dropped)
-        return sum(self._ms(k, moved) - self._ms(k, levels) for k in self._touched[ladder] if k not in gone)
+        ladders, blocks = self._near[ladder]
+        key = (ladder, to, tuple(levels[k] for k in ladders), tuple(b for b in blocks if b in dropped))
+        if key not in self._changes:
+            if len(self._changes) > _REMEMBERED:
+                self._changes.clear()
+            moved = list(levels)
+            moved[ladder] = to
+            gone = self._missing(dropped)
+            touched = [k for k in self._touched[ladder] if k not in gone]
+            self._changes[key] = sum(self._ms(k, moved) - self._ms(k, levels) for k in touched)
+        return self._changes[key]
 
     def cost(self, levels: Levels, ladder: int, dropped: Collection[int] = ()) -> float:
         """Return the milliseconds of all kernels that one ladder's units reach."""
@@ -145,6 +156,11 @@ class Forecast:
         """Return the kernels of a state with their widths."""
         gone = self._missing(dropped)
         return [(p.kernel, self._widths(p, levels)) for k, p in enumerate(self._placed) if k not in gone]
+
+    def _around(self, kernels: Collection[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ladders that widths of these kernels hang on, and the blocks that some of them go with."""
+        ladders = {ladder for k in kernels for slot in self._placed[k].slots for ladder in self._axes[slot].ladders}
+        return tuple(sorted(ladders)), tuple(b for b, gone in enumerate(self._gone) if not gone.isdisjoint(kernels))
 
     def _missing(self, dropped: Collection[int]) -> Collection[int]:
         return frozenset().union(*(self._gone[b] for b in dropped)) if dropped else frozenset()

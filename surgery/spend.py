@@ -116,38 +116,50 @@ def spend(forecast: Forecast, worth: Worth, target_ms: float, *, start: State | 
 def _descended(forecast: Forecast, worth: Worth, state: State, target_ms: float) -> State | None:
     left = forecast.total(state.levels, state.dropped)
     while left > target_ms:
-        best = max(_moves(forecast, worth, state), key=lambda m: (m.rate(left - target_ms), -m.lost), default=None)
-        if best is None:
+        steps = [(step, saved) for step in _steps(worth, state) if (saved := step.saved(forecast, state)) > 0]
+        if not steps:
             return None
-        state, left = best.state, left - best.saved
+        wanted = left - target_ms
+        step, saved = max(steps, key=lambda found: (_rate(found[0], found[1], wanted), -found[0].lost))
+        state, left = step.after(worth, state), left - saved
     return state
 
 
 @dataclass(frozen=True, slots=True)
-class _Move:
-    state: State
-    saved: float
+class _Step:
+    """Something more that may go: a ladder down to a level, or a block."""
+
     lost: float
+    ladder: int = -1
+    to: int = 0
+    block: int = -1
 
-    def rate(self, wanted: float) -> float:
-        """Time won for importance lost; what is won beyond what is wanted does not count."""
-        return min(self.saved, wanted) / max(self.lost, 1e-12)
+    def saved(self, forecast: Forecast, state: State) -> float:
+        if self.block >= 0:
+            return forecast.block(state.levels, self.block, state.dropped)
+        return -forecast.change(state.levels, self.ladder, self.to, state.dropped)
+
+    def after(self, worth: Worth, state: State) -> State:
+        after = worth.without(state, self.block) if self.block >= 0 else state.moved(self.ladder, self.to)
+        assert after is not None, "steps begin where they can be taken"
+        return after
 
 
-def _moves(forecast: Forecast, worth: Worth, state: State) -> Iterator[_Move]:
-    """All moves that save time."""
+def _rate(step: _Step, saved: float, wanted: float) -> float:
+    """Time won for importance lost; what is won beyond what is wanted does not count."""
+    return min(saved, wanted) / max(step.lost, 1e-12)
+
+
+def _steps(worth: Worth, state: State) -> Iterator[_Step]:
+    """All steps that a state leaves."""
     gone = frozenset().union(*(worth.inside[b] for b in state.dropped)) if state.dropped else frozenset()
     for k, lost in enumerate(worth.ladders):
         at = state.levels[k]
         for to in range(at + 1, min(at + 1 + LOOK_AHEAD, len(lost))) if k not in gone else ():
-            saved = -forecast.change(state.levels, k, to, state.dropped)
-            if saved > 0:
-                yield _Move(state.moved(k, to), saved, lost[to] - lost[at])
+            yield _Step(lost[to] - lost[at], k, to)
     for b in range(len(worth.blocks)):
         if (after := worth.without(state, b)) is not None:
-            saved = forecast.block(state.levels, b, state.dropped)
-            if saved > 0:
-                yield _Move(after, saved, worth.lost(after) - worth.lost(state))
+            yield _Step(worth.lost(after) - worth.lost(state), block=b)
 
 
 def _polished(forecast: Forecast, worth: Worth, state: State, target_ms: float) -> State:
@@ -162,32 +174,31 @@ def _polished(forecast: Forecast, worth: Worth, state: State, target_ms: float) 
 
 
 def _best_exchange(forecast: Forecast, worth: Worth, state: State, slack: float) -> State | None:
+    """The exchange that keeps most; those that cannot keep more than the best so far are not looked at."""
     lost = worth.lost(state)
-    best: tuple[float, State] | None = None
-    for up in _upward(forecast, worth, state):
-        if up.saved + slack >= 0:
-            candidates = [up]
-        else:
-            candidates = [
-                _Move(down.state, up.saved + down.saved, 0.0)
-                for down in _moves(forecast, worth, up.state)
-                if up.saved + down.saved + slack >= 0
-            ]
-        for move in candidates:
-            gain = lost - worth.lost(move.state)
-            if gain > 1e-9 * max(1.0, lost) and (best is None or gain > best[0]):
-                best = gain, move.state
-    if best is None:
-        return None
-    return best[1]
+    most, best = 1e-9 * max(1.0, lost), None
+    upward = [(lost - worth.lost(before), before, saved) for before, saved in _upward(forecast, worth, state)]
+    for won, before, saved in sorted(upward, key=lambda found: -found[0]):
+        if won <= most:
+            break
+        if saved + slack >= 0:
+            most, best = won, before
+            continue
+        for step in sorted(_steps(worth, before), key=lambda step: step.lost):
+            if won - step.lost <= most:
+                break
+            if saved + step.saved(forecast, before) + slack >= 0:
+                most, best = won - step.lost, step.after(worth, before)
+                break
+    return best
 
 
-def _upward(forecast: Forecast, worth: Worth, state: State) -> Iterator[_Move]:
-    """Moves that put something back; `saved` is negative."""
+def _upward(forecast: Forecast, worth: Worth, state: State) -> Iterator[tuple[State, float]]:
+    """States in which something is back, and the time that it saves: below zero."""
     for k in range(len(worth.ladders)):
         at = state.levels[k]
         for to in range(max(0, at - LOOK_AHEAD), at):
-            yield _Move(state.moved(k, to), -forecast.change(state.levels, k, to, state.dropped), 0.0)
+            yield state.moved(k, to), -forecast.change(state.levels, k, to, state.dropped)
     for b in state.dropped:
         after = replace(state, dropped=state.dropped - {b})
-        yield _Move(after, -forecast.block(state.levels, b, after.dropped), 0.0)
+        yield after, -forecast.block(state.levels, b, after.dropped)
