@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from surgery.errors import SurgeryError
     from surgery.ir import Budget, Plan
     from surgery.pipeline import Result, apply, shrink
+    from surgery.recover.teaching import Training
     from surgery.score import score
     from surgery.trace import trace
 
@@ -32,6 +33,7 @@ __all__ = [
     "Plan",
     "Result",
     "SurgeryError",
+    "Training",
     "allocate",
     "apply",
     "check",
@@ -51,6 +53,7 @@ _HOME = {
     "Plan": "ir",
     "Result": "pipeline",
     "SurgeryError": "errors",
+    "Training": "recover.teaching",
     "allocate": "allocate",
     "apply": "pipeline",
     "check": "check",

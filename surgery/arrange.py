@@ -24,6 +24,7 @@ from surgery.labels import Value
 from surgery.moves import Held, Layout, Places, arranged, layouts, moves_of, positions
 from surgery.numerics import well_conditioned
 from surgery.score import score_group, weights_of
+from surgery.second_order import NAMES as IMAGES
 from surgery.tolerances import TOLERANCE
 from surgery.wiring import Wiring
 
@@ -48,7 +49,8 @@ def arrange(program: Program, coupling: Coupling, criterion: Any = "l1", *, seed
     out = []
     for inner, outer in _unchanging(program, places, coupling, pairs, seed):
         joint, theirs = _joint(places, inner, outer, parameters)
-        scores = np.asarray(score_group(joint, theirs, criterion, seed=seed)).reshape(outer.size, inner.size)
+        by = "l1" if criterion in IMAGES else criterion  # within a head weights tell enough
+        scores = np.asarray(score_group(joint, theirs, by, seed=seed)).reshape(outer.size, inner.size)
         orders = np.argsort(-scores, axis=1, kind="stable")
         out.append(Arrangement(inner.name, outer.name, tuple(map(tuple, orders.tolist()))))
     return tuple(out)

@@ -24,7 +24,7 @@ import click
 from surgery import __version__
 from surgery.errors import INTERNAL, OK, InvalidInput, SurgeryError
 from surgery.options import (
-    CALIBRATION,
+    DATA,
     DELIVERY,
     EXIT_CODES,
     MODEL,
@@ -62,7 +62,7 @@ def cli() -> None:
 
 
 @cli.command(epilog=EXIT_CODES)
-@options(MODEL, SELECTION, TIMING, PLANNING, CALIBRATION, DELIVERY, OUTPUT)
+@options(MODEL, SELECTION, TIMING, PLANNING, DATA, DELIVERY, OUTPUT)
 @click.pass_obj
 def shrink(session: Session, /, model: str, as_json: bool, quiet: bool, out: Path | None, **given: Any) -> None:
     """Shrink MODEL: cut, check, export to ONNX, time, and write everything into --out.
@@ -80,7 +80,7 @@ def shrink(session: Session, /, model: str, as_json: bool, quiet: bool, out: Pat
 
 @cli.command(epilog=EXIT_CODES)
 @click.argument("plan", type=click.Path(path_type=Path))
-@options(MODEL, TIMING, DELIVERY, OUTPUT)
+@options(MODEL, TIMING, DATA, DELIVERY, OUTPUT)
 @click.pass_obj
 def apply(
     session: Session, /, plan: Path, model: str, as_json: bool, quiet: bool, out: Path | None, **given: Any
@@ -101,7 +101,8 @@ def apply(
             from surgery.repeat import repeat
 
             inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
-            return repeat(decided, loaded.module, inputs, example_kwargs=kwargs, progress=progress)
+            again = repeat(decided, loaded.module, inputs, example_kwargs=kwargs, progress=progress)
+            return replace(again, request=_with_data(again.request, loaded, given))
 
         written = _deliver(session, loaded, model, out, given, how, progress, again)
     print_report(written.data, as_json=as_json)
@@ -146,7 +147,7 @@ def profile(
 
 
 @cli.command(epilog=EXIT_CODES)
-@options(MODEL, SELECTION, TIMING, PLANNING, CALIBRATION, OUTPUT)
+@options(MODEL, SELECTION, TIMING, PLANNING, DATA, OUTPUT)
 @click.pass_obj
 def show(session: Session, /, model: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Show what would be cut from MODEL and why, without cutting, exporting or writing anything.
@@ -231,20 +232,37 @@ def _decide(loaded: LoadedModel, given: Mapping[str, Any], progress: Progress) -
     from surgery.decide import decide
 
     inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
-    request = replace(_request(given), calibration=_images(loaded, given))
+    request = _with_data(_request(given), loaded, given)
     return decide(loaded.module, inputs, request, example_kwargs=kwargs, progress=progress)
 
 
-def _images(loaded: LoadedModel, given: Mapping[str, Any]) -> Any:
-    if given["calibrate"] is None:
-        if alone := [f"--{name}" for name in ("mean", "std") if given[name]]:
-            raise InvalidInput(f"{alone[0]} is for calibration images: give those with --calibrate, or leave it out")
-        return None
-    from surgery import images
+def _with_data(request: Request, loaded: LoadedModel, given: Mapping[str, Any]) -> Request:
+    """The request with the images that are named, read as the model expects; without any, trained models are folded."""
+    from surgery.datasets import open_images
+    from surgery.recovery import level_of
 
+    how = loaded.preprocessing
+    changes = {name: given[name] for name in ("mean", "std", "crop", "size") if given[name] is not None}
+    if changes and given["data"] is None and given["val"] is None:
+        raise InvalidInput(f"--{next(iter(changes))} is for images: give those with --data or --val, or leave it out")
     first = loaded.example_inputs[0] if isinstance(loaded.example_inputs, tuple) else loaded.example_inputs
-    mean, std = given["mean"] or images.MEAN, given["std"] or images.STD
-    return images.read(given["calibrate"], getattr(first, "shape", ()), mean=mean, std=std)
+    shape = tuple(getattr(first, "shape", ()))
+    opened = {
+        name: open_images(given[name], shape, replace(how, **changes), option=f"--{name}")
+        for name in ("data", "val")
+        if given[name] is not None
+    }
+    level = given["recover"]
+    if level is None and "data" not in opened:
+        level = "fold" if _can_fold(loaded, request, shape) else "none"
+    request = replace(request, recover=level, images=given["images"], **opened)
+    level_of(request)
+    return request
+
+
+def _can_fold(loaded: LoadedModel, request: Request, shape: Sequence[int]) -> bool:
+    """Whether there is something to recover, weights that were trained, and images can be drawn."""
+    return not loaded.weights.startswith("random") and request.tracer == "export" and len(shape) == 4
 
 
 def _deliver(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from surgery.ir import CostFn, Coupling, Program
+from surgery.ir import CostFn, Coupling, Program, Scores
 from surgery.labels import Layers, Mask, Value
 from surgery.ops.registry import Shape, rules
 from surgery.wiring import Wiring
@@ -129,3 +129,20 @@ def _params(program: Program, wiring: Wiring) -> CostFn:
         return fixed + sum(int(np.prod(_shape(s, lengths), dtype=np.int64)) for s in tracked)
 
     return params
+
+
+def priced(scores: Scores, coupling: Coupling, cost: CostFn) -> Scores:
+    """Return what is lost with each unit for what it saves: millionths of the dense cost, where half of its group goes.
+
+    Args:
+        scores: what is lost with each unit.
+        coupling: the groups.
+        cost: dead units per group name → cost of what is left.
+    """
+    dense, out = cost({}), {}
+    for group in coupling.groups:
+        half = max(1, group.size // 2) if group.size > 1 else 0
+        saved = (dense - cost({group.name: tuple(range(half))})) / half if half else 0.0
+        price = 1e6 * saved / dense if dense else 0.0
+        out[group.name] = tuple(score / max(price, 1e-9) for score in scores[group.name])
+    return out

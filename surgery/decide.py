@@ -16,7 +16,7 @@ from surgery.acceptance import acceptance_of
 from surgery.allocate import allocate
 from surgery.arrange import arrange, settled
 from surgery.blocks import drop, find_blocks
-from surgery.cost import flush_mib
+from surgery.cost import flush_mib, priced
 from surgery.couple import kept_names
 from surgery.dead import dead_blocks
 from surgery.errors import InvalidInput, UnsupportedModel
@@ -28,6 +28,7 @@ from surgery.practise import practised_worth
 from surgery.race import Loop
 from surgery.request import Clock, Progress, Request, Stages, stages_of
 from surgery.score import score, weights_of
+from surgery.second_order import PRICED
 from surgery.signal import Signal, signal_of
 from surgery.timeplan import Planner, Timed, carried
 
@@ -103,8 +104,9 @@ def decide(
     with run("trace"):
         whole = parts.reach(model, request.part, example_inputs, example_kwargs) if request.part is not None else None
         program = stages.trace(*(whole.call if whole else (model, example_inputs, example_kwargs)))
-    if request.calibration is not None:
-        request = replace(request, calibration=seen_by(request.calibration, program, whole))
+    if request.data is not None:
+        with run("read images"):
+            request = replace(request, seen=seen_by(request.data, program, whole, request.images))
     choice = _chosen(stages, program, request, run)
     while request.own_class and (module := _in_the_way(stages, choice, request, run)):
         request = replace(request, keep=(*request.keep, module))
@@ -127,12 +129,24 @@ def _prepared(stages: Stages, program: Program, request: Request, run: Clock) ->
     with run("couple"):
         coupling = stages.couple(program, keep=request.keep)
     with run("score"):
-        orders = arrange(program, coupling, request.ranking, seed=request.seed)
+        orders, costs = (
+            arrange(program, coupling, request.ranking, seed=request.seed),
+            stages.cost_functions(program, coupling),
+        )
         moves = moves_of(coupling, orders)
         scores = score(
-            program, coupling, request.ranking, seed=request.seed, prepare=lambda weights: arranged(weights, moves)
+            program,
+            coupling,
+            request.ranking,
+            seed=request.seed,
+            prepare=lambda weights: arranged(weights, moves),
+            images=request.seen.batches if request.seen is not None else None,
+            macs=costs["macs"]({}),
+            progress=lambda fraction: run.progress("score", fraction),
         )
-    return _Ground(program, coupling, scores, orders, stages.cost_functions(program, coupling))
+        if request.ranking in PRICED and request.goal.kind in costs:
+            scores = priced(scores, coupling, costs[request.goal.kind])
+    return _Ground(program, coupling, scores, orders, costs)
 
 
 def _chosen(stages: Stages, program: Program, request: Request, run: Clock) -> Choice:
@@ -300,16 +314,21 @@ class _Clockwork:
         """Who reads the units; how much a unit counts among its like is the criterion's to tell."""
         parameters = arranged(weights_of(ground.program, ground.coupling), moves_of(ground.coupling, ground.orders))
         signal = signal_of(ground.program, ground.coupling, parameters, blocks)
-        if self._request.calibration is not None and blocks:
+        if self._request.seen is not None and blocks:
             signal = replace(signal, blocks=self._practised(ground.program, blocks))
+        if self._request.ranking in PRICED:
+            return replace(signal, losses=ground.scores)
         return signal if self._request.ranking == "signal" else signal.ranked(ground.scores)
 
     def _practised(self, program: Program, blocks: tuple[Block, ...]) -> Mapping[str, float]:
-        """What is lost with blocks as seen on calibration images, once for all plans."""
+        """What is lost with blocks as seen on images, once for all plans."""
+        assert self._request.seen is not None
         if self._worth is None:
             with self._run("calibrate"):
                 macs = self._grounds[frozenset(self._dead)].costs["macs"]({})
-                self._worth = practised_worth(program, blocks, self._request.calibration.batches, macs=macs)
+                self._worth = practised_worth(
+                    program, blocks, self._request.seen.batches, macs=macs, compensated=self._request.ranking in PRICED
+                )
         return self._worth
 
 
@@ -340,7 +359,6 @@ def _refuse_what_is_for_the_clock(request: Request) -> None:
     given = {
         "--latency-table": request.latency_table is not None,
         "--acceptance": request.acceptance is not None,
-        "--calibrate": request.calibration is not None,
         "--no-correct": not request.correct,
     }
     for name in (name for name, is_given in given.items() if is_given):

@@ -6,30 +6,27 @@ Nothing here needs labels. What is read from files is scaled to 0..1, brought to
 from __future__ import annotations
 
 import hashlib
-import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.data import Dataset
 
 from surgery.blame import first_line
+from surgery.datasets import Images, spaced
 from surgery.errors import InvalidInput
 from surgery.ir import InputSpec, Program
 from surgery.part import Whole, reach
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's images, by which most published weights are normalised."""
-MOST = 256
-"""At most so many images are read from files: by name, evenly spaced."""
-BATCH = 8
-"""Images that are run at a time, however they were given."""
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
-_GIVE = "give a tensor (N, C, H, W), or a sequence or DataLoader of batches"
+MOST = 512
+"""At most so many images are looked at."""
+PIXELS, LARGEST = 1_250_000, 64
+"""Images are run so many values at a time, and no more than so many images."""
+_GIVE = "give a tensor (N, C, H, W), a Dataset, or a sequence or DataLoader of batches"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,11 +37,13 @@ class Calibration:
         batches: each a tuple of the model's tensor inputs in order, the batch along axis 0.
         count: number of images.
         digest: SHA-256 of shapes and values.
+        given: for a part of a model, the whole model's inputs that `batches` came of.
     """
 
     batches: tuple[tuple[Tensor, ...], ...]
     count: int
     digest: str
+    given: tuple[tuple[Tensor, ...], ...] = ()
 
     def described(self) -> dict[str, Any]:
         """Return what a plan records."""
@@ -52,23 +51,24 @@ class Calibration:
 
     def through(self, function: Callable[[tuple[Tensor, ...]], Sequence[Tensor]]) -> Calibration:
         """Return each batch as a function of it: what a part of the model is given, say."""
-        return replace(self, batches=tuple(tuple(function(batch)) for batch in self.batches))
+        return replace(self, batches=tuple(tuple(function(batch)) for batch in self.batches), given=self.batches)
 
 
-def seen_by(given: Any, program: Program, whole: Whole | None) -> Calibration:
+def seen_by(given: Any, program: Program, whole: Whole | None, most: int = MOST) -> Calibration:
     """Return calibration images as a program's inputs; arguments and errors are those of `gather`.
 
     Args:
         given: inputs of the model, of the whole one where a part of it was traced.
         program: the traced model or part.
         whole: where it is a part, what that belongs to.
+        most: so many images are looked at.
     """
     if isinstance(given, Calibration):
         return given
     if whole is None:
-        return gather(given, program.inputs)
+        return gather(given, program.inputs, most)
     args = whole.example_args or ()
-    seen = gather(given, [_spec_of(x) for x in pytree.tree_leaves(args) if isinstance(x, Tensor)])
+    seen = gather(given, [_spec_of(x) for x in pytree.tree_leaves(args) if isinstance(x, Tensor)], most)
 
     def arriving(batch: tuple[Tensor, ...]) -> list[Tensor]:
         inputs = iter(batch)
@@ -84,59 +84,84 @@ def _spec_of(x: Tensor) -> InputSpec:
     return InputSpec("input", tuple(x.shape), str(x.dtype).removeprefix("torch."), tuple(range(x.dim())))
 
 
-def gather(given: Any, inputs: Sequence[InputSpec]) -> Calibration:
+def gather(given: Any, inputs: Sequence[InputSpec], most: int = MOST) -> Calibration:
     """Return calibration images as batches of a model's inputs.
 
     Args:
-        given: a tensor (N, C, H, W); or a sequence or DataLoader of batches, each the model's input or a tuple of its
-            inputs; what follows them in a batch, such as labels, is left out.
+        given: a tensor (N, C, H, W), a Dataset; or a sequence or DataLoader of batches, each the model's input or a
+            tuple of its inputs; what follows them in a batch, such as labels, is left out.
         inputs: the model's tensor inputs.
+        most: so many images are looked at.
 
     Raises:
         InvalidInput: that is not what was given, or it does not fit the inputs.
     """
     if isinstance(given, Calibration):
         return given
-    if isinstance(given, (str, Path, Mapping)) or not isinstance(given, (Tensor, Iterable)):
-        raise InvalidInput(f"calibration is of type {type(given).__name__}: {_GIVE}")
-    batches = [_inputs_of(batch, len(inputs)) for batch in ([given] if isinstance(given, Tensor) else given)]
+    batches = [_inputs_of(batch, len(inputs)) for batch in _batches(given, most)]
     if not batches:
-        raise InvalidInput(f"calibration holds no images: {_GIVE}")
+        raise InvalidInput(f"data holds no images: {_GIVE}")
     try:
-        whole = [torch.cat(column) for column in zip(*batches, strict=True)]
+        whole = [torch.cat(column)[:most] for column in zip(*batches, strict=True)]
     except RuntimeError as error:
-        raise InvalidInput(f"calibration batches do not go together ({first_line(error)}): {_GIVE}") from error
-    whole = [_fitting(x, spec) for x, spec in zip(whole, inputs, strict=True)]
+        raise InvalidInput(f"batches of data do not go together ({first_line(error)}): {_GIVE}") from error
+    whole = [fitting(x, spec) for x, spec in zip(whole, inputs, strict=True)]
     fixed = 0 not in inputs[0].dynamic
-    size = inputs[0].shape[0] if fixed else BATCH
+    size = inputs[0].shape[0] if fixed else max(8, min(LARGEST, PIXELS // max(1, whole[0][:1].numel())))
     count = len(whole[0]) // size * size if fixed else len(whole[0])
     if not count or any(len(x) != len(whole[0]) for x in whole):
-        raise InvalidInput(f"calibration: every input takes equally many images, at least {size if fixed else 1}")
+        raise InvalidInput(f"data: every input takes equally many images, at least {size if fixed else 1}")
     whole = [x[:count] for x in whole]
     return Calibration(tuple(zip(*(torch.split(x, size) for x in whole), strict=True)), count, _digest(whole))
+
+
+def _batches(given: Any, most: int) -> Iterator[Any]:
+    """As many batches as it takes; of a data set, images that are evenly spaced."""
+    if isinstance(given, Images):
+        found = [image for image, _ in given.some(most)]
+        yield from [torch.stack(found)] if found else []
+        return
+    if isinstance(given, tuple) and len(given) == 2 and all(isinstance(x, Tensor) for x in given):
+        given = given[0] if given[0].dim() != given[1].dim() else given
+    if isinstance(given, Tensor):
+        yield given[spaced(len(given), most)]
+        return
+    if isinstance(given, Dataset) and hasattr(given, "__len__") and hasattr(given, "__getitem__"):
+        for k in spaced(len(given), most):
+            sample = given[k]
+            yield pytree.tree_map(lambda x: x[None] if isinstance(x, Tensor) else x, sample)
+        return
+    if isinstance(given, (str, Path, Mapping)) or not isinstance(given, Iterable):
+        raise InvalidInput(f"data is of type {type(given).__name__}: {_GIVE}")
+    seen = 0
+    for batch in given:
+        yield batch
+        seen += next((len(x) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.dim()), 0)
+        if seen >= most:
+            return
 
 
 def _inputs_of(batch: Any, count: int) -> list[Tensor]:
     leaves = [batch] if isinstance(batch, Tensor) else pytree.tree_leaves(batch)
     tensors = [x.detach().cpu() for x in leaves if isinstance(x, Tensor) and x.dim()]
     if len(tensors) < count:
-        raise InvalidInput(f"a calibration batch holds {len(tensors)} tensors, the model takes {count}: {_GIVE}")
+        raise InvalidInput(f"a batch of data holds {len(tensors)} tensors, the model takes {count}: {_GIVE}")
     return tensors[:count]
 
 
-def _fitting(x: Tensor, spec: InputSpec) -> Tensor:
-    """A model's input in its dtype; raises where its shape is none that the model takes."""
+def fitting(x: Tensor, spec: InputSpec, named: str = "data") -> Tensor:
+    """Return a model's input in its dtype; raises InvalidInput where its shape is none that the model takes."""
     wanted = getattr(torch, spec.dtype)
     free = (0, *spec.dynamic)
     same = x.dim() == len(spec.shape) and all(a in free or size == spec.shape[a] for a, size in enumerate(x.shape))
     if not same or x.is_floating_point() != wanted.is_floating_point:
         told = ", ".join("N" if a in free else str(size) for a, size in enumerate(spec.shape))
         raise InvalidInput(
-            f"calibration images are {tuple(x.shape)} of {x.dtype}, but input '{spec.name}' takes ({told}) of "
+            f"{named}: images are {tuple(x.shape)} of {x.dtype}, but input '{spec.name}' takes ({told}) of "
             f"{spec.dtype}; normalise and resize them as the model expects"
         )
     if x.is_floating_point() and not bool(torch.isfinite(x).all()):
-        raise InvalidInput("calibration images hold NaN or infinite values")
+        raise InvalidInput(f"{named}: images hold NaN or infinite values; repair or remove them")
     return x.to(wanted)
 
 
@@ -146,73 +171,3 @@ def _digest(tensors: Sequence[Tensor]) -> str:
         digest.update(f"{tuple(x.shape)} {x.dtype}".encode())
         digest.update(x.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-# Files. --------------------------------------------------------------------------------------------------------------
-
-
-def read(path: str | Path, shape: Sequence[int], *, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
-    """Return the images of a file or folder, normalised: (N, C, H, W), float32.
-
-    Args:
-        path: an .npz file with `images` (N, H, W, C) of uint8, or a folder of image files, nested or not.
-        shape: of the model's input, (N, C, H, W): images of another size are resized, those of files cropped as well.
-        mean: of each channel, where pixels are 0 to 1.
-        std: likewise.
-
-    Raises:
-        InvalidInput: there are no such images.
-    """
-    if len(shape) != 4:
-        raise InvalidInput(f"--calibrate takes images (N, C, H, W), but this model's input is {tuple(shape)}")
-    _, channels, height, width = shape
-    if len(mean) != channels or len(std) != channels or min(std) <= 0:
-        raise InvalidInput(f"--mean and --std: give one number for each of {channels} channels, --std above 0")
-    place = Path(path)
-    pixels = _of_folder(place, channels, (height, width)) if place.is_dir() else _of_archive(place, channels)
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255  # (N, C, H, W)
-    if images.shape[2:] != (height, width):
-        images = torch.nn.functional.interpolate(images, (height, width), mode="bilinear", antialias=True)
-    shift, scale = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
-    return (images - shift) / scale
-
-
-def _spaced(count: int) -> list[int]:
-    return sorted({round(float(k)) for k in np.linspace(0, count - 1, min(count, MOST))})
-
-
-def _of_archive(path: Path, channels: int) -> np.ndarray:
-    """(N, H, W, C) of uint8."""
-    try:
-        with np.load(path) as data:
-            pixels = data["images"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise InvalidInput(
-            f"--calibrate {path}: give an .npz file with 'images' (N, H, W, C) of uint8, or a folder of images "
-            f"({'no such file' if not path.exists() else 'this is none'})"
-        ) from error
-    pixels = pixels[..., None] if pixels.ndim == 3 else pixels
-    if pixels.ndim != 4 or pixels.shape[3] != channels or pixels.dtype != np.uint8 or not len(pixels):
-        raise InvalidInput(
-            f"--calibrate {path}: 'images' is {pixels.shape} of {pixels.dtype}; expected (N, H, W, {channels}) of uint8"
-        )
-    return np.ascontiguousarray(pixels[_spaced(len(pixels))])
-
-
-def _of_folder(folder: Path, channels: int, size: tuple[int, int]) -> np.ndarray:
-    """(N, H, W, C) of uint8: each image's middle, in the shape that is wanted."""
-    from PIL import Image, ImageOps  # Here: Python calls bring tensors.
-
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not files or channels not in (1, 3):
-        raise InvalidInput(f"--calibrate {folder}: no images ({', '.join(SUFFIXES)}) for {channels} channels")
-    out = []
-    for k in _spaced(len(files)):
-        try:
-            with Image.open(files[k]) as image:
-                whole = image.convert("RGB" if channels == 3 else "L")
-        except (OSError, ValueError) as error:
-            raise InvalidInput(f"--calibrate: {files[k]} cannot be read ({first_line(error)})") from error
-        fitted = ImageOps.fit(whole, (size[1], size[0]), Image.Resampling.BILINEAR)
-        out.append(np.asarray(fitted).reshape(*size, channels))
-    return np.stack(out)

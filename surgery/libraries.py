@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from surgery.blame import first_line
 from surgery.compat import import_timm, import_torchvision
 from surgery.errors import InvalidInput, UnsupportedModel
+from surgery.preprocessing import Preprocessing
 
 PROBE_SECONDS = 4.0
 STALLED_SECONDS = 20.0
@@ -67,6 +68,7 @@ class Source:
         runs: whether the whole model runs on its example inputs (detectors may not).
         notes: what the user should know.
         shape_notes: what the user should know where no input shape was given.
+        preprocessing: model → what its weights expect to have been done to images.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Source:
     runs: bool = True
     notes: tuple[str, ...] = ()
     shape_notes: tuple[str, ...] = ()
+    preprocessing: Callable[[nn.Module], Preprocessing] = lambda module: Preprocessing()
 
 
 def torchvision_names() -> list[str]:
@@ -126,6 +129,7 @@ def torchvision_source(name: str) -> Source:
         runs=family != "detection",
         notes=_NOTES.get(family, ()),
         shape_notes=_SHAPE_NOTES.get(family, ()),
+        preprocessing=lambda module: _torchvision_preprocessing(default),
     )
 
 
@@ -149,7 +153,27 @@ def timm_source(name: str) -> Source:
         accepts=lambda key: key == "num_classes",
         pretrained=lambda args: _timm_pretrained(name, args),
         shape=_timm_shape,
+        preprocessing=_timm_preprocessing,
     )
+
+
+def _torchvision_preprocessing(weights: Any) -> Preprocessing:
+    """As the transforms that published weights come with; those of classification say what they crop."""
+    transforms: Any = weights.transforms() if weights is not None else None
+    crop, resize = (getattr(transforms, name, None) for name in ("crop_size", "resize_size"))
+    if not crop or not resize:
+        return Preprocessing()
+    share = min(1.0, crop[0] / resize[0])
+    return Preprocessing(tuple(transforms.mean), tuple(transforms.std), share, transforms.interpolation.value)
+
+
+def _timm_preprocessing(module: nn.Module) -> Preprocessing:
+    """As the model's own data configuration."""
+    import_timm()
+    from timm.data import resolve_model_data_config
+
+    known = resolve_model_data_config(module)
+    return Preprocessing(tuple(known["mean"]), tuple(known["std"]), known["crop_pct"], known["interpolation"])
 
 
 def unreachable(url: str) -> str | None:

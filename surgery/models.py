@@ -12,7 +12,7 @@ import importlib.util
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,6 +26,7 @@ from surgery.blame import first_line, user_line
 from surgery.compat import import_timm, import_torchvision
 from surgery.errors import InvalidInput, SurgeryError
 from surgery.libraries import Built, Source, Unavailable, timm_names, timm_source, torchvision_names, torchvision_source
+from surgery.preprocessing import Preprocessing
 from surgery.pt2 import load_program, plain_module
 from surgery.usercode import folder_name, near, top_level_names, user_source
 
@@ -47,6 +48,7 @@ class LoadedModel:
             `checkpoint resnet.pt`.
         notes: what the user should know.
         warnings: what the user must know: that the weights are random although pretrained ones were asked for.
+        preprocessing: what the model expects to have been done to images.
     """
 
     module: nn.Module
@@ -56,6 +58,7 @@ class LoadedModel:
     weights: str
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
 
 
 def load_model(
@@ -95,7 +98,8 @@ def load_model(
         if source.runs:
             check_runs(built.module, args, kwargs)
     notes = loaded.notes if input_shape else (*source.shape_notes, *loaded.notes)
-    return replace(loaded, example_inputs=args, example_kwargs=kwargs, notes=notes)
+    how = source.preprocessing(built.module)
+    return replace(loaded, example_inputs=args, example_kwargs=kwargs, notes=notes, preprocessing=how)
 
 
 def list_names(library: str = "torchvision") -> list[str]:

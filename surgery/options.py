@@ -69,6 +69,24 @@ class Numbers(click.ParamType[tuple[float, ...]]):
             self.fail(f"'{value}' is no list of numbers; write one for each channel, as in 0.5,0.5,0.5", param, ctx)
 
 
+class Pixels(click.ParamType[tuple[int, int]]):
+    """``224`` or ``192,256`` → (height, width)."""
+
+    name = "N|H,W"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Parse the text; click reports what is raised."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            sizes = [int(part) for part in str(value).split(",")]
+        except ValueError:
+            sizes = []
+        if len(sizes) not in (1, 2) or min(sizes) < 1:
+            self.fail(f"'{value}' is no size; write one number, or height and width as in 192,256", param, ctx)
+        return sizes[0], sizes[-1]
+
+
 class Assignment(click.ParamType[tuple[str, Any]]):
     """``num_classes=10`` → ("num_classes", 10): the value as a Python literal, or else as text."""
 
@@ -91,6 +109,8 @@ def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     ctx.ensure_object(Session).debug |= value
 
 
+WEIGHTS = ("l1", "l2", "bn-gamma", "lamp", "fpgm", "signal", "random")
+IMAGES = ("activation", "reconstruction", "taylor", "second-order")
 _KEEP = click.option(
     "--keep", multiple=True, metavar="PATTERN",
     help="Leave modules or parameters of this name whole (* and ? match); may be repeated.",
@@ -128,8 +148,9 @@ SELECTION = (
     click.option("--params", type=_FRACTION, metavar="R", help="Fraction of the parameters to keep."),
     click.option("--channels", type=_FRACTION, metavar="R", help="Fraction of all removable units to keep."),
     click.option(
-        "--criterion", type=click.Choice(["l1", "l2", "bn-gamma", "lamp", "fpgm", "signal", "random"]),
-        help="What makes a unit important.  [default: signal for a budget of time, else l1]",
+        "--criterion", type=click.Choice([*WEIGHTS, *IMAGES]),
+        help="What makes a unit important; activation, reconstruction, taylor and second-order look at --data.  "
+        "[default: second-order with --data, else signal for a budget of time, else l1]",
     ),
     click.option(
         "--scope", type=click.Choice(["global", "uniform"]), default="global", show_default=True,
@@ -194,13 +215,31 @@ PLANNING = (
     ),
 )  # fmt: skip
 
-CALIBRATION = (
+DATA = (
     click.option(
-        "--calibrate", type=click.Path(), metavar="FILE.npz|FOLDER",
-        help="Judge blocks on images: 'images' (N,H,W,C) of uint8 in an .npz file, or image files.",
+        "--data", metavar="FOLDER|FILE.npz|FILE.py:CALLABLE",
+        help="Images to choose by and to recover with, no labels needed: a folder of them, an .npz file with 'images' "
+        "(N,H,W,C) of uint8 and perhaps 'labels', or a callable that returns a DataLoader.",
     ),
-    click.option("--mean", type=Numbers(), help="Of each channel, for pixels of 0 to 1.  [default: ImageNet's]"),
-    click.option("--std", type=Numbers(), help="Likewise.  [default: ImageNet's]"),
+    click.option(
+        "--val", metavar="FOLDER|FILE.npz|FILE.py:CALLABLE",
+        help="Images to judge by, likewise; with classes, the accuracy lost is measured.",
+    ),
+    click.option(
+        "--recover", type=click.Choice(["none", "fold", "bn", "reconstruct", "distill", "finetune"]),
+        help="How to bring the compact model back to the dense one.  [default: reconstruct with --data, else fold]",
+    ),
+    click.option(
+        "--images", type=click.IntRange(min=2), default=512, show_default=True, metavar="N",
+        help="At most so many images of --data are looked at, to choose and to reconstruct.",
+    ),
+    click.option("--mean", type=Numbers(), help="Of each channel, for pixels of 0 to 1.  [default: the model's own]"),
+    click.option("--std", type=Numbers(), help="Likewise.  [default: the model's own]"),
+    click.option("--size", type=Pixels(), help="Height and width of the images.  [default: the example input's]"),
+    click.option(
+        "--crop", type=click.FloatRange(0.0, 1.0, min_open=True), metavar="F",
+        help="Share of an image's shorter side that is kept of its middle.  [default: the model's own]",
+    ),
 )  # fmt: skip
 
 PROFILE = (

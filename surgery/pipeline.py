@@ -26,6 +26,7 @@ from surgery.decide import Decision, decide
 from surgery.errors import InvalidInput, UnsupportedModel
 from surgery.fvcount import count_macs, count_params
 from surgery.ir import Budget, CheckResult, CompactModel, Coupling, Plan, Program
+from surgery.recovery import level_of, recovered, with_recovery
 from surgery.repeat import traced
 from surgery.request import Clock, Progress, Request, stages_of
 
@@ -76,6 +77,7 @@ def realise(decision: Decision, *, progress: Progress | None = None) -> Result:
             verdict = parts.check(whole, stages.reference(program, plan, coupling), model, verdict, program)
     with run("count"), buffers_kept(compact.module):
         costs, notes = _counted(decision, compact)
+    recovery = recovered(program, plan, coupling, compact, model, whole, decision.request, run.progress)
     data = report.describe(program, coupling, plan, compact=compact, verdict=verdict, costs=costs, loop=choice.loop)
     if whole is not None:
         data["part"] = parts.describe(whole, model, verdict)
@@ -85,6 +87,7 @@ def realise(decision: Decision, *, progress: Progress | None = None) -> Result:
         "notes": [*data["notes"], *choice.warnings, *notes],
         "stages_s": {**decision.stages_s, **run.seconds},
     }
+    data = with_recovery(data, recovery)
     return Result(
         model=model,
         kind=compact.kind,
@@ -135,7 +138,11 @@ def shrink(
     correct: bool = True,
     drop_layers: bool = True,
     acceptance: str | Path | None = None,
-    calibration: Any = None,
+    data: Any = None,
+    images: int = 512,
+    recover: str | None = None,
+    val: Any = None,
+    training: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -164,9 +171,14 @@ def shrink(
         drop_layers: let residual blocks and depthwise layers go: those that are dead already, and for budgets of time
             those that buy it most cheaply.
         acceptance: path of what a pack measured of an earlier plan on the table's device; the new plan aims by it.
-        calibration: images on which blocks are judged, for budgets of time: a tensor (N, C, H, W), normalised as the
-            model expects, or a sequence or DataLoader of batches, each forward's input or a tuple of its inputs (what
-            follows them, such as labels, is left out). The plan's settings record their number and digest.
+        data: images to choose by and to recover with, no labels needed: a tensor (N, C, H, W), normalised as the model
+            expects, a Dataset, or a sequence or DataLoader of batches, each forward's input or a tuple of its inputs
+            and what follows them (classes, for `finetune`). The plan's settings record their number and digest.
+        images: at most so many of them are looked at.
+        recover: `none`, `fold` (without images), `bn`, `reconstruct`, `distill` or `finetune`; None: `reconstruct`
+            where there are data, else `none`.
+        val: images to judge by, with classes or without, as `data`, or a pair of tensors (N, C, H, W) and (N,).
+        training: a `surgery.Training`, for `distill` and `finetune`.
         example_kwargs: forward's keyword arguments.
         progress: called with a stage's name and 0.0 as it begins, 1.0 when it is done.
 
@@ -198,8 +210,13 @@ def shrink(
         correct=correct,
         drop_layers=drop_layers,
         acceptance=acceptance,
-        calibration=calibration,
+        data=data,
+        images=images,
+        recover=recover,
+        val=val,
+        training=training,
     )
+    level_of(request)
     if not isinstance(request.goal, Budget):
         raise InvalidInput(f"budget is {budget!r}; pass for example surgery.Budget(latency=0.5)")
     with torch.random.fork_rng(devices=()), buffers_kept(model):

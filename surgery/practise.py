@@ -3,8 +3,8 @@
 The network runs without a block; what is then missing from its outputs is what the block is worth. Blocks that
 make up for each other look superfluous one by one; so they are taken away in turn, each time the one without which
 least is missing given those that are gone. What a light recovery could give back may be given back first: a scale and
-a shift per channel of the stream behind the block, fitted by least squares. Plans do without that, because compact
-models come without recovery, and because the order is no better after one (benchmarks/studies/blocks.py).
+a shift per channel of the stream behind the block, fitted by least squares. Plans do so where units are judged
+likewise, with their readers fitted anew; the order is no better for it (benchmarks/studies/blocks.py).
 
 Source: after Wang and Wu 2022, PRACTISE (arXiv:2202.07861), whose recoverability is the outputs' error after training
 inserted layers; here such a layer is a scale and a shift, its fit is closed, and the blocks are taken in turn.
@@ -38,7 +38,9 @@ FEWEST = 8
 _LEAST = 1e-30
 
 
-def practised_worth(program: Program, blocks: Sequence[Block], batches: Batches, *, macs: int = 0) -> dict[str, float]:
+def practised_worth(
+    program: Program, blocks: Sequence[Block], batches: Batches, *, macs: int = 0, compensated: bool = False
+) -> dict[str, float]:
     """Return what is lost with each block, the worth of those that go before it not counted in.
 
     That is by how much the logarithm of one plus what is missing grows. Near zero it is ``-log(1 - missing)``, the
@@ -49,11 +51,12 @@ def practised_worth(program: Program, blocks: Sequence[Block], batches: Batches,
         blocks: of that program.
         batches: of its inputs.
         macs: of one image through the network, by which the images are limited; 0 for all of them.
+        compensated: what a scale and a shift per channel give back is not lost: for models that will be recovered.
     """
     if not blocks:
         return {}
     most = max(FEWEST, int(WORK_MACS / (4 * len(blocks) * macs))) if macs else None
-    trial = Trial(program, blocks, first(batches, most))
+    trial = Trial(program, blocks, first(batches, most), compensated=compensated)
     worth: dict[str, float] = {}
     before, least = 0.0, 0.0
     for name, missing in trial.in_turn():

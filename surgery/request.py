@@ -41,9 +41,17 @@ class Stages:
     reference: Callable[..., torch.nn.Module]
 
 
+_NOT_OF_THE_PLAN = frozenset(
+    ("budget", "latency_table", "acceptance", "correct", "data", "seen", "images", "recover", "val", "training")
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked for. The fields are the keyword arguments of `shrink`, and the options of the command line."""
+    """What is asked for. The fields are the keyword arguments of `shrink`, and the options of the command line.
+
+    `seen` is what was read of `data`, once they were.
+    """
 
     budget: Budget | None = None
     criterion: Any = None
@@ -61,7 +69,12 @@ class Request:
     correct: bool = True
     drop_layers: bool = True
     acceptance: Any = None
-    calibration: Any = None
+    data: Any = None
+    images: int = 512
+    recover: str | None = None
+    val: Any = None
+    training: Any = None
+    seen: Calibration | None = None
 
     @property
     def goal(self) -> Budget:
@@ -72,17 +85,21 @@ class Request:
 
     @property
     def ranking(self) -> Any:
-        """The criterion: `signal` for a budget of time by default, else `l1`."""
-        return self.criterion if self.criterion is not None else "signal" if self.goal.is_latency else "l1"
+        """The criterion: `second-order` where there are images, else `signal` for a budget of time, else `l1`."""
+        if self.criterion is not None:
+            return self.criterion
+        if self.data is not None and self.tracer == "export":
+            return "second-order"
+        return "signal" if self.goal.is_latency else "l1"
 
     def settings(self) -> dict[str, Any]:
         """Return what a plan records, so that it can be applied again: JSON values, without the budget."""
         clocked = () if self.goal.is_latency else ("threads", "batch")
-        left_out = {"budget", "latency_table", "acceptance", "correct", "calibration", *clocked}
+        left_out = {*_NOT_OF_THE_PLAN, *clocked}
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         ranking = self.ranking
         criterion = ranking if isinstance(ranking, str) else getattr(ranking, "__name__", "custom")
-        seen = {"calibration": self.calibration.described()} if isinstance(self.calibration, Calibration) else {}
+        seen = {"data": self.seen.described()} if self.seen is not None else {}
         return {**values, "criterion": criterion, "keep": list(self.keep), **seen}
 
 

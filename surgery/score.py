@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from surgery import second_order
 from surgery.blame import first_line, user_line
 from surgery.errors import InvalidInput, PlanMismatch
 from surgery.ir import Coupling, Group, Program, Scores, Site
+from surgery.numerics import state_of
 from surgery.signal import signal_of
 from surgery.wiring import all_tensors
 
@@ -34,6 +36,9 @@ def score(
     *,
     seed: int = 0,
     prepare: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict,
+    images: Sequence[Sequence[Tensor]] | None = None,
+    macs: int = 0,
+    progress: Callable[[float], None] = lambda fraction: None,
 ) -> Scores:
     """Return the importance of every unit of every group.
 
@@ -44,6 +49,9 @@ def score(
             between groups (divide by the group's mean where in doubt).
         seed: for criteria that draw at random.
         prepare: what is done to the parameters before they are looked at: heads' members put in order.
+        images: batches of the program's inputs, for the criteria that look at images (`second_order.NAMES`).
+        macs: of one image, by which what those criteria measure is limited; 0: it is not.
+        progress: told the fraction that is done.
 
     Returns:
         Group name → finite score of each unit.
@@ -53,6 +61,21 @@ def score(
             number per unit.
         PlanMismatch: the coupling was made for another model.
     """
+    if isinstance(criterion, str) and criterion in second_order.NAMES and images is not None:
+        parameters = prepare(weights_of(program, coupling))
+        known = signal_of(program, coupling, parameters)
+        return second_order.scored(
+            criterion,
+            program,
+            coupling,
+            prepare(state_of(program)) if program.graph is not None else {},
+            images,
+            heard={reader.name: reader.heard for readers in known.readers.values() for reader in readers},
+            order={group.name: known.scores(group) for group in coupling.groups},
+            macs=macs,
+            seed=seed,
+            progress=progress,
+        )
     function = _resolve(criterion, seed)
     parameters = prepare(weights_of(program, coupling))
     if criterion == "signal":
@@ -223,12 +246,15 @@ def _over_mean(values: Tensor) -> Tensor:
 
 
 def _resolve(criterion: str | Criterion, seed: int) -> Criterion:
+    names = ", ".join((*CRITERIA, *second_order.NAMES))
     if not isinstance(criterion, str):
         if not callable(criterion):
-            raise InvalidInput(f"criterion {criterion!r}: give a name ({', '.join(CRITERIA)}) or a callable")
+            raise InvalidInput(f"criterion {criterion!r}: give a name ({names}) or a callable")
         return criterion
+    if criterion in second_order.NAMES:
+        raise InvalidInput(f"criterion {criterion} looks at images: give some (--data, or `data` in Python)")
     if criterion not in CRITERIA:
-        raise InvalidInput(f"no criterion '{criterion}'; there are {', '.join(CRITERIA)}, or pass a callable")
+        raise InvalidInput(f"no criterion '{criterion}'; there are {names}, or pass a callable")
     return partial(uniform_random, seed=seed) if criterion == "random" else CRITERIA[criterion]
 
 

@@ -48,10 +48,12 @@ class Signal:
     Attributes:
         readers: group name → the layers that read its units.
         blocks: block name → what is lost with it.
+        losses: group name → what is lost with each unit as it goes in turn, where images told; else None.
     """
 
     readers: Mapping[str, tuple[Reader, ...]]
     blocks: Mapping[str, float]
+    losses: Mapping[str, Sequence[float]] | None = None
 
     def scores(self, group: Group) -> tuple[float, ...]:
         """Return for each unit what all layers that read it lose with it."""

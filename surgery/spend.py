@@ -19,7 +19,7 @@ import numpy as np
 
 from surgery.ladders import Ladder
 from surgery.latency import Forecast
-from surgery.signal import Reader, loss_of
+from surgery.signal import Reader, Signal, loss_of
 
 LOOK_AHEAD = 4
 """How many steps of a ladder one move may take: single steps may buy nothing where several units share a stair."""
@@ -74,17 +74,26 @@ class Worth:
         return widths + sum(self.blocks[b] for b in state.dropped)
 
 
-def worth_of(ladders: Sequence[Ladder], readers: Mapping[str, Sequence[Reader]]) -> tuple[tuple[float, ...], ...]:
+def worth_of(ladders: Sequence[Ladder], signal: Signal) -> tuple[tuple[float, ...], ...]:
     """Return what is lost at each level of each ladder: how much of the signal its readers no longer get.
+
+    Where images told what is lost with each unit, that is summed up.
 
     So narrowing one layer to nothing costs more than taking as many units from several, and a unit of a residual
     stream, which many layers read, costs more than one that a single layer reads.
 
     Args:
         ladders: by which groups shrink.
-        readers: of each group's units.
+        signal: who reads the units, or what is lost with each.
     """
-    return tuple(_lost_on(ladder, readers) for ladder in ladders)
+    if signal.losses is not None:
+        return tuple(_summed(ladder, signal.losses) for ladder in ladders)
+    return tuple(_lost_on(ladder, signal.readers) for ladder in ladders)
+
+
+def _summed(ladder: Ladder, losses: Mapping[str, Sequence[float]]) -> tuple[float, ...]:
+    sums = np.concatenate([[0.0], np.cumsum([max(0.0, losses[name][unit]) for name, unit in ladder.order])])
+    return tuple(float(sums[end]) for end in (0, *ladder.ends))
 
 
 def _lost_on(ladder: Ladder, readers: Mapping[str, Sequence[Reader]]) -> tuple[float, ...]:

@@ -150,7 +150,7 @@ class Planner:
             frozenset(k for k, part in enumerate(self.blocks) if part.sum in block.nodes) for block in self.blocks
         )
         return Worth(
-            worth_of(ladders, self.signal.readers),
+            worth_of(ladders, self.signal),
             tuple(self.signal.blocks[block.name] for block in self.blocks),
             inside,
             within,

@@ -37,18 +37,8 @@ def user_source(owner: str, name: str) -> Source:
     Raises:
         InvalidInput: nothing of that name, or the import fails.
     """
-    is_file = owner.endswith(".py")
-    folder = Path(owner).expanduser().resolve().parent if is_file else Path.cwd()
-    label = f"{owner}:{name}"
-    with _on_path(folder):
-        module = _guarded(f"cannot import {owner}", lambda: _import_file(owner) if is_file else _import_name(owner))
-    maker: Any = module
-    for part in name.split("."):
-        if not hasattr(maker, part):
-            names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-            own = [key for key in names if getattr(vars(module)[key], "__module__", None) == module.__name__]
-            raise InvalidInput(f"{owner} has no '{name}'; {near(name, names, own)}")
-        maker = getattr(maker, part)
+    maker, folder, _ = _found(owner, name)
+    is_file, label = owner.endswith(".py"), f"{owner}:{name}"
 
     def build(model_args: Mapping[str, Any]) -> Built:
         if isinstance(maker, nn.Module):
@@ -66,6 +56,39 @@ def user_source(owner: str, name: str) -> Source:
         initial=f"of {label} (seed {{seed}})",
         accepts=lambda key: _takes(maker, key),
     )
+
+
+def user_object(owner: str, name: str) -> Any:
+    """Return what a name of the user's own file or module stands for; a callable comes guarded: it is called likewise.
+
+    Raises:
+        InvalidInput: nothing of that name, or the import, or the call, fails.
+    """
+    maker, folder, _ = _found(owner, name)
+    if not callable(maker):
+        return maker
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _on_path(folder):
+            return _guarded(f"{owner}:{name} failed", lambda: maker(*args, **kwargs))
+
+    return call
+
+
+def _found(owner: str, name: str) -> tuple[Any, Path, ModuleType]:
+    """The object, the folder that was on `sys.path`, and the module that it is of."""
+    is_file = owner.endswith(".py")
+    folder = Path(owner).expanduser().resolve().parent if is_file else Path.cwd()
+    with _on_path(folder):
+        module = _guarded(f"cannot import {owner}", lambda: _import_file(owner) if is_file else _import_name(owner))
+    maker: Any = module
+    for part in name.split("."):
+        if not hasattr(maker, part):
+            names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+            own = [key for key in names if getattr(vars(module)[key], "__module__", None) == module.__name__]
+            raise InvalidInput(f"{owner} has no '{name}'; {near(name, names, own)}")
+        maker = getattr(maker, part)
+    return maker, folder, module
 
 
 def _unpack(label: str, result: Any) -> Built:

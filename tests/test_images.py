@@ -13,12 +13,15 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from surgery import images
+from surgery.datasets import Images, open_images
 from surgery.errors import InvalidInput
 from surgery.ir import InputSpec
 from surgery.part import reach
+from surgery.preprocessing import Preprocessing
 from surgery.trace import trace
 
 SPEC = (InputSpec("x", (2, 3, 8, 8), "float32", (0,)),)
+MANY = (InputSpec("x", (2, 3, 2, 2), "float32", (0,)),)
 GIVEN = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -32,7 +35,7 @@ def labelled() -> DataLoader[Any]:
 def test_every_way_to_give_images_comes_to_the_same(given: Any) -> None:
     found, wanted = images.gather(given, SPEC), images.gather(GIVEN, SPEC)
     assert found.described() == wanted.described() == {"images": 40, "sha256": wanted.digest}
-    assert [len(x) for (x,) in found.batches] == [8, 8, 8, 8, 8]
+    assert [len(x) for (x,) in found.batches] == [40]
     assert torch.equal(torch.cat([x for (x,) in found.batches]), GIVEN)
 
 
@@ -71,15 +74,24 @@ def pixels(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
+def opened(place: Path, shape: tuple[int, ...], **how: Any) -> Images:
+    found = open_images(str(place), shape, Preprocessing(**how))
+    assert isinstance(found, Images)
+    return found
+
+
 def test_an_archive_is_scaled_resized_and_normalised(tmp_path: Path) -> None:
     known = pixels(5, 8, 8, 3)
     np.savez(tmp_path / "a.npz", images=known, labels=np.arange(5))
-    found = images.read(tmp_path / "a.npz", (1, 3, 8, 8), mean=(0.5, 0.5, 0.5), std=(0.25, 0.5, 0.5))
-    assert found.shape == (5, 3, 8, 8)
-    assert float(found[2, 0, 3, 4]) == pytest.approx((known[2, 3, 4, 0] / 255 - 0.5) / 0.25, abs=1e-6)
-    assert images.read(tmp_path / "a.npz", (1, 3, 32, 16)).shape == (5, 3, 32, 16)
+    found = opened(tmp_path / "a.npz", (1, 3, 8, 8), mean=(0.5, 0.5, 0.5), std=(0.25, 0.5, 0.5))
+    assert len(found) == 5 and found.labelled
+    image, label = found[2]
+    assert image.shape == (3, 8, 8) and label == 2
+    assert float(image[0, 3, 4]) == pytest.approx((known[2, 3, 4, 0] / 255 - 0.5) / 0.25, abs=1e-6)
+    assert opened(tmp_path / "a.npz", (1, 3, 32, 16))[0][0].shape == (3, 32, 16)
+    assert opened(tmp_path / "a.npz", (1, 3, 32, 16), size=(12, 20))[0][0].shape == (3, 12, 20)
     np.savez(tmp_path / "many.npz", images=pixels(1000, 2, 2, 3))
-    assert len(images.read(tmp_path / "many.npz", (1, 3, 2, 2))) == images.MOST
+    assert images.gather(opened(tmp_path / "many.npz", (1, 3, 2, 2)), MANY, 100).count == 100
 
 
 def test_a_folder_is_read_by_name_from_the_middle_of_each_image(tmp_path: Path) -> None:
@@ -89,32 +101,74 @@ def test_a_folder_is_read_by_name_from_the_middle_of_each_image(tmp_path: Path) 
     Image.fromarray(wide).save(tmp_path / "b" / "1.png")
     Image.fromarray(pixels(8, 8, 3)).save(tmp_path / "a.PNG")
     (tmp_path / "notes.txt").write_text("no image")
-    found = images.read(tmp_path, (1, 3, 8, 8), mean=(0, 0, 0), std=(1, 1, 1))
-    assert found.shape == (2, 3, 8, 8)
-    assert bool((found[1] == 1).all())
-    grey = images.read(tmp_path, (1, 1, 8, 8), mean=(0,), std=(1,))
-    assert grey.shape == (2, 1, 8, 8)
+    found = opened(tmp_path, (1, 3, 8, 8), mean=(0, 0, 0), std=(1, 1, 1))
+    assert len(found) == 2 and not found.labelled
+    assert bool((found[1][0] == 1).all())
+    assert opened(tmp_path, (1, 1, 8, 8), mean=(0,), std=(1,))[0][0].shape == (1, 8, 8)
+
+
+def test_the_crop_is_a_share_of_the_shorter_side(tmp_path: Path) -> None:
+    framed = np.zeros((16, 32, 3), np.uint8)
+    framed[4:12, 12:20] = 255
+    Image.fromarray(framed).save(tmp_path / "1.png")
+    whole, middle = (opened(tmp_path, (1, 3, 8, 8), mean=(0, 0, 0), std=(1, 1, 1), crop=c)[0][0] for c in (1.0, 0.5))
+    assert float(middle.mean()) == pytest.approx(1.0)
+    assert float(whole.mean()) == pytest.approx(0.25, abs=0.05)
+
+
+def test_folders_side_by_side_are_classes(tmp_path: Path) -> None:
+    for k, name in enumerate(("cat", "ant", "bee")):
+        (tmp_path / name).mkdir()
+        for n in range(k + 1):
+            Image.fromarray(pixels(8, 8, 3)).save(tmp_path / name / f"{n}.png")
+    found = opened(tmp_path, (1, 3, 8, 8))
+    assert [found[k][1] for k in range(6)] == [0, 0, 1, 1, 1, 2]
+
+
+def test_files_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path) -> None:
+    for k in range(120):
+        Image.fromarray(pixels(8, 8, 3)).save(tmp_path / f"{k:03}.png")
+    (tmp_path / "007.png").write_bytes(b"nothing")
+    found = opened(tmp_path, (1, 3, 8, 8))
+    assert images.gather(found, SPEC, 120).count == 119
+    assert found.notes() == ["--data: 1 files could not be read and were left out"]
+    assert torch.equal(found[7][0], found[8][0])
+    (tmp_path / "008.png").write_bytes((tmp_path / "009.png").read_bytes()[:40])
+    with pytest.raises(InvalidInput, match=r"2 of 120 images cannot be read, the first is .*007.png"):
+        images.gather(opened(tmp_path, (1, 3, 8, 8)), SPEC, 120)
 
 
 def test_files_that_cannot_be_used_say_so(tmp_path: Path) -> None:
     (tmp_path / "broken.npz").write_bytes(b"nothing")
     np.savez(tmp_path / "other.npz", pictures=pixels(2, 8, 8, 3))
     np.savez(tmp_path / "floats.npz", images=np.zeros((2, 8, 8, 3)))
+    np.savez(tmp_path / "short.npz", images=pixels(2, 8, 8, 3), labels=np.arange(3))
+    np.savez(tmp_path / "negative.npz", images=pixels(2, 8, 8, 3), labels=np.array([0, -1]))
     (tmp_path / "empty").mkdir()
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "1.png").write_bytes(b"nothing")
-    for name in ("missing.npz", "broken.npz", "other.npz", "floats.npz", "empty", "bad"):
-        with pytest.raises(InvalidInput, match="--calibrate"):
-            images.read(tmp_path / name, (1, 3, 8, 8))
+    for name in ("missing.npz", "broken.npz", "other.npz", "floats.npz", "short.npz", "negative.npz", "empty"):
+        with pytest.raises(InvalidInput, match="--data"):
+            opened(tmp_path / name, (1, 3, 8, 8))
     with pytest.raises(InvalidInput, match="--mean"):
-        images.read(tmp_path / "other.npz", (1, 1, 8, 8))
+        opened(tmp_path / "other.npz", (1, 1, 8, 8))
     with pytest.raises(InvalidInput, match=r"N, C, H, W"):
-        images.read(tmp_path / "other.npz", (1, 10))
+        opened(tmp_path / "other.npz", (1, 10))
+
+
+def test_a_callable_of_the_users_gives_its_batches(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch\ndef good():\n    return [(torch.ones(4, 3, 8, 8), torch.arange(4))] * 3\n"
+        "def bad():\n    return 3\ndef broken():\n    raise ValueError('no disk')\n"
+    )
+    found = open_images(f"{tmp_path}/mine.py:good", (1, 3, 8, 8), Preprocessing())
+    assert images.gather(found, SPEC).count == 12
+    for name, said in (("bad", "returned int"), ("broken", "no disk"), ("none", "has no 'none'")):
+        with pytest.raises(InvalidInput, match=said):
+            open_images(f"{tmp_path}/mine.py:{name}", (1, 3, 8, 8), Preprocessing())
 
 
 def test_a_part_sees_what_arrives_at_it() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())).eval()
     whole = reach(model, "1", GIVEN[:2], None)
     found = images.seen_by(GIVEN, trace(*whole.call), whole)
-    assert torch.equal(found.batches[1][0], model[0](GIVEN[8:16]))
+    assert torch.equal(found.batches[0][0], model[0](GIVEN))
     assert found.digest == images.gather(GIVEN, SPEC).digest

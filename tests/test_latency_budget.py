@@ -275,7 +275,7 @@ def test_the_command_line_plans_by_a_table(folder: Path) -> None:
         (["--latency", "0.5", "--round-to", "8"], 2, "round_to"),
         (["--macs", "0.5", "--latency-table", "table.json"], 2, "--latency-table is for budgets of time"),
         (["--macs", "0.5", "--no-correct"], 2, "--no-correct is for budgets of time"),
-        (["--latency-table", "table.json", "--mean", "0.5,0.5,0.5"], 2, "--mean is for calibration images"),
+        (["--latency-table", "table.json", "--mean", "0.5,0.5,0.5"], 2, "--mean is for images"),
         (["--latency-table", "table.json", "--keep", "*"], 5, "nothing of the model may be cut"),
         (["--latency-table", "nowhere.json"], 2, "cannot read latency table"),
         (["--latency-table", "nets.py"], 2, "not a latency table"),

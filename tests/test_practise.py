@@ -128,12 +128,12 @@ def test_a_plan_goes_by_what_the_images_show() -> None:
     assert max(by_weights, key=by_weights.__getitem__) == "2"
     given = table_of(program, couple(program))
     asked = {"budget": surgery.Budget(latency=0.8), "latency_table": given}
-    first_run, again = (surgery.shrink(model, IMAGES[:2], calibration=IMAGES, **asked) for _ in range(2))  # type: ignore[arg-type]
+    first_run, again = (surgery.shrink(model, IMAGES[:2], data=IMAGES, **asked) for _ in range(2))  # type: ignore[arg-type]
     assert set(first_run.plan.dropped) == {"2"}
     assert first_run.plan.to_json() == again.plan.to_json()
-    assert first_run.plan.settings["calibration"]["images"] == 24
-    assert first_run.report["settings"]["calibration"] == first_run.plan.settings["calibration"]
-    other = surgery.shrink(model, IMAGES[:2], calibration=IMAGES.flip(0), **asked)  # type: ignore[arg-type]
+    assert first_run.plan.settings["data"]["images"] == 24
+    assert first_run.report["settings"]["data"] == first_run.plan.settings["data"]
+    other = surgery.shrink(model, IMAGES[:2], data=IMAGES.flip(0), **asked)  # type: ignore[arg-type]
     assert other.plan.settings != first_run.plan.settings
     assert "2" not in surgery.shrink(model, IMAGES[:2], **asked).plan.dropped  # type: ignore[arg-type]
 
@@ -168,12 +168,12 @@ def test_the_command_line_reads_the_images(tmp_path: Path, capsys: pytest.Captur
     table_of(program, couple(program)).save(tmp_path / "table.json")
     np.savez(tmp_path / "a.npz", images=np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8))
     command = ["show", source, "--latency", "0.7", "--latency-table", str(tmp_path / "table.json"), "--json", "--quiet"]
-    calibrate = ["--calibrate", str(tmp_path / "a.npz"), "--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5"]
-    assert main([*command, *calibrate]) == 0
+    calibrate = ["--data", str(tmp_path / "a.npz"), "--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5"]
+    assert main([*command, *calibrate, "--criterion", "signal"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["settings"]["calibration"]["images"] == 20
+    assert told["settings"]["data"]["images"] == 20
     assert told["dropped"]
     assert main([*command, *calibrate, "--mean", "0.5"]) == 2
     assert "--mean" in capsys.readouterr().err
-    assert main([*command, "--calibrate", str(tmp_path / "none.npz")]) == 2
+    assert main([*command, "--data", str(tmp_path / "none.npz")]) == 2
     assert main([*command, *calibrate, "--std", "a"]) == 2

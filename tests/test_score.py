@@ -221,7 +221,7 @@ def test_a_callable_that_returns_something_else_is_named(model: nn.Module, retur
         score(program_of(model), coupling_of(model), mine)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("criterion", ["taylor", 3])
+@pytest.mark.parametrize("criterion", ["hessian", 3])
 def test_an_unknown_criterion_lists_the_known_ones(model: nn.Module, criterion: str) -> None:
     with pytest.raises(InvalidInput, match="l1, l2, bn-gamma, lamp, fpgm, signal, random"):
         score(program_of(model), coupling_of(model), criterion)

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from benchmarks.studies import data, record
 from surgery.blocks import drop, find_blocks
-from surgery.images import BATCH
 from surgery.ir import Block, Program
 from surgery.practise import Trial
 from surgery.signal import block_worth
 from surgery.trace import trace
 
+BATCH = 8
 NETWORK = "resnet56"
 COUNTS = (3, 6, 9)
 IMAGES = 64

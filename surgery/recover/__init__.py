@@ -1,0 +1,1 @@
+"""Recovery: what brings a compact model's outputs back to the dense model's."""

@@ -1,0 +1,71 @@
+"""Images drawn at random, for where there are none: leaves of many sizes on top of each other, and noise of all scales.
+
+Such images share with photographs what layers near the input respond to: edges at all scales, occlusion, uniform areas,
+and a spectrum that falls with frequency. A network's layers are alive on them, which is all that a fit needs.
+
+Source: dead leaves after Lee, Mumford and Huang 2001; learning from them after Baradad et al. 2021 (arXiv:2106.05963).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LEAVES = 40
+"""On each image."""
+_TOGETHER = 0.85
+"""How much channels go together."""
+
+
+def drawn_images(count: int, channels: int, height: int, width: int, *, seed: int = 0) -> Tensor:
+    """Return images (count, channels, height, width) of about zero mean and unit variance, as normalised ones have.
+
+    Args:
+        count: of images; one half has sharp leaves and little noise, the other less of these and more noise.
+        channels: of each.
+        height: in pixels.
+        width: in pixels.
+        seed: of all that is drawn.
+    """
+    random = np.random.default_rng(seed)
+    leaves = np.stack([_leaves(random, channels, height, width) for _ in range(count)])
+    noise = _noise(random, count, channels, height, width)
+    rough = (np.arange(count) % 2).reshape(-1, 1, 1, 1)
+    mixed = np.where(rough, 0.7 * leaves + 0.7 * noise, leaves + 0.2 * noise)
+    return torch.from_numpy(mixed.astype(np.float32))
+
+
+def _leaves(random: np.random.Generator, channels: int, height: int, width: int) -> np.ndarray:
+    image = np.broadcast_to(_colour(random, channels, 0.8, 0.5), (channels, height, width)).copy()
+    for _ in range(LEAVES):
+        radius = random.random() ** 3 * max(height, width) / 2 + 1
+        middle, angle, aspect = random.random(2) * (height, width), random.random() * np.pi, 1 + random.random()
+        round_, colour = random.random() < 0.5, _colour(random, channels, 0.9, 0.35)
+        reach = radius * aspect * (1 if round_ else np.sqrt(2))
+        low = np.maximum(0, np.floor(middle - reach)).astype(int)
+        high = np.minimum((height, width), np.ceil(middle + reach) + 1).astype(int)
+        y, x = np.mgrid[low[0] : high[0], low[1] : high[1]].astype(np.float32)
+        dy, dx = y - middle[0], x - middle[1]
+        u = (dx * np.cos(angle) + dy * np.sin(angle)) / aspect
+        v = (dy * np.cos(angle) - dx * np.sin(angle)) * aspect
+        inside = u * u + v * v < radius * radius if round_ else (abs(u) < radius) & (abs(v) < radius)
+        image[:, low[0] : high[0], low[1] : high[1]][:, inside] = colour[:, :, 0]
+    return image
+
+
+def _colour(random: np.random.Generator, channels: int, bright: float, tint: float) -> np.ndarray:
+    return (bright * random.standard_normal() + tint * random.standard_normal(channels)).reshape(-1, 1, 1)
+
+
+def _noise(random: np.random.Generator, count: int, channels: int, height: int, width: int) -> np.ndarray:
+    """Amplitudes fall as one over frequency; channels go together; each image has a contrast of its own."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 0.5 / max(height, width)
+    white = np.fft.rfft2(random.standard_normal((count, channels, height, width)))
+    pink = np.fft.irfft2(white / frequency, s=(height, width))
+    pink /= pink.std(axis=(1, 2, 3), keepdims=True) + 1e-12
+    mixing = np.linalg.cholesky(np.full((channels, channels), _TOGETHER) + (1 - _TOGETHER) * np.eye(channels))
+    contrast = np.exp(0.4 * random.standard_normal((count, 1, 1, 1)))
+    noise: np.ndarray = contrast * np.einsum("ij,njhw->nihw", mixing, pink)
+    return noise

@@ -1,0 +1,266 @@
+"""Reconstruction: each layer's weights fitted anew, so that it gives what the dense model's gives.
+
+In the network's order each layer is fed with what the compact model itself computes, all layers before it fitted
+already: errors do not pile up. A layer whose result is added to a stream aims at the sum, so that it also makes up for
+what the stream lacks. Before a rectifier, what the dense model has below zero may be anything below zero. No labels, no
+gradients, and no more memory for more images.
+
+Source: after Luo et al. 2017, ThiNet (arXiv:1707.06342); the compact model's own inputs and the rectifier after Zhang
+et al. 2016 (arXiv:1505.06798).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from surgery.contractions import CONVOLUTIONS, LINEAR, Contraction, find_contractions
+from surgery.cut import masks_of
+from surgery.ir import CompactModel, Coupling, Plan, Program
+from surgery.labels import Value
+from surgery.least_squares import Moments, Solution, folds_for, solve
+from surgery.moves import arranged, moves_of
+from surgery.numerics import state_of
+from surgery.rows import Window, convolution_rows, drawn, value_rows
+from surgery.tape import Frontier, Tape
+from surgery.wiring import Masks, Wiring, bind
+
+aten = torch.ops.aten
+
+Batches = Sequence[Sequence[Tensor]]
+MEMORY = 2**31
+"""What may be held of the images between layers, in bytes; where it is more, runs begin further back."""
+ROWS, FEWEST_ROWS = 16, 20_000
+"""So many rows for each weight of an output are enough, but no fewer than these."""
+_RECTIFIERS = (aten.relu.default, aten.relu_.default)
+_TINY = 1e-8
+_SAME = 1e-9
+"""A layer that is this near to what is wanted, over its variance, stays bit by bit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What came of one layer.
+
+    Attributes:
+        name: of the weight, or of the norm's scale.
+        rows: it was fitted on.
+        unknowns: weights of one output.
+        ridge: that was chosen; infinite where only the shift was fitted.
+        before: squared error over the variance of what is wanted, as cut.
+        after: likewise fitted, on images left out of the fit.
+    """
+
+    name: str
+    rows: int
+    unknowns: int
+    ridge: float
+    before: float
+    after: float
+
+    @property
+    def scarce(self) -> bool:
+        """Whether there are fewer rows than unknowns: only the ridge makes the fit one."""
+        return self.rows < self.unknowns
+
+
+def reconstruct(
+    program: Program,
+    plan: Plan,
+    coupling: Coupling,
+    compact: CompactModel,
+    batches: Batches,
+    *,
+    seed: int = 0,
+    memory: int = MEMORY,
+    progress: Callable[[float], None] = lambda fraction: None,
+) -> list[Fitted]:
+    """Fit the compact model's weights in place; the dense model stays as it is.
+
+    Args:
+        program: what the plan was made for, its blocks dropped.
+        plan: what was cut.
+        coupling: its groups.
+        compact: the compact model; its graph and module share their tensors.
+        batches: of the model's inputs, on the CPU.
+        seed: of the positions that are drawn.
+        memory: bytes that may be held between layers.
+        progress: told the fraction that is done.
+
+    Returns:
+        What came of each layer that was fitted, in order.
+    """
+    wiring: Wiring = coupling.facts
+    masks, whole = masks_of(program, plan, coupling), program.dense
+    dense = Tape(whole.graph, arranged(state_of(whole), moves_of(coupling, plan.arranged)))
+    cut = Tape(compact.graph, tensors_of(compact.graph))
+    found, images = [], sum(len(batch[0]) for batch in batches)
+    runs = [(dense.start(batch), cut.start(batch)) for batch in batches]
+    layers = [
+        _fitting(c, wiring) for c in find_contractions(compact.graph, dense.place.keys()) if c.node in wiring.values
+    ]
+    for k, layer in enumerate(layers):
+        progress(k / len(layers))
+        fit = _Fit(layer, dense, cut, wiring.values[layer.aim], masks, images, seed + k)
+        runs = _march(dense, cut, runs, fit, memory)
+        if (done := fit.finish()) is None:
+            continue
+        if fit.rectified:
+            _march(dense, cut, runs, fit, 0)
+            done = fit.finish() or done
+        found.append(done)
+    progress(1.0)
+    return found
+
+
+def tensors_of(graph: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, detached: what is written into them, the module has."""
+    named = (graph.named_parameters(remove_duplicate=False), graph.named_buffers(remove_duplicate=False))
+    return {name: tensor.detach() for pairs in named for name, tensor in pairs}
+
+
+def _fitting(found: Contraction, wiring: Wiring) -> Contraction:
+    """The same, aiming at a sum only where that has its own shape."""
+    shapes = [getattr(wiring.values.get(name), "shape", None) for name in (found.node, found.other, found.aim)]
+    if found.other and not shapes[0] == shapes[1] == shapes[2]:
+        return replace(found, aim=found.norm or found.node, other="")
+    return found
+
+
+def _march(
+    dense: Tape, cut: Tape, runs: list[tuple[Frontier, Frontier]], fit: _Fit, memory: int
+) -> list[tuple[Frontier, Frontier]]:
+    """Bring all runs to a layer and let it look; return from where the next march begins."""
+    at = dense.place[fit.layer.node], cut.place[fit.layer.node]
+    reached: list[tuple[Frontier, Frontier]] = []
+    with torch.no_grad():
+        for k, (a, b) in enumerate(runs):
+            a, b = dense.advance(a, at[0]), cut.advance(b, at[1])
+            fit.look(k, a, b)
+            if k == 0 and (a.bytes + b.bytes) * len(runs) > memory:
+                memory = -1
+            if memory >= 0:
+                reached.append((a, b))
+    return reached if memory >= 0 else runs
+
+
+class _Fit:
+    """Gathers what one layer takes, and fits it; a second time where a rectifier follows."""
+
+    def __init__(
+        self, layer: Contraction, dense: Tape, cut: Tape, aim: Value, masks: Masks, images: int, seed: int
+    ) -> None:
+        self.layer, self._dense, self._cut, self._images = layer, dense, cut, images
+        self._node = cut.nodes[cut.place[layer.node]]
+        self._raw = bind(self._node, lambda n: n).raw
+        self._alive = [
+            torch.from_numpy(mask).nonzero().flatten() if axis and not (mask := masks(aim, a)).all() else None
+            for a, axis in enumerate(aim.axes)
+        ]
+        self._generator = torch.Generator().manual_seed(seed)
+        self._weight = cut.state[layer.weight] if layer.weight else None
+        if self._weight is None:
+            self._groups, self._inputs, self._outputs = len(cut.state[layer.norm_names[0]]), 1, 1
+        else:
+            self._groups = int(self._raw["groups"]) if self._node.target in CONVOLUTIONS else 1
+            self._inputs, self._outputs = self._weight[0].numel(), len(self._weight) // self._groups
+        self._scale, self._offset = self._affine()
+        self._prior = self._as_cut()
+        self._folds = self._empty()
+        self._again = False
+
+    @property
+    def rectified(self) -> bool:
+        """Whether nothing but rectifiers read what is aimed at."""
+        users = self._cut.nodes[self._cut.place[self.layer.aim]].users
+        return bool(users) and all(user.target in _RECTIFIERS for user in users)
+
+    def _empty(self) -> list[Moments]:
+        return [Moments.none(self._groups, self._inputs, self._outputs) for _ in range(folds_for(self._inputs))]
+
+    def _affine(self) -> tuple[Tensor, Tensor]:
+        """Scale and offset per channel of the norm behind the contraction."""
+        if not self.layer.norm:
+            width = len(self._cut.state[self.layer.weight])
+            return torch.ones(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+        gamma, beta, mean, var = (self._cut.state[name].double() for name in self.layer.norm_names)
+        scale = gamma / (var + self._epsilon()).sqrt()
+        return scale, beta - scale * mean
+
+    def _epsilon(self) -> float:
+        return float(bind(self._cut.nodes[self._cut.place[self.layer.norm]], lambda n: n).raw["eps"])
+
+    def _as_cut(self) -> Tensor:
+        """(groups, n + 1, outputs): the weights as they are, the norm's scale and shift in them."""
+        if self._weight is None:
+            weight = torch.ones(self._groups, 1, 1, dtype=torch.float64)
+        else:
+            weight = self._per_group(self._weight)
+        bias = self._cut.state[self.layer.bias].double() if self.layer.bias else torch.zeros_like(self._offset)
+        shift = self._scale * bias + self._offset
+        shape = (self._groups, 1, self._outputs)
+        return torch.cat([weight * self._scale.reshape(shape), shift.reshape(shape)], 1)
+
+    def _per_group(self, weight: Tensor) -> Tensor:
+        """(groups, n, outputs), float64."""
+        return weight.double().reshape(self._groups, self._outputs, self._inputs).transpose(1, 2)
+
+    def look(self, k: int, dense: Frontier, cut: Frontier) -> None:
+        """Take in one batch: both runs stand before the layer."""
+        wanted = self._dense.only(dense, self.layer.aim)
+        for axis, alive in enumerate(self._alive):
+            wanted = wanted if alive is None else wanted.index_select(axis, alive)
+        if self._again:
+            now = self._cut.only(cut, self.layer.aim)
+            wanted = torch.where(wanted <= 0, now.clamp_max(0), wanted)
+        if self.layer.other:
+            wanted = wanted - self._cut.only(cut, self.layer.other)
+        x = self._cut.value(self._raw["input"], cut.values)
+        axis = wanted.dim() - 1 if self._node.target == LINEAR else 1
+        positions = wanted.movedim(axis, -1).shape[1:-1]
+        most = ceil(max(FEWEST_ROWS, ROWS * (self._inputs + 1)) / self._images)
+        at = drawn(positions, most, self._generator)
+        if self._weight is not None and self._node.target in CONVOLUTIONS:
+            rows = convolution_rows(x, Window.of(self._raw, self._weight), self._groups, at)
+        else:
+            rows = value_rows(x, axis, self._groups, at)
+        self._folds[k % len(self._folds)].add(rows, value_rows(wanted, axis, self._groups, at))
+
+    def finish(self) -> Fitted | None:
+        """Fit, write the weights, and begin anew; None where nothing was amiss."""
+        solution = solve(self._folds, self._prior, shift=bool(self.layer.norm or self.layer.bias))
+        whole = sum(self._folds[1:], self._folds[0])
+        if not self._again and solution.before <= _SAME:
+            return None
+        self._write(whole, solution)
+        self._folds, self._again = self._empty(), True
+        name = self.layer.weight or self.layer.norm_names[0]
+        return Fitted(name, whole.count, self._inputs, solution.ridge, solution.before, solution.after)
+
+    def _write(self, whole: Moments, solution: Solution) -> None:
+        layer, state = self.layer, self._cut.state
+        weight, shift = solution.weight[:, :-1], solution.weight[:, -1].flatten()
+        if self._weight is None:
+            kernel, scale = torch.ones_like(weight), weight.flatten()
+        else:
+            known = self._scale.abs() > _TINY  # the norm gives nothing of others, whose kernels stay
+            shape = (self._groups, 1, self._outputs)
+            divisor = torch.where(known, self._scale, 1.0).reshape(shape)
+            kernel = torch.where(known.reshape(shape), weight / divisor, self._per_group(self._weight))
+            scale = torch.where(known, self._scale, 0.0)
+            self._weight.copy_(kernel.transpose(1, 2).reshape(self._weight.shape))
+        if not layer.norm:
+            if layer.bias:
+                state[layer.bias].copy_(shift)
+            return
+        mean, var = (values.flatten() for values in whole.moments_of(kernel))
+        mean = mean + state[layer.bias].double() if layer.bias else mean
+        gamma, beta, running_mean, running_var = (state[name] for name in layer.norm_names)
+        running_mean.copy_(mean)
+        running_var.copy_(var)
+        gamma.copy_(scale * (var + self._epsilon()).sqrt())
+        beta.copy_(shift + scale * mean)

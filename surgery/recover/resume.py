@@ -1,0 +1,63 @@
+"""Checkpoints of a training run: tensors and numbers, nothing that could run code; replaced as a whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from surgery.errors import InvalidInput
+
+FILE = "training.safetensors"
+_TOLD = "told"
+
+
+class Checkpoint:
+    """The last state of a run, in a folder of its own.
+
+    Args:
+        folder: made where it is not there.
+        key: what the run is of; a checkpoint of another key is not taken up.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._folder, self._key = folder, key
+
+    def save(self, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> None:
+        """Write a state in the place of the one before; raises InvalidInput where that cannot be done."""
+        plain = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
+        content = save(plain, metadata={_TOLD: json.dumps(dict(told)), "key": self._key})
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".partial-", delete=False) as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(stream.name, self._folder / FILE)
+        except OSError as error:
+            raise InvalidInput(f"{self._folder}: a checkpoint cannot be written ({error.strerror or error})") from error
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return the last state; None where there is none, or one of another run."""
+        place = self._folder / FILE
+        try:
+            with place.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                metadata = json.loads(stream.read(min(length, place.stat().st_size))).get("__metadata__", {})
+            if metadata.get("key") != self._key:
+                return None
+            return load_file(place), json.loads(metadata[_TOLD])
+        except (OSError, ValueError, KeyError, SafetensorError):
+            return None
+
+    def clear(self) -> None:
+        """Remove the folder, with what killed runs left in it."""
+        shutil.rmtree(self._folder, ignore_errors=True)

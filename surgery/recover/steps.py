@@ -1,0 +1,275 @@
+"""What is done to recover a compact model, step by step, each judged beside the dense model."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.cut import as_call
+from surgery.errors import InvalidInput
+from surgery.ir import CompactModel, Coupling, InputSpec, Plan, Program
+from surgery.recover.agreement import Agreement, Model, Reference
+from surgery.recover.drawn import drawn_images
+from surgery.recover.norms import estimate_norms
+from surgery.recover.reconstruct import Fitted, reconstruct
+from surgery.recover.teaching import History, Student, Training
+from surgery.recover.train import train
+
+LEVELS = ("none", "fold", "bn", "reconstruct", "distill", "finetune")
+"""Each of the last four begins with what is best of those before it."""
+DRAWN, VALUES = 512, 20_000_000
+"""So many images are drawn, fewer where they hold more values than this together."""
+
+Batches = Sequence[Sequence[Tensor]]
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Subject:
+    """A compact model and what it was cut from.
+
+    Attributes:
+        program: what is left of the traced program without the blocks that went.
+        plan: what was cut.
+        coupling: the groups.
+        compact: the compact model, whose tensors are written into.
+        dense_call: runs the dense model, the whole one where a part was shrunk.
+        compact_call: runs the compact model likewise.
+        part_call: runs the compact model itself on the program's inputs.
+        dense_model: what `dense_call` runs.
+        compact_model: what `compact_call` runs.
+        module_call: runs a module like those two on a batch of its tensor inputs.
+    """
+
+    program: Program
+    plan: Plan
+    coupling: Coupling
+    compact: CompactModel
+    dense_call: Model
+    compact_call: Model
+    part_call: Model
+    dense_model: torch.nn.Module
+    compact_model: torch.nn.Module
+    module_call: Callable[[torch.nn.Module, Sequence[Tensor]], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step did.
+
+    Attributes:
+        name: `dense`, `cut`, or a level.
+        seconds: that it took.
+        peak_memory_bytes: most that the process has held until its end.
+        agreement: with the dense model afterwards; None where nothing was there to judge by.
+        kept: whether it stayed: a step that leaves the outputs further from the dense model's is undone.
+        notes: what the user should know.
+        layers: what came of each layer.
+        history: how training went.
+    """
+
+    name: str
+    seconds: float
+    peak_memory_bytes: int
+    agreement: Agreement | None
+    kept: bool = True
+    notes: tuple[str, ...] = ()
+    layers: tuple[Fitted, ...] = field(default=(), repr=False)
+    history: History | None = field(default=None, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values: what is not finite is None."""
+        return {key: _plain(value) for key, value in asdict(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(x) for x in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def without_data(subject: Subject, reference: Reference | None, *, seed: int, progress: Progress) -> list[Step]:
+    """Fit the compact model on images that are drawn at random.
+
+    Raises:
+        InvalidInput: the model does not take images.
+    """
+    specs = subject.program.inputs
+    if subject.program.graph is None:
+        raise InvalidInput("recover='fold' needs the operators that torch.export captures; give images, and bn")
+    if len(specs) != 1 or len(specs[0].shape) != 4 or "float" not in specs[0].dtype:
+        raise InvalidInput("recover='fold' draws images (N, C, H, W), and this model takes something else; give --data")
+    batches, held_out = (_drawn(specs[0], seed + k) for k in range(2))
+    return [_reconstructed("fold", subject, batches, held_out[: max(1, len(held_out) // 4)], reference, seed, progress)]
+
+
+def _drawn(spec: InputSpec, seed: int) -> Batches:
+    values = max(1, int(torch.Size(spec.shape[1:]).numel()))
+    count = max(32, min(DRAWN, VALUES // values))
+    size = max(8, min(64, 1_250_000 // values)) if 0 in spec.dynamic else spec.shape[0]
+    images = drawn_images(-(-count // size) * size, *spec.shape[1:], seed=seed)
+    return [(x,) for x in torch.split(images.to(getattr(torch, spec.dtype)), size)]
+
+
+def with_data(
+    subject: Subject, level: str, batches: Batches, reference: Reference | None, *, seed: int, progress: Progress
+) -> list[Step]:
+    """Bring the compact model nearer to the dense one without labels or gradients.
+
+    Args:
+        subject: the compact model.
+        level: `bn`, or one that begins with `reconstruct`.
+        batches: of the program's inputs.
+        reference: to judge by.
+        seed: of all that is drawn.
+        progress: told each step.
+    """
+    if level != "bn" and subject.program.graph is not None:
+        return [_reconstructed("reconstruct", subject, batches, batches, reference, seed, progress)]
+    notes: tuple[str, ...] = () if level == "bn" else ("no reconstruction: torch.export cannot capture this model",)
+    with _timed("bn", progress) as (told, clock), _undone_if_worse(subject, batches) as judged:
+        count = estimate_norms(subject.compact, batches, call=subject.part_call, progress=told)
+    notes = notes if count else (*notes, "the model has no batch norms with running statistics")
+    return [_step("bn", clock, judged, subject, reference, notes=notes)]
+
+
+def taught(
+    subject: Subject,
+    level: str,
+    data: Any,
+    training: Training,
+    reference: Reference | None,
+    *,
+    key: str,
+    progress: Progress,
+) -> Step:
+    """Teach the compact model: `distill` by the dense one, `finetune` by classes too.
+
+    Args:
+        subject: the compact model; parameters that do not want gradients stay.
+        level: which of the two.
+        data: a map-style Dataset, or a DataLoader.
+        training: how.
+        reference: to judge by.
+        key: of what a checkpoint must be.
+        progress: told.
+    """
+    own = {id(p) for p in subject.compact.module.parameters()}
+    learning = [p for p in subject.compact_model.parameters() if id(p) in own and p.requires_grad]
+    if not learning:
+        raise InvalidInput(f"{level}: no parameter of the compact model wants gradients: call requires_grad_() on some")
+    student, teacher = (Student(m, subject.module_call) for m in (subject.compact_model, subject.dense_model))
+    with _timed(level, progress) as (told, clock):
+        history = train(
+            student, teacher, data, training, learning=learning, labels=level == "finetune", key=key, progress=told
+        )
+    notes = [f"{level}: {history.stopped}, after {history.steps} steps"] if history.stopped else []
+    notes += [f"{level}: went on from a checkpoint at step {history.resumed}"] if history.resumed else []
+    agreement = reference.judge(subject.compact_call) if reference is not None else None
+    seconds = round(clock["seconds"], 3)
+    return Step(level, seconds, peak_memory(), agreement, True, tuple(notes), (), history)
+
+
+def _reconstructed(
+    name: str,
+    subject: Subject,
+    batches: Batches,
+    judged_on: Batches,
+    reference: Reference | None,
+    seed: int,
+    progress: Progress,
+) -> Step:
+    with _timed(name, progress) as (told, clock), _undone_if_worse(subject, judged_on) as judged:
+        layers = reconstruct(
+            subject.program, subject.plan, subject.coupling, subject.compact, batches, seed=seed, progress=told
+        )
+    scarce = [layer for layer in layers if layer.scarce]
+    notes: tuple[str, ...] = ()
+    if scarce:
+        first = scarce[0]
+        notes = (
+            f"{len(scarce)} layers have fewer positions than weights to fit, the first is {first.name} ({first.rows} "
+            f"for {first.unknowns}): they are held near to what they were; more images would help",
+        )
+    return _step(name, clock, judged, subject, reference, notes=notes, layers=tuple(layers))
+
+
+def _step(
+    name: str,
+    clock: Mapping[str, float],
+    judged: _Judged,
+    subject: Subject,
+    reference: Reference | None,
+    *,
+    notes: tuple[str, ...] = (),
+    layers: tuple[Fitted, ...] = (),
+) -> Step:
+    if not judged.kept:
+        notes = (*notes, f"{name} was undone: it left the outputs further from the dense model's than they were")
+    agreement = reference.judge(subject.compact_call) if reference is not None else None
+    return Step(name, round(clock["seconds"], 3), peak_memory(), agreement, judged.kept, notes, layers)
+
+
+@contextmanager
+def _timed(name: str, progress: Progress) -> Iterator[tuple[Callable[[float], None], dict[str, float]]]:
+    clock, start = {"seconds": 0.0}, time.perf_counter()
+    progress(name, 0.0)
+    yield (lambda fraction: progress(name, min(0.999, fraction))), clock
+    clock["seconds"] = time.perf_counter() - start
+    progress(name, 1.0)
+
+
+@dataclass(slots=True)
+class _Judged:
+    kept: bool = True
+
+
+@contextmanager
+def _undone_if_worse(subject: Subject, batches: Batches) -> Iterator[_Judged]:
+    """Put the tensors back where the outputs on these inputs end up further from the dense model's, or not finite."""
+    judged, state = _Judged(), {k: v.clone() for k, v in subject.compact.module.state_dict().items()}
+    before = _apart(subject, batches)
+    try:
+        yield judged
+    except BaseException:
+        _put_back(subject, state)
+        raise
+    after = _apart(subject, batches)
+    if not (isfinite(after) and after <= before):
+        judged.kept = False
+        _put_back(subject, state)
+
+
+def _put_back(subject: Subject, state: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in subject.compact.module.state_dict().items():
+            tensor.copy_(state[name])
+
+
+def _apart(subject: Subject, batches: Batches) -> float:
+    """Squared difference of the outputs from the dense program's."""
+    dense = subject.program.dense.model
+    reference = Reference.of(lambda inputs: _called(dense, subject.program, inputs), [(b, None) for b in batches], "")
+    return reference.judge(subject.part_call).error
+
+
+def _called(module: torch.nn.Module, program: Program, inputs: Sequence[Tensor]) -> Any:
+    args, kwargs = as_call(program, list(inputs))
+    return module(*args, **kwargs)
+
+
+def peak_memory() -> int:
+    """Return the most memory that the process has held, in bytes."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(most if sys.platform == "darwin" else most * 1024)

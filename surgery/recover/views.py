@@ -1,0 +1,98 @@
+"""Images as a student sees them: in an order, shifted, flipped and mixed, all of which a seed tells.
+
+What is drawn for an image follows from the seed, the epoch and the image's number, so that one process or several see
+the same, and a run that goes on sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import Dataset, Sampler
+
+from surgery.datasets import UNKNOWN
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What is done to images.
+
+    Attributes:
+        shift: by up to this share of their size.
+        flip: left to right, half of them.
+        mix: with another image, half of them.
+        seed: of all that is drawn.
+    """
+
+    shift: float
+    flip: bool
+    mix: bool
+    seed: int
+
+
+class Views(Dataset[tuple[Tensor, ...]]):
+    """Each image as it is seen in one epoch: shifted, flipped, mixed with another; its number tells how."""
+
+    def __init__(self, images: Dataset[Any], how: Look, chosen: Sequence[int]) -> None:
+        self._images, self._how, self._chosen = images, how, chosen
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self._chosen)
+
+    def __getitem__(self, k: int) -> tuple[Tensor, ...]:
+        """Return the image's inputs and its class."""
+        how, index = self._how, self._chosen[k]
+        key = hashlib.sha256(f"{how.seed}:{self.epoch}:{index}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+        *inputs, label = self._sample(index)
+        image = self._seen(inputs[0], generator)
+        if how.mix and float(torch.rand((), generator=generator)) < 0.5:
+            other = self._chosen[int(torch.randint(len(self._chosen), (), generator=generator))]
+            share = float(torch.rand((), generator=generator))
+            image = share * image + (1 - share) * self._seen(self._sample(other)[0], generator)
+        return image, *inputs[1:], label
+
+    def _sample(self, index: int) -> tuple[Tensor, ...]:
+        leaves = pytree.tree_leaves(self._images[index])
+        tensors = [x if isinstance(x, Tensor) else torch.tensor(x) for x in leaves]
+        label = tensors[-1] if len(tensors) > 1 and tensors[-1].dim() == 0 else torch.tensor(UNKNOWN)
+        inputs = tensors[:-1] if len(tensors) > 1 and tensors[-1].dim() == 0 else tensors
+        return *inputs, label.long()
+
+    def _seen(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        if image.dim() != 3 or not image.is_floating_point():
+            return image
+        far = [int(self._how.shift * size) for size in image.shape[1:]]
+        if self._how.flip and float(torch.rand((), generator=generator)) < 0.5:
+            image = image.flip(2)
+        if not any(far):
+            return image
+        top, left = (int(torch.randint(2 * f + 1, (), generator=generator)) for f in far)
+        padded = F.pad(image[None], (far[1], far[1], far[0], far[0]), mode="reflect")[0]
+        return padded[:, top : top + image.shape[1], left : left + image.shape[2]]
+
+
+class Order(Sampler[int]):
+    """A new order for each epoch, told by the seed."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed = count, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return self._count
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield all images' numbers."""
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
+        yield from torch.randperm(self._count, generator=generator).tolist()

@@ -1,0 +1,261 @@
+"""The roof of recovery: which steps a level takes, on which images, and by which they are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from surgery.cut import as_call
+from surgery.datasets import Images, as_dataset, as_loader
+from surgery.errors import InvalidInput
+from surgery.images import Calibration, fitting, seen_by
+from surgery.ir import CompactModel, Coupling, InputSpec, Plan, Program
+from surgery.part import Whole
+from surgery.recover.agreement import Judged, Model, Reference
+from surgery.recover.steps import LEVELS, Step, Subject, peak_memory, taught, with_data, without_data
+from surgery.recover.teaching import Training
+from surgery.request import Progress, Request
+from surgery.trace import evaluating
+
+NEEDS_DATA = ("bn", "reconstruct", "distill", "finetune")
+TAUGHT = ("distill", "finetune")
+JUDGED = 10_000
+"""At most so many images of a data set are judged by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """What recovery did.
+
+    Attributes:
+        level: that was asked for.
+        steps: the dense model, the compact one as cut, and each step after.
+        judged_by: what the images were that it was judged by; empty for none.
+        labelled: whether their classes are known.
+        notes: what the user should know.
+    """
+
+    level: str
+    steps: tuple[Step, ...]
+    judged_by: str = ""
+    labelled: bool = False
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "level": self.level,
+            "judged_by": self.judged_by,
+            "labelled": self.labelled,
+            "steps": [step.to_dict() for step in self.steps],
+            "notes": list(self.notes),
+        }
+
+
+def level_of(request: Request) -> str:
+    """Return the level that is asked for: by default `reconstruct` with data, else `none`.
+
+    Raises:
+        InvalidInput: there is no such level, or it needs data.
+    """
+    level = request.recover or ("reconstruct" if request.data is not None else "none")
+    if level not in LEVELS:
+        raise InvalidInput(f"recover={level!r}: there are {', '.join(LEVELS)}")
+    if level in NEEDS_DATA and request.data is None:
+        raise InvalidInput(f"--recover {level} learns from images: give them with --data; fold does without any")
+    return level
+
+
+def recovered(
+    program: Program,
+    plan: Plan,
+    coupling: Coupling,
+    compact: CompactModel,
+    model: torch.nn.Module,
+    whole: Whole | None,
+    request: Request,
+    progress: Progress,
+) -> Recovery | None:
+    """Recover a compact model in place; None where nothing was asked for, and there is nothing to judge by.
+
+    Args:
+        program: what is left of the traced one without the blocks that went.
+        plan: what was cut.
+        coupling: the groups.
+        compact: the compact model; `model` holds it, or is it.
+        model: the compact model, the whole one where a part was shrunk.
+        whole: where a part was shrunk, the dense model that it belongs to.
+        request: with the data.
+        progress: told each step.
+    """
+    level = level_of(request)
+    seen = request.seen
+    if seen is None and request.data is not None:
+        seen = seen_by(request.data, program, whole, request.images)
+    subject = _subject(program, plan, coupling, compact, model, whole)
+    reference, notes = _reference(subject, request, seen, whole, program), list[str]()
+    steps = []
+    if reference is not None:
+        steps.append(Step("dense", 0.0, peak_memory(), reference.dense()))
+        steps.append(Step("cut", 0.0, peak_memory(), reference.judge(subject.compact_call)))
+    if level == "fold":
+        steps += without_data(subject, reference, seed=request.seed, progress=progress)
+    elif level != "none":
+        assert seen is not None, "levels that need data have some"
+        steps += with_data(subject, level, seen.batches, reference, seed=request.seed, progress=progress)
+        if level in TAUGHT:
+            training = request.training or Training(seed=request.seed)
+            key = f"{plan.digest} {seen.digest} {level} {training}"
+            data = as_dataset(request.data)
+            steps.append(taught(subject, level, data, training, reference, key=key, progress=progress))
+    for given in (request.data, request.val):
+        notes += given.notes() if isinstance(given, Images) else []
+    if not steps:
+        return None
+    named = reference.named if reference is not None else ""
+    return Recovery(level, tuple(steps), named, reference is not None and reference.labels is not None, tuple(notes))
+
+
+def _subject(
+    program: Program,
+    plan: Plan,
+    coupling: Coupling,
+    compact: CompactModel,
+    model: torch.nn.Module,
+    whole: Whole | None,
+) -> Subject:
+    def as_part(module: torch.nn.Module, inputs: Sequence[Tensor]) -> Any:
+        args, kwargs = as_call(program, list(inputs))
+        return module(*args, **kwargs)
+
+    def as_whole(module: torch.nn.Module, inputs: Sequence[Tensor]) -> Any:
+        """Runs a whole model on its own tensor inputs, the rest of its arguments as in the example."""
+        assert whole is not None
+        given = iter(inputs)
+        args = pytree.tree_map(lambda x: next(given) if isinstance(x, Tensor) else x, whole.example_args)
+        return module(*args, **dict(whole.example_kwargs or {}))
+
+    def evaluated(module: torch.nn.Module, call: Any) -> Model:
+        def run(inputs: Sequence[Tensor]) -> Any:
+            with evaluating(module):
+                return call(module, inputs)
+
+        return run
+
+    known = whole is not None and whole.example_args is not None
+    dense = whole.model if whole is not None and known else program.dense.model
+    ours, call = (model, as_whole) if known else (compact.module, as_part)
+    return Subject(
+        program=program,
+        plan=plan,
+        coupling=coupling,
+        compact=compact,
+        dense_call=evaluated(dense, call),
+        compact_call=evaluated(ours, call),
+        part_call=evaluated(compact.module, as_part),
+        dense_model=dense,
+        compact_model=ours,
+        module_call=call,
+    )
+
+
+def _reference(
+    subject: Subject, request: Request, seen: Calibration | None, whole: Whole | None, program: Program
+) -> Reference | None:
+    """The dense model on what is judged by: the user's own images to validate on, else those to calibrate on."""
+    if request.val is not None:
+        specs = _specs(whole, program)
+        return Reference.of(subject.dense_call, _Pairs(request.val, specs), _named(request.val, "--val"))
+    if seen is None:
+        return None
+    batches: Judged = [(batch, None) for batch in seen.given or seen.batches]
+    return Reference.of(subject.dense_call, batches, f"{seen.count} images of --data, those it was recovered with")
+
+
+def _specs(whole: Whole | None, program: Program) -> Sequence[InputSpec]:
+    if whole is None or whole.example_args is None:
+        return program.inputs
+    tensors = [x for x in pytree.tree_leaves(whole.example_args) if isinstance(x, Tensor)]
+    names = [str(x.dtype).removeprefix("torch.") for x in tensors]
+    return [InputSpec("input", tuple(x.shape), n, tuple(range(x.dim()))) for x, n in zip(tensors, names, strict=True)]
+
+
+def _named(given: Any, option: str) -> str:
+    count = len(given) if isinstance(given, Images) else None
+    return f"{min(count, JUDGED)} images of {option}" if count is not None else f"the images of {option}"
+
+
+class _Pairs:
+    """Batches of inputs with their classes, read anew each time they are gone through."""
+
+    def __init__(self, given: Any, specs: Sequence[InputSpec]) -> None:
+        values = max(1, int(torch.Size(specs[0].shape[1:]).numel()))
+        fixed = 0 not in specs[0].dynamic
+        size = specs[0].shape[0] if fixed else max(8, min(64, 1_250_000 // values))
+        loader = as_loader(given, batch=size, option="val")
+        self._loader: Any = list(loader) if isinstance(loader, Iterator) else loader
+        self._given, self._specs, self._size = given, specs, size if fixed else None
+
+    def __iter__(self) -> Iterator[tuple[Sequence[Tensor], Tensor | None]]:
+        seen = 0
+        for batch in self._loader:
+            tensors = [x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.dim()]
+            inputs = tensors[: len(self._specs)]
+            if len(inputs) < len(self._specs):
+                raise InvalidInput(
+                    f"a batch of val holds {len(inputs)} tensors, the model takes {len(self._specs)}: give pairs of "
+                    "images and classes"
+                )
+            if self._size is not None and len(inputs[0]) != self._size:
+                continue
+            inputs = [fitting(x, spec, "val") for x, spec in zip(inputs, self._specs, strict=True)]
+            yield inputs, _classes(tensors[len(self._specs) :], len(inputs[0]))
+            seen += len(inputs[0])
+            if seen >= JUDGED:
+                break
+        if not seen:
+            raise InvalidInput("val holds no images: give a folder, an .npz file or a DataLoader that has some")
+        if isinstance(self._given, Images):
+            self._given.refuse_broken(seen)
+
+
+def _classes(rest: Sequence[Tensor], count: int) -> Tensor | None:
+    """The classes of a batch: whole numbers, one for each image, none of them unknown."""
+    if not rest or rest[0].dim() != 1 or len(rest[0]) != count or rest[0].is_floating_point():
+        return None
+    return rest[0].long() if bool((rest[0] >= 0).all()) else None
+
+
+def with_recovery(data: dict[str, Any], recovery: Recovery | None) -> dict[str, Any]:
+    """Return the report with what recovery did, and the verdict that follows."""
+    if recovery is None:
+        return {**data, "recovery": None}
+    accuracy = {**data["accuracy"], **_verdict(recovery)}
+    return {**data, "accuracy": accuracy, "recovery": recovery.to_dict(), "notes": [*data["notes"], *recovery.notes]}
+
+
+def _verdict(recovery: Recovery) -> dict[str, Any]:
+    dense, last = recovery.steps[0].agreement, recovery.steps[-1].agreement
+    if dense is None or last is None:
+        return {"verdict": "accuracy unknown: recovered without images; not fit to deploy before it is evaluated"}
+    if last.accuracy is not None and last.drop is not None and dense.accuracy is not None:
+        value, low, high = last.drop
+        return {
+            "status": "measured",
+            "verdict": (
+                f"accuracy {100 * last.accuracy:.2f} %, dense {100 * dense.accuracy:.2f} %: {value:.2f} points lost "
+                f"[{low:.2f}, {high:.2f}], paired, on {recovery.judged_by}"
+            ),
+        }
+    told = f"logit cosine {last.cosine:.4f}"
+    if last.top1_match is not None:
+        told = f"top-1 match {100 * last.top1_match:.1f} %, {told}"
+    return {
+        "status": "agreement",
+        "verdict": f"accuracy unknown; agreement with the dense model: {told}, on {recovery.judged_by}",
+    }

@@ -1,0 +1,292 @@
+"""Importance of units told by images, without labels: criteria that look at what the network computes on them.
+
+Every layer that reads a group's units is looked at: the second moments of what it reads tell what is lost with a unit
+once the layer's other weights have made up for it. Between groups nothing but the outputs can compare: each group is
+cut by itself, at a few widths and with its readers fitted anew, and what is then missing from the outputs is measured.
+
+Source: block optimal brain surgeon after Hassibi and Stork 1993 and Frantar and Alistarh 2022 (arXiv:2208.11580), with
+units as blocks and all readers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.errors import InvalidInput
+from surgery.ir import Coupling, Group, Program, Scores, Site
+from surgery.numerics import Run, flat_outputs, masked_run
+from surgery.observe import Batches, Reader, by_activation, observed, read_by, share, taylor
+from surgery.tape import Tape
+from surgery.wiring import Masks, Wiring
+
+Progress = Callable[[float], None]
+
+NAMES = ("activation", "reconstruction", "taylor", "second-order")
+"""The criteria that look at images."""
+PRICED = frozenset({"taylor", "second-order"})
+"""Those that tell what the outputs lose: what a unit costs is to be set against that."""
+RIDGE = 1e-3
+STEPS = 96
+"""Units of a group go one by one, or in so many steps."""
+CUT = (0.25, 0.5, 0.75)
+"""Parts of each group that are cut to measure what is missing."""
+SHARED = 4.0
+"""What several layers read is missed more than it seems while nothing else is cut, by about so much."""
+WORK_MACS, FEWEST = 2e12, 24
+"""What all measurements together may take, and on how few images they are made for that."""
+
+
+def scored(
+    criterion: str,
+    program: Program,
+    coupling: Coupling,
+    state: Mapping[str, Tensor],
+    batches: Batches,
+    *,
+    heard: Mapping[str, float],
+    order: Scores,
+    macs: int = 0,
+    seed: int = 0,
+    progress: Progress = lambda fraction: None,
+) -> Scores:
+    """Return the importance of every unit by one of `NAMES`.
+
+    Args:
+        criterion: its name.
+        program: dense, with a graph.
+        coupling: its groups.
+        state: parameters and buffers that the graph reads, by name.
+        batches: of its inputs.
+        heard: weight name → how much of what its layer says counts at the outputs.
+        order: scores by which units rank where no layer that can be looked at reads them.
+        macs: of one image, by which measurements are limited; 0: they are not.
+        seed: of all that is drawn.
+        progress: told the fraction that is done.
+
+    Raises:
+        InvalidInput: there is no graph to look at.
+    """
+    if program.graph is None:
+        raise InvalidInput(
+            f"criterion {criterion} looks at the operators that torch.export captures; with tracer torch-pruning "
+            "choose l1, l2, bn-gamma, lamp or fpgm"
+        )
+    if criterion == "taylor":
+        return taylor(program, coupling, state, batches, seed)
+    readers = observed(program, state, batches, heard=heard, seed=seed)
+    if criterion == "activation":
+        return {g.name: by_activation(g, readers) or share(order[g.name]) for g in coupling.groups}
+    orders = {g.name: _eliminated(g, readers) or _ranked(g, order[g.name]) for g in coupling.groups}
+    if criterion == "reconstruction":
+        return {name: found.scores(found.lost) for name, found in orders.items()}
+    return _measured(program, coupling, state, batches, readers, orders, macs, progress)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """In which order a group's units go, and what is lost with each, those before it gone.
+
+    Attributes:
+        units: all of them; the last stays.
+        lost: with each, in that order; never falls.
+        weights: number of units gone → weights of each reader, fitted anew, of the shape of `Reader.weight`.
+    """
+
+    units: tuple[int, ...]
+    lost: tuple[float, ...]
+    weights: Mapping[int, tuple[Tensor, ...]]
+
+    def scores(self, lost: Sequence[float]) -> tuple[float, ...]:
+        """Return these losses by unit, made never to fall along the order."""
+        out, least = [0.0] * len(self.units), 0.0
+        for unit, value in zip(self.units, lost, strict=True):
+            out[unit] = least = max(least, value)
+        return tuple(out)
+
+
+def _cuts(size: int) -> list[int]:
+    """Numbers of units that are cut to measure what is missing."""
+    return sorted({min(size - 1, max(1, round(part * size))) for part in CUT} - {0})
+
+
+def _ranked(group: Group, scores: Sequence[float]) -> Order:
+    units = tuple(sorted(range(group.size), key=lambda unit: scores[unit]))
+    whole = sum(scores) or 1.0
+    return Order(units, tuple(scores[unit] / whole for unit in units), {})
+
+
+def _eliminated(group: Group, readers: Mapping[str, Reader]) -> Order | None:
+    """Units in the order in which they are missed least; None where no layer reads them that can be looked at."""
+    found = read_by(group, readers)
+    parts = [_Part(reader, site.index) for reader, site in found]
+    if not parts:
+        return None
+    cuts = iter(_cuts(group.size))
+    cut = next(cuts, 0)
+    units: list[int] = []
+    lost: list[float] = []
+    weights: dict[int, tuple[Tensor, ...]] = {}
+    step = max(1, group.size // STEPS)
+    while len(units) < group.size - 1:
+        each = torch.stack([part.lost() for part in parts]).sum(0)
+        each[units] = float("inf")
+        most = min(step, group.size - 1 - len(units), cut - len(units) if cut else step)
+        going = each.argsort(stable=True)[:most].tolist()
+        units += going
+        lost += [float(each[unit]) for unit in going]
+        for part in parts:
+            part.remove(going)
+        if len(units) == cut:
+            weights[cut] = tuple(part.fitted() for part in parts)
+            cut = next(cuts, 0)
+    units += sorted(set(range(group.size)) - set(units))
+    lost.append(2 * lost[-1] if lost else 1.0)
+    return Order(tuple(units), tuple(lost), weights)
+
+
+class _Part:
+    """One reader of a group as units go: the inverse of its second moments, and its weights fitted anew each time."""
+
+    def __init__(self, reader: Reader, owned: Sequence[Sequence[int]]) -> None:
+        matrix = reader.moments.xx / reader.moments.count
+        diagonal = matrix.diagonal(dim1=1, dim2=2)
+        scale = diagonal[:, :-1]
+        scale += RIDGE * scale + 1e-6 * scale.mean(-1, keepdim=True) + 1e-12
+        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+        self._weight, self._counts = reader.weight.clone(), reader.counts
+        longest = max(map(len, owned)) * reader.kernel
+        self._index = torch.zeros(len(owned), longest, dtype=torch.long)
+        self._mask = torch.zeros(len(owned), longest, dtype=torch.bool)
+        for unit, positions in enumerate(owned):
+            at = [p * reader.kernel + j for p in positions for j in range(reader.kernel)]
+            self._index[unit, : len(at)] = torch.tensor(at)
+            self._mask[unit, : len(at)] = True
+
+    def fitted(self) -> Tensor:
+        return self._weight.clone()
+
+    def lost(self) -> Tensor:
+        """(units,): what is lost with each unit, were it the next to go."""
+        total = torch.zeros(len(self._index), dtype=torch.float64)
+        both = self._mask[:, :, None] & self._mask[:, None, :]
+        eye = torch.eye(self._index.shape[1], dtype=torch.float64)
+        for inverse, weight in zip(self._inverse, self._weight, strict=True):
+            block = torch.where(both, inverse[self._index[:, :, None], self._index[:, None, :]], eye)
+            own = weight[self._index] * self._mask.unsqueeze(-1)
+            total += (own * torch.linalg.solve(block, own)).sum((1, 2))
+        return total * self._counts
+
+    def remove(self, units: Sequence[int]) -> None:
+        at = torch.cat([self._index[u][self._mask[u]] for u in units])
+        for inverse, weight in zip(self._inverse, self._weight, strict=True):
+            columns = inverse[:, at]
+            block = columns[at]
+            weight -= columns @ torch.linalg.solve(block, weight[at])
+            inverse -= columns @ torch.linalg.solve(block, columns.T)
+            weight[at] = 0.0
+            inverse[at], inverse[:, at] = 0.0, 0.0
+            inverse[at, at] = 1.0
+
+
+# Measured at the outputs. --------------------------------------------------------------------------------------------
+
+
+def _measured(
+    program: Program,
+    coupling: Coupling,
+    state: Mapping[str, Tensor],
+    batches: Batches,
+    readers: Mapping[str, Reader],
+    orders: Mapping[str, Order],
+    macs: int,
+    progress: Progress,
+) -> dict[str, tuple[float, ...]]:
+    """What units lose by `orders`, brought to scale by what is missing from the outputs with some of them gone."""
+    runs = sum(len(_cuts(group.size)) for group in coupling.groups)
+    most = max(FEWEST, int(WORK_MACS / (max(1, runs) * macs))) if macs else None
+    seen = _first(batches, most)
+    tape = Tape(program.graph, dict(state))
+    whole: Callable[[Sequence[Tensor]], Any] = lambda inputs: tape.output(tape.start(inputs))  # noqa: E731
+    wanted = _outputs(whole, seen)
+    varies = sum(float((x - x.mean(0)).square().sum()) or float(x.square().sum()) for x in wanted) or 1.0
+    wiring: Wiring = coupling.facts
+    out = {}
+    for k, group in enumerate(coupling.groups):
+        progress(k / len(coupling.groups))
+        order, points = orders[group.name], {0: 0.0}
+        found = read_by(group, readers)
+        for cut in _cuts(group.size):
+            if order.weights:
+                with _fitted(tape, found, order.weights[cut]):
+                    given = _outputs(whole, seen)
+            else:
+                masks = Masks(wiring, wiring.dead_roots({group.name: order.units[:cut]}))
+                run = masked_run(program, wiring, masks, state)
+                given = _outputs(partial(_run_masked, run), seen)
+            wrong = sum(float((a - b).square().sum()) for a, b in zip(given, wanted, strict=True))
+            points[cut] = max(max(points.values()), wrong / varies)
+        shared = SHARED if len(found) > 1 else 1.0
+        out[group.name] = order.scores([shared * x for x in _to_scale(order.lost, points)])
+    progress(1.0)
+    return out
+
+
+def _run_masked(run: Run, inputs: Sequence[Tensor]) -> Any:
+    return run.run(*inputs, enable_io_processing=False)
+
+
+def _first(batches: Batches, most: int | None) -> list[Sequence[Tensor]]:
+    seen: list[Sequence[Tensor]] = []
+    count = 0
+    for batch in batches:
+        if seen and most is not None and count >= most:
+            break
+        seen.append(batch)
+        count += len(batch[0])
+    return seen
+
+
+def _outputs(run: Callable[[Sequence[Tensor]], Any], batches: Batches) -> list[Tensor]:
+    """All outputs of all batches, float64: one tensor for each output."""
+    with torch.no_grad():
+        each = [flat_outputs(run(batch)) for batch in batches]
+    rows = (torch.cat([x.double().reshape(len(x) if x.dim() else 1, -1) for x in c]) for c in zip(*each, strict=True))
+    return list(rows)
+
+
+@contextmanager
+def _fitted(tape: Tape, found: Sequence[tuple[Reader, Site]], weights: Sequence[Tensor]) -> Iterator[None]:
+    """The tape with these weights in the place of the readers' own."""
+    state = dict(tape.state)
+    changed = dict(state)
+    for (reader, _), fitted in zip(found, weights, strict=True):
+        layer, own = reader.layer, state[reader.layer.weight]
+        scale = torch.where(reader.scale.abs() > 1e-8, reader.scale, 1.0).unsqueeze(1)
+        changed[layer.weight] = (fitted[:, :-1] / scale).transpose(1, 2).reshape(own.shape).to(own.dtype)
+        shifted = layer.norm_names[1] if layer.norm else layer.bias
+        if shifted:
+            changed[shifted] = (state[shifted].double() + fitted[:, -1].flatten()).to(state[shifted].dtype)
+    tape.state = changed
+    try:
+        yield
+    finally:
+        tape.state = state
+
+
+def _to_scale(lost: Sequence[float], points: Mapping[int, float]) -> list[float]:
+    """Losses unit by unit whose sums go through measured points; beyond the last one they go on as they did."""
+    out, factor = list(lost), 1.0
+    for before, after in pairwise(sorted(points)):
+        between = sum(lost[before:after])
+        factor = (points[after] - points[before]) / between if between > 0 else 0.0
+        out[before:after] = [factor * x for x in lost[before:after]]
+        end = after
+    return [*out[:end], *(factor * x for x in lost[end:])] if len(points) > 1 else out
