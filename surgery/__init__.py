@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from surgery.deliver import load, save
     from surgery.errors import SurgeryError
     from surgery.ir import Budget, Plan
-    from surgery.pipeline import Result, apply, shrink
+    from surgery.pipeline import Result, apply, recover, shrink
     from surgery.recover.teaching import Training
     from surgery.score import score
     from surgery.trace import trace
@@ -40,6 +40,7 @@ __all__ = [
     "couple",
     "cut",
     "load",
+    "recover",
     "save",
     "score",
     "shrink",
@@ -60,6 +61,7 @@ _HOME = {
     "couple": "couple",
     "cut": "cut",
     "load": "deliver",
+    "recover": "pipeline",
     "save": "deliver",
     "score": "score",
     "shrink": "pipeline",

@@ -30,7 +30,9 @@ REPORT_TEXT = "report.md"
 NAMES = (DENSE_ONNX, COMPACT_ONNX, COMPACT_PT2, COMPACT_WEIGHTS, PLAN, REPORT, REPORT_TEXT)
 """What a finished set consists of; models above 2 GB bring a ``.data`` file beside their ``.onnx``."""
 
-_OURS = {*NAMES, f"{DENSE_ONNX}.data", f"{COMPACT_ONNX}.data"}
+RECOVERY = "recovery.svg"
+"""Accuracy by step of recovery, in a set that was recovered and judged."""
+_OURS = {*NAMES, RECOVERY, f"{DENSE_ONNX}.data", f"{COMPACT_ONNX}.data"}
 _USERS_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EBUSY}
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

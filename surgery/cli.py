@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery import __version__
+from surgery import __version__, together
 from surgery.errors import INTERNAL, OK, InvalidInput, SurgeryError
 from surgery.options import (
     DATA,
@@ -33,6 +33,7 @@ from surgery.options import (
     PROFILE,
     SELECTION,
     TIMING,
+    TRAINING,
     Session,
     options,
 )
@@ -62,7 +63,7 @@ def cli() -> None:
 
 
 @cli.command(epilog=EXIT_CODES)
-@options(MODEL, SELECTION, TIMING, PLANNING, DATA, DELIVERY, OUTPUT)
+@options(MODEL, SELECTION, TIMING, PLANNING, DATA, TRAINING, DELIVERY, OUTPUT)
 @click.pass_obj
 def shrink(session: Session, /, model: str, as_json: bool, quiet: bool, out: Path | None, **given: Any) -> None:
     """Shrink MODEL: cut, check, export to ONNX, time, and write everything into --out.
@@ -71,16 +72,18 @@ def shrink(session: Session, /, model: str, as_json: bool, quiet: bool, out: Pat
     (or a module and its example inputs), or a .pt2 exported program.
     """
     _one_budget(given)
-    with work(session, quiet=quiet) as progress:
+    with work(session, quiet=quiet or together.rank() > 0) as progress:
         how = _measurement(given)
         loaded = _load(model, given, progress)
+        if together.rank() > 0:
+            return _follow(loaded, given)
         written = _deliver(session, loaded, model, out, given, how, progress, lambda: _decide(loaded, given, progress))
     print_report(written.data, as_json=as_json)
 
 
 @cli.command(epilog=EXIT_CODES)
 @click.argument("plan", type=click.Path(path_type=Path))
-@options(MODEL, TIMING, DATA, DELIVERY, OUTPUT)
+@options(MODEL, TIMING, DATA, TRAINING, DELIVERY, OUTPUT)
 @click.pass_obj
 def apply(
     session: Session, /, plan: Path, model: str, as_json: bool, quiet: bool, out: Path | None, **given: Any
@@ -89,20 +92,23 @@ def apply(
 
     MODEL, and what is written into --out, are as for `surgery shrink`; whatever is drawn at random is drawn as then.
     """
-    with work(session, quiet=quiet) as progress:
+    with work(session, quiet=quiet or together.rank() > 0) as progress:
         from surgery.ir import Plan
 
         decided = Plan.load(plan)
         given["seed"] = decided.settings.get("seed", 0)
         how = _measurement(given)
         loaded = _load(model, given, progress)
+        if together.rank() > 0:
+            return _follow(loaded, given)
 
         def again() -> Decision:
+            from surgery.data_options import with_data
             from surgery.repeat import repeat
 
             inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
             again = repeat(decided, loaded.module, inputs, example_kwargs=kwargs, progress=progress)
-            return replace(again, request=_with_data(again.request, loaded, given))
+            return replace(again, request=with_data(again.request, loaded, given))
 
         written = _deliver(session, loaded, model, out, given, how, progress, again)
     print_report(written.data, as_json=as_json)
@@ -229,40 +235,12 @@ def _load(model: str, given: Mapping[str, Any], progress: Progress) -> LoadedMod
 
 
 def _decide(loaded: LoadedModel, given: Mapping[str, Any], progress: Progress) -> Decision:
+    from surgery.data_options import with_data
     from surgery.decide import decide
 
     inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
-    request = _with_data(_request(given), loaded, given)
+    request = with_data(_request(given), loaded, given)
     return decide(loaded.module, inputs, request, example_kwargs=kwargs, progress=progress)
-
-
-def _with_data(request: Request, loaded: LoadedModel, given: Mapping[str, Any]) -> Request:
-    """The request with the images that are named, read as the model expects; without any, trained models are folded."""
-    from surgery.datasets import open_images
-    from surgery.recovery import level_of
-
-    how = loaded.preprocessing
-    changes = {name: given[name] for name in ("mean", "std", "crop", "size") if given[name] is not None}
-    if changes and given["data"] is None and given["val"] is None:
-        raise InvalidInput(f"--{next(iter(changes))} is for images: give those with --data or --val, or leave it out")
-    first = loaded.example_inputs[0] if isinstance(loaded.example_inputs, tuple) else loaded.example_inputs
-    shape = tuple(getattr(first, "shape", ()))
-    opened = {
-        name: open_images(given[name], shape, replace(how, **changes), option=f"--{name}")
-        for name in ("data", "val")
-        if given[name] is not None
-    }
-    level = given["recover"]
-    if level is None and "data" not in opened:
-        level = "fold" if _can_fold(loaded, request, shape) else "none"
-    request = replace(request, recover=level, images=given["images"], **opened)
-    level_of(request)
-    return request
-
-
-def _can_fold(loaded: LoadedModel, request: Request, shape: Sequence[int]) -> bool:
-    """Whether there is something to recover, weights that were trained, and images can be drawn."""
-    return not loaded.weights.startswith("random") and request.tracer == "export" and len(shape) == 4
 
 
 def _deliver(
@@ -270,7 +248,7 @@ def _deliver(
     loaded: LoadedModel,
     model: str,
     out: Path | None,
-    given: Mapping[str, Any],
+    given: dict[str, Any],
     how: Measurement,
     progress: Progress,
     decided: Callable[[], Decision],
@@ -280,6 +258,9 @@ def _deliver(
 
     _refuse_huge_batch(loaded, given["batch"])
     out = out if out is not None else Path("shrunk", _folder_name(loaded.name))
+    if together.processes() > 1:
+        _meet(loaded, given)
+    given["checkpoint"] = out.absolute().parent / f".{out.name}.training"
     session.writing = True
     artefacts.prepare(out)
     result = pipeline.realise(decided(), progress=progress)
@@ -290,7 +271,35 @@ def _deliver(
         next_command=_evaluate_command(model, out, loaded, given),
         notes=(*loaded.warnings, *loaded.notes),
     )
-    return deliver.save(replace(result, report=data), out, how, progress=progress)
+    written = deliver.save(replace(result, report=data), out, how, progress=progress)
+    together.part()
+    return written
+
+
+def _meet(loaded: LoadedModel, given: dict[str, Any]) -> bool:
+    """Set up communication with the other processes, where they are to train; return whether they are."""
+    from surgery.data_options import with_data
+    from surgery.recovery import TAUGHT
+
+    if with_data(_request(given), loaded, given).recover not in TAUGHT:
+        return False
+    together.meet()
+    given["share"] = together.send
+    return True
+
+
+def _follow(loaded: LoadedModel, given: dict[str, Any]) -> None:
+    """What all processes but the first do: nothing, unless something is trained."""
+    from surgery import pipeline
+    from surgery.data_options import with_data
+    from surgery.repeat import repeat
+
+    if not _meet(loaded, given):
+        return
+    plan, tensors = together.receive()
+    decision = repeat(plan, loaded.module, loaded.example_inputs, example_kwargs=loaded.example_kwargs)
+    pipeline.follow(replace(decision, request=with_data(decision.request, loaded, given)), tensors)
+    together.part()
 
 
 def _measurement(given: Mapping[str, Any]) -> Measurement:

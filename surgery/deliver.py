@@ -24,7 +24,7 @@ from benchmarks import ort
 from benchmarks.session import Settings
 from exporters import onnx
 from exporters.signature import bind
-from surgery import __version__, artefacts, report
+from surgery import __version__, artefacts, report, report_steps
 from surgery.cut import masked
 from surgery.errors import CheckFailed, InvalidInput, UnsupportedModel
 from surgery.ir import Plan, Report
@@ -103,6 +103,9 @@ def save(
             files_sha256={path.name: _sha256(path) for path in sorted(folder.iterdir())},
             notes=notes,
         )
+        if (drawing := report_steps.chart(data)) is not None:
+            (folder / artefacts.RECOVERY).write_bytes(drawing)
+            data["files"][artefacts.RECOVERY] = _sha256(folder / artefacts.RECOVERY)
         written = Report(data)
         (folder / artefacts.REPORT).write_text(written.to_json(), encoding="utf-8")
         (folder / artefacts.REPORT_TEXT).write_text(report.render_markdown(data), encoding="utf-8")

@@ -24,7 +24,7 @@ from surgery.part import Whole, reach
 
 MOST = 512
 """At most so many images are looked at."""
-PIXELS, LARGEST = 1_250_000, 64
+PIXELS, LARGEST = 1_250_000, 32
 """Images are run so many values at a time, and no more than so many images."""
 _GIVE = "give a tensor (N, C, H, W), a Dataset, or a sequence or DataLoader of batches"
 

@@ -242,6 +242,23 @@ DATA = (
     ),
 )  # fmt: skip
 
+TRAINING = (
+    click.option(
+        "--epochs", type=click.IntRange(min=1), metavar="N", help="Of distill and finetune, over --data.  [default: 10]"
+    ),
+    click.option(
+        "--lr", type=click.FloatRange(0.0, 1.0, min_open=True), metavar="X",
+        help="Highest learning rate.  [default: 0.001]",
+    ),
+    click.option(
+        "--train-batch", type=click.IntRange(min=2), metavar="N",
+        help="Images a step, over all processes together.  [default: 128]",
+    ),
+    click.option(
+        "--mixed-precision", type=click.Choice(["no", "fp16", "bf16"]), help="Of training.  [default: no]",
+    ),
+)  # fmt: skip
+
 PROFILE = (
     _KEEP,
     _PART,

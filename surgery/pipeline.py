@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from surgery import part as parts
-from surgery import race, report
+from surgery import race, recovery, report
 from surgery.blocks import drop
 from surgery.check_dropped import check_dropped
 from surgery.copies import buffers_kept
@@ -26,7 +26,8 @@ from surgery.decide import Decision, decide
 from surgery.errors import InvalidInput, UnsupportedModel
 from surgery.fvcount import count_macs, count_params
 from surgery.ir import Budget, CheckResult, CompactModel, Coupling, Plan, Program
-from surgery.recovery import level_of, recovered, with_recovery
+from surgery.recover.teaching import Training
+from surgery.recovery import level_of, recovered, twin, with_recovery
 from surgery.repeat import traced
 from surgery.request import Clock, Progress, Request, stages_of
 
@@ -77,7 +78,7 @@ def realise(decision: Decision, *, progress: Progress | None = None) -> Result:
             verdict = parts.check(whole, stages.reference(program, plan, coupling), model, verdict, program)
     with run("count"), buffers_kept(compact.module):
         costs, notes = _counted(decision, compact)
-    recovery = recovered(program, plan, coupling, compact, model, whole, decision.request, run.progress)
+    regained = recovered(program, plan, coupling, compact, model, whole, decision.request, run.progress)
     data = report.describe(program, coupling, plan, compact=compact, verdict=verdict, costs=costs, loop=choice.loop)
     if whole is not None:
         data["part"] = parts.describe(whole, model, verdict)
@@ -87,7 +88,7 @@ def realise(decision: Decision, *, progress: Progress | None = None) -> Result:
         "notes": [*data["notes"], *choice.warnings, *notes],
         "stages_s": {**decision.stages_s, **run.seconds},
     }
-    data = with_recovery(data, recovery)
+    data = with_recovery(data, regained)
     return Result(
         model=model,
         kind=compact.kind,
@@ -118,6 +119,21 @@ def _corrected(decision: Decision, run: Clock) -> Decision:
     return replace(decision, choice=replace(plans, loop=loop))
 
 
+def follow(decision: Decision, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Take part, as one of several processes, in the training that the first one leads.
+
+    Args:
+        decision: the first one's plan on this process's copy of the model.
+        tensors: of its compact model, by name.
+    """
+    choice, whole = decision.choice, decision.whole
+    stages = stages_of(choice.program.tracer)
+    compact = stages.cut(choice.program, choice.plan, coupling=choice.coupling)
+    compact.module.load_state_dict(tensors)
+    model = whole.around(compact.module) if whole else compact.module
+    recovery.follow(choice.program, choice.plan, choice.coupling, compact, model, whole, decision.request)
+
+
 def shrink(
     model: torch.nn.Module,
     example_inputs: Any,
@@ -142,7 +158,7 @@ def shrink(
     images: int = 512,
     recover: str | None = None,
     val: Any = None,
-    training: Any = None,
+    training: Training | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -222,6 +238,53 @@ def shrink(
     with torch.random.fork_rng(devices=()), buffers_kept(model):
         decision = decide(model, example_inputs, request, example_kwargs=example_kwargs, progress=progress)
         return realise(decision, progress=progress)
+
+
+def recover(
+    result: Result,
+    data: Any = None,
+    *,
+    level: str | None = None,
+    val: Any = None,
+    images: int = 512,
+    training: Training | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """Return a result whose compact model is nearer to the dense one; the given result stays as it is.
+
+    Args:
+        result: what `shrink`, or an earlier `recover`, returned.
+        data: images to learn from, as for `shrink`; not needed for `fold`.
+        level: `fold`, `bn`, `reconstruct`, `distill` or `finetune`; None: `reconstruct` with data, else `fold`.
+        val: images to judge by, as for `shrink`; None: `data`.
+        images: at most so many images are looked at, where nothing is trained.
+        training: how to train, for `distill` and `finetune`.
+        seed: of all that is drawn.
+        progress: called with a step's name and the fraction of it that is done.
+
+    Raises:
+        InvalidInput: data, level or settings that cannot be used.
+    """
+    if not isinstance(result, Result):
+        raise InvalidInput(f"recover takes what surgery.shrink returned, not an object of type {type(result).__name__}")
+    level = level or ("reconstruct" if data is not None else "fold")
+    request = Request(recover=level, data=data, val=val, images=images, training=training, seed=seed)
+    level_of(request)
+    with torch.random.fork_rng(devices=()), buffers_kept(result.model):
+        compact = twin(result.compact)
+        model = result.whole.around(compact.module) if result.whole else compact.module
+        found = recovered(
+            result.program,
+            result.plan,
+            result.coupling,
+            compact,
+            model,
+            result.whole,
+            request,
+            Clock(progress).progress,
+        )
+    return replace(result, model=model, compact=compact, report=with_recovery(result.report, found))
 
 
 def _require_types(*, keep: Any, part: Any, seed: Any, example_kwargs: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,16 +111,38 @@ def recovered(
         assert seen is not None, "levels that need data have some"
         steps += with_data(subject, level, seen.batches, reference, seed=request.seed, progress=progress)
         if level in TAUGHT:
-            training = request.training or Training(seed=request.seed)
-            key = f"{plan.digest} {seen.digest} {level} {training}"
-            data = as_dataset(request.data)
-            steps.append(taught(subject, level, data, training, reference, key=key, progress=progress))
+            if request.share is not None:
+                request.share(plan, compact.module)
+            steps.append(_taught(subject, level, request, seen, reference, progress))
     for given in (request.data, request.val):
         notes += given.notes() if isinstance(given, Images) else []
     if not steps:
         return None
     named = reference.named if reference is not None else ""
     return Recovery(level, tuple(steps), named, reference is not None and reference.labels is not None, tuple(notes))
+
+
+def _taught(
+    subject: Subject, level: str, request: Request, seen: Calibration, reference: Reference | None, progress: Progress
+) -> Step:
+    training = request.training or Training(seed=request.seed)
+    key = f"{subject.plan.digest} {seen.digest} {level} {training}"
+    return taught(subject, level, as_dataset(request.data), training, reference, key=key, progress=progress)
+
+
+def follow(
+    program: Program,
+    plan: Plan,
+    coupling: Coupling,
+    compact: CompactModel,
+    model: torch.nn.Module,
+    whole: Whole | None,
+    request: Request,
+) -> None:
+    """Take part in the training that the first process leads; arguments are those of `recovered`."""
+    subject = _subject(program, plan, coupling, compact, model, whole)
+    seen = seen_by(request.data, program, whole, request.images)
+    _taught(subject, level_of(request), request, seen, None, lambda step, fraction: None)
 
 
 def _subject(
@@ -231,10 +255,16 @@ def _classes(rest: Sequence[Tensor], count: int) -> Tensor | None:
     return rest[0].long() if bool((rest[0] >= 0).all()) else None
 
 
-def with_recovery(data: dict[str, Any], recovery: Recovery | None) -> dict[str, Any]:
+def twin(compact: CompactModel) -> CompactModel:
+    """Return a copy whose graph and module share their tensors, as those of the original do."""
+    module, graph = copy.deepcopy((compact.module, compact.graph))
+    return dataclasses.replace(compact, module=module, graph=graph)
+
+
+def with_recovery(data: Mapping[str, Any], recovery: Recovery | None) -> dict[str, Any]:
     """Return the report with what recovery did, and the verdict that follows."""
     if recovery is None:
-        return {**data, "recovery": None}
+        return {**data, "recovery": data.get("recovery")}
     accuracy = {**data["accuracy"], **_verdict(recovery)}
     return {**data, "accuracy": accuracy, "recovery": recovery.to_dict(), "notes": [*data["notes"], *recovery.notes]}
 

@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from surgery import __version__
+from surgery import __version__, report_steps
+from surgery.figures import figure, ratio, si, size
 from surgery.ir import CheckResult, CompactModel, Coupling, Plan, Program
 
 SCHEMA = 1
@@ -212,20 +213,20 @@ def cells(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
     times = {row["name"]: row for row in timing["rows"]}
     rows = [_row(model, times.get(model["name"], {})) for model in data["models"]]
     if timing["aa"]:
-        rows.append(("A/A", *([""] * 7), *_ratio(timing["aa"]), ""))
+        rows.append(("A/A", *([""] * 7), *ratio(timing["aa"]), ""))
     return rows
 
 
 def _row(model: Mapping[str, Any], times: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         model["name"],
-        _si(model["parameters"]),
-        _si(model["macs"]),
-        _size(model["onnx_bytes"]),
-        *(_figure(times.get(key)) for key in ("p50_ms", "p90_ms", "p99_ms")),
-        _figure(times.get("throughput_per_s")),
-        *_ratio(times.get("speedup")),
-        _size(times.get("peak_memory_bytes")),
+        si(model["parameters"]),
+        si(model["macs"]),
+        size(model["onnx_bytes"]),
+        *(figure(times.get(key)) for key in ("p50_ms", "p90_ms", "p99_ms")),
+        figure(times.get("throughput_per_s")),
+        *ratio(times.get("speedup")),
+        size(times.get("peak_memory_bytes")),
     )
 
 
@@ -265,7 +266,7 @@ def budget_line(data: Mapping[str, Any]) -> str:
         return ""
     return (
         f"budget: keep at most {budget['fraction']:g} of the {budget['kind']}; "
-        f"kept {budget['kept_fraction']:.4f} ({_si(budget['kept'])} of {_si(budget['dense'])})"
+        f"kept {budget['kept_fraction']:.4f} ({si(budget['kept'])} of {si(budget['dense'])})"
     )
 
 
@@ -314,7 +315,10 @@ def timing_line(data: Mapping[str, Any]) -> str:
 
 
 def _sentences(data: Mapping[str, Any]) -> list[str]:
-    lines = (budget_line(data), latency_line(data), compact_line(data), check_line(data), timing_line(data))
+    lines = (
+        *(budget_line(data), latency_line(data), compact_line(data), check_line(data)),
+        *(report_steps.judged_line(data), timing_line(data)),
+    )
     return [line for line in lines if line]
 
 
@@ -324,6 +328,7 @@ def note_lines(data: Mapping[str, Any]) -> list[str]:
     lines = [
         *data["notes"],
         *data["plan"]["notes"],
+        *report_steps.step_notes(data),
         *(f"in training the compact model has no {item}" for item in lost),
         *(data["check"] or {}).get("notes", []),
     ]
@@ -334,6 +339,8 @@ def render_terminal(data: Mapping[str, Any], console: Console) -> None:
     """Print the report: verdict, table of models, what was cut and what was not; long lists are summarised."""
     console.print(headline(data), soft_wrap=True, markup=False, highlight=False, style="bold yellow")
     console.print("", _table(data), "", sep="\n")
+    if steps := report_steps.step_cells(data):
+        console.print(_plain_table(report_steps.STEP_COLUMNS, steps), "", sep="\n")
     for line in _sentences(data):
         console.print(line, markup=False, highlight=False)
     _section(console, "cut (group: units from → to)", cut_lines(data), limit=_SHOWN_GROUPS)
@@ -344,12 +351,15 @@ def render_terminal(data: Mapping[str, Any], console: Console) -> None:
 
 
 def _table(data: Mapping[str, Any]) -> Table:
+    return _plain_table(COLUMNS, cells(data), whole=data["timing"] is not None)
+
+
+def _plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, whole: bool = False) -> Table:
+    """Columns in which nothing is known are left out, unless all are wanted: one that takes more runs shows as -."""
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-    rows = cells(data)
-    timed = data["timing"] is not None  # then a percentile that takes more runs stays in sight, as -
-    shown = [k for k in range(len(COLUMNS)) if k == 0 or timed or any(row[k] not in ("-", "") for row in rows)]
+    shown = [k for k in range(len(columns)) if k == 0 or whole or any(row[k] not in ("-", "") for row in rows)]
     for k in shown:
-        table.add_column(COLUMNS[k].replace(" ", "\n"), justify="left" if k == 0 else "right")
+        table.add_column(columns[k].replace(" ", "\n"), justify="left" if k == 0 else "right")
     for row in rows:
         table.add_row(*(escape(row[k]) for k in shown))
     return table
@@ -377,6 +387,8 @@ def render_markdown(data: Mapping[str, Any]) -> str:
     return template.render(
         data=data,
         columns=COLUMNS,
+        step_columns=report_steps.STEP_COLUMNS,
+        step_rows=report_steps.step_cells(data),
         rows=cells(data),
         headline=headline(data),
         sentences=_sentences(data),
@@ -388,33 +400,3 @@ def render_markdown(data: Mapping[str, Any]) -> str:
             "Notes": note_lines(data),
         },
     )
-
-
-# Figures as text. ----------------------------------------------------------------------------------------------------
-
-
-def _si(value: float | None, digits: int = 4) -> str:
-    """11689512 → ``11.69 M``."""
-    if value is None:
-        return "-"
-    for scale, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= scale:
-            return f"{value / scale:.{digits}g} {letter}"
-    return f"{value:.{digits}g}"
-
-
-def _size(value: int | None) -> str:
-    """46755000 → ``46.8 MB`` (decimal megabytes)."""
-    return "-" if value is None else f"{_si(value, 3)}B"
-
-
-def _figure(value: float | None) -> str:
-    """Three significant digits, and no exponent for what is large."""
-    return "-" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
-def _ratio(value: Mapping[str, float] | None) -> tuple[str, str]:
-    """Speedup and its 95 % interval."""
-    if value is None:
-        return "-", "-"
-    return f"{value['value']:.2f}x", f"{value['low']:.2f}-{value['high']:.2f}"

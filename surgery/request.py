@@ -17,7 +17,7 @@ from surgery.couple import couple
 from surgery.cut import cut
 from surgery.errors import InvalidInput
 from surgery.images import Calibration
-from surgery.ir import Budget, CheckResult, CompactModel, CostFn, Coupling, Program
+from surgery.ir import Budget, CheckResult, CompactModel, CostFn, Coupling, Plan, Program
 from surgery.lean import rare_collections
 from surgery.trace import trace
 
@@ -42,7 +42,19 @@ class Stages:
 
 
 _NOT_OF_THE_PLAN = frozenset(
-    ("budget", "latency_table", "acceptance", "correct", "data", "seen", "images", "recover", "val", "training")
+    (
+        "budget",
+        "latency_table",
+        "acceptance",
+        "correct",
+        "data",
+        "seen",
+        "images",
+        "recover",
+        "val",
+        "training",
+        "share",
+    )
 )
 
 
@@ -50,7 +62,8 @@ _NOT_OF_THE_PLAN = frozenset(
 class Request:
     """What is asked for. The fields are the keyword arguments of `shrink`, and the options of the command line.
 
-    `seen` is what was read of `data`, once they were.
+    `seen` is what was read of `data`, once they were. `share` is told the plan and the compact model before that is
+    trained, where other processes take part.
     """
 
     budget: Budget | None = None
@@ -75,6 +88,7 @@ class Request:
     val: Any = None
     training: Any = None
     seen: Calibration | None = None
+    share: Callable[[Plan, torch.nn.Module], None] | None = None
 
     @property
     def goal(self) -> Budget:

@@ -187,7 +187,9 @@ def test_a_run_writes_the_whole_set_and_nothing_else(place: Place) -> None:
 
 def test_the_first_line_is_the_verdict_and_its_command_works_as_typed(place: Place) -> None:
     first = place.first.stdout.splitlines()[0]
-    assert first.startswith("accuracy unknown: not fit to deploy; next: ")
+    assert first.startswith(
+        "accuracy unknown: recovered without images; not fit to deploy before it is evaluated; next: "
+    )
     assert (place.out / "report.md").read_text().splitlines()[0] == first
     typed = first.partition("next: ")[2]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -38,11 +38,11 @@ ORDER = """
     surgery.recover.drawn surgery.recover.reconstruct surgery.recover.norms surgery.recover.agreement
     surgery.recover.views surgery.recover.resume
     surgery.recover.teaching surgery.recover.train surgery.recover.steps surgery.artefacts
-    surgery.report
+    surgery.figures surgery.report_steps surgery.report
     surgery.optable surgery.request surgery.recovery surgery.acceptance surgery.race surgery.decide
     surgery.repeat surgery.profile
     surgery.pipeline surgery.deliver
-    surgery.options surgery.screen surgery.cli
+    surgery.options surgery.data_options surgery.together surgery.screen surgery.cli
 """
 LAYERS = ORDER.split()
 """Each module imports only from those before it; of the families in surgery.ops, others know `index` alone."""

@@ -2,8 +2,8 @@
 
 In the network's order each layer is fed with what the compact model itself computes, all layers before it fitted
 already: errors do not pile up. A layer whose result is added to a stream aims at the sum, so that it also makes up for
-what the stream lacks. Before a rectifier, what the dense model has below zero may be anything below zero. No labels, no
-gradients, and no more memory for more images.
+what the stream lacks. Before a rectifier, what the dense model has below zero may be anything below zero (or above
+six, where that cuts off). No labels, no gradients, and no more memory for more images.
 
 Source: after Luo et al. 2017, ThiNet (arXiv:1707.06342); the compact model's own inputs and the rectifier after Zhang
 et al. 2016 (arXiv:1505.06798).
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, inf
 
 import torch
 from torch import Tensor
@@ -34,9 +34,11 @@ aten = torch.ops.aten
 Batches = Sequence[Sequence[Tensor]]
 MEMORY = 2**31
 """What may be held of the images between layers, in bytes; where it is more, runs begin further back."""
-ROWS, FEWEST_ROWS = 16, 20_000
-"""So many rows for each weight of an output are enough, but no fewer than these."""
-_RECTIFIERS = (aten.relu.default, aten.relu_.default)
+ROWS, FEWEST_ROWS, MOST_ROWS = 16, 20_000, 80_000
+"""So many rows for each weight of an output are enough, but no fewer than these; more where they cost little."""
+LITTLE = 1e10
+"""Products, in one layer, that cost little."""
+_CLAMPS = {aten.hardtanh.default: ("min_val", "max_val"), aten.clamp.default: ("min", "max")}
 _TINY = 1e-8
 _SAME = 1e-9
 """A layer that is this near to what is wanted, over its variance, stays bit by bit."""
@@ -148,6 +150,21 @@ def _march(
     return reached if memory >= 0 else runs
 
 
+def _rails(node: torch.fx.Node) -> tuple[float, float]:
+    """Below and above which an operation's input makes no difference to what it gives."""
+    if node.target == aten.relu.default:
+        return 0.0, inf
+    if node.target == aten.relu6.default:
+        return 0.0, 6.0
+    if node.target in _CLAMPS:
+        names = _CLAMPS[node.target]
+        given = bind(node, lambda n: n).raw
+        low, high = (given.get(name) for name in names)
+        if all(x is None or isinstance(x, (int, float)) for x in (low, high)):
+            return -inf if low is None else float(low), inf if high is None else float(high)
+    return -inf, inf
+
+
 class _Fit:
     """Gathers what one layer takes, and fits it; a second time where a rectifier follows."""
 
@@ -172,12 +189,18 @@ class _Fit:
         self._prior = self._as_cut()
         self._folds = self._empty()
         self._again = False
+        self._rails = self._between()
 
     @property
     def rectified(self) -> bool:
         """Whether nothing but rectifiers read what is aimed at."""
+        return self._rails != (-inf, inf)
+
+    def _between(self) -> tuple[float, float]:
+        """Outside of which values make no difference to any operation that reads what is aimed at."""
         users = self._cut.nodes[self._cut.place[self.layer.aim]].users
-        return bool(users) and all(user.target in _RECTIFIERS for user in users)
+        rails = [_rails(user) for user in users]
+        return min((low for low, _ in rails), default=-inf), max((high for _, high in rails), default=inf)
 
     def _empty(self) -> list[Moments]:
         return [Moments.none(self._groups, self._inputs, self._outputs) for _ in range(folds_for(self._inputs))]
@@ -216,13 +239,17 @@ class _Fit:
             wanted = wanted if alive is None else wanted.index_select(axis, alive)
         if self._again:
             now = self._cut.only(cut, self.layer.aim)
-            wanted = torch.where(wanted <= 0, now.clamp_max(0), wanted)
+            low, high = self._rails
+            wanted = torch.where(
+                wanted <= low, now.clamp_max(low), torch.where(wanted >= high, now.clamp_min(high), wanted)
+            )
         if self.layer.other:
             wanted = wanted - self._cut.only(cut, self.layer.other)
         x = self._cut.value(self._raw["input"], cut.values)
         axis = wanted.dim() - 1 if self._node.target == LINEAR else 1
         positions = wanted.movedim(axis, -1).shape[1:-1]
-        most = ceil(max(FEWEST_ROWS, ROWS * (self._inputs + 1)) / self._images)
+        cheap = min(MOST_ROWS, int(LITTLE / (self._inputs + 1) ** 2))
+        most = ceil(max(FEWEST_ROWS, ROWS * (self._inputs + 1), cheap) / self._images)
         at = drawn(positions, most, self._generator)
         if self._weight is not None and self._node.target in CONVOLUTIONS:
             rows = convolution_rows(x, Window.of(self._raw, self._weight), self._groups, at)

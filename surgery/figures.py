@@ -1,0 +1,32 @@
+"""Figures as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+def si(value: float | None, digits: int = 4) -> str:
+    """Return a count in thousands, millions and so on: 11689512 is ``11.69 M``."""
+    if value is None:
+        return "-"
+    for scale, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return f"{value / scale:.{digits}g} {letter}"
+    return f"{value:.{digits}g}"
+
+
+def size(value: int | None) -> str:
+    """Return a size in bytes: 46755000 is ``46.8 MB`` (decimal megabytes)."""
+    return "-" if value is None else f"{si(value, 3)}B"
+
+
+def figure(value: float | None) -> str:
+    """Return three significant digits, and no exponent for what is large."""
+    return "-" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def ratio(value: Mapping[str, float] | None) -> tuple[str, str]:
+    """Return a speedup and its 95 % interval."""
+    if value is None:
+        return "-", "-"
+    return f"{value['value']:.2f}x", f"{value['low']:.2f}-{value['high']:.2f}"
