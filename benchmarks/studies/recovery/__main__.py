@@ -1,0 +1,85 @@
+"""Run: ``python -m benchmarks.studies.recovery``; writes ``results/recovery.json`` row by row, and continues there.
+
+Each row has a process of its own, so that its peak memory is its own. Other work on the machine makes it slower and
+changes no accuracy.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.studies import data, record
+from benchmarks.studies.recovery.jobs import every_job, run
+from benchmarks.studies.recovery.table import tables
+
+NAME = "recovery"
+
+
+@click.command()
+@click.option("--only", "patterns", multiple=True, metavar="PATTERN", help="Rows whose key holds this; repeatable.")
+@click.option("--again", is_flag=True, help="Also rows that the results file holds already.")
+@click.option("--minutes", type=float, help="Begin no row after that.")
+@click.option("--threads", default=2, show_default=True, help="Of torch.")
+@click.option("--data-root", type=click.Path(), help="Folder of checkpoints and images.")
+@click.option("--table", is_flag=True, help="Run nothing; print Markdown tables from the results file.")
+@click.option("--row", hidden=True, help="Run this row alone and print it.")
+def main(
+    patterns: tuple[str, ...],
+    again: bool,
+    minutes: float | None,
+    threads: int,
+    data_root: str | None,
+    table: bool,
+    row: str | None,
+) -> None:
+    """Measure what recovery brings back; writes results/recovery.json."""
+    if table:
+        click.echo(tables(record.read(NAME)))
+        return
+    if row is not None:
+        click.echo(json.dumps(_run(row, data.find_root(data_root), threads)))
+        return
+    begun, rows = time.monotonic(), _known()
+    for job in every_job():
+        wanted = not patterns or any(pattern in job.key for pattern in patterns)
+        if not wanted or (job.key in rows and not again):
+            continue
+        if minutes is not None and time.monotonic() - begun > 60 * minutes:
+            break
+        print(job.key, file=sys.stderr, flush=True)
+        root = [] if data_root is None else ["--data-root", data_root]
+        command = [sys.executable, "-m", __spec__.name.rpartition(".")[0], "--row", job.key, "--threads", str(threads)]
+        done = subprocess.run([*command, *root], stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            print(f"    failed with {done.returncode}", file=sys.stderr, flush=True)
+            continue
+        rows = {**_known(), job.key: json.loads(done.stdout.splitlines()[-1])}
+        described = record.machine(threads)
+        record.write(
+            NAME, {"command": record.command(__spec__.name.rpartition(".")[0], []), "machine": described, "rows": rows}
+        )
+
+
+def _known() -> dict[str, Any]:
+    place = record.RESULTS / f"{NAME}.json"
+    return dict(record.read(NAME)["rows"]) if place.is_file() else {}
+
+
+def _run(key: str, root: Path, threads: int) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(threads)
+    job = next(job for job in every_job() if job.key == key)
+    begun = time.monotonic()
+    return {**run(job, root), "all_seconds": round(time.monotonic() - begun)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Networks with real weights, images to learn from, and images to judge by."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from benchmarks.studies import data
+from benchmarks.studies.latency.rivals import Subject
+from benchmarks.studies.latency.trained import load
+from surgery.recover.agreement import paired_drop
+
+SEEDS = (0, 1, 2)
+CALIBRATION = {"resnet20": 512, "resnet56": 512, "mobilenet_v2": 400}
+"""Images that a seed draws, without their labels, to choose and to reconstruct by."""
+BATCH = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Judged:
+    """Images to judge by, with the dense model's logits on them."""
+
+    name: str
+    images: Tensor
+    labels: Tensor
+    logits: Tensor
+
+    @classmethod
+    def of(cls, name: str, images: Tensor, labels: Tensor, dense: nn.Module) -> Judged:
+        """Run the dense model."""
+        return cls(name, images, labels, logits(dense, images))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Network:
+    """A trained network.
+
+    Attributes:
+        subject: the network, and what torch-pruning has to leave alone.
+        learnable: images to learn from (N, C, H, W), and their labels, which only `finetune` would see.
+        judged: sets to judge by; none of their images is among those to learn from.
+    """
+
+    name: str
+    subject: Subject
+    learnable: tuple[Tensor, Tensor]
+    judged: tuple[Judged, ...]
+
+    def calibration(self, seed: int) -> Tensor:
+        """Return the images that a seed draws."""
+        order = torch.randperm(len(self.learnable[0]), generator=torch.Generator().manual_seed(seed))
+        return self.learnable[0][order[: CALIBRATION[self.name]]].contiguous()
+
+
+def network(name: str, root: Path, *, jpeg: bool = True) -> Network:
+    """Return one of `CALIBRATION`; raises InvalidInput where the data folder lacks a file."""
+    known = load(name, root)
+    dense = known.subject.module
+    if name == "mobilenet_v2":
+        seen = _even_rows(root)
+        judged = (Judged.of("odd rows of the ImageNet samples", known.images, known.labels, dense),)
+        return Network(name, known.subject, seen, judged)
+    with np.load(root / "cifar10" / "train_lossless_7728.npz") as packed:
+        seen = data.normalised(packed["images"]), torch.from_numpy(packed["labels"].astype(np.int64))
+    sets = [Judged.of("lossless 932", known.images, known.labels, dense)]
+    if jpeg:
+        pixels, labels = packed_jpegs(root / "cifar10" / "test_jpeg_packed.npz")
+        sets.append(Judged.of("JPEG 10,000", data.normalised(pixels), torch.from_numpy(labels), dense))
+    return Network(name, known.subject, seen, tuple(sets))
+
+
+def _even_rows(root: Path) -> tuple[Tensor, Tensor]:
+    from benchmarks.studies.latency import trained
+
+    pixels, labels = trained._samples(root / "imagenet", 224)
+    seen = (torch.from_numpy(pixels[0::2]).permute(0, 3, 1, 2).float() / 127.5 - 1).flip(2, 3)
+    return seen.contiguous(), torch.from_numpy(labels[0::2])
+
+
+def packed_jpegs(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Return images (N, 32, 32, 3) and labels (N,) of an archive of JPEG files that share one header."""
+    from PIL import Image
+
+    with np.load(path) as packed:
+        header, content, ends = packed["header"].tobytes(), packed["data"].tobytes(), packed["offsets"]
+        labels = packed["labels"].astype(np.int64)
+    files = (header + content[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True))
+    return np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files]), labels
+
+
+def logits(module: nn.Module, images: Tensor) -> Tensor:
+    """Return the outputs for all images, (N, classes)."""
+    with torch.no_grad():
+        return torch.cat([module(part) for part in torch.split(images, BATCH)])
+
+
+def judged(found: Sequence[Tensor], by: Judged) -> dict[str, Any]:
+    """Return what a network comes to, over several seeds: each image counts as the mean of them.
+
+    Args:
+        found: logits of each seed's network.
+        by: the images.
+    """
+    dense = by.logits.double()
+    right = (dense.argmax(1) == by.labels).double()
+    ours = torch.stack([(x.argmax(1) == by.labels).double() for x in found])
+    logs = dense.log_softmax(1)
+    apart = [float((logs.exp() * (logs - x.double().log_softmax(1))).sum(1).mean()) for x in found]
+    match = [float((x.argmax(1) == dense.argmax(1)).double().mean()) for x in found]
+    drop, low, high = paired_drop(right, ours.mean(0))
+    return {
+        "images": by.name,
+        "dense": round(100 * float(right.mean()), 2),
+        "accuracy": round(100 * float(ours.mean()), 2),
+        "each": [round(100 * float(x.mean()), 2) for x in ours],
+        "drop": round(drop, 2),
+        "low": round(low, 2),
+        "high": round(high, 2),
+        "match": round(100 * float(np.mean(match)), 2),
+        "divergence": round(float(np.mean(apart)), 4),
+    }
+
+
+def goal_of(drop: Mapping[str, float], goal: float) -> str:
+    """Tell whether a goal is met: by the interval, else it is undecided."""
+    if drop["high"] <= goal:
+        return "met"
+    return "missed" if drop["low"] > goal else "undecided"
