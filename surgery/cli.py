@@ -50,6 +50,7 @@ INTERRUPTED = 130
 TERMINATED = 143
 INEXACT = {None: "if-needed", True: "never", False: "always"}
 BUDGETS = ("latency", "latency_ms", "macs", "params", "channels")
+ONE_OF = (*BUDGETS, "max_drop")
 _ASKED = (
     *("criterion", "scope", "round_to", "own_class", "part", "tracer", "seed"),
     *("threads", "batch", "latency_table", "correct", "drop_layers", "acceptance"),
@@ -76,7 +77,9 @@ def shrink(session: Session, /, model: str, as_json: bool, quiet: bool, out: Pat
         how = _measurement(given)
         loaded = _load(model, given, progress)
         if together.rank() > 0:
-            return _follow(loaded, given)
+            from surgery import company
+
+            return company.follow(loaded, given, _request(given))
         written = _deliver(session, loaded, model, out, given, how, progress, lambda: _decide(loaded, given, progress))
     print_report(written.data, as_json=as_json)
 
@@ -100,7 +103,9 @@ def apply(
         how = _measurement(given)
         loaded = _load(model, given, progress)
         if together.rank() > 0:
-            return _follow(loaded, given)
+            from surgery import company
+
+            return company.follow(loaded, given, _request(given))
 
         def again() -> Decision:
             from surgery.data_options import with_data
@@ -198,7 +203,7 @@ def ops(markdown: bool, as_json: bool) -> None:
 
 
 def _one_budget(given: Mapping[str, Any]) -> None:
-    budgets = [f"--{kind.replace('_', '-')}" for kind in BUDGETS if given[kind] is not None]
+    budgets = [f"--{kind.replace('_', '-')}" for kind in ONE_OF if given[kind] is not None]
     if len(budgets) > 1:
         raise click.UsageError(f"{' and '.join(budgets)} are given, but a run has one budget; choose one of them")
 
@@ -255,11 +260,14 @@ def _deliver(
 ) -> Report:
     """Cut what is decided, check, export, time, and write everything into the output folder."""
     from surgery import artefacts, deliver, pipeline, report
+    from surgery.evaluate import open_evaluation
 
     _refuse_huge_batch(loaded, given["batch"])
     out = out if out is not None else Path("shrunk", _folder_name(loaded.name))
     if together.processes() > 1:
-        _meet(loaded, given)
+        from surgery import company
+
+        company.meet(loaded, given, _request(given))
     given["checkpoint"] = out.absolute().parent / f".{out.name}.training"
     session.writing = True
     artefacts.prepare(out)
@@ -271,35 +279,11 @@ def _deliver(
         next_command=_evaluate_command(model, out, loaded, given),
         notes=(*loaded.warnings, *loaded.notes),
     )
-    written = deliver.save(replace(result, report=data), out, how, progress=progress)
+    evaluation = given.get("evaluation")
+    judge = open_evaluation(evaluation) if evaluation is not None else None
+    written = deliver.save(replace(result, report=data), out, how, evaluate=judge, progress=progress)
     together.part()
     return written
-
-
-def _meet(loaded: LoadedModel, given: dict[str, Any]) -> bool:
-    """Set up communication with the other processes, where they are to train; return whether they are."""
-    from surgery.data_options import with_data
-    from surgery.recovery import TAUGHT
-
-    if with_data(_request(given), loaded, given).recover not in TAUGHT:
-        return False
-    together.meet()
-    given["share"] = together.send
-    return True
-
-
-def _follow(loaded: LoadedModel, given: dict[str, Any]) -> None:
-    """What all processes but the first do: nothing, unless something is trained."""
-    from surgery import pipeline
-    from surgery.data_options import with_data
-    from surgery.repeat import repeat
-
-    if not _meet(loaded, given):
-        return
-    plan, tensors = together.receive()
-    decision = repeat(plan, loaded.module, loaded.example_inputs, example_kwargs=loaded.example_kwargs)
-    pipeline.follow(replace(decision, request=with_data(decision.request, loaded, given)), tensors)
-    together.part()
 
 
 def _measurement(given: Mapping[str, Any]) -> Measurement:

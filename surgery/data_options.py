@@ -8,9 +8,10 @@ from typing import Any
 
 from surgery.datasets import open_images
 from surgery.errors import InvalidInput
+from surgery.evaluate import open_evaluation
 from surgery.models import LoadedModel
 from surgery.recover.teaching import Training
-from surgery.recovery import TAUGHT, level_of
+from surgery.recovery import TAUGHT, level_of, refuse_drop
 from surgery.request import Request
 
 
@@ -25,7 +26,7 @@ def with_data(request: Request, loaded: LoadedModel, given: Mapping[str, Any]) -
         raise InvalidInput(f"--{next(iter(changes))} is for images: give those with --data or --val, or leave it out")
     first = loaded.example_inputs[0] if isinstance(loaded.example_inputs, tuple) else loaded.example_inputs
     shape = tuple(getattr(first, "shape", ()))
-    opened = {
+    opened: dict[str, Any] = {
         name: open_images(given[name], shape, replace(how, **changes), option=f"--{name}")
         for name in ("data", "val")
         if given[name] is not None
@@ -33,11 +34,15 @@ def with_data(request: Request, loaded: LoadedModel, given: Mapping[str, Any]) -
     level = given["recover"]
     if level is None and "data" not in opened:
         level = "fold" if _can_fold(loaded, request, shape) else "none"
+    if given.get("evaluation") is not None:
+        opened["evaluate"] = open_evaluation(given["evaluation"])
     training = _training(level, given) if level in TAUGHT else None
     request = replace(
         request, recover=level, images=given["images"], training=training, share=given.get("share"), **opened
     )
+    request = replace(request, max_drop=given.get("max_drop"))
     level_of(request)
+    refuse_drop(request)
     return request
 
 

@@ -23,10 +23,12 @@ from torch.utils import _pytree as pytree
 from benchmarks import ort
 from benchmarks.session import Settings
 from exporters import onnx
+from exporters.session import OnnxModel
 from exporters.signature import bind
 from surgery import __version__, artefacts, report, report_steps
 from surgery.cut import masked
 from surgery.errors import CheckFailed, InvalidInput, UnsupportedModel
+from surgery.evaluate import Evaluate
 from surgery.ir import Plan, Report
 from surgery.pipeline import Result, apply
 from surgery.request import Clock, Progress
@@ -60,7 +62,12 @@ class Measurement:
 
 
 def save(
-    result: Result, out: str | Path, measurement: Measurement | None = None, *, progress: Progress | None = None
+    result: Result,
+    out: str | Path,
+    measurement: Measurement | None = None,
+    *,
+    evaluate: Evaluate | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Export, time and write the set of files; `out` is replaced as a whole once everything is done.
 
@@ -68,6 +75,7 @@ def save(
         result: what `shrink` returned.
         out: the folder to be; one that holds files of yours is refused.
         measurement: how to export and time.
+        evaluate: a function of a model that returns figures by name; it judges the files in ONNX Runtime.
         progress: told each step.
 
     Returns:
@@ -103,6 +111,11 @@ def save(
             files_sha256={path.name: _sha256(path) for path in sorted(folder.iterdir())},
             notes=notes,
         )
+        if evaluate is not None:
+            with clock("evaluate"):
+                data["evaluation"] = {
+                    name: evaluate(OnnxModel(exports[name].path, threads=how.threads)) for name in ("dense", "compact")
+                }
         if (drawing := report_steps.chart(data)) is not None:
             (folder / artefacts.RECOVERY).write_bytes(drawing)
             data["files"][artefacts.RECOVERY] = _sha256(folder / artefacts.RECOVERY)

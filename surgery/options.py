@@ -148,6 +148,11 @@ SELECTION = (
     click.option("--params", type=_FRACTION, metavar="R", help="Fraction of the parameters to keep."),
     click.option("--channels", type=_FRACTION, metavar="R", help="Fraction of all removable units to keep."),
     click.option(
+        "--max-drop", type=click.FloatRange(0.0, 100.0, min_open=True, max_open=True), metavar="P",
+        help="In the place of a budget: the lowest latency at which no more than P points are lost, by the upper end "
+        "of the 95 % interval on labelled --val; else of --eval's first figure, else of agreement on --data.",
+    ),
+    click.option(
         "--criterion", type=click.Choice([*WEIGHTS, *IMAGES]),
         help="What makes a unit important; activation, reconstruction, taylor and second-order look at --data.  "
         "[default: second-order with --data, else signal for a budget of time, else l1]",
@@ -224,6 +229,10 @@ DATA = (
     click.option(
         "--val", metavar="FOLDER|FILE.npz|FILE.py:CALLABLE",
         help="Images to judge by, likewise; with classes, the accuracy lost is measured.",
+    ),
+    click.option(
+        "--eval", "evaluation", metavar="FILE.py:CALLABLE",
+        help="A function of a model that returns {metric: value}; it judges torch models and the exported files.",
     ),
     click.option(
         "--recover", type=click.Choice(["none", "fold", "bn", "reconstruct", "distill", "finetune"]),

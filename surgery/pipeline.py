@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from surgery import part as parts
-from surgery import race, recovery, report
+from surgery import race, recovery, report, within
 from surgery.blocks import drop
 from surgery.check_dropped import check_dropped
 from surgery.copies import buffers_kept
@@ -26,8 +26,9 @@ from surgery.decide import Decision, decide
 from surgery.errors import InvalidInput, UnsupportedModel
 from surgery.fvcount import count_macs, count_params
 from surgery.ir import Budget, CheckResult, CompactModel, Coupling, Plan, Program
+from surgery.recover.steps import Step
 from surgery.recover.teaching import Training
-from surgery.recovery import level_of, recovered, twin, with_recovery
+from surgery.recovery import level_of, recovered, refuse_drop, twin, with_recovery
 from surgery.repeat import traced
 from surgery.request import Clock, Progress, Request, stages_of
 
@@ -46,6 +47,7 @@ class Result:
         coupling: its groups.
         compact: the compact model, with the reason for its kind; where a part was shrunk, the part alone.
         whole: where a part was shrunk, the dense model that it belongs to; `model` is then the whole compact one.
+        steps: of recovery, each with how the compact model did after it.
     """
 
     model: torch.nn.Module = field(repr=False)
@@ -57,11 +59,15 @@ class Result:
     coupling: Coupling = field(repr=False)
     compact: CompactModel = field(repr=False)
     whole: parts.Whole | None = field(default=None, repr=False)
+    steps: tuple[Step, ...] = field(default=(), repr=False)
 
 
 def realise(decision: Decision, *, progress: Progress | None = None) -> Result:
     """Cut what was decided and check it; raises CheckFailed where the compact model is not the masked dense one."""
     run = Clock(progress)
+    if decision.request.max_drop is not None:
+        result: Result = within.fastest(decision, lambda chosen: realise(chosen, progress=progress), run)
+        return result
     decision = _corrected(decision, run)
     choice = decision.choice
     program, coupling, plan = choice.program, choice.coupling, choice.plan
@@ -99,6 +105,7 @@ def realise(decision: Decision, *, progress: Progress | None = None) -> Result:
         coupling=coupling,
         compact=compact,
         whole=whole,
+        steps=regained.steps if regained is not None else (),
     )
 
 
@@ -159,6 +166,8 @@ def shrink(
     recover: str | None = None,
     val: Any = None,
     training: Training | None = None,
+    evaluate: Callable[[Any], Mapping[str, float]] | None = None,
+    max_drop: float | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -195,6 +204,9 @@ def shrink(
             where there are data, else `none`.
         val: images to judge by, with classes or without, as `data`, or a pair of tensors (N, C, H, W) and (N,).
         training: a `surgery.Training`, for `distill` and `finetune`.
+        evaluate: a function of a model that returns figures by name; the first is to be kept high.
+        max_drop: in the place of a budget, points that may be lost: of accuracy on labelled `val` by the upper end of
+            its 95 % interval, else of the first figure of `evaluate`, else of agreement with the dense model.
         example_kwargs: forward's keyword arguments.
         progress: called with a stage's name and 0.0 as it begins, 1.0 when it is done.
 
@@ -231,8 +243,11 @@ def shrink(
         recover=recover,
         val=val,
         training=training,
+        evaluate=evaluate,
+        max_drop=max_drop,
     )
     level_of(request)
+    refuse_drop(request)
     if not isinstance(request.goal, Budget):
         raise InvalidInput(f"budget is {budget!r}; pass for example surgery.Budget(latency=0.5)")
     with torch.random.fork_rng(devices=()), buffers_kept(model):
@@ -284,7 +299,8 @@ def recover(
             request,
             Clock(progress).progress,
         )
-    return replace(result, model=model, compact=compact, report=with_recovery(result.report, found))
+    steps = found.steps if found is not None else result.steps
+    return replace(result, model=model, compact=compact, report=with_recovery(result.report, found), steps=steps)
 
 
 def _require_types(*, keep: Any, part: Any, seed: Any, example_kwargs: Any) -> None:

@@ -19,7 +19,7 @@ from surgery.images import Calibration, fitting, seen_by
 from surgery.ir import CompactModel, Coupling, InputSpec, Plan, Program
 from surgery.part import Whole
 from surgery.recover.agreement import Judged, Model, Reference
-from surgery.recover.steps import LEVELS, Step, Subject, peak_memory, taught, with_data, without_data
+from surgery.recover.steps import LEVELS, Judge, Step, Subject, peak_memory, taught, with_data, without_data
 from surgery.recover.teaching import Training
 from surgery.request import Progress, Request
 from surgery.trace import evaluating
@@ -73,6 +73,22 @@ def level_of(request: Request) -> str:
     return level
 
 
+def refuse_drop(request: Request) -> None:
+    """Raise InvalidInput where `max_drop` does not go with the rest."""
+    if request.max_drop is None:
+        return
+    if not isinstance(request.max_drop, (int, float)) or not 0 < request.max_drop < 100:
+        raise InvalidInput(
+            f"max_drop={request.max_drop!r}: give points that may be lost, more than 0 and less than 100"
+        )
+    if request.budget is not None:
+        raise InvalidInput("--max-drop looks for the lowest latency: give no budget with it")
+    if request.data is None and request.val is None and request.evaluate is None:
+        raise InvalidInput("--max-drop needs something to judge by: give --val with labels, --eval, or --data")
+    if request.latency_table is not None or request.tracer == "torch-pruning":
+        raise InvalidInput("--max-drop times models on this machine: leave --latency-table and --tracer out")
+
+
 def recovered(
     program: Program,
     plan: Plan,
@@ -102,18 +118,19 @@ def recovered(
     subject = _subject(program, plan, coupling, compact, model, whole)
     reference, notes = _reference(subject, request, seen, whole, program), list[str]()
     steps = []
-    if reference is not None:
-        steps.append(Step("dense", 0.0, peak_memory(), reference.dense()))
-        steps.append(Step("cut", 0.0, peak_memory(), reference.judge(subject.compact_call)))
+    judge = Judge(reference, request.evaluate)
+    if reference is not None or request.evaluate is not None:
+        for name, (agreement, metrics) in (("dense", judge.dense(subject)), ("cut", judge.compact(subject))):
+            steps.append(Step(name, 0.0, peak_memory(), agreement, metrics=metrics))
     if level == "fold":
-        steps += without_data(subject, reference, seed=request.seed, progress=progress)
+        steps += without_data(subject, judge, seed=request.seed, progress=progress)
     elif level != "none":
         assert seen is not None, "levels that need data have some"
-        steps += with_data(subject, level, seen.batches, reference, seed=request.seed, progress=progress)
+        steps += with_data(subject, level, seen.batches, judge, seed=request.seed, progress=progress)
         if level in TAUGHT:
             if request.share is not None:
                 request.share(plan, compact.module)
-            steps.append(_taught(subject, level, request, seen, reference, progress))
+            steps.append(_taught(subject, level, request, seen, judge, progress))
     for given in (request.data, request.val):
         notes += given.notes() if isinstance(given, Images) else []
     if not steps:
@@ -123,11 +140,11 @@ def recovered(
 
 
 def _taught(
-    subject: Subject, level: str, request: Request, seen: Calibration, reference: Reference | None, progress: Progress
+    subject: Subject, level: str, request: Request, seen: Calibration, judge: Judge, progress: Progress
 ) -> Step:
     training = request.training or Training(seed=request.seed)
     key = f"{subject.plan.digest} {seen.digest} {level} {training}"
-    return taught(subject, level, as_dataset(request.data), training, reference, key=key, progress=progress)
+    return taught(subject, level, as_dataset(request.data), training, judge, key=key, progress=progress)
 
 
 def follow(
@@ -142,7 +159,7 @@ def follow(
     """Take part in the training that the first process leads; arguments are those of `recovered`."""
     subject = _subject(program, plan, coupling, compact, model, whole)
     seen = seen_by(request.data, program, whole, request.images)
-    _taught(subject, level_of(request), request, seen, None, lambda step, fraction: None)
+    _taught(subject, level_of(request), request, seen, Judge(), lambda step, fraction: None)
 
 
 def _subject(
@@ -271,6 +288,10 @@ def with_recovery(data: Mapping[str, Any], recovery: Recovery | None) -> dict[st
 
 def _verdict(recovery: Recovery) -> dict[str, Any]:
     dense, last = recovery.steps[0].agreement, recovery.steps[-1].agreement
+    before, after = recovery.steps[0].metrics, recovery.steps[-1].metrics
+    if before and after and (last is None or last.accuracy is None):
+        told = ", ".join(f"{name} {after[name]:.4g}, dense {before[name]:.4g}" for name in before if name in after)
+        return {"status": "measured", "verdict": f"by --eval: {told}"}
     if dense is None or last is None:
         return {"verdict": "accuracy unknown: recovered without images; not fit to deploy before it is evaluated"}
     if last.accuracy is not None and last.drop is not None and dense.accuracy is not None:

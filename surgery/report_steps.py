@@ -6,7 +6,18 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-STEP_COLUMNS = ("step", "accuracy", "points lost", "95% interval", "top-1 match", "cosine", "KL", "seconds", "memory")
+STEP_COLUMNS = (
+    "step",
+    "accuracy",
+    "points lost",
+    "95% interval",
+    "top-1 match",
+    "cosine",
+    "KL",
+    "eval",
+    "seconds",
+    "memory",
+)
 """Headers of the table of steps, in the order of `step_cells`."""
 _GONE = " (undone)"
 
@@ -27,6 +38,7 @@ def _row(step: Mapping[str, Any]) -> tuple[str, ...]:
         _share(found.get("top1_match")),
         _number(found.get("cosine"), 4),
         _number(found.get("divergence"), 4),
+        ", ".join(f"{name} {value:.4g}" for name, value in (step["metrics"] or {}).items()) or "-",
         f"{step['seconds']:.1f}",
         f"{step['peak_memory_bytes'] / 1e9:.2f} GB",
     )
@@ -51,7 +63,16 @@ def judged_line(data: Mapping[str, Any]) -> str:
 
 def step_notes(data: Mapping[str, Any]) -> list[str]:
     """Return what the steps want the user to know."""
-    return [note for step in (data.get("recovery") or {"steps": ()})["steps"] for note in step["notes"]]
+    notes = [note for step in (data.get("recovery") or {"steps": ()})["steps"] for note in step["notes"]]
+    for name, figures in (data.get("evaluation") or {}).items():
+        notes.append(f"--eval of {name}.onnx: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+    if within := data.get("within"):
+        tries = ", ".join(f"{t['aim']:.2f} lost up to {t['upper']:.2f}" for t in within["tried"])
+        notes.append(
+            f"the lowest latency within {within['max_drop']:g} points of {within['of']}: measured "
+            f"{within['measured']:.3f} of the dense model's; tried: {tries}"
+        )
+    return notes
 
 
 def chart(data: Mapping[str, Any]) -> bytes | None:

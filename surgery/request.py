@@ -88,6 +88,8 @@ class Request:
     val: Any = None
     training: Any = None
     seen: Calibration | None = None
+    evaluate: Callable[[Any], Mapping[str, float]] | None = None
+    max_drop: float | None = None
     share: Callable[[Plan, torch.nn.Module], None] | None = None
 
     @property

@@ -39,16 +39,16 @@ ORDER = """
     surgery.recover.views surgery.recover.resume
     surgery.recover.teaching surgery.recover.train surgery.recover.steps surgery.artefacts
     surgery.figures surgery.report_steps surgery.report
-    surgery.optable surgery.request surgery.recovery surgery.acceptance surgery.race surgery.decide
-    surgery.repeat surgery.profile
+    surgery.evaluate surgery.optable surgery.request surgery.recovery surgery.acceptance surgery.race surgery.decide
+    surgery.repeat surgery.profile surgery.within
     surgery.pipeline surgery.deliver
-    surgery.options surgery.data_options surgery.together surgery.screen surgery.cli
+    surgery.options surgery.data_options surgery.together surgery.company surgery.screen surgery.cli
 """
 LAYERS = ORDER.split()
 """Each module imports only from those before it; of the families in surgery.ops, others know `index` alone."""
 
 ROOF = {
-    *("surgery.race", "surgery.decide", "surgery.profile", "surgery.pipeline", "surgery.deliver"),
+    *("surgery.race", "surgery.within", "surgery.decide", "surgery.profile", "surgery.pipeline", "surgery.deliver"),
     *("surgery.options", "surgery.cli"),
 }
 """Only these see exporters and benchmarks."""
@@ -208,7 +208,7 @@ def test_the_code_map_is_complete_and_true() -> None:
     files |= {str(path.relative_to(ROOT)) for path in (ROOT / "scripts").glob("*.py")}
     files -= {"exporters/__init__.py", "benchmarks/__init__.py", "benchmarks/studies/__init__.py"}
     files -= {"surgery/ops/__init__.py", "surgery/recover/__init__.py", "benchmarks/studies/coverage/__init__.py"}
-    files -= {"benchmarks/studies/latency/__init__.py"}
+    files -= {"benchmarks/studies/latency/__init__.py", "benchmarks/studies/recovery/__init__.py"}
     assert files == {name for name in mapped if name.endswith(".py")}
     assert all((ROOT / name).exists() for name in mapped)
 

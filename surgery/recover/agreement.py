@@ -33,6 +33,7 @@ class Agreement:
         divergence: Kullback-Leibler, of the dense model's distribution from this one's, in nats; None likewise.
         accuracy: share of images whose class it names; None without labels.
         drop: points of accuracy that it names less than the dense model, paired, with its 95 % interval; or None.
+        differs: points of images on which the two name another class, with the interval; None as `top1_match`.
     """
 
     images: int
@@ -42,6 +43,7 @@ class Agreement:
     divergence: float | None = None
     accuracy: float | None = None
     drop: tuple[float, float, float] | None = None
+    differs: tuple[float, float, float] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -98,12 +100,13 @@ class Reference:
         ours, theirs = self.outputs[0].double(), found[0].double()
         logs = ours.log_softmax(1)
         divergence = float((logs.exp() * (logs - theirs.log_softmax(1))).sum(1).mean())
-        match = float((ours.argmax(1) == theirs.argmax(1)).double().mean())
+        same = ours.argmax(1) == theirs.argmax(1)
+        match, differs = float(same.double().mean()), paired_drop(torch.ones_like(same), same)
         if self.labels is None or self.right is None:
-            return Agreement(len(own), cosine, error, match, divergence)
+            return Agreement(len(own), cosine, error, match, divergence, differs=differs)
         right = theirs.argmax(1) == self.labels
         accuracy = float(right.double().mean())
-        return Agreement(len(own), cosine, error, match, divergence, accuracy, paired_drop(self.right, right))
+        return Agreement(len(own), cosine, error, match, divergence, accuracy, paired_drop(self.right, right), differs)
 
 
 def paired_drop(dense: Tensor, compact: Tensor) -> tuple[float, float, float]:

@@ -62,6 +62,24 @@ class Subject:
     module_call: Callable[[torch.nn.Module, Sequence[Tensor]], Any]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Judge:
+    """What compact models are judged by: images, the user's own evaluation, both or nothing."""
+
+    reference: Reference | None = None
+    evaluate: Callable[[Any], Mapping[str, float]] | None = None
+
+    def dense(self, subject: Subject) -> tuple[Agreement | None, Mapping[str, float] | None]:
+        """Judge the dense model."""
+        found = self.reference.dense() if self.reference is not None else None
+        return found, self.evaluate(subject.dense_model) if self.evaluate is not None else None
+
+    def compact(self, subject: Subject) -> tuple[Agreement | None, Mapping[str, float] | None]:
+        """Judge the compact model as it is."""
+        found = self.reference.judge(subject.compact_call) if self.reference is not None else None
+        return found, self.evaluate(subject.compact_model) if self.evaluate is not None else None
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """What one step did.
@@ -75,6 +93,7 @@ class Step:
         notes: what the user should know.
         layers: what came of each layer.
         history: how training went.
+        metrics: what the user's own evaluation returned.
     """
 
     name: str
@@ -85,6 +104,7 @@ class Step:
     notes: tuple[str, ...] = ()
     layers: tuple[Fitted, ...] = field(default=(), repr=False)
     history: History | None = field(default=None, repr=False)
+    metrics: Mapping[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values: what is not finite is None."""
@@ -99,7 +119,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
-def without_data(subject: Subject, reference: Reference | None, *, seed: int, progress: Progress) -> list[Step]:
+def without_data(subject: Subject, judge: Judge, *, seed: int, progress: Progress) -> list[Step]:
     """Fit the compact model on images that are drawn at random.
 
     Raises:
@@ -111,7 +131,7 @@ def without_data(subject: Subject, reference: Reference | None, *, seed: int, pr
     if len(specs) != 1 or len(specs[0].shape) != 4 or "float" not in specs[0].dtype:
         raise InvalidInput("recover='fold' draws images (N, C, H, W), and this model takes something else; give --data")
     batches, held_out = (_drawn(specs[0], seed + k) for k in range(2))
-    return [_reconstructed("fold", subject, batches, held_out[: max(1, len(held_out) // 4)], reference, seed, progress)]
+    return [_reconstructed("fold", subject, batches, held_out[: max(1, len(held_out) // 4)], judge, seed, progress)]
 
 
 def _drawn(spec: InputSpec, seed: int) -> Batches:
@@ -123,7 +143,7 @@ def _drawn(spec: InputSpec, seed: int) -> Batches:
 
 
 def with_data(
-    subject: Subject, level: str, batches: Batches, reference: Reference | None, *, seed: int, progress: Progress
+    subject: Subject, level: str, batches: Batches, judge: Judge, *, seed: int, progress: Progress
 ) -> list[Step]:
     """Bring the compact model nearer to the dense one without labels or gradients.
 
@@ -131,17 +151,17 @@ def with_data(
         subject: the compact model.
         level: `bn`, or one that begins with `reconstruct`.
         batches: of the program's inputs.
-        reference: to judge by.
+        judge: what it is judged by.
         seed: of all that is drawn.
         progress: told each step.
     """
     if level != "bn" and subject.program.graph is not None:
-        return [_reconstructed("reconstruct", subject, batches, batches, reference, seed, progress)]
+        return [_reconstructed("reconstruct", subject, batches, batches, judge, seed, progress)]
     notes: tuple[str, ...] = () if level == "bn" else ("no reconstruction: torch.export cannot capture this model",)
     with _timed("bn", progress) as (told, clock), _undone_if_worse(subject, batches) as judged:
         count = estimate_norms(subject.compact, batches, call=subject.part_call, progress=told)
     notes = notes if count else (*notes, "the model has no batch norms with running statistics")
-    return [_step("bn", clock, judged, subject, reference, notes=notes)]
+    return [_step("bn", clock, judged, subject, judge, notes=notes)]
 
 
 def taught(
@@ -149,7 +169,7 @@ def taught(
     level: str,
     data: Any,
     training: Training,
-    reference: Reference | None,
+    judge: Judge,
     *,
     key: str,
     progress: Progress,
@@ -161,7 +181,7 @@ def taught(
         level: which of the two.
         data: a map-style Dataset, or a DataLoader.
         training: how.
-        reference: to judge by.
+        judge: what it is judged by.
         key: of what a checkpoint must be.
         progress: told.
     """
@@ -176,9 +196,9 @@ def taught(
         )
     notes = [f"{level}: {history.stopped}, after {history.steps} steps"] if history.stopped else []
     notes += [f"{level}: went on from a checkpoint at step {history.resumed}"] if history.resumed else []
-    agreement = reference.judge(subject.compact_call) if reference is not None else None
+    agreement, metrics = judge.compact(subject)
     seconds = round(clock["seconds"], 3)
-    return Step(level, seconds, peak_memory(), agreement, True, tuple(notes), (), history)
+    return Step(level, seconds, peak_memory(), agreement, True, tuple(notes), (), history, metrics)
 
 
 def _reconstructed(
@@ -186,7 +206,7 @@ def _reconstructed(
     subject: Subject,
     batches: Batches,
     judged_on: Batches,
-    reference: Reference | None,
+    judge: Judge,
     seed: int,
     progress: Progress,
 ) -> Step:
@@ -202,7 +222,7 @@ def _reconstructed(
             f"{len(scarce)} layers have fewer positions than weights to fit, the first is {first.name} ({first.rows} "
             f"for {first.unknowns}): they are held near to what they were; more images would help",
         )
-    return _step(name, clock, judged, subject, reference, notes=notes, layers=tuple(layers))
+    return _step(name, clock, judged, subject, judge, notes=notes, layers=tuple(layers))
 
 
 def _step(
@@ -210,15 +230,15 @@ def _step(
     clock: Mapping[str, float],
     judged: _Judged,
     subject: Subject,
-    reference: Reference | None,
+    judge: Judge,
     *,
     notes: tuple[str, ...] = (),
     layers: tuple[Fitted, ...] = (),
 ) -> Step:
     if not judged.kept:
         notes = (*notes, f"{name} was undone: it left the outputs further from the dense model's than they were")
-    agreement = reference.judge(subject.compact_call) if reference is not None else None
-    return Step(name, round(clock["seconds"], 3), peak_memory(), agreement, judged.kept, notes, layers)
+    agreement, metrics = judge.compact(subject)
+    return Step(name, round(clock["seconds"], 3), peak_memory(), agreement, judged.kept, notes, layers, metrics=metrics)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from benchmarks.studies import data, record
 from benchmarks.studies.recovery.jobs import every_job, run
 from benchmarks.studies.recovery.table import tables
 
-NAME = "recovery"
+NAME, MODULE = "recovery", "benchmarks.studies.recovery"
 
 
 @click.command()
@@ -55,16 +55,14 @@ def main(
             break
         print(job.key, file=sys.stderr, flush=True)
         root = [] if data_root is None else ["--data-root", data_root]
-        command = [sys.executable, "-m", __spec__.name.rpartition(".")[0], "--row", job.key, "--threads", str(threads)]
+        command = [sys.executable, "-m", MODULE, "--row", job.key, "--threads", str(threads)]
         done = subprocess.run([*command, *root], stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             print(f"    failed with {done.returncode}", file=sys.stderr, flush=True)
             continue
         rows = {**_known(), job.key: json.loads(done.stdout.splitlines()[-1])}
         described = record.machine(threads)
-        record.write(
-            NAME, {"command": record.command(__spec__.name.rpartition(".")[0], []), "machine": described, "rows": rows}
-        )
+        record.write(NAME, {"command": record.command(MODULE, []), "machine": described, "rows": rows})
 
 
 def _known() -> dict[str, Any]:

@@ -126,7 +126,7 @@ def _rivals(known: Network, job: Job) -> list[dict[str, Any]]:
     for criterion in CRITERIA:
         for ranks_globally in (False, True):
             setting = Setting(f"torch-pruning {criterion}", ranks_globally=ranks_globally, criterion=criterion)
-            told = {"tool": "torch-pruning", "criterion": criterion, "global": ranks_globally}
+            told: dict[str, Any] = {"tool": "torch-pruning", "criterion": criterion, "global": ranks_globally}
             try:
                 module, point = to_macs(known.subject, setting, job.macs)
             except DoesNotRun as error:

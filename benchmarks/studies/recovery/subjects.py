@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def packed_jpegs(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     with np.load(path) as packed:
         header, content, ends = packed["header"].tobytes(), packed["data"].tobytes(), packed["offsets"]
         labels = packed["labels"].astype(np.int64)
-    files = (header + content[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True))
+    files = (header + content[a:b] for a, b in pairwise(ends.tolist()))
     return np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files]), labels
 
 

@@ -1,0 +1,32 @@
+"""What the processes of one run do beside the first, and how they meet."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from surgery import pipeline, together
+from surgery.data_options import with_data
+from surgery.models import LoadedModel
+from surgery.recovery import TAUGHT
+from surgery.repeat import repeat
+from surgery.request import Request
+
+
+def meet(loaded: LoadedModel, given: dict[str, Any], request: Request) -> bool:
+    """Set up communication with the other processes, where they are to train; return whether they are."""
+    if with_data(request, loaded, given).recover not in TAUGHT:
+        return False
+    together.meet()
+    given["share"] = together.send
+    return True
+
+
+def follow(loaded: LoadedModel, given: dict[str, Any], request: Request) -> None:
+    """Do what all processes but the first do: nothing, unless something is trained."""
+    if not meet(loaded, given, request):
+        return
+    plan, tensors = together.receive()
+    decision = repeat(plan, loaded.module, loaded.example_inputs, example_kwargs=loaded.example_kwargs)
+    pipeline.follow(replace(decision, request=with_data(decision.request, loaded, given)), tensors)
+    together.part()

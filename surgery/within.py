@@ -1,0 +1,123 @@
+"""The fastest compact model that loses no more than so many points: a search over latencies, each one recovered.
+
+Latency and accuracy both fall as more goes, so the search halves an interval: of each latency, a plan by the table is
+cut, checked, recovered and judged; those that lose little enough are timed against the dense model.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from surgery import race
+from surgery.decide import Decision
+from surgery.errors import BudgetUnreachable, InvalidInput
+from surgery.evaluate import points_lost
+from surgery.ir import Budget
+from surgery.recover.steps import Step
+from surgery.request import Clock, Request
+
+HIGHEST = 0.95
+"""The latency that is given up at: what cannot be cut so little is not cut."""
+FIRST = 0.5
+NEAR = 0.04
+"""The search ends once the interval is this narrow, in fractions of the dense latency."""
+MOST = 7
+"""Models that are recovered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """One model of the search.
+
+    Attributes:
+        aim: fraction of the dense latency that its plan aims at, by the table.
+        lost: points.
+        upper: the bound by which it is judged: of the 95 % interval where there is one.
+        measured: its latency as a fraction of the dense one's; None where it lost too much to be timed.
+    """
+
+    aim: float
+    lost: float
+    upper: float
+    measured: float | None = None
+
+
+def lost_by(steps: tuple[Step, ...]) -> tuple[float, float, str]:
+    """Return points lost from the dense model to the last step, their upper bound, and what they are points of."""
+    first, last = steps[0], steps[-1]
+    if last.agreement is not None and last.agreement.drop is not None:
+        return last.agreement.drop[0], last.agreement.drop[2], "accuracy"
+    if first.metrics and last.metrics:
+        lost = points_lost(first.metrics, last.metrics)
+        return lost, lost, f"'{next(iter(first.metrics))}' of --eval, without an interval"
+    if last.agreement is not None and last.agreement.differs is not None:
+        return last.agreement.differs[0], last.agreement.differs[2], "agreement with the dense model"
+    raise InvalidInput(
+        "--max-drop needs something to lose: give labelled images with --val, a measure with --eval, or a classifier "
+        "and images with --data"
+    )
+
+
+def fastest(decision: Decision, realise: Callable[[Decision], Any], clock: Clock) -> Any:
+    """Return the result with the lowest measured latency among those that lose no more than `request.max_drop`.
+
+    Args:
+        decision: for a budget of time; its `replan` makes the plans.
+        realise: decision → checked and recovered result, with its `steps`.
+        clock: told progress.
+
+    Raises:
+        BudgetUnreachable: even the slowest model that was tried loses more.
+    """
+    request, choice = decision.request, decision.choice
+    limit = request.max_drop
+    assert limit is not None and choice.replan is not None, "the caller makes sure"
+    tried: list[Tried] = []
+    best: tuple[float, Any] | None = None
+    low, high, aim = 0.0, 1.0, FIRST
+    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
+        track = race.track_of(choice.program.dense, Path(folder), request, clock.progress)
+        while len(tried) < MOST and high - low > NEAR and aim <= HIGHEST:
+            clock.progress(f"within {limit:g} points: {aim:.2f} of the latency", 0.0)
+            found, measured = _at(decision, aim, realise), None
+            if found is not None:
+                lost, upper, _ = lost_by(found.steps)
+                if upper <= limit:
+                    measured = track.time(track.entry(found.compact.module), processes=2).value
+                tried.append(Tried(round(aim, 4), round(lost, 3), round(upper, 3), measured))
+            if measured is not None and (best is None or measured < best[0]):
+                best = measured, found
+            low, high = (low, aim) if measured is not None else (aim, high)
+            aim = (low + high) / 2
+    if best is None:
+        nearest = min(tried, key=lambda t: t.upper, default=None)
+        told = f"; the nearest, at {nearest.aim:.2f} of the latency, loses up to {nearest.upper:.2f}" if nearest else ""
+        raise BudgetUnreachable(
+            f"no model within --max-drop {limit:g} was found in {len(tried)} tries{told}; allow more, recover more "
+            "(--recover distill), or judge by more images: the bound is that of the 95 % interval"
+        )
+    result = best[1]
+    within = {
+        "max_drop": limit,
+        "of": lost_by(result.steps)[2],
+        "measured": best[0],
+        "tried": [asdict(t) for t in tried],
+    }
+    return replace(result, report={**result.report, "within": within})
+
+
+def _at(decision: Decision, aim: float, realise: Callable[[Decision], Any]) -> Any:
+    """The result for one latency; None where it cannot be reached."""
+    assert decision.choice.replan is not None
+    try:
+        choice = decision.choice.replan(aim)
+    except BudgetUnreachable:
+        return None
+    plan = replace(choice.plan, budget=Budget(latency=aim))
+    loop = replace(choice.loop, target=aim) if choice.loop is not None else None
+    request: Request = replace(decision.request, budget=plan.budget, correct=False, max_drop=None)
+    return realise(replace(decision, choice=replace(choice, plan=plan, loop=loop), request=request))
