@@ -148,10 +148,12 @@ def taylor(
     """Return the mean squared slope of drawn outputs' log-likelihood as a unit is turned down."""
     touched = {site.tensor for group in coupling.groups for site in group.sites}
     learnt = {
-        name: t.detach().clone().requires_grad_(name in touched) for name, t in state.items() if t.is_floating_point()
+        name: t.detach().clone().requires_grad_(name in touched and "running_" not in name)
+        for name, t in state.items()
+        if t.is_floating_point()
     }
     tape = Tape(program.graph, {**state, **learnt})
-    wanted = {name: t for name, t in learnt.items() if t.requires_grad and "running_" not in name}
+    wanted = {name: t for name, t in learnt.items() if t.requires_grad}
     sums = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in coupling.groups}
     generator, images = torch.Generator().manual_seed(seed), 0
     for batch in batches:

@@ -43,17 +43,8 @@ class Stages:
 
 _NOT_OF_THE_PLAN = frozenset(
     (
-        "budget",
-        "latency_table",
-        "acceptance",
-        "correct",
-        "data",
-        "seen",
-        "images",
-        "recover",
-        "val",
-        "training",
-        "share",
+        *("budget", "latency_table", "acceptance", "correct", "data", "seen", "images", "recover", "val", "training"),
+        *("share", "evaluate", "max_drop"),
     )
 )
 

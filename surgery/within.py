@@ -107,7 +107,9 @@ def fastest(decision: Decision, realise: Callable[[Decision], Any], clock: Clock
         "measured": best[0],
         "tried": [asdict(t) for t in tried],
     }
-    return replace(result, report={**result.report, "within": within})
+    verdict = f"measured {best[0]:.4f} of the dense latency, the lowest found within {limit:g} points"
+    latency = {**result.report["latency"], "target": best[0], "verdict": verdict}
+    return replace(result, report={**result.report, "within": within, "latency": latency})
 
 
 def _at(decision: Decision, aim: float, realise: Callable[[Decision], Any]) -> Any:

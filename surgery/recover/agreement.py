@@ -90,6 +90,16 @@ class Reference:
         """Return how a model does beside the dense one."""
         return self._beside(_outputs(model, self.batches, [])[0])
 
+    def correlation(self, model: Model) -> float:
+        """Return how far a model's outputs go along with the dense model's, over images: -1 to 1; NaN if not finite."""
+        own, other = (
+            torch.cat([x.double() for x in xs], 1) for xs in (self.outputs, _outputs(model, self.batches, [])[0])
+        )
+        if len(own) > 1:
+            own, other = own - own.mean(0), other - other.mean(0)
+        both = own.norm() * other.norm()
+        return float((own * other).sum() / both) if not 0 <= float(both) < 1e-30 else 0.0
+
     def _beside(self, found: Sequence[Tensor]) -> Agreement:
         own, other = (torch.cat([x.double() for x in xs], 1) for xs in (self.outputs, found))
         cosine = float(torch.nn.functional.cosine_similarity(own, other, dim=1).mean())

@@ -278,10 +278,10 @@ def _put_back(subject: Subject, state: Mapping[str, Tensor]) -> None:
 
 
 def _apart(subject: Subject, batches: Batches) -> float:
-    """Squared difference of the outputs from the dense program's."""
+    """How little the outputs go along with the dense program's: one less their correlation, whatever their scale."""
     dense = subject.program.dense.model
     reference = Reference.of(lambda inputs: _called(dense, subject.program, inputs), [(b, None) for b in batches], "")
-    return reference.judge(subject.part_call).error
+    return 1.0 - reference.correlation(subject.part_call)
 
 
 def _called(module: torch.nn.Module, program: Program, inputs: Sequence[Tensor]) -> Any:

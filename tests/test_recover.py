@@ -1,0 +1,473 @@
+"""Recovery as its users see it: by a call and on the command line, with images and without, killed and taken up."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from stairs import table_of
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import surgery
+from surgery import within
+from surgery.couple import couple
+from surgery.decide import decide
+from surgery.errors import BudgetUnreachable, InvalidInput
+from surgery.pipeline import realise
+from surgery.recover.agreement import Reference, paired_drop
+from surgery.recover.drawn import drawn_images
+from surgery.recover.resume import Checkpoint
+from surgery.recover.teaching import loss_of
+from surgery.recover.views import Look, Order, Views
+from surgery.request import Clock, Request
+from surgery.trace import trace
+
+ROOT = Path(__file__).resolve().parent.parent
+
+NETWORK = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv3, self.fc = nn.Conv2d(16, 24, 3, stride=2, padding=1), nn.Linear(24, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = x + torch.relu(self.bn2(self.conv2(x)))
+        x = torch.relu(self.conv3(x))
+        return self.fc(x.mean((2, 3)))
+
+def net():
+    return Net(), torch.zeros(1, 1, 8, 8)
+"""
+SPACE: dict[str, Any] = {}
+exec(NETWORK, SPACE)
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's 1,797 digits at 8 x 8, 0 to 1."""
+    data = pytest.importorskip("sklearn.datasets", reason="scikit-learn comes with the test extra").load_digits()
+    return torch.from_numpy(data.images).float().unsqueeze(1) / 16, torch.from_numpy(data.target)
+
+
+@pytest.fixture(scope="module")
+def trained(digits: tuple[Tensor, Tensor]) -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = SPACE["Net"]()
+    x, y = digits[0][:1300] * 2 - 1, digits[1][:1300]
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for step in range(160):
+        index = torch.arange(step * 64, step * 64 + 64) % len(x)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[index]), y[index]).backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def images(digits: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return digits[0][:1300] * 2 - 1, digits[1][:1300]
+
+
+@pytest.fixture(scope="module")
+def unseen(digits: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return digits[0][1300:] * 2 - 1, digits[1][1300:]
+
+
+@pytest.fixture(scope="module")
+def cut(trained: nn.Module, images: tuple[Tensor, Tensor]) -> surgery.Result:
+    return surgery.shrink(trained, images[0][:2], budget=surgery.Budget(macs=0.35), criterion="l1")
+
+
+def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
+    with torch.no_grad():
+        return float((model(data[0]).argmax(1) == data[1]).double().mean())
+
+
+# Steps. --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", ["fold", "bn", "reconstruct", "distill", "finetune"])
+def test_every_level_helps(
+    level: str, cut: surgery.Result, images: tuple[Tensor, Tensor], unseen: tuple[Tensor, Tensor]
+) -> None:
+    """A network of which a third is left: with the images it learns from, or with none."""
+    before = [p.clone() for p in cut.model.parameters()]
+    training = surgery.Training(epochs=3, batch=64, lr=2e-3, flip=False, mix=False)
+    data = None if level == "fold" else images
+    found = surgery.recover(cut, data, level=level, val=unseen, images=256, training=training)
+    assert all(torch.equal(a, b) for a, b in zip(before, cut.model.parameters(), strict=True))
+    steps = found.report["recovery"]["steps"]
+    assert [s["name"] for s in steps[:2]] == ["dense", "cut"]
+    assert found.steps[-1].name == level
+    assert accuracy(found.model, unseen) == pytest.approx(steps[-1]["agreement"]["accuracy"])
+    assert accuracy(found.model, unseen) > accuracy(cut.model, unseen) + 0.1
+    value, low, high = steps[-1]["agreement"]["drop"]
+    assert low <= value <= high
+    assert found.report["accuracy"]["status"] == "measured"
+
+
+def test_shrink_recovers_by_default_where_there_are_data(
+    trained: nn.Module, images: tuple[Tensor, Tensor], unseen: tuple[Tensor, Tensor]
+) -> None:
+    state = {k: v.clone() for k, v in trained.state_dict().items()}
+    found = surgery.shrink(trained, images[0][:2], budget=surgery.Budget(macs=0.5), data=images, val=unseen)
+    assert found.plan.settings["criterion"] == "second-order"
+    assert found.plan.settings["data"]["images"] == 512
+    assert [s.name for s in found.steps] == ["dense", "cut", "reconstruct"]
+    assert accuracy(found.model, unseen) > accuracy(trained, unseen) - 0.05
+    assert all(torch.equal(v, state[k]) for k, v in trained.state_dict().items())
+    again = surgery.shrink(trained, images[0][:2], budget=surgery.Budget(macs=0.5), data=images, val=unseen)
+    assert again.plan.to_json() == found.plan.to_json()
+    assert all(torch.equal(a, b) for a, b in zip(found.model.parameters(), again.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("criterion", ["activation", "reconstruction", "taylor", "second-order"])
+def test_criteria_that_look_at_images_beat_chance(
+    criterion: str, trained: nn.Module, images: tuple[Tensor, Tensor], unseen: tuple[Tensor, Tensor]
+) -> None:
+    def kept(by: str) -> float:
+        budget = surgery.Budget(macs=0.4)
+        found = surgery.shrink(trained, images[0][:2], budget=budget, data=images, criterion=by, images=256)
+        return accuracy(found.model, unseen)
+
+    assert kept(criterion) >= kept("random") - 0.02
+
+
+def test_a_step_that_makes_it_worse_is_undone(cut: surgery.Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(*args: Any, **kwargs: Any) -> list[Any]:
+        with torch.no_grad():
+            for p in args[3].module.parameters():
+                p.mul_(float("nan"))
+        return []
+
+    monkeypatch.setattr(sys.modules["surgery.recover.steps"], "reconstruct", spoil)
+    found = surgery.recover(cut, torch.rand(32, 1, 8, 8))
+    assert not found.steps[-1].kept
+    assert any("undone" in note for note in found.steps[-1].notes)
+    assert all(torch.equal(a, b) for a, b in zip(cut.model.parameters(), found.model.parameters(), strict=True))
+
+
+def test_without_labels_agreement_is_measured_and_named_so(cut: surgery.Result, images: tuple[Tensor, Tensor]) -> None:
+    found = surgery.recover(cut, images[0][:100])
+    told = found.report["accuracy"]
+    assert told["status"] == "agreement"
+    assert told["verdict"].startswith("accuracy unknown; agreement with the dense model: top-1 match ")
+    assert "--data" in told["verdict"]
+    assert found.steps[-1].agreement is not None and found.steps[-1].agreement.accuracy is None
+
+
+def test_few_images_are_said_to_be_few(cut: surgery.Result) -> None:
+    found = surgery.recover(cut, torch.rand(4, 1, 8, 8))
+    assert any("fewer positions than weights" in note for note in found.steps[-1].notes)
+
+
+def test_recovery_of_a_part_judges_the_whole(images: tuple[Tensor, Tensor], trained: nn.Module) -> None:
+    whole = nn.Sequential(trained, nn.Identity())
+    found = surgery.shrink(
+        whole, images[0][:2], budget=surgery.Budget(macs=0.5), part="0", data=images[0][:64], val=images
+    )
+    assert found.steps[-1].agreement is not None
+    assert found.steps[-1].agreement.accuracy == pytest.approx(accuracy(found.model, images))
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"level": "magic"}, "there are none, fold, bn"),
+        ({"level": "distill"}, "--recover distill learns from images"),
+        ({"data": torch.rand(8, 3, 8, 8)}, r"takes \(N, 1, "),
+        ({"data": torch.full((8, 1, 8, 8), float("nan"))}, "NaN"),
+        ({"data": torch.rand(8, 1, 8, 8), "val": (torch.rand(3, 1, 8, 8), torch.tensor([1, 2, 10]))}, "a label is 10"),
+        ({"data": torch.rand(8, 1, 8, 8), "val": (torch.rand(3, 1, 8, 8), torch.tensor([1]))}, "do not go together"),
+        ({"data": torch.rand(90, 1, 8, 8), "level": "finetune"}, "learns classes"),
+        ({"data": (torch.rand(90, 1, 8, 8), torch.full((90,), 99)), "level": "finetune"}, "class 99 is out of range"),
+        ({"data": 3}, "is of type int"),
+    ],
+)
+def test_what_cannot_be_used_says_so(asked: dict[str, Any], said: str, cut: surgery.Result) -> None:
+    with pytest.raises(InvalidInput, match=said):
+        surgery.recover(cut, **asked)
+
+
+def test_settings_out_of_range_say_so() -> None:
+    for wrong in ({"epochs": 0}, {"lr": 0.0}, {"ema": 1.0}, {"mixed_precision": "fp4"}, {"batch": 1.5}):
+        with pytest.raises(InvalidInput):
+            surgery.Training(**wrong)  # type: ignore[arg-type]
+
+
+# What it is made of. -------------------------------------------------------------------------------------------------
+
+
+def test_the_drop_is_paired_and_its_interval_a_bootstraps() -> None:
+    dense = torch.ones(400, dtype=torch.bool)
+    compact = dense.clone()
+    compact[:40] = False
+    value, low, high = paired_drop(dense, compact)
+    assert value == pytest.approx(10.0)
+    assert 6.5 < low < 8.0 and 12.0 < high < 13.5
+    assert paired_drop(dense, dense) == (0.0, 0.0, 0.0)
+
+
+def test_agreement_of_outputs_that_are_no_classes() -> None:
+    batches = [([torch.rand(4, 3)], None)]
+    reference = Reference.of(lambda inputs: inputs[0].reshape(4, 3, 1), batches, "images")
+    found = reference.judge(lambda inputs: 2 * inputs[0].reshape(4, 3, 1))
+    assert found.top1_match is None and found.accuracy is None
+    assert found.cosine == pytest.approx(1.0)
+    assert found.error > 0.1
+
+
+def test_drawn_images_are_the_same_for_a_seed_and_look_like_normalised_ones() -> None:
+    first, again, other = (drawn_images(24, 3, 32, 24, seed=s) for s in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.shape == (24, 3, 32, 24) and first.dtype == torch.float32
+    assert abs(float(first.mean())) < 0.5 and 0.5 < float(first.std()) < 2
+    flat = torch.nn.functional.avg_pool2d(first, 4)
+    assert float(flat.var() / first.var()) > 0.3, "neighbours go together"
+
+
+def test_views_follow_from_seed_epoch_and_number() -> None:
+    data = TensorDataset(torch.rand(20, 3, 16, 16), torch.arange(20))
+    views, again = (Views(data, Look(0.2, True, True, 3), list(range(20))) for _ in range(2))
+    assert torch.equal(views[5][0], again[5][0])
+    before = views[5][0]
+    views.epoch = 1
+    assert not torch.equal(views[5][0], before)
+    plain = Views(data, Look(0.0, False, False, 3), list(range(20)))
+    assert torch.equal(plain[5][0], data[5][0]) and int(plain[5][1]) == 5
+    order = Order(20, 3)
+    first = list(order)
+    order.epoch = 1
+    assert sorted(first) == list(range(20)) and first != list(order)
+
+
+def test_the_loss_is_least_where_the_outputs_are_the_teachers() -> None:
+    wanted = [torch.randn(16, 10)]
+    assert float(loss_of(wanted, wanted, None, 2.0)) == pytest.approx(0.0, abs=1e-6)
+    assert float(loss_of([torch.randn(16, 10)], wanted, None, 2.0)) > 0.1
+    images = [torch.randn(4, 3, 8, 8)]
+    assert float(loss_of([images[0] + 1], images, None, 2.0)) == pytest.approx(1.0, rel=0.3)
+
+
+# Killed and taken up. ------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    """Stands for a signal."""
+
+
+def killing(stage: str, at: float) -> Callable[[str, float], None]:
+    def progress(name: str, fraction: float) -> None:
+        if name == stage and at <= fraction < 1:
+            raise Killed
+
+    return progress
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(
+    cut: surgery.Result, images: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    def train(folder: Path, progress: Any = None) -> surgery.Result:
+        how = surgery.Training(epochs=3, batch=64, every=5, checkpoint=folder)
+        return surgery.recover(cut, images, level="distill", images=64, training=how, progress=progress)
+
+    whole = train(tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", killing("distill", 0.5))
+    assert (tmp_path / "killed" / "training.safetensors").is_file()
+    resumed = train(tmp_path / "killed")
+    assert resumed.steps[-1].history is not None and resumed.steps[-1].history.resumed > 0
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    marks = [step.history.marks for step in (whole.steps[-1], resumed.steps[-1]) if step.history]
+    assert str(marks[0]) == str(marks[1])
+    assert not (tmp_path / "killed").exists(), "nothing is left behind"
+
+
+def test_a_checkpoint_of_another_run_or_half_of_one_is_not_taken_up(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path, "mine")
+    checkpoint.save({"a": torch.ones(3)}, {"step": 7})
+    found = checkpoint.load()
+    assert found is not None and found[1] == {"step": 7} and torch.equal(found[0]["a"], torch.ones(3))
+    assert Checkpoint(tmp_path, "another").load() is None
+    place = tmp_path / "training.safetensors"
+    place.write_bytes(place.read_bytes()[:-4])
+    assert checkpoint.load() is None
+    place.write_bytes(b"nothing")
+    assert checkpoint.load() is None
+
+
+# The command line. ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, trained: nn.Module, digits: tuple[Tensor, Tensor]) -> Path:
+    """A folder with the network, its weights, and digits as an archive and as files."""
+    folder = tmp_path_factory.mktemp("recover")
+    (folder / "net.py").write_text(NETWORK)
+    (folder / "judge.py").write_text(
+        "import torch\ndef spread(model):\n    out = model(torch.ones(2, 1, 8, 8))\n"
+        "    return {'spread': float(out.std())}\ndef wrong(model):\n    return {'spread': float('nan')}\n"
+    )
+    torch.save(trained.state_dict(), folder / "net.pt")
+    pixels = (digits[0].permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
+    labels = digits[1].numpy()
+    np.savez(folder / "train.npz", images=pixels[:1300], labels=labels[:1300])
+    np.savez(folder / "val.npz", images=pixels[1300:], labels=labels[1300:])
+    np.savez(folder / "wrong.npz", images=pixels[1300:], labels=labels[1300:] + 5)
+    for k in range(60):
+        at = folder / "photos" / str(labels[k])
+        at.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[k, :, :, 0]).save(at / f"{k}.png")
+    return folder
+
+
+def surgery_shrink(place: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *launcher, str(ROOT / "scripts" / "shrink.py"), "net.py:net", "--weights", "net.pt"]
+    command += ["--mean", "0.5", "--std", "0.5", "--macs", "0.4", "--runs", "3", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_one_command_from_images_to_accuracy(place: Path) -> None:
+    done = surgery_shrink(
+        place, "--data", "photos", "--val", "val.npz", "--eval", "judge.py:spread", "--out", "out", "--json", "--quiet"
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["accuracy"]["status"] == "measured"
+    assert "paired, on 497 images of --val" in told["accuracy"]["verdict"]
+    assert [s["name"] for s in told["recovery"]["steps"]] == ["dense", "cut", "reconstruct"]
+    assert told["recovery"]["steps"][-1]["metrics"]["spread"] == pytest.approx(
+        told["evaluation"]["compact"]["spread"], rel=1e-3
+    )
+    text = (place / "out" / "report.md").read_text()
+    assert "| reconstruct |" in text and "![by step of recovery](recovery.svg)" in text
+    assert "<svg" in (place / "out" / "recovery.svg").read_text()
+    compact = surgery.load(place / "out", SPACE["Net"]().eval())
+    with np.load(place / "val.npz") as data:
+        x = torch.from_numpy(data["images"]).permute(0, 3, 1, 2).float() / 255 * 2 - 1
+        assert accuracy(compact, (x, torch.from_numpy(data["labels"]))) == pytest.approx(
+            told["recovery"]["steps"][-1]["agreement"]["accuracy"]
+        )
+
+
+def test_without_images_a_trained_model_is_folded(place: Path) -> None:
+    environment = surgery_shrink(place, "--out", "folded", "--json", "--quiet")
+    assert environment.returncode == 2 and "--mean is for images" in environment.stderr
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "shrink.py"),
+        "net.py:net",
+        "--weights",
+        "net.pt",
+        "--macs",
+        "0.4",
+    ]
+    done = subprocess.run(
+        [*command, "--runs", "3", "--out", "folded", "--json", "--quiet"],
+        cwd=place, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["recovery"]["level"] == "fold"
+    assert told["accuracy"]["verdict"].startswith("accuracy unknown: recovered without images")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data", "nowhere"], "--data nowhere"),
+        (["--data", "train.npz", "--val", "wrong.npz"], "a label is 14, but the model has 10 classes"),
+        (["--data", "train.npz", "--eval", "judge.py:wrong"], "'spread' is nan"),
+        (["--data", "train.npz", "--eval", "judge.py"], "write FILE.py:CALLABLE"),
+        (["--val", "val.npz", "--recover", "reconstruct"], "--recover reconstruct learns from images"),
+        (["--data", "train.npz", "--max-drop", "1"], "a run has one budget"),
+        (["--data", "photos", "--recover", "distill", "--train-batch", "128"], ""),
+    ],
+)
+def test_mistakes_are_one_sentence_and_write_nothing(place: Path, arguments: list[str], said: str) -> None:
+    if not said:
+        arguments = [*arguments, "--epochs", "1"]
+    done = surgery_shrink(place, *arguments, "--out", "mistake", "--quiet")
+    if not said:
+        assert done.returncode == 0, done.stderr
+        return
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr and done.stderr.count("\n") == 1
+    assert not (place / "mistake").exists() and not list(place.glob(".mistake*"))
+
+
+def test_two_processes_give_what_one_gives(place: Path) -> None:
+    taught = ("--data", "train.npz", "--val", "val.npz", "--recover", "distill", "--epochs", "2", "--json", "--quiet")
+    alone = surgery_shrink(place, *taught, "--out", "one")
+    assert alone.returncode == 0, alone.stderr
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone")
+    together = surgery_shrink(place, *taught, "--out", "two", launcher=launcher)
+    assert together.returncode == 0, together.stderr
+    told = [json.loads(done.stdout) for done in (alone, together)]
+    assert [t["recovery"]["steps"][-1]["history"]["processes"] for t in told] == [1, 2]
+    x = torch.rand(256, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    outputs = []
+    for name in ("one", "two"):
+        with torch.no_grad():
+            outputs.append(surgery.load(place / name, SPACE["Net"]().eval())(x))
+    assert float(nn.functional.cosine_similarity(*outputs, dim=1).mean()) >= 0.999
+
+
+def test_the_lowest_latency_within_a_drop(
+    trained: nn.Module, images: tuple[Tensor, Tensor], unseen: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock has tests of its own; here a network takes as long as it has parameters."""
+
+    class Track:
+        def entry(self, module: nn.Module) -> nn.Module:
+            return module
+
+        def time(self, module: nn.Module, *, processes: int) -> Any:
+            return type("Ratio", (), {"value": sum(p.numel() for p in module.parameters()) / 1e4})
+
+    program = trace(trained, images[0][:2])
+    table = table_of(program, couple(program))
+    asked = Request(surgery.Budget(latency=0.9), latency_table=table, data=images, val=unseen, images=128)
+    decision = decide(trained, images[0][:2], asked)
+    monkeypatch.setattr("surgery.race.track_of", lambda *args: Track())
+
+    def fastest(points: float) -> surgery.Result:
+        limited = replace(decision, request=replace(decision.request, max_drop=points))
+        found: surgery.Result = within.fastest(limited, realise, Clock(None))
+        return found
+
+    found = fastest(4.0)
+    told = found.report["within"]
+    assert found.steps[-1].agreement is not None and found.steps[-1].agreement.drop is not None
+    assert found.steps[-1].agreement.drop[2] <= 4.0
+    assert told["measured"] == min(t["measured"] for t in told["tried"] if t["measured"] is not None)
+    assert all((t["measured"] is not None) == (t["upper"] <= 4.0) for t in told["tried"])
+    with pytest.raises(BudgetUnreachable, match="no model within --max-drop"):
+        monkeypatch.setattr(within, "lost_by", lambda steps: (9.0, 10.0, "accuracy"))
+        fastest(1.0)
+
+
+def test_a_loader_of_batches_teaches_too(cut: surgery.Result, images: tuple[Tensor, Tensor]) -> None:
+    loader = DataLoader(TensorDataset(*images), batch_size=100)
+    how = surgery.Training(epochs=1)
+    found = surgery.recover(cut, loader, level="finetune", images=100, training=how)
+    assert found.steps[-1].history is not None and found.steps[-1].history.steps == 13
