@@ -241,11 +241,11 @@ def _load(model: str, given: Mapping[str, Any], progress: Progress) -> LoadedMod
 
 def _decide(loaded: LoadedModel, given: Mapping[str, Any], progress: Progress) -> Decision:
     from surgery.data_options import with_data
-    from surgery.decide import decide
+    from surgery.pipeline import decided
 
     inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
     request = with_data(_request(given), loaded, given)
-    return decide(loaded.module, inputs, request, example_kwargs=kwargs, progress=progress)
+    return decided(loaded.module, inputs, request, example_kwargs=kwargs, progress=progress)
 
 
 def _deliver(

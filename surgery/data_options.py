@@ -40,7 +40,7 @@ def with_data(request: Request, loaded: LoadedModel, given: Mapping[str, Any]) -
     request = replace(
         request, recover=level, images=given["images"], training=training, share=given.get("share"), **opened
     )
-    request = replace(request, max_drop=given.get("max_drop"))
+    request = replace(request, max_drop=given.get("max_drop"), steps=given.get("steps") or 1)
     level_of(request)
     refuse_drop(request)
     return request

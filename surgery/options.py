@@ -153,6 +153,10 @@ SELECTION = (
         "of the 95 % interval on labelled --val; else of --eval's first figure, else of agreement on --data.",
     ),
     click.option(
+        "--steps", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+        help="Cut so many times, a part of the way each time, and recover in between; not for latencies.",
+    ),
+    click.option(
         "--criterion", type=click.Choice([*WEIGHTS, *IMAGES]),
         help="What makes a unit important; activation, reconstruction, taylor and second-order look at --data.  "
         "[default: second-order with --data, else signal for a budget of time, else l1]",

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from surgery import gradual, race, recovery, report, within
 from surgery import part as parts
-from surgery import race, recovery, report, within
 from surgery.blocks import drop
 from surgery.check_dropped import check_dropped
 from surgery.copies import buffers_kept
@@ -168,6 +168,7 @@ def shrink(
     training: Training | None = None,
     evaluate: Callable[[Any], Mapping[str, float]] | None = None,
     max_drop: float | None = None,
+    steps: int = 1,
     example_kwargs: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -207,6 +208,7 @@ def shrink(
         evaluate: a function of a model that returns figures by name; the first is to be kept high.
         max_drop: in the place of a budget, points that may be lost: of accuracy on labelled `val` by the upper end of
             its 95 % interval, else of the first figure of `evaluate`, else of agreement with the dense model.
+        steps: cut so many times, each time a part of the way, with a reconstruction in between; not for latencies.
         example_kwargs: forward's keyword arguments.
         progress: called with a stage's name and 0.0 as it begins, 1.0 when it is done.
 
@@ -245,14 +247,34 @@ def shrink(
         training=training,
         evaluate=evaluate,
         max_drop=max_drop,
+        steps=steps,
     )
     level_of(request)
     refuse_drop(request)
+    gradual.refuse_steps(request)
     if not isinstance(request.goal, Budget):
         raise InvalidInput(f"budget is {budget!r}; pass for example surgery.Budget(latency=0.5)")
     with torch.random.fork_rng(devices=()), buffers_kept(model):
-        decision = decide(model, example_inputs, request, example_kwargs=example_kwargs, progress=progress)
+        decision = decided(model, example_inputs, request, example_kwargs=example_kwargs, progress=progress)
         return realise(decision, progress=progress)
+
+
+def decided(
+    model: torch.nn.Module,
+    example_inputs: Any,
+    request: Request,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Decision:
+    """Return what would be cut, decided at once or in `request.steps`; arguments and errors are those of `shrink`."""
+    gradual.refuse_steps(request)
+    if request.steps == 1:
+        return decide(model, example_inputs, request, example_kwargs=example_kwargs, progress=progress)
+    done: Callable[[Decision], Result] = lambda decision: realise(decision, progress=progress)  # noqa: E731
+    return gradual.decide_in_steps(
+        model, example_inputs, request, done, example_kwargs=example_kwargs, progress=progress
+    )
 
 
 def recover(

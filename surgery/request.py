@@ -81,6 +81,7 @@ class Request:
     seen: Calibration | None = None
     evaluate: Callable[[Any], Mapping[str, float]] | None = None
     max_drop: float | None = None
+    steps: int = 1
     share: Callable[[Plan, torch.nn.Module], None] | None = None
 
     @property

@@ -40,7 +40,7 @@ ORDER = """
     surgery.recover.teaching surgery.recover.train surgery.recover.steps surgery.artefacts
     surgery.figures surgery.report_steps surgery.report
     surgery.evaluate surgery.optable surgery.request surgery.recovery surgery.acceptance surgery.race surgery.decide
-    surgery.repeat surgery.profile surgery.within
+    surgery.repeat surgery.profile surgery.within surgery.gradual
     surgery.pipeline surgery.deliver
     surgery.options surgery.data_options surgery.together surgery.company surgery.screen surgery.cli
 """

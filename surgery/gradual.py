@@ -1,0 +1,121 @@
+"""Cut a little, recover, look again, cut more: what is missed of what is left shows only once the rest is gone.
+
+Each step chooses on the recovered model of the step before, whose groups are those of the dense one with fewer units.
+What has gone by then makes one plan for the dense model, so that the result is cut, checked and recovered like any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from surgery.allocate import plan_from_dead
+from surgery.decide import Decision, decide, kept_costs
+from surgery.errors import InvalidInput, SurgeryError
+from surgery.ir import Budget, Plan
+from surgery.request import Progress, Request, stages_of
+
+Realise = Callable[[Decision], Any]
+
+
+def refuse_steps(request: Request) -> None:
+    """Raise InvalidInput where several steps do not go with the rest."""
+    if not isinstance(request.steps, int) or request.steps < 1:
+        raise InvalidInput(f"steps={request.steps!r}: give a whole number of at least 1")
+    if request.steps == 1:
+        return
+    if request.goal.is_latency or request.max_drop is not None:
+        raise InvalidInput(
+            "--steps goes with --macs, --params or --channels: a latency is corrected by the clock instead"
+        )
+    if request.data is None:
+        raise InvalidInput("--steps recovers in between: give images with --data")
+    if request.tracer != "export" or request.part is not None:
+        raise InvalidInput("--steps goes with whole models that torch.export captures: leave --tracer and --part out")
+
+
+def decide_in_steps(
+    model: torch.nn.Module,
+    example_inputs: Any,
+    request: Request,
+    realise: Realise,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Decision:
+    """Return the decision that several steps come to; other arguments and errors are those of `decide`.
+
+    Args:
+        model: the dense model.
+        example_inputs: of it.
+        request: for how many steps, and to which budget.
+        realise: decision → recovered result, with its `model` and `report`.
+        example_kwargs: of the model.
+        progress: told each step.
+    """
+    refuse_steps(request)
+    target = request.goal.amount
+    first = _toward(request, 1 - (1 - target) / request.steps)
+    decision = decide(model, example_inputs, first, example_kwargs=example_kwargs, progress=progress)
+    quiet = replace(decision.request, recover="reconstruct", val=None, evaluate=None, training=None, share=None)
+    for step in range(2, request.steps + 1):
+        so_far = realise(replace(decision, request=quiet))
+        kept = _kept(decision)
+        aim = 1 - (1 - target) * step / request.steps
+        if kept <= aim:
+            continue
+        again = replace(_toward(request, aim / kept), drop_layers=False)
+        further = decide(so_far.model, example_inputs, again, example_kwargs=example_kwargs, progress=progress)
+        decision = _joined(decision, further)
+    plan = replace(decision.choice.plan, budget=request.goal)
+    return replace(
+        decision, choice=replace(decision.choice, plan=plan), request=replace(request, seen=decision.request.seen)
+    )
+
+
+def _toward(request: Request, fraction: float) -> Request:
+    return replace(request, steps=1, budget=Budget(**{request.goal.kind: min(fraction, 0.999)}))
+
+
+def _kept(decision: Decision) -> float:
+    dense, kept = decision.choice.costs[decision.request.goal.kind]
+    return kept / dense
+
+
+def _joined(decision: Decision, further: Decision) -> Decision:
+    """The decision with what went further of its model: units there are those that were left here."""
+    choice, more = decision.choice, further.choice.plan
+    dead = {name: list(units) for name, units in choice.plan.dead.items()}
+    sizes = {group.name: group.size for group in choice.coupling.groups}
+    for name, units in more.dead.items():
+        left = _left(sizes, dead, name, more.sizes[name])
+        dead[name] = sorted([*dead.get(name, ()), *(left[unit] for unit in units)])
+    plan: Plan = plan_from_dead(
+        choice.coupling,
+        dead,
+        fingerprint=choice.plan.fingerprint,
+        inputs=choice.plan.inputs,
+        settings=choice.plan.settings,
+        notes=[*choice.plan.notes, *more.notes],
+    )
+    plan = replace(plan, dropped=choice.plan.dropped, arranged=choice.plan.arranged)
+    stages, program = stages_of(decision.request.tracer), choice.program
+    dense = stages.couple(program.dense, keep=decision.request.keep) if plan.dropped else choice.coupling
+    before = stages.cost_functions(program.dense, dense)
+    after = stages.cost_functions(program, choice.coupling)
+    costs = kept_costs(dense, before, choice.coupling, after, plan)
+    return replace(decision, choice=replace(choice, plan=plan, costs=costs))
+
+
+def _left(sizes: Mapping[str, int], dead: Mapping[str, Sequence[int]], name: str, expected: int) -> list[int]:
+    gone = set(dead.get(name, ()))
+    left = [unit for unit in range(sizes.get(name, 0)) if unit not in gone]
+    if len(left) != expected:
+        raise SurgeryError(
+            f"--steps: group '{name}' of the model in between has {expected} units where {len(left)} were left; "
+            "please report it, and do without --steps"
+        )
+    return left
