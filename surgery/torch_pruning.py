@@ -193,7 +193,7 @@ def _channel_axes(module: nn.Module) -> tuple[_Axes, _Axes] | None:
 
 def _is_standard(module: nn.Module) -> bool:
     """Whether torch's own forward runs: one of the user's may do anything with the weights."""
-    return type(module).forward.__module__.startswith("torch.nn.modules.")
+    return (type(module).forward.__module__ or "").startswith("torch.nn.modules.")
 
 
 def _tie(graph: Any, marks: Sequence[Any], owners: _Owners, atoms: Atoms) -> set[tuple[str, int]]:

@@ -189,6 +189,7 @@ class _Fit:
         self._prior = self._as_cut()
         self._folds = self._empty()
         self._again = False
+        self._first: Fitted | None = None
         self._rails = self._between()
 
     @property
@@ -259,14 +260,17 @@ class _Fit:
 
     def finish(self) -> Fitted | None:
         """Fit, write the weights, and begin anew; None where nothing was amiss."""
-        solution = solve(self._folds, self._prior, shift=bool(self.layer.norm or self.layer.bias))
+        shift, known = bool(self.layer.norm or self.layer.bias), self._first
+        solution = solve(self._folds, self._prior, shift=shift, ridge=known.ridge if known else None)
         whole = sum(self._folds[1:], self._folds[0])
         if not self._again and solution.before <= _SAME:
             return None
         self._write(whole, solution)
         self._folds, self._again = self._empty(), True
         name = self.layer.weight or self.layer.norm_names[0]
-        return Fitted(name, whole.count, self._inputs, solution.ridge, solution.before, solution.after)
+        first = self._first or Fitted(name, whole.count, self._inputs, solution.ridge, solution.before, solution.after)
+        self._first = first
+        return first
 
     def _write(self, whole: Moments, solution: Solution) -> None:
         layer, state = self.layer, self._cut.state
