@@ -261,7 +261,7 @@ TRAINING = (
     ),
     click.option(
         "--lr", type=click.FloatRange(0.0, 1.0, min_open=True), metavar="X",
-        help="Highest learning rate.  [default: 0.001]",
+        help="Highest learning rate.  [default: 0.0003]",
     ),
     click.option(
         "--train-batch", type=click.IntRange(min=2), metavar="N",

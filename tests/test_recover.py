@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -187,6 +188,17 @@ def test_without_labels_agreement_is_measured_and_named_so(cut: surgery.Result, 
     assert told["verdict"].startswith("accuracy unknown; agreement with the dense model: top-1 match ")
     assert "--data" in told["verdict"]
     assert found.steps[-1].agreement is not None and found.steps[-1].agreement.accuracy is None
+
+
+def test_a_dense_model_in_training_mode_stays_as_it_is(trained: nn.Module) -> None:
+    model = copy.deepcopy(trained).train()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    x = torch.rand(64, 1, 8, 8)
+    found = surgery.shrink(model, x[:2], budget=surgery.Budget(macs=0.5), data=x, val=(x, torch.zeros(64).long()))
+    for level in ("bn", "distill"):
+        surgery.recover(found, x, level=level, training=surgery.Training(epochs=1, batch=16))
+    assert model.training
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
 def test_few_images_are_said_to_be_few(cut: surgery.Result) -> None:

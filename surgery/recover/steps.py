@@ -23,6 +23,7 @@ from surgery.recover.norms import estimate_norms
 from surgery.recover.reconstruct import Fitted, reconstruct
 from surgery.recover.teaching import History, Student, Training
 from surgery.recover.train import train
+from surgery.trace import evaluating
 
 LEVELS = ("none", "fold", "bn", "reconstruct", "distill", "finetune")
 """Each of the last four begins with what is best of those before it."""
@@ -127,7 +128,9 @@ def without_data(subject: Subject, judge: Judge, *, seed: int, progress: Progres
     """
     specs = subject.program.inputs
     if subject.program.graph is None:
-        raise InvalidInput("recover='fold' needs the operators that torch.export captures; give images, and bn")
+        raise InvalidInput(
+            "recover='fold' needs the operators that torch.export captures; give images with --data, and --recover bn"
+        )
     if len(specs) != 1 or len(specs[0].shape) != 4 or "float" not in specs[0].dtype:
         raise InvalidInput("recover='fold' draws images (N, C, H, W), and this model takes something else; give --data")
     batches, held_out = (_drawn(specs[0], seed + k) for k in range(2))
@@ -257,7 +260,10 @@ class _Judged:
 
 @contextmanager
 def _undone_if_worse(subject: Subject, batches: Batches) -> Iterator[_Judged]:
-    """Put the tensors back where the outputs on these inputs end up further from the dense model's, or not finite."""
+    """Put the tensors back where the outputs on these inputs end up further from the dense model's, or not finite.
+
+    Further is what is so by squared error and by correlation: norms alone may bring back the one and not the other.
+    """
     judged, state = _Judged(), {k: v.clone() for k, v in subject.compact.module.state_dict().items()}
     before = _apart(subject, batches)
     try:
@@ -266,7 +272,7 @@ def _undone_if_worse(subject: Subject, batches: Batches) -> Iterator[_Judged]:
         _put_back(subject, state)
         raise
     after = _apart(subject, batches)
-    if not (isfinite(after) and after <= before):
+    if not all(map(isfinite, after)) or all(b > a for a, b in zip(before, after, strict=True)):
         judged.kept = False
         _put_back(subject, state)
 
@@ -277,16 +283,17 @@ def _put_back(subject: Subject, state: Mapping[str, Tensor]) -> None:
             tensor.copy_(state[name])
 
 
-def _apart(subject: Subject, batches: Batches) -> float:
-    """How little the outputs go along with the dense program's: one less their correlation, whatever their scale."""
+def _apart(subject: Subject, batches: Batches) -> tuple[float, float]:
+    """Squared error of the outputs, and how little they go along with the dense program's, whatever their scale."""
     dense = subject.program.dense.model
     reference = Reference.of(lambda inputs: _called(dense, subject.program, inputs), [(b, None) for b in batches], "")
-    return 1.0 - reference.correlation(subject.part_call)
+    return reference.judge(subject.part_call).error, 1.0 - reference.correlation(subject.part_call)
 
 
 def _called(module: torch.nn.Module, program: Program, inputs: Sequence[Tensor]) -> Any:
     args, kwargs = as_call(program, list(inputs))
-    return module(*args, **kwargs)
+    with evaluating(module):
+        return module(*args, **kwargs)
 
 
 def peak_memory() -> int:

@@ -41,7 +41,7 @@ class Training:
 
     epochs: int = 10
     batch: int = 128
-    lr: float = 1e-3
+    lr: float = 3e-4
     weight_decay: float = 1e-4
     temperature: float = 2.0
     ema: float = 0.99
