@@ -28,13 +28,21 @@ def open_evaluation(given: str) -> Evaluate:
             f"--eval {given}: write FILE.py:CALLABLE, a function of a model that returns {{metric: value}}"
         )
     function = user_object(owner, name)
-    if not callable(function):
-        raise InvalidInput(f"--eval {given}: {name} is a {type(function).__name__}, not a function of a model")
-    return checked(function, given)
+    return checked(function, f"--eval {given}")
 
 
 def checked(function: Callable[[Any], Any], told: str) -> Evaluate:
-    """Return the function with what it returns made sure of: finite numbers by name, the first one to be kept high."""
+    """Return the function with what it returns made sure of: finite numbers by name, the first one to be kept high.
+
+    Args:
+        function: of a model.
+        told: where it comes from, for messages.
+
+    Raises:
+        InvalidInput: it is none; later, what it returns is something else.
+    """
+    if not callable(function):
+        raise InvalidInput(f"{told} is of type {type(function).__name__}, not a function of a model")
 
     def run(model: Any) -> dict[str, float]:
         if isinstance(model, torch.nn.Module):
@@ -43,14 +51,10 @@ def checked(function: Callable[[Any], Any], told: str) -> Evaluate:
         else:
             found = function(model)
         if not isinstance(found, Mapping) or not found:
-            raise InvalidInput(
-                f"--eval {told} returned {type(found).__name__}; return figures by name, as in {{'mAP': 0.4}}"
-            )
+            raise InvalidInput(f"{told} returned {type(found).__name__}; return figures by name, as in {{'mAP': 0.4}}")
         wrong = [k for k, v in found.items() if not isinstance(v, Real) or not isfinite(float(v))]
         if wrong:
-            raise InvalidInput(
-                f"--eval {told}: '{wrong[0]}' is {found[wrong[0]]!r}; every figure must be a finite number"
-            )
+            raise InvalidInput(f"{told}: '{wrong[0]}' is {found[wrong[0]]!r}; every figure must be a finite number")
         return {str(name): float(value) for name, value in found.items()}
 
     return run

@@ -145,7 +145,8 @@ def _inputs_of(batch: Any, count: int) -> list[Tensor]:
     leaves = [batch] if isinstance(batch, Tensor) else pytree.tree_leaves(batch)
     tensors = [x.detach().cpu() for x in leaves if isinstance(x, Tensor) and x.dim()]
     if len(tensors) < count:
-        raise InvalidInput(f"a batch of data holds {len(tensors)} tensors, the model takes {count}: {_GIVE}")
+        kinds = ", ".join(dict.fromkeys(type(x).__name__ for x in leaves)) or "nothing"
+        raise InvalidInput(f"a batch of data holds {len(tensors)} tensors ({kinds}), the model takes {count}: {_GIVE}")
     return tensors[:count]
 
 

@@ -24,6 +24,7 @@ from surgery.copies import buffers_kept
 from surgery.cost import batch_size
 from surgery.decide import Decision, decide
 from surgery.errors import InvalidInput, UnsupportedModel
+from surgery.evaluate import checked
 from surgery.fvcount import count_macs, count_params
 from surgery.ir import Budget, CheckResult, CompactModel, Coupling, Plan, Program
 from surgery.recover.steps import Step
@@ -245,7 +246,7 @@ def shrink(
         recover=recover,
         val=val,
         training=training,
-        evaluate=evaluate,
+        evaluate=None if evaluate is None else checked(evaluate, "evaluate"),
         max_drop=max_drop,
         steps=steps,
     )

@@ -68,6 +68,10 @@ def level_of(request: Request) -> str:
     level = request.recover or ("reconstruct" if request.data is not None else "none")
     if level not in LEVELS:
         raise InvalidInput(f"recover={level!r}: there are {', '.join(LEVELS)}")
+    if request.training is not None and not isinstance(request.training, Training):
+        raise InvalidInput(f"training={request.training!r:.60}: give a surgery.Training, such as Training(epochs=5)")
+    if not isinstance(request.images, int) or request.images < 1:
+        raise InvalidInput(f"images={request.images!r}: give a whole number of at least 1")
     if level in NEEDS_DATA and request.data is None:
         raise InvalidInput(f"--recover {level} learns from images: give them with --data; fold does without any")
     return level
@@ -144,7 +148,9 @@ def _taught(
 ) -> Step:
     training = request.training or Training(seed=request.seed)
     key = f"{subject.plan.digest} {seen.digest} {level} {training}"
-    return taught(subject, level, as_dataset(request.data), training, judge, key=key, progress=progress)
+    return taught(
+        subject, level, as_dataset(request.data), training, judge, seen=seen.batches, key=key, progress=progress
+    )
 
 
 def follow(

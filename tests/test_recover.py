@@ -201,6 +201,24 @@ def test_a_dense_model_in_training_mode_stays_as_it_is(trained: nn.Module) -> No
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
+def test_training_that_runs_away_is_undone(cut: surgery.Result, images: tuple[Tensor, Tensor]) -> None:
+    """By what is held out of images; where they come as batches, by those that were looked at."""
+    x = images[0][:128]
+    wild = surgery.Training(epochs=2, batch=16, lr=9.0, ema=0.0)
+    before = surgery.recover(cut, x, level="reconstruct").steps[-1].agreement
+    for data in (x, DataLoader(TensorDataset(x), batch_size=16)):
+        after = surgery.recover(cut, data, level="distill", training=wild).steps[-1].agreement
+        assert before is not None and after is not None
+        assert after.cosine > before.cosine - 0.05
+
+
+@pytest.mark.parametrize(("judge", "said"), [(3, "not a function"), (lambda model: 3, "returned int")])
+def test_an_evaluation_that_is_none_says_so(judge: Any, said: str, trained: nn.Module) -> None:
+    x = torch.rand(16, 1, 8, 8)
+    with pytest.raises(InvalidInput, match=said):
+        surgery.shrink(trained, x[:2], budget=surgery.Budget(macs=0.5), data=x, evaluate=judge)
+
+
 def test_few_images_are_said_to_be_few(cut: surgery.Result) -> None:
     found = surgery.recover(cut, torch.rand(4, 1, 8, 8))
     assert any("fewer positions than weights" in note for note in found.steps[-1].notes)
@@ -226,7 +244,11 @@ def test_recovery_of_a_part_judges_the_whole(images: tuple[Tensor, Tensor], trai
         ({"data": torch.rand(8, 1, 8, 8), "val": (torch.rand(3, 1, 8, 8), torch.tensor([1]))}, "do not go together"),
         ({"data": torch.rand(90, 1, 8, 8), "level": "finetune"}, "learns classes"),
         ({"data": (torch.rand(90, 1, 8, 8), torch.full((90,), 99)), "level": "finetune"}, "class 99 is out of range"),
+        ({"data": (torch.rand(90, 1, 8, 8), torch.rand(90)), "level": "finetune"}, "whole numbers"),
         ({"data": 3}, "is of type int"),
+        ({"data": torch.rand(8, 1, 8, 8).numpy()}, "ndarray"),
+        ({"data": torch.rand(8, 1, 8, 8), "images": 0}, "images=0"),
+        ({"data": torch.rand(8, 1, 8, 8), "level": "distill", "training": 5}, "training=5"),
     ],
 )
 def test_what_cannot_be_used_says_so(asked: dict[str, Any], said: str, cut: surgery.Result) -> None:

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
@@ -174,10 +174,13 @@ def taught(
     training: Training,
     judge: Judge,
     *,
+    seen: Batches,
     key: str,
     progress: Progress,
 ) -> Step:
     """Teach the compact model: `distill` by the dense one, `finetune` by classes too.
+
+    What is learnt from the dense one and leaves the outputs further from it is undone.
 
     Args:
         subject: the compact model; parameters that do not want gradients stay.
@@ -185,6 +188,7 @@ def taught(
         data: a map-style Dataset, or a DataLoader.
         training: how.
         judge: what it is judged by.
+        seen: images on which the outputs are compared.
         key: of what a checkpoint must be.
         progress: told.
     """
@@ -193,15 +197,14 @@ def taught(
     if not learning:
         raise InvalidInput(f"{level}: no parameter of the compact model wants gradients: call requires_grad_() on some")
     student, teacher = (Student(m, subject.module_call) for m in (subject.compact_model, subject.dense_model))
-    with _timed(level, progress) as (told, clock):
+    guard = _undone_if_worse(subject, seen) if level == "distill" else nullcontext(_Judged())
+    with _timed(level, progress) as (told, clock), guard as judged:
         history = train(
             student, teacher, data, training, learning=learning, labels=level == "finetune", key=key, progress=told
         )
     notes = [f"{level}: {history.stopped}, after {history.steps} steps"] if history.stopped else []
     notes += [f"{level}: went on from a checkpoint at step {history.resumed}"] if history.resumed else []
-    agreement, metrics = judge.compact(subject)
-    seconds = round(clock["seconds"], 3)
-    return Step(level, seconds, peak_memory(), agreement, True, tuple(notes), (), history, metrics)
+    return _step(level, clock, judged, subject, judge, notes=tuple(notes), history=history)
 
 
 def _reconstructed(
@@ -237,11 +240,13 @@ def _step(
     *,
     notes: tuple[str, ...] = (),
     layers: tuple[Fitted, ...] = (),
+    history: History | None = None,
 ) -> Step:
     if not judged.kept:
         notes = (*notes, f"{name} was undone: it left the outputs further from the dense model's than they were")
     agreement, metrics = judge.compact(subject)
-    return Step(name, round(clock["seconds"], 3), peak_memory(), agreement, judged.kept, notes, layers, metrics=metrics)
+    seconds = round(clock["seconds"], 3)
+    return Step(name, seconds, peak_memory(), agreement, judged.kept, notes, layers, history, metrics)
 
 
 @contextmanager

@@ -29,7 +29,8 @@ class Training:
         temperature: of the distributions that are compared.
         ema: decay of the moving average of the weights, which is what is kept; 0 for the last weights.
         mixed_precision: `no`, `fp16` or `bf16`.
-        held_out: share of the images by which it is judged how far training has come; none without at least 64 of them.
+        held_out: share of the images by which it is judged how far training has come; at least 64 of them, or a fifth
+            of all where that is fewer. With 0, and with a DataLoader, nothing is held out.
         patience: judgements in a row without progress, one each epoch, after which training ends.
         shift: images are shifted by up to this share of their size.
         flip: images are flipped left to right, half of them.

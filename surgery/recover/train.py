@@ -267,8 +267,7 @@ def _loaders(data: Any, how: Training, processes: int, labels: bool) -> tuple[An
         return data, None
     count = len(data)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(how.seed)).tolist()
-    aside = int(how.held_out * count)
-    aside = aside if aside >= HELD_OUT_LEAST else 0
+    aside = max(int(how.held_out * count), min(HELD_OUT_LEAST, count // 5)) if how.held_out else 0
     learnt, judged = order[aside:], order[:aside]
     batch = min(how.batch, len(learnt) // processes * processes)
     if batch < 2:
@@ -298,7 +297,7 @@ def _parted(batch: Any, labels: bool) -> tuple[list[Tensor], Tensor | None]:
         return inputs, None
     if not told or bool((last == UNKNOWN).any()):
         raise InvalidInput(
-            "finetune learns classes, and these data have none: give a folder for each class, 'labels' in the .npz "
-            "file, or batches of images and classes; distill does without"
+            "finetune learns classes, whole numbers, and these data have none: give a folder for each class, 'labels' "
+            "in the .npz file, or batches of images and classes; distill does without"
         )
     return inputs, last

@@ -65,6 +65,7 @@ class Views(Dataset[tuple[Tensor, ...]]):
         leaves = pytree.tree_leaves(self._images[index])
         tensors = [x if isinstance(x, Tensor) else torch.tensor(x) for x in leaves]
         label = tensors[-1] if len(tensors) > 1 and tensors[-1].dim() == 0 else torch.tensor(UNKNOWN)
+        label = torch.tensor(UNKNOWN) if label.is_floating_point() else label
         inputs = tensors[:-1] if len(tensors) > 1 and tensors[-1].dim() == 0 else tensors
         return *inputs, label.long()
 

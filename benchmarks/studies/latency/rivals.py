@@ -36,11 +36,13 @@ class Subject:
         module: in eval mode; left unchanged.
         inputs: of one call, (1, 3, H, W).
         spared: patterns of layers that torch-pruning has to leave alone, or its model does not run.
+        labelled: images (N, 3, H, W) and their classes (N,), for criteria that take slopes of the loss.
     """
 
     module: nn.Module
     inputs: tuple[Tensor, ...]
     spared: tuple[str, ...] = ()
+    labelled: tuple[Tensor, Tensor] | None = None
 
     @property
     def macs(self) -> int:
@@ -82,6 +84,10 @@ CRITERIA: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     }
 )
 """Those of torch-pruning's that need neither labels nor gradients → class and arguments."""
+SLOPES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
+    {"taylor": ("GroupTaylorImportance", {}), "hessian": ("GroupHessianImportance", {})}
+)
+"""Those that need both."""
 
 
 def by_torch_pruning(subject: Subject, setting: Setting, share: float) -> nn.Module:
@@ -94,7 +100,9 @@ def by_torch_pruning(subject: Subject, setting: Setting, share: float) -> nn.Mod
 
     module = copy.deepcopy(subject.module)
     spared = [m for name, m in module.named_modules() if any(fnmatch(name, p) for p in subject.spared)]
-    kind, arguments = CRITERIA[setting.criterion]
+    kind, arguments = {**CRITERIA, **SLOPES}[setting.criterion]
+    if setting.criterion in SLOPES:
+        _fill_slopes(module, subject, squared=setting.criterion == "hessian")
     try:
         pruner = tp.pruner.BasePruner(
             module,
@@ -116,7 +124,27 @@ def by_torch_pruning(subject: Subject, setting: Setting, share: float) -> nn.Mod
     except Exception as error:  # a peer may fail in any way
         said = str(error).strip().splitlines() or [""]
         raise DoesNotRun(f"{setting.name}: {type(error).__name__}: {said[0][:200]}") from error
+    module.zero_grad()
     return module.eval()
+
+
+def _fill_slopes(module: nn.Module, subject: Subject, *, squared: bool) -> None:
+    """Leave in each parameter's `grad` the mean slope of the loss, or the mean of each image's slope squared.
+
+    The squares are taken here because torch-pruning 1.6.0 keeps those of the last image alone.
+    """
+    if subject.labelled is None:
+        raise DoesNotRun("its criterion takes slopes, and there are no labelled images")
+    images, labels = subject.labelled
+    parameters = list(module.parameters())
+    sums = [torch.zeros_like(p) for p in parameters]
+    size = 1 if squared else len(images)
+    for part, classes in zip(torch.split(images, size), torch.split(labels, size), strict=True):
+        loss = nn.functional.cross_entropy(module(part), classes)
+        for total, slope in zip(sums, torch.autograd.grad(loss, parameters), strict=True):
+            total += slope.square() if squared else slope
+    for p, total in zip(parameters, sums, strict=True):
+        p.grad = total / len(images) if squared else total
 
 
 @dataclass(frozen=True, eq=False)

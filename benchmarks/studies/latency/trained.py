@@ -69,13 +69,13 @@ def _squeezenet(root: Path) -> Trained:
 
 def _imagenet(model: nn.Module, weights: Path, size: int, prepare: Callable[[NDArray[np.uint8]], Tensor]) -> Trained:
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    pixels, labels = _samples(weights.parent, size)
+    pixels, labels = samples(weights.parent, size)
     subject = Subject(model.eval(), (torch.zeros(1, 3, size, size),))
     seen = prepare(pixels[0::2][:CALIBRATION_IMAGENET])
     return Trained(subject, seen, prepare(pixels[1::2]), torch.from_numpy(labels[1::2]))
 
 
-def _samples(folder: Path, size: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def samples(folder: Path, size: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """The 1000 images, their middles cut out, (1000, size, size, 3); and their classes, (1000,)."""
     from PIL import Image
 

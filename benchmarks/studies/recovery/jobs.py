@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 import surgery
-from benchmarks.studies.latency.rivals import CRITERIA, DoesNotRun, Setting, to_macs
-from benchmarks.studies.latency.trained import reestimated
-from benchmarks.studies.recovery.subjects import SEEDS, Network, judged, logits, network
+from benchmarks.studies.latency.rivals import Setting, to_macs
+from benchmarks.studies.recovery.choices import by_repair, by_steps
+from benchmarks.studies.recovery.subjects import SEEDS, Network, judged_all, network
+from benchmarks.studies.recovery.taught import to_latency_of
+from benchmarks.studies.recovery.taught import to_macs as taught_to_macs
+from benchmarks.studies.recovery.timed import at_latency, rivals, smaller_images
 
+LABEL_FREE, RIVAL = "without labels", "torch-pruning"
 GOALS = {
     ("resnet56", 0.714): 0.5,
     ("resnet56", 0.476): 2.0,
@@ -33,48 +36,57 @@ OURS = {
     "l1": ("none", "fold", "bn", "reconstruct"),
 }
 """Criterion → levels of recovery."""
-TAUGHT = (("resnet56", 0.476),)
+COMPARED = (("resnet20", 0.714), ("resnet20", 0.5), ("resnet56", 0.476), ("mobilenet_v2", 0.714))
+"""Where criteria that look at images are compared."""
+AT_LATENCY = (("resnet56", 0.6), ("resnet20", 0.6), ("mobilenet_v2", 0.7))
+"""Network and fraction of the dense latency."""
+SMALLER = "resnet20"
+"""Downloaded instead of cutting ResNet-56."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One row: a network at a fraction of its MACs, a way to choose."""
+    """One row: a network at a fraction of its MACs or latency, and what is done."""
 
     part: str
     network: str
-    macs: float
+    amount: float
     method: str
 
     @property
     def key(self) -> str:
         """Name of the row in the results file."""
-        return f"{self.part} {self.network} {self.macs} {self.method}"
+        return f"{self.part} {self.network} {self.amount} {self.method}"
 
 
 def every_job() -> Iterator[Job]:
     """Yield all rows, the most important ones first."""
     for name, macs in GOALS:
-        yield Job("without labels", name, macs, "second-order")
-    for name, macs in TAUGHT:
-        yield Job("taught", name, macs, "second-order")
+        yield Job(LABEL_FREE, name, macs, "second-order")
+    yield Job("taught", "resnet56", 0.476, "second-order")
+    yield Job("taught", "resnet56", 0.0, SMALLER)
+    yield Job("smaller images", "mobilenet_v2", 1.0, "dense")
     for name, macs in GOALS:
-        yield Job("without labels", name, macs, "l1")
-        yield Job("torch-pruning", name, macs, "all")
-    for name, macs in GOALS:
+        yield Job(LABEL_FREE, name, macs, "l1")
+        yield Job(RIVAL, name, macs, "all")
+    for name, ratio in AT_LATENCY:
+        yield Job("equal latency", name, ratio, "all")
+    for name, macs in COMPARED:
         for method in ("reconstruction", "activation", "taylor"):
-            yield Job("without labels", name, macs, method)
+            yield Job(LABEL_FREE, name, macs, method)
+    yield Job("choices", "resnet20", 0.5, "steps")
+    for criterion in ("l1", "second-order"):
+        yield Job("choices", "resnet20", 0.5, f"repair {criterion}")
 
 
 def run(job: Job, root: Path) -> dict[str, Any]:
     """Return a row."""
-    jpeg = job.part == "taught" or job.method in ("second-order", "l1", "all")
-    known = network(job.network, root, jpeg=jpeg)
-    what = {"without labels": _without_labels, "torch-pruning": _rivals, "taught": _taught}
-    rows = what[job.part](known, job)
-    return {"part": job.part, "network": job.network, "macs": job.macs, "method": job.method, "rows": rows}
+    known = network(job.network, root, jpeg=job.part != "choices")
+    rows = _WORK[job.part](known, job, root)
+    return {"part": job.part, "network": job.network, "amount": job.amount, "method": job.method, "rows": rows}
 
 
-def _without_labels(known: Network, job: Job) -> list[dict[str, Any]]:
+def _without_labels(known: Network, job: Job, root: Path) -> list[dict[str, Any]]:
     """For each level of recovery, the networks of all seeds."""
     found: dict[str, list[nn.Module]] = {}
     seconds: dict[str, list[float]] = {}
@@ -85,7 +97,7 @@ def _without_labels(known: Network, job: Job) -> list[dict[str, Any]]:
         cut = surgery.shrink(
             known.subject.module,
             known.subject.inputs,
-            budget=surgery.Budget(macs=job.macs),
+            budget=surgery.Budget(macs=job.amount),
             data=images,
             criterion=job.method,
             recover="none",
@@ -110,75 +122,40 @@ def _without_labels(known: Network, job: Job) -> list[dict[str, Any]]:
             "macs": round(sum(kept) / len(kept), 4),
             "seconds": round(sum(seconds[level]) / len(seconds[level]), 1) if level in seconds else None,
             "peak_memory_mb": round(memory[level] / 1e6) if level in memory else None,
-            "judged": _judged(known, modules),
+            "judged": judged_all(known, modules),
         }
         for level, modules in found.items()
     ]
 
 
-def _judged(known: Network, modules: list[nn.Module]) -> list[dict[str, Any]]:
-    return [judged([logits(module, by.images) for module in modules], by) for by in known.judged]
+def _rivals(known: Network, job: Job, root: Path) -> list[dict[str, Any]]:
+    """torch-pruning by each of its criteria, layer by layer and globally."""
+
+    def made(setting: Setting) -> tuple[nn.Module, dict[str, Any]]:
+        module, point = to_macs(known.subject, setting, job.amount)
+        return module, {"macs": round(point.ratio, 4)}
+
+    return rivals(known, made)
 
 
-def _rivals(known: Network, job: Job) -> list[dict[str, Any]]:
-    """torch-pruning by each of its criteria that need neither labels nor gradients, each layer alone and globally."""
-    rows = []
-    for criterion in CRITERIA:
-        for ranks_globally in (False, True):
-            setting = Setting(f"torch-pruning {criterion}", ranks_globally=ranks_globally, criterion=criterion)
-            told: dict[str, Any] = {"tool": "torch-pruning", "criterion": criterion, "global": ranks_globally}
-            try:
-                module, point = to_macs(known.subject, setting, job.macs)
-            except DoesNotRun as error:
-                rows.append({**told, "failed": str(error)})
-                continue
-            lossless = copy.copy(known.judged[:1])
-            for recovery in ("none", "bn"):
-                images = [known.calibration(seed) for seed in SEEDS] if recovery == "bn" else [torch.empty(0)]
-                modules = [reestimated(module, x) if recovery == "bn" else module for x in images]
-                sets = lossless if recovery == "none" else known.judged
-                rows.append(
-                    {
-                        **told,
-                        "recovery": recovery,
-                        "macs": round(point.ratio, 4),
-                        "judged": [judged([logits(m, by.images) for m in modules], by) for by in sets],
-                    }
-                )
-    return rows
+def _taught(known: Network, job: Job, root: Path) -> list[dict[str, Any]]:
+    if job.method == SMALLER:
+        return to_latency_of(known, SMALLER, root)
+    return taught_to_macs(known, job.amount, root)
 
 
-def _taught(known: Network, job: Job) -> list[dict[str, Any]]:
-    """Reconstructed, then taught by the dense network on all images to learn from."""
-    pixels, labels = known.learnable
-    rows = []
-    for level in ("distill",):
-        training = surgery.Training(epochs=EPOCHS, seed=0)
-        cut = surgery.shrink(
-            known.subject.module,
-            known.subject.inputs,
-            budget=surgery.Budget(macs=job.macs),
-            data=(pixels, labels),
-            recover=level,
-            training=training,
-        )
-        step = cut.report["recovery"]["steps"][-1]
-        rows.append(
-            {
-                "tool": "ours",
-                "criterion": job.method,
-                "recovery": level,
-                "macs": round(known.subject.kept(cut.model), 4),
-                "seconds": step["seconds"],
-                "peak_memory_mb": round(step["peak_memory_bytes"] / 1e6),
-                "epochs": EPOCHS,
-                "steps": step["history"]["steps"],
-                "judged": _judged(known, [cut.model]),
-            }
-        )
-    return rows
+def _choices(known: Network, job: Job, root: Path) -> list[dict[str, Any]]:
+    what, _, criterion = job.method.partition(" ")
+    return by_repair(known, job.amount, criterion) if what == "repair" else by_steps(known, job.amount)
 
 
-EPOCHS = 12
-Ran = Callable[[Network, Job], list[dict[str, Any]]]
-Pair = tuple[Tensor, Tensor]
+_WORK: Mapping[str, Callable[[Network, Job, Path], list[dict[str, Any]]]] = MappingProxyType(
+    {
+        LABEL_FREE: _without_labels,
+        RIVAL: _rivals,
+        "taught": _taught,
+        "smaller images": lambda known, job, root: smaller_images(root),
+        "equal latency": lambda known, job, root: at_latency(known, job.amount),
+        "choices": _choices,
+    }
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from benchmarks.studies import data
 from benchmarks.studies.latency.rivals import Subject
-from benchmarks.studies.latency.trained import load
+from benchmarks.studies.latency.trained import load, samples
 from surgery.recover.agreement import paired_drop
 
 SEEDS = (0, 1, 2)
 CALIBRATION = {"resnet20": 512, "resnet56": 512, "mobilenet_v2": 400}
 """Images that a seed draws, without their labels, to choose and to reconstruct by."""
 BATCH = 64
+SLOPED = 128
+LOSSLESS, ODD = "lossless 932", "odd rows of the ImageNet samples"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,24 +68,38 @@ def network(name: str, root: Path, *, jpeg: bool = True) -> Network:
     known = load(name, root)
     dense = known.subject.module
     if name == "mobilenet_v2":
-        seen = _even_rows(root)
-        judged = (Judged.of("odd rows of the ImageNet samples", known.images, known.labels, dense),)
-        return Network(name, known.subject, seen, judged)
+        seen = rows_of(root, 224, odd=False)
+        judged = (Judged.of(ODD, known.images, known.labels, dense),)
+        return Network(name, _sampled(known.subject, seen), seen, judged)
     with np.load(root / "cifar10" / "train_lossless_7728.npz") as packed:
         seen = data.normalised(packed["images"]), torch.from_numpy(packed["labels"].astype(np.int64))
-    sets = [Judged.of("lossless 932", known.images, known.labels, dense)]
+    sets = [Judged.of(LOSSLESS, known.images, known.labels, dense)]
     if jpeg:
         pixels, labels = packed_jpegs(root / "cifar10" / "test_jpeg_packed.npz")
         sets.append(Judged.of("JPEG 10,000", data.normalised(pixels), torch.from_numpy(labels), dense))
-    return Network(name, known.subject, seen, tuple(sets))
+    return Network(name, _sampled(known.subject, seen), seen, tuple(sets))
 
 
-def _even_rows(root: Path) -> tuple[Tensor, Tensor]:
-    from benchmarks.studies.latency import trained
+def _sampled(subject: Subject, seen: tuple[Tensor, Tensor]) -> Subject:
+    """The same, with labelled images for rivals that take slopes of the loss."""
+    order = torch.randperm(len(seen[0]), generator=torch.Generator().manual_seed(SEEDS[0]))[:SLOPED]
+    return replace(subject, labelled=(seen[0][order], seen[1][order]))
 
-    pixels, labels = trained._samples(root / "imagenet", 224)
-    seen = (torch.from_numpy(pixels[0::2]).permute(0, 3, 1, 2).float() / 127.5 - 1).flip(2, 3)
-    return seen.contiguous(), torch.from_numpy(labels[0::2])
+
+def rows_of(root: Path, size: int, *, odd: bool) -> tuple[Tensor, Tensor]:
+    """Return the even or the odd rows of the ImageNet samples, as MobileNetV2 takes them, and their classes."""
+    pixels, labels = samples(root / "imagenet", size)
+    first = 1 if odd else 0
+    images = (torch.from_numpy(pixels[first::2]).permute(0, 3, 1, 2).float() / 127.5 - 1).flip(2, 3)
+    return images.contiguous(), torch.from_numpy(labels[first::2])
+
+
+def to_learn_from(known: Network, root: Path) -> Tensor:
+    """Return all images that a network may be taught with, without their labels."""
+    if known.name == "mobilenet_v2":
+        return known.learnable[0]
+    pixels, _ = packed_jpegs(root / "cifar10" / "train_jpeg_packed.npz")
+    return torch.cat([known.learnable[0], data.normalised(pixels)])
 
 
 def packed_jpegs(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -111,23 +127,42 @@ def judged(found: Sequence[Tensor], by: Judged) -> dict[str, Any]:
         by: the images.
     """
     dense = by.logits.double()
-    right = (dense.argmax(1) == by.labels).double()
-    ours = torch.stack([(x.argmax(1) == by.labels).double() for x in found])
     logs = dense.log_softmax(1)
     apart = [float((logs.exp() * (logs - x.double().log_softmax(1))).sum(1).mean()) for x in found]
     match = [float((x.argmax(1) == dense.argmax(1)).double().mean()) for x in found]
-    drop, low, high = paired_drop(right, ours.mean(0))
+    right, ours = _hits([by.logits], by.labels), _hits(found, by.labels)
     return {
         "images": by.name,
         "dense": round(100 * float(right.mean()), 2),
         "accuracy": round(100 * float(ours.mean()), 2),
         "each": [round(100 * float(x.mean()), 2) for x in ours],
-        "drop": round(drop, 2),
-        "low": round(low, 2),
-        "high": round(high, 2),
+        **_paired(right, ours),
         "match": round(100 * float(np.mean(match)), 2),
         "divergence": round(float(np.mean(apart)), 4),
     }
+
+
+def judged_all(known: Network, modules: Sequence[nn.Module]) -> list[dict[str, Any]]:
+    """Return `judged` of these networks, one for each seed, for every set of images."""
+    return [judged([logits(module, by.images) for module in modules], by) for by in known.judged]
+
+
+def against(known: Network, ours: nn.Module, theirs: nn.Module) -> list[dict[str, Any]]:
+    """Return by how many points our network is below another on each set of images, paired, with its interval."""
+    return [
+        {"images": by.name, **_paired(*(_hits([logits(m, by.images)], by.labels) for m in (theirs, ours)))}
+        for by in known.judged
+    ]
+
+
+def _hits(found: Sequence[Tensor], labels: Tensor) -> Tensor:
+    return torch.stack([(x.argmax(1) == labels).double() for x in found])
+
+
+def _paired(before: Tensor, after: Tensor) -> dict[str, float]:
+    """Points lost from one to the other, networks by images, with the 95 % interval."""
+    drop, low, high = paired_drop(before.mean(0), after.mean(0))
+    return {"drop": round(drop, 2), "low": round(low, 2), "high": round(high, 2)}
 
 
 def goal_of(drop: Mapping[str, float], goal: float) -> str:

@@ -5,107 +5,174 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from benchmarks.studies.latency.table import table
 from benchmarks.studies.record import sentence
-from benchmarks.studies.recovery.jobs import GOALS
+from benchmarks.studies.recovery.jobs import AT_LATENCY, GOALS, LABEL_FREE, RIVAL, SMALLER
 from benchmarks.studies.recovery.subjects import goal_of
+from benchmarks.studies.recovery.timed import best_of
 
-_HEADER = (
-    "way to choose",
-    "recovery",
-    "MACs",
-    "accuracy",
-    "points lost",
-    "95 %",
-    "top-1 match",
-    "KL",
-    "seconds",
-    "peak",
-)
+Row = dict[str, Any]
+TAUGHT_GOAL = 1.0
+"""Points that ResNet-56 may lose at 0.476 of its MACs once the dense network has taught it."""
 
 
 def tables(results: Mapping[str, Any]) -> str:
-    """Return all tables."""
-    parts = [_machine(results), *(_of(results["rows"].values(), *pair) for pair in GOALS)]
-    return "\n".join(part for part in parts if part)
+    """Return all tables, each with a heading."""
+    rows = list(results["rows"].values())
+    parts = [
+        ("Goals", goals(rows)),
+        *(
+            (f"{name} at {macs:g} of the MACs ({1 / macs:.1f}x fewer)", at_macs(rows, name, macs))
+            for name, macs in GOALS
+        ),
+        ("At the same measured latency", at_latency(rows)),
+        ("Instead of surgery: a smaller network, or smaller images", instead(rows)),
+        ("What settings were chosen by", choices(rows)),
+    ]
+    written = f"Written by `{results['command']}` on {sentence(results['machine'])}.\n"
+    return "\n".join([written, *(f"## {title}\n\n{text}" for title, text in parts if text.count("\n") > 2)])
 
 
-def _machine(results: Mapping[str, Any]) -> str:
-    return f"Written by `{results['command']}` on {sentence(results['machine'])}.\n"
+def _of(rows: Sequence[Row], part: str, network: str = "", amount: float | None = None) -> list[Row]:
+    """What the rows of a part hold, of one network and amount where they are given."""
+    wanted = [r for r in rows if r["part"] == part and network in ("", r["network"])]
+    return [x for r in wanted if amount is None or r["amount"] == amount for x in r["rows"]]
 
 
-def _of(rows: Any, network: str, macs: float) -> str:
-    """One network at one fraction of its MACs: a table for each set of images."""
-    found = [r for row in rows if (row["network"], row["macs"]) == (network, macs) for r in row["rows"]]
-    lines = [f"## {network}, {macs:g} of the MACs ({1 / macs:.2g}x fewer)\n"]
-    sets = list(dict.fromkeys(j["images"] for r in found for j in r.get("judged", ())))
-    for name in sets:
-        dense = next(j["dense"] for r in found for j in r.get("judged", ()) if j["images"] == name)
-        lines.append(f"On {name}; dense {dense:.2f} %:\n")
-        lines += _table(found, name)
-        lines.append("")
-    for goal in _goals(found, network, macs):
-        lines.append(goal + "\n")
-    failed = [r for r in found if "failed" in r]
-    if failed:
-        lines.append(
-            f"torch-pruning made no network that runs by {len(failed)} of its settings: {failed[0]['failed']}\n"
-        )
-    return "\n".join(lines) if found else ""
+def goals(rows: Sequence[Row]) -> str:
+    """Each goal, what came out, and whether the interval meets it."""
+    heads = ("goal", "points that may be lost", "lost", "95 %", "by the interval", "seconds", "peak")
+
+    def lines() -> Iterator[Sequence[str]]:
+        for (name, macs), goal in GOALS.items():
+            for row in _of(rows, LABEL_FREE, name, macs):
+                if (row["criterion"], row["recovery"]) == ("second-order", "reconstruct"):
+                    told = f"{name} at {macs:g} of the MACs, no labels, no gradient"
+                    yield _goal(told, row["judged"][0], goal, row)
+        for row in _of(rows, "taught", "resnet56", 0.476):
+            yield _goal("resnet56 at 0.476 of the MACs, taught", row["judged"][0], TAUGHT_GOAL, row)
+        for row in _of(rows, "taught", "resnet56", 0.0):
+            for other, found in row.get("against", {}).items():
+                for drop in found:
+                    told = f"resnet56 in the time of {SMALLER} loses less than {other}, {drop['images']}"
+                    yield _goal(told, drop, 0.0, row)
+
+    return table(heads, lines())
 
 
-def _table(found: Sequence[Mapping[str, Any]], name: str) -> Iterator[str]:
-    yield "| " + " | ".join(_HEADER) + " |"
-    yield "|---|---|" + "---:|" * (len(_HEADER) - 2)
-    for row in _shown(found, name):
-        judged = next(j for j in row["judged"] if j["images"] == name)
-        yield "| " + " | ".join(_cells(row, judged)) + " |"
+def _goal(told: str, drop: Row, goal: float, row: Row) -> tuple[str, ...]:
+    return (told, f"{goal:g}", f"{drop['drop']:.2f}", _interval(drop), f"**{goal_of(drop, goal)}**", *_cost(row))
 
 
-def _shown(found: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
-    """All of ours; of torch-pruning its default, and its best on these images, without and with norms anew."""
-    have = [r for r in found if any(j["images"] == name for j in r.get("judged", ()))]
-    ours = [r for r in have if r["tool"] == "ours"]
-    theirs = [r for r in have if r["tool"] != "ours"]
-    shown: list[Mapping[str, Any]] = []
-    for recovery in ("none", "bn"):
-        same = [r for r in theirs if r["recovery"] == recovery]
-        default = [r for r in same if r["criterion"] == "l1" and not r["global"]]
-        best = sorted(same, key=lambda r: min(j["drop"] for j in r["judged"] if j["images"] == name))[:1]
-        shown += [*default, *(r for r in best if r not in default)]
-    return [*ours, *shown]
+def _interval(drop: Row) -> str:
+    return f"{drop['low']:.2f} to {drop['high']:.2f}"
 
 
-def _cells(row: Mapping[str, Any], judged: Mapping[str, Any]) -> tuple[str, ...]:
-    chosen = (
-        row["criterion"] if row["tool"] == "ours" else f"torch-pruning {row['criterion']}" + ", global" * row["global"]
-    )
-    memory = row.get("peak_memory_mb")
+def _cost(row: Row) -> tuple[str, str]:
+    seconds, memory = row.get("seconds"), row.get("peak_memory_mb")
+    return "" if seconds is None else f"{seconds:.0f}", "" if memory is None else f"{memory / 1000:.1f} GB"
+
+
+def at_macs(rows: Sequence[Row], network: str, macs: float) -> str:
+    """One network at one fraction of its MACs."""
+    ours = _of(rows, LABEL_FREE, network, macs)
+    taught = _of(rows, "taught", network, macs)
+    theirs = _of(rows, RIVAL, network, macs)
+    heads = ("on", "way to choose", "recovery", "MACs", *_JUDGED, "seconds", "peak")
+    shown = [*ours, *taught, *best_of(theirs)]
+
+    def lines() -> Iterator[Sequence[str]]:
+        for images in _sets(shown):
+            for row in shown:
+                if (judged := _on(row, images)) is not None:
+                    yield (images, _chosen(row), _recovery(row), f"{row['macs']:.3f}", *_cells(judged), *_cost(row))
+
+    return _with_failures(table(heads, lines()), theirs)
+
+
+_JUDGED = ("accuracy", "points lost", "95 %", "top-1 match", "KL")
+
+
+def _cells(judged: Row) -> tuple[str, ...]:
     return (
-        chosen,
-        row["recovery"] + (f", {row['epochs']} epochs" if "epochs" in row else ""),
-        f"{row['macs']:.3f}",
         f"{judged['accuracy']:.2f}",
         f"{judged['drop']:.2f}",
-        f"{judged['low']:.2f} to {judged['high']:.2f}",
+        _interval(judged),
         f"{judged['match']:.1f}",
         f"{judged['divergence']:.3f}",
-        "" if row.get("seconds") is None else f"{row['seconds']:.0f}",
-        "" if memory is None else f"{memory / 1000:.1f} GB",
     )
 
 
-def _goals(found: Sequence[Mapping[str, Any]], network: str, macs: float) -> Iterator[str]:
-    goal = GOALS[network, macs]
-    for row in found:
-        if row["tool"] == "ours" and row["criterion"] == "second-order" and row["recovery"] == "reconstruct":
-            judged = row["judged"][0]
-            yield (
-                f"Goal: at most {goal:g} points lost on {judged['images']} without labels or gradients: "
-                f"**{goal_of(judged, goal)}** ({judged['drop']:.2f} [{judged['low']:.2f}, {judged['high']:.2f}])."
-            )
-        if row["recovery"] == "distill":
-            judged = row["judged"][0]
-            yield (
-                f"Goal: at most 1 point lost with distillation: **{goal_of(judged, 1.0)}** "
-                f"({judged['drop']:.2f} [{judged['low']:.2f}, {judged['high']:.2f}])."
-            )
+def _sets(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(j["images"] for r in rows for j in r.get("judged", ())))
+
+
+def _on(row: Row, images: str) -> Row | None:
+    judged: Sequence[Row] = row.get("judged", ())
+    return next((j for j in judged if j["images"] == images), None)
+
+
+def _chosen(row: Row) -> str:
+    if row["tool"] == "torch-pruning":
+        return f"torch-pruning {row['criterion']}{', global' if row['global'] else ''}"
+    return str(row["criterion"])
+
+
+def _recovery(row: Row) -> str:
+    return str(row["recovery"]) + (f", {row['epochs']} epochs" if "epochs" in row else "")
+
+
+def _with_failures(text: str, theirs: Sequence[Row]) -> str:
+    failed = [r for r in theirs if "failed" in r]
+    if not failed:
+        return text
+    named = ", ".join(_chosen(r).removeprefix("torch-pruning ") for r in failed)
+    return f"{text}\ntorch-pruning left no network that runs by: {named} ({failed[0]['failed']})\n"
+
+
+def at_latency(rows: Sequence[Row]) -> str:
+    """Ours and torch-pruning's, all timed in one race for each network."""
+    heads = ("network", "by", "recovery", "latency", "MACs", "on", *_JUDGED)
+
+    def lines() -> Iterator[Sequence[str]]:
+        for network, ratio in AT_LATENCY:
+            found = _of(rows, "equal latency", network, ratio)
+            ours = [r for r in found if r["tool"] == "ours"]
+            for row in [*ours, *best_of([r for r in found if r["tool"] != "ours"])]:
+                for judged in row["judged"]:
+                    name = "ours" if row["tool"] == "ours" else _chosen(row)
+                    time = f"{row['latency']['value']:.3f}"
+                    cells = (time, f"{row['macs']:.3f}", judged["images"], *_cells(judged))
+                    yield (network, name, _recovery(row), *cells)
+
+    failed = [r for network, ratio in AT_LATENCY for r in _of(rows, "equal latency", network, ratio)]
+    return _with_failures(table(heads, lines()), failed)
+
+
+def instead(rows: Sequence[Row]) -> str:
+    """What a user could load in place of a compact network, with its time."""
+    heads = ("network", "recovery", "latency", "ms", "MACs", "on", *_JUDGED)
+
+    def lines() -> Iterator[Sequence[str]]:
+        found = [*_of(rows, "taught", "resnet56", 0.0), *_of(rows, "smaller images")]
+        for row in found:
+            for judged in row["judged"]:
+                name = "resnet56, compact" if row["tool"] == "ours" else row["criterion"]
+                time = row["latency"]
+                cells = (f"{time['value']:.3f}", f"{time['p50_ms']:.3f}", f"{row['macs']:.3f}", judged["images"])
+                yield (name, _recovery(row), *cells, *_cells(judged))
+
+    return table(heads, lines())
+
+
+def choices(rows: Sequence[Row]) -> str:
+    """Ways that were compared on training images."""
+    heads = ("network", "MACs", "way to choose", "way", *_JUDGED)
+
+    def lines() -> Iterator[Sequence[str]]:
+        for whole in (r for r in rows if r["part"] == "choices"):
+            for row in whole["rows"]:
+                cells = (whole["network"], f"{whole['amount']:g}", row["criterion"], row["way"])
+                yield (*cells, *_cells(row["judged"][0]))
+
+    return table(heads, lines())

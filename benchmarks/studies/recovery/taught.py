@@ -1,0 +1,129 @@
+"""Rows of networks that the dense one has taught: without labels, on all images that there are to learn from."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import surgery
+from benchmarks.studies.latency.bench import Bench, loop_of
+from benchmarks.studies.recovery.subjects import SEEDS, Network, against, judged_all, network, to_learn_from
+from surgery.cut import as_call
+from surgery.recover.teaching import Student, Training
+from surgery.recover.train import train
+from surgery.trace import trace
+
+EPOCHS = 12
+TRAINING = Training(epochs=EPOCHS, batch=128, lr=1e-3, mixed_precision="bf16", every=100)
+_RACE_S = 40.0
+
+
+def to_macs(known: Network, macs: float, root: Path) -> list[dict[str, Any]]:
+    """Cut to a fraction of the MACs by 512 images, reconstructed with them, then taught."""
+    images = known.calibration(SEEDS[0])
+    budget = surgery.Budget(macs=macs)
+    cut = surgery.shrink(known.subject.module, known.subject.inputs, budget=budget, data=images, recover="none")
+    result, told = _distilled(cut, known, root)
+    kept = round(known.subject.kept(result.model), 4)
+    return [{**told, "tool": "ours", "macs": kept, "judged": judged_all(known, [result.model])}]
+
+
+def to_latency_of(known: Network, smaller: str, root: Path) -> list[dict[str, Any]]:
+    """Cut to the time that a smaller network takes, taught, and set against that network, as it is and taught as well.
+
+    All of them are timed in one race at the end.
+    """
+    other = network(smaller, root)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(known.subject, Path(folder), 1, _RACE_S)
+        bench.add("dense", known.subject.module)
+        bench.add(smaller, other.subject.module)
+        wanted = bench.race()["latency"][smaller]["value"]
+        images = known.calibration(SEEDS[0])
+        budget = surgery.Budget(latency=wanted)
+        cut = surgery.shrink(known.subject.module, known.subject.inputs, budget=budget, data=images, recover="none")
+        result, told = _distilled(cut, known, root)
+        bench.add("ours", result.model)
+        figures = bench.race()
+    taught, seconds = _peer(known, other.subject.module, root)
+    theirs = judged_all(known, [other.subject.module])
+    rows: list[dict[str, Any]] = [
+        {
+            "tool": "dense",
+            "criterion": known.name,
+            "recovery": "none",
+            "judged": judged_all(known, [known.subject.module]),
+        },
+        {"tool": "dense", "criterion": smaller, "recovery": "none", "judged": theirs},
+        {
+            "tool": "dense",
+            "criterion": smaller,
+            "recovery": f"taught by {known.name}",
+            "epochs": EPOCHS,
+            "seconds": seconds,
+            "judged": judged_all(known, [taught]),
+        },
+        {**told, "tool": "ours", "judged": judged_all(known, [result.model])},
+    ]
+    times = figures["latency"]
+    for row, name in zip(rows, ("dense", smaller, smaller, "ours"), strict=True):
+        module = {"dense": known.subject.module, smaller: other.subject.module, "ours": result.model}[name]
+        row |= {"macs": round(known.subject.kept(module), 4), "latency": times[name], "timer": figures["timer"]}
+    rows[-1] |= {
+        "loop": loop_of(cut.report),
+        "against": {
+            smaller: against(known, result.model, other.subject.module),
+            f"{smaller}, taught": against(known, result.model, taught),
+        },
+    }
+    return rows
+
+
+def _distilled(cut: surgery.Result, known: Network, root: Path) -> tuple[surgery.Result, dict[str, Any]]:
+    """Reconstruct by the first seed's images, then teach by all."""
+    fitted = surgery.recover(cut, known.calibration(SEEDS[0]), level="reconstruct")
+    before = judged_all(known, [fitted.model])
+    pixels = to_learn_from(known, root)
+    result = surgery.recover(fitted, pixels, level="distill", training=TRAINING)
+    step = result.report["recovery"]["steps"][-1]
+    return result, {
+        "criterion": "second-order",
+        "recovery": "distill",
+        "epochs": EPOCHS,
+        "images": len(pixels),
+        "seconds": step["seconds"],
+        "peak_memory_mb": round(step["peak_memory_bytes"] / 1e6),
+        "steps": step["history"]["steps"],
+        "reconstructed": before,
+    }
+
+
+def _peer(known: Network, smaller: nn.Module, root: Path) -> tuple[nn.Module, float]:
+    """Teach the smaller network on the same images in the same way."""
+    module = copy.deepcopy(smaller)
+    program = trace(module, known.subject.inputs)
+
+    def call(model: nn.Module, inputs: Any) -> Any:
+        args, kwargs = as_call(program, list(inputs))
+        return model(*args, **kwargs)
+
+    begun = time.monotonic()
+    pixels = to_learn_from(known, root)
+    unknown = torch.full((len(pixels),), -1)
+    train(
+        Student(module, call),
+        Student(copy.deepcopy(known.subject.module), call),
+        torch.utils.data.TensorDataset(pixels, unknown),
+        TRAINING,
+        learning=list(module.parameters()),
+        labels=False,
+        key="",
+        progress=lambda fraction: None,
+    )
+    return module.eval(), round(time.monotonic() - begun, 1)
