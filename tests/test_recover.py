@@ -212,6 +212,18 @@ def test_training_that_runs_away_is_undone(cut: surgery.Result, images: tuple[Te
         assert after.cosine > before.cosine - 0.05
 
 
+def test_each_training_has_its_own_precision(cut: surgery.Result, images: tuple[Tensor, Tensor]) -> None:
+    """Accelerate keeps one for the process, which may be the user's."""
+    from accelerate import Accelerator
+
+    before = Accelerator(cpu=True, mixed_precision="no").state.mixed_precision
+    for precision in ("bf16", "no"):
+        training = surgery.Training(epochs=1, batch=32, mixed_precision=precision)
+        found = surgery.recover(cut, images[0][:128], level="distill", training=training)
+        assert found.steps[-1].history is not None and found.steps[-1].history.steps == 3
+    assert Accelerator(cpu=True).state.mixed_precision == before
+
+
 @pytest.mark.parametrize(("judge", "said"), [(3, "not a function"), (lambda model: 3, "returned int")])
 def test_an_evaluation_that_is_none_says_so(judge: Any, said: str, trained: nn.Module) -> None:
     x = torch.rand(16, 1, 8, 8)

@@ -57,6 +57,35 @@ def train(
     Raises:
         InvalidInput: there are too few images, no classes where they are needed, or a loss that is no number.
     """
+    with _own_state():
+        return _trained(student, teacher, data, how, learning, labels, key, progress)
+
+
+@contextmanager
+def _own_state() -> Iterator[None]:
+    """Accelerate keeps one precision for the whole process: what there was comes back after the block."""
+    from accelerate.state import AcceleratorState
+
+    shared: dict[str, Any] = AcceleratorState._shared_state
+    known = dict(shared)
+    shared.clear()
+    try:
+        yield
+    finally:
+        shared.clear()
+        shared.update(known)
+
+
+def _trained(
+    student: Student,
+    teacher: Student,
+    data: Any,
+    how: Training,
+    learning: Sequence[nn.Parameter],
+    labels: bool,
+    key: str,
+    progress: Callable[[float], None],
+) -> History:
     from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 
     try:

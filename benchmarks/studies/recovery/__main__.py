@@ -61,7 +61,7 @@ def main(
             print(f"    failed with {done.returncode}", file=sys.stderr, flush=True)
             continue
         rows = {**_known(), job.key: json.loads(done.stdout.splitlines()[-1])}
-        described = record.machine(threads)
+        described = {**record.machine(1), "torch_threads": threads}
         record.write(NAME, {"command": record.command(MODULE, []), "machine": described, "rows": rows})
 
 

@@ -29,7 +29,9 @@ def tables(results: Mapping[str, Any]) -> str:
         ("Instead of surgery: a smaller network, or smaller images", instead(rows)),
         ("What settings were chosen by", choices(rows)),
     ]
-    written = f"Written by `{results['command']}` on {sentence(results['machine'])}.\n"
+    machine = results["machine"]
+    told = f"Written by `{results['command']}` on {sentence(machine)}; recovery on {machine['torch_threads']} threads."
+    written = f"{told}\n"
     return "\n".join([written, *(f"## {title}\n\n{text}" for title, text in parts if text.count("\n") > 2)])
 
 
