@@ -61,8 +61,7 @@ def main(
             print(f"    failed with {done.returncode}", file=sys.stderr, flush=True)
             continue
         rows = {**_known(), job.key: json.loads(done.stdout.splitlines()[-1])}
-        described = {**record.machine(1), "torch_threads": threads}
-        record.write(NAME, {"command": record.command(MODULE, []), "machine": described, "rows": rows})
+        record.write(NAME, {"command": record.command(MODULE, []), "machine": record.machine(1), "rows": rows})
 
 
 def _known() -> dict[str, Any]:
@@ -76,7 +75,7 @@ def _run(key: str, root: Path, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     job = next(job for job in every_job() if job.key == key)
     begun = time.monotonic()
-    return {**run(job, root), "all_seconds": round(time.monotonic() - begun)}
+    return {**run(job, root), "threads": threads, "all_seconds": round(time.monotonic() - begun)}
 
 
 if __name__ == "__main__":

@@ -29,21 +29,19 @@ def tables(results: Mapping[str, Any]) -> str:
         ("Instead of surgery: a smaller network, or smaller images", instead(rows)),
         ("What settings were chosen by", choices(rows)),
     ]
-    machine = results["machine"]
-    told = f"Written by `{results['command']}` on {sentence(machine)}; recovery on {machine['torch_threads']} threads."
-    written = f"{told}\n"
+    written = f"Written by `{results['command']}` on {sentence(results['machine'])}.\n"
     return "\n".join([written, *(f"## {title}\n\n{text}" for title, text in parts if text.count("\n") > 2)])
 
 
 def _of(rows: Sequence[Row], part: str, network: str = "", amount: float | None = None) -> list[Row]:
     """What the rows of a part hold, of one network and amount where they are given."""
     wanted = [r for r in rows if r["part"] == part and network in ("", r["network"])]
-    return [x for r in wanted if amount is None or r["amount"] == amount for x in r["rows"]]
+    return [x | {"threads": r["threads"]} for r in wanted if amount in (None, r["amount"]) for x in r["rows"]]
 
 
 def goals(rows: Sequence[Row]) -> str:
     """Each goal, what came out, and whether the interval meets it."""
-    heads = ("goal", "points that may be lost", "lost", "95 %", "by the interval", "seconds", "peak")
+    heads = ("goal", "points that may be lost", "lost", "95 %", "by the interval", "seconds (threads)", "peak")
 
     def lines() -> Iterator[Sequence[str]]:
         for (name, macs), goal in GOALS.items():
@@ -72,7 +70,10 @@ def _interval(drop: Row) -> str:
 
 def _cost(row: Row) -> tuple[str, str]:
     seconds, memory = row.get("seconds"), row.get("peak_memory_mb")
-    return "" if seconds is None else f"{seconds:.0f}", "" if memory is None else f"{memory / 1000:.1f} GB"
+    return (
+        "" if seconds is None else f"{seconds:.0f} ({row['threads']})",
+        "" if memory is None else f"{memory / 1000:.1f} GB",
+    )
 
 
 def at_macs(rows: Sequence[Row], network: str, macs: float) -> str:
@@ -80,7 +81,7 @@ def at_macs(rows: Sequence[Row], network: str, macs: float) -> str:
     ours = _of(rows, LABEL_FREE, network, macs)
     taught = _of(rows, "taught", network, macs)
     theirs = _of(rows, RIVAL, network, macs)
-    heads = ("on", "way to choose", "recovery", "MACs", *_JUDGED, "seconds", "peak")
+    heads = ("on", "way to choose", "recovery", "MACs", *_JUDGED, "seconds (threads)", "peak")
     shown = [*ours, *taught, *best_of(theirs)]
 
     def lines() -> Iterator[Sequence[str]]:

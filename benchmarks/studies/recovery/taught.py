@@ -20,9 +20,10 @@ from surgery.recover.teaching import Student, Training
 from surgery.recover.train import train
 from surgery.trace import trace
 
-TO_MACS = Training(epochs=4, batch=128, lr=1.5e-3, mixed_precision="bf16")
-TO_LATENCY = replace(TO_MACS, epochs=8)
-"""Of 57,728 images; the learning rate was chosen by the loss on images held out of the training ones."""
+TO_MACS = Training(epochs=4, batch=128, lr=5e-4, mixed_precision="bf16")
+TO_LATENCY = replace(TO_MACS, epochs=8, lr=1e-3)
+"""Of 57,728 images. Of 0.0005, 0.0015 and 0.004 the least gave the lowest loss on held-out training images after two
+and after four epochs of 10,240 images; after four, on a network at 0.35 of its MACs, the lead was small."""
 _RACE_S = 40.0
 
 
