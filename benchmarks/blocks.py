@@ -122,7 +122,7 @@ def race_to_end(race: Race) -> str:
     for done in count(1):
         for position in next(orders):
             entry = race.all[position]
-            entry.blocks.append(_block(entry, race.settings.threads))
+            entry.blocks.append(_block(entry, race.settings))
         race.watch.round_done()
         elapsed_s = perf_counter() - start
         race.report("timing", _fraction(race, done, elapsed_s))
@@ -161,9 +161,9 @@ def _fraction(race: Race, done: int, elapsed_s: float) -> float:
     return min(0.99, max(runs, clock))
 
 
-def _block(entry: Entry, threads: int) -> NDArray[np.float64]:
+def _block(entry: Entry, settings: Settings) -> NDArray[np.float64]:
     """Return the run times of one block in milliseconds, (block_runs,), in a session that lives only here."""
-    session = open_session(entry.path, threads)
+    session = open_session(entry.path, settings)
     run, inputs = session.run, entry.inputs
     nanoseconds = np.empty(entry.block_runs)
     with _no_garbage_collection():
@@ -206,10 +206,10 @@ def enter(files: Mapping[str, Path], settings: Settings, limits: Limits) -> dict
 
 
 def _pilot(path: Path, settings: Settings, limits: Limits) -> Entry:
-    session = open_session(path, settings.threads)
+    session = open_session(path, settings)
     inputs = random_inputs(session, path, settings)
     run_once(session, inputs, path)
     trial = Entry(path, inputs, MIN_BLOCK_RUNS)
     del session
-    trial.block_runs = limits.block_runs(float(np.median(_block(trial, settings.threads))))
+    trial.block_runs = limits.block_runs(float(np.median(_block(trial, settings))))
     return trial

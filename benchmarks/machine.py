@@ -38,7 +38,7 @@ _INSTRUCTION_SETS = {
 }
 
 
-def describe(threads: int) -> dict[str, Any]:
+def describe(threads: int, provider: str = PROVIDER) -> dict[str, Any]:
     """Return runtime version, provider, session options, CPU model, instruction sets and cores, as plain JSON values.
 
     Takes about a second: reading the processor's flags starts a process.
@@ -48,7 +48,7 @@ def describe(threads: int) -> dict[str, Any]:
     options = session_options(threads)
     return {
         "onnxruntime": onnxruntime.__version__,
-        "provider": PROVIDER,
+        "provider": provider,
         "threads": threads,
         "session_options": {
             "intra_op_num_threads": options.intra_op_num_threads,

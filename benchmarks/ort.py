@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.blocks import AA_TOLERANCE, MIN_ROUNDS, Entry, Limits, Progress, Race, enter, race_to_end
 from benchmarks.machine import Watch, describe
-from benchmarks.session import Settings, file_bytes, model_file
+from benchmarks.session import PROVIDER, Settings, file_bytes, model_file
 from benchmarks.stats import Interval
 from benchmarks.worker import FirstRuns, fresh_process
 from surgery.errors import InvalidInput
@@ -103,6 +103,7 @@ def time(
     *,
     batch: int = 1,
     threads: int = 1,
+    provider: str = PROVIDER,
     min_runs: int = 0,
     max_runs: int = 2000,
     max_seconds: float = 45.0,
@@ -125,6 +126,7 @@ def time(
         models: name → ONNX file.
         batch: items per run.
         threads: `intra_op_num_threads` of each session.
+        provider: execution provider of ONNX Runtime.
         min_runs: timed runs of every model before an early end; 1000 or more for a p99.
         max_runs: limit on timed runs per model.
         max_seconds: limit on the time spent in rounds.
@@ -139,18 +141,18 @@ def time(
             running in other threads disturbs the measurement.
 
     Raises:
-        InvalidInput: an argument is out of range, or a file cannot be read, loaded or run.
+        InvalidInput: an argument is out of range, or a file cannot be read, loaded or run, or a provider is not there.
         TimerFailed: a child process died.
     """
     limits = Limits(min_runs, max_runs, max_seconds, block_ms, width)
-    settings = Settings(batch, threads, seed, dict(input_shapes or {}))
+    settings = Settings(batch, threads, seed, dict(input_shapes or {}), provider)
     files = {name: model_file(path) for name, path in models.items()}
     base = _baseline(files, baseline)
     report = progress or (lambda stage, fraction: None)
     entries = enter(files, settings, limits)
     firsts = _fresh(files, settings, report) if fresh else {}
     control = Entry(files[base], entries[base].inputs, entries[base].block_runs) if aa else None
-    environment = describe(threads)
+    environment = describe(threads, provider)
     race = Race(entries, control, entries[base], settings, limits, report, Watch())
     stopped = race_to_end(race)
     ratio = race.ratio(control) if control else None

@@ -47,15 +47,18 @@ class Settings:
         threads: `intra_op_num_threads`; operators themselves run one after the other.
         seed: of the random inputs.
         shapes: input name → whole shape, for inputs with dynamic axes other than the batch axis.
+        provider: execution provider of ONNX Runtime.
 
     Raises:
-        InvalidInput: a value is out of range; more threads than this process has cores.
+        InvalidInput: a value is out of range; more threads than this process has cores; a provider that this build of
+            ONNX Runtime does not have.
     """
 
     batch: int = 1
     threads: int = 1
     seed: int = 0
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    provider: str = PROVIDER
 
     def __post_init__(self) -> None:
         for name, value in (("batch", self.batch), ("threads", self.threads)):
@@ -67,6 +70,11 @@ class Settings:
             raise InvalidInput(
                 f"threads={self.threads}: this process may use {available_cores()} cores, and threads that share one "
                 "would measure waiting; ask for fewer"
+            )
+        if self.provider not in (known := onnxruntime.get_available_providers()):
+            raise InvalidInput(
+                f"provider '{self.provider}' is not in this build of ONNX Runtime, which has {', '.join(known)}; "
+                "choose one of these, or install the build that has it"
             )
         for name, shape in self.shapes.items():
             if not all(isinstance(size, int) and size > 0 for size in shape):
@@ -112,14 +120,18 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     return options
 
 
-def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
-    """Return a session on the CPU; raises InvalidInput where ONNX Runtime cannot load the file."""
+def open_session(path: Path, settings: Settings) -> onnxruntime.InferenceSession:
+    """Return a session; raises InvalidInput where ONNX Runtime cannot load the file, or the provider cannot start."""
+    options = session_options(settings.threads)
     try:
-        return onnxruntime.InferenceSession(str(path), session_options(threads), providers=[PROVIDER])
+        session = onnxruntime.InferenceSession(str(path), options, providers=[settings.provider])
     except RUNTIME_ERRORS as error:
         raise InvalidInput(
             f"ONNX Runtime cannot load {path}: {_first_line(error)}; check or re-export the file"
         ) from error
+    if (started := session.get_providers()[0]) != settings.provider:  # it falls back without an exception
+        raise InvalidInput(f"provider '{settings.provider}' did not start: {path} would run by {started} instead")
+    return session
 
 
 def random_inputs(session: onnxruntime.InferenceSession, path: Path, settings: Settings) -> dict[str, NDArray[Any]]:
@@ -173,7 +185,7 @@ def _shape(name: str, declared: list[int | str | None], path: Path, settings: Se
         else:
             raise InvalidInput(
                 f"{path}: axis {axis} of input '{name}' is dynamic ({size or 'unnamed'}); "
-                f"give input_shapes={{'{name}': (...)}}"
+                f"give input_shapes={{'{name}': (...)}}, or --input-shape {name}=N,C,H,W on the command line"
             )
     return tuple(sizes)
 

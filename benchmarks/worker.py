@@ -87,7 +87,7 @@ def _measure(path: Path, settings: Settings) -> FirstRuns:
     model_file(path)
     floor = int(psutil.Process().memory_info().rss)
     start = perf_counter()
-    session = open_session(path, settings.threads)
+    session = open_session(path, settings)
     load_ms = (perf_counter() - start) * 1e3
     inputs = random_inputs(session, path, settings)
     for _ in range(RUNS):

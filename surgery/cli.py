@@ -7,9 +7,7 @@ whatever libraries or the user's own file print go to standard error.
 from __future__ import annotations
 
 import os
-import re
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -21,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery import __version__, together
+from surgery import __version__, together, typed_next
 from surgery.errors import INTERNAL, OK, InvalidInput, SurgeryError
 from surgery.options import (
     DATA,
     DELIVERY,
     EXIT_CODES,
+    FILES,
     MODEL,
     OUTPUT,
     PLANNING,
@@ -37,7 +36,7 @@ from surgery.options import (
     Session,
     options,
 )
-from surgery.screen import PLAIN_WIDTH, Terminated, print_profile, print_report, say, work
+from surgery.screen import PLAIN_WIDTH, Terminated, print_found, print_profile, print_report, say, work
 
 if TYPE_CHECKING:
     from surgery.decide import Decision
@@ -158,6 +157,23 @@ def profile(
 
 
 @cli.command(epilog=EXIT_CODES)
+@options(FILES, TIMING, OUTPUT)
+@click.pass_obj
+def bench(session: Session, /, files: tuple[Path, ...], as_json: bool, quiet: bool, **given: Any) -> None:
+    """Time ONNX FILES against each other: in blocks of shuffled order, beside a copy of the first.
+
+    Each gets an equal share of the machine's quiet and busy moments. Times are relative to the first file's, with 95 %
+    intervals; load time and peak memory are a fresh process's.
+    """
+    with work(session, quiet=quiet) as progress:
+        from surgery import versus
+
+        given["shapes"] = dict(given["shapes"])
+        found = versus.compare(files, **given, progress=progress)
+    print_found(found, versus.render_terminal, as_json=as_json)
+
+
+@cli.command(epilog=EXIT_CODES)
 @options(MODEL, SELECTION, TIMING, PLANNING, DATA, OUTPUT)
 @click.pass_obj
 def show(session: Session, /, model: str, as_json: bool, quiet: bool, **given: Any) -> None:
@@ -174,7 +190,7 @@ def show(session: Session, /, model: str, as_json: bool, quiet: bool, **given: A
             _decide(loaded, given, progress).report,
             name=loaded.name,
             weights=loaded.weights,
-            next_command=_shrink_command(session.arguments),
+            next_command=typed_next.shrink(session.arguments),
             notes=(*loaded.warnings, *loaded.notes),
         )
     print_report(data, as_json=as_json)
@@ -263,7 +279,7 @@ def _deliver(
     from surgery.evaluate import open_evaluation
 
     _refuse_huge_batch(loaded, given["batch"])
-    out = out if out is not None else Path("shrunk", _folder_name(loaded.name))
+    out = out if out is not None else Path("shrunk", typed_next.folder_name(loaded.name))
     if together.processes() > 1:
         from surgery import company
 
@@ -276,7 +292,7 @@ def _deliver(
         result.report,
         name=loaded.name,
         weights=loaded.weights,
-        next_command=_evaluate_command(model, out, loaded, given),
+        next_command=typed_next.evaluate(model, out, loaded, given),
         notes=(*loaded.warnings, *loaded.notes),
     )
     evaluation = given.get("evaluation")
@@ -303,42 +319,6 @@ def _request(given: Mapping[str, Any]) -> Request:
         keep=tuple(given["keep"]),
         **{key: given[key] for key in _ASKED if key in given},
     )
-
-
-# Commands to be typed next. -------------------------------------------------------------------------------------------
-
-
-def _evaluate_command(model: str, out: Path, loaded: LoadedModel, given: Mapping[str, Any]) -> str:
-    """Return the command that leaves `dense` and `compact` at a Python prompt, to be evaluated or trained."""
-    weights = "random" if loaded.weights.startswith("random") else given["weights"]
-    known = {"weights": weights, "input_shape": given["input_shape"], "model_args": dict(given["model_args"])}
-    arguments = [repr(model), *(f"{key}={value!r}" for key, value in known.items() if value)]
-    arguments += [f"{key}={given[key]!r}" for key in ("seed", "trust") if given[key]]
-    code = (
-        "import surgery; from surgery.models import load_model; "
-        f"dense = load_model({', '.join(arguments)}).module; compact = surgery.load({str(out)!r}, dense)"
-    )
-    # Double quotes inside, so that the shell's single ones need no escaping; names with quotes keep Python's choice.
-    code = code if '"' in code or "\\" in code else code.replace("'", '"')
-    return f"{_python()} -i -c {shlex.quote(code)}"
-
-
-def _shrink_command(arguments: Sequence[str]) -> str:
-    """Return the command line of `show` as one of `shrink`."""
-    return f"{_python()} -m surgery.cli shrink {shlex.join(arguments[1:])}"
-
-
-def _python() -> str:
-    """Return how the running interpreter is called from here: by name where that finds it, else by path."""
-    here, found = Path(sys.executable), shutil.which("python")
-    if found and Path(found).parent == here.parent:
-        return "python"
-    return shlex.quote(str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here))
-
-
-def _folder_name(name: str) -> str:
-    """Return a name that is a plain folder name on every system."""
-    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "model"
 
 
 # What goes wrong. ----------------------------------------------------------------------------------------------------

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
 
 
 def si(value: float | None, digits: int = 4) -> str:
@@ -25,8 +29,19 @@ def figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def ratio(value: Mapping[str, float] | None) -> tuple[str, str]:
-    """Return a speedup and its 95 % interval."""
+def ratio(value: Mapping[str, float] | None, *, digits: int = 2, unit: str = "x") -> tuple[str, str]:
+    """Return a ratio, a speedup for instance, and its 95 % interval."""
     if value is None:
         return "-", "-"
-    return f"{value['value']:.2f}x", f"{value['low']:.2f}-{value['high']:.2f}"
+    return f"{value['value']:.{digits}f}{unit}", f"{value['low']:.{digits}f}-{value['high']:.{digits}f}"
+
+
+def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, whole: bool = False) -> Table:
+    """Return a table without the columns in which nothing is known; where `whole`, with them, showing -."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    shown = [k for k in range(len(columns)) if k == 0 or whole or any(row[k] not in ("-", "") for row in rows)]
+    for k in shown:
+        table.add_column(columns[k].replace(" ", "\n"), justify="left" if k == 0 else "right")
+    for row in rows:
+        table.add_row(*(escape(row[k]) for k in shown))
+    return table

@@ -56,6 +56,21 @@ class Shape(click.ParamType[tuple[int, ...]]):
         return shape
 
 
+class NamedShape(click.ParamType[tuple[str, tuple[int, ...]]]):
+    """``input=1,3,224,224`` → ("input", (1, 3, 224, 224))."""
+
+    name = "NAME=N,C,H,W"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse the text; click reports what is raised."""
+        if isinstance(value, tuple):
+            return value
+        name, equals, shape = str(value).rpartition("=")
+        if not equals or not name:
+            self.fail(f"'{value}' is not NAME=SHAPE; write for example input=1,3,224,224", param, ctx)
+        return name, Shape().convert(shape, param, ctx)
+
+
 class Numbers(click.ParamType[tuple[float, ...]]):
     """``0.5,0.5,0.5`` → (0.5, 0.5, 0.5)."""
 
@@ -281,6 +296,31 @@ PROFILE = (
         "--pack", type=click.Path(path_type=Path), metavar="FILE.zip",
         help="Measure nothing here: write what measures on a device that has Python, numpy and onnxruntime.",
     ),
+)  # fmt: skip
+
+FILES = (
+    click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path)),
+    click.option(
+        "--baseline", type=click.Path(path_type=Path), metavar="FILE",
+        help="Which of them times are relative to.  [default: the first]",
+    ),
+    click.option(
+        "--provider", default="cpu", show_default=True, metavar="NAME",
+        help="Execution provider of ONNX Runtime, as in CUDAExecutionProvider or cuda.",
+    ),
+    click.option(
+        "--input-shape", "shapes", type=NamedShape(), multiple=True,
+        help="Whole shape of an input of which more than the batch is open; may be repeated.",
+    ),
+    click.option(
+        "--runs", type=click.IntRange(min=3), default=2000, show_default=True, metavar="N",
+        help="At most so many timed runs of a file; fewer once intervals are narrow. A p99 takes 1000.",
+    ),
+    click.option(
+        "--seconds", type=click.FloatRange(0.0, min_open=True), default=45.0, show_default=True, metavar="S",
+        help="Begin no round of measuring after that, as long as there are twelve.",
+    ),
+    _SEED,
 )  # fmt: skip
 
 DELIVERY = (

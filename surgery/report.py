@@ -14,13 +14,11 @@ from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from surgery import __version__, report_steps
-from surgery.figures import figure, ratio, si, size
+from surgery.figures import figure, plain_table, ratio, si, size
 from surgery.ir import CheckResult, CompactModel, Coupling, Plan, Program
 
 SCHEMA = 1
@@ -340,7 +338,7 @@ def render_terminal(data: Mapping[str, Any], console: Console) -> None:
     console.print(headline(data), soft_wrap=True, markup=False, highlight=False, style="bold yellow")
     console.print("", _table(data), "", sep="\n")
     if steps := report_steps.step_cells(data):
-        console.print(_plain_table(report_steps.STEP_COLUMNS, steps), "", sep="\n")
+        console.print(plain_table(report_steps.STEP_COLUMNS, steps), "", sep="\n")
     for line in _sentences(data):
         console.print(line, markup=False, highlight=False)
     _section(console, "cut (group: units from → to)", cut_lines(data), limit=_SHOWN_GROUPS)
@@ -351,18 +349,7 @@ def render_terminal(data: Mapping[str, Any], console: Console) -> None:
 
 
 def _table(data: Mapping[str, Any]) -> Table:
-    return _plain_table(COLUMNS, cells(data), whole=data["timing"] is not None)
-
-
-def _plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, whole: bool = False) -> Table:
-    """Columns in which nothing is known are left out, unless all are wanted: one that takes more runs shows as -."""
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-    shown = [k for k in range(len(columns)) if k == 0 or whole or any(row[k] not in ("-", "") for row in rows)]
-    for k in shown:
-        table.add_column(columns[k].replace(" ", "\n"), justify="left" if k == 0 else "right")
-    for row in rows:
-        table.add_row(*(escape(row[k]) for k in shown))
-    return table
+    return plain_table(COLUMNS, cells(data), whole=data["timing"] is not None)
 
 
 def _section(console: Console, title: str, lines: Sequence[str], *, limit: int | None) -> None:

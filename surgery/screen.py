@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ import click
 from surgery.options import Session
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from surgery.request import Progress
 
 PLAIN_WIDTH = 110
@@ -84,6 +86,19 @@ def print_report(data: Mapping[str, Any], *, as_json: bool) -> None:
         report.render_terminal(data, console if console.is_terminal else Console(width=PLAIN_WIDTH))
     sys.stdout.flush()
     os.dup2(2, 1)  # what the user's file prints at exit is no part of the result
+
+
+def print_found(
+    data: Mapping[str, Any], render: Callable[[Mapping[str, Any], Console], None], *, as_json: bool
+) -> None:
+    """Print what a command found as JSON, or by the function that renders it."""
+    from rich.console import Console
+
+    if as_json:
+        click.echo(json.dumps(data, indent=1))
+    else:
+        console = Console()
+        render(data, console if console.is_terminal else Console(width=PLAIN_WIDTH))
 
 
 def print_profile(data: Mapping[str, Any], *, out: Path | None, as_json: bool) -> None:

@@ -39,17 +39,18 @@ ORDER = """
     surgery.recover.views surgery.recover.resume
     surgery.recover.teaching surgery.recover.train surgery.recover.steps surgery.artefacts
     surgery.figures surgery.report_steps surgery.report
-    surgery.evaluate surgery.optable surgery.request surgery.recovery surgery.acceptance surgery.race surgery.decide
+    surgery.evaluate surgery.optable surgery.request surgery.versus
+    surgery.recovery surgery.acceptance surgery.race surgery.decide
     surgery.repeat surgery.profile surgery.within surgery.gradual
     surgery.pipeline surgery.deliver
-    surgery.options surgery.data_options surgery.together surgery.company surgery.screen surgery.cli
+    surgery.options surgery.data_options surgery.together surgery.company surgery.screen surgery.typed_next surgery.cli
 """
 LAYERS = ORDER.split()
 """Each module imports only from those before it; of the families in surgery.ops, others know `index` alone."""
 
 ROOF = {
     *("surgery.race", "surgery.within", "surgery.decide", "surgery.profile", "surgery.pipeline", "surgery.deliver"),
-    *("surgery.options", "surgery.cli"),
+    *("surgery.options", "surgery.cli", "surgery.versus"),
 }
 """Only these see exporters and benchmarks."""
 
@@ -64,6 +65,7 @@ WITHOUT_TORCH = {
     "surgery.allocate",
     "surgery.options",
     "surgery.cli",
+    "surgery.versus",
     "benchmarks.ort",
 }
 
