@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,43 @@ class OnnxModel:
             raise InvalidInput(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0][:200]}") from error
         self.path = Path(path)
         self._inputs = [x.name for x in self._session.get_inputs()]
+        firsts = {x.shape[0] for x in self._session.get_inputs() if x.shape}
+        self._batch = next((size for size in firsts if isinstance(size, int)), None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run on tensors or arrays, by position or by name; returns a tensor, or a tuple of them."""
+        """Run on tensors or arrays, by position or by name; returns a tensor, or a tuple of them.
+
+        Where the file fixes the batch, as many images as are given are run in pieces, the last one filled up.
+        """
         given = {**dict(zip(self._inputs, args, strict=False)), **kwargs}
         with torch.no_grad():
-            feed = {
-                name: x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x) for name, x in given.items()
-            }
-        found = tuple(torch.from_numpy(np.asarray(x)) for x in self._session.run(None, feed))
+            tensors = {k: x.detach().cpu() if isinstance(x, Tensor) else torch.as_tensor(x) for k, x in given.items()}
+        count = len(next(iter(tensors.values()))) if tensors and self._batch else 0
+        if not self._batch or count == self._batch:
+            found = self._run(tensors)
+        else:
+            filled = {k: torch.cat([x, x[-1:].expand(-count % self._batch, *x.shape[1:])]) for k, x in tensors.items()}
+            parts = [self._run(piece) for piece in self.pieces(list(filled.values()), list(filled))]
+            found = tuple(torch.cat(column)[:count] for column in zip(*parts, strict=True))
         return found[0] if len(found) == 1 else found
+
+    def pieces(self, tensors: Sequence[Tensor], names: Sequence[str] | None = None) -> Iterator[dict[str, Tensor]]:
+        """Yield inputs by name, in pieces of the file's own batch where it fixes one; what is left over is left out.
+
+        Args:
+            tensors: of the model's inputs in order, each (N, ...).
+            names: of them; None: the file's own.
+        """
+        named = dict(zip(names or self._inputs, tensors, strict=False))
+        if self._batch is None:
+            yield named
+            return
+        for start in range(0, len(tensors[0]) - self._batch + 1, self._batch):
+            yield {name: x[start : start + self._batch] for name, x in named.items()}
+
+    def _run(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        found = self._session.run(None, {name: x.numpy() for name, x in tensors.items()})
+        return tuple(torch.from_numpy(np.asarray(x)) for x in found)
 
     def eval(self) -> OnnxModel:
         """Return the model: it is always evaluating."""

@@ -10,7 +10,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,17 @@ from torch.utils import _pytree as pytree
 from benchmarks import ort
 from benchmarks.session import Settings
 from exporters import onnx
+from exporters.quantize import Quantised
 from exporters.session import OnnxModel
 from exporters.signature import bind
-from surgery import __version__, artefacts, report, report_steps
+from surgery import __version__, artefacts, precisions, report, report_steps
 from surgery.cut import masked
 from surgery.errors import CheckFailed, InvalidInput, UnsupportedModel
 from surgery.evaluate import Evaluate
 from surgery.ir import Plan, Report
 from surgery.pipeline import Result, apply
+from surgery.precisions import Precisions
+from surgery.recover.agreement import Agreement
 from surgery.request import Clock, Progress
 from surgery.trace import evaluating, quiet
 
@@ -45,6 +48,7 @@ class Measurement:
         batch: items per timed run.
         runs: at most so many timed runs per model.
         seed: of the inputs and of the order in which models are timed.
+        precisions: in which files are written.
 
     Raises:
         InvalidInput: a value is out of range.
@@ -55,6 +59,7 @@ class Measurement:
     batch: int = 1
     runs: int = 2000
     seed: int = 0
+    precisions: Precisions = field(default_factory=Precisions)
 
     def __post_init__(self) -> None:
         # Said before the long work: more threads than there are cores, a negative seed.
@@ -91,15 +96,19 @@ def save(
     how = measurement or Measurement()
     if not isinstance(how, Measurement):
         raise InvalidInput(f"measurement is of type {type(how).__name__}; give a surgery.deliver.Measurement")
-    clock = Clock(progress)
+    clock, regained = Clock(progress), result.recovery
+    precisions.refuse_without_images(how.precisions, regained.seen if regained is not None else None)
     with artefacts.output_set(out) as folder, tempfile.TemporaryDirectory(prefix="surgery-") as scratch:
         result.plan.save(folder / artefacts.PLAN)
         (folder / artefacts.COMPACT_WEIGHTS).write_bytes(weights_bytes(result.model))
         with clock("save"):
             notes = _save_program(result, folder / artefacts.COMPACT_PT2)
         exports, subject, where = _export(result, folder, Path(scratch), how.opset, clock)
-        timing, doubts = _time(subject, exports, how, clock)
+        fewer = _in_fewer_bits(result, subject, exports, folder, how, clock)
+        timed = {**{name: export.path for name, export in exports.items()}, **{n: f.path for n, f in fewer.items()}}
+        timing, doubts = _time(subject, exports, timed, how, clock)
         notes += [*where, *_export_notes(exports), *_fixed_sizes(result, subject, exports["compact"]), *doubts]
+        notes += precisions.notes(fewer, timing)
         data = report.measured(
             {
                 **result.report,
@@ -111,10 +120,13 @@ def save(
             files_sha256={path.name: _sha256(path) for path in sorted(folder.iterdir())},
             notes=notes,
         )
+        data["models"] = precisions.rows(data["models"], fewer, _judged(result, subject, fewer, how, clock), timing)
         if evaluate is not None:
             with clock("evaluate"):
                 data["evaluation"] = {
-                    name: evaluate(OnnxModel(exports[name].path, threads=how.threads)) for name in ("dense", "compact")
+                    name: evaluate(OnnxModel(path, threads=how.threads))
+                    for name, path in timed.items()
+                    if name != "masked"
                 }
         if (drawing := report_steps.chart(data)) is not None:
             (folder / artefacts.RECOVERY).write_bytes(drawing)
@@ -275,6 +287,39 @@ def _export_three(
     return exports
 
 
+def _in_fewer_bits(
+    result: Result,
+    subject: _Subject,
+    exports: Mapping[str, onnx.ExportResult],
+    folder: Path,
+    how: Measurement,
+    clock: Clock,
+) -> dict[str, Quantised]:
+    """Write the dense and the compact file in the precisions of fewer bits."""
+    if not how.precisions.fewer:
+        return {}
+    assert result.recovery is not None and result.recovery.seen is not None, "refused before"
+    whole = result.whole is not None and subject.dense is result.whole.model
+    if whole and not result.recovery.seen.given:
+        raise InvalidInput("--precision: the whole model's own inputs are not known; leave --part or --precision out")
+    sources = {name: exports[name].path for name in ("dense", "compact")}
+    with clock("fewer bits"):
+        return precisions.write(sources, folder, how.precisions, result.recovery.seen, whole=whole)
+
+
+def _judged(
+    result: Result, subject: _Subject, fewer: Mapping[str, Quantised], how: Measurement, clock: Clock
+) -> dict[str, Agreement]:
+    """What each row comes to: the float ones as torch models, which the files are known to equal."""
+    found = precisions.of_steps(result.recovery)
+    reference = result.recovery.reference if result.recovery is not None else None
+    known = result.whole is not None and result.whole.example_args is not None
+    if fewer and reference is not None and known == (result.whole is not None and subject.dense is result.whole.model):
+        with clock("judge files"):
+            found |= precisions.judge({name: file.path for name, file in fewer.items()}, reference, how.threads)
+    return found
+
+
 def _whole_figures(result: Result, subject: _Subject) -> dict[str, Any]:
     """Return the table's rows with parameters and MACs of the whole model, where that is what is written and timed."""
     if result.whole is None or subject.dense is not result.whole.model:
@@ -312,7 +357,11 @@ def _export_notes(exports: Mapping[str, onnx.ExportResult]) -> list[str]:
 
 
 def _time(
-    subject: _Subject, exports: Mapping[str, onnx.ExportResult], how: Measurement, clock: Clock
+    subject: _Subject,
+    exports: Mapping[str, onnx.ExportResult],
+    files: Mapping[str, Path],
+    how: Measurement,
+    clock: Clock,
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the timer's findings as JSON values, and a note where another batch than asked for was timed."""
     tensors = bind(subject.dense, subject.args, subject.kwargs).tensors
@@ -321,7 +370,7 @@ def _time(
     batch = subject.batch if fixed else how.batch
     notes = [f"timed at batch {batch}, which the model fixes"] if batch != how.batch else []
     timing = ort.time(
-        {name: export.path for name, export in exports.items()},
+        files,
         batch=batch,
         threads=how.threads,
         max_runs=how.runs,

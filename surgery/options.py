@@ -71,6 +71,25 @@ class NamedShape(click.ParamType[tuple[str, tuple[int, ...]]]):
         return name, Shape().convert(shape, param, ctx)
 
 
+class Several(click.ParamType[tuple[str, ...]]):
+    """``fp32,int8`` → ("fp32", "int8"): some of the words that there are."""
+
+    name = "WORDS"
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words = tuple(words)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """Parse the text; click reports what is raised."""
+        if isinstance(value, tuple):
+            return value
+        given = tuple(dict.fromkeys(word.strip() for word in str(value).split(",")))
+        wrong = [word for word in given if word not in self._words]
+        if wrong:
+            self.fail(f"'{wrong[0]}' is none of {', '.join(self._words)}; write some of them, with commas", param, ctx)
+        return given
+
+
 class Numbers(click.ParamType[tuple[float, ...]]):
     """``0.5,0.5,0.5`` → (0.5, 0.5, 0.5)."""
 
@@ -324,6 +343,22 @@ FILES = (
 )  # fmt: skip
 
 DELIVERY = (
+    click.option(
+        "--precision", type=Several(("fp32", "fp16", "int8")), default="fp32", show_default=True,
+        metavar="fp32,fp16,int8", help="In which precisions files are written; int8 is calibrated on --data.",
+    ),
+    click.option(
+        "--int8-method", type=click.Choice(["minmax", "entropy", "percentile"]), default="minmax", show_default=True,
+        help="How the range of an activation follows from the images.",
+    ),
+    click.option(
+        "--int8-keep", multiple=True, metavar="first|last|PATTERN",
+        help="Leave layers in float32: the first, the last, nodes or operators of this name (* and ? match); may be "
+        "repeated.",
+    ),
+    click.option(
+        "--int8-reduce-range", is_flag=True, help="Weights of 7 bits, for x86 processors without VNNI.",
+    ),
     click.option("--opset", type=click.IntRange(min=18), metavar="N", help="ONNX opset.  [default: the exporter's]"),
     click.option(
         "--runs", type=click.IntRange(min=3), default=2000, show_default=True, metavar="N",

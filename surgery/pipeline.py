@@ -29,7 +29,7 @@ from surgery.fvcount import count_macs, count_params
 from surgery.ir import Budget, CheckResult, CompactModel, Coupling, Plan, Program
 from surgery.recover.steps import Step
 from surgery.recover.teaching import Training
-from surgery.recovery import level_of, recovered, refuse_drop, twin, with_recovery
+from surgery.recovery import Recovery, level_of, recovered, refuse_drop, twin, with_recovery
 from surgery.repeat import traced
 from surgery.request import Clock, Progress, Request, stages_of
 
@@ -48,7 +48,7 @@ class Result:
         coupling: its groups.
         compact: the compact model, with the reason for its kind; where a part was shrunk, the part alone.
         whole: where a part was shrunk, the dense model that it belongs to; `model` is then the whole compact one.
-        steps: of recovery, each with how the compact model did after it.
+        recovery: its steps, each with how the compact model did after it, and the images; None for none.
     """
 
     model: torch.nn.Module = field(repr=False)
@@ -60,7 +60,12 @@ class Result:
     coupling: Coupling = field(repr=False)
     compact: CompactModel = field(repr=False)
     whole: parts.Whole | None = field(default=None, repr=False)
-    steps: tuple[Step, ...] = field(default=(), repr=False)
+    recovery: Recovery | None = field(default=None, repr=False)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Of recovery: the dense model, the one as cut, and what was done."""
+        return self.recovery.steps if self.recovery is not None else ()
 
 
 def realise(decision: Decision, *, progress: Progress | None = None) -> Result:
@@ -106,7 +111,7 @@ def realise(decision: Decision, *, progress: Progress | None = None) -> Result:
         coupling=coupling,
         compact=compact,
         whole=whole,
-        steps=regained.steps if regained is not None else (),
+        recovery=regained,
     )
 
 
@@ -322,8 +327,8 @@ def recover(
             request,
             Clock(progress).progress,
         )
-    steps = found.steps if found is not None else result.steps
-    return replace(result, model=model, compact=compact, report=with_recovery(result.report, found), steps=steps)
+    report_data = with_recovery(result.report, found)
+    return replace(result, model=model, compact=compact, report=report_data, recovery=found or result.recovery)
 
 
 def _require_types(*, keep: Any, part: Any, seed: Any, example_kwargs: Any) -> None:

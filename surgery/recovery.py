@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ class Recovery:
         judged_by: what the images were that it was judged by; empty for none.
         labelled: whether their classes are known.
         notes: what the user should know.
+        reference: what exported files can be judged by; None where there are no images.
+        seen: images that were learnt from, for files in fewer bits to be calibrated on; None without.
     """
 
     level: str
@@ -47,6 +49,8 @@ class Recovery:
     judged_by: str = ""
     labelled: bool = False
     notes: tuple[str, ...] = ()
+    reference: Reference | None = field(default=None, repr=False)
+    seen: Calibration | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -140,7 +144,8 @@ def recovered(
     if not steps:
         return None
     named = reference.named if reference is not None else ""
-    return Recovery(level, tuple(steps), named, reference is not None and reference.labels is not None, tuple(notes))
+    labelled = reference is not None and reference.labels is not None
+    return Recovery(level, tuple(steps), named, labelled, tuple(notes), reference, seen)
 
 
 def _taught(

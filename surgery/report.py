@@ -337,6 +337,8 @@ def render_terminal(data: Mapping[str, Any], console: Console) -> None:
     """Print the report: verdict, table of models, what was cut and what was not; long lists are summarised."""
     console.print(headline(data), soft_wrap=True, markup=False, highlight=False, style="bold yellow")
     console.print("", _table(data), "", sep="\n")
+    if judged := report_steps.judged_cells(data):
+        console.print(plain_table(report_steps.JUDGED, judged), "", sep="\n")
     if steps := report_steps.step_cells(data):
         console.print(plain_table(report_steps.STEP_COLUMNS, steps), "", sep="\n")
     for line in _sentences(data):
@@ -374,6 +376,8 @@ def render_markdown(data: Mapping[str, Any]) -> str:
     return template.render(
         data=data,
         columns=COLUMNS,
+        judged_columns=report_steps.JUDGED,
+        judged_rows=report_steps.judged_cells(data),
         step_columns=report_steps.STEP_COLUMNS,
         step_rows=report_steps.step_cells(data),
         rows=cells(data),

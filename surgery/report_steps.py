@@ -1,10 +1,12 @@
-"""The steps of recovery in a report: a table in words and figures, and a chart."""
+"""What models come to in a report: each file beside the dense model, and the steps of recovery with a chart."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping
 from typing import Any
+
+from surgery.figures import ratio
 
 STEP_COLUMNS = (
     "step",
@@ -20,6 +22,34 @@ STEP_COLUMNS = (
 )
 """Headers of the table of steps, in the order of `step_cells`."""
 _GONE = " (undone)"
+JUDGED = (
+    *("model", "relative time", "95% interval", "accuracy", "points lost", "95% interval"),
+    *("top-1 match", "cosine", "dominated by"),
+)
+"""Headers of the table of what models come to, in the order of `judged_cells`."""
+
+
+def judged_cells(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return what each model comes to, in the order of `JUDGED`; empty where nothing was judged and timed."""
+    timing = data["timing"] or {"rows": ()}
+    times = {row["name"]: row for row in timing["rows"]}
+    judged = [model for model in data["models"] if model.get("agreement") and model["name"] in times]
+    return [_judged(model, times[model["name"]]["ratio"]) for model in judged]
+
+
+def _judged(model: Mapping[str, Any], time: Mapping[str, float]) -> tuple[str, ...]:
+    found = model["agreement"]
+    accuracy, drop, match = (found[key] for key in ("accuracy", "drop", "top1_match"))
+    return (
+        model["name"],
+        *ratio(time, digits=3, unit=""),
+        f"{100 * accuracy:.2f}%" if accuracy is not None else "-",
+        f"{drop[0]:.2f}" if drop else "-",
+        f"{drop[1]:.2f} to {drop[2]:.2f}" if drop else "-",
+        f"{100 * match:.1f}%" if match is not None else "-",
+        f"{found['cosine']:.4f}",
+        model["dominated_by"] or "",
+    )
 
 
 def step_cells(data: Mapping[str, Any]) -> list[tuple[str, ...]]:

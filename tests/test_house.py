@@ -42,7 +42,7 @@ ORDER = """
     surgery.evaluate surgery.optable surgery.request surgery.versus
     surgery.recovery surgery.acceptance surgery.race surgery.decide
     surgery.repeat surgery.profile surgery.within surgery.gradual
-    surgery.pipeline surgery.deliver
+    surgery.pipeline surgery.precisions surgery.deliver
     surgery.options surgery.data_options surgery.together surgery.company surgery.screen surgery.typed_next surgery.cli
 """
 LAYERS = ORDER.split()
@@ -50,7 +50,7 @@ LAYERS = ORDER.split()
 
 ROOF = {
     *("surgery.race", "surgery.within", "surgery.decide", "surgery.profile", "surgery.pipeline", "surgery.deliver"),
-    *("surgery.options", "surgery.cli", "surgery.versus"),
+    *("surgery.options", "surgery.cli", "surgery.versus", "surgery.precisions"),
 }
 """Only these see exporters and benchmarks."""
 

@@ -1,0 +1,363 @@
+"""ONNX files in fewer bits: int8 by ONNX Runtime's static quantisation, fp16 by its converter.
+
+Both take a float32 file and are compared with it, in ONNX Runtime and on the calibration images, before they take the
+place of an older file. Batch norms are folded first, so that a convolution and its norm are rounded once. Activations
+are unsigned and weights signed, a scale for each channel: on x86 that is what has fast kernels (signed activations ran
+three times slower on ResNet-56), on ARM both have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from surgery.errors import CheckFailed, InvalidInput
+
+__all__ = ["METHODS", "Int8", "Quantised", "to_fp16", "to_int8"]
+
+METHODS = ("minmax", "entropy", "percentile")
+FEWEST = 8
+"""Images that a range is estimated from at least."""
+FIRST, LAST = "first", "last"
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_PERCENTILE = 99.999
+
+LEAST = 0.5
+"""Cosine between the outputs in float32 and in fewer bits, below which nothing is left."""
+
+Batch = Mapping[str, NDArray[Any]]
+_Outputs = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Int8:
+    """How to quantise.
+
+    Attributes:
+        method: how an activation's range follows from the calibration images: `minmax`, `entropy` or `percentile`.
+        keep: layers that stay in float32: `first`, `last`, or patterns (``*``, ``?``) of names of nodes or operators.
+        reduce_range: weights of 7 bits, for x86 processors without VNNI, whose sums of products can saturate.
+
+    Raises:
+        InvalidInput: there is no such method.
+    """
+
+    method: str = "minmax"
+    keep: tuple[str, ...] = ()
+    reduce_range: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise InvalidInput(f"method '{self.method}': there are {', '.join(METHODS)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """A file that was written.
+
+    Attributes:
+        path: of the file.
+        bytes: its size.
+        layers: convolutions, linear layers and matrix products in 8 bits, of how many.
+        cosine: between its outputs and the float file's, on the calibration images; the mean over images, of the
+            output where it is least.
+        match: share of images on which the largest value of the first output is at the same place; None where that
+            output is not (N, classes).
+        notes: what the user should know.
+    """
+
+    path: Path
+    bytes: int
+    layers: tuple[int, int]
+    cosine: float
+    match: float | None
+    notes: tuple[str, ...] = ()
+
+
+def to_int8(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    batches: Iterable[Batch],
+    settings: Int8 | None = None,
+) -> Quantised:
+    """Quantise a float32 ONNX file by calibration images and compare the two before `target` is replaced.
+
+    Args:
+        source: ONNX file.
+        target: of the int8 file, in QDQ format; its folder must exist.
+        batches: of the file's inputs by name, each (N, ...), normalised as the model expects.
+        settings: how to quantise.
+
+    Raises:
+        InvalidInput: the source cannot be read, the images are missing, too few or do not fit, a pattern of
+            `settings.keep` names no layer.
+        CheckFailed: the int8 file does not run, or nothing of what the float file gives is left.
+    """
+    how = settings or Int8()
+    seen, own = _calibration(source, batches)
+    kept = _kept(_read(source), how.keep)
+    with _room(target) as room, _silent():
+        folded, file = room / "folded.onnx", room / Path(target).name
+        _fold(source, folded)
+        _quantise(folded, file, seen, how, kept)
+        _carry_over(source, file)
+        cosine, match = _agreement(own, file, seen)
+        layers = _counted(file)
+        os.replace(file, target)
+    notes = []
+    if not how.reduce_range and _saturates():
+        notes.append(
+            "this processor has no VNNI: sums of 8-bit products can saturate; reduce_range (--int8-reduce-range) "
+            "avoids that"
+        )
+    return Quantised(Path(target), Path(target).stat().st_size, layers, cosine, match, tuple(notes))
+
+
+def to_fp16(source: str | os.PathLike[str], target: str | os.PathLike[str], batches: Iterable[Batch]) -> Quantised:
+    """Convert a float32 ONNX file to float16, inputs and outputs left in float32, and compare the two.
+
+    Smaller, not faster, on processors: ONNX Runtime's own kernels there compute most operators in float32.
+
+    Args:
+        source: ONNX file.
+        target: of the fp16 file; its folder must exist.
+        batches: inputs to compare on, as for `to_int8`; at least one.
+
+    Raises:
+        InvalidInput: the source cannot be read or converted, or there are no inputs to compare on.
+        CheckFailed: the fp16 file does not run, or nothing of what the float file gives is left.
+    """
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    seen, own = _calibration(source, batches, least=1)
+    with _room(target) as room, _silent():
+        file = room / Path(target).name
+        try:
+            half = convert_float_to_float16(_read(source), keep_io_types=True)
+        except Exception as error:  # the converter raises what it likes
+            raise InvalidInput(f"{source} cannot be converted to fp16: {_first_line(error)}") from error
+        onnx.save(half, file)
+        cosine, match = _agreement(own, file, seen)
+        os.replace(file, target)
+    return Quantised(Path(target), Path(target).stat().st_size, (0, 0), cosine, match)
+
+
+# What is read. ------------------------------------------------------------------------------------------------------
+
+
+def _read(source: str | os.PathLike[str]) -> onnx.ModelProto:
+    try:
+        return onnx.load(os.fspath(source))
+    except Exception as error:  # protobuf's errors have no base of their own
+        raise InvalidInput(f"cannot read {source}: {_first_line(error)}; give an ONNX file") from error
+
+
+def _calibration(source: Any, batches: Iterable[Batch], *, least: int = FEWEST) -> tuple[list[Batch], _Outputs]:
+    """The batches as a list, and what the float file gives; raises InvalidInput where they are too few or misfit."""
+    seen: list[Batch] = [dict(batch) for batch in batches]
+    session = _session(source)
+    names = [x.name for x in session.get_inputs()]
+    for batch in seen:
+        if sorted(batch) != sorted(names):
+            raise InvalidInput(f"{source} takes {', '.join(names)}; a batch of images has {', '.join(batch) or 'none'}")
+    count = sum(len(next(iter(batch.values()))) for batch in seen)
+    if count < least:
+        raise InvalidInput(
+            f"{count} image{'s' * (count != 1)} to calibrate on: give at least {least}, better a few hundred, such as "
+            "the model will see"
+        )
+    try:
+        return seen, _outputs(session, seen)
+    except Exception as error:  # as above
+        raise InvalidInput(f"{source} does not take these images: {_first_line(error)}") from error
+
+
+def _session(path: Any) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # as above
+        raise InvalidInput(f"ONNX Runtime cannot load {path}: {_first_line(error)}; give an ONNX file") from error
+
+
+def _kept(model: onnx.ModelProto, keep: Sequence[str]) -> list[str]:
+    """Names of the nodes that stay in float32."""
+    layers = {node.name: node.op_type for node in model.graph.node if node.op_type in _LAYERS}
+    names, chosen = list(layers), list[str]()
+    for pattern in keep:
+        ends = {FIRST: names[:1], LAST: names[-1:]}
+        found = ends.get(pattern) or [
+            name for name, op in layers.items() if fnmatchcase(name, pattern) or fnmatchcase(op, pattern)
+        ]
+        if not found:
+            named = ", ".join((FIRST, LAST, *dict.fromkeys(layers.values()), *names[:4]))
+            raise InvalidInput(f"'{pattern}' names no layer to keep in float32; there are {named} ...")
+        chosen += found
+    return chosen
+
+
+# What is done. ------------------------------------------------------------------------------------------------------
+
+
+def _fold(source: Any, folded: Path) -> None:
+    """Batch norms into convolutions, shapes filled in: ONNX Runtime's own preparation."""
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    try:
+        quant_pre_process(os.fspath(source), folded, skip_symbolic_shape=True)
+    except Exception as error:  # it raises plain exceptions
+        raise InvalidInput(f"{source} cannot be prepared for quantisation: {_first_line(error)}") from error
+
+
+class _Reader:
+    """The batches, one after the other, as ONNX Runtime's calibrators ask for them."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self._left = iter(batches)
+
+    def get_next(self) -> Batch | None:
+        return next(self._left, None)
+
+
+def _quantise(folded: Path, file: Path, seen: Sequence[Batch], how: Int8, kept: Sequence[str]) -> None:
+    from onnxruntime import quantization as ort
+    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+
+    ort.CalibrationDataReader.register(_Reader)
+    methods = dict(
+        zip(
+            METHODS,
+            (ort.CalibrationMethod.MinMax, ort.CalibrationMethod.Entropy, ort.CalibrationMethod.Percentile),
+            strict=True,
+        )
+    )
+    options: dict[str, Any] = {"CalibPercentile": _PERCENTILE} if how.method == "percentile" else {}
+    if how.method != "minmax":
+        options["CalibMaxIntermediateOutputs"] = 1  # histograms grow batch by batch: memory is one batch's
+    try:
+        ort.quantize_static(
+            folded,
+            file,
+            _Reader(seen),
+            quant_format=ort.QuantFormat.QDQ,
+            op_types_to_quantize=sorted({*QDQRegistry, *QLinearOpsRegistry}),
+            per_channel=True,
+            reduce_range=how.reduce_range,
+            activation_type=ort.QuantType.QUInt8,
+            weight_type=ort.QuantType.QInt8,
+            nodes_to_exclude=list(kept),
+            calibrate_method=methods[how.method],
+            extra_options=options,
+        )
+    except Exception as error:  # it raises plain exceptions
+        raise InvalidInput(f"ONNX Runtime cannot quantise {folded.name}: {_first_line(error)}") from error
+
+
+def _carry_over(source: Any, file: Path) -> None:
+    """The source's metadata, and none of the preparation's."""
+    model, origin = onnx.load(file), onnx.load(os.fspath(source), load_external_data=False)
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, {p.key: p.value for p in origin.metadata_props} | {"precision": "int8"})
+    onnx.save(model, file)
+
+
+def _counted(file: Path) -> tuple[int, int]:
+    """Layers whose weights are 8 bits, and all layers."""
+    graph = onnx.load(file).graph
+    made = {out: node for node in graph.node for out in node.output}
+    layers = [node for node in graph.node if node.op_type in _LAYERS]
+
+    def quantised(node: onnx.NodeProto) -> bool:
+        return all(name in made and made[name].op_type == "DequantizeLinear" for name in node.input[:2])
+
+    return sum(map(quantised, layers)), len(layers)
+
+
+def _agreement(own: _Outputs, file: Path, seen: Sequence[Batch]) -> tuple[float, float | None]:
+    """Mean cosine between the two files' outputs, where it is least, and the share of equal first places."""
+    try:
+        other = _outputs(_session(file), seen)
+    except Exception as error:  # as above
+        raise CheckFailed(f"{file.name} does not run: {_first_line(error)}") from error
+    cosines = []
+    for name, wanted in own.items():
+        found = other[name]
+        if found.shape != wanted.shape or not np.isfinite(found).all():
+            raise CheckFailed(f"{file.name}: output '{name}' is not finite, or of another shape, in fewer bits")
+        cosines.append(_cosine(wanted, found))
+    if min(cosines) < LEAST:
+        raise CheckFailed(
+            f"{file.name}: nothing of the float file's output is left (cosine {min(cosines):.2f}); keep more layers in "
+            "float32, or calibrate by another method or other images"
+        )
+    first = next(iter(own))
+    classes = own[first].ndim == 2 and own[first].shape[1] > 1
+    return min(cosines), float(np.mean(own[first].argmax(1) == other[first].argmax(1))) if classes else None
+
+
+def _cosine(wanted: NDArray[Any], found: NDArray[Any]) -> float:
+    """Mean over images; where one of the two is all zeros, whether both are."""
+    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (wanted, found))
+    scale = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    same = np.where(scale > 0, (a * b).sum(1) / np.where(scale > 0, scale, 1), a.any(1) == b.any(1))
+    return float(np.mean(same))
+
+
+def _outputs(session: onnxruntime.InferenceSession, seen: Sequence[Batch]) -> _Outputs:
+    """All floating outputs by name, each (N, ...)."""
+    names = [x.name for x in session.get_outputs() if "float" in x.type]
+    found = [session.run(names, dict(batch)) for batch in seen]
+    return {name: np.concatenate([x[k] for x in found]) for k, name in enumerate(names)}
+
+
+def _saturates() -> bool:
+    """Whether this is an x86 processor whose 8-bit products are added up in 16 bits."""
+    import platform
+
+    import cpuinfo
+
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    return not {"avx512_vnni", "avx_vnni"} & set(cpuinfo.get_cpu_info().get("flags", ()))
+
+
+@contextlib.contextmanager
+def _room(target: Any) -> Iterator[Path]:
+    """A temporary folder beside the target, from which a file is moved there in one step."""
+    folder = Path(target).absolute().parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=".quantise-", dir=folder) as room:
+            yield Path(room)
+    except OSError as error:
+        raise InvalidInput(f"cannot write {target}: {error.strerror or error}; name a folder that can be") from error
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep what the calibrators print and log to themselves."""
+    root, level = logging.getLogger(), logging.getLogger().level
+    root.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        root.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200].rstrip(".;")

@@ -1,0 +1,170 @@
+"""Files in fewer bits beside the float ones, and what each file comes to on the images that a result was judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from exporters.quantize import FEWEST, Int8, Quantised, to_fp16, to_int8
+from exporters.session import OnnxModel
+from surgery.errors import InvalidInput
+from surgery.images import Calibration
+from surgery.recover.agreement import Agreement, Reference
+from surgery.recovery import Recovery
+
+PRECISIONS = ("fp32", "fp16", "int8")
+FASTER = 0.97
+"""A file in fewer bits is called faster where the upper end of its relative time's interval is below this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Precisions:
+    """In which precisions files are written, float32 in any case.
+
+    Attributes:
+        names: of `PRECISIONS`.
+        int8: how to quantise.
+
+    Raises:
+        InvalidInput: there is no such precision.
+    """
+
+    names: tuple[str, ...] = ("fp32",)
+    int8: Int8 = field(default_factory=Int8)
+
+    def __post_init__(self) -> None:
+        wrong = [name for name in self.names if name not in PRECISIONS]
+        if wrong or not self.names:
+            raise InvalidInput(f"precision {', '.join(wrong) or 'none'}: there are {', '.join(PRECISIONS)}")
+
+    @property
+    def fewer(self) -> tuple[str, ...]:
+        """Those of fewer bits, in the order of `PRECISIONS`."""
+        return tuple(name for name in PRECISIONS[1:] if name in self.names)
+
+
+def refuse_without_images(how: Precisions, seen: Calibration | None) -> None:
+    """Raise InvalidInput where files in fewer bits have no images to be calibrated on or compared by."""
+    if not how.fewer:
+        return
+    if seen is None:
+        raise InvalidInput(f"--precision {','.join(how.fewer)} needs images to calibrate on: give them with --data")
+    if "int8" in how.fewer and seen.count < FEWEST:
+        raise InvalidInput(f"--precision int8: {seen.count} images are too few to calibrate on; give {FEWEST} or more")
+
+
+def write(
+    files: Mapping[str, Path], folder: Path, how: Precisions, seen: Calibration, *, whole: bool
+) -> dict[str, Quantised]:
+    """Write each float file in the precisions of fewer bits, into `folder`, and return them by row: `dense int8`.
+
+    Args:
+        files: row → float32 file.
+        folder: to write into.
+        how: which precisions.
+        seen: images to calibrate on.
+        whole: whether the files hold the whole model of which a part was shrunk.
+
+    Raises:
+        InvalidInput, CheckFailed: as `exporters.quantize.to_int8`.
+    """
+    found = {}
+    for precision in how.fewer:
+        for row, source in files.items():
+            target = folder / f"{row}.{precision}.onnx"
+            batches = list(_batches(source, seen, whole=whole))
+            if precision == "int8":
+                found[f"{row} int8"] = to_int8(source, target, batches, how.int8)
+            else:
+                found[f"{row} fp16"] = to_fp16(source, target, batches)
+    return found
+
+
+def _batches(source: Path, seen: Calibration, *, whole: bool) -> Iterator[dict[str, Any]]:
+    """Calibration images by the names of a file's inputs."""
+    inputs = OnnxModel(source)
+    for batch in (seen.given or seen.batches) if whole else seen.batches:
+        for piece in inputs.pieces(batch):
+            yield {name: x.numpy() for name, x in piece.items()}
+
+
+def judge(files: Mapping[str, Path], reference: Reference, threads: int) -> dict[str, Agreement]:
+    """Return how each file does beside the dense model, in ONNX Runtime."""
+    found = {}
+    for row, path in files.items():
+        model = OnnxModel(path, threads=threads)
+        found[row] = reference.judge(lambda inputs, model=model: model(*inputs))  # type: ignore[misc]
+    return found
+
+
+def of_steps(recovery: Recovery | None) -> dict[str, Agreement]:
+    """Return what the torch models of the float rows came to: dense, masked (the one as cut) and compact."""
+    steps = recovery.steps if recovery is not None else ()
+    known = {step.name: step.agreement for step in steps if step.agreement is not None}
+    found = {"dense": known.get("dense"), "masked": known.get("cut")}
+    if steps:
+        found["compact"] = steps[-1].agreement
+    return {row: agreement for row, agreement in found.items() if agreement is not None}
+
+
+def rows(
+    models: Sequence[Mapping[str, Any]],
+    quantised: Mapping[str, Quantised],
+    judged: Mapping[str, Agreement],
+    timing: Mapping[str, Any] | None,
+) -> list[dict[str, Any]]:
+    """Return the report's rows with those in fewer bits, what each comes to, and which other beats it in all.
+
+    Args:
+        models: the float rows.
+        quantised: the others.
+        judged: row → what it came to.
+        timing: the timer's findings.
+    """
+    float_rows = {row["name"]: row for row in models}
+    listed: list[dict[str, Any]] = [{**row, "precision": "fp32"} for row in models]
+    for name, file in quantised.items():
+        of, _, precision = name.rpartition(" ")
+        listed.append({**float_rows[of], "name": name, "precision": precision, "onnx_bytes": file.bytes})
+    for row in listed:
+        row["agreement"] = asdict(judged[row["name"]]) if row["name"] in judged else None
+    times = {t["name"]: t["ratio"]["value"] for t in timing["rows"]} if timing else {}
+    losses = {row["name"]: lost(row["agreement"]) for row in listed if row["agreement"]}
+    for row in listed:
+        row["dominated_by"] = _dominating(row["name"], times, losses)
+    return listed
+
+
+def lost(agreement: Mapping[str, Any]) -> float:
+    """Return what a row loses: points of accuracy, of agreement without labels, else hundredths of cosine."""
+    for key in ("drop", "differs"):
+        if agreement[key] is not None:
+            return float(agreement[key][0])
+    return 100.0 * (1.0 - float(agreement["cosine"]))
+
+
+def _dominating(name: str, times: Mapping[str, float], losses: Mapping[str, float]) -> str | None:
+    """The fastest row that takes less time and loses less."""
+    if name not in times or name not in losses:
+        return None
+    better = [r for r in losses if r in times and times[r] < times[name] and losses[r] < losses[name]]
+    return min(better, key=lambda row: times[row], default=None)
+
+
+def notes(quantised: Mapping[str, Quantised], timing: Mapping[str, Any] | None) -> list[str]:
+    """Return what the user should know of the files in fewer bits: doubts, and those that are no faster."""
+    told = list(dict.fromkeys(f"int8: {note}" for file in quantised.values() for note in file.notes))
+    times = {t["name"]: t["ratio"] for t in timing["rows"]} if timing else {}
+    for name, file in quantised.items():
+        of, _, precision = name.rpartition(" ")
+        if file.layers[0] < file.layers[1]:
+            told.append(f"{name}: {file.layers[0]} of {file.layers[1]} layers are in 8 bits")
+        if name in times and of in times:
+            relative = times[name]["high"] / times[of]["value"]
+            if relative >= FASTER:
+                also = ", only smaller" if precision == "fp16" else ""
+                share = times[name]["value"] / times[of]["value"]
+                told.append(f"{name} is not faster on this machine{also}: {share:.2f} of the time in fp32")
+    return told

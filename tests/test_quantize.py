@@ -1,0 +1,272 @@
+"""Files in fewer bits: alone, and beside the float files that `surgery shrink` writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from exporters import onnx as exporter
+from exporters import quantize
+from exporters.quantize import METHODS, Int8, to_fp16, to_int8
+from exporters.session import OnnxModel
+from surgery import precisions
+from surgery.errors import CheckFailed, InvalidInput
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.depthwise, self.conv2 = nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 24, 1)
+        self.fc = nn.Linear(24, 10)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bn(self.conv1(image)))
+        x = torch.nn.functional.relu6(self.conv2(self.depthwise(x)))
+        return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    model = Net()
+    with torch.no_grad():
+        for _ in range(20):  # norms that are worth folding
+            model(torch.randn(8, 3, 12, 12) * 2 + 1)
+        model.bn.weight.uniform_(0.5, 2)
+        model.bn.bias.normal_()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def source(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("float") / "net.onnx"
+    exporter.export(model, torch.randn(1, 3, 12, 12), path, metadata={"model": "compact"})
+    return path
+
+
+def images(count: int = 64, size: int = 12) -> list[dict[str, np.ndarray[Any, Any]]]:
+    drawn = np.random.default_rng(0).standard_normal((count, 3, size, size)).astype(np.float32) * 2 + 1
+    return [{"image": part} for part in np.array_split(drawn, max(1, count // 16))] if count else []
+
+
+def run(path: Path, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    found: np.ndarray[Any, Any] = onnxruntime.InferenceSession(str(path)).run(None, {"image": x})[0]
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_int8_computes_nearly_the_same_in_a_third_of_the_bytes(source: Path, tmp_path: Path, method: str) -> None:
+    made = to_int8(source, tmp_path / "net.int8.onnx", images(), Int8(method))
+    assert made.layers == (4, 4)
+    assert made.bytes == made.path.stat().st_size
+    assert made.cosine > 0.99
+    fresh = np.random.default_rng(1).standard_normal((32, 3, 12, 12)).astype(np.float32) * 2 + 1
+    wanted, found = run(source, fresh), run(made.path, fresh)
+    assert np.abs(found - wanted).max() < 0.15 * np.abs(wanted - wanted.mean(0)).max()
+    assert np.abs(found - wanted).max() > 0  # it is another file
+
+
+def test_norms_are_folded_weights_are_signed_by_channel_and_the_metadata_stays(source: Path, tmp_path: Path) -> None:
+    graph = onnx.load(to_int8(source, tmp_path / "a.onnx", images()).path)
+    assert "BatchNormalization" not in {node.op_type for node in graph.graph.node}
+    weights = [x for x in graph.graph.initializer if x.data_type == onnx.TensorProto.INT8 and len(x.dims) == 4]
+    assert len(weights) == 3
+    scales = {x.name: onnx.numpy_helper.to_array(x) for x in graph.graph.initializer if x.name.endswith("_scale")}
+    assert max(scale.size for scale in scales.values()) == 24
+    told = {p.key: p.value for p in graph.metadata_props}
+    assert (told["model"], told["precision"]) == ("compact", "int8")
+
+
+def test_the_same_images_give_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    first, second = (to_int8(source, tmp_path / f"{k}.onnx", images()).path.read_bytes() for k in "ab")
+    assert first == second
+
+
+@pytest.mark.parametrize(("keep", "left"), [(("first",), 3), (("first", "last"), 2), (("Conv",), 1), (("node_*",), 0)])
+def test_layers_can_stay_in_float(source: Path, tmp_path: Path, keep: tuple[str, ...], left: int) -> None:
+    assert to_int8(source, tmp_path / "a.onnx", images(), Int8(keep=keep)).layers == (left, 4)
+
+
+def test_seven_bits_where_sums_saturate(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize, "_saturates", lambda: True)
+    eight = to_int8(source, tmp_path / "8.onnx", images())
+    seven = to_int8(source, tmp_path / "7.onnx", images(), Int8(reduce_range=True))
+    assert any("VNNI" in note for note in eight.notes)
+    assert not seven.notes
+    largest = {
+        name: max(
+            int(np.abs(onnx.numpy_helper.to_array(x).astype(int)).max())
+            for x in onnx.load(made.path).graph.initializer
+            if x.data_type == onnx.TensorProto.INT8 and len(x.dims) == 4
+        )
+        for name, made in (("8", eight), ("7", seven))
+    }
+    assert largest["7"] <= 64 < largest["8"] <= 127
+
+
+def test_fp16_halves_the_bytes_and_keeps_its_interface(source: Path, tmp_path: Path) -> None:
+    made = to_fp16(source, tmp_path / "net.fp16.onnx", images(8))
+    assert made.cosine > 0.999
+    graph = onnx.load(made.path).graph
+    assert graph.input[0].type.tensor_type.elem_type == graph.output[0].type.tensor_type.elem_type == 1
+    assert made.bytes < source.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda s, t: to_int8(s, t, images(0)), "0 images to calibrate on"),
+        (lambda s, t: to_int8(s, t, images(5)), "5 images to calibrate on: give at least 8"),
+        (lambda s, t: to_int8(s, t, [{"pixels": images()[0]["image"]}]), "takes image; a batch of images has pixels"),
+        (lambda s, t: to_int8(s, t, [{"image": images()[0]["image"][:, :2]}]), "does not take these images"),
+        (lambda s, t: to_int8(s.with_name("no.onnx"), t, images()), "cannot load"),
+        (lambda s, t: to_int8(s, t.parent / "no" / "a.onnx", images()), "cannot write"),
+        (lambda s, t: to_int8(s, t, images(), Int8(keep=("conv9",))), "'conv9' names no layer"),
+        (lambda s, t: Int8("mean"), "there are minmax, entropy, percentile"),
+    ],
+)
+def test_what_cannot_be_quantised_is_said_and_nothing_is_replaced(
+    source: Path, tmp_path: Path, call: Callable[[Path, Path], Any], said: str
+) -> None:
+    target = tmp_path / "a.onnx"
+    target.write_bytes(b"before")
+    with pytest.raises(InvalidInput, match=said):
+        call(source, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]
+    assert target.read_bytes() == b"before"
+
+
+def test_a_file_of_which_nothing_is_left_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A planted fault: the quantiser writes other weights."""
+    real = quantize._quantise
+
+    def wrong(folded: Path, file: Path, *rest: Any) -> None:
+        real(folded, file, *rest)
+        model = onnx.load(file)
+        for x in model.graph.initializer:
+            if x.data_type == onnx.TensorProto.INT8 and len(x.dims) == 2:
+                x.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(x), x.name))
+        onnx.save(model, file)
+
+    monkeypatch.setattr(quantize, "_quantise", wrong)
+    with pytest.raises(CheckFailed, match="nothing of the float file's output is left"):
+        to_int8(source, tmp_path / "a.onnx", images())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_with_a_fixed_batch_is_judged_on_any_number_of_images(model: nn.Module, tmp_path: Path) -> None:
+    fixed = tmp_path / "fixed.onnx"
+    exporter.export(model, torch.randn(4, 3, 12, 12), fixed, dynamic_axes={})
+    x = torch.from_numpy(images(10)[0]["image"])
+    with torch.no_grad():
+        assert torch.allclose(OnnxModel(fixed)(x), model(x), atol=1e-4)
+    assert [len(piece["image"]) for piece in OnnxModel(fixed).pieces([x])] == [4, 4]
+
+
+# From the command line. ----------------------------------------------------------------------------------------------
+
+NETS = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU()
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4)), torch.zeros(1, 3, 16, 16)
+
+def data():
+    torch.manual_seed(1)
+    return [torch.randn(32, 3, 16, 16)]
+
+def few():
+    return [torch.randn(4, 3, 16, 16)]
+"""
+
+
+def shrink(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (folder / "nets.py").write_text(NETS)
+    command = [sys.executable, "-m", "surgery.cli", "shrink", "nets.py:net", "--macs", "0.6", "--runs", "3", "--quiet"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    return subprocess.run(
+        [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_all_files_are_written_timed_and_judged(tmp_path: Path) -> None:
+    arguments = ("--data", "nets.py:data", "--precision", "fp32,fp16,int8", "--int8-keep", "last", "--json")
+    done = shrink(tmp_path, *arguments, "--out", "out")
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    rows = {row["name"]: row for row in data["models"]}
+    fewer = ["dense fp16", "compact fp16", "dense int8", "compact int8"]
+    assert list(rows) == ["dense", "masked", "compact", *fewer]
+    assert [row["name"] for row in data["timing"]["rows"]] == list(rows)
+    assert {rows[name]["precision"] for name in fewer} == {"fp16", "int8"}
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {name.replace(" ", ".") + ".onnx" for name in fewer} <= files
+    assert rows["compact int8"]["onnx_bytes"] == (tmp_path / "out" / "compact.int8.onnx").stat().st_size
+    assert set(data["files"]) >= {"dense.int8.onnx", "compact.fp16.onnx"}
+    assert rows["dense"]["agreement"]["top1_match"] == 1.0
+    assert all(0.5 < rows[name]["agreement"]["cosine"] <= 1.0001 for name in (*fewer, "compact"))
+    assert any("compact int8: 2 of 3 layers are in 8 bits" in note for note in data["notes"])
+    assert "dominated by" in (tmp_path / "out" / "report.md").read_text() or not any(
+        row["dominated_by"] for row in rows.values()
+    )
+    again = shrink(tmp_path, *arguments, "--out", "again")
+    assert again.returncode == 0, again.stderr
+    for name in ("dense.int8.onnx", "compact.int8.onnx", "compact.fp16.onnx"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--precision", "int8"), "needs images to calibrate on: give them with --data"),
+        (("--precision", "int4", "--data", "nets.py:data"), "'int4' is none of fp32, fp16, int8"),
+        (("--precision", "int8", "--data", "nets.py:few", "--recover", "none"), "4 images are too few"),
+        (("--precision", "int8", "--data", "nets.py:data", "--int8-keep", "nothing"), "names no layer"),
+    ],
+)
+def test_mistakes_leave_nothing_behind(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    done = shrink(tmp_path, *arguments, "--out", "out")
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# What dominates what. ------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_dominated_where_another_is_faster_and_loses_less() -> None:
+    times = {"dense": 1.0, "compact": 0.9, "dense int8": 0.5, "compact int8": 0.4}
+    losses = {"dense": 0.0, "compact": 2.0, "dense int8": 0.3, "compact int8": 2.2}
+    found = {name: precisions._dominating(name, times, losses) for name in times}
+    assert found == {"dense": None, "compact": "dense int8", "dense int8": None, "compact int8": None}
+    assert precisions._dominating("compact", times, {"compact": 2.0}) is None
+
+
+def test_what_is_no_faster_is_said(source: Path, tmp_path: Path) -> None:
+    made = {f"compact {p}": quantize.Quantised(source, 1, (4, 4), 1.0, 1.0) for p in ("fp16", "int8")}
+    rows = [("compact", 0.8), ("compact fp16", 0.82), ("compact int8", 0.4)]
+    timing = {"rows": [{"name": n, "ratio": {"value": v, "low": v, "high": v}} for n, v in rows]}
+    notes = precisions.notes(made, timing)
+    assert len(notes) == 1
+    assert "compact fp16 is not faster on this machine, only smaller: 1.02 of the time in fp32" in notes[0]
