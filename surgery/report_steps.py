@@ -95,7 +95,10 @@ def step_notes(data: Mapping[str, Any]) -> list[str]:
     """Return what the steps want the user to know."""
     notes = [note for step in (data.get("recovery") or {"steps": ()})["steps"] for note in step["notes"]]
     for name, figures in (data.get("evaluation") or {}).items():
-        notes.append(f"--eval of {name}.onnx: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+        notes.append(
+            f"--eval of {name.replace(' ', '.')}.onnx: "
+            + ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
+        )
     if within := data.get("within"):
         tries = ", ".join(f"{t['aim']:.2f} lost up to {t['upper']:.2f}" for t in within["tried"])
         notes.append(
