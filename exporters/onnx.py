@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata as packages
@@ -23,6 +22,8 @@ import torch
 
 from exporters.capture import capture, quiet, reason, source_line
 from exporters.parity import BATCHES, TOLERANCE, OutputParity, Parity, parity, rounding
+from exporters.place import move, workroom, writable
+from exporters.runtimes import Reader, format_of, refuse_newer
 from exporters.signature import Axes, Call, bind, check_axes, default_axes, name_outputs, with_batch
 from exporters.twin import well_conditioned
 from surgery.errors import CheckFailed, InvalidInput, UnsupportedModel
@@ -76,6 +77,7 @@ class _Job:
     metadata: Mapping[str, str]
     check: bool
     dynamo: bool
+    reader: Reader | None
 
 
 def export(
@@ -85,6 +87,7 @@ def export(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     opset: int | None = None,
+    min_ort: str | None = None,
     dynamic_axes: Mapping[str, Iterable[int]] | None = None,
     metadata: Mapping[str, str] | None = None,
     check: bool = True,
@@ -100,7 +103,8 @@ def export(
         example_inputs: a tensor, or the tuple of positional inputs.
         path: of the file; its folder must exist.
         example_kwargs: keyword inputs.
-        opset: ONNX operator set, 20 where None.
+        opset: ONNX operator set, 20 where None, or less where `min_ort` is older.
+        min_ort: version of the oldest ONNX Runtime that is to read the file, such as `1.16`.
         dynamic_axes: input name → axes that may change from call to call, 2 and 3 of images ``(N, C, H, W)`` being
             called `height` and `width`; where None, axis 0 of every input, called `batch`. An axis that the model
             fixes becomes static, and a note says so.
@@ -111,11 +115,13 @@ def export(
 
     Raises:
         InvalidInput: inputs the model does not take, an unknown axis, an operator set out of range, an unwritable path.
-        UnsupportedModel: the model cannot be exported; the message has the user's source line.
+        UnsupportedModel: the model cannot be exported, and the message has the user's source line; or it needs an
+            operator that `min_ort` does not know, which the message names.
         CheckFailed: the file is invalid or computes something else, or the comparison cannot tell.
     """
-    target = _writable(Path(path))
-    number = _opset(opset, dynamo=dynamo)
+    target = writable(Path(path))
+    reader = Reader.of(min_ort) if min_ort is not None else None
+    number = _opset(opset, reader, dynamo=dynamo)
     props = {"tool": _TOOL, "tool_version": _tool_version(), **{k: str(v) for k, v in (metadata or {}).items()}}
     with quiet():
         subject, notes = _copy(model)
@@ -126,7 +132,7 @@ def export(
         if not outputs:
             raise UnsupportedModel(f"{type(model).__name__} returns no tensor; an exported model needs an output")
         axes = check_axes(call.tensors, default_axes(call.tensors) if dynamic_axes is None else dynamic_axes)
-        job = _Job(subject, call, outputs, target, number, props, check, dynamo)
+        job = _Job(subject, call, outputs, target, number, props, check, dynamo, reader)
         return _first_that_works(job, axes, notes)
 
 
@@ -174,11 +180,11 @@ def _attempts(axes: Axes) -> Iterator[tuple[Axes, str]]:
 
 def _attempt(job: _Job, axes: Axes, notes: list[str]) -> ExportResult:
     """Export, check and compare in a temporary folder beside the target, then move the file there."""
-    with _workroom(job.target) as room:
+    with workroom(job.target) as room:
         file = room / job.target.name
         saved = _write(job, job.model, axes, file)
         error, varying, found = _verify(job, axes, file) if job.check else (None, None, ["not compared"])
-        _move(file, job.target)
+        move(file, job.target)
     dynamic = _dynamic(saved)
     unused = [name for name in job.call.tensors if name not in dynamic]
     found += [f"input '{name}' is not used by the model, and not in the file" for name in unused]
@@ -200,6 +206,9 @@ def _write(job: _Job, model: torch.nn.Module, axes: Axes, file: Path) -> ir.Mode
     # torch.export takes a batch of 1 for a constant.
     call = job.call.with_tensors(with_batch(job.call.tensors, axes, 2)) if batched and rows == 1 else job.call
     graph = capture(copy.deepcopy(model), call, axes=axes, outputs=job.outputs, opset=job.opset, dynamo=job.dynamo)
+    graph.ir_version = format_of(graph.opset_imports[""])
+    if job.reader is not None:
+        refuse_newer(ir.to_proto(graph), job.reader, job.target.name)
     if graph.opset_imports[""] != job.opset:
         raise InvalidInput(
             f"{job.target.name} cannot be written at opset {job.opset}: torch made {graph.opset_imports['']} of it; "
@@ -292,7 +301,7 @@ def _twin(job: _Job, axes: Axes, *, near: bool) -> Parity:
             _run(model, drawn)
 
     twin = well_conditioned(job.model, run=settle)
-    with _workroom(job.target) as room:
+    with workroom(job.target) as room:
         _write(job, twin, axes, room / job.target.name)
         found, _ = _compare(job, twin, room / job.target.name, near=near)
         explained = _rounded(job, twin, room / job.target.name, found, near=near)
@@ -359,44 +368,15 @@ def _run(model: torch.nn.Module, call: Call) -> Any:
         ) from error
 
 
-def _opset(asked: int | None, *, dynamo: bool) -> int:
+def _opset(asked: int | None, reader: Reader | None, *, dynamo: bool) -> int:
     newest = onnx.defs.onnx_opset_version() if dynamo else TORCHSCRIPT_NEWEST_OPSET
-    number = DEFAULT_OPSET if asked is None else asked
+    most = DEFAULT_OPSET if reader is None else min(DEFAULT_OPSET, reader.opset)
+    number = most if asked is None else asked
+    if reader is not None and number > reader.opset:
+        raise InvalidInput(f"ONNX Runtime {reader.version} reads operator sets up to {reader.opset}, not {number}")
     if not OLDEST_OPSET <= number <= newest:
         raise InvalidInput(f"opset {number} is out of range: this exporter writes {OLDEST_OPSET} to {newest}")
     return number
-
-
-def _writable(path: Path) -> Path:
-    """Return `path` if a file can be made there; raises InvalidInput before any work is done."""
-    if path.is_dir():
-        raise InvalidInput(f"cannot write {path}: it is a folder; give the name of a file, such as {path}/model.onnx")
-    if not path.parent.is_dir():
-        raise InvalidInput(f"cannot write {path}: there is no folder {path.parent}; create it first")
-    with _workroom(path):
-        return path
-
-
-@contextlib.contextmanager
-def _workroom(target: Path) -> Iterator[Path]:
-    """A temporary folder beside the target: on the same file system, so that moving a file out of it is atomic."""
-    try:
-        room = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
-        raise InvalidInput(f"cannot write {target}: {error}") from error
-    with room as name:
-        yield Path(name)
-
-
-def _move(file: Path, target: Path) -> None:
-    """Put the finished file in place, external data first; the older file is there until the last moment."""
-    data = file.with_name(f"{file.name}.data")
-    try:
-        if data.exists():
-            data.replace(target.with_name(data.name))
-        file.replace(target)
-    except OSError as error:
-        raise InvalidInput(f"cannot write {target}: {error}") from error
 
 
 def _dynamic(model: ir.Model) -> dict[str, dict[int, str]]:

@@ -12,7 +12,6 @@ import contextlib
 import io
 import logging
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -24,6 +23,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
+from exporters.place import move, workroom, writable
 from surgery.errors import CheckFailed, InvalidInput
 
 __all__ = ["METHODS", "Int8", "Quantised", "to_fp16", "to_int8"]
@@ -34,6 +34,8 @@ FEWEST = 8
 FIRST, LAST = "first", "last"
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _PERCENTILE = 99.999
+_SUMS = ("LayerNormalization", "GroupNormalization", "InstanceNormalization")
+"""Left in float32: means and variances lose digits in 16 bits, and older runtimes have no such kernels."""
 
 LEAST = 0.5
 """Cosine between the outputs in float32 and in fewer bits, below which nothing is left."""
@@ -109,14 +111,14 @@ def to_int8(
     how = settings or Int8()
     seen, own = _calibration(source, batches)
     kept = _kept(_read(source), how.keep)
-    with _room(target) as room, _silent():
+    with workroom(writable(Path(target))) as room, _silent():
         folded, file = room / "folded.onnx", room / Path(target).name
         _fold(source, folded)
         _quantise(folded, file, seen, how, kept)
         _carry_over(source, file)
         cosine, match = _agreement(own, file, seen)
         layers = _counted(file)
-        os.replace(file, target)
+        move(file, Path(target))
     notes = []
     if not how.reduce_range and _saturates():
         notes.append(
@@ -140,18 +142,19 @@ def to_fp16(source: str | os.PathLike[str], target: str | os.PathLike[str], batc
         InvalidInput: the source cannot be read or converted, or there are no inputs to compare on.
         CheckFailed: the fp16 file does not run, or nothing of what the float file gives is left.
     """
-    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
     seen, own = _calibration(source, batches, least=1)
-    with _room(target) as room, _silent():
+    with workroom(writable(Path(target))) as room, _silent():
         file = room / Path(target).name
         try:
-            half = convert_float_to_float16(_read(source), keep_io_types=True)
+            kept = [*DEFAULT_OP_BLOCK_LIST, *_SUMS]
+            half = convert_float_to_float16(_read(source), keep_io_types=True, op_block_list=kept)
         except Exception as error:  # the converter raises what it likes
             raise InvalidInput(f"{source} cannot be converted to fp16: {_first_line(error)}") from error
         onnx.save(half, file)
         cosine, match = _agreement(own, file, seen)
-        os.replace(file, target)
+        move(file, Path(target))
     return Quantised(Path(target), Path(target).stat().st_size, (0, 0), cosine, match)
 
 
@@ -269,9 +272,14 @@ def _quantise(folded: Path, file: Path, seen: Sequence[Batch], how: Int8, kept: 
 
 
 def _carry_over(source: Any, file: Path) -> None:
-    """The source's metadata, and none of the preparation's."""
+    """The source's metadata and format, and none of the preparation's."""
     model, origin = onnx.load(file), onnx.load(os.fspath(source), load_external_data=False)
     del model.metadata_props[:]
+    used = {node.domain for node in model.graph.node}
+    imports = [x for x in model.opset_import if x.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(imports)
+    model.ir_version, model.producer_name = origin.ir_version, origin.producer_name
     onnx.helper.set_model_props(model, {p.key: p.value for p in origin.metadata_props} | {"precision": "int8"})
     onnx.save(model, file)
 
@@ -334,17 +342,6 @@ def _saturates() -> bool:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     return not {"avx512_vnni", "avx_vnni"} & set(cpuinfo.get_cpu_info().get("flags", ()))
-
-
-@contextlib.contextmanager
-def _room(target: Any) -> Iterator[Path]:
-    """A temporary folder beside the target, from which a file is moved there in one step."""
-    folder = Path(target).absolute().parent
-    try:
-        with tempfile.TemporaryDirectory(prefix=".quantise-", dir=folder) as room:
-            yield Path(room)
-    except OSError as error:
-        raise InvalidInput(f"cannot write {target}: {error.strerror or error}; name a folder that can be") from error
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from benchmarks import ort
 from benchmarks.session import Settings
 from exporters import onnx
 from exporters.quantize import Quantised
+from exporters.runtimes import Reader, require_readable
 from exporters.session import OnnxModel
 from exporters.signature import bind
 from surgery import __version__, artefacts, precisions, report, report_steps
@@ -49,6 +50,7 @@ class Measurement:
         runs: at most so many timed runs per model.
         seed: of the inputs and of the order in which models are timed.
         precisions: in which files are written.
+        min_ort: version of the oldest ONNX Runtime that is to read the files; None: 1.17.
 
     Raises:
         InvalidInput: a value is out of range.
@@ -60,10 +62,13 @@ class Measurement:
     runs: int = 2000
     seed: int = 0
     precisions: Precisions = field(default_factory=Precisions)
+    min_ort: str | None = None
 
     def __post_init__(self) -> None:
         # Said before the long work: more threads than there are cores, a negative seed.
         Settings(batch=self.batch, threads=self.threads, seed=self.seed)
+        if self.min_ort is not None:
+            Reader.of(self.min_ort)
 
 
 def save(
@@ -103,7 +108,7 @@ def save(
         (folder / artefacts.COMPACT_WEIGHTS).write_bytes(weights_bytes(result.model))
         with clock("save"):
             notes = _save_program(result, folder / artefacts.COMPACT_PT2)
-        exports, subject, where = _export(result, folder, Path(scratch), how.opset, clock)
+        exports, subject, where = _export(result, folder, Path(scratch), how, clock)
         fewer = _in_fewer_bits(result, subject, exports, folder, how, clock)
         timed = {**{name: export.path for name, export in exports.items()}, **{n: f.path for n, f in fewer.items()}}
         timing, doubts = _time(subject, exports, timed, how, clock)
@@ -236,25 +241,25 @@ def _save_program(result: Result, path: Path) -> list[str]:
 
 
 def _export(
-    result: Result, folder: Path, scratch: Path, opset: int | None, clock: Clock
+    result: Result, folder: Path, scratch: Path, how: Measurement, clock: Clock
 ) -> tuple[dict[str, onnx.ExportResult], _Subject, list[str]]:
     """Export the three models: around the part that was shrunk, if any and if possible, else what was shrunk."""
     if result.whole is None:
         subject = _Subject.of(result, whole=False)
-        return _export_three(result, subject, folder, scratch, opset, clock), subject, []
+        return _export_three(result, subject, folder, scratch, how, clock), subject, []
     name = result.whole.name
     try:
         subject = _Subject.of(result, whole=True)
-        exports = _export_three(result, subject, folder, scratch, opset, clock)
+        exports = _export_three(result, subject, folder, scratch, how, clock)
         return exports, subject, [f"ONNX and times: the whole model around part '{name}'"]
     except (UnsupportedModel, InvalidInput, CheckFailed) as error:
         subject = _Subject.of(result, whole=False)
-        exports = _export_three(result, subject, folder, scratch, opset, clock)
+        exports = _export_three(result, subject, folder, scratch, how, clock)
         return exports, subject, [f"ONNX and times: the part alone, '{name}'; the whole model cannot be had: {error}"]
 
 
 def _export_three(
-    result: Result, subject: _Subject, folder: Path, scratch: Path, opset: int | None, clock: Clock
+    result: Result, subject: _Subject, folder: Path, scratch: Path, how: Measurement, clock: Clock
 ) -> dict[str, onnx.ExportResult]:
     """Export dense, masked and compact; the masked one is only there to be timed."""
     program, plan = result.program, result.plan
@@ -279,7 +284,8 @@ def _export_three(
                 subject.args,
                 path,
                 example_kwargs=subject.kwargs,
-                opset=opset,
+                opset=how.opset,
+                min_ort=how.min_ort,
                 dynamic_axes=subject.axes(),
                 metadata={**origin, "model": name},
                 dynamo=program.tracer == "export",
@@ -304,7 +310,11 @@ def _in_fewer_bits(
         raise InvalidInput("--precision: the whole model's own inputs are not known; leave --part or --precision out")
     sources = {name: exports[name].path for name in ("dense", "compact")}
     with clock("fewer bits"):
-        return precisions.write(sources, folder, how.precisions, result.recovery.seen, whole=whole)
+        found = precisions.write(sources, folder, how.precisions, result.recovery.seen, whole=whole)
+    if how.min_ort is not None:
+        for file in found.values():
+            require_readable(file.path, Reader.of(how.min_ort))
+    return found
 
 
 def _judged(

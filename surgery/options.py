@@ -361,6 +361,10 @@ DELIVERY = (
     ),
     click.option("--opset", type=click.IntRange(min=18), metavar="N", help="ONNX opset.  [default: the exporter's]"),
     click.option(
+        "--min-ort", metavar="VERSION",
+        help="Oldest ONNX Runtime that is to read the files, as in 1.16: operator set and format are such as it knows.",
+    ),
+    click.option(
         "--runs", type=click.IntRange(min=3), default=2000, show_default=True, metavar="N",
         help="At most so many timed runs per model; fewer once the speedup's interval is narrow.",
     ),

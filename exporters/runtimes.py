@@ -1,0 +1,96 @@
+"""Which ONNX Runtime reads what: the newest operator set and format version that each release loads."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+import onnx
+
+from surgery.errors import InvalidInput, UnsupportedModel
+
+READ = {
+    (1, 14): (18, 8),
+    (1, 15): (19, 9),
+    (1, 16): (19, 9),
+    (1, 17): (20, 9),
+    (1, 18): (21, 10),
+    (1, 19): (21, 10),
+    (1, 20): (21, 10),
+    (1, 21): (22, 10),
+    (1, 22): (22, 10),
+    (1, 23): (23, 11),
+    (1, 24): (25, 13),
+}
+"""Release of ONNX Runtime → operator set and IR version, as its release notes have it; tried from 1.15 on."""
+FORMAT_OF = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
+"""Operator set → the IR version that came with it: whoever reads the one reads the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """The oldest ONNX Runtime that is to read a file.
+
+    Attributes:
+        version: as given, such as `1.16`.
+        opset: the newest operator set that it loads.
+        ir_version: the newest format that it loads.
+    """
+
+    version: str
+    opset: int
+    ir_version: int
+
+    @classmethod
+    def of(cls, version: str) -> Reader:
+        """Return what a release reads; one that is newer than all known ones reads what they read.
+
+        Raises:
+            InvalidInput: that is no version, or older than any whose operators can be written.
+        """
+        found = re.fullmatch(r"(\d+)\.(\d+)(?:\.\d+)*", str(version))
+        if found is None:
+            raise InvalidInput(f"ONNX Runtime '{version}' is no version; write one such as 1.16")
+        release = int(found[1]), int(found[2])
+        oldest = min(READ)
+        if release < oldest:
+            told = ".".join(map(str, oldest))
+            raise InvalidInput(f"ONNX Runtime {version} is older than {told}, the oldest that files are written for")
+        opset, ir_version = READ[max(known for known in READ if known <= release)]
+        return cls(str(version), opset, ir_version)
+
+
+def format_of(opset: int) -> int:
+    """Return the oldest IR version that goes with an operator set."""
+    return FORMAT_OF.get(opset, int(onnx.IR_VERSION))
+
+
+def require_readable(path: str | os.PathLike[str], reader: Reader) -> None:
+    """Make sure that a file's operators and format are such as a release loads.
+
+    Raises:
+        UnsupportedModel: they are not; the message names the operator.
+    """
+    model = onnx.load(os.fspath(path), load_external_data=False)
+    refuse_newer(model, reader, os.path.basename(os.fspath(path)))
+
+
+def refuse_newer(model: onnx.ModelProto, reader: Reader, name: str) -> None:
+    """The same of a model; `name` is for the message."""
+    opsets = {x.domain: x.version for x in model.opset_import}
+    for node in model.graph.node:
+        if node.domain not in ("", "ai.onnx"):
+            continue
+        newest = opsets.get("", opsets.get("ai.onnx", 0))
+        since = onnx.defs.get_schema(node.op_type, newest, node.domain).since_version
+        if since > reader.opset:
+            raise UnsupportedModel(
+                f"{name}: operator {node.op_type} ('{node.name}') is of operator set {since}, and ONNX Runtime "
+                f"{reader.version} reads sets up to {reader.opset}; ask for a newer one, or replace what makes it"
+            )
+    if opsets.get("", 0) > reader.opset or model.ir_version > reader.ir_version:
+        raise UnsupportedModel(
+            f"{name}: operator set {opsets.get('', 0)} in IR version {model.ir_version}, and ONNX Runtime "
+            f"{reader.version} reads sets up to {reader.opset} in IR versions up to {reader.ir_version}"
+        )
