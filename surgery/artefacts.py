@@ -33,8 +33,9 @@ NAMES = (DENSE_ONNX, COMPACT_ONNX, COMPACT_PT2, COMPACT_WEIGHTS, PLAN, REPORT, R
 RECOVERY = "recovery.svg"
 """Accuracy by step of recovery, in a set that was recovered and judged."""
 FEWER_BITS = tuple(f"{name}.{precision}.onnx" for name in ("dense", "compact") for precision in ("fp16", "int8"))
+ORT_FORMAT = tuple(f"compact{bits}.ort" for bits in ("", ".fp16", ".int8"))
 """Where they are asked for."""
-_OURS = {*NAMES, *FEWER_BITS, RECOVERY, f"{DENSE_ONNX}.data", f"{COMPACT_ONNX}.data"}
+_OURS = {*NAMES, *FEWER_BITS, *ORT_FORMAT, RECOVERY, f"{DENSE_ONNX}.data", f"{COMPACT_ONNX}.data"}
 _USERS_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EBUSY}
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

@@ -310,9 +310,8 @@ def _measurement(given: Mapping[str, Any]) -> Measurement:
     chosen = Precisions(given["precision"], Int8(given["int8_method"], given["int8_keep"], given["int8_reduce_range"]))
     if chosen.fewer and given["data"] is None:
         raise InvalidInput(f"--precision {','.join(chosen.fewer)} needs images to calibrate on: give them with --data")
-    return Measurement(
-        given["opset"], given["threads"], given["batch"], given["runs"], given["seed"], chosen, given["min_ort"]
-    )
+    names = ("opset", "threads", "batch", "runs", "seed", "min_ort", "formats")
+    return Measurement(**{name: given[name] for name in names}, precisions=chosen)
 
 
 def _request(given: Mapping[str, Any]) -> Request:

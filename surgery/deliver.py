@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from benchmarks import ort
 from benchmarks.session import Settings
 from exporters import onnx
+from exporters.ort_format import to_ort
 from exporters.quantize import Quantised
 from exporters.runtimes import Reader, require_readable
 from exporters.session import OnnxModel
@@ -51,6 +52,7 @@ class Measurement:
         seed: of the inputs and of the order in which models are timed.
         precisions: in which files are written.
         min_ort: version of the oldest ONNX Runtime that is to read the files; None: 1.17.
+        formats: `onnx`, and `ort` for compact files in ONNX Runtime's own format beside it.
 
     Raises:
         InvalidInput: a value is out of range.
@@ -63,10 +65,13 @@ class Measurement:
     seed: int = 0
     precisions: Precisions = field(default_factory=Precisions)
     min_ort: str | None = None
+    formats: tuple[str, ...] = ("onnx",)
 
     def __post_init__(self) -> None:
         # Said before the long work: more threads than there are cores, a negative seed.
         Settings(batch=self.batch, threads=self.threads, seed=self.seed)
+        if wrong := [name for name in self.formats if name not in ("onnx", "ort")]:
+            raise InvalidInput(f"format '{wrong[0]}': there are onnx and ort")
         if self.min_ort is not None:
             Reader.of(self.min_ort)
 
@@ -111,6 +116,9 @@ def save(
         exports, subject, where = _export(result, folder, Path(scratch), how, clock)
         fewer = _in_fewer_bits(result, subject, exports, folder, how, clock)
         timed = {**{name: export.path for name, export in exports.items()}, **{n: f.path for n, f in fewer.items()}}
+        if "ort" in how.formats:
+            with clock("ort format"):
+                _in_ort_format(subject, timed)
         timing, doubts = _time(subject, exports, timed, how, clock)
         notes += [*where, *_export_notes(exports), *_fixed_sizes(result, subject, exports["compact"]), *doubts]
         notes += precisions.notes(fewer, timing)
@@ -315,6 +323,15 @@ def _in_fewer_bits(
         for file in found.values():
             require_readable(file.path, Reader.of(how.min_ort))
     return found
+
+
+def _in_ort_format(subject: _Subject, files: Mapping[str, Path]) -> None:
+    """Write the compact files in ONNX Runtime's own format beside them."""
+    tensors = bind(subject.dense, subject.args, subject.kwargs).tensors
+    inputs = {name: tensor.numpy(force=True) for name, tensor in tensors.items()}
+    for name, path in files.items():
+        if name.startswith("compact"):
+            to_ort(path, path.with_suffix(".ort"), inputs)
 
 
 def _judged(

@@ -361,6 +361,10 @@ DELIVERY = (
     ),
     click.option("--opset", type=click.IntRange(min=18), metavar="N", help="ONNX opset.  [default: the exporter's]"),
     click.option(
+        "--format", "formats", type=Several(("onnx", "ort")), default="onnx", show_default=True, metavar="onnx,ort",
+        help="Of the compact files: ort is what ONNX Runtime's builds for phones load; ONNX files are always written.",
+    ),
+    click.option(
         "--min-ort", metavar="VERSION",
         help="Oldest ONNX Runtime that is to read the files, as in 1.16: operator set and format are such as it knows.",
     ),

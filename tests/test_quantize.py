@@ -211,6 +211,7 @@ def shrink(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_all_files_are_written_timed_and_judged(tmp_path: Path) -> None:
     arguments = ("--data", "nets.py:data", "--precision", "fp32,fp16,int8", "--int8-keep", "last", "--json")
+    arguments = (*arguments, "--format", "onnx,ort", "--min-ort", "1.16")
     done = shrink(tmp_path, *arguments, "--out", "out")
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
@@ -229,9 +230,16 @@ def test_all_files_are_written_timed_and_judged(tmp_path: Path) -> None:
     assert "dominated by" in (tmp_path / "out" / "report.md").read_text() or not any(
         row["dominated_by"] for row in rows.values()
     )
+    x = np.random.default_rng(0).standard_normal((3, 3, 16, 16)).astype(np.float32)
+    for name in ("compact", "compact.fp16", "compact.int8"):
+        model = onnx.load(tmp_path / "out" / f"{name}.onnx")
+        assert (model.ir_version, model.opset_import[0].version) == (9, 19)
+        own, ort = (onnxruntime.InferenceSession(str(tmp_path / "out" / f"{name}.{end}")) for end in ("onnx", "ort"))
+        given = {own.get_inputs()[0].name: x}
+        assert np.allclose(own.run(None, given)[0], ort.run(None, given)[0], atol=1e-4)
     again = shrink(tmp_path, *arguments, "--out", "again")
     assert again.returncode == 0, again.stderr
-    for name in ("dense.int8.onnx", "compact.int8.onnx", "compact.fp16.onnx"):
+    for name in ("dense.onnx", "compact.onnx", "dense.int8.onnx", "compact.int8.onnx", "compact.fp16.onnx"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
@@ -240,6 +248,8 @@ def test_all_files_are_written_timed_and_judged(tmp_path: Path) -> None:
     [
         (("--precision", "int8"), "needs images to calibrate on: give them with --data"),
         (("--precision", "int4", "--data", "nets.py:data"), "'int4' is none of fp32, fp16, int8"),
+        (("--format", "tflite"), "'tflite' is none of onnx, ort"),
+        (("--min-ort", "0.9"), "older than 1.14"),
         (("--precision", "int8", "--data", "nets.py:few", "--recover", "none"), "4 images are too few"),
         (("--precision", "int8", "--data", "nets.py:data", "--int8-keep", "nothing"), "names no layer"),
     ],
