@@ -34,6 +34,7 @@ class Row:
         name: as given to `time`.
         p50_ms: median latency of one run, over all timed runs; `p90_ms` likewise.
         p99_ms: None under 1000 runs.
+        quantiles_ms: of single runs, from the shortest to the longest in steps of five hundredths.
         throughput_per_s: batch items per second, from the mean latency.
         runs: timed runs, warm-up not counted.
         ratio: latency relative to the baseline's, below 1 is faster.
@@ -48,6 +49,7 @@ class Row:
     p50_ms: float
     p90_ms: float
     p99_ms: float | None
+    quantiles_ms: tuple[float, ...]
     throughput_per_s: float
     runs: int
     ratio: Interval
@@ -198,6 +200,7 @@ def _row(name: str, race: Race, first: FirstRuns | None) -> Row:
         p50_ms=p50,
         p90_ms=p90,
         p99_ms=p99 if runs_ms.size >= P99_RUNS else None,
+        quantiles_ms=tuple(float(q) for q in np.percentile(runs_ms, np.arange(0, 101, 5))),
         throughput_per_s=race.settings.batch * 1e3 / float(runs_ms.mean()),
         runs=int(runs_ms.size),
         ratio=ratio,

@@ -27,7 +27,8 @@ COMPACT_WEIGHTS = "compact.safetensors"
 PLAN = "plan.json"
 REPORT = "report.json"
 REPORT_TEXT = "report.md"
-NAMES = (DENSE_ONNX, COMPACT_ONNX, COMPACT_PT2, COMPACT_WEIGHTS, PLAN, REPORT, REPORT_TEXT)
+REPORT_PAGE = "report.html"
+NAMES = (DENSE_ONNX, COMPACT_ONNX, COMPACT_PT2, COMPACT_WEIGHTS, PLAN, REPORT, REPORT_TEXT, REPORT_PAGE)
 """What a finished set consists of; models above 2 GB bring a ``.data`` file beside their ``.onnx``."""
 
 RECOVERY = "recovery.svg"

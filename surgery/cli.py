@@ -293,6 +293,7 @@ def _deliver(
         name=loaded.name,
         weights=loaded.weights,
         next_command=typed_next.evaluate(model, out, loaded, given),
+        command=typed_next.again(session.arguments),
         notes=(*loaded.warnings, *loaded.notes),
     )
     evaluation = given.get("evaluation")

@@ -22,6 +22,7 @@ from surgery.dead import dead_blocks
 from surgery.errors import InvalidInput, UnsupportedModel
 from surgery.images import seen_by
 from surgery.ir import Arrangement, Block, CostFn, Coupling, Plan, Program, Scores
+from surgery.latency import widths_of
 from surgery.lower import lower
 from surgery.moves import arranged, moves_of
 from surgery.practise import practised_worth
@@ -30,6 +31,7 @@ from surgery.request import Clock, Progress, Request, Stages, stages_of
 from surgery.score import score, weights_of
 from surgery.second_order import PRICED
 from surgery.signal import Signal, signal_of
+from surgery.staircases import Staircase, staircases
 from surgery.timeplan import Planner, Timed, carried
 
 
@@ -46,6 +48,7 @@ class Choice:
         loop: what the table tells of the plan; None for other budgets.
         live: whether the times are this machine's, so that the compact model can be timed against them.
         warnings: what the user should know of the table.
+        stairs: the costliest kernels' times over their widths; empty for other budgets.
     """
 
     program: Program
@@ -56,6 +59,7 @@ class Choice:
     loop: Loop | None = None
     live: bool = False
     warnings: tuple[str, ...] = ()
+    stairs: tuple[Staircase, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -264,6 +268,7 @@ class _Clockwork:
                 loop,
                 self._source.live,
                 tuple(self._warnings),
+                self._stairs(ground, plan),
             )
 
         if accepted is None:
@@ -271,6 +276,11 @@ class _Clockwork:
         aim = accepted.aim(target)
         notes = [*notes, accepted.told(aim)]
         return replan(aim)
+
+    def _stairs(self, ground: _Ground, plan: Plan) -> tuple[Staircase, ...]:
+        lowered, wiring = lower(ground.program, ground.coupling, batch=self._request.batch), ground.coupling.facts
+        table = self._source.cover(widths_of(lowered, wiring, {}))
+        return staircases(lowered, wiring, table, plan.dead)
 
     def _plan(self, target_ms: float) -> tuple[_Ground, Timed]:
         ground = self._ground(frozenset(self._dead))

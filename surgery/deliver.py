@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from safetensors.torch import save as to_safetensors
 from torch.utils import _pytree as pytree
 
 from benchmarks import ort
+from benchmarks.operators import by_operator
 from benchmarks.session import Settings
 from exporters import onnx
 from exporters.ort_format import to_ort
@@ -28,9 +29,8 @@ from exporters.quantize import Quantised
 from exporters.runtimes import Reader, require_readable
 from exporters.session import OnnxModel
 from exporters.signature import bind
-from surgery import __version__, artefacts, precisions, report, report_steps
-from surgery.cut import masked
-from surgery.errors import CheckFailed, InvalidInput, UnsupportedModel
+from surgery import artefacts, charts, exports, page, precisions, report
+from surgery.errors import InvalidInput
 from surgery.evaluate import Evaluate
 from surgery.ir import Plan, Report
 from surgery.pipeline import Result, apply
@@ -113,26 +113,33 @@ def save(
         (folder / artefacts.COMPACT_WEIGHTS).write_bytes(weights_bytes(result.model))
         with clock("save"):
             notes = _save_program(result, folder / artefacts.COMPACT_PT2)
-        exports, subject, where = _export(result, folder, Path(scratch), how, clock)
-        fewer = _in_fewer_bits(result, subject, exports, folder, how, clock)
-        timed = {**{name: export.path for name, export in exports.items()}, **{n: f.path for n, f in fewer.items()}}
+        written, subject, where = exports.export(result, folder, Path(scratch), how.opset, how.min_ort, clock)
+        fewer = _in_fewer_bits(result, subject, written, folder, how, clock)
+        timed = {**{name: export.path for name, export in written.items()}, **{n: f.path for n, f in fewer.items()}}
         if "ort" in how.formats:
             with clock("ort format"):
                 _in_ort_format(subject, timed)
-        timing, doubts = _time(subject, exports, timed, how, clock)
-        notes += [*where, *_export_notes(exports), *_fixed_sizes(result, subject, exports["compact"]), *doubts]
+        timing, doubts = _time(subject, written, timed, how, clock)
+        notes += [
+            *where,
+            *exports.notes_of(written),
+            *exports.fixed_sizes(result, subject, written["compact"]),
+            *doubts,
+        ]
         notes += precisions.notes(fewer, timing)
         data = report.measured(
             {
                 **result.report,
-                **_whole_figures(result, subject),
+                **exports.whole_figures(result, subject),
                 "stages_s": {**result.report["stages_s"], **clock.seconds},
             },
-            onnx_bytes={name: export.bytes for name, export in exports.items()},
+            onnx_bytes={name: export.bytes for name, export in written.items()},
             timing=timing,
             files_sha256={path.name: _sha256(path) for path in sorted(folder.iterdir())},
             notes=notes,
         )
+        with clock("profile"):
+            data["operators"] = _operators(data["timing"], timed)
         data["models"] = precisions.rows(data["models"], fewer, _judged(result, subject, fewer, how, clock), timing)
         if evaluate is not None:
             with clock("evaluate"):
@@ -141,13 +148,14 @@ def save(
                     for name, path in timed.items()
                     if name != "masked"
                 }
-        if (drawing := report_steps.chart(data)) is not None:
-            (folder / artefacts.RECOVERY).write_bytes(drawing)
+        if (drawing := charts.recovery(data)) is not None:
+            (folder / artefacts.RECOVERY).write_text(drawing, encoding="utf-8")
             data["files"][artefacts.RECOVERY] = _sha256(folder / artefacts.RECOVERY)
-        written = Report(data)
-        (folder / artefacts.REPORT).write_text(written.to_json(), encoding="utf-8")
+        told = Report(data)
+        (folder / artefacts.REPORT).write_text(told.to_json(), encoding="utf-8")
         (folder / artefacts.REPORT_TEXT).write_text(report.render_markdown(data), encoding="utf-8")
-    return written
+        (folder / artefacts.REPORT_PAGE).write_text(page.render(data), encoding="utf-8")
+    return told
 
 
 def weights_bytes(module: torch.nn.Module) -> bytes:
@@ -191,38 +199,6 @@ def load(
 # The steps of `save`. ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Subject:
-    """What is written and timed: the model that was shrunk, or the whole one around the part that was."""
-
-    dense: torch.nn.Module
-    around: Callable[[torch.nn.Module], torch.nn.Module]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    dynamic: tuple[tuple[int, ...], ...] | None
-    batch: int
-
-    @classmethod
-    def of(cls, result: Result, *, whole: bool) -> _Subject:
-        """The whole model, of whose dynamic axes nothing is known but that the first may be the batch; or the part."""
-        program = result.program
-        if whole and result.whole is not None:
-            args, kwargs = result.whole.example_args or (), result.whole.example_kwargs or {}
-            first = next((x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)), None)
-            batch = first.shape[0] if first is not None and first.dim() else 1
-            return cls(result.whole.model, result.whole.around, args, kwargs, None, batch)
-        dynamic = tuple(spec.dynamic for spec in program.inputs)
-        batch = program.inputs[0].shape[0] if program.inputs and program.inputs[0].shape else 1
-        dense = program.dense.model
-        return cls(dense, lambda module: module, program.example_args, program.example_kwargs, dynamic, batch)
-
-    def axes(self) -> dict[str, tuple[int, ...]] | None:
-        """Input name → dynamic axes; None where they are not known."""
-        if self.dynamic is None:
-            return None
-        return dict(zip(bind(self.dense, self.args, self.kwargs).tensors, self.dynamic, strict=True))
-
-
 def _save_program(result: Result, path: Path) -> list[str]:
     """Write the compact model as an exported program with a dynamic batch; returns why there is none, if so."""
     program = result.program
@@ -248,63 +224,10 @@ def _save_program(result: Result, path: Path) -> list[str]:
     return [f"{path.name} holds the part '{result.whole.name}' alone"] if result.whole else []
 
 
-def _export(
-    result: Result, folder: Path, scratch: Path, how: Measurement, clock: Clock
-) -> tuple[dict[str, onnx.ExportResult], _Subject, list[str]]:
-    """Export the three models: around the part that was shrunk, if any and if possible, else what was shrunk."""
-    if result.whole is None:
-        subject = _Subject.of(result, whole=False)
-        return _export_three(result, subject, folder, scratch, how, clock), subject, []
-    name = result.whole.name
-    try:
-        subject = _Subject.of(result, whole=True)
-        exports = _export_three(result, subject, folder, scratch, how, clock)
-        return exports, subject, [f"ONNX and times: the whole model around part '{name}'"]
-    except (UnsupportedModel, InvalidInput, CheckFailed) as error:
-        subject = _Subject.of(result, whole=False)
-        exports = _export_three(result, subject, folder, scratch, how, clock)
-        return exports, subject, [f"ONNX and times: the part alone, '{name}'; the whole model cannot be had: {error}"]
-
-
-def _export_three(
-    result: Result, subject: _Subject, folder: Path, scratch: Path, how: Measurement, clock: Clock
-) -> dict[str, onnx.ExportResult]:
-    """Export dense, masked and compact; the masked one is only there to be timed."""
-    program, plan = result.program, result.plan
-    models: dict[str, tuple[Callable[[], Any], Path]] = {
-        "dense": (lambda: subject.dense, folder / artefacts.DENSE_ONNX),
-        "masked": (lambda: subject.around(masked(program, plan, result.coupling)), scratch / "masked.onnx"),
-        "compact": (lambda: subject.around(result.compact.module), folder / artefacts.COMPACT_ONNX),
-    }
-    origin = {
-        "tool_version": __version__,
-        "budget": f"{plan.budget.kind} {plan.budget.amount:g}" if plan.budget else "none",
-        "plan_sha256": plan.digest,
-        "dense_fingerprint": program.fingerprint,
-    }
-    if (predicted := plan.settings.get("predicted_latency_ratio")) is not None:
-        origin["predicted_latency_ratio"] = f"{predicted:.6f}"  # what acceptances on the device are compared with
-    exports = {}
-    for name, (model, path) in models.items():
-        with clock(f"export {name}"):
-            exports[name] = onnx.export(
-                model(),
-                subject.args,
-                path,
-                example_kwargs=subject.kwargs,
-                opset=how.opset,
-                min_ort=how.min_ort,
-                dynamic_axes=subject.axes(),
-                metadata={**origin, "model": name},
-                dynamo=program.tracer == "export",
-            )
-    return exports
-
-
 def _in_fewer_bits(
     result: Result,
-    subject: _Subject,
-    exports: Mapping[str, onnx.ExportResult],
+    subject: exports.Subject,
+    written: Mapping[str, onnx.ExportResult],
     folder: Path,
     how: Measurement,
     clock: Clock,
@@ -316,7 +239,7 @@ def _in_fewer_bits(
     whole = result.whole is not None and subject.dense is result.whole.model
     if whole and not result.recovery.seen.given:
         raise InvalidInput("--precision: the whole model's own inputs are not known; leave --part or --precision out")
-    sources = {name: exports[name].path for name in ("dense", "compact")}
+    sources = {name: written[name].path for name in ("dense", "compact")}
     with clock("fewer bits"):
         found = precisions.write(sources, folder, how.precisions, result.recovery.seen, whole=whole)
     if how.min_ort is not None:
@@ -325,7 +248,7 @@ def _in_fewer_bits(
     return found
 
 
-def _in_ort_format(subject: _Subject, files: Mapping[str, Path]) -> None:
+def _in_ort_format(subject: exports.Subject, files: Mapping[str, Path]) -> None:
     """Write the compact files in ONNX Runtime's own format beside them."""
     tensors = bind(subject.dense, subject.args, subject.kwargs).tensors
     inputs = {name: tensor.numpy(force=True) for name, tensor in tensors.items()}
@@ -335,7 +258,7 @@ def _in_ort_format(subject: _Subject, files: Mapping[str, Path]) -> None:
 
 
 def _judged(
-    result: Result, subject: _Subject, fewer: Mapping[str, Quantised], how: Measurement, clock: Clock
+    result: Result, subject: exports.Subject, fewer: Mapping[str, Quantised], how: Measurement, clock: Clock
 ) -> dict[str, Agreement]:
     """What each row comes to: the float ones as torch models, which the files are known to equal."""
     found = precisions.of_steps(result.recovery)
@@ -347,45 +270,9 @@ def _judged(
     return found
 
 
-def _whole_figures(result: Result, subject: _Subject) -> dict[str, Any]:
-    """Return the table's rows with parameters and MACs of the whole model, where that is what is written and timed."""
-    if result.whole is None or subject.dense is not result.whole.model:
-        return {}
-    counts = result.report["part"]["whole"]
-    side = {"dense": 0, "masked": 0, "compact": 1}
-    return {
-        "models": [
-            {
-                **row,
-                "parameters": counts["params"][side[row["name"]]],
-                "macs": counts["macs"][side[row["name"]]] if counts["macs"] else None,
-            }
-            for row in result.report["models"]
-        ]
-    }
-
-
-def _fixed_sizes(result: Result, subject: _Subject, export: onnx.ExportResult) -> list[str]:
-    """Return which images' height and width the file fixes, where the program's own notes do not say so already."""
-    if subject.dynamic is not None and result.program.tracer == "export":
-        return []
-    tensors = bind(subject.dense, subject.args, subject.kwargs).tensors
-    images = [n for n, t in tensors.items() if t.dim() == 4 and not {2, 3} & set(export.dynamic.get(n, {}))]
-    return [f"ONNX: height and width of input '{name}' are fixed at the example's" for name in images]
-
-
-def _export_notes(exports: Mapping[str, onnx.ExportResult]) -> list[str]:
-    """Return each note once, with the models it is about."""
-    about: dict[str, list[str]] = {}
-    for name, export in exports.items():
-        for note in export.notes:
-            about.setdefault(note, []).append(name)
-    return [f"ONNX ({', '.join(names)}): {note}" for note, names in about.items()]
-
-
 def _time(
-    subject: _Subject,
-    exports: Mapping[str, onnx.ExportResult],
+    subject: exports.Subject,
+    written: Mapping[str, onnx.ExportResult],
     files: Mapping[str, Path],
     how: Measurement,
     clock: Clock,
@@ -393,7 +280,7 @@ def _time(
     """Return the timer's findings as JSON values, and a note where another batch than asked for was timed."""
     tensors = bind(subject.dense, subject.args, subject.kwargs).tensors
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    fixed = not all(any(0 in axes for axes in export.dynamic.values()) for export in exports.values())
+    fixed = not all(any(0 in axes for axes in export.dynamic.values()) for export in written.values())
     batch = subject.batch if fixed else how.batch
     notes = [f"timed at batch {batch}, which the model fixes"] if batch != how.batch else []
     timing = ort.time(
@@ -407,6 +294,14 @@ def _time(
         progress=clock.progress,
     )
     return json.loads(json.dumps(timing.to_dict())), notes
+
+
+def _operators(timing: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, dict[str, float]]:
+    """Milliseconds by operator of each file but the masked one, run as it was timed."""
+    how = timing["settings"]
+    shapes = {name: tuple(shape) for name, shape in how["shapes"].items()}
+    settings = Settings(how["batch"], how["threads"], how["seed"], shapes, how["provider"])
+    return {name: dict(by_operator(path, settings)) for name, path in files.items() if name != "masked"}
 
 
 def _sha256(path: Path) -> str:

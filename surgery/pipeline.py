@@ -97,6 +97,8 @@ def realise(decision: Decision, *, progress: Progress | None = None) -> Result:
         notes = [*notes, *parts.notes(data["part"])]
     data = {
         **data,
+        "layers": report.layers(program.dense.model, compact.module),
+        "stairs": [report.plain(stair) for stair in choice.stairs],
         "notes": [*data["notes"], *choice.warnings, *notes],
         "stages_s": {**decision.stages_s, **run.seconds},
     }

@@ -78,7 +78,7 @@ def describe(
             "weights": None,
             "fingerprint": program.fingerprint,
             "tracer": program.tracer,
-            "inputs": [_plain(spec) for spec in program.inputs],
+            "inputs": [plain(spec) for spec in program.inputs],
         },
         "budget": _budget(plan, costs),
         "latency": _plain_loop(loop),
@@ -94,9 +94,10 @@ def describe(
             {"name": name, "constant": bool(left), "reason": plan.reasons.get(name)}
             for name, left in plan.dropped.items()
         ],
-        "frozen": [_plain(frozen) for frozen in coupling.frozen],
-        "check": _plain(verdict) if verdict else None,
+        "frozen": [plain(frozen) for frozen in coupling.frozen],
+        "check": plain(verdict) if verdict else None,
         "timing": None,
+        "command": None,
         "files": {},
         "stages_s": {},
         "notes": list(program.notes),
@@ -131,7 +132,13 @@ def measured(
 
 
 def named(
-    data: Mapping[str, Any], *, name: str, weights: str, next_command: str, notes: Sequence[str] = ()
+    data: Mapping[str, Any],
+    *,
+    name: str,
+    weights: str,
+    next_command: str,
+    command: str | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the report with what only the caller knows: where the model came from, and what to do next.
 
@@ -140,19 +147,33 @@ def named(
         name: of the model, as the user would say it.
         weights: where they came from.
         next_command: a command line that can be typed as it stands.
+        command: the one that was typed.
         notes: what loading wants the user to know; they come first.
     """
     return {
         **data,
         "accuracy": {**data["accuracy"], "next_command": next_command},
         "model": {**data["model"], "name": name, "weights": weights},
+        "command": command,
         "notes": [*notes, *data["notes"]],
     }
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return a dataclass as what JSON makes of it: tuples are lists, as they are when the report is read back."""
     return json.loads(json.dumps(asdict(value)))
+
+
+def layers(dense: Any, compact: Any) -> list[dict[str, Any]]:
+    """Return the shape of each weight of two axes or more, before and after; after is None where it is gone.
+
+    Args:
+        dense: the dense module.
+        compact: the compact one, whose parameters bear the same names.
+    """
+    kept = {name: list(x.shape) for name, x in compact.named_parameters()}
+    shapes = {name: list(x.shape) for name, x in dense.named_parameters() if x.dim() > 1}
+    return [{"name": name, "dense": shape, "compact": kept.get(name)} for name, shape in shapes.items()]
 
 
 def _plain_loop(loop: Any) -> dict[str, Any] | None:
@@ -312,7 +333,8 @@ def timing_line(data: Mapping[str, Any]) -> str:
     )
 
 
-def _sentences(data: Mapping[str, Any]) -> list[str]:
+def sentences(data: Mapping[str, Any]) -> list[str]:
+    """Return what was asked for and what came of it, a sentence for each stage that has something to say."""
     lines = (
         *(budget_line(data), latency_line(data), compact_line(data), check_line(data)),
         *(report_steps.judged_line(data), timing_line(data)),
@@ -341,7 +363,7 @@ def render_terminal(data: Mapping[str, Any], console: Console) -> None:
         console.print(plain_table(report_steps.JUDGED, judged), "", sep="\n")
     if steps := report_steps.step_cells(data):
         console.print(plain_table(report_steps.STEP_COLUMNS, steps), "", sep="\n")
-    for line in _sentences(data):
+    for line in sentences(data):
         console.print(line, markup=False, highlight=False)
     _section(console, "cut (group: units from → to)", cut_lines(data), limit=_SHOWN_GROUPS)
     _section(console, "dropped: whole branches and layers", dropped_lines(data), limit=_SHOWN_GROUPS)
@@ -382,7 +404,7 @@ def render_markdown(data: Mapping[str, Any]) -> str:
         step_rows=report_steps.step_cells(data),
         rows=cells(data),
         headline=headline(data),
-        sentences=_sentences(data),
+        sentences=sentences(data),
         sections={
             "Cut: group, units from → to": cut_lines(data),
             "Dropped: whole branches and layers": dropped_lines(data),

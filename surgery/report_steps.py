@@ -1,8 +1,7 @@
-"""What models come to in a report: each file beside the dense model, and the steps of recovery with a chart."""
+"""What models come to in a report: each file beside the dense model, and the steps of recovery."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -106,53 +105,3 @@ def step_notes(data: Mapping[str, Any]) -> list[str]:
             f"{within['measured']:.3f} of the dense model's; tried: {tries}"
         )
     return notes
-
-
-def chart(data: Mapping[str, Any]) -> bytes | None:
-    """Return an SVG of accuracy, or agreement, by step, and of the loss where something was trained; None without."""
-    recovery = data.get("recovery") or {"steps": ()}
-    steps = [step for step in recovery["steps"] if step["agreement"]]
-    taught = [step for step in recovery["steps"] if step.get("history")]
-    if len(steps) < 2:
-        return None
-    import matplotlib as mpl
-
-    with mpl.rc_context({"svg.hashsalt": "surgery", "svg.fonttype": "none", "font.size": 9}):
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(4.2 * (1 + bool(taught)), 2.8), layout="constrained")
-        axes = figure.subplots(1, 1 + bool(taught), squeeze=False)[0]
-        _by_step(axes[0], steps)
-        if taught:
-            _loss(axes[1], taught[-1])
-        stream = io.BytesIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    return stream.getvalue()
-
-
-def _by_step(axes: Any, steps: list[Any]) -> None:
-    known = [("accuracy", "accuracy, %"), ("top1_match", "top-1 match with the dense model, %")]
-    key, label = next(((k, t) for k, t in known if steps[0]["agreement"].get(k) is not None), ("cosine", "cosine, %"))
-    names = [step["name"] + ("" if step["kept"] else "\nundone") for step in steps]
-    values = [100 * step["agreement"][key] for step in steps]
-    bars = axes.bar(names, values, color=["#9aa5b1", "#d9822b", *["#2b6cb0"] * len(steps)][: len(steps)])
-    axes.bar_label(bars, [f"{value:.1f}" for value in values], padding=2)
-    axes.set_ylim(0, 112)
-    axes.set_ylabel(label)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _loss(axes: Any, step: Mapping[str, Any]) -> None:
-    marks = step["history"]["marks"]
-    for key, label, colour in (("loss", "learnt from", "#2b6cb0"), ("held_out", "held out", "#d9822b")):
-        points = [(mark["epoch"], mark[key]) for mark in marks if mark[key] is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label, color=colour)
-    best = step["history"]["best"]
-    if 0 <= best < len(marks):
-        axes.axvline(marks[best]["epoch"], color="#9aa5b1", linestyle=":", label="kept")
-    axes.set_yscale("log")
-    axes.set_xlabel("epochs")
-    axes.set_ylabel(f"loss of {step['name']}")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)

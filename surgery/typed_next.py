@@ -29,6 +29,11 @@ def evaluate(model: str, out: Path, loaded: LoadedModel, given: Mapping[str, Any
     return f"{_python()} -i -c {shlex.quote(code)}"
 
 
+def again(arguments: Sequence[str]) -> str:
+    """Return the command line of this run."""
+    return f"{_python()} -m surgery.cli {shlex.join(arguments)}"
+
+
 def shrink(arguments: Sequence[str]) -> str:
     """Return the command line of `show` as one of `shrink`."""
     return f"{_python()} -m surgery.cli shrink {shlex.join(arguments[1:])}"

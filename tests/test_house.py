@@ -31,18 +31,19 @@ ORDER = """
     surgery.depthwise surgery.blocks surgery.dead surgery.zeros
     surgery.couple surgery.tape surgery.rows surgery.least_squares surgery.contractions
     surgery.observe surgery.second_order surgery.signal surgery.score surgery.practise surgery.fvcount
-    surgery.cost surgery.lower surgery.ladders surgery.latency surgery.spend surgery.allocate surgery.timeplan
+    surgery.cost surgery.lower surgery.ladders surgery.latency surgery.staircases surgery.spend surgery.allocate
+    surgery.timeplan
     surgery.moves surgery.transplant surgery.compare
     surgery.cut surgery.check surgery.check_dropped
     surgery.arrange surgery.torch_pruning surgery.eager surgery.part surgery.images
     surgery.recover.drawn surgery.recover.reconstruct surgery.recover.norms surgery.recover.agreement
     surgery.recover.views surgery.recover.resume
     surgery.recover.teaching surgery.recover.train surgery.recover.steps surgery.artefacts
-    surgery.figures surgery.report_steps surgery.report
+    surgery.figures surgery.charts surgery.report_steps surgery.report surgery.page
     surgery.evaluate surgery.optable surgery.request surgery.versus
     surgery.recovery surgery.acceptance surgery.race surgery.decide
     surgery.repeat surgery.profile surgery.within surgery.gradual
-    surgery.pipeline surgery.precisions surgery.deliver
+    surgery.pipeline surgery.precisions surgery.exports surgery.deliver
     surgery.options surgery.data_options surgery.together surgery.company surgery.screen surgery.typed_next surgery.cli
 """
 LAYERS = ORDER.split()
@@ -50,7 +51,7 @@ LAYERS = ORDER.split()
 
 ROOF = {
     *("surgery.race", "surgery.within", "surgery.decide", "surgery.profile", "surgery.pipeline", "surgery.deliver"),
-    *("surgery.options", "surgery.cli", "surgery.versus", "surgery.precisions"),
+    *("surgery.options", "surgery.cli", "surgery.versus", "surgery.precisions", "surgery.exports"),
 }
 """Only these see exporters and benchmarks."""
 
