@@ -72,6 +72,8 @@ def shrink(session: Session, /, model: str, as_json: bool, quiet: bool, out: Pat
     (or a module and its example inputs), or a .pt2 exported program.
     """
     _one_budget(given)
+    if given["max_drop"] is not None and together.processes() > 1:
+        raise InvalidInput("--max-drop judges one model after the other, in one process: leave torchrun out")
     with work(session, quiet=quiet or together.rank() > 0) as progress:
         how = _measurement(given)
         loaded = _load(model, given, progress)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from surgery.ir import CostFn, Coupling, Program, Scores
+from surgery.ir import CostFn, Coupling, Plan, Program, Scores
 from surgery.labels import Layers, Mask, Value
 from surgery.ops.registry import Shape, rules
 from surgery.wiring import Wiring
@@ -146,3 +146,21 @@ def priced(scores: Scores, coupling: Coupling, cost: CostFn) -> Scores:
         price = 1e6 * saved / dense if dense else 0.0
         out[group.name] = tuple(score / max(price, 1e-9) for score in scores[group.name])
     return out
+
+
+def kept_costs(
+    dense: Coupling, before: Mapping[str, CostFn], left: Coupling, after: Mapping[str, CostFn], plan: Plan
+) -> dict[str, tuple[int, int]]:
+    """Return parameters, MACs and units of a plan as (dense, kept).
+
+    Args:
+        dense: the groups of the whole program.
+        before: its costs.
+        left: the groups of what is left of it without the blocks that go.
+        after: the costs of that.
+        plan: which units die.
+    """
+    units = sum(group.size for group in dense.groups)
+    kept = sum(group.size for group in left.groups) - sum(len(dead) for dead in plan.dead.values())
+    costs = {kind: (cost({}), after[kind](plan.dead)) for kind, cost in before.items()}
+    return {**costs, "channels": (units, kept)}

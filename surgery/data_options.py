@@ -36,6 +36,9 @@ def with_data(request: Request, loaded: LoadedModel, given: Mapping[str, Any]) -
         level = "fold" if _can_fold(loaded, request, shape) else "none"
     if given.get("evaluation") is not None:
         opened["evaluate"] = open_evaluation(given["evaluation"])
+    lone = next((o for o in ("epochs", "lr", "train_batch", "mixed_precision") if given.get(o) is not None), None)
+    if lone is not None and level not in TAUGHT:
+        raise InvalidInput(f"--{lone.replace('_', '-')} is for training: add --recover distill or finetune")
     training = _training(level, given) if level in TAUGHT else None
     request = replace(
         request, recover=level, images=given["images"], training=training, share=given.get("share"), **opened
@@ -47,10 +50,10 @@ def with_data(request: Request, loaded: LoadedModel, given: Mapping[str, Any]) -
 
 
 def _training(level: str, given: Mapping[str, Any]) -> Any:
-    """How to train. Classes may not survive a flip; the dense model's own answers do."""
+    """How to train."""
     names = {"epochs": "epochs", "lr": "lr", "train_batch": "batch", "mixed_precision": "mixed_precision"}
     chosen = {field: given[name] for name, field in names.items() if given.get(name) is not None}
-    return Training(**chosen, flip=level == "distill", checkpoint=given.get("checkpoint"), seed=given["seed"])
+    return Training(**chosen, checkpoint=given.get("checkpoint"), seed=given["seed"])
 
 
 def _can_fold(loaded: LoadedModel, request: Request, shape: Sequence[int]) -> bool:

@@ -6,9 +6,12 @@ where there is none. Files are read as they are asked for; one that cannot be re
 
 from __future__ import annotations
 
+import os
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from surgery.errors import InvalidInput
 from surgery.preprocessing import Preprocessing
 from surgery.usercode import user_object
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".gif", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif", ".tiff")
 UNREADABLE = 0.01
 """More than this share of files that cannot be read is refused."""
 UNKNOWN = -1
@@ -41,6 +44,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         pixels: of an archive: (N, H, W, C) of uint8.
         classes: of each image; -1 for none.
         unreadable: files that turned out not to be images.
+        told: what the user should know of how the folder was read.
     """
 
     option: str
@@ -51,6 +55,7 @@ class Images(Dataset[tuple[Tensor, int]]):
     pixels: np.ndarray | None = None
     classes: Sequence[int] = ()
     unreadable: set[str] = field(default_factory=set)
+    told: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Return how many there are, those that cannot be read among them."""
@@ -81,6 +86,7 @@ class Images(Dataset[tuple[Tensor, int]]):
                 whole = image.convert("RGB" if self.shape[0] == 3 else "L")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what PIL raises on broken files
             self.unreadable.add(str(self.files[k]))
+            self.refuse_broken(len(self))
             return None
         return self._fitted(whole)
 
@@ -115,9 +121,8 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def notes(self) -> list[str]:
         """Return what the user should know."""
-        if not self.unreadable:
-            return []
-        return [f"{self.option}: {len(self.unreadable)} files could not be read and were left out"]
+        broken = [f"{self.option}: {len(self.unreadable)} files could not be read and were left out"]
+        return [*self.told, *(broken if self.unreadable else ())]
 
 
 def spaced(count: int, most: int) -> list[int]:
@@ -151,8 +156,9 @@ def open_images(given: str, input_shape: Sequence[int], how: Preprocessing, *, o
         )
     channels = input_shape[1]
     height, width = how.size or (input_shape[2], input_shape[3])
-    if len(how.mean) != channels or len(how.std) != channels or min(how.std) <= 0:
-        raise InvalidInput(f"--mean and --std: give one number for each of {channels} channels, --std above 0")
+    finite = all(isfinite(x) for x in (*how.mean, *how.std))
+    if len(how.mean) != channels or len(how.std) != channels or not finite or min(how.std) <= 0:
+        raise InvalidInput(f"--mean and --std: give one finite number for each of {channels} channels, --std above 0")
     place, shape = Path(given).expanduser(), (channels, height, width)
     return _folder(place, shape, how, option) if place.is_dir() else _archive(place, shape, how, option)
 
@@ -173,7 +179,16 @@ def _archive(place: Path, shape: tuple[int, int, int], how: Preprocessing, optio
         with np.load(place) as data:
             pixels = data["images"]
             labels = data.get("labels")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         what = "no such file or folder" if not place.exists() else "this is none"
         raise InvalidInput(
             f"{option} {place}: give a folder of images, an .npz file with 'images' (N, H, W, C) of uint8 and perhaps "
@@ -195,15 +210,30 @@ def _archive(place: Path, shape: tuple[int, int, int], how: Preprocessing, optio
 
 
 def _folder(place: Path, shape: tuple[int, int, int], how: Preprocessing, option: str) -> Images:
-    """Each image's class is its folder, by name, where all images are in folders side by side."""
-    files = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    """As torchvision's ImageFolder reads it, where there are several folders: each is a class, by name."""
+    folders = sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
+    inside = {folder: _files(folder) for folder in folders}
+    beside = [path for path in sorted(place.iterdir()) if path.is_file() and path.suffix.lower() in SUFFIXES]
+    if sum(map(bool, inside.values())) > 1:
+        files = [file for folder in folders for file in inside[folder]]
+        classes = tuple(k for k, folder in enumerate(folders) for _ in inside[folder])
+        told = [f"{option}: {len(beside)} images beside the folders of classes are left out"] if beside else []
+        empty = [folder.name for folder in folders if not inside[folder]]
+        told += [f"{option}: folder '{name}' holds no images, and counts as a class" for name in empty]
+    else:
+        files, classes = [*beside, *(file for folder in folders for file in inside[folder])], ()
+        told = [f"{option}: all images are in one folder: no classes are known"] if folders and files else []
     if not files or shape[0] not in (1, 3):
         raise InvalidInput(f"{option} {place}: no images ({', '.join(SUFFIXES)}) for {shape[0]} channels")
-    parents = sorted({path.parent.name for path in files})
-    nested = all(path.parent.parent == place for path in files) and len(parents) > 1
-    number = {name: k for k, name in enumerate(parents)}
-    classes = tuple(number[path.parent.name] for path in files) if nested else ()
-    return Images(option, place, shape, how, files=files, classes=classes)
+    return Images(option, place, shape, how, files=files, classes=classes, told=tuple(told))
+
+
+def _files(folder: Path) -> list[Path]:
+    """Images in a folder and the folders below it, in torchvision's order; links are followed."""
+    found = []
+    for place, _, names in sorted(os.walk(folder, followlinks=True)):
+        found += [Path(place, name) for name in sorted(names) if Path(name).suffix.lower() in SUFFIXES]
+    return found
 
 
 def as_dataset(given: Any, *, option: str = "data") -> Any:

@@ -16,10 +16,10 @@ from surgery.acceptance import acceptance_of
 from surgery.allocate import allocate
 from surgery.arrange import arrange, settled
 from surgery.blocks import drop, find_blocks
-from surgery.cost import flush_mib, priced
+from surgery.cost import flush_mib, kept_costs, priced
 from surgery.couple import kept_names
 from surgery.dead import dead_blocks
-from surgery.errors import InvalidInput, UnsupportedModel
+from surgery.errors import BudgetUnreachable, InvalidInput, UnsupportedModel
 from surgery.images import seen_by
 from surgery.ir import Arrangement, Block, CostFn, Coupling, Plan, Program, Scores
 from surgery.latency import widths_of
@@ -271,8 +271,13 @@ class _Clockwork:
                 self._stairs(ground, plan),
             )
 
-        if accepted is None:
+        if accepted is None and request.max_drop is None:
             return replan(target)
+        if accepted is None:
+            try:
+                return replan(target)
+            except BudgetUnreachable as error:
+                raise BudgetUnreachable(f"--max-drop: nothing can be cut that takes time ({error})") from error
         aim = accepted.aim(target)
         notes = [*notes, accepted.told(aim)]
         return replan(aim)
@@ -397,21 +402,3 @@ def _in_the_way(stages: Stages, choice: Choice, request: Request, run: Clock) ->
 
 def _kept(whole: _Ground, ground: _Ground, plan: Plan) -> dict[str, tuple[int, int]]:
     return kept_costs(whole.coupling, whole.costs, ground.coupling, ground.costs, plan)
-
-
-def kept_costs(
-    dense: Coupling, before: Mapping[str, CostFn], left: Coupling, after: Mapping[str, CostFn], plan: Plan
-) -> dict[str, tuple[int, int]]:
-    """Return parameters, MACs and units of a plan as (dense, kept).
-
-    Args:
-        dense: the groups of the whole program.
-        before: its costs.
-        left: the groups of what is left of it without the blocks that go.
-        after: the costs of that.
-        plan: which units die.
-    """
-    units = sum(group.size for group in dense.groups)
-    kept = sum(group.size for group in left.groups) - sum(len(dead) for dead in plan.dead.values())
-    costs = {kind: (cost({}), after[kind](plan.dead)) for kind, cost in before.items()}
-    return {**costs, "channels": (units, kept)}

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from surgery.allocate import plan_from_dead
-from surgery.decide import Decision, decide, kept_costs
+from surgery.cost import kept_costs
+from surgery.decide import Decision, decide
 from surgery.errors import InvalidInput, SurgeryError
 from surgery.ir import Budget, Plan
 from surgery.request import Progress, Request, stages_of

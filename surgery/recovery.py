@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.data import TensorDataset
 
 from surgery.cut import as_call
-from surgery.datasets import Images, as_dataset, as_loader
+from surgery.datasets import UNKNOWN, Images, as_dataset, spaced
 from surgery.errors import InvalidInput
-from surgery.images import Calibration, fitting, seen_by
+from surgery.images import Calibration, seen_by
 from surgery.ir import CompactModel, Coupling, InputSpec, Plan, Program
+from surgery.judging import JUDGED, Pairs
+from surgery.numerics import flat_outputs
 from surgery.part import Whole
 from surgery.recover.agreement import Judged, Model, Reference
 from surgery.recover.steps import LEVELS, Judge, Step, Subject, peak_memory, taught, with_data, without_data
@@ -26,8 +30,8 @@ from surgery.trace import evaluating
 
 NEEDS_DATA = ("bn", "reconstruct", "distill", "finetune")
 TAUGHT = ("distill", "finetune")
-JUDGED = 10_000
-"""At most so many images of a data set are judged by."""
+SAMPLED = 32
+"""Images of what is learnt from that tell it from others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +145,8 @@ def recovered(
             steps.append(_taught(subject, level, request, seen, judge, progress))
     for given in (request.data, request.val):
         notes += given.notes() if isinstance(given, Images) else []
+    if reference is not None:
+        notes += [*reference.notes, *(reference.batches.notes if isinstance(reference.batches, Pairs) else ())]
     if not steps:
         return None
     named = reference.named if reference is not None else ""
@@ -151,11 +157,53 @@ def recovered(
 def _taught(
     subject: Subject, level: str, request: Request, seen: Calibration, judge: Judge, progress: Progress
 ) -> Step:
-    training = request.training or Training(seed=request.seed)
-    key = f"{subject.plan.digest} {seen.digest} {level} {training}"
-    return taught(
-        subject, level, as_dataset(request.data), training, judge, seen=seen.batches, key=key, progress=progress
+    training, data = request.training or Training(seed=request.seed), as_dataset(request.data)
+    if level == "finetune":
+        _refuse_classes(data, subject, seen)
+    key = f"{subject.plan.digest} {seen.digest} {level} {training} {_identity(data, subject)}"
+    return taught(subject, level, data, training, judge, seen=seen.batches, key=key, progress=progress)
+
+
+def _classes_of(data: Any) -> Tensor | None:
+    """All classes of a data set, where they can be had without reading its images."""
+    if isinstance(data, Images):
+        return torch.tensor(data.classes) if data.classes else None
+    return data.tensors[-1] if isinstance(data, TensorDataset) and len(data.tensors) > 1 else None
+
+
+def _refuse_classes(data: Any, subject: Subject, seen: Calibration) -> None:
+    """Raise InvalidInput where a class is none of the model's: before the work, not in the middle of it."""
+    known = _classes_of(data)
+    logits = flat_outputs(subject.dense_call((seen.given or seen.batches)[0]))
+    if known is None or known.is_floating_point() or len(logits) != 1 or logits[0].dim() != 2:
+        return
+    low, high = int(known.min()), int(known.max())
+    wrong = low if low < 0 and low != UNKNOWN else high if high >= logits[0].shape[1] else None
+    if wrong is None:
+        return
+    option = data.option if isinstance(data, Images) else "data"
+    raise InvalidInput(
+        f"{option}: a label is {wrong}, but the model has {logits[0].shape[1]} classes, counted from 0; give labels in "
+        "the order of the model's outputs"
     )
+
+
+def _identity(data: Any, subject: Subject) -> str:
+    """Digest of what is learnt from, as far as it can be told quickly, and of both models' weights."""
+    digest = hashlib.sha256()
+    tensors = [] if (known := _classes_of(data)) is None else [known]
+    if isinstance(data, Images):
+        digest.update("\n".join(map(str, data.files)).encode())
+    if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+        digest.update(str(len(data)).encode())
+        samples = [data[k] for k in spaced(len(data), SAMPLED)]
+        tensors += [x for x in pytree.tree_leaves(samples) if isinstance(x, Tensor)]
+    for model in (subject.dense_model, subject.compact_model):
+        tensors += [x for _, x in sorted(model.state_dict().items())]
+    for x in tensors:
+        digest.update(f"{tuple(x.shape)} {x.dtype}".encode())
+        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def follow(
@@ -222,7 +270,7 @@ def _reference(
     """The dense model on what is judged by: the user's own images to validate on, else those to calibrate on."""
     if request.val is not None:
         specs = _specs(whole, program)
-        return Reference.of(subject.dense_call, _Pairs(request.val, specs), _named(request.val, "--val"))
+        return Reference.of(subject.dense_call, Pairs(request.val, specs), _named(request.val, "--val"))
     if seen is None:
         return None
     batches: Judged = [(batch, None) for batch in seen.given or seen.batches]
@@ -240,47 +288,6 @@ def _specs(whole: Whole | None, program: Program) -> Sequence[InputSpec]:
 def _named(given: Any, option: str) -> str:
     count = len(given) if isinstance(given, Images) else None
     return f"{min(count, JUDGED)} images of {option}" if count is not None else f"the images of {option}"
-
-
-class _Pairs:
-    """Batches of inputs with their classes, read anew each time they are gone through."""
-
-    def __init__(self, given: Any, specs: Sequence[InputSpec]) -> None:
-        values = max(1, int(torch.Size(specs[0].shape[1:]).numel()))
-        fixed = 0 not in specs[0].dynamic
-        size = specs[0].shape[0] if fixed else max(8, min(64, 1_250_000 // values))
-        loader = as_loader(given, batch=size, option="val")
-        self._loader: Any = list(loader) if isinstance(loader, Iterator) else loader
-        self._given, self._specs, self._size = given, specs, size if fixed else None
-
-    def __iter__(self) -> Iterator[tuple[Sequence[Tensor], Tensor | None]]:
-        seen = 0
-        for batch in self._loader:
-            tensors = [x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.dim()]
-            inputs = tensors[: len(self._specs)]
-            if len(inputs) < len(self._specs):
-                raise InvalidInput(
-                    f"a batch of val holds {len(inputs)} tensors, the model takes {len(self._specs)}: give pairs of "
-                    "images and classes"
-                )
-            if self._size is not None and len(inputs[0]) != self._size:
-                continue
-            inputs = [fitting(x, spec, "val") for x, spec in zip(inputs, self._specs, strict=True)]
-            yield inputs, _classes(tensors[len(self._specs) :], len(inputs[0]))
-            seen += len(inputs[0])
-            if seen >= JUDGED:
-                break
-        if not seen:
-            raise InvalidInput("val holds no images: give a folder, an .npz file or a DataLoader that has some")
-        if isinstance(self._given, Images):
-            self._given.refuse_broken(seen)
-
-
-def _classes(rest: Sequence[Tensor], count: int) -> Tensor | None:
-    """The classes of a batch: whole numbers, one for each image, none of them unknown."""
-    if not rest or rest[0].dim() != 1 or len(rest[0]) != count or rest[0].is_floating_point():
-        return None
-    return rest[0].long() if bool((rest[0] >= 0).all()) else None
 
 
 def twin(compact: CompactModel) -> CompactModel:

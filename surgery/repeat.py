@@ -10,7 +10,8 @@ import torch
 from surgery import part as parts
 from surgery.allocate import require_own_cuts
 from surgery.blocks import drop
-from surgery.decide import Choice, Decision, kept_costs
+from surgery.cost import kept_costs
+from surgery.decide import Choice, Decision
 from surgery.errors import InvalidInput, PlanMismatch
 from surgery.ir import Plan, Program
 from surgery.request import Clock, Progress, Request, stages_of

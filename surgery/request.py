@@ -25,6 +25,8 @@ Progress = Callable[[str, float], None]
 """Told what is being done, and the fraction of it behind us (0 to 1)."""
 
 DEFAULT_BUDGET = Budget(latency=0.5)
+MILDEST = Budget(latency=0.95)
+"""Where a search over latencies gives up: what cannot be cut so little is not cut."""
 WITHOUT_PROGRAM = Budget(macs=0.5)
 """The default where nothing tells a runtime's operators: models that `torch.export` cannot capture."""
 
@@ -86,7 +88,9 @@ class Request:
 
     @property
     def goal(self) -> Budget:
-        """The budget: half of the latency by default."""
+        """The budget: half of the latency by default; the mildest that there is where the drop is what counts."""
+        if self.max_drop is not None and self.budget is None:
+            return MILDEST
         if self.budget is not None:
             return self.budget
         return WITHOUT_PROGRAM if self.tracer == "torch-pruning" else DEFAULT_BUDGET

@@ -18,10 +18,8 @@ from surgery.errors import BudgetUnreachable, InvalidInput
 from surgery.evaluate import points_lost
 from surgery.ir import Budget
 from surgery.recover.steps import Step
-from surgery.request import Clock, Request
+from surgery.request import MILDEST, Clock, Request
 
-HIGHEST = 0.95
-"""The latency that is given up at: what cannot be cut so little is not cut."""
 FIRST = 0.5
 NEAR = 0.04
 """The search ends once the interval is this narrow, in fractions of the dense latency."""
@@ -81,7 +79,7 @@ def fastest(decision: Decision, realise: Callable[[Decision], Any], clock: Clock
     low, high, aim = 0.0, 1.0, FIRST
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
         track = race.track_of(choice.program.dense, Path(folder), request, clock.progress)
-        while len(tried) < MOST and high - low > NEAR and aim <= HIGHEST:
+        while len(tried) < MOST and high - low > NEAR and aim <= MILDEST.amount:
             clock.progress(f"within {limit:g} points: {aim:.2f} of the latency", 0.0)
             found, measured = _at(decision, aim, realise), None
             if found is not None:

@@ -41,7 +41,7 @@ ORDER = """
     surgery.recover.teaching surgery.recover.train surgery.recover.steps surgery.artefacts
     surgery.figures surgery.charts surgery.report_steps surgery.report surgery.page
     surgery.evaluate surgery.optable surgery.request surgery.versus
-    surgery.recovery surgery.acceptance surgery.race surgery.decide
+    surgery.judging surgery.recovery surgery.acceptance surgery.race surgery.decide
     surgery.repeat surgery.profile surgery.within surgery.gradual
     surgery.pipeline surgery.precisions surgery.exports surgery.deliver
     surgery.options surgery.data_options surgery.together surgery.company surgery.screen surgery.typed_next surgery.cli

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,9 @@ Model = Callable[[Sequence[Tensor]], Any]
 Judged = Iterable[tuple[Sequence[Tensor], Tensor | None]]
 CONFIDENCE = 0.95
 RESAMPLES = 5000
+HELD = 2**28
+"""Bytes of the dense model's outputs that are held; where they take more, it is run again."""
+_NOTHING = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,99 +51,184 @@ class Agreement:
 
 @dataclass(slots=True, eq=False)
 class Reference:
-    """What the dense model gives on the images to judge by: others are compared with it.
+    """What the dense model gives on the images to judge by: others are compared with it, batch by batch.
 
     Attributes:
+        dense_model: run again where its outputs are too many to be held.
         batches: of inputs and classes (or None), the same each time they are gone through.
         labels: of each image, (N,), or None.
-        outputs: of the dense model, each (N, values of an image).
+        outputs: of the dense model, for each batch those of it, or None where they are too many.
         classes: the output's number of classes, 0 where outputs are no classes.
         named: what the images are, for the reader.
+        notes: what the user should know.
     """
 
+    dense_model: Model
     batches: Judged
     labels: Tensor | None
-    outputs: Sequence[Tensor]
+    outputs: Sequence[Sequence[Tensor]] | None
     classes: int
     named: str
-    right: Tensor | None = field(default=None)
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, dense: Model, batches: Judged, named: str) -> Reference:
         """Run the dense model; raises InvalidInput where labels are out of its range."""
-        seen: list[Tensor | None] = []
-        outputs, classes = _outputs(dense, batches, seen)
-        labels = torch.cat([x for x in seen if x is not None]) if seen and all(x is not None for x in seen) else None
-        if labels is not None and not classes:
-            labels = None
-        if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            wrong = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
+        seen, outputs, classes, held = list[Tensor | None](), list[Sequence[Tensor]](), 0, 0
+        for inputs, labels in batches:
+            found = _flat(dense, inputs)
+            classes = _classes_of(found)
+            seen.append(labels)
+            held += sum(x.numel() * x.element_size() for x in found)
+            if held <= HELD:
+                outputs.append(found)
+        if not seen:
+            raise InvalidInput("there are no images to judge by")
+        known = torch.cat([x for x in seen if x is not None]) if all(x is not None for x in seen) else None
+        notes: tuple[str, ...] = ()
+        if known is not None and not classes:
+            known, notes = None, (f"the classes of {named} say nothing: the model's output is not (N, classes) alone",)
+        if known is not None and not 0 <= int(known.min()) <= int(known.max()) < classes:
+            wrong = int(known.min()) if int(known.min()) < 0 else int(known.max())
             raise InvalidInput(
                 f"{named}: a label is {wrong}, but the model has {classes} classes, counted from 0; give labels in "
                 "the order of the model's outputs"
             )
-        right = outputs[0].argmax(1) == labels if labels is not None else None
-        return cls(batches, labels, outputs, classes, named, right)
+        return cls(dense, batches, known, outputs if held <= HELD else None, classes, named, notes)
 
     def dense(self) -> Agreement:
         """Return the dense model beside itself."""
-        return self._beside(self.outputs)
+        found = self._beside(self.dense_model)
+        exact = 0.0, 0.0, 0.0
+        drop, differs = (exact if x is not None else None for x in (found.drop, found.differs))
+        return replace(found, drop=drop, differs=differs)
 
     def judge(self, model: Model) -> Agreement:
         """Return how a model does beside the dense one."""
-        return self._beside(_outputs(model, self.batches, [])[0])
+        return self._beside(model)
 
     def correlation(self, model: Model) -> float:
         """Return how far a model's outputs go along with the dense model's, over images: -1 to 1; NaN if not finite."""
-        own, other = (
-            torch.cat([x.double() for x in xs], 1) for xs in (self.outputs, _outputs(model, self.batches, [])[0])
-        )
-        if len(own) > 1:
-            own, other = own - own.mean(0), other - other.mean(0)
-        both = own.norm() * other.norm()
-        return float((own * other).sum() / both) if not 0 <= float(both) < 1e-30 else 0.0
+        sums = _Sums()
+        for own, other, _ in self._pairs(model):
+            sums.add(own, other)
+        return sums.correlation()
 
-    def _beside(self, found: Sequence[Tensor]) -> Agreement:
-        own, other = (torch.cat([x.double() for x in xs], 1) for xs in (self.outputs, found))
-        cosine = float(torch.nn.functional.cosine_similarity(own, other, dim=1).mean())
-        varies = float((own - own.mean(0)).square().sum()) or float(own.square().sum()) or 1.0
-        error = float((own - other).square().sum()) / varies
+    def _pairs(self, model: Model) -> Iterator[tuple[Tensor, Tensor, list[Tensor]]]:
+        """For each batch the two models' outputs, (N, values) of float64, and the other one's as they came."""
+        for k, (inputs, _) in enumerate(self.batches):
+            ours = self.outputs[k] if self.outputs is not None else _flat(self.dense_model, inputs)
+            theirs = _flat(model, inputs)
+            yield _rows(ours), _rows(theirs), theirs
+
+    def _beside(self, model: Model) -> Agreement:
+        sums, cosines, apart = _Sums(), list[Tensor](), list[Tensor]()
+        same, right, rights, at = list[Tensor](), list[Tensor](), list[Tensor](), 0
+        for own, other, _ in self._pairs(model):
+            sums.add(own, other)
+            cosines.append(torch.nn.functional.cosine_similarity(own, other, dim=1))
+            if not self.classes:
+                continue
+            logs = own.log_softmax(1)
+            apart.append((logs.exp() * (logs - other.log_softmax(1))).sum(1))
+            same.append(own.argmax(1) == other.argmax(1))
+            if self.labels is not None:
+                wanted = self.labels[at : at + len(own)]
+                right.append(own.argmax(1) == wanted)
+                rights.append(other.argmax(1) == wanted)
+            at += len(own)
+        cosine, error = float(torch.cat(cosines).mean()), sums.error()
         if not self.classes:
-            return Agreement(len(own), cosine, error)
-        ours, theirs = self.outputs[0].double(), found[0].double()
-        logs = ours.log_softmax(1)
-        divergence = float((logs.exp() * (logs - theirs.log_softmax(1))).sum(1).mean())
-        same = ours.argmax(1) == theirs.argmax(1)
-        match, differs = float(same.double().mean()), paired_drop(torch.ones_like(same), same)
-        if self.labels is None or self.right is None:
-            return Agreement(len(own), cosine, error, match, divergence, differs=differs)
-        right = theirs.argmax(1) == self.labels
-        accuracy = float(right.double().mean())
-        return Agreement(len(own), cosine, error, match, divergence, accuracy, paired_drop(self.right, right), differs)
+            return Agreement(sums.count, cosine, error)
+        alike = torch.cat(same)
+        divergence, match = float(torch.cat(apart).mean()), float(alike.double().mean())
+        differs = paired_drop(torch.ones_like(alike), alike)
+        differs = differs[0], max(0.0, differs[1]), differs[2]
+        if self.labels is None:
+            return Agreement(sums.count, cosine, error, match, divergence, differs=differs)
+        before, after = torch.cat(right), torch.cat(rights)
+        accuracy, drop = float(after.double().mean()), paired_drop(before, after)
+        return Agreement(sums.count, cosine, error, match, divergence, accuracy, drop, differs)
+
+
+@dataclass(slots=True, eq=False)
+class _Sums:
+    """Of two models' outputs over images, less the first image's: what varies, and how far they go together."""
+
+    count: int = 0
+    pivot: tuple[Tensor, Tensor] | None = None
+    sums: list[Tensor] = field(default_factory=list)
+    own: float = 0.0
+    other: float = 0.0
+    both: float = 0.0
+    between: float = 0.0
+
+    def add(self, own: Tensor, other: Tensor) -> None:
+        """Take a batch in, (N, values) each."""
+        if self.pivot is None:
+            self.pivot = own[0].clone(), other[0].clone()
+            self.sums = [torch.zeros_like(own[0]), torch.zeros_like(other[0])]
+        self.count += len(own)
+        self.between += float((own - other).square().sum())
+        own, other = own - self.pivot[0], other - self.pivot[1]
+        self.sums = [total + x.sum(0) for total, x in zip(self.sums, (own, other), strict=True)]
+        self.own += float(own.square().sum())
+        self.other += float(other.square().sum())
+        self.both += float((own * other).sum())
+
+    def _centred(self) -> tuple[float, float, float]:
+        a, b = (total / self.count for total in self.sums)
+        pairs = ((self.own, a, a), (self.other, b, b), (self.both, a, b))
+        own, other, both = (total - self.count * float((x * y).sum()) for total, x, y in pairs)
+        return max(own, 0.0), max(other, 0.0), both
+
+    def error(self) -> float:
+        """Squared difference over what varies in the first model's outputs."""
+        assert self.pivot is not None, "there are images"
+        whole = self.own + self.count * float(self.pivot[0].square().sum())
+        return self.between / (self._centred()[0] or whole or 1.0)
+
+    def correlation(self) -> float:
+        """Of the two, over images; of one image, of its values."""
+        assert self.pivot is not None, "there are images"
+        own, other, both = self._centred()
+        if self.count == 1:
+            a, b = self.pivot
+            own, other, both = float(a.square().sum()), float(b.square().sum()), float((a * b).sum())
+        scale = (own * other) ** 0.5 if own == own and other == other else float("nan")
+        return both / scale if not 0 <= scale < _NOTHING else 0.0
+
+
+def _flat(model: Model, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """All floating outputs of a batch."""
+    with torch.no_grad():
+        found = [x.float() for x in flat_outputs(model(inputs))]
+    if not found:
+        raise InvalidInput("the model returns no floating-point tensor: there is nothing to judge by")
+    return found
+
+
+def _rows(outputs: Sequence[Tensor]) -> Tensor:
+    return torch.cat([x.reshape(len(x), -1).double() for x in outputs], 1)
+
+
+def _classes_of(found: Sequence[Tensor]) -> int:
+    first = found[0]
+    return first.shape[1] if first.dim() == 2 and first.shape[1] > 1 and len(found) == 1 else 0
 
 
 def paired_drop(dense: Tensor, compact: Tensor) -> tuple[float, float, float]:
-    """Return by how many points fewer images are right, and the bootstrap's 95 % interval, on the same images."""
+    """Return by how many points fewer images are right, and the bootstrap's 95 % interval, on the same images.
+
+    Where all images agree, resampling them tells nothing: the interval is that of so many trials without an event.
+    """
     apart = 100.0 * (dense.double() - compact.double()).numpy()
     mean = float(apart.mean())
-    if len(apart) < 2 or not apart.any() or (apart == apart[0]).all():
-        return mean, mean, mean
+    if (apart == apart[0]).all():
+        unseen = 100.0 * (1.0 - ((1.0 - CONFIDENCE) / 2) ** (1.0 / len(apart)))
+        return mean, max(-100.0, mean - unseen), min(100.0, mean + unseen)
     found = bootstrap(
         (apart,), np.mean, confidence_level=CONFIDENCE, n_resamples=RESAMPLES, method="percentile",
         batch=100, rng=np.random.default_rng(0),
     ).confidence_interval  # fmt: skip
     return mean, float(found.low), float(found.high)
-
-
-def _outputs(model: Model, batches: Judged, seen: list[Tensor | None]) -> tuple[list[Tensor], int]:
-    """All outputs, each (N, values of an image), and how many classes the first has; labels go into `seen`."""
-    each = []
-    with torch.no_grad():
-        for inputs, labels in batches:
-            each.append([x.float() for x in flat_outputs(model(inputs))])
-            seen.append(labels)
-    if not each or not each[0]:
-        raise InvalidInput("the model returns no floating-point tensor: there is nothing to judge by")
-    first = each[0][0]
-    classes = first.shape[1] if first.dim() == 2 and first.shape[1] > 1 and len(each[0]) == 1 else 0
-    return [torch.cat([x.reshape(len(x), -1) for x in column]) for column in zip(*each, strict=True)], classes

@@ -38,7 +38,7 @@ def estimate_norms(
     if compact.graph is None:
         return _of_module(compact.module, batches, call, progress)
     tape = _Estimating(compact.graph, tensors_of(compact.graph))
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(compact.graph):  # dropouts are off
         for k, batch in enumerate(batches):
             progress(k / len(batches))
             tape.output(tape.start(batch))

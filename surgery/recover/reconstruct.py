@@ -27,6 +27,7 @@ from surgery.moves import arranged, moves_of
 from surgery.numerics import state_of
 from surgery.rows import Window, convolution_rows, drawn, value_rows
 from surgery.tape import Frontier, Tape
+from surgery.trace import evaluating
 from surgery.wiring import Masks, Wiring, bind
 
 aten = torch.ops.aten
@@ -96,6 +97,20 @@ def reconstruct(
     Returns:
         What came of each layer that was fitted, in order.
     """
+    with evaluating(compact.graph):  # its operators hold flags of their own
+        return _each(program, plan, coupling, compact, batches, seed, memory, progress)
+
+
+def _each(
+    program: Program,
+    plan: Plan,
+    coupling: Coupling,
+    compact: CompactModel,
+    batches: Batches,
+    seed: int,
+    memory: int,
+    progress: Callable[[float], None],
+) -> list[Fitted]:
     wiring: Wiring = coupling.facts
     masks, whole = masks_of(program, plan, coupling), program.dense
     dense = Tape(whole.graph, arranged(state_of(whole), moves_of(coupling, plan.arranged)))

@@ -30,10 +30,12 @@ class Training:
         ema: decay of the moving average of the weights, which is what is kept; 0 for the last weights.
         mixed_precision: `no`, `fp16` or `bf16`.
         held_out: share of the images by which it is judged how far training has come; at least 64 of them, or a fifth
-            of all where that is fewer. With 0, and with a DataLoader, nothing is held out.
+            of all where that is fewer. With 0 nothing is. With a DataLoader, its first 512 images judge, which are
+            learnt from as well.
         patience: judgements in a row without progress, one each epoch, after which training ends.
         shift: images are shifted by up to this share of their size.
-        flip: images are flipped left to right, half of them.
+        flip: images are flipped left to right, half of them; None: for distillation alone, since classes may not
+            survive it.
         mix: pairs of images are mixed, half of them; for distillation alone.
         every: steps between checkpoints.
         checkpoint: folder for them; None for none.
@@ -50,7 +52,7 @@ class Training:
     held_out: float = 0.05
     patience: int = 5
     shift: float = 0.125
-    flip: bool = True
+    flip: bool | None = None
     mix: bool = True
     every: int = 200
     checkpoint: Path | None = None

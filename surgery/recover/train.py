@@ -29,6 +29,8 @@ from surgery.trace import evaluating
 
 WARM_UP = 0.05
 HELD_OUT_LEAST = 64
+JUDGED_BY = 512
+"""Images of a DataLoader, of which nothing can be held out, that training is judged by."""
 
 
 def train(
@@ -209,6 +211,11 @@ class _Run:
     def _mark(self, lr: float) -> None:
         """Judge the averaged weights on what is held out, and keep them where they are the best so far."""
         history, held_out = self.history, self._held_out()
+        if held_out is not None and not isfinite(held_out):
+            raise InvalidInput(
+                f"training: the loss on images held out is not a number after {self._step} steps; look for images that "
+                f"are not finite, or lower the learning rate (--lr {self._how.lr / 10:g})"
+            )
         mean = self._summed / self._since if self._since else float("nan")
         history.marks.append(Mark(self._step, self._step / self._each, lr, mean, held_out))
         self._since, self._summed = 0, 0.0
@@ -229,7 +236,8 @@ class _Run:
                 inputs, classes = _parted([x.to(self._accelerator.device) for x in batch], self._labels)
                 loss = loss_of(self._student(inputs), self._teacher(inputs), classes, self._how.temperature)
                 total, count = total + float(loss) * len(inputs[0]), count + len(inputs[0])
-        return total / count
+        mean = torch.tensor(total / count, dtype=torch.float64, device=self._accelerator.device)
+        return float(self._accelerator.reduce(mean, "mean"))  # what a DataLoader gives may differ by process
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -293,7 +301,7 @@ def _loaders(data: Any, how: Training, processes: int, labels: bool) -> tuple[An
             raise InvalidInput(
                 "to be taught with, data are a folder, an .npz file, a Dataset or a DataLoader of a length"
             )
-        return data, None
+        return data, _first(data)
     count = len(data)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(how.seed)).tolist()
     aside = max(int(how.held_out * count), min(HELD_OUT_LEAST, count // 5)) if how.held_out else 0
@@ -301,10 +309,23 @@ def _loaders(data: Any, how: Training, processes: int, labels: bool) -> tuple[An
     batch = min(how.batch, len(learnt) // processes * processes)
     if batch < 2:
         raise InvalidInput(f"training: {count} images are too few for {processes} processes; give more with --data")
-    views = Views(data, Look(how.shift, how.flip, how.mix and not labels, how.seed), learnt)
+    views = Views(
+        data, Look(how.shift, not labels if how.flip is None else how.flip, how.mix and not labels, how.seed), learnt
+    )
     loader = DataLoader(views, batch_size=batch, sampler=Order(len(learnt), how.seed), drop_last=True)
     plain = Views(data, Look(0.0, False, False, how.seed), judged)
     return loader, DataLoader(plain, batch_size=batch) if judged else None
+
+
+def _first(loader: Any) -> list[list[Tensor]]:
+    """The first batches of a DataLoader: with nothing to hold out, it is judged by what is learnt from as well."""
+    found, count = list[list[Tensor]](), 0
+    for batch in loader:
+        found.append([x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.dim()])
+        count += len(found[-1][0])
+        if count >= JUDGED_BY:
+            break
+    return found
 
 
 def _set_epoch(loader: Any, epoch: int) -> None:

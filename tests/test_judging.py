@@ -1,0 +1,359 @@
+"""What recovery is judged and taught by: the same images for every model, classes as they are, nothing misread."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import surgery
+from surgery import judging
+from surgery.datasets import open_images
+from surgery.errors import InvalidInput
+from surgery.preprocessing import Preprocessing
+from surgery.recover import agreement
+from surgery.recover.agreement import Reference, paired_drop
+from surgery.request import MILDEST, Request
+
+ROOT = Path(__file__).resolve().parent.parent
+PLAIN = Preprocessing((0.0,) * 3, (1.0,) * 3)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.fc = nn.Conv2d(16, 24, 3, stride=2), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn(self.conv1(x)))
+        return self.fc(torch.relu(self.conv2(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    model = Net()
+    with torch.no_grad():
+        model.bn.running_mean.normal_(0, 0.3)  # type: ignore[union-attr, operator]
+        model.bn.running_var.uniform_(0.5, 2)  # type: ignore[union-attr, operator]
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def images(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Each image's class is what the model says of it."""
+    torch.manual_seed(1)
+    x = torch.randn(160, 3, 10, 10)
+    with torch.no_grad():
+        return x, model(x).argmax(1)
+
+
+@pytest.fixture(scope="module")
+def cut(model: nn.Module, images: tuple[Tensor, Tensor]) -> surgery.Result:
+    budget = surgery.Budget(macs=0.5)
+    return surgery.shrink(model, images[0][:1], budget=budget, data=images[0], recover="none")
+
+
+# Images to judge by. -------------------------------------------------------------------------------------------------
+
+
+def test_the_order_of_a_loader_changes_nothing(cut: surgery.Result, images: tuple[Tensor, Tensor]) -> None:
+    found = [
+        surgery.recover(cut, images, level="bn", val=DataLoader(TensorDataset(*images), batch_size=32, shuffle=shuffle))
+        for shuffle in (False, True)
+    ]
+    first, second = ([step.agreement for step in result.steps] for result in found)
+    assert first[0] is not None
+    assert first[0].accuracy == 1.0
+    for a, b in zip(first, second, strict=True):
+        assert a is not None
+        assert b is not None
+        assert a.accuracy == b.accuracy
+        assert a.top1_match == b.top1_match
+        assert a.error == pytest.approx(b.error, rel=1e-6, abs=1e-12)
+
+
+def test_images_that_are_others_each_time_are_refused_where_they_cannot_be_held(
+    cut: surgery.Result, images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judging, "KEPT", 1000)
+    with pytest.raises(InvalidInput, match="val gives other images each time"):
+        surgery.recover(cut, images, level="bn", val=DataLoader(TensorDataset(*images), batch_size=32, shuffle=True))
+    result = surgery.recover(cut, images, level="bn", val=DataLoader(TensorDataset(*images), batch_size=32))
+    assert result.steps[0].agreement is not None
+    assert result.steps[0].agreement.accuracy == 1.0
+
+
+def test_outputs_that_are_too_many_are_made_again(
+    model: nn.Module, cut: surgery.Result, images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: Any = [((part,), None) for part in torch.split(images[0], 32)]
+    held = Reference.of(lambda inputs: model(*inputs), batches, "images")
+    monkeypatch.setattr(agreement, "HELD", 100)
+    anew = Reference.of(lambda inputs: model(*inputs), batches, "images")
+    assert held.outputs is not None
+    assert anew.outputs is None
+    compact = cut.model
+    assert held.judge(lambda inputs: compact(*inputs)) == anew.judge(lambda inputs: compact(*inputs))
+    assert held.correlation(lambda inputs: compact(*inputs)) == anew.correlation(lambda inputs: compact(*inputs))
+
+
+def test_error_and_correlation_are_what_all_outputs_at_once_give(
+    model: nn.Module, cut: surgery.Result, images: tuple[Tensor, Tensor]
+) -> None:
+    batches: Any = [((part,), None) for part in torch.split(images[0], 48)]
+    reference = Reference.of(lambda inputs: model(*inputs) + 100, batches, "images")
+    with torch.no_grad():
+        own, other = (m(images[0]).double() + shift for m, shift in ((model, 100), (cut.model, 0)))
+    own, other = own.float().double(), other.float().double()
+    found = reference.judge(lambda inputs: cut.model(*inputs))
+    error = float((own - other).square().sum() / (own - own.mean(0)).square().sum())
+    assert found.error == pytest.approx(error, rel=1e-5)
+    own, other = own - own.mean(0), other - other.mean(0)
+    wanted = float((own * other).sum() / (own.norm() * other.norm()))
+    assert reference.correlation(lambda inputs: cut.model(*inputs)) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [10, 1000])
+def test_no_disagreement_on_a_few_images_is_no_proof(count: int) -> None:
+    """Clopper and Pearson's bound for no event in so many trials."""
+    value, low, high = paired_drop(torch.ones(count), torch.ones(count))
+    assert value == 0.0
+    assert high == -low == pytest.approx(100 * (1 - 0.025 ** (1 / count)))
+    assert (high > 30) == (count == 10)
+
+
+# Classes. ------------------------------------------------------------------------------------------------------------
+
+
+def test_classes_in_a_column_are_classes(cut: surgery.Result, images: tuple[Tensor, Tensor]) -> None:
+    loader = DataLoader(TensorDataset(images[0], images[1][:, None]), batch_size=32)
+    result = surgery.recover(cut, images, level="bn", val=loader)
+    assert result.report["accuracy"]["status"] == "measured"
+
+
+def test_classes_that_cannot_be_used_are_said(cut: surgery.Result, images: tuple[Tensor, Tensor]) -> None:
+    hot = nn.functional.one_hot(images[1], 5)
+    result = surgery.recover(cut, images, level="bn", val=DataLoader(TensorDataset(images[0], hot), batch_size=32))
+    assert any("not one whole number for each image" in note for note in result.report["notes"])
+
+
+@pytest.mark.parametrize("wrong", [99, -7])
+def test_a_label_out_of_range_is_refused_before_the_work(
+    cut: surgery.Result, images: tuple[Tensor, Tensor], wrong: int
+) -> None:
+    labels = images[1].clone()
+    labels[17] = wrong
+    with pytest.raises(InvalidInput, match=f"a label is {wrong}, but the model has 5 classes"):
+        surgery.recover(cut, (images[0], labels), level="finetune", training=surgery.Training(epochs=1))
+
+
+def make(path: Path, colour: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (10, 10), (colour, 0, 0)).save(path)
+
+
+def layout(folder: Path, kind: str) -> Path:
+    for k, name in enumerate(("ant", "bee", "cat")):
+        below = "deep/deeper" if kind == "deep" else "."
+        make(folder / "real" / name / below / f"{name}.png", 10 * k)
+    place = folder / "real"
+    if kind == "stray":
+        make(place / "stray.png", 200)
+    if kind == "links":
+        (folder / "linked").mkdir()
+        for name in ("ant", "bee", "cat"):
+            (folder / "linked" / name).symlink_to(place / name)
+        place = folder / "linked"
+    return place
+
+
+@pytest.mark.parametrize("kind", ["plain", "deep", "stray", "links"])
+def test_folders_are_read_as_torchvision_does(tmp_path: Path, kind: str) -> None:
+    from surgery.compat import import_torchvision
+
+    place = layout(tmp_path, kind)
+    theirs = import_torchvision().datasets.ImageFolder(str(place))
+    found = open_images(str(place), (1, 3, 10, 10), PLAIN)
+    assert [(str(file), label) for file, label in zip(found.files, found.classes, strict=True)] == theirs.samples
+    assert any("beside the folders" in note for note in found.notes()) == (kind == "stray")
+
+
+def test_a_class_without_images_keeps_its_number(tmp_path: Path) -> None:
+    place = layout(tmp_path, "plain")
+    (place / "bee" / "bee.png").unlink()
+    found = open_images(str(place), (1, 3, 10, 10), PLAIN)
+    assert found.classes == (0, 2)
+    assert any("'bee' holds no images, and counts as a class" in note for note in found.notes())
+
+
+def test_one_folder_is_no_class_and_that_is_said(tmp_path: Path) -> None:
+    make(tmp_path / "holidays" / "a.png")
+    make(tmp_path / "holidays" / "b.png")
+    found = open_images(str(tmp_path), (1, 3, 10, 10), PLAIN)
+    assert not found.labelled
+    assert any("all images are in one folder" in note for note in found.notes())
+
+
+# Damage. -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_archive_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "z.npz"
+    np.savez_compressed(path, images=np.random.default_rng(0).integers(0, 255, (40, 10, 10, 3), dtype=np.uint8))
+    with zipfile.ZipFile(path) as archive:
+        at = archive.infolist()[0].header_offset + 200
+    content = bytearray(path.read_bytes())
+    content[at : at + 200] = bytes(200)
+    path.write_bytes(content)
+    with pytest.raises(InvalidInput, match="give a folder of images"):
+        open_images(str(path), (1, 3, 10, 10), PLAIN)
+
+
+def test_files_that_cannot_be_read_are_refused_while_training_too(cut: surgery.Result, tmp_path: Path) -> None:
+    for k in range(40):
+        make(tmp_path / f"{k:02}.png", k)
+    for k in range(1, 40, 4):
+        (tmp_path / f"{k:02}.png").write_text("no image")
+    data = open_images(str(tmp_path), (1, 3, 10, 10), PLAIN)
+    with pytest.raises(InvalidInput, match="images cannot be read"):
+        surgery.recover(cut, data, level="distill", images=2, training=surgery.Training(epochs=1, batch=8))
+
+
+def test_a_pixel_that_is_no_number_is_refused_where_it_is_held_out(
+    cut: surgery.Result, images: tuple[Tensor, Tensor]
+) -> None:
+    for seed in range(3):
+        x = images[0].clone()
+        held = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[0]
+        x[held] = float("nan")
+        good = [k for k in range(len(x)) if k != int(held)][:8]
+        result = surgery.recover(cut, x[good], level="reconstruct")
+        with pytest.raises(InvalidInput, match=r"not a number|NaN"):
+            surgery.recover(
+                result, _First(x, good), level="distill", images=8, training=surgery.Training(epochs=2, seed=seed)
+            )
+
+
+class _First(Dataset[tuple[Tensor, int]]):
+    """Images of which those that are looked at first are good."""
+
+    def __init__(self, x: Tensor, good: list[int]) -> None:
+        self._x, self._good, self._asked = x, good, 0
+
+    def __len__(self) -> int:
+        return len(self._x)
+
+    def __getitem__(self, k: int) -> tuple[Tensor, int]:
+        self._asked += 1
+        return (self._x[self._good[k % len(self._good)]] if self._asked <= 40 else self._x[k]), -1
+
+
+# Training. -----------------------------------------------------------------------------------------------------------
+
+
+def test_reconstruction_is_the_same_whatever_mode_the_model_is_in(images: tuple[Tensor, Tensor]) -> None:
+    errors = []
+    for mode in (False, True):
+        torch.manual_seed(0)
+        model = Net().train(mode)
+        budget = surgery.Budget(macs=0.5)
+        result = surgery.shrink(model, images[0][:1], budget=budget, data=images[0], criterion="l1")
+        assert result.model.training is mode
+        assert result.steps[-1].agreement is not None
+        errors.append(result.steps[-1].agreement.error)
+    assert errors[0] == errors[1]
+
+
+def test_fine_tuning_by_a_loader_never_ends_below_where_it_began(
+    cut: surgery.Result, images: tuple[Tensor, Tensor]
+) -> None:
+    def loader() -> Any:
+        return DataLoader(TensorDataset(*images), batch_size=32)
+
+    fitted = surgery.recover(cut, images, level="reconstruct", val=images)
+    found = surgery.recover(cut, loader(), level="finetune", val=images, training=surgery.Training(epochs=2, lr=1.0))
+    before, after = (result.steps[-1].agreement for result in (fitted, found))
+    assert before is not None
+    assert after is not None
+    assert after.accuracy is not None
+    assert before.accuracy is not None
+    assert after.accuracy >= before.accuracy - 0.02
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("other", ["labels", "weights", "images"])
+def test_a_checkpoint_of_another_run_is_not_taken_up(
+    other: str, model: nn.Module, cut: surgery.Result, images: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    def stop(stage: str, fraction: float) -> None:
+        if stage == "finetune" and fraction >= 0.5:
+            raise Stopped
+
+    training = surgery.Training(epochs=4, batch=32, every=2, checkpoint=tmp_path / "training")
+    with pytest.raises(Stopped):
+        surgery.recover(cut, images, level="finetune", training=training, progress=stop)
+    assert (tmp_path / "training" / "training.safetensors").is_file()
+    x, y, result = images[0], images[1], cut
+    if other == "labels":
+        y = (y + 1) % 5
+    elif other == "images":
+        x = x + torch.arange(len(x)).remainder(2).view(-1, 1, 1, 1)
+    else:
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            twin.fc.bias += 0.5  # type: ignore[union-attr, operator]
+        result = surgery.shrink(twin, x[:1], budget=surgery.Budget(macs=0.5), data=x, recover="none")
+        assert result.plan.digest == cut.plan.digest
+    found = surgery.recover(result, (x, y), level="finetune", training=training)
+    assert found.steps[-1].history is not None
+    assert found.steps[-1].history.resumed == 0
+
+
+# What is asked for. --------------------------------------------------------------------------------------------------
+
+
+def test_a_drop_without_a_budget_begins_with_the_mildest_cut() -> None:
+    assert Request(max_drop=1.0, data=1).goal == MILDEST
+    assert Request(budget=surgery.Budget(macs=0.5)).goal == surgery.Budget(macs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "said"),
+    [
+        (["--max-drop", "1"], {"WORLD_SIZE": "2", "RANK": "0"}, "in one process: leave torchrun out"),
+        (["--epochs", "3"], {}, "--epochs is for training: add --recover distill or finetune"),
+        (["--data", ".", "--mean", "nan,0,0"], {}, "give one finite number for each of 3 channels"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    tmp_path: Path, arguments: list[str], environment: dict[str, str], said: str
+) -> None:
+    make(tmp_path / "a.png")
+    (tmp_path / "net.py").write_text(
+        "import torch\ndef net():\n    layers = torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3)\n"
+        "    return torch.nn.Sequential(*layers), torch.zeros(1, 3, 16, 16)\n"
+    )
+    command = [sys.executable, "-m", "surgery.cli", "shrink", "net.py:net", "--out", "out", *arguments]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not (tmp_path / "out").exists()
