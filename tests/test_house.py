@@ -250,6 +250,17 @@ def test_the_table_in_the_readme_is_what_was_measured() -> None:
     assert record.sentence(results["machine"]) in README
 
 
+def test_the_tables_of_the_study_of_recovery_are_what_was_measured() -> None:
+    from benchmarks.studies import record
+    from benchmarks.studies.recovery.table import tables
+
+    text = (ROOT / "docs" / "recovery-study.md").read_text(encoding="utf-8")
+    assert tables(record.read("recovery")).rstrip() in text
+    row = record.read("recovery")["rows"]["without labels resnet56 0.476 second-order"]["rows"][-1]
+    drop = row["judged"][0]
+    assert f"{drop['drop']:.2f} points [{drop['low']:.2f}, {drop['high']:.2f}]" in README
+
+
 # Packaging. ----------------------------------------------------------------------------------------------------------
 
 TINY = """
