@@ -231,7 +231,7 @@ def test_the_readme_opens_with_two_commands() -> None:
     assert second.endswith("-m pytest -n 2")
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/adding-an-operator.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/adding-an-operator.md", "docs/files.md"])
 def test_python_in_the_documents_runs(document: str, tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), flags=re.DOTALL)
     assert blocks
