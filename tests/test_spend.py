@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.studies.allocation import Exact
@@ -106,6 +106,7 @@ def test_units_inside_a_block_are_not_paid_twice() -> None:
 
 
 @settings(max_examples=25, deadline=None)
+@example([[1.5, 2.0], [1.0], [2.0], [1.0]], 0.8125, 2.0)
 @given(st.lists(steps, min_size=2, max_size=4), st.floats(0.3, 0.9), st.floats(0.1, 5.0))
 def test_the_studys_exact_solver_finds_what_trying_all_finds(
     importance: list[list[float]], share: float, worth_of_block: float

@@ -94,7 +94,7 @@ class Mixed:
         self._high.append(high)
 
     def solve(self, seconds: float) -> Any:
-        """Return what HiGHS finds within a time."""
+        """Return what HiGHS finds within a time; its presolve (of scipy 1.17) cuts off the optimum of some problems."""
         rows, columns, factors = zip(*self._entries, strict=True)
         matrix = csr_array((factors, (rows, columns)), shape=(len(self._low), len(self.cost)))
         return milp(
@@ -102,7 +102,7 @@ class Mixed:
             integrality=np.array(self.whole),
             bounds=Bounds(0, 1),
             constraints=LinearConstraint(matrix, self._low, self._high),
-            options={"time_limit": seconds, "mip_rel_gap": 1e-3},
+            options={"time_limit": seconds, "mip_rel_gap": 1e-3, "presolve": False},
         )
 
 
