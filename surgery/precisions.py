@@ -167,4 +167,8 @@ def notes(quantised: Mapping[str, Quantised], timing: Mapping[str, Any] | None) 
                 also = ", only smaller" if precision == "fp16" else ""
                 share = times[name]["value"] / times[of]["value"]
                 told.append(f"{name} is not faster on this machine{also}: {share:.2f} of the time in fp32")
+    if {"dense int8", "compact int8"} <= times.keys():
+        share = times["compact int8"]["value"] / times["dense int8"]["value"]
+        if share >= FASTER:
+            told.append(f"compact int8 takes {share:.2f} of dense int8's time: the widths were chosen for fp32")
     return told

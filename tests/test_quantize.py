@@ -279,4 +279,6 @@ def test_what_is_no_faster_is_said(source: Path, tmp_path: Path) -> None:
     timing = {"rows": [{"name": n, "ratio": {"value": v, "low": v, "high": v}} for n, v in rows]}
     notes = precisions.notes(made, timing)
     assert len(notes) == 1
+    timing["rows"].append({"name": "dense int8", "ratio": {"value": 0.35, "low": 0.35, "high": 0.35}})
+    assert "compact int8 takes 1.14 of dense int8's time" in precisions.notes(made, timing)[-1]
     assert "compact fp16 is not faster on this machine, only smaller: 1.02 of the time in fp32" in notes[0]
