@@ -19,6 +19,7 @@ import platformdirs
 
 from benchmarks import fill, probe
 from benchmarks.fill import Point, Progress
+from benchmarks.probe import Conditions
 from surgery.errors import InvalidInput
 from surgery.tables import LatencyTable
 
@@ -31,9 +32,9 @@ def folder() -> Path:
     return Path(os.environ.get(VARIABLE) or platformdirs.user_cache_dir("model-surgery", appauthor=False))
 
 
-def device_key(threads: int, *, flush_mib: int) -> str:
+def device_key(conditions: Conditions) -> str:
     """Return the name of this device's table: a digest of everything that `probe.describe` tells."""
-    told = json.dumps(probe.describe(threads, flush_mib=flush_mib), sort_keys=True)
+    told = json.dumps(probe.describe(conditions), sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
@@ -41,8 +42,7 @@ class Measured:
     """The table of this machine, measured where it has gaps.
 
     Args:
-        threads: of ONNX Runtime.
-        flush_mib: how much of its caches the network goes through between two runs of a kernel; 0 for a small one.
+        conditions: what kernels are timed under.
         seed: of the order of measurements.
         progress: told what is measured.
         warn: told in one sentence what was wrong with the file on disk.
@@ -52,22 +52,20 @@ class Measured:
 
     def __init__(
         self,
-        threads: int,
+        conditions: Conditions,
         *,
-        flush_mib: int = 4,
         seed: int = 0,
         progress: Progress | None = None,
         warn: Callable[[str], None] = lambda sentence: None,
     ) -> None:
-        self._threads, self._seed, self._progress, self._warn = threads, seed, progress, warn
-        self._flush_mib = flush_mib
-        self._path = folder() / f"latency-{device_key(threads, flush_mib=flush_mib)}.json"
+        self._conditions, self._seed, self._progress, self._warn = conditions, seed, progress, warn
+        self._path = folder() / f"latency-{device_key(conditions)}.json"
         self._table = self._read(warn)
 
     @property
     def device(self) -> Mapping[str, Any]:
         """What times are measured on."""
-        return probe.describe(self._threads, flush_mib=self._flush_mib)
+        return probe.describe(self._conditions)
 
     @property
     def path(self) -> Path:
@@ -76,20 +74,16 @@ class Measured:
 
     def cover(self, placed: Sequence[Point]) -> LatencyTable:
         """Return the table with all kernels of a dense network, tabulated over their widths."""
-        table = self._table or fill.new_table(threads=self._threads, flush_mib=self._flush_mib, progress=self._progress)
+        table = self._table or fill.new_table(conditions=self._conditions, progress=self._progress)
         wanted = fill.wanted_of(placed)
-        filled = fill.fill(
-            table, wanted, threads=self._threads, flush_mib=self._flush_mib, seed=self._seed, progress=self._progress
-        )
+        filled = fill.fill(table, wanted, conditions=self._conditions, seed=self._seed, progress=self._progress)
         return self._keep(filled, changed=filled is not self._table and len(filled.entries) > 0)
 
     def refine(self, points: Iterable[Point]) -> LatencyTable | None:
         """Return the table with these points measured themselves, or None where it held them all."""
         assert self._table is not None, "cover comes first"
         before = self._table
-        refined = fill.refine(
-            before, points, threads=self._threads, flush_mib=self._flush_mib, seed=self._seed, progress=self._progress
-        )
+        refined = fill.refine(before, points, conditions=self._conditions, seed=self._seed, progress=self._progress)
         if sum(len(e.points) for e in refined.entries.values()) == sum(len(e.points) for e in before.entries.values()):
             return None
         return self._keep(refined, changed=True)
@@ -117,7 +111,7 @@ class Measured:
         except InvalidInput as error:
             warn(f"{error}; it is made anew")
             return None
-        if dict(table.device) != json.loads(json.dumps(probe.describe(self._threads, flush_mib=self._flush_mib))):
+        if dict(table.device) != json.loads(json.dumps(probe.describe(self._conditions))):
             warn(f"{self._path} was measured on another device or runtime; it is made anew")
             return None
         return table

@@ -28,7 +28,7 @@ from surgery.kernels import Kernel
 from surgery.tables import LatencyTable
 
 REQUEST = "request.json"
-REQUESTED = ("kernels", "threads", "flush_mib", "part", "shapes", "seed", "batch", "fingerprint", "model")
+REQUESTED = ("kernels", "threads", "flush_mib", "precision", "part", "shapes", "seed", "batch", "fingerprint", "model")
 """What that says."""
 DENSE = "dense.onnx"
 SCHEMA = 1
@@ -111,6 +111,10 @@ def _threads(options: argparse.Namespace, request: Mapping[str, Any]) -> int:
     return threads
 
 
+def _conditions(options: argparse.Namespace, request: Mapping[str, Any]) -> probe.Conditions:
+    return probe.Conditions(_threads(options, request), int(request["flush_mib"]), str(request["precision"]))
+
+
 def _request(archive: str) -> Dict[str, Any]:
     """Return what the pack asks for."""
     try:
@@ -144,14 +148,13 @@ class _Progress:
 
 def _table(archive: str, options: argparse.Namespace) -> None:
     request = _request(archive)
-    threads = _threads(options, request)
-    table = measured(request["kernels"], threads=threads, flush_mib=request["flush_mib"], rounds=options.rounds)
+    table = measured(request["kernels"], _conditions(options, request), rounds=options.rounds)
     table.save(options.out)
     print(f"{options.out}: {len(table.entries)} kernels; plan with: surgery shrink MODEL --latency-table {options.out}")
 
 
 def measured(
-    kernels: Mapping[str, Sequence[Sequence[int]]], *, threads: int, flush_mib: int, rounds: Optional[int]
+    kernels: Mapping[str, Sequence[Sequence[int]]], conditions: probe.Conditions, *, rounds: Optional[int]
 ) -> LatencyTable:
     """Return this device's table of kernels, which are given as key → the widths that they have in the dense network.
 
@@ -163,19 +166,15 @@ def measured(
     often = rounds or fill.ROUNDS
     try:
         table = fill.new_table(
-            threads=threads,
-            flush_mib=flush_mib,
+            conditions=conditions,
             rounds=rounds or fill.PROBE_ROUNDS,
             progress=lambda stage, fraction: say("find the steps of widths", fraction),
         )
-        table = fill.fill(
-            table, fill.wanted_of(points), threads=threads, flush_mib=flush_mib, rounds=often, progress=say
-        )
+        table = fill.fill(table, fill.wanted_of(points), conditions=conditions, rounds=often, progress=say)
         return fill.refine(
             table,
             points,
-            threads=threads,
-            flush_mib=flush_mib,
+            conditions=conditions,
             rounds=often,
             progress=lambda stage, f: say("measure dense widths", f),
         )
@@ -222,7 +221,7 @@ def _accept(archive: str, options: argparse.Namespace) -> None:
         "ratios": ratios,
         "dense_ms": median(answer["ms"][0] for answer in found),
         "compact_ms": median(answer["ms"][1] for answer in found),
-        "device": probe.describe(threads, flush_mib=request["flush_mib"]),
+        "device": probe.describe(_conditions(options, request)),
         "batch": request["batch"],
         **origin,
     }
@@ -240,6 +239,11 @@ def _origin(compact: str, request: Mapping[str, Any], threads: int) -> Dict[str,
         )
     if said.get("model", "compact") != "compact":
         raise InvalidInput(f"{compact}: that is the {said['model']} model; give the compact.onnx that lies beside it")
+    if said.get("precision", "fp32") != request["precision"]:
+        raise InvalidInput(
+            f"{compact} is in {said.get('precision', 'fp32')} and the pack's dense model in {request['precision']}; "
+            "give the compact file of that precision, or make a pack with the other --deploy"
+        )
     predicted = said.get("predicted_latency_ratio")
     return {
         "plan_sha256": said.get("plan_sha256"),

@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks import probe
 from benchmarks.micro import chain_bytes, model_bytes
+from benchmarks.probe import Conditions
 from surgery.kernels import Kernel, Operand, Widths, resolved, step
 from surgery.tables import LADDER, Entry, LatencyTable, Stairs, kind_of, place_of
 
@@ -68,8 +69,7 @@ def fill(
     table: LatencyTable,
     wanted: Iterable[Wanted],
     *,
-    threads: int,
-    flush_mib: int = 4,
+    conditions: Conditions,
     seed: int = 0,
     rounds: int = ROUNDS,
     progress: Optional[Progress] = None,
@@ -78,7 +78,7 @@ def fill(
     news = {w.kernel.key: w for w in wanted if not table.covers(w.kernel, w.widths)}
     grids = {key: grid_of(w, table.step(w.kernel)) for key, w in news.items()}
     points = [(news[key].kernel, widths) for key, grid in grids.items() for widths in grid]
-    times = measure(points, threads=threads, flush_mib=flush_mib, seed=seed, rounds=rounds, progress=progress)
+    times = measure(points, conditions=conditions, seed=seed, rounds=rounds, progress=progress)
     entries = {}
     for key, grid in grids.items():
         kernel = news[key].kernel
@@ -105,8 +105,7 @@ def refine(
     table: LatencyTable,
     points: Iterable[Point],
     *,
-    threads: int,
-    flush_mib: int = 4,
+    conditions: Conditions,
     seed: int = 0,
     rounds: int = ROUNDS,
     progress: Optional[Progress] = None,
@@ -120,9 +119,7 @@ def refine(
         on_grid = len(kernel.letters) <= LADDER and all(w in a for w, a in zip(widths, entry.axes))
         if not on_grid and widths not in entry.points:
             news[kernel.key, widths] = kernel, widths
-    times = measure(
-        list(news.values()), threads=threads, flush_mib=flush_mib, seed=seed, rounds=rounds, progress=progress
-    )
+    times = measure(list(news.values()), conditions=conditions, seed=seed, rounds=rounds, progress=progress)
     found: Dict[str, Dict[Widths, float]] = {}
     for (key, widths), ms in times.items():
         found.setdefault(key, {})[widths] = ms
@@ -132,8 +129,7 @@ def refine(
 def measure(
     points: Sequence[Point],
     *,
-    threads: int,
-    flush_mib: int = 4,
+    conditions: Conditions,
     seed: int = 0,
     rounds: int = ROUNDS,
     progress: Optional[Progress] = None,
@@ -146,8 +142,8 @@ def measure(
         return {}
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        timer = probe.Timer(threads, folder, flush_mib=flush_mib)
-        reference = model_bytes(*REFERENCE)
+        timer = probe.Timer(conditions, folder)
+        reference = model_bytes(REFERENCE[0], REFERENCE[1], conditions.precision)
         samples: Dict[int, list[float]] = {k: [] for k in range(len(points))}
         pulses: List[float] = []
         done = 0
@@ -157,7 +153,7 @@ def measure(
                 pulse = timer.kernel_ms(reference)
                 pulses.append(pulse)
                 for k in order[start : start + REFERENCE_EVERY]:
-                    taken = timer.try_ms(model_bytes(*points[k]))
+                    taken = timer.try_ms(model_bytes(points[k][0], points[k][1], conditions.precision))
                     if taken is not None:
                         samples[int(k)].append(taken / pulse)
                     done += 1
@@ -175,26 +171,24 @@ def measure(
 
 
 def new_table(
-    *, threads: int, flush_mib: int = 4, rounds: int = PROBE_ROUNDS, progress: Optional[Progress] = None
+    *, conditions: Conditions, rounds: int = PROBE_ROUNDS, progress: Optional[Progress] = None
 ) -> LatencyTable:
     """Return a table of this machine that holds nothing yet but the steps of its stairs; takes some ten seconds."""
     kinds = {kind_of(kernel): kernel for kernel in _PROBES}
     points = [(kernel, (width,) * len(kernel.letters)) for kernel in kinds.values() for width in PROBED]
-    times = measure(points, threads=threads, flush_mib=flush_mib, rounds=rounds, progress=progress)
+    times = measure(points, conditions=conditions, rounds=rounds, progress=progress)
     curves = {
         kind: {width: times[kernel.key, (width,) * len(kernel.letters)] for width in PROBED}
         for kind, kernel in kinds.items()
     }
     stairs = {kind: Stairs(step_of(curve), curve) for kind, curve in curves.items()}
-    return LatencyTable(
-        json.loads(json.dumps(probe.describe(threads, flush_mib=flush_mib))), stairs, overhead_ms(threads), {}
-    )
+    return LatencyTable(json.loads(json.dumps(probe.describe(conditions))), stairs, overhead_ms(conditions.threads), {})
 
 
 def overhead_ms(threads: int) -> float:
     """Return what an operator takes beside its own time: many that do next to nothing against one."""
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        timer = probe.Timer(threads, folder)
+        timer = probe.Timer(Conditions(threads), folder)
         one, many = (timer.wall_ms(chain_bytes(length)) for length in (1, 1 + _CHAIN))
     return round(max(0.0, many - one) / _CHAIN, 6)
 

@@ -10,15 +10,32 @@ import json
 import os
 import platform
 import time
+from dataclasses import asdict, dataclass
 from typing import Any, List, Optional
 
 import numpy as np
 import onnxruntime
 
-CONTEXT = "context_"
+from benchmarks.micro import CONTEXT, FP32, KERNEL
+
 PROVIDER = "CPUExecutionProvider"
 ENOUGH_MS = 12.0
 WARM_RUNS, MIN_RUNS, MAX_RUNS = 1, 4, 20
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What kernels are timed under, and latency tables hold for, on one device.
+
+    Attributes:
+        threads: of ONNX Runtime.
+        flush_mib: how much of the caches the rest of the network takes between two runs of a kernel; 0 for a small one.
+        precision: `fp32` or `int8`.
+    """
+
+    threads: int = 1
+    flush_mib: int = 4
+    precision: str = FP32
 
 
 def options(threads: int, profile: str = "") -> Any:
@@ -38,13 +55,13 @@ def options(threads: int, profile: str = "") -> Any:
 class Timer:
     """Times models by their operators; profiles are written into `folder` and removed.
 
-    Before each run `flush_mib` MiB are written to, as much as the rest of the network would take of the caches; a small
-    network leaves its weights there.
+    Before each run as many MiB are written to as the conditions say: a large network pushes a kernel's weights out of
+    the caches, a small one leaves them there.
     """
 
-    def __init__(self, threads: int, folder: str, *, flush_mib: int = 4) -> None:
-        self._threads, self._profile = threads, os.path.join(folder, "profile")
-        self._buffer = np.zeros(max(1, flush_mib << 18), np.float32)
+    def __init__(self, conditions: Conditions, folder: str) -> None:
+        self._threads, self._profile = conditions.threads, os.path.join(folder, "profile")
+        self._buffer = np.zeros(max(1, conditions.flush_mib << 18), np.float32)
 
     def kernel_ms(self, model: bytes) -> float:
         """Return the median milliseconds that the kernel in an ONNX model takes: its operators, not its context."""
@@ -101,21 +118,26 @@ def runs_ms(events: list[Any]) -> list[float]:
     return totals
 
 
+_TO_BLOCKS, _FROM_BLOCKS = ("ReorderInput", "Transpose"), ("ReorderOutput", "Transpose")
+"""Changes of layout that a runtime puts in: to blocks of channels in float, to channels last in int8."""
+
+
 def _own(run: list[tuple[str, str, int]]) -> float:
     """Sum the microseconds of one run, without the context and the changes of layout at the model's ends."""
     total = 0.0
     for k, (op, name, duration) in enumerate(run):
         after = run[k + 1][1] if k + 1 < len(run) else ""
         before = run[k - 1][1] if k else ""
-        at_start = op == "ReorderInput" and after.startswith(CONTEXT) and not after.startswith(CONTEXT + "out")
-        at_end = op == "ReorderOutput" and before.startswith(CONTEXT + "out")
-        if not (name.startswith(CONTEXT) or at_start or at_end):
+        put_in = not name.startswith(KERNEL)
+        at_start = op in _TO_BLOCKS and after.startswith(CONTEXT) and not after.startswith(CONTEXT + "out")
+        at_end = op in _FROM_BLOCKS and before.startswith(CONTEXT + "out")
+        if not (name.startswith(CONTEXT) or (put_in and (at_start or at_end))):
             total += duration
     return total
 
 
-def describe(threads: int, *, flush_mib: int = 4) -> dict[str, Any]:
-    """Return what a latency depends on, as JSON values: runtime, build, provider, options, processor, threads."""
+def describe(conditions: Conditions) -> dict[str, Any]:
+    """Return what a latency depends on, as JSON values: runtime, build, provider, options, processor, conditions."""
     brand, flags = _processor()
     return {
         "onnxruntime": onnxruntime.__version__,
@@ -125,8 +147,7 @@ def describe(threads: int, *, flush_mib: int = 4) -> dict[str, Any]:
         "architecture": platform.machine(),
         "cpu": brand,
         "flags": flags,
-        "threads": threads,
-        "flush_mib": flush_mib,
+        **asdict(conditions),
     }
 
 

@@ -75,7 +75,7 @@ class Quantised:
         bytes: its size.
         layers: convolutions, linear layers and matrix products in 8 bits, of how many.
         cosine: between its outputs and the float file's, on the calibration images; the mean over images, of the
-            output where it is least.
+            output where it is least; None where they were not compared.
         match: share of images on which the largest value of the first output is at the same place; None where that
             output is not (N, classes).
         notes: what the user should know.
@@ -84,7 +84,7 @@ class Quantised:
     path: Path
     bytes: int
     layers: tuple[int, int]
-    cosine: float
+    cosine: float | None
     match: float | None
     notes: tuple[str, ...] = ()
 
@@ -94,6 +94,8 @@ def to_int8(
     target: str | os.PathLike[str],
     batches: Iterable[Batch],
     settings: Int8 | None = None,
+    *,
+    check: bool = True,
 ) -> Quantised:
     """Quantise a float32 ONNX file by calibration images and compare the two before `target` is replaced.
 
@@ -102,6 +104,7 @@ def to_int8(
         target: of the int8 file, in QDQ format; its folder must exist.
         batches: of the file's inputs by name, each (N, ...), normalised as the model expects.
         settings: how to quantise.
+        check: refuse a file that computes something else; without, what comes out is for timing alone.
 
     Raises:
         InvalidInput: the source cannot be read, the images are missing, too few or do not fit, a pattern of
@@ -114,9 +117,9 @@ def to_int8(
     with workroom(writable(Path(target))) as room, _silent():
         folded, file = room / "folded.onnx", room / Path(target).name
         _fold(source, folded)
-        _quantise(folded, file, seen, how, kept)
+        _quantise(folded, file, seen, how, [*kept, *_beyond_the_quantiser(folded)])
         _carry_over(source, file)
-        cosine, match = _agreement(own, file, seen)
+        cosine, match = _agreement(own, file, seen) if check else (None, None)
         layers = _counted(file)
         move(file, Path(target))
     notes = []
@@ -225,6 +228,15 @@ def _fold(source: Any, folded: Path) -> None:
         quant_pre_process(os.fspath(source), folded, skip_symbolic_shape=True)
     except Exception as error:  # it raises plain exceptions
         raise InvalidInput(f"{source} cannot be prepared for quantisation: {_first_line(error)}") from error
+
+
+def _beyond_the_quantiser(file: Path) -> list[str]:
+    """Names of transposed convolutions in groups, which the quantiser cannot give a scale for each channel."""
+    return [n.name for n in onnx.load(file).graph.node if n.op_type == "ConvTranspose" and _groups(n) > 1]
+
+
+def _groups(node: onnx.NodeProto) -> int:
+    return next((int(a.i) for a in node.attribute if a.name == "group"), 1)
 
 
 class _Reader:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from surgery.errors import InvalidInput
@@ -86,3 +87,11 @@ class OnnxModel:
     def state_dict(self) -> Mapping[str, Tensor]:
         """Return nothing: weights are in the file."""
         return {}
+
+
+def feeds(path: str | Path, batches: Iterable[Sequence[Tensor]]) -> Iterator[dict[str, NDArray[Any]]]:
+    """Yield batches of a model's inputs in order, each tensor (N, ...), by the names of a file's inputs."""
+    model = OnnxModel(path)
+    for batch in batches:
+        for piece in model.pieces(batch):
+            yield {name: x.numpy() for name, x in piece.items()}

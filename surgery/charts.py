@@ -72,12 +72,13 @@ def times(rows: Sequence[Mapping[str, Any]]) -> str:
     return inline(drawn((6.4, 0.7 + 0.32 * len(rows)), draw), "distribution of run times by file")
 
 
-def operators(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """Milliseconds by operator of the dense and the compact file."""
+def operators(before: Mapping[str, float], after: Mapping[str, float], name: str) -> str:
+    """Milliseconds by operator of a compact file of this name and of the dense one in the same precision."""
     names = sorted({*before, *after}, key=lambda op: -max(before.get(op, 0.0), after.get(op, 0.0)))[:_MOST_OPERATORS]
 
     def draw(axes: Any) -> None:
-        for shift, colour, found, label in ((-0.2, DENSE, before, "dense"), (0.2, COMPACT, after, "compact")):
+        dense = name.replace("compact", "dense")
+        for shift, colour, found, label in ((-0.2, DENSE, before, dense), (0.2, COMPACT, after, name)):
             places = [k + shift for k in range(len(names))]
             axes.barh(places, [found.get(op, 0.0) for op in names], height=0.38, color=colour, label=label)
         axes.set_yticks(range(len(names)), names)
@@ -85,7 +86,9 @@ def operators(before: Mapping[str, float], after: Mapping[str, float]) -> str:
         axes.set_xlabel("milliseconds, by ONNX Runtime's profiler")
         axes.legend()
 
-    return inline(drawn((6.4, 0.9 + 0.36 * len(names)), draw), "time by operator, dense and compact")
+    return inline(
+        drawn((6.4, 0.9 + 0.36 * len(names)), draw), f"time by operator, {name.replace('compact', 'dense')} and {name}"
+    )
 
 
 def widths(layers: Sequence[Mapping[str, Any]]) -> str:

@@ -39,6 +39,7 @@ from surgery.options import (
 from surgery.screen import PLAIN_WIDTH, Terminated, print_found, print_profile, print_report, say, work
 
 if TYPE_CHECKING:
+    from exporters.quantize import Int8
     from surgery.decide import Decision
     from surgery.deliver import Measurement
     from surgery.ir import Report
@@ -52,7 +53,7 @@ BUDGETS = ("latency", "latency_ms", "macs", "params", "channels")
 ONE_OF = (*BUDGETS, "max_drop")
 _ASKED = (
     *("criterion", "scope", "round_to", "own_class", "part", "tracer", "seed"),
-    *("threads", "batch", "latency_table", "correct", "drop_layers", "acceptance"),
+    *("threads", "batch", "deploy", "latency_table", "correct", "drop_layers", "acceptance"),
 )
 
 
@@ -306,15 +307,21 @@ def _deliver(
 
 
 def _measurement(given: Mapping[str, Any]) -> Measurement:
-    from exporters.quantize import Int8
     from surgery.deliver import Measurement
-    from surgery.precisions import Precisions
+    from surgery.precisions import Precisions, with_deployed
 
-    chosen = Precisions(given["precision"], Int8(given["int8_method"], given["int8_keep"], given["int8_reduce_range"]))
+    chosen = with_deployed(Precisions(given["precision"], _int8(given)), given.get("deploy", "fp32"))
     if chosen.fewer and given["data"] is None:
-        raise InvalidInput(f"--precision {','.join(chosen.fewer)} needs images to calibrate on: give them with --data")
+        asked = "--deploy int8" if given["precision"] == ("fp32",) else f"--precision {','.join(chosen.fewer)}"
+        raise InvalidInput(f"{asked} needs images to calibrate on: give them with --data")
     names = ("opset", "threads", "batch", "runs", "seed", "min_ort", "formats")
     return Measurement(**{name: given[name] for name in names}, precisions=chosen)
+
+
+def _int8(given: Mapping[str, Any]) -> Int8:
+    from exporters.quantize import Int8
+
+    return Int8(given["int8_method"], given["int8_keep"], given["int8_reduce_range"])
 
 
 def _request(given: Mapping[str, Any]) -> Request:
@@ -326,6 +333,7 @@ def _request(given: Mapping[str, Any]) -> Request:
         budget=Budget(**budget) if budget else None,
         inexact=INEXACT[given.get("exact")],
         keep=tuple(given["keep"]),
+        int8=_int8(given) if "int8_method" in given else None,
         **{key: given[key] for key in _ASKED if key in given},
     )
 

@@ -94,12 +94,14 @@ KEPT = 0.6
 """Of a network's weights, halfway from the dense network to what plans leave of it."""
 
 
-def flush_mib(program: Program) -> int:
+def flush_mib(program: Program, precision: str = "fp32") -> int:
     """Return how much of its caches a network goes through between two runs of the same kernel, in MiB.
 
-    Its weights pass through them once in every run; those of a network of up to 1 MiB stay next to a core.
+    Its weights pass through them once in every run, a byte each in `int8`; those of a network of up to 1 MiB stay next
+    to a core.
     """
-    held: float = sum(p.numel() * p.element_size() for p in program.dense.model.parameters()) / 2**20
+    weights = program.dense.model.parameters()
+    held: float = sum(p.numel() * (1 if precision == "int8" else p.element_size()) for p in weights) / 2**20
     return min(FLUSHES_MIB, key=lambda size: abs(log(size / (KEPT * held)))) if held > 1 else 0
 
 

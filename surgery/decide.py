@@ -16,7 +16,7 @@ from surgery.acceptance import acceptance_of
 from surgery.allocate import allocate
 from surgery.arrange import arrange, settled
 from surgery.blocks import drop, find_blocks
-from surgery.cost import flush_mib, kept_costs, priced
+from surgery.cost import kept_costs, priced
 from surgery.couple import kept_names
 from surgery.dead import dead_blocks
 from surgery.errors import BudgetUnreachable, InvalidInput, UnsupportedModel
@@ -27,7 +27,7 @@ from surgery.lower import lower
 from surgery.moves import arranged, moves_of
 from surgery.practise import practised_worth
 from surgery.race import Loop
-from surgery.request import Clock, Progress, Request, Stages, stages_of
+from surgery.request import DEPLOYED, Clock, Progress, Request, Stages, stages_of
 from surgery.score import score, weights_of
 from surgery.second_order import PRICED
 from surgery.signal import Signal, signal_of
@@ -99,6 +99,8 @@ def decide(
         _refuse_what_the_clock_decides(request)
     else:
         _refuse_what_is_for_the_clock(request)
+    if request.deploy not in DEPLOYED:
+        raise InvalidInput(f"deploy={request.deploy!r}: there are {', '.join(DEPLOYED)}")
     for name in ("threads", "batch"):
         if getattr(request, name) < 1:
             raise InvalidInput(f"{name}={getattr(request, name)}: give a whole number of 1 or more")
@@ -224,8 +226,7 @@ class _Clockwork:
         self._worth: Mapping[str, float] | None = None
         self._source = race.source_of(
             request.latency_table,
-            flush_mib=flush_mib(program),
-            threads=request.threads,
+            race.conditions_of(program, request),
             seed=request.seed,
             progress=run.progress,
             warn=self._warn,
@@ -375,6 +376,7 @@ def _refuse_what_is_for_the_clock(request: Request) -> None:
         "--latency-table": request.latency_table is not None,
         "--acceptance": request.acceptance is not None,
         "--no-correct": not request.correct,
+        f"--deploy {request.deploy}": request.deploy != DEPLOYED[0],
     }
     for name in (name for name, is_given in given.items() if is_given):
         raise InvalidInput(

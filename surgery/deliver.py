@@ -10,7 +10,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,7 @@ def save(
     if not isinstance(how, Measurement):
         raise InvalidInput(f"measurement is of type {type(how).__name__}; give a surgery.deliver.Measurement")
     clock, regained = Clock(progress), result.recovery
+    how, without = _deployed(how, result)
     precisions.refuse_without_images(how.precisions, regained.seen if regained is not None else None)
     with artefacts.output_set(out) as folder, tempfile.TemporaryDirectory(prefix="surgery-") as scratch:
         result.plan.save(folder / artefacts.PLAN)
@@ -126,7 +127,7 @@ def save(
             *exports.fixed_sizes(result, subject, written["compact"]),
             *doubts,
         ]
-        notes += precisions.notes(fewer, timing)
+        notes += [*without, *precisions.notes(fewer, timing)]
         data = report.measured(
             {
                 **result.report,
@@ -194,6 +195,15 @@ def load(
         why = " ".join(str(error).split())
         raise InvalidInput(f"{place}: not the weights of this plan's compact model ({why}); shrink it again") from error
     return compact
+
+
+def _deployed(how: Measurement, result: Result) -> tuple[Measurement, list[str]]:
+    """Write what the plan is for as well, where there are images to calibrate it on; else say so."""
+    deploy = result.plan.settings.get("deploy", "fp32")
+    wanted = precisions.with_deployed(how.precisions, deploy)
+    if wanted == how.precisions or (result.recovery is not None and result.recovery.seen is not None):
+        return replace(how, precisions=wanted), []
+    return how, [f"the widths were chosen for {deploy}; without --data there is nothing to calibrate such files on"]
 
 
 # The steps of `save`. ------------------------------------------------------------------------------------------------

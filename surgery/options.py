@@ -239,7 +239,15 @@ TIMING = (
     ),
 )  # fmt: skip
 
+DEPLOY = (
+    click.option(
+        "--deploy", type=click.Choice(["fp32", "int8"]), default="fp32", show_default=True,
+        help="Precision that the model will run in, and that a latency is of: int8 against the dense model in int8.",
+    ),
+)  # fmt: skip
+
 PLANNING = (
+    *DEPLOY,
     click.option(
         "--latency-table", type=click.Path(), metavar="FILE",
         help="Plan by this table, of another device perhaps, and time nothing to plan.  [default: this machine's]",
@@ -307,6 +315,7 @@ TRAINING = (
 )  # fmt: skip
 
 PROFILE = (
+    *DEPLOY,
     _KEEP,
     _PART,
     _SEED,

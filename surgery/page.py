@@ -50,17 +50,28 @@ def _headline(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     times = {row["name"]: row for row in (data["timing"] or {"rows": ()})["rows"]}
     rows = {row["name"]: row for row in data["models"]}
     compact = sorted((n for n in times if n.startswith("compact")), key=lambda n: times[n]["ratio"]["value"])
-    for name in dict.fromkeys(n for n in ("compact", *compact[:1]) if n in times):
+    deployed = report.deployed(data)
+    asked = "compact" if deployed == "fp32" else f"compact {deployed}"
+    for name in dict.fromkeys(n for n in (asked, "compact", *compact[:1]) if n in times):
         speedup = times[name]["speedup"]
         told = f"faster, {name} [{speedup['low']:.2f}, {speedup['high']:.2f}]"
         found.append((f"{speedup['value']:.2f}×", told, f"{times[name]['p50_ms']:.3g} ms"))
-        found += _loss(name, rows[name].get("agreement"))
+        found += _against_its_like(name, times) + _loss(name, rows[name].get("agreement"))
     before, after = rows["dense"], rows["compact"]
     if before["macs"] and after["macs"]:
         found.append((f"{after['macs'] / before['macs']:.2f}", "of the MACs", si(after["macs"])))
     if before["onnx_bytes"] and after["onnx_bytes"]:
         found.append((f"{after['onnx_bytes'] / before['onnx_bytes']:.2f}", "of the bytes", size(after["onnx_bytes"])))
     return found
+
+
+def _against_its_like(name: str, times: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """A file in fewer bits beside the dense model in as many."""
+    dense = name.replace("compact", "dense")
+    if dense == "dense" or dense not in times:
+        return []
+    share = times[name]["p50_ms"] / times[dense]["p50_ms"]
+    return [(f"{1 / share:.2f}×", f"faster, {name}, against {dense}", f"{times[dense]['p50_ms']:.3g} ms before")]
 
 
 def _loss(name: str, found: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
@@ -91,9 +102,11 @@ def _charts(data: Mapping[str, Any]) -> dict[str, list[str]]:
         found["Run times"] = [charts.times([*data["timing"]["rows"]])]
     if (steps := charts.recovery(data)) is not None:
         found["Accuracy by step"] = [charts.inline(steps, "accuracy or agreement by step of recovery")]
-    before, after = ((data.get("operators") or {}).get(name) for name in ("dense", "compact"))
-    if before and after:
-        found["Where the time goes"] = [charts.operators(before, after)]
+    for name in data.get("operators") or {}:
+        before, after = (data["operators"].get(n) for n in (name.replace("compact", "dense"), name))
+        if name.startswith("compact") and before and after:
+            drawings = found.setdefault("Where the time goes", [])
+            drawings.append(charts.operators(before, after, name))
     changed = [x for x in data.get("layers") or () if x["compact"] is None or x["compact"][0] != x["dense"][0]]
     if changed:
         found["Widths of the layers that changed"] = [charts.widths(changed[:MOST_LAYERS])]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from exporters.quantize import Int8
 from surgery import gradual, race, recovery, report, within
 from surgery import part as parts
 from surgery.blocks import drop
@@ -165,6 +166,8 @@ def shrink(
     seed: int = 0,
     threads: int = 1,
     batch: int = 1,
+    deploy: str = "fp32",
+    int8: Int8 | None = None,
     latency_table: Any = None,
     correct: bool = True,
     drop_layers: bool = True,
@@ -199,6 +202,9 @@ def shrink(
         seed: of everything drawn at random; same model, seed and arguments give the same plan.
         threads: of ONNX Runtime, for budgets of time.
         batch: items per run, for budgets of time.
+        deploy: `fp32` or `int8`: the precision in which the model will run, and that a budget of time is of: the int8
+            file's latency against the dense model's in int8.
+        int8: how files in int8 are made; None: as `exporters.quantize.Int8()`.
         latency_table: path of a table that `surgery profile` wrote, or a `LatencyTable`; None: this machine's, which is
             measured where it has gaps and kept on disk. With a table that is given nothing is timed.
         correct: time the compact model against the dense one, and correct the plan until the budget of time is met.
@@ -244,6 +250,8 @@ def shrink(
         seed=seed,
         threads=threads,
         batch=batch,
+        deploy=deploy,
+        int8=int8,
         latency_table=latency_table,
         correct=correct,
         drop_layers=drop_layers,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from exporters.quantize import FEWEST, Int8, Quantised, to_fp16, to_int8
-from exporters.session import OnnxModel
+from exporters.session import OnnxModel, feeds
 from surgery.errors import InvalidInput
 from surgery.images import Calibration
 from surgery.recover.agreement import Agreement, Reference
@@ -45,6 +45,11 @@ class Precisions:
         return tuple(name for name in PRECISIONS[1:] if name in self.names)
 
 
+def with_deployed(how: Precisions, deploy: str) -> Precisions:
+    """Return the precisions with the one that a budget of time was of, which has to be written to be timed."""
+    return how if deploy in (*how.names, PRECISIONS[0]) else replace(how, names=(*how.names, deploy))
+
+
 def refuse_without_images(how: Precisions, seen: Calibration | None) -> None:
     """Raise InvalidInput where files in fewer bits have no images to be calibrated on or compared by."""
     if not how.fewer:
@@ -74,20 +79,12 @@ def write(
     for precision in how.fewer:
         for row, source in files.items():
             target = folder / f"{row}.{precision}.onnx"
-            batches = list(_batches(source, seen, whole=whole))
+            batches = list(feeds(source, (seen.given or seen.batches) if whole else seen.batches))
             if precision == "int8":
                 found[f"{row} int8"] = to_int8(source, target, batches, how.int8)
             else:
                 found[f"{row} fp16"] = to_fp16(source, target, batches)
     return found
-
-
-def _batches(source: Path, seen: Calibration, *, whole: bool) -> Iterator[dict[str, Any]]:
-    """Calibration images by the names of a file's inputs."""
-    inputs = OnnxModel(source)
-    for batch in (seen.given or seen.batches) if whole else seen.batches:
-        for piece in inputs.pieces(batch):
-            yield {name: x.numpy() for name, x in piece.items()}
 
 
 def judge(files: Mapping[str, Path], reference: Reference, threads: int) -> dict[str, Agreement]:

@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from benchmarks.fill import Point
 from surgery import __version__, race
 from surgery import part as parts
 from surgery.blocks import blocks_within, drop, find_blocks
-from surgery.cost import flush_mib
 from surgery.couple import kept_names
 from surgery.dead import dead_blocks
 from surgery.errors import InvalidInput
@@ -158,8 +157,7 @@ def measure(subject: Survey, *, progress: Progress | None = None) -> Profile:
     warnings: list[str] = []
     request = subject.request
     source = Measured(
-        request.threads,
-        flush_mib=flush_mib(subject.program),
+        race.conditions_of(subject.program, request),
         seed=request.seed,
         progress=progress,
         warn=warnings.append,
@@ -198,7 +196,7 @@ def render_terminal(data: Mapping[str, Any], console: Console) -> None:
     where = data["device"]
     console.print(
         f"{data['model']}, batch {data['batch']}: {data['predicted_ms']:.4g} ms by the sum of its kernels; "
-        f"ONNX Runtime {where['onnxruntime']} on {where['cpu']}, threads {where['threads']}",
+        f"{where['precision']}, ONNX Runtime {where['onnxruntime']} on {where['cpu']}, threads {where['threads']}",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -268,13 +266,13 @@ def _entry(model: Path) -> zipfile.ZipInfo:
 def _asked(subject: Survey, track: race.Track, name: str) -> dict[str, Any]:
     """What the device reads."""
     request = subject.request
+    told = asdict(race.conditions_of(subject.program, request))
     return {
         "model": name,
-        "flush_mib": flush_mib(subject.program),
+        **{key: told[key] for key in ("flush_mib", "precision", "threads")},
         "part": request.part,
         "tool_version": __version__,
         "fingerprint": subject.program.fingerprint,
-        "threads": request.threads,
         "batch": request.batch,
         "seed": request.seed,
         "shapes": track.shapes,

@@ -16,8 +16,13 @@ import torch
 
 from benchmarks import ratio as timer
 from benchmarks.cache import Given, Measured
+from benchmarks.micro import FP32, INT8
+from benchmarks.probe import Conditions
 from exporters import onnx
+from exporters.quantize import FEWEST, to_int8
+from exporters.session import feeds
 from exporters.signature import bind
+from surgery.cost import flush_mib
 from surgery.errors import BudgetUnreachable, InvalidInput
 from surgery.ir import Budget, Plan, Program
 from surgery.request import Request
@@ -55,7 +60,7 @@ class Loop:
         rounds: in order; the plan that was taken is that of round `taken`.
         taken: index of that round; -1 where nothing was measured.
         verdict: whether the budget is met, or why not.
-        device: what times were taken on, by the table.
+        device: what times were taken on, by the table, and in which precision.
     """
 
     target: float
@@ -81,6 +86,12 @@ class Loop:
         return self.predicted_ms / self.predicted_dense_ms
 
     @property
+    def dense(self) -> str:
+        """What the latency is relative to, for readers."""
+        precision = self.device.get("precision", FP32)
+        return "the dense" if precision == FP32 else f"the dense {precision}"
+
+    @property
     def met(self) -> bool | None:
         """Whether the measured ratio is within bounds; None where nothing was measured."""
         if self.taken < 0:
@@ -88,24 +99,34 @@ class Loop:
         return LOWEST <= self.rounds[self.taken].measured / self.target <= HIGHEST
 
 
+def conditions_of(program: Program, request: Request) -> Conditions:
+    """Return what a request's kernels are timed under."""
+    return Conditions(request.threads, flush_mib(program, request.deploy), request.deploy)
+
+
 def source_of(
     table: LatencyTable | str | Path | None,
+    conditions: Conditions,
     *,
-    flush_mib: int,
-    threads: int,
     seed: int,
     progress: Progress | None,
     warn: Callable[[str], None],
 ) -> Source:
     """Return where kernels' times come from: the table that is given, or this machine."""
     if table is None:
-        return Measured(threads, flush_mib=flush_mib, seed=seed, progress=progress, warn=warn)
+        return Measured(conditions, seed=seed, progress=progress, warn=warn)
     if not isinstance(table, (LatencyTable, str, Path)):
         raise InvalidInput(f"latency_table is of type {type(table).__name__}: give a path, or a LatencyTable")
     given, origin = (table, "table.json") if isinstance(table, LatencyTable) else (LatencyTable.load(table), str(table))
-    theirs = given.device.get("threads", threads)
+    threads, theirs = conditions.threads, given.device.get("threads", conditions.threads)
     if theirs != threads:
         warn(f"the plan is for --threads {theirs}, as latency table {origin} is; times here are of --threads {threads}")
+    precision = given.device.get("precision", FP32)
+    if precision != conditions.precision:
+        raise InvalidInput(
+            f"latency table {origin} is of {precision}, and the plan is for {conditions.precision}: give --deploy "
+            f"{precision}, or a table that `surgery profile --deploy {conditions.precision}` wrote"
+        )
     return Given(given, origin, warn=warn)
 
 
@@ -128,15 +149,15 @@ class Track:
     """The dense model as an ONNX file, and compact ones to be timed against it."""
 
     def __init__(
-        self, program: Program, folder: Path, *, threads: int, batch: int, seed: int, progress: Progress | None
+        self, program: Program, folder: Path, request: Request, progress: Progress | None, *, to_judge: bool = False
     ):
-        self._program, self._folder = program, folder
-        self._threads, self._seed, self._progress = threads, seed, progress
+        self._program, self._folder, self._request, self._to_judge = program, folder, request, to_judge
+        self._threads, self._seed, self._progress = request.threads, request.seed, progress
         tensors = bind(program.model, program.example_args, program.example_kwargs).tensors
         self._shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         self._axes = {name: spec.dynamic for name, spec in zip(tensors, program.inputs, strict=True)}
         free = any(0 in axes for axes in self._axes.values())
-        self._batch = batch if free else next(iter(self._shapes.values()))[0]
+        self._batch = request.batch if free else next(iter(self._shapes.values()))[0]
         self._dense = self._export(program.model, "dense")
 
     def _export(self, module: torch.nn.Module, name: str) -> Path:
@@ -151,7 +172,25 @@ class Track:
             dynamic_axes=self._axes,
             check=False,
         )
+        if self._request.deploy == INT8:
+            to_int8(result.path, result.path, self._calibration(result.path), self._request.int8, check=False)
         return result.path
+
+    def _calibration(self, path: Path) -> list[dict[str, Any]]:
+        """The images; some of them where files are only timed, or the example inputs where there are none.
+
+        Ranges change what comes out of a file, and not how long it takes.
+        """
+        args = bind(self._program.model, self._program.example_args, self._program.example_kwargs).tensors.values()
+        seen = self._request.seen
+        batches = seen.batches if seen is not None else [tuple(args)] * FEWEST
+        found, count = list[dict[str, Any]](), 0
+        for feed in feeds(path, batches):
+            if count >= FEWEST and not (self._to_judge and seen is not None):
+                break
+            found.append(feed)
+            count += len(next(iter(feed.values())))
+        return found
 
     @property
     def dense(self) -> Path:
@@ -192,9 +231,11 @@ class Track:
         return found.dense_ms
 
 
-def track_of(program: Program, folder: Path, request: Request, progress: Progress | None) -> Track:
-    """Return the track for a request; files go into `folder`."""
-    return Track(program, folder, threads=request.threads, batch=request.batch, seed=request.seed, progress=progress)
+def track_of(
+    program: Program, folder: Path, request: Request, progress: Progress | None, *, to_judge: bool = False
+) -> Track:
+    """Return the track for a request; files go into `folder`, and may be judged as well if that is said."""
+    return Track(program, folder, request, progress, to_judge=to_judge)
 
 
 def open_loop(kept_ms: float, dense_ms: float, target: float, device: Mapping[str, Any]) -> Loop:
@@ -286,7 +327,7 @@ def _distance(relative: float) -> tuple[bool, float]:
 def _judged(loop: Loop, why: str) -> Loop:
     measured = loop.rounds[loop.taken].measured
     rounds = "1 round" if len(loop.rounds) == 1 else f"{len(loop.rounds)} rounds"
-    told = f"measured {measured:.4f} of the dense latency, asked for {loop.target:.4f}, in {rounds}"
+    told = f"measured {measured:.4f} of {loop.dense} latency, asked for {loop.target:.4f}, in {rounds}"
     if loop.met:
         return replace(loop, verdict=f"met: {told}")
     return replace(loop, verdict=f"NOT met: {told}: {why}")

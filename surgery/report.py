@@ -289,6 +289,11 @@ def budget_line(data: Mapping[str, Any]) -> str:
     )
 
 
+def deployed(data: Mapping[str, Any]) -> str:
+    """Return the precision that a budget of time is of; `fp32` for other budgets."""
+    return str(((data["latency"] or {}).get("device") or {}).get("precision", "fp32"))
+
+
 def latency_line(data: Mapping[str, Any]) -> str:
     """Return what a budget of time came to; the empty string for other budgets."""
     latency = data["latency"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.figures import ratio
+from surgery.figures import figure, ratio, size
 
 STEP_COLUMNS = (
     "step",
@@ -22,8 +22,8 @@ STEP_COLUMNS = (
 """Headers of the table of steps, in the order of `step_cells`."""
 _GONE = " (undone)"
 JUDGED = (
-    *("model", "relative time", "95% interval", "accuracy", "points lost", "95% interval"),
-    *("top-1 match", "cosine", "dominated by"),
+    *("model", "p50 ms", "relative time", "95% interval", "accuracy", "points lost", "95% interval"),
+    *("top-1 match", "cosine", "bytes", "dominated by"),
 )
 """Headers of the table of what models come to, in the order of `judged_cells`."""
 
@@ -33,20 +33,22 @@ def judged_cells(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
     timing = data["timing"] or {"rows": ()}
     times = {row["name"]: row for row in timing["rows"]}
     judged = [model for model in data["models"] if model.get("agreement") and model["name"] in times]
-    return [_judged(model, times[model["name"]]["ratio"]) for model in judged]
+    return [_judged(model, times[model["name"]]) for model in judged]
 
 
-def _judged(model: Mapping[str, Any], time: Mapping[str, float]) -> tuple[str, ...]:
+def _judged(model: Mapping[str, Any], time: Mapping[str, Any]) -> tuple[str, ...]:
     found = model["agreement"]
     accuracy, drop, match = (found[key] for key in ("accuracy", "drop", "top1_match"))
     return (
         model["name"],
-        *ratio(time, digits=3, unit=""),
+        figure(time["p50_ms"]),
+        *ratio(time["ratio"], digits=3, unit=""),
         f"{100 * accuracy:.2f}%" if accuracy is not None else "-",
         f"{drop[0]:.2f}" if drop else "-",
         f"{drop[1]:.2f} to {drop[2]:.2f}" if drop else "-",
         f"{100 * match:.1f}%" if match is not None else "-",
         f"{found['cosine']:.4f}",
+        size(model["onnx_bytes"]),
         model["dominated_by"] or "",
     )
 

@@ -24,6 +24,8 @@ from surgery.trace import trace
 Progress = Callable[[str, float], None]
 """Told what is being done, and the fraction of it behind us (0 to 1)."""
 
+DEPLOYED = ("fp32", "int8")
+"""Precisions that a budget of time may be of."""
 DEFAULT_BUDGET = Budget(latency=0.5)
 MILDEST = Budget(latency=0.95)
 """Where a search over latencies gives up: what cannot be cut so little is not cut."""
@@ -46,7 +48,7 @@ class Stages:
 _NOT_OF_THE_PLAN = frozenset(
     (
         *("budget", "latency_table", "acceptance", "correct", "data", "seen", "images", "recover", "val", "training"),
-        *("share", "evaluate", "max_drop"),
+        *("share", "evaluate", "max_drop", "int8"),
     )
 )
 
@@ -56,7 +58,7 @@ class Request:
     """What is asked for. The fields are the keyword arguments of `shrink`, and the options of the command line.
 
     `seen` is what was read of `data`, once they were. `share` is told the plan and the compact model before that is
-    trained, where other processes take part.
+    trained, where other processes take part. `int8` is how files in int8 are made, an `exporters.quantize.Int8`.
     """
 
     budget: Budget | None = None
@@ -71,6 +73,8 @@ class Request:
     seed: int = 0
     threads: int = 1
     batch: int = 1
+    deploy: str = "fp32"
+    int8: Any = None
     latency_table: Any = None
     correct: bool = True
     drop_layers: bool = True
@@ -106,7 +110,7 @@ class Request:
 
     def settings(self) -> dict[str, Any]:
         """Return what a plan records, so that it can be applied again: JSON values, without the budget."""
-        clocked = () if self.goal.is_latency else ("threads", "batch")
+        clocked = () if self.goal.is_latency else ("threads", "batch", "deploy")
         left_out = {*_NOT_OF_THE_PLAN, *clocked}
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         ranking = self.ranking

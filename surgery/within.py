@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from exporters.session import OnnxModel
 from surgery import race
 from surgery.decide import Decision
 from surgery.errors import BudgetUnreachable, InvalidInput
 from surgery.evaluate import points_lost
 from surgery.ir import Budget
 from surgery.recover.steps import Step
-from surgery.request import MILDEST, Clock, Request
+from surgery.request import DEPLOYED, MILDEST, Clock, Request
 
 FIRST = 0.5
 NEAR = 0.04
@@ -78,14 +79,15 @@ def fastest(decision: Decision, realise: Callable[[Decision], Any], clock: Clock
     best: tuple[float, Any] | None = None
     low, high, aim = 0.0, 1.0, FIRST
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        track = race.track_of(choice.program.dense, Path(folder), request, clock.progress)
+        track = race.track_of(choice.program.dense, Path(folder), request, clock.progress, to_judge=True)
         while len(tried) < MOST and high - low > NEAR and aim <= MILDEST.amount:
             clock.progress(f"within {limit:g} points: {aim:.2f} of the latency", 0.0)
             found, measured = _at(decision, aim, realise), None
             if found is not None:
-                lost, upper, _ = lost_by(found.steps)
+                file = track.entry(found.compact.module)
+                lost, upper, _ = lost_by(_with_last(found, file, request))
                 if upper <= limit:
-                    measured = track.time(track.entry(found.compact.module), processes=2).value
+                    measured = track.time(file, processes=2).value
                 tried.append(Tried(round(aim, 4), round(lost, 3), round(upper, 3), measured))
             if measured is not None and (best is None or measured < best[0]):
                 best = measured, found
@@ -105,9 +107,24 @@ def fastest(decision: Decision, realise: Callable[[Decision], Any], clock: Clock
         "measured": best[0],
         "tried": [asdict(t) for t in tried],
     }
-    verdict = f"measured {best[0]:.4f} of the dense latency, the lowest found within {limit:g} points"
+    dense = choice.loop.dense if choice.loop is not None else "the dense"
+    verdict = f"measured {best[0]:.4f} of {dense} latency, the lowest found within {limit:g} points"
     latency = {**result.report["latency"], "target": best[0], "verdict": verdict}
     return replace(result, report={**result.report, "within": within, "latency": latency})
+
+
+def _with_last(found: Any, file: Path, request: Request) -> tuple[Step, ...]:
+    """The result's steps; where the model will run in fewer bits, the last one as its file does.
+
+    The file of a part does not take the images that the whole model is judged by: of those the float model counts.
+    """
+    steps: tuple[Step, ...] = found.steps
+    if request.deploy == DEPLOYED[0] or found.whole is not None:
+        return steps
+    model, reference = OnnxModel(file), found.recovery.reference
+    agreement = None if reference is None else reference.judge(lambda inputs: model(*inputs))
+    metrics = None if request.evaluate is None else request.evaluate(model)
+    return (*steps, replace(steps[-1], name=request.deploy, agreement=agreement, metrics=metrics))
 
 
 def _at(decision: Decision, aim: float, realise: Callable[[Decision], Any]) -> Any:

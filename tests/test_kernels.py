@@ -128,14 +128,16 @@ def test_only_the_kernel_is_timed_and_not_what_stands_around_it(tmp_path: Path) 
     nodes = [{"cat": "Node", "name": name, "dur": us, "args": {"op_name": op}} for op, name, us in run]
     events = [*nodes, {"cat": "Session", "name": "model_run", "dur": 1}]
     assert probe.runs_ms(events * 2) == [0.013, 0.013]
-    assert probe.Timer(1, str(tmp_path)).kernel_ms(chain_bytes(3)) > 0
+    assert probe.Timer(probe.Conditions(), str(tmp_path)).kernel_ms(chain_bytes(3)) > 0
     assert not list(tmp_path.iterdir())
 
 
 def test_what_does_not_run_by_itself_counts_as_nothing() -> None:
     strange = Kernel.from_key(REFERENCE[0].key.replace('"Conv"', '"NoSuchOperator"'))
     table = LatencyTable({}, {}, 0.0, {})
-    filled = fill(table, [Wanted(strange, (16, 16)), Wanted(REFERENCE[0], (16, 16))], threads=1, rounds=1)
+    filled = fill(
+        table, [Wanted(strange, (16, 16)), Wanted(REFERENCE[0], (16, 16))], conditions=probe.Conditions(), rounds=1
+    )
     assert set(filled.entries[strange.key].grid) == {0.0}
     assert min(filled.entries[REFERENCE[0].key].grid) > 0
 

@@ -89,7 +89,7 @@ def test_the_page_shows_speed_accuracy_and_where_both_come_from(written: tuple[P
                   "Where the time goes", "Widths of the layers that changed", "Frozen, and why"):  # fmt: skip
         assert f"<h2>{title}</h2>" in text, title
     assert "The costliest kernels" in text
-    assert text.count("<svg") == 4 + len(data["stairs"])
+    assert text.count("<svg") == 5 + len(data["stairs"])
     assert data["timing"]["environment"]["cpu"] in text
     assert data["plan"]["digest"][:16] in text
     changed = next(x for x in data["layers"] if x["compact"] and x["compact"][0] != x["dense"][0])

@@ -509,7 +509,7 @@ def test_the_lowest_latency_within_a_drop(
     table = table_of(program, couple(program))
     asked = Request(surgery.Budget(latency=0.9), latency_table=table, data=images, val=unseen, images=128)
     decision = decide(trained, images[0][:2], asked)
-    monkeypatch.setattr("surgery.race.track_of", lambda *args: Track())
+    monkeypatch.setattr("surgery.race.track_of", lambda *args, **more: Track())
 
     def fastest(points: float) -> surgery.Result:
         limited = replace(decision, request=replace(decision.request, max_drop=points))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cache, fill, probe
+from benchmarks.probe import Conditions
 from surgery.errors import InvalidInput
 from surgery.kernels import Kernel, Operand, step
 from surgery.tables import Entry, LatencyTable, Stairs, kind_of
@@ -173,7 +174,7 @@ class Fakes:
     def __init__(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
         self.measured: list[tuple[str, tuple[int, ...]]] = []
         patch.setenv(cache.VARIABLE, str(folder))
-        patch.setattr(probe, "describe", lambda threads, flush_mib=4: {**DEVICE, "threads": threads})
+        patch.setattr(probe, "describe", lambda conditions: {**DEVICE, "threads": conditions.threads})
         patch.setattr(fill, "measure", self.measure)
         patch.setattr(fill, "new_table", lambda **_: LatencyTable({**DEVICE, "threads": 1}, {}, 0.001, {}))
 
@@ -188,12 +189,12 @@ def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fakes:
 
 
 def test_what_was_measured_once_is_not_measured_again(fakes: Fakes) -> None:
-    first = cache.Measured(1)
+    first = cache.Measured(Conditions(1))
     first.cover([(CONV, (32, 32))])
     first.refine([(CONV, (20, 20))])
     assert fakes.measured
     fakes.measured.clear()
-    second = cache.Measured(1)
+    second = cache.Measured(Conditions(1))
     table = second.cover([(CONV, (32, 32))])
     assert table.ms(CONV, (20, 20)) == 40.0
     assert second.refine([(CONV, (20, 20))]) is None
@@ -201,16 +202,16 @@ def test_what_was_measured_once_is_not_measured_again(fakes: Fakes) -> None:
 
 
 def test_another_number_of_threads_has_a_table_of_its_own(fakes: Fakes) -> None:
-    assert cache.Measured(1).path != cache.Measured(2).path
+    assert cache.Measured(Conditions(1)).path != cache.Measured(Conditions(2)).path
 
 
 @pytest.mark.parametrize("damage", ["", "no json", '{"schema": 1}'])
 def test_a_corrupted_file_is_made_anew_with_one_sentence(fakes: Fakes, damage: str) -> None:
-    cache.Measured(1).cover([(CONV, (32, 32))])
-    path = cache.Measured(1).path
+    cache.Measured(Conditions(1)).cover([(CONV, (32, 32))])
+    path = cache.Measured(Conditions(1)).path
     path.write_text(damage)
     said: list[str] = []
-    source = cache.Measured(1, warn=said.append)
+    source = cache.Measured(Conditions(1), warn=said.append)
     source.cover([(CONV, (32, 32))])
     assert len(said) == 1
     assert "made anew" in said[0]
@@ -218,12 +219,12 @@ def test_a_corrupted_file_is_made_anew_with_one_sentence(fakes: Fakes, damage: s
 
 
 def test_a_table_of_another_device_is_made_anew(fakes: Fakes) -> None:
-    cache.Measured(1).cover([(CONV, (32, 32))])
-    path = cache.Measured(1).path
+    cache.Measured(Conditions(1)).cover([(CONV, (32, 32))])
+    path = cache.Measured(Conditions(1)).path
     data = json.loads(path.read_text())
     path.write_text(json.dumps({**data, "device": {"cpu": "another"}}))
     said: list[str] = []
-    cache.Measured(1, warn=said.append)
+    cache.Measured(Conditions(1), warn=said.append)
     assert len(said) == 1
     assert "another device" in said[0]
 
@@ -234,7 +235,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_nothing_more(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "file" / "below"))
     said: list[str] = []
-    table = cache.Measured(1, warn=said.append).cover([(CONV, (32, 32))])
+    table = cache.Measured(Conditions(1), warn=said.append).cover([(CONV, (32, 32))])
     assert table.ms(CONV, (32, 32)) == 64.0
     assert len(said) == 1
 
@@ -243,7 +244,7 @@ def _fill_one(folder: str, size: int) -> None:
     patch = pytest.MonkeyPatch()
     Fakes(patch, Path(folder))
     key = CONV.key.replace("[1,1,1,1]", f"[{size},1,1,1]")
-    cache.Measured(1).cover([(Kernel.from_key(key), (32, 32))])
+    cache.Measured(Conditions(1)).cover([(Kernel.from_key(key), (32, 32))])
 
 
 def test_processes_that_fill_one_table_at_once_lose_nothing(fakes: Fakes, tmp_path: Path) -> None:
@@ -253,7 +254,7 @@ def test_processes_that_fill_one_table_at_once_lose_nothing(fakes: Fakes, tmp_pa
         worker.start()
     for worker in workers:
         worker.join()
-    assert len(LatencyTable.load(cache.Measured(1).path).entries) == 8
+    assert len(LatencyTable.load(cache.Measured(Conditions(1)).path).entries) == 8
 
 
 def test_a_given_table_that_lacks_kernels_is_refused_with_what_to_do() -> None:

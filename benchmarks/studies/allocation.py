@@ -24,6 +24,7 @@ import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
+from benchmarks.probe import Conditions
 from benchmarks.studies import data, record
 from surgery import race
 from surgery.blocks import find_blocks
@@ -174,7 +175,7 @@ def compared(network: str, program: Program, seconds: float) -> Iterator[Row]:
         coupling=coupling,
         scores=score(program, coupling, "signal"),
         lowered=lower(program, coupling),
-        source=race.source_of(None, flush_mib=24, threads=1, seed=0, progress=None, warn=lambda sentence: None),
+        source=race.source_of(None, Conditions(1, 24), seed=0, progress=None, warn=lambda sentence: None),
         inexact="if-needed",
         fingerprint=program.fingerprint,
         inputs=program.inputs,

@@ -1,0 +1,312 @@
+"""Plans for int8: kernels timed as the quantiser writes them, tables of their own, budgets of the int8 file's time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+from stairs import table_of
+from torch import nn
+
+import surgery
+from benchmarks import cache, fill, probe
+from benchmarks.fill import REFERENCE
+from benchmarks.micro import BY_RANGE, FP32, IN_8_BITS, INT8, model_bytes
+from benchmarks.probe import Conditions
+from exporters.quantize import to_int8
+from surgery import race, within
+from surgery.couple import couple
+from surgery.decide import decide
+from surgery.errors import InvalidInput
+from surgery.kernels import Kernel, Operand, Widths, step
+from surgery.latency import widths_of
+from surgery.lower import lower
+from surgery.ops.registry import rules
+from surgery.pipeline import realise
+from surgery.recover.steps import Step
+from surgery.request import Clock, Request
+from surgery.tables import LatencyTable
+from surgery.trace import trace
+
+ROOT = Path(__file__).resolve().parent.parent
+MOVED = {"QuantizeLinear", "DequantizeLinear", "Transpose"}
+"""What stands at a small model's ends: not compared."""
+TIMED = sorted(op for op, rule in rules().items() if rule.onnx is not None)
+
+
+def kernels_of(model: nn.Module, x: torch.Tensor | tuple[torch.Tensor, ...]) -> list[tuple[Kernel, Widths]]:
+    program = trace(model.eval(), x)
+    coupling = couple(program)
+    return widths_of(lower(program, coupling), coupling.facts, {})
+
+
+def executed(path: Path) -> Counter[str]:
+    """Operators that ONNX Runtime makes of a file."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(path.with_suffix(".optimised.onnx"))
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session.run(None, {i.name: np.ones(i.shape, np.float32) for i in session.get_inputs()})
+    nodes = onnx.load(options.optimized_model_filepath).graph.node
+    return Counter(node.op_type for node in nodes if node.op_type not in MOVED)
+
+
+def ours_and_theirs(kernel: Kernel, widths: Widths, folder: Path) -> tuple[Counter[str], Counter[str]]:
+    """What runs of a kernel in int8: as it is timed, and as ONNX Runtime's quantiser makes it of the float one."""
+    (folder / "ours.onnx").write_bytes(model_bytes(kernel, widths, INT8))
+    onnx.checker.check_model(onnx.load(folder / "ours.onnx"), full_check=True)
+    (folder / "float.onnx").write_bytes(model_bytes(kernel, widths))
+    inputs = onnx.load(folder / "float.onnx").graph.input
+    shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in inputs}
+    rng = np.random.default_rng(0)
+    batches = [{n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()} for _ in range(8)]
+    to_int8(folder / "float.onnx", folder / "theirs.onnx", batches, check=False)
+    return executed(folder / "ours.onnx"), executed(folder / "theirs.onnx")
+
+
+@pytest.mark.parametrize("op", TIMED)
+def test_kernels_in_int8_run_the_operators_that_the_quantiser_leads_to(op: str, tmp_path: Path) -> None:
+    model, inputs = rules()[op].example()
+    for kernel, widths in kernels_of(model, inputs):
+        if not kernel.shape:
+            continue  # the quantiser asks for axes to put batches together along
+        ours, theirs = ours_and_theirs(kernel, widths, tmp_path)
+        assert ours == theirs, kernel.title
+
+
+def test_kernels_of_fused_layers_do_too(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.bn = nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
+            self.wide, self.depthwise, self.back = (
+                nn.Conv2d(16, 32, 1),
+                nn.Conv2d(32, 32, 3, 1, 1, groups=32),
+                nn.Conv2d(32, 16, 1),
+            )
+            self.up, self.head = nn.ConvTranspose2d(16, 16, 2, 2), nn.Linear(16, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.bn(self.stem(x)))
+            y = nn.functional.relu6(self.depthwise(nn.functional.hardswish(self.wide(x))))
+            x = torch.relu(x + self.back(y))
+            return self.head(nn.functional.silu(self.up(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+    for kernel, widths in kernels_of(Net(), torch.randn(1, 3, 16, 16)):
+        ours, theirs = ours_and_theirs(kernel, widths, tmp_path)
+        assert ours == theirs, kernel.title
+
+
+def test_the_operators_in_8_bits_are_those_of_the_quantiser() -> None:
+    made = set()
+    for op in TIMED:
+        model, inputs = rules()[op].example()
+        made |= {s.op for kernel, _ in kernels_of(model, inputs) for s in kernel.steps}
+    taken = {*QDQRegistry, *QLinearOpsRegistry}
+    assert (made & taken) - BY_RANGE <= IN_8_BITS <= taken
+    assert taken >= BY_RANGE
+
+
+def test_changes_of_layout_and_the_context_do_not_count() -> None:
+    def event(op: str, name: str, us: int) -> dict[str, object]:
+        return {"cat": "Node", "name": f"{name}_kernel_time", "dur": us, "args": {"op_name": op}}
+
+    run = [
+        *(event("QuantizeLinear", "context_x0_in_quantise", 1), event("Transpose", "Transpose", 2)),
+        *(event("QLinearConv", "context_x0_conv", 4), event("Transpose", "Transpose_token_1", 8)),
+        *(event("DequantizeLinear", "kernel_x0_dequantise", 16), event("Conv", "kernel_s0", 32)),
+        *(event("Transpose", "kernel_s1", 64), event("NhwcMaxPool", "context_out", 128)),
+        *(event("Transpose", "Transpose_token_2", 256), event("DequantizeLinear", "context_out_dequantise", 512)),
+        {"cat": "Session", "name": "model_run"},
+    ]
+    assert probe.runs_ms(run) == [pytest.approx((8 + 16 + 32 + 64) / 1e3)]
+
+
+def test_a_wide_convolution_is_faster_in_int8(tmp_path: Path) -> None:
+    times = {
+        precision: fill.measure([REFERENCE], conditions=Conditions(1, 0, precision))[REFERENCE[0].key, REFERENCE[1]]
+        for precision in (FP32, INT8)
+    }
+    assert 0 < times[INT8] != times[FP32] > 0
+
+
+def test_each_precision_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    paths = {cache.Measured(Conditions(1, 4, precision)).path for precision in (FP32, INT8)}
+    assert len(paths) == 2
+    assert cache.Measured(Conditions(1, 4, INT8)).device["precision"] == INT8
+
+
+# Plans. --------------------------------------------------------------------------------------------------------------
+
+IMAGE = torch.randn(2, 3, 16, 16)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    widths = [(3, 64), (64, 64), (64, 64)]
+    layers = [x for i, o in widths for x in (nn.Conv2d(i, o, 3, 1, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).eval()
+
+
+@pytest.fixture(scope="module")
+def table() -> LatencyTable:
+    program = trace(net(), IMAGE)
+    found = table_of(program, couple(program))
+    return replace(found, device={**found.device, "precision": INT8})
+
+
+def test_a_plan_says_what_it_is_for_and_is_made_by_a_table_of_that(table: LatencyTable) -> None:
+    half = surgery.Budget(latency=0.5)
+    result = surgery.shrink(net(), IMAGE, budget=half, latency_table=table, deploy="int8")
+    assert result.plan.settings["deploy"] == "int8"
+    assert result.report["latency"]["device"]["precision"] == "int8"
+    assert result.check.error_float64 <= 1e-10
+    with pytest.raises(InvalidInput, match=r"table.json is of int8, and the plan is for fp32: give --deploy int8"):
+        surgery.shrink(net(), IMAGE, budget=half, latency_table=table)
+    with pytest.raises(InvalidInput, match="there are fp32, int8"):
+        surgery.shrink(net(), IMAGE, budget=half, latency_table=table, deploy="int4")
+    with pytest.raises(InvalidInput, match="--deploy int8 is for budgets of time"):
+        surgery.shrink(net(), IMAGE, budget=surgery.Budget(macs=0.5), deploy="int8")
+
+
+def test_the_timed_files_are_in_int8(tmp_path: Path) -> None:
+    program = trace(net(), IMAGE)
+    (tmp_path / "a").mkdir()
+    for deploy, expected in (("fp32", False), ("int8", True)):
+        track = race.track_of(program, tmp_path / "a", Request(deploy=deploy), None)
+        ops = {node.op_type for node in onnx.load(track.dense).graph.node}
+        assert ("QuantizeLinear" in ops) is expected
+        assert track.shapes == {"input": (1, 3, 16, 16)} or len(track.shapes) == 1
+
+
+def test_the_drop_is_that_of_the_int8_file(
+    table: LatencyTable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    images, classes = torch.randn(64, 3, 16, 16), torch.arange(64) % 10
+    asked = Request(surgery.Budget(latency=0.9), latency_table=table, data=images, val=(images, classes), deploy="int8")
+    decision = decide(net(), IMAGE, replace(asked, max_drop=100.0))
+    judged: list[str] = []
+    lost_by = within.lost_by
+
+    def noted(steps: tuple[Step, ...]) -> tuple[float, float, str]:
+        judged.append(steps[-1].name)
+        return lost_by(steps)
+
+    monkeypatch.setattr(within, "lost_by", noted)
+    monkeypatch.setattr(race.Track, "time", lambda *given, **named: type("R", (), {"value": 0.5})())
+    monkeypatch.setattr(within, "MOST", 1)
+    result = within.fastest(replace(decision, request=replace(decision.request, max_drop=100.0)), realise, Clock(None))
+    assert judged[0] == "int8"
+    assert "of the dense int8 latency" in result.report["latency"]["verdict"]
+
+
+# The command line. ---------------------------------------------------------------------------------------------------
+
+NETS = """
+import torch
+from torch import nn
+
+
+def net():
+    widths = [(3, 64), (64, 64), (64, 64)]
+    layers = [x for i, o in widths for x in (nn.Conv2d(i, o, 3, 1, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())]
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)
+    return nn.Sequential(*layers, *head), torch.randn(1, 3, 16, 16)
+"""
+
+
+def run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SURGERY_CACHE": str(folder / "cache"), "COLUMNS": "200"}
+    command = [sys.executable, "-m", "surgery.cli", *args]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=600
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("deploy")
+    (place / "nets.py").write_text(NETS)
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 16, 16, 3), dtype=np.uint8)
+    np.savez(place / "images.npz", images=pixels)
+    return place
+
+
+def test_a_budget_for_int8_is_of_the_int8_files(folder: Path) -> None:
+    asked = ("--weights", "random", "--data", "images.npz", "--latency", "0.7", "--deploy", "int8", "--out", "out")
+    done = run(folder, "shrink", "nets.py:net", *asked, "--runs", "50", "--json", "--quiet")
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert data["latency"]["device"]["precision"] == "int8"
+    assert "of the dense int8 latency" in data["latency"]["verdict"]
+    assert {"dense int8", "compact int8"} <= {model["name"] for model in data["models"]}
+    assert (folder / "out" / "compact.int8.onnx").is_file()
+    page = (folder / "out" / "report.html").read_text()
+    assert "compact int8, against dense int8" in page
+    again = run(
+        folder, "apply", "out/plan.json", "nets.py:net", "--weights", "random", "--out", "again", "--runs", "50",
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert "the widths were chosen for int8" in (folder / "again" / "report.md").read_text()
+
+
+def test_a_profile_and_a_pack_for_int8(folder: Path) -> None:
+    done = run(folder, "profile", "nets.py:net", "--weights", "random", "--deploy", "int8", "--pack", "pack.zip")
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(folder / "pack.zip") as pack:
+        assert json.loads(pack.read("request.json"))["precision"] == "int8"
+        pack.extract("dense.onnx", folder)
+    assert "QuantizeLinear" in {node.op_type for node in onnx.load(folder / "dense.onnx").graph.node}
+    filled = subprocess.run(
+        [sys.executable, "pack.zip", "--rounds", "1", "--out", "table.json"],
+        cwd=folder, capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert filled.returncode == 0, filled.stderr
+    assert LatencyTable.load(folder / "table.json").device["precision"] == "int8"
+    shown = run(
+        folder, "show", "nets.py:net", "--weights", "random", "--latency-table", "table.json", "--deploy", "int8",
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    other = run(folder, "show", "nets.py:net", "--weights", "random", "--latency-table", "table.json")
+    assert (other.returncode, "--deploy int8" in other.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--deploy", "int8"), "--deploy int8 needs images to calibrate on: give them with --data"),
+        (("--deploy", "int8", "--macs", "0.5", "--data", "images.npz"), "--deploy int8 is for budgets of time"),
+    ],
+)
+def test_what_cannot_be_is_refused(folder: Path, arguments: tuple[str, ...], told: str) -> None:
+    done = run(folder, "shrink", "nets.py:net", "--weights", "random", "--out", "never", *arguments)
+    assert (done.returncode, told in done.stderr) == (2, True), done.stderr
+    assert not (folder / "never").exists()
+
+
+def test_a_bias_is_added_in_the_products_scale() -> None:
+    kernel = Kernel(
+        (step("Gemm", "x0", "w1", "w2", transB=1),),
+        (Operand("x0", (1, "a"), "value"), Operand("w1", ("b", "a"), "weight"), Operand("w2", ("b",), "weight")),
+        (1, "b"),
+        False,
+    )
+    weights = {
+        w.name: onnx.numpy_helper.to_array(w)
+        for w in onnx.load_from_string(model_bytes(kernel, (8, 4), INT8)).graph.initializer
+    }
+    assert weights["w1_bits"].dtype == np.int8 and weights["w2_bits"].dtype == np.int32
+    np.testing.assert_allclose(weights["w2_scale"], weights["x0_scale"] * weights["w1_scale"])
