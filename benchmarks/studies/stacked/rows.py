@@ -1,0 +1,276 @@
+"""The rows: files of every way to less time, timed in one race, judged in ONNX Runtime on the same images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import surgery
+from benchmarks import ort
+from benchmarks.studies.latency.bench import Bench, loop_of, tell
+from benchmarks.studies.latency.rivals import CRITERIA, PLAIN, DoesNotRun, Setting, by_torch_pruning
+from benchmarks.studies.latency.trained import reestimated
+from benchmarks.studies.stacked.subjects import Case, Judges
+from exporters import onnx
+from exporters.quantize import to_int8
+from exporters.session import OnnxModel, feeds
+from surgery.cut import masked
+from surgery.recover.agreement import paired_drop
+from surgery.recover.teaching import Training
+
+BATCH = 32
+DEFAULT_SHARE = 0.5
+"""Share of every width that torch-pruning takes if it is not told otherwise."""
+LOOKED = 128
+"""Photos by which the best of torch-pruning's settings is told: agreement with the dense network."""
+TRIES = 4
+
+
+Facts = Mapping[str, Any]
+"""What is known of a file beside time and loss: MACs, what it was planned for, how it was taught."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What is made.
+
+    Attributes:
+        latency: of ours, as a fraction of the dense network's in the precision that is planned for.
+        deploys: precisions that are planned for, each a network of its own.
+        smaller: sizes in pixels of smaller images, for the dense network.
+        training: how ours is taught after reconstruction, planned for int8 alone; None: not at all.
+        rivals: whether torch-pruning is there.
+        threads: of ONNX Runtime.
+        seconds: of the race.
+    """
+
+    latency: float
+    deploys: tuple[str, ...] = ("int8",)
+    smaller: tuple[int, ...] = ()
+    training: Training | None = None
+    rivals: bool = True
+    threads: int = 1
+    seconds: float = 60.0
+
+
+@dataclass(eq=False)
+class Files:
+    """Float files and those in int8 of the same networks, by name."""
+
+    case: Case
+    folder: Path
+    paths: dict[str, Path] = field(default_factory=dict)
+    sets: dict[str, tuple[Judges, ...]] = field(default_factory=dict)
+    facts: dict[str, Facts] = field(default_factory=dict)
+
+    def add(self, name: str, module: nn.Module, facts: Facts, *, int8: str = "", size: int | None = None) -> None:
+        """Export a network, and under the name `int8` also its file in int8, calibrated on the photos."""
+        tell(name)
+        photos, judged = (self.case.photos, self.case.judged) if size is None else _at(self.case, size)
+        path = self.folder / f"{len(self.paths)}.onnx"
+        onnx.export(module, (photos[:1],), path, check=False)
+        self._enter(name, path, judged, facts)
+        if int8:
+            quantised = path.with_suffix(".int8.onnx")
+            to_int8(path, quantised, feeds(path, [(part,) for part in torch.split(photos, BATCH)]))
+            self._enter(int8, quantised, judged, facts)
+
+    def _enter(self, name: str, path: Path, judged: tuple[Judges, ...], facts: Facts) -> None:
+        self.paths[name], self.sets[name], self.facts[name] = path, judged, facts
+
+
+def _at(case: Case, size: int) -> tuple[Tensor, tuple[Judges, ...]]:
+    assert case.at is not None, "asked for where images come in sizes"
+    return case.at(size)
+
+
+def measured(case: Case, ask: Ask, folder: Path) -> dict[str, Any]:
+    """Return the table of a network as JSON values: its rows, the timer's verdict, and how each came about."""
+    begun = time.monotonic()
+    files = Files(case, folder)
+    dense = case.subject.module
+    files.add("dense", dense, {"macs": 1.0}, int8="dense int8")
+    for size in ask.smaller:
+        told = {"macs": round((size / case.photos.shape[-1]) ** 2, 4)}
+        files.add(f"dense at {size} px", dense, told, int8=f"dense at {size} px, int8", size=size)
+    loops = {}
+    for deploy in ask.deploys:
+        loops[deploy] = _ours(files, ask, deploy)
+    if ask.rivals:
+        _rivals(files, ask, folder)
+    timing = ort.time(
+        files.paths, baseline="dense", threads=ask.threads, max_seconds=ask.seconds, width=0.02, fresh=False,
+    )  # fmt: skip
+    logits = {name: [_logits(path, by.images) for by in files.sets[name]] for name, path in files.paths.items()}
+    rows = [_row(name, files, timing, logits) for name in files.paths]
+    _mark_dominated(rows)
+    return {
+        "network": case.name,
+        "weights": case.weights,
+        "photos": len(case.photos),
+        "judged_by": [{"name": by.name, "images": len(by.images)} for by in case.judged],
+        "latency": ask.latency,
+        "threads": ask.threads,
+        "rows": rows,
+        "loops": loops,
+        "timer": {
+            "aa": asdict(timing.aa) if timing.aa else None,
+            "reliable": timing.reliable,
+            "why": timing.why,
+            "rounds": timing.rounds,
+        },
+        "seconds": round(time.monotonic() - begun),
+    }
+
+
+# Ours. ---------------------------------------------------------------------------------------------------------------
+
+
+def _ours(files: Files, ask: Ask, deploy: str) -> dict[str, Any]:
+    case, last = files.case, deploy == ask.deploys[-1]
+    told = "" if len(ask.deploys) == 1 else f", planned for {deploy}"
+    tell(f"ours{told}")
+    result = surgery.shrink(
+        case.subject.module,
+        case.subject.inputs,
+        budget=surgery.Budget(latency=ask.latency),
+        data=case.photos,
+        recover="reconstruct",
+        deploy=deploy,
+        threads=ask.threads,
+    )
+    loop = loop_of(result.report)
+    facts: dict[str, Any] = {"planned_for": deploy, "macs": round(case.subject.kept(result.model), 4)}
+    if last:
+        zeroed = masked(result.program, result.plan, result.coupling)
+        files.add("masked", zeroed, {"macs": 1.0})
+    files.add(f"compact{told}", result.model, facts, int8=f"compact int8{told}")
+    if last and ask.training is not None:
+        begun = time.monotonic()
+        taught = surgery.recover(result, case.learnable(), level="distill", training=ask.training)
+        history = taught.report["recovery"]["steps"][-1]["history"]
+        facts |= {"epochs": ask.training.epochs, "seconds": round(time.monotonic() - begun), "steps": history["steps"]}
+        files.add(f"compact{told}, taught", taught.model, facts, int8=f"compact int8{told}, taught")
+    return loop
+
+
+# Theirs. -------------------------------------------------------------------------------------------------------------
+
+
+def _rivals(files: Files, ask: Ask, folder: Path) -> None:
+    """torch-pruning as it comes, and its best: at our latency, with the norms estimated anew on the same photos."""
+    case = files.case
+    try:
+        plain = by_torch_pruning(case.subject, PLAIN, DEFAULT_SHARE)
+        files.add("torch-pruning, default", plain, {"macs": round(case.subject.kept(plain), 4)})
+    except DoesNotRun as error:
+        tell(str(error))
+    ours = next(name for name in reversed(files.paths) if name.startswith("compact") and "int8" not in name)
+    bench = Bench(case.subject, folder / "search", ask.threads, ask.seconds)
+    bench.folder.mkdir()
+    wanted = _relative(files.paths["dense"], files.paths[ours], ask.threads)
+    found: list[tuple[float, Setting, nn.Module]] = []
+    for globally in (False, True):
+        for step in (1, 16):
+            found += _at_latency(case, bench, wanted, globally, step)
+    if found:
+        _, setting, module = max(found, key=lambda each: each[0])
+        facts = {"macs": round(case.subject.kept(module), 4), "setting": setting.name, "of_settings": len(found)}
+        files.add("torch-pruning, best", module, facts, int8="torch-pruning, best, int8")
+
+
+def _at_latency(
+    case: Case, bench: Bench, wanted: float, globally: bool, step: int
+) -> Iterable[tuple[float, Setting, nn.Module]]:
+    """Every criterion at a share that takes our time, and its agreement on photos; widths are much the same for all."""
+    share = None
+    for criterion in CRITERIA:
+        name = f"{criterion}{', global' * globally}{f', round_to {step}' * (step > 1)}"
+        setting = Setting(name, 0 if step == 1 else step, globally, criterion)
+        cut = partial(by_torch_pruning, case.subject, setting)
+        try:
+            if share is None:
+                share = bench.to_latency(cut, wanted, most=TRIES).share
+            module = reestimated(cut(share), case.photos[:LOOKED])
+        except DoesNotRun as error:
+            tell(str(error))
+            continue
+        tell(f"torch-pruning by {name}")
+        seen = case.photos[-LOOKED:]
+        with torch.no_grad():
+            same = module(seen).argmax(1) == case.subject.module(seen).argmax(1)
+        yield float(same.double().mean()), setting, module
+
+
+def _relative(dense: Path, other: Path, threads: int) -> float:
+    timing = ort.time({"dense": dense, "other": other}, baseline="dense", threads=threads, max_seconds=4.0, fresh=False)
+    return timing.row("other").ratio.value
+
+
+# What they come to. --------------------------------------------------------------------------------------------------
+
+
+def _logits(path: Path, images: Tensor) -> Tensor:
+    """Outputs of a file for all images, (N, classes)."""
+    model = OnnxModel(path, threads=torch.get_num_threads())
+    return torch.cat([model(part) for part in torch.split(images, BATCH)])
+
+
+def _row(name: str, files: Files, timing: ort.Timing, logits: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
+    """Time and loss of a file: against the dense one in float32, and against it in int8."""
+    found, dense = timing.row(name), timing.row("dense int8")
+    sets = files.sets[name]
+    return {
+        "name": name,
+        "p50_ms": found.p50_ms,
+        "latency": asdict(found.ratio),
+        "of_dense_int8": round(found.p50_ms / dense.p50_ms, 4),
+        "bytes": onnx.bytes_of(files.paths[name]),
+        **files.facts[name],
+        "judged": [
+            judged(by, logits[name][k], logits["dense"][k], logits["dense int8"][k]) for k, by in enumerate(sets)
+        ],
+    }
+
+
+def judged(by: Judges, found: Tensor, dense: Tensor, dense_int8: Tensor) -> dict[str, Any]:
+    """Return accuracy, points lost against both dense files with their intervals, and agreement with the float one."""
+    logs, other = dense.double().log_softmax(1), found.double().log_softmax(1)
+    told = {
+        "images": by.name,
+        "match": round(100 * float((found.argmax(1) == dense.argmax(1)).double().mean()), 2),
+        "divergence": round(float((logs.exp() * (logs - other)).sum(1).mean()), 4),
+    }
+    if by.labels is None:
+        return told
+    right = {key: (x.argmax(1) == by.labels).double() for key, x in (("", found), ("d", dense), ("q", dense_int8))}
+    return {
+        **told,
+        "accuracy": round(100 * float(right[""].mean()), 2),
+        "lost": _interval(paired_drop(right["d"], right[""])),
+        "lost_against_int8": _interval(paired_drop(right["q"], right[""])),
+    }
+
+
+def _interval(found: tuple[float, float, float]) -> list[float]:
+    return [round(x, 2) for x in found]
+
+
+def lost(row: Mapping[str, Any]) -> float:
+    """Return what a row loses on the first set: points of accuracy, or of agreement where there are no classes."""
+    first = row["judged"][0]
+    return float(first["lost"][0]) if "lost" in first else 100.0 - float(first["match"])
+
+
+def _mark_dominated(rows: Sequence[dict[str, Any]]) -> None:
+    """Name for each row the fastest one that takes less time and loses less."""
+    for row in rows:
+        better = [r for r in rows if r["p50_ms"] < row["p50_ms"] and lost(r) < lost(row)]
+        row["dominated_by"] = min(better, key=lambda r: float(r["p50_ms"]))["name"] if better else None

@@ -1,0 +1,122 @@
+"""What is made faster: networks with real weights and photos, from the data folder or as the user names them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.studies.latency.rivals import Subject
+from benchmarks.studies.recovery.subjects import network, rows_of, to_learn_from
+from surgery.datasets import open_images
+from surgery.errors import InvalidInput
+from surgery.models import load_model
+
+LICENCES = {
+    "resnet56": "akamaster/pytorch_resnet_cifar10, BSD-2",
+    "mobilenet_v2": "google-coral/test_data, mobilenet_v2_1.0_224_tf2_ptq, Apache-2.0",
+}
+"""Where the weights of the data folder's networks come from, and their licence."""
+PHOTOS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Judges:
+    """Images to judge by (N, C, H, W), and their classes (N,), or None."""
+
+    name: str
+    images: Tensor
+    labels: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """A trained network and the images that go with it.
+
+    Attributes:
+        name: of the network.
+        weights: what they are, and their licence.
+        subject: the network, and what torch-pruning has to leave alone.
+        photos: unlabelled images (N, C, H, W) at the network's own size, to calibrate on and to recover with.
+        learnable: all that there are to teach with; `photos` or more.
+        judged: sets to judge by, none of whose images is among the photos.
+        at: size in pixels → photos and sets of that size; None where images come in one size.
+    """
+
+    name: str
+    weights: str
+    subject: Subject
+    photos: Tensor
+    learnable: Callable[[], Tensor]
+    judged: tuple[Judges, ...]
+    at: Callable[[int], tuple[Tensor, tuple[Judges, ...]]] | None = None
+
+
+def known(name: str, root: Path) -> Case:
+    """Return a network of the data folder; raises InvalidInput where a file is missing."""
+    found = network(name, root)
+    judged = tuple(Judges(by.name, by.images, by.labels) for by in found.judged)
+    if name != "mobilenet_v2":
+        return Case(
+            name, LICENCES[name], found.subject, found.calibration(0), lambda: to_learn_from(found, root), judged
+        )
+
+    def at(size: int) -> tuple[Tensor, tuple[Judges, ...]]:
+        images, labels = rows_of(root, size, odd=True)
+        return rows_of(root, size, odd=False)[0], (Judges(judged[0].name, images, labels),)
+
+    photos = found.learnable[0]
+    return Case(name, LICENCES[name], found.subject, photos, lambda: photos, judged, at)
+
+
+def named(model: str, weights: str, photos: str, val: str | None) -> Case:
+    """Return what the user names.
+
+    Args:
+        model: as for `surgery shrink`.
+        weights: a checkpoint, or `auto`.
+        photos: a folder or an .npz file of images without classes.
+        val: likewise, with classes; None: a fifth of the photos is held back, to judge agreement by.
+
+    Raises:
+        InvalidInput: the model or the images cannot be read, or the weights would be random.
+    """
+    loaded = load_model(model, weights=weights)
+    if loaded.weights.startswith("random"):
+        raise InvalidInput(
+            f"{model} has no trained weights here ({'; '.join(loaded.warnings) or loaded.weights}): give a checkpoint "
+            "with --weights"
+        )
+    first: Any = loaded.example_inputs[0]
+
+    def at(size: int) -> tuple[Tensor, tuple[Judges, ...]]:
+        shape = (1, first.shape[1], size, size)
+        images, _ = _read(open_images(photos, shape, loaded.preprocessing, option="--photos"), PHOTOS)
+        if val is not None:
+            own, labels = _read(open_images(val, shape, loaded.preprocessing, option="--val"), None)
+            return images, (Judges(val, own, labels),)
+        return images[len(images) // 5 :], (Judges("photos that were held back", images[: len(images) // 5], None),)
+
+    square = first.dim() == 4 and first.shape[2] == first.shape[3]
+    if not square:
+        raise InvalidInput(f"{model} takes inputs {tuple(first.shape)}; this comparison is of square images")
+    seen, judged = at(first.shape[2])
+    subject = Subject(loaded.module, (torch.zeros(1, *first.shape[1:]),))
+    return Case(loaded.name, loaded.weights, subject, seen, lambda: seen, judged, at)
+
+
+def _read(images: Any, most: int | None) -> tuple[Tensor, Tensor | None]:
+    pairs = list(images.some(len(images) if most is None else most))
+    classes = torch.tensor([label for _, label in pairs])
+    return torch.stack([image for image, _ in pairs]), classes if images.labelled else None
+
+
+def classifies(module: nn.Module, image: Tensor) -> bool:
+    """Return whether a network gives one row of scores an image."""
+    with torch.no_grad():
+        found = module(image)
+    return isinstance(found, Tensor) and found.dim() == 2

@@ -1,0 +1,128 @@
+"""The tables: on the terminal, and docs/results.md from the results file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks.studies.latency.table import table
+from benchmarks.studies.record import sentence
+from benchmarks.studies.recovery.subjects import goal_of
+from surgery.figures import size
+
+Row = Mapping[str, Any]
+HEADS = (
+    *("file", "p50 ms", "of dense", "95 %", "of dense int8", "accuracy", "points lost", "95 %"),
+    *("same class as dense", "bytes", "dominated by"),
+)
+GOALS = {"resnet56": (0.6, 1.0), "mobilenet_v2": (0.7, 2.0)}
+"""Network → of dense int8's time that compact int8 may take, and points that it may lose against it."""
+AIM = 0.33, 2.0
+"""Of the demonstration: of dense's time in float32 that ours in int8 may take, and points that it may lose."""
+
+
+def lines(rows: Sequence[Row], images: int = 0) -> Iterator[tuple[str, ...]]:
+    """Yield the cells of each row, in the order of `HEADS`, judged by one of the sets of images."""
+    for row in rows:
+        by, ratio = row["judged"][images], row["latency"]
+        found = by.get("lost")
+        yield (
+            _named(row),
+            f"{row['p50_ms']:.3f}",
+            f"{ratio['value']:.3f}",
+            f"{ratio['low']:.3f} to {ratio['high']:.3f}",
+            f"{row['of_dense_int8']:.3f}",
+            f"{by['accuracy']:.2f} %" if found else "-",
+            f"{found[0]:.2f}" if found else "-",
+            f"{found[1]:.2f} to {found[2]:.2f}" if found else "-",
+            f"{by['match']:.1f} %",
+            size(row["bytes"]),
+            row["dominated_by"] or "",
+        )
+
+
+def _named(row: Row) -> str:
+    more = [f"{row['epochs']} epochs" * ("epochs" in row), row.get("setting", "")]
+    told = ", ".join(x for x in more if x)
+    return f"{row['name']} ({told})" if told else str(row["name"])
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """Return the tables of a network, one for each set of images."""
+    parts = []
+    for k, by in enumerate(found["judged_by"]):
+        parts.append(f"{by['images']:,} images: {by['name']}.\n\n{table(HEADS, lines(found['rows'], k))}")
+    return "\n".join(parts)
+
+
+SHORT = ("file", "p50 ms", "of dense", "points lost", "95 %", "same class as dense", "dominated by")
+"""Columns of the table in the README."""
+
+
+def short(found: Mapping[str, Any]) -> str:
+    """Return the demonstration's table with the columns of `SHORT`, on the first set of images."""
+    chosen = [HEADS.index(head) for head in SHORT]
+    chosen[4] = HEADS.index("points lost") + 1  # the second interval is that of the points
+    return table(SHORT, (tuple(cells[k] for k in chosen) for cells in lines(found["rows"])))
+
+
+def goal(found: Mapping[str, Any]) -> str:
+    """Return what the goal of a network came to, in a sentence."""
+    time, points = GOALS[found["network"]]
+    best = [r for r in found["rows"] if r["name"].startswith("compact int8") and r["planned_for"] == "int8"][-1]
+    drop = dict(zip(("drop", "low", "high"), best["judged"][0]["lost_against_int8"], strict=True))
+    verdict = goal_of(drop, points) if best["of_dense_int8"] <= time else "missed"
+    return (
+        f"Goal: {best['name']} in at most {time:g} of dense int8's time, with at most {points:g} points less than "
+        f"dense int8. Found: {best['of_dense_int8']:.3f} of the time, {drop['drop']:.2f} points less "
+        f"[{drop['low']:.2f}, {drop['high']:.2f}]: **{verdict}**."
+    )
+
+
+def aim(found: Mapping[str, Any]) -> str:
+    """Return what the demonstration's aim came to, in a sentence."""
+    time, points = AIM
+    ours = [r for r in found["rows"] if r["name"].startswith("compact int8")][-1]
+    drop = dict(zip(("drop", "low", "high"), ours["judged"][0]["lost"], strict=True))
+    verdict = goal_of(drop, points) if ours["latency"]["value"] <= time else "missed"
+    return (
+        f"Aim: at most {time:g} of dense's time in float32, and {points:g} points. Found: "
+        f"{ours['latency']['value']:.3f} of the time, {drop['drop']:.2f} points "
+        f"[{drop['low']:.2f}, {drop['high']:.2f}]: **{verdict}**."
+    )
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """Return docs/results.md."""
+    parts = [_HEAD]
+    for key, title in TITLES.items():
+        found = results["tables"].get(key)
+        if found is None:
+            continue
+        told = aim(found) if key == "demo" else goal(found)
+        parts.append(
+            f"## {title}\n\nWeights: {found['weights']}. {found['photos']} photos without labels. Written by\n"
+            f"`{found['command']}`\non {sentence(found['machine'])}, in {found['seconds'] / 60:.0f} minutes.\n\n"
+            f"{told}\n\n{markdown(found)}\nThe timer: {found['timer']['why']}.\n"
+        )
+    return "\n".join(parts)
+
+
+TITLES = {
+    "demo": "The demonstration: MobileNetV2",
+    "mobilenet_v2": "MobileNetV2, planned for either precision, and taught",
+    "resnet56": "ResNet-56 on CIFAR-10, planned for either precision, and taught",
+}
+_HEAD = """# Results
+
+Cut, then quantise, beside what is there without any surgery: the dense network in int8, the same on smaller images,
+zeros in place of channels (*masked*), and torch-pruning. All files of a table were timed in one race, in shuffled
+blocks, and judged in ONNX Runtime on the same images, none of which was among the photos. Points lost are paired on
+those images, with their 95 % interval. A row is *dominated* by another that takes less time and loses less. The figures
+are those of `benchmarks/studies/results/stacked.json`; only real weights are in it.
+
+torch-pruning's default is its L1 criterion at half of every width, as it leaves the network. Its best is the one of
+its settings (five criteria that need no labels, layer by layer and globally, plain and in steps of 16) that agrees
+most with the dense network on photos, at our float file's latency and with its batch norms estimated anew on the same
+photos.
+"""

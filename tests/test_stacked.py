@@ -1,0 +1,171 @@
+"""The comparison of every way to a faster file: its rows, its verdicts, the demonstration on what a user names."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from benchmarks.studies import record
+from benchmarks.studies.latency.rivals import Subject
+from benchmarks.studies.stacked import rows, table
+from benchmarks.studies.stacked.rows import Ask, measured
+from benchmarks.studies.stacked.subjects import Case, Judges, named
+from surgery.errors import InvalidInput
+
+ROOT = Path(__file__).resolve().parent.parent
+
+NET = """
+import torch
+from torch import nn
+
+
+def net():
+    widths = [(3, 32), (32, 32), (32, 32)]
+    layers = [x for i, o in widths for x in (nn.Conv2d(i, o, 3, 1, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4)), torch.zeros(1, 3, 24, 24)
+"""
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    space: dict[str, object] = {}
+    exec(NET, space)
+    torch.manual_seed(0)
+    module: nn.Module = space["net"]()[0]  # type: ignore[operator]
+    with torch.no_grad():
+        for _ in range(20):
+            module(torch.rand(8, 3, 24, 24) * 4 - 2)
+    return module.eval()
+
+
+@pytest.fixture(scope="module")
+def case(network: nn.Module) -> Case:
+    images = torch.rand(96, 3, 24, 24, generator=torch.Generator().manual_seed(0)) * 4 - 2
+    with torch.no_grad():
+        labels = network(images).argmax(1)
+
+    def at(size: int) -> tuple[torch.Tensor, tuple[Judges, ...]]:
+        small = nn.functional.interpolate(images, (size, size))
+        return small[:48], (Judges("held back", small[48:], labels[48:]),)
+
+    subject = Subject(network, (torch.zeros(1, 3, 24, 24),))
+    return Case("net", "random", subject, images[:48], lambda: images[:48], at(24)[1], at)
+
+
+@pytest.fixture(scope="module")
+def found(case: Case, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SURGERY_CACHE", str(cache))
+        patch.setattr(rows, "CRITERIA", {"l1": rows.CRITERIA["l1"]})
+        return measured(case, Ask(0.8, ("fp32", "int8"), smaller=(16,), seconds=2.0), tmp_path_factory.mktemp("files"))
+
+
+def test_every_way_has_its_row(found: dict[str, object]) -> None:
+    listed = found["rows"]
+    assert isinstance(listed, list)
+    names = [row["name"] for row in listed]
+    assert names == [
+        *("dense", "dense int8", "dense at 16 px", "dense at 16 px, int8"),
+        *("compact, planned for fp32", "compact int8, planned for fp32"),
+        *("masked", "compact, planned for int8", "compact int8, planned for int8"),
+        *("torch-pruning, default", "torch-pruning, best", "torch-pruning, best, int8"),
+    ]
+    by_name = {row["name"]: row for row in listed}
+    assert by_name["dense"]["judged"][0]["lost"] == [0.0, 0.0, 0.0]
+    assert by_name["dense"]["judged"][0]["match"] == 100.0
+    assert by_name["dense int8"]["judged"][0]["lost_against_int8"] == [0.0, 0.0, 0.0]
+    assert by_name["dense int8"]["bytes"] < by_name["dense"]["bytes"]
+    assert by_name["compact, planned for int8"]["macs"] < 1
+    for row in listed:
+        faster = [r for r in listed if r["p50_ms"] < row["p50_ms"] and rows.lost(r) < rows.lost(row)]
+        assert (row["dominated_by"] is None) is (not faster)
+    text = table.markdown(found)
+    assert text.count("\n| ") == len(listed) + 1
+    assert "48 images: held back" in text
+
+
+def row(name: str, time: float, lost: tuple[float, float, float], **more: object) -> dict[str, object]:
+    judged = [{"lost": list(lost), "lost_against_int8": list(lost), "match": 90.0}]
+    return {"name": name, "of_dense_int8": time, "latency": {"value": time}, "judged": judged, **more}
+
+
+@pytest.mark.parametrize(
+    ("time", "lost", "verdict"),
+    [
+        (0.59, (0.2, -0.3, 0.9), "met"),
+        (0.59, (0.8, 0.1, 1.5), "undecided"),
+        (0.59, (3.0, 2.1, 3.9), "missed"),
+        (0.61, (0.2, -0.3, 0.9), "missed"),
+    ],
+)
+def test_a_goal_is_met_by_the_interval_and_the_time(
+    time: float, lost: tuple[float, float, float], verdict: str
+) -> None:
+    ours = row("compact int8, planned for int8", time, lost, planned_for="int8")
+    assert f"**{verdict}**" in table.goal({"network": "resnet56", "rows": [ours]})
+
+
+def test_the_page_is_what_was_measured() -> None:
+    place = record.RESULTS / "stacked.json"
+    assert place.is_file()
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert text == table.page(record.read("stacked"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table.short(record.read("stacked")["tables"]["demo"]) in readme
+
+
+# What a user names. --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("named")
+    (place / "net.py").write_text(NET)
+    torch.save(network.state_dict(), place / "net.pt")
+    (place / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for k in range(40):
+        Image.fromarray(rng.integers(0, 255, (30, 30, 3), dtype=np.uint8)).save(place / "photos" / f"{k}.png")
+    return place
+
+
+def test_photos_without_classes_are_split_to_judge_agreement_by(folder: Path) -> None:
+    case = named(f"{folder / 'net.py'}:net", str(folder / "net.pt"), str(folder / "photos"), None)
+    assert (len(case.photos), len(case.judged[0].images), case.judged[0].labels) == (32, 8, None)
+    assert case.at is not None
+    assert case.at(16)[0].shape == (32, 3, 16, 16)
+
+
+def test_random_weights_are_no_demonstration(folder: Path) -> None:
+    with pytest.raises(InvalidInput, match="has no trained weights here"):
+        named(f"{folder / 'net.py'}:net", "random", str(folder / "photos"), None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--photos", "nowhere"), "--photos"),
+        (("--weights", "net.pt"), "give a folder of photos with --photos"),
+    ],
+)
+def test_what_is_missing_is_told_in_a_sentence(folder: Path, arguments: tuple[str, ...], told: str) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "demo.py"),
+        "--model",
+        "net.py:net",
+        "--weights",
+        "net.pt",
+        *arguments,
+    ]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ})
+    assert (done.returncode, told in done.stderr, "Traceback" in done.stderr) == (2, True, False), done.stderr
