@@ -110,7 +110,7 @@ def decide(
         program = stages.trace(*(whole.call if whole else (model, example_inputs, example_kwargs)))
     if request.data is not None:
         with run("read images"):
-            request = replace(request, seen=seen_by(request.data, program, whole, request.images))
+            request = replace(request, seen=seen_by(request.data, program, whole, request.images, request.seed))
     choice = _chosen(stages, program, request, run)
     while request.own_class and (module := _in_the_way(stages, choice, request, run)):
         request = replace(request, keep=(*request.keep, module))

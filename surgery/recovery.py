@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset
 
+from surgery.batches import mixed, one
 from surgery.cut import as_call
 from surgery.datasets import UNKNOWN, Images, as_dataset, spaced
 from surgery.errors import InvalidInput
 from surgery.images import Calibration, seen_by
 from surgery.ir import CompactModel, Coupling, InputSpec, Plan, Program
-from surgery.judging import JUDGED, Pairs
+from surgery.judging import Pairs
 from surgery.numerics import flat_outputs
 from surgery.part import Whole
 from surgery.recover.agreement import Judged, Model, Reference
@@ -126,9 +127,9 @@ def recovered(
     level = level_of(request)
     seen = request.seen
     if seen is None and request.data is not None:
-        seen = seen_by(request.data, program, whole, request.images)
+        seen = seen_by(request.data, program, whole, request.images, request.seed)
     subject = _subject(program, plan, coupling, compact, model, whole)
-    reference, notes = _reference(subject, request, seen, whole, program), list[str]()
+    reference, notes = _reference(subject, request, seen), list[str]()
     steps = []
     judge = Judge(reference, request.evaluate)
     if reference is not None or request.evaluate is not None:
@@ -160,7 +161,7 @@ def _taught(
     training, data = request.training or Training(seed=request.seed), as_dataset(request.data)
     if level == "finetune":
         _refuse_classes(data, subject, seen)
-    key = f"{subject.plan.digest} {seen.digest} {level} {training} {_identity(data, subject)}"
+    key = f"{subject.plan.digest} {seen.digest} {level} {training} {_identity(data, subject, training.seed)}"
     return taught(subject, level, data, training, judge, seen=seen.batches, key=key, progress=progress)
 
 
@@ -188,7 +189,7 @@ def _refuse_classes(data: Any, subject: Subject, seen: Calibration) -> None:
     )
 
 
-def _identity(data: Any, subject: Subject) -> str:
+def _identity(data: Any, subject: Subject, seed: int) -> str:
     """Digest of what is learnt from, as far as it can be told quickly, and of both models' weights."""
     digest = hashlib.sha256()
     tensors = [] if (known := _classes_of(data)) is None else [known]
@@ -196,7 +197,7 @@ def _identity(data: Any, subject: Subject) -> str:
         digest.update("\n".join(map(str, data.files)).encode())
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         digest.update(str(len(data)).encode())
-        samples = [data[k] for k in spaced(len(data), SAMPLED)]
+        samples = [one(data, k, mixed(seed, k)) for k in spaced(len(data), SAMPLED)]
         tensors += [x for x in pytree.tree_leaves(samples) if isinstance(x, Tensor)]
     for model in (subject.dense_model, subject.compact_model):
         tensors += [x for _, x in sorted(model.state_dict().items())]
@@ -217,7 +218,7 @@ def follow(
 ) -> None:
     """Take part in the training that the first process leads; arguments are those of `recovered`."""
     subject = _subject(program, plan, coupling, compact, model, whole)
-    seen = seen_by(request.data, program, whole, request.images)
+    seen = seen_by(request.data, program, whole, request.images, request.seed)
     _taught(subject, level_of(request), request, seen, Judge(), lambda step, fraction: None)
 
 
@@ -261,16 +262,16 @@ def _subject(
         dense_model=dense,
         compact_model=ours,
         module_call=call,
+        inputs=_specs(whole, program),
     )
 
 
-def _reference(
-    subject: Subject, request: Request, seen: Calibration | None, whole: Whole | None, program: Program
-) -> Reference | None:
+def _reference(subject: Subject, request: Request, seen: Calibration | None) -> Reference | None:
     """The dense model on what is judged by: the user's own images to validate on, else those to calibrate on."""
     if request.val is not None:
-        specs = _specs(whole, program)
-        return Reference.of(subject.dense_call, Pairs(request.val, specs), _named(request.val, "--val"))
+        pairs = Pairs(request.val, subject.inputs, request.seed)
+        found = Reference.of(subject.dense_call, pairs, "--val")
+        return dataclasses.replace(found, named=f"{pairs.count} images of --val")
     if seen is None:
         return None
     batches: Judged = [(batch, None) for batch in seen.given or seen.batches]
@@ -283,11 +284,6 @@ def _specs(whole: Whole | None, program: Program) -> Sequence[InputSpec]:
     tensors = [x for x in pytree.tree_leaves(whole.example_args) if isinstance(x, Tensor)]
     names = [str(x.dtype).removeprefix("torch.") for x in tensors]
     return [InputSpec("input", tuple(x.shape), n, tuple(range(x.dim()))) for x, n in zip(tensors, names, strict=True)]
-
-
-def _named(given: Any, option: str) -> str:
-    count = len(given) if isinstance(given, Images) else None
-    return f"{min(count, JUDGED)} images of {option}" if count is not None else f"the images of {option}"
 
 
 def twin(compact: CompactModel) -> CompactModel:

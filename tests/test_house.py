@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 ORDER = """
     surgery.errors surgery.blame surgery.ir surgery.kernels surgery.tables surgery.tolerances surgery.compat
     surgery.pt2 surgery.checkpoints surgery.preprocessing surgery.libraries surgery.usercode surgery.models
-    surgery.datasets
+    surgery.datasets surgery.batches
     surgery.sizes surgery.labels surgery.moments
     surgery.ops.registry surgery.ops.examples surgery.ops.index surgery.ops.*
     surgery.copies surgery.guards surgery.einsum surgery.unlift surgery.lean surgery.clean surgery.trace

@@ -21,6 +21,7 @@ import surgery
 from surgery import judging
 from surgery.datasets import open_images
 from surgery.errors import InvalidInput
+from surgery.ir import InputSpec
 from surgery.preprocessing import Preprocessing
 from surgery.recover import agreement
 from surgery.recover.agreement import Reference, paired_drop
@@ -85,15 +86,32 @@ def test_the_order_of_a_loader_changes_nothing(cut: surgery.Result, images: tupl
         assert a.error == pytest.approx(b.error, rel=1e-6, abs=1e-12)
 
 
+class _Noisy(Dataset[tuple[Tensor, Tensor]]):
+    """Images with noise from a generator that is known to it alone, or from torch's."""
+
+    def __init__(self, images: tuple[Tensor, Tensor], generator: torch.Generator | None) -> None:
+        self._images, self._generator = images, generator
+
+    def __len__(self) -> int:
+        return len(self._images[0])
+
+    def __getitem__(self, k: int) -> tuple[Tensor, Tensor]:
+        noise = torch.randn(3, 10, 10, generator=self._generator)
+        return self._images[0][k] + 0.1 * noise, self._images[1][k]
+
+
 def test_images_that_are_others_each_time_are_refused_where_they_cannot_be_held(
     cut: surgery.Result, images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(judging, "KEPT", 1000)
     with pytest.raises(InvalidInput, match="val gives other images each time"):
-        surgery.recover(cut, images, level="bn", val=DataLoader(TensorDataset(*images), batch_size=32, shuffle=True))
-    result = surgery.recover(cut, images, level="bn", val=DataLoader(TensorDataset(*images), batch_size=32))
-    assert result.steps[0].agreement is not None
-    assert result.steps[0].agreement.accuracy == 1.0
+        surgery.recover(cut, images, level="bn", val=DataLoader(_Noisy(images, torch.Generator()), batch_size=32))
+    for shuffle in (False, True):  # what is drawn from torch's generator is the same each time
+        loader = DataLoader(_Noisy(images, None), batch_size=32, shuffle=shuffle)
+        result = surgery.recover(cut, images, level="bn", val=loader)
+        assert result.steps[0].agreement is not None
+        assert result.steps[0].agreement.accuracy is not None
+        assert result.steps[0].agreement.accuracy > 0.9
 
 
 def test_outputs_that_are_too_many_are_made_again(
@@ -133,6 +151,36 @@ def test_no_disagreement_on_a_few_images_is_no_proof(count: int) -> None:
     assert value == 0.0
     assert high == -low == pytest.approx(100 * (1 - 0.025 ** (1 / count)))
     assert (high > 30) == (count == 10)
+
+
+@pytest.mark.parametrize("count", [96, 100])
+def test_a_fixed_batch_is_filled_from_batches_of_any_size(count: int, images: tuple[Tensor, Tensor]) -> None:
+    x, y = images[0][:count], images[1][:count]
+    pairs = judging.Pairs(DataLoader(TensorDataset(x, y), batch_size=7), [InputSpec("x", (8, 3, 10, 10), "float32")])
+    found = list(pairs)
+    assert [len(batch[0]) for batch, _ in found] == [8] * 12
+    assert torch.equal(torch.cat([batch[0] for batch, _ in found]), x[:96])
+    assert torch.equal(torch.cat([labels for _, labels in found if labels is not None]), y[:96])
+    assert pairs.count == 96
+    assert pairs.notes == ["the model takes 8 images at a time: the last 4 of --val are left out"] * (count == 100)
+
+
+def test_too_few_images_for_a_fixed_batch_are_said_to_be_few(images: tuple[Tensor, Tensor]) -> None:
+    pairs = judging.Pairs(images[0][:5], [InputSpec("x", (8, 3, 10, 10), "float32")])
+    with pytest.raises(InvalidInput, match="val holds only 5 images, and the model takes 8 at a time"):
+        list(pairs)
+
+
+def test_a_file_that_cannot_be_read_is_not_judged_by(tmp_path: Path) -> None:
+    for k in range(101):
+        make(tmp_path / f"{k:03}.png", k)
+    (tmp_path / "007.png").write_text("no image")
+    found = open_images(str(tmp_path), (1, 3, 10, 10), PLAIN, option="--val")
+    pairs = judging.Pairs(found, [InputSpec("x", (1, 3, 10, 10), "float32", (0,))])
+    red = torch.cat([batch[0][:, 0, 0, 0] for batch, _ in pairs])
+    assert pairs.count == 100
+    assert [round(255 * float(x)) for x in red] == [k for k in range(101) if k != 7]
+    assert found.notes() == ["--val: 1 files could not be read and were left out"]
 
 
 # Classes. ------------------------------------------------------------------------------------------------------------
