@@ -310,11 +310,12 @@ def _verdict(recovery: Recovery) -> dict[str, Any]:
         return {"verdict": "accuracy unknown: recovered without images; not fit to deploy before it is evaluated"}
     if last.accuracy is not None and last.drop is not None and dense.accuracy is not None:
         value, low, high = last.drop
+        lost, won = last.traded or (0, 0)
         return {
             "status": "measured",
             "verdict": (
                 f"accuracy {100 * last.accuracy:.2f} %, dense {100 * dense.accuracy:.2f} %: {value:.2f} points lost "
-                f"[{low:.2f}, {high:.2f}], paired, on {recovery.judged_by}"
+                f"[{low:.2f}, {high:.2f}], paired, on {recovery.judged_by}: {lost} lost, {won} won"
             ),
         }
     told = f"logit cosine {last.cosine:.4f}"

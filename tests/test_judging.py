@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from surgery.errors import InvalidInput
 from surgery.ir import InputSpec
 from surgery.preprocessing import Preprocessing
 from surgery.recover import agreement
-from surgery.recover.agreement import Reference, paired_drop
+from surgery.recover.agreement import Reference, paired_drop, score_interval
 from surgery.request import MILDEST, Request
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,13 +145,44 @@ def test_error_and_correlation_are_what_all_outputs_at_once_give(
     assert reference.correlation(lambda inputs: cut.model(*inputs)) == pytest.approx(wanted, rel=1e-5)
 
 
+def drop_of(lost: int, won: int, count: int) -> tuple[float, float, float]:
+    dense, compact = torch.ones(count, dtype=torch.bool), torch.ones(count, dtype=torch.bool)
+    compact[:lost] = False
+    dense[count - won :] = False
+    return paired_drop(dense, compact)
+
+
 @pytest.mark.parametrize("count", [10, 1000])
 def test_no_disagreement_on_a_few_images_is_no_proof(count: int) -> None:
-    """Clopper and Pearson's bound for no event in so many trials."""
-    value, low, high = paired_drop(torch.ones(count), torch.ones(count))
+    value, low, high = drop_of(0, 0, count)
     assert value == 0.0
-    assert high == -low == pytest.approx(100 * (1 - 0.025 ** (1 / count)))
-    assert (high > 30) == (count == 10)
+    assert high == -low == pytest.approx(100 * 1.96**2 / (count + 1.96**2), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "count", "low", "high"),
+    [(1, 0, 44, -0.05939, 0.11807), (5, 2, 40, -0.06568, 0.22339), (3, 3, 30, -0.18169, 0.18169)],
+)
+def test_few_images_that_differ_have_the_score_interval(
+    lost: int, won: int, count: int, low: float, high: float
+) -> None:
+    """Ends found by maximising the likelihood of the pairs under each difference by brute force."""
+    assert score_interval(lost, won, count) == pytest.approx((low, high), abs=1e-5)
+    assert drop_of(lost, won, count)[1:] == pytest.approx((100 * low, 100 * high), abs=1e-3)
+
+
+@pytest.mark.parametrize("won", [0, 3, 12])
+def test_no_image_lost_moves_the_interval_down_and_none_won_moves_it_up(won: int) -> None:
+    for more_lost in (True, False):
+        found = [drop_of(k, won, 200) if more_lost else drop_of(won, k, 200) for k in range(0, 45, 2)]
+        ends = [(low, high) if more_lost else (-high, -low) for _, low, high in found]
+        assert all(a[0] <= b[0] and a[1] <= b[1] for a, b in pairwise(ends))
+
+
+def test_many_images_that_differ_have_the_bootstraps_interval() -> None:
+    value, low, high = drop_of(40, 10, 1000)
+    assert (value, low, high) == pytest.approx((3.0, 1.6, 4.4), abs=0.15)
+    assert (low * 10) % 1 == pytest.approx(0.0, abs=1e-6), "resampled images are counted"
 
 
 @pytest.mark.parametrize("count", [96, 100])
