@@ -447,6 +447,12 @@ def place(tmp_path_factory: pytest.TempPathFactory, trained: nn.Module, digits: 
     (folder / "judge.py").write_text(
         "import torch\ndef spread(model):\n    out = model(torch.ones(2, 1, 8, 8))\n"
         "    return {'spread': float(out.std())}\ndef wrong(model):\n    return {'spread': float('nan')}\n"
+        "def loader(batch=50, spoilt=()):\n    import numpy as np\n"
+        "    from torch.utils.data import DataLoader, TensorDataset\n"
+        "    data = np.load('train.npz')\n    x = torch.from_numpy(data['images']).permute(0, 3, 1, 2) / 127.5 - 1\n"
+        "    y = torch.from_numpy(data['labels'])\n    y[list(spoilt)] = 14\n"
+        "    return DataLoader(TensorDataset(x, y), batch_size=batch)\n"
+        "def odd():\n    return loader(51)\ndef late():\n    return loader(spoilt=[849])\n"
     )
     torch.save(trained.state_dict(), folder / "net.pt")
     pixels = (digits[0].permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
@@ -537,12 +543,32 @@ def test_mistakes_are_one_sentence_and_write_nothing(place: Path, arguments: lis
     assert not (place / "mistake").exists() and not list(place.glob(".mistake*"))
 
 
+TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data", "judge.py:odd", "--recover", "distill"], "error: batch 51: it is shared by 2 processes"),
+        (["--data", "train.npz", "--val", "wrong.npz", "--recover", "distill"], "error: --val: a label is 14"),
+        (["--data", "judge.py:late", "--recover", "finetune"], "process 1: error: data: a label is 14"),
+    ],
+)
+def test_of_two_processes_one_tells_what_went_wrong(place: Path, arguments: list[str], said: str) -> None:
+    plain = ["--images", "64", "--criterion", "l1", "--epochs", "1", "--quiet"]
+    if "judge.py" in arguments[1]:
+        plain += ["--val", "val.npz"]
+    done = surgery_shrink(place, *arguments, *plain, "--out", "mistake", launcher=TWO)
+    assert done.returncode != 0
+    (told,) = [line for line in done.stderr.splitlines() if "surgery: " in line]
+    assert told.startswith(f"surgery: {said}")
+
+
 def test_two_processes_give_what_one_gives(place: Path) -> None:
     taught = ("--data", "train.npz", "--val", "val.npz", "--recover", "distill", "--epochs", "2", "--json", "--quiet")
     alone = surgery_shrink(place, *taught, "--out", "one")
     assert alone.returncode == 0, alone.stderr
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone")
-    together = surgery_shrink(place, *taught, "--out", "two", launcher=launcher)
+    together = surgery_shrink(place, *taught, "--out", "two", launcher=TWO)
     assert together.returncode == 0, together.stderr
     told = [json.loads(done.stdout) for done in (alone, together)]
     assert [t["recovery"]["steps"][-1]["history"]["processes"] for t in told] == [1, 2]
