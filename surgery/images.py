@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
-from surgery.batches import fitting, mixed, one, parted, read
+from surgery.batches import classes_of, fitting, mixed, one, parted, read
 from surgery.blame import first_line
 from surgery.datasets import Images, spaced
 from surgery.errors import InvalidInput
@@ -39,12 +39,14 @@ class Calibration:
         count: number of images.
         digest: SHA-256 of shapes and values.
         given: for a part of a model, the whole model's inputs that `batches` came of.
+        classes: the least and the greatest class that came with them in batches or items; None for none.
     """
 
     batches: tuple[tuple[Tensor, ...], ...]
     count: int
     digest: str
     given: tuple[tuple[Tensor, ...], ...] = ()
+    classes: tuple[int, int] | None = None
 
     def described(self) -> dict[str, Any]:
         """Return what a plan records."""
@@ -101,7 +103,11 @@ def gather(given: Any, inputs: Sequence[InputSpec], most: int = MOST, seed: int 
     """
     if isinstance(given, Calibration):
         return given
-    batches = [[x.detach().cpu() for x in parted(batch, inputs)[0]] for batch in _batches(given, most, seed)]
+    batches, classes = list[list[Tensor]](), list[Tensor | None]()
+    for batch in _batches(given, most, seed):
+        found, rest = parted(batch, inputs)
+        batches.append([x.detach().cpu() for x in found])
+        classes.append(classes_of(rest, len(found[0])))
     if not batches:
         raise InvalidInput(f"data holds no images: {_GIVE}")
     try:
@@ -115,7 +121,10 @@ def gather(given: Any, inputs: Sequence[InputSpec], most: int = MOST, seed: int 
     if not count or any(len(x) != len(whole[0]) for x in whole):
         raise InvalidInput(f"data: every input takes equally many images, at least {size if fixed else 1}")
     whole = [x[:count] for x in whole]
-    return Calibration(tuple(zip(*(torch.split(x, size) for x in whole), strict=True)), count, _digest(whole))
+    parts = tuple(zip(*(torch.split(x, size) for x in whole), strict=True))
+    known = [x for x in classes if x is not None]
+    ends = (min(int(x.min()) for x in known), max(int(x.max()) for x in known)) if len(known) == len(classes) else None
+    return Calibration(parts, count, _digest(whole), classes=ends)
 
 
 def _batches(given: Any, most: int, seed: int) -> Iterator[Any]:

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset
 
-from surgery.batches import mixed, one
+from surgery.batches import classes_of, mixed, one
 from surgery.cut import as_call
-from surgery.datasets import UNKNOWN, Images, as_dataset, spaced
+from surgery.datasets import Images, as_dataset, spaced
 from surgery.errors import InvalidInput
 from surgery.images import Calibration, seen_by
 from surgery.ir import CompactModel, Coupling, InputSpec, Plan, Program
@@ -25,7 +25,7 @@ from surgery.numerics import flat_outputs
 from surgery.part import Whole
 from surgery.recover.agreement import Judged, Model, Reference
 from surgery.recover.steps import LEVELS, Judge, Step, Subject, peak_memory, taught, with_data, without_data
-from surgery.recover.teaching import Training
+from surgery.recover.teaching import NO_CLASSES, Training, out_of_range
 from surgery.request import Progress, Request
 from surgery.trace import evaluating
 
@@ -128,6 +128,7 @@ def recovered(
     seen = request.seen
     if seen is None and request.data is not None:
         seen = seen_by(request.data, program, whole, request.images, request.seed)
+    refuse_labels(program, whole, dataclasses.replace(request, recover=level, seen=seen))
     subject = _subject(program, plan, coupling, compact, model, whole)
     reference, notes = _reference(subject, request, seen), list[str]()
     steps = []
@@ -159,40 +160,57 @@ def _taught(
     subject: Subject, level: str, request: Request, seen: Calibration, judge: Judge, progress: Progress
 ) -> Step:
     training, data = request.training or Training(seed=request.seed), as_dataset(request.data)
-    if level == "finetune":
-        _refuse_classes(data, subject, seen)
     key = f"{subject.plan.digest} {seen.digest} {level} {training} {_identity(data, subject, training.seed)}"
     return taught(subject, level, data, training, judge, seen=seen.batches, key=key, progress=progress)
 
 
-def _classes_of(data: Any) -> Tensor | None:
-    """All classes of a data set, where they can be had without reading its images."""
+def _classes_of(data: Any, inputs: int) -> Tensor | None:
+    """What follows the inputs in a data set, where it can be had without reading its images."""
     if isinstance(data, Images):
         return torch.tensor(data.classes) if data.classes else None
-    return data.tensors[-1] if isinstance(data, TensorDataset) and len(data.tensors) > 1 else None
+    return data.tensors[inputs] if isinstance(data, TensorDataset) and len(data.tensors) > inputs else None
 
 
-def _refuse_classes(data: Any, subject: Subject, seen: Calibration) -> None:
-    """Raise InvalidInput where a class is none of the model's: before the work, not in the middle of it."""
-    known = _classes_of(data)
-    logits = flat_outputs(subject.dense_call((seen.given or seen.batches)[0]))
-    if known is None or known.is_floating_point() or len(logits) != 1 or logits[0].dim() != 2:
+def refuse_labels(program: Program, whole: Whole | None, request: Request) -> None:
+    """Raise InvalidInput where a label is none of the model's classes, or there is none to learn from.
+
+    That is told before the work, as far as it can be without reading all images; arguments are those of `recovered`.
+    """
+    given = {"val": request.val} | ({"data": request.data} if request.recover == "finetune" else {})
+    inputs = len(_specs(whole, program))
+    seen = {"data": request.seen}
+    known = {k: _range_of(as_dataset(x, option=k), inputs, seen.get(k)) for k, x in given.items()}
+    if "data" in known and known["data"] is None:
+        raise InvalidInput(NO_CLASSES)
+    if not any(known.values()):
         return
-    low, high = int(known.min()), int(known.max())
-    wrong = low if low < 0 and low != UNKNOWN else high if high >= logits[0].shape[1] else None
-    if wrong is None:
+    model, args, kwargs = program.dense.model, program.example_args, program.example_kwargs
+    if whole is not None:
+        model, args, kwargs = whole.model, whole.example_args or (), whole.example_kwargs or {}
+    with evaluating(model), torch.no_grad():
+        outputs = flat_outputs(model(*args, **kwargs))
+    if len(outputs) != 1 or outputs[0].dim() != 2:
         return
-    option = data.option if isinstance(data, Images) else "data"
-    raise InvalidInput(
-        f"{option}: a label is {wrong}, but the model has {logits[0].shape[1]} classes, counted from 0; give labels in "
-        "the order of the model's outputs"
-    )
+    for name, ends in known.items():
+        low, high = ends or (0, 0)
+        if low < 0 or high >= outputs[0].shape[1]:
+            option = given[name].option if isinstance(given[name], Images) else name
+            raise InvalidInput(out_of_range(option, low if low < 0 else high, outputs[0].shape[1]))
+
+
+def _range_of(data: Any, inputs: int, seen: Calibration | None) -> tuple[int, int] | None:
+    """The least and the greatest class; of what was seen, where all cannot be had; None for none."""
+    known = _classes_of(data, inputs)
+    if known is None:
+        return seen.classes if seen is not None else None
+    known = classes_of([known], len(known))
+    return (int(known.min()), int(known.max())) if known is not None else None
 
 
 def _identity(data: Any, subject: Subject, seed: int) -> str:
     """Digest of what is learnt from, as far as it can be told quickly, and of both models' weights."""
     digest = hashlib.sha256()
-    tensors = [] if (known := _classes_of(data)) is None else [known]
+    tensors = [] if (known := _classes_of(data, len(subject.inputs))) is None else [known]
     if isinstance(data, Images):
         digest.update("\n".join(map(str, data.files)).encode())
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):

@@ -240,6 +240,27 @@ def test_a_label_out_of_range_is_refused_before_the_work(
         surgery.recover(cut, (images[0], labels), level="finetune", training=surgery.Training(epochs=1))
 
 
+def test_labels_of_a_loader_are_looked_at_before_the_work(
+    model: nn.Module, images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(x: Tensor, *classes: Tensor) -> dict[str, Any]:
+        return {"data": DataLoader(TensorDataset(x, *classes), batch_size=32), "recover": "finetune"}
+
+    budget, (x, y) = surgery.Budget(macs=0.5), images
+    training = surgery.Training(epochs=1)
+    wide = surgery.shrink(model, x[:1], budget=budget, training=training, **asked(x, y, nn.functional.one_hot(y, 9)))
+    assert wide.steps[-1].name == "finetune"
+    monkeypatch.setattr("surgery.decide._chosen", None)
+    pairs = {"val": (x, y + 5), "data": x, "recover": "none"}
+    for given, said in (
+        (asked(x, y + 5), "data: a label is"),
+        (asked(x), "learns classes"),
+        (pairs, "val: a label is"),
+    ):
+        with pytest.raises(InvalidInput, match=said):
+            surgery.shrink(model, x[:1], budget=budget, training=training, **given)
+
+
 def make(path: Path, colour: int = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (10, 10), (colour, 0, 0)).save(path)

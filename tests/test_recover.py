@@ -445,7 +445,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, trained: nn.Module, digits: 
     folder = tmp_path_factory.mktemp("recover")
     (folder / "net.py").write_text(NETWORK)
     (folder / "judge.py").write_text(
-        "import torch\ndef spread(model):\n    out = model(torch.ones(2, 1, 8, 8))\n"
+        "import sys, torch\ndef spread(model):\n    out = model(torch.ones(2, 1, 8, 8))\n"
+        "    print('by the way')\n    print('and past all redirection', file=sys.__stdout__)\n"
         "    return {'spread': float(out.std())}\ndef wrong(model):\n    return {'spread': float('nan')}\n"
         "def loader(batch=50, spoilt=()):\n    import numpy as np\n"
         "    from torch.utils.data import DataLoader, TensorDataset\n"
@@ -470,7 +471,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, trained: nn.Module, digits: 
 def surgery_shrink(place: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *launcher, str(ROOT / "scripts" / "shrink.py"), "net.py:net", "--weights", "net.pt"]
     command += ["--mean", "0.5", "--std", "0.5", "--macs", "0.4", "--runs", "3", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=600)
 
 
@@ -480,6 +481,7 @@ def test_one_command_from_images_to_accuracy(place: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
+    assert "by the way" in done.stderr and "past all redirection" in done.stderr
     assert told["accuracy"]["status"] == "measured"
     assert "paired, on 497 images of --val" in told["accuracy"]["verdict"]
     assert [s["name"] for s in told["recovery"]["steps"]] == ["dense", "cut", "reconstruct"]

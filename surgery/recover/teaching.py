@@ -16,6 +16,10 @@ from surgery.ir import InputSpec
 from surgery.numerics import flat_outputs
 
 PRECISIONS = ("no", "fp16", "bf16")
+NO_CLASSES = (
+    "finetune learns classes, whole numbers, and these data have none: give a folder for each class, 'labels' in the "
+    ".npz file, or batches of images and classes; distill does without"
+)
 
 
 @dataclass(frozen=True, slots=True)

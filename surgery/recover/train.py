@@ -26,7 +26,7 @@ from surgery.datasets import UNKNOWN
 from surgery.errors import InvalidInput
 from surgery.ir import InputSpec
 from surgery.recover.resume import Checkpoint
-from surgery.recover.teaching import History, Mark, Student, Training, loss_of
+from surgery.recover.teaching import NO_CLASSES, History, Mark, Student, Training, loss_of
 from surgery.recover.views import Look, Order, Views
 from surgery.trace import evaluating
 
@@ -218,10 +218,7 @@ class _Run:
             return inputs, None
         classes = classes_of(rest, len(inputs[0]))
         if classes is None or bool((classes == UNKNOWN).any()):
-            raise InvalidInput(
-                "finetune learns classes, whole numbers, and these data have none: give a folder for each class, "
-                "'labels' in the .npz file, or batches of images and classes; distill does without"
-            )
+            raise InvalidInput(NO_CLASSES)
         return inputs, classes.to(device)
 
     def _after(self, loss: float) -> None:
