@@ -158,7 +158,11 @@ def open_images(given: str, input_shape: Sequence[int], how: Preprocessing, *, o
     height, width = how.size or (input_shape[2], input_shape[3])
     finite = all(isfinite(x) for x in (*how.mean, *how.std))
     if len(how.mean) != channels or len(how.std) != channels or not finite or min(how.std) <= 0:
-        raise InvalidInput(f"--mean and --std: give one finite number for each of {channels} channels, --std above 0")
+        told = "" if channels == 3 else "; without them ImageNet's are taken, which are for 3"
+        raise InvalidInput(
+            f"{option} {given}: with --mean and --std give one finite number for each of {channels} channels of the "
+            f"model's input, --std above 0{told}"
+        )
     place, shape = Path(given).expanduser(), (channels, height, width)
     return _folder(place, shape, how, option) if place.is_dir() else _archive(place, shape, how, option)
 

@@ -131,11 +131,12 @@ def recovered(
     refuse_labels(program, whole, dataclasses.replace(request, recover=level, seen=seen))
     subject = _subject(program, plan, coupling, compact, model, whole)
     reference, notes = _reference(subject, request, seen), list[str]()
-    steps = []
+    steps = list[Step]()
     judge = Judge(reference, request.evaluate)
     if reference is not None or request.evaluate is not None:
         for name, (agreement, metrics) in (("dense", judge.dense(subject)), ("cut", judge.compact(subject))):
             steps.append(Step(name, 0.0, peak_memory(), agreement, metrics=metrics))
+        steps[1:1] = request.between
     if level == "fold":
         steps += without_data(subject, judge, seed=request.seed, progress=progress)
     elif level != "none":

@@ -146,12 +146,19 @@ def test_several_steps_come_to_one_plan(
     trained: nn.Module, images: tuple[Tensor, Tensor], unseen: tuple[Tensor, Tensor]
 ) -> None:
     budget = surgery.Budget(macs=0.3)
-    found = surgery.shrink(trained, images[0][:2], budget=budget, data=images, images=256, val=unseen, steps=3)
+    found = surgery.shrink(
+        trained, images[0][:2], budget=budget, data=iter([images]), images=256, val=iter([unseen]), steps=3
+    )
     dense, kept = (found.report["models"][k]["macs"] for k in (0, 2))
     assert 0.2 < kept / dense <= 0.3
     again = surgery.apply(found.plan, trained)
     assert [p.shape for p in again.parameters()] == [p.shape for p in found.model.parameters()]
     assert accuracy(found.model, unseen) > 0.6
+    names = ["dense", *(f"{name} {k} of 3" for k in (1, 2) for name in ("cut", "reconstruct")), "cut", "reconstruct"]
+    assert [step.name for step in found.steps] == names
+    judged = [step.agreement.accuracy for step in found.steps if step.agreement is not None]
+    assert len(judged) == 7 and judged[2] is not None and judged[1] is not None and judged[2] >= judged[1]
+    assert judged[-1] == pytest.approx(accuracy(found.model, unseen))
     for wrong in ({"budget": surgery.Budget(latency=0.5)}, {"budget": budget, "data": None}, {"steps": 0}):
         with pytest.raises(InvalidInput, match="steps"):
             surgery.shrink(trained, images[0][:2], **{"budget": budget, "data": images, "steps": 2, **wrong})  # type: ignore[arg-type]
