@@ -128,7 +128,7 @@ def recovered(
     seen = request.seen
     if seen is None and request.data is not None:
         seen = seen_by(request.data, program, whole, request.images, request.seed)
-    refuse_labels(program, whole, dataclasses.replace(request, recover=level, seen=seen))
+    refuse_lesson(program, whole, dataclasses.replace(request, recover=level, seen=seen))
     subject = _subject(program, plan, coupling, compact, model, whole)
     reference, notes = _reference(subject, request, seen), list[str]()
     steps = list[Step]()
@@ -172,11 +172,18 @@ def _classes_of(data: Any, inputs: int) -> Tensor | None:
     return data.tensors[inputs] if isinstance(data, TensorDataset) and len(data.tensors) > inputs else None
 
 
-def refuse_labels(program: Program, whole: Whole | None, request: Request) -> None:
-    """Raise InvalidInput where a label is none of the model's classes, or there is none to learn from.
+def refuse_lesson(program: Program, whole: Whole | None, request: Request) -> None:
+    """Raise InvalidInput before the work where training would fail, or judging; arguments are those of `recovered`.
 
-    That is told before the work, as far as it can be without reading all images; arguments are those of `recovered`.
+    The batch may be fixed, a label be none of the model's classes, as far as that can be told without reading all
+    images, or there be none to learn.
     """
+    first = _specs(whole, program)[0]
+    if request.recover in TAUGHT and 0 not in first.dynamic:
+        raise InvalidInput(
+            f"--recover {request.recover} needs a model that takes any number of images, and this one takes "
+            f"{first.shape[0]} at a time, as traced; --recover reconstruct does without"
+        )
     given = {"val": request.val} | ({"data": request.data} if request.recover == "finetune" else {})
     inputs = len(_specs(whole, program))
     seen = {"data": request.seen}

@@ -261,6 +261,18 @@ def test_labels_of_a_loader_are_looked_at_before_the_work(
             surgery.shrink(model, x[:1], budget=budget, training=training, **given)
 
 
+def test_a_model_of_a_fixed_batch_is_not_trained_and_that_is_said_before_the_work(
+    images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fixed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).reshape(4, 5)
+
+    monkeypatch.setattr("surgery.decide._chosen", None)
+    with pytest.raises(InvalidInput, match="this one takes 4 at a time"):
+        surgery.shrink(Fixed(), images[0][:4], budget=surgery.Budget(macs=0.5), data=images[0], recover="distill")
+
+
 def make(path: Path, colour: int = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (10, 10), (colour, 0, 0)).save(path)

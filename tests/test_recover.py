@@ -429,6 +429,33 @@ def test_a_checkpoint_that_is_not_taken_up_is_said_to_be(
     assert found.steps[-1].history is not None and found.steps[-1].history.resumed == 0
 
 
+def test_the_scale_of_losses_is_part_of_a_checkpoint(
+    cut: surgery.Result, images: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of half precision, which needs a GPU, here with a scaler for processors that grows quickly."""
+    import accelerate
+
+    scalers = []
+
+    class Scaling(accelerate.Accelerator):  # type: ignore[misc]
+        def __init__(self, **given: Any) -> None:
+            super().__init__(**given)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=4)
+            scalers.append(self.scaler)
+
+    def train(folder: Path, progress: Any = None) -> None:
+        how = surgery.Training(epochs=3, batch=64, every=5, checkpoint=folder)
+        surgery.recover(cut, images[0][:300], level="distill", images=64, training=how, progress=progress)
+
+    monkeypatch.setattr(accelerate, "Accelerator", Scaling)
+    train(tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", killing("distill", 0.8))
+    train(tmp_path / "killed")
+    whole, _, resumed = (scaler.state_dict() for scaler in scalers)
+    assert resumed == whole and whole["scale"] > 2.0
+
+
 def test_a_checkpoint_of_another_run_or_half_of_one_is_not_taken_up(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path, "mine")
     checkpoint.save({"a": torch.ones(3)}, {"step": 7})
