@@ -73,9 +73,12 @@ def lost(error: BaseException) -> bool:
 
 def leave_word(sentence: str) -> bool:
     """In the other processes: leave word for the first of what went wrong; return whether they have met by then."""
-    store = _store()
-    if store is not None:
-        store.set(_WORD, f"process {rank()}: {sentence}")
+    try:
+        store = _store()
+        if store is not None:
+            store.set(_WORD, f"process {rank()}: {sentence}")
+    except RuntimeError:  # the store has ended, and the first process with it
+        return False
     return store is not None
 
 

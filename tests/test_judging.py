@@ -457,16 +457,29 @@ def test_a_drop_without_a_budget_begins_with_the_mildest_cut() -> None:
 def test_options_that_do_not_go_together(
     tmp_path: Path, arguments: list[str], environment: dict[str, str], said: str
 ) -> None:
-    make(tmp_path / "a.png")
-    (tmp_path / "net.py").write_text(
+    done = shrink(tmp_path, arguments, environment)
+    assert said in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("local", "silent"), [("4", True), ("0", False)])
+def test_a_mistake_is_told_once_on_each_host(tmp_path: Path, local: str, silent: bool) -> None:
+    environment = {"WORLD_SIZE": "8", "RANK": "4", "LOCAL_RANK": local}
+    done = shrink(tmp_path, ["--data", "nowhere", "--recover", "distill"], environment)
+    assert (done.stderr == "") == silent
+    assert silent or "--data nowhere" in done.stderr
+
+
+def shrink(folder: Path, arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    make(folder / "a.png")
+    (folder / "net.py").write_text(
         "import torch\ndef net():\n    layers = torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3)\n"
         "    return torch.nn.Sequential(*layers), torch.zeros(1, 3, 16, 16)\n"
     )
     command = [sys.executable, "-m", "surgery.cli", "shrink", "net.py:net", "--out", "out", *arguments]
     done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, capture_output=True,
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, capture_output=True,
         text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert said in done.stderr
-    assert not (tmp_path / "out").exists()
+    return done
