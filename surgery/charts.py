@@ -140,15 +140,16 @@ def recovery(data: Mapping[str, Any]) -> str | None:
             _loss(axes[1], taught[-1])
 
     columns = 1 + bool(taught)
-    return drawn((4.2 * columns, 2.8), draw, columns=columns)
+    return drawn((max(4.2, 0.8 * len(steps)) * columns, 2.8), draw, columns=columns)
 
 
 def _by_step(axes: Any, steps: list[Any]) -> None:
     known = [("accuracy", "accuracy, %"), ("top1_match", "top-1 match with the dense model, %")]
     key, label = next(((k, t) for k, t in known if steps[0]["agreement"].get(k) is not None), ("cosine", "cosine, %"))
-    names = [step["name"] + ("" if step["kept"] else "\nundone") for step in steps]
+    names = [step["name"].replace(" ", "\n", 1) + ("" if step["kept"] else "\nundone") for step in steps]
     values = [100 * step["agreement"][key] for step in steps]
-    bars = axes.bar(names, values, color=[DENSE, OTHER, *[COMPACT] * len(steps)][: len(steps)])
+    colours = {"dense": DENSE, "cut": OTHER}
+    bars = axes.bar(names, values, color=[colours.get(name.partition("\n")[0], COMPACT) for name in names])
     axes.bar_label(bars, [f"{value:.1f}" for value in values], padding=2)
     axes.set_ylim(0, 112)
     axes.set_ylabel(label)

@@ -363,7 +363,8 @@ def _stop(session: Session, number: int) -> None:
     session.stopped = TERMINATED if number == signal.SIGTERM else INTERRUPTED
     signal.signal(number, signal.SIG_DFL)  # a second one ends the process; the previous files are whole in any case
     if not session.writing:
-        say(_stopped(session.stopped))
+        if together.rank() == 0:
+            say(_stopped(session.stopped))
         os._exit(session.stopped)
     raise Terminated
 
@@ -374,30 +375,41 @@ def _stopped(code: int) -> str:
 
 
 def _explain(error: BaseException, session: Session) -> int:
-    """Say on standard error what went wrong, in one sentence, and return the exit code for it."""
+    """Say on standard error what went wrong, in one sentence, and return the exit code for it.
+
+    Of several processes the first speaks, for the others too once they have met.
+    """
     if session.debug:
         traceback.print_exception(error)
+    sentence, code = _told(error, session)
+    ended = together.lost(error) or bool(session.stopped)  # it may be for another process's sake
+    if together.rank() > 0 and (ended or together.leave_word(sentence) or together.follows()):
+        return code
+    say((ended and together.word()) or sentence)
+    return code
+
+
+def _told(error: BaseException, session: Session) -> tuple[str, int]:
+    """The sentence and the exit code."""
     if session.stopped or isinstance(error, KeyboardInterrupt):
-        say(_stopped(session.stopped or INTERRUPTED))
-        return session.stopped or INTERRUPTED
+        return _stopped(session.stopped or INTERRUPTED), session.stopped or INTERRUPTED
     if isinstance(error, MemoryError):
-        say(f"error: not enough memory ({error}); use a smaller --batch, --input-shape or model")
-        return InvalidInput.exit_code
+        told = f"error: not enough memory ({error}); use a smaller --batch, --input-shape or model"
+        return told, InvalidInput.exit_code
     if isinstance(error, click.UsageError):
         hint = f"; see '{error.ctx.command_path} --help'" if error.ctx else ""
         if session.arguments[:1] == ("shrink",) and session.arguments[1:2] and session.arguments[1] in cli.commands:
             hint = f"; '{session.arguments[1]}' is a command of its own: surgery {shlex.join(session.arguments[1:])}"
-        say(f"error: {error.format_message().rstrip('.')}{hint}")
-        return error.exit_code
+        return f"error: {error.format_message().rstrip('.')}{hint}", error.exit_code
     if isinstance(error, click.ClickException):
-        error.show()
-        return InvalidInput.exit_code
+        return f"error: {error.format_message()}", InvalidInput.exit_code
     if isinstance(error, SurgeryError):
-        say(f"error: {error}")
-        return error.exit_code
+        return f"error: {error}", error.exit_code
+    if together.lost(error):
+        return "error: another process of this run has ended; look above, or on its host, for why", INTERNAL
     what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    say(f"internal error: {what}; this is a bug, please report it with what the same command prints with --debug")
-    return INTERNAL
+    told = f"internal error: {what}; this is a bug, please report it with what the same command prints with --debug"
+    return told, INTERNAL
 
 
 if __name__ == "__main__":

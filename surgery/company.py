@@ -8,15 +8,22 @@ from typing import Any
 from surgery import pipeline, together
 from surgery.data_options import with_data
 from surgery.models import LoadedModel
+from surgery.recover.train import refuse_batch
 from surgery.recovery import TAUGHT
 from surgery.repeat import repeat
 from surgery.request import Request
 
 
 def meet(loaded: LoadedModel, given: dict[str, Any], request: Request) -> bool:
-    """Set up communication with the other processes, where they are to train; return whether they are."""
-    if with_data(request, loaded, given).recover not in TAUGHT:
+    """Set up communication with the other processes, where they are to train; return whether they are.
+
+    Raises:
+        InvalidInput: data or settings cannot be used, or the batch cannot be shared evenly.
+    """
+    asked = with_data(request, loaded, given)
+    if asked.recover not in TAUGHT:
         return False
+    refuse_batch(asked.data, asked.training, together.processes())
     together.meet()
     given["share"] = together.send
     return True

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from surgery.errors import InvalidInput
 from surgery.preprocessing import Preprocessing
@@ -158,7 +158,11 @@ def open_images(given: str, input_shape: Sequence[int], how: Preprocessing, *, o
     height, width = how.size or (input_shape[2], input_shape[3])
     finite = all(isfinite(x) for x in (*how.mean, *how.std))
     if len(how.mean) != channels or len(how.std) != channels or not finite or min(how.std) <= 0:
-        raise InvalidInput(f"--mean and --std: give one finite number for each of {channels} channels, --std above 0")
+        told = "" if channels == 3 else "; without them ImageNet's are taken, which are for 3"
+        raise InvalidInput(
+            f"{option} {given}: with --mean and --std give one finite number for each of {channels} channels of the "
+            f"model's input, --std above 0{told}"
+        )
     place, shape = Path(given).expanduser(), (channels, height, width)
     return _folder(place, shape, how, option) if place.is_dir() else _archive(place, shape, how, option)
 
@@ -247,24 +251,32 @@ def as_dataset(given: Any, *, option: str = "data") -> Any:
     return given
 
 
-def as_loader(given: Any, *, batch: int, shuffle: bool = False, seed: int = 0, option: str = "data") -> Any:
+def as_loader(given: Any, *, batch: int, most: int, option: str = "data") -> Any:
     """Return batches (images, classes) of whatever stands for a data set.
 
     Args:
         given: `Images`, a Dataset, a tensor (N, C, H, W), a pair of it with classes (N,); a DataLoader or another
             iterable of batches is returned as it is.
         batch: images at a time.
-        shuffle: anew each epoch.
-        seed: of that.
+        most: of `Images`, at most so many, evenly spaced; those that cannot be read are left out.
         option: for messages.
     """
-    given = as_dataset(given, option=option)
+    given = _Readable(given, most) if isinstance(given, Images) else as_dataset(given, option=option)
     if isinstance(given, Dataset) and not isinstance(given, DataLoader):
-        generator = torch.Generator().manual_seed(seed)
-        return DataLoader(given, batch_size=batch, shuffle=shuffle, generator=generator)
+        return DataLoader(given, batch_size=batch)
     if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
         raise InvalidInput(
             f"{option} is of type {type(given).__name__}: give a tensor (N, C, H, W), a pair of it with classes (N,), "
             "a Dataset, a DataLoader, or a sequence of batches"
         )
     return given
+
+
+class _Readable(IterableDataset[tuple[Tensor, int]]):
+    """The images that can be read, one after the other."""
+
+    def __init__(self, images: Images, most: int) -> None:
+        self._images, self._most = images, most
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return self._images.some(self._most)

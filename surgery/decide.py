@@ -27,6 +27,7 @@ from surgery.lower import lower
 from surgery.moves import arranged, moves_of
 from surgery.practise import practised_worth
 from surgery.race import Loop
+from surgery.recovery import refuse_lesson
 from surgery.request import DEPLOYED, Clock, Progress, Request, Stages, stages_of
 from surgery.score import score, weights_of
 from surgery.second_order import PRICED
@@ -112,7 +113,8 @@ def decide(
         program = stages.trace(*(whole.call if whole else (model, example_inputs, example_kwargs)))
     if request.data is not None:
         with run("read images"):
-            request = replace(request, seen=seen_by(request.data, program, whole, request.images))
+            request = replace(request, seen=seen_by(request.data, program, whole, request.images, request.seed))
+    refuse_lesson(program, whole, request)
     choice = _chosen(stages, program, request, run)
     while request.own_class and (module := _in_the_way(stages, choice, request, run)):
         request = replace(request, keep=(*request.keep, module))

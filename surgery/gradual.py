@@ -6,7 +6,7 @@ What has gone by then makes one plan for the dense model, so that the result is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from surgery.cost import kept_costs
 from surgery.decide import Decision, decide
 from surgery.errors import InvalidInput, SurgeryError
 from surgery.ir import Budget, Plan
+from surgery.recover.steps import Step
 from surgery.request import Progress, Request, stages_of
 
 Realise = Callable[[Decision], Any]
@@ -53,7 +54,7 @@ def decide_in_steps(
         model: the dense model.
         example_inputs: of it.
         request: for how many steps, and to which budget.
-        realise: decision → recovered result, with its `model` and `report`.
+        realise: decision → recovered result, with its `model` and the `steps` of its recovery.
         example_kwargs: of the model.
         progress: told each step.
     """
@@ -61,20 +62,30 @@ def decide_in_steps(
     target = request.goal.amount
     first = _toward(request, 1 - (1 - target) / request.steps)
     decision = decide(model, example_inputs, first, example_kwargs=example_kwargs, progress=progress)
-    quiet = replace(decision.request, recover="reconstruct", val=None, evaluate=None, training=None, share=None)
+    quiet = replace(decision.request, recover="reconstruct", training=None, share=None)
+    if isinstance(request.data, Iterator):  # which is there once
+        request = replace(request, data=decision.request.seen)
+    between = list[Step]()
     for step in range(2, request.steps + 1):
-        so_far = realise(replace(decision, request=quiet))
         kept = _kept(decision)
         aim = 1 - (1 - target) * step / request.steps
         if kept <= aim:
             continue
+        so_far = realise(replace(decision, request=quiet))
+        between += [_named(done, f"{step - 1} of {request.steps}") for done in so_far.steps[1:]]
         again = replace(_toward(request, aim / kept), drop_layers=False)
         further = decide(so_far.model, example_inputs, again, example_kwargs=example_kwargs, progress=progress)
         decision = _joined(decision, further)
     plan = replace(decision.choice.plan, budget=request.goal)
     return replace(
-        decision, choice=replace(decision.choice, plan=plan), request=replace(request, seen=decision.request.seen)
+        decision,
+        choice=replace(decision.choice, plan=plan),
+        request=replace(request, seen=decision.request.seen, between=tuple(between)),
     )
+
+
+def _named(step: Step, which: str) -> Step:
+    return replace(step, name=f"{step.name} {which}", notes=tuple(f"step {which}: {note}" for note in step.notes))
 
 
 def _toward(request: Request, fraction: float) -> Request:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
+from surgery.batches import classes_of, fitting, mixed, one, parted, read
 from surgery.blame import first_line
 from surgery.datasets import Images, spaced
 from surgery.errors import InvalidInput
@@ -38,12 +39,14 @@ class Calibration:
         count: number of images.
         digest: SHA-256 of shapes and values.
         given: for a part of a model, the whole model's inputs that `batches` came of.
+        classes: the least and the greatest class that came with them in batches or items; None for none.
     """
 
     batches: tuple[tuple[Tensor, ...], ...]
     count: int
     digest: str
     given: tuple[tuple[Tensor, ...], ...] = ()
+    classes: tuple[int, int] | None = None
 
     def described(self) -> dict[str, Any]:
         """Return what a plan records."""
@@ -54,7 +57,7 @@ class Calibration:
         return replace(self, batches=tuple(tuple(function(batch)) for batch in self.batches), given=self.batches)
 
 
-def seen_by(given: Any, program: Program, whole: Whole | None, most: int = MOST) -> Calibration:
+def seen_by(given: Any, program: Program, whole: Whole | None, most: int = MOST, seed: int = 0) -> Calibration:
     """Return calibration images as a program's inputs; arguments and errors are those of `gather`.
 
     Args:
@@ -62,13 +65,14 @@ def seen_by(given: Any, program: Program, whole: Whole | None, most: int = MOST)
         program: the traced model or part.
         whole: where it is a part, what that belongs to.
         most: so many images are looked at.
+        seed: of what a loader or a data set draws at random.
     """
     if isinstance(given, Calibration):
         return given
     if whole is None:
-        return gather(given, program.inputs, most)
+        return gather(given, program.inputs, most, seed)
     args = whole.example_args or ()
-    seen = gather(given, [_spec_of(x) for x in pytree.tree_leaves(args) if isinstance(x, Tensor)], most)
+    seen = gather(given, [_spec_of(x) for x in pytree.tree_leaves(args) if isinstance(x, Tensor)], most, seed)
 
     def arriving(batch: tuple[Tensor, ...]) -> list[Tensor]:
         inputs = iter(batch)
@@ -84,7 +88,7 @@ def _spec_of(x: Tensor) -> InputSpec:
     return InputSpec("input", tuple(x.shape), str(x.dtype).removeprefix("torch."), tuple(range(x.dim())))
 
 
-def gather(given: Any, inputs: Sequence[InputSpec], most: int = MOST) -> Calibration:
+def gather(given: Any, inputs: Sequence[InputSpec], most: int = MOST, seed: int = 0) -> Calibration:
     """Return calibration images as batches of a model's inputs.
 
     Args:
@@ -92,13 +96,18 @@ def gather(given: Any, inputs: Sequence[InputSpec], most: int = MOST) -> Calibra
             tuple of its inputs; what follows them in a batch, such as labels, is left out.
         inputs: the model's tensor inputs.
         most: so many images are looked at.
+        seed: of what a loader or a data set draws at random, such as an order.
 
     Raises:
         InvalidInput: that is not what was given, or it does not fit the inputs.
     """
     if isinstance(given, Calibration):
         return given
-    batches = [_inputs_of(batch, len(inputs)) for batch in _batches(given, most)]
+    batches, classes = list[list[Tensor]](), list[Tensor | None]()
+    for batch in _batches(given, most, seed):
+        found, rest = parted(batch, inputs)
+        batches.append([x.detach().cpu() for x in found])
+        classes.append(classes_of(rest, len(found[0])))
     if not batches:
         raise InvalidInput(f"data holds no images: {_GIVE}")
     try:
@@ -112,10 +121,13 @@ def gather(given: Any, inputs: Sequence[InputSpec], most: int = MOST) -> Calibra
     if not count or any(len(x) != len(whole[0]) for x in whole):
         raise InvalidInput(f"data: every input takes equally many images, at least {size if fixed else 1}")
     whole = [x[:count] for x in whole]
-    return Calibration(tuple(zip(*(torch.split(x, size) for x in whole), strict=True)), count, _digest(whole))
+    parts = tuple(zip(*(torch.split(x, size) for x in whole), strict=True))
+    known = [x for x in classes if x is not None]
+    ends = (min(int(x.min()) for x in known), max(int(x.max()) for x in known)) if len(known) == len(classes) else None
+    return Calibration(parts, count, _digest(whole), classes=ends)
 
 
-def _batches(given: Any, most: int) -> Iterator[Any]:
+def _batches(given: Any, most: int, seed: int) -> Iterator[Any]:
     """As many batches as it takes; of a data set, images that are evenly spaced."""
     if isinstance(given, Images):
         found = [image for image, _ in given.some(most)]
@@ -128,42 +140,16 @@ def _batches(given: Any, most: int) -> Iterator[Any]:
         return
     if isinstance(given, Dataset) and hasattr(given, "__len__") and hasattr(given, "__getitem__"):
         for k in spaced(len(given), most):
-            sample = given[k]
-            yield pytree.tree_map(lambda x: x[None] if isinstance(x, Tensor) else x, sample)
+            yield one(given, k, mixed(seed, k))
         return
     if isinstance(given, (str, Path, Mapping)) or not isinstance(given, Iterable):
         raise InvalidInput(f"data is of type {type(given).__name__}: {_GIVE}")
     seen = 0
-    for batch in given:
+    for batch in read(given, seed):
         yield batch
         seen += next((len(x) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.dim()), 0)
         if seen >= most:
             return
-
-
-def _inputs_of(batch: Any, count: int) -> list[Tensor]:
-    leaves = [batch] if isinstance(batch, Tensor) else pytree.tree_leaves(batch)
-    tensors = [x.detach().cpu() for x in leaves if isinstance(x, Tensor) and x.dim()]
-    if len(tensors) < count:
-        kinds = ", ".join(dict.fromkeys(type(x).__name__ for x in leaves)) or "nothing"
-        raise InvalidInput(f"a batch of data holds {len(tensors)} tensors ({kinds}), the model takes {count}: {_GIVE}")
-    return tensors[:count]
-
-
-def fitting(x: Tensor, spec: InputSpec, named: str = "data") -> Tensor:
-    """Return a model's input in its dtype; raises InvalidInput where its shape is none that the model takes."""
-    wanted = getattr(torch, spec.dtype)
-    free = (0, *spec.dynamic)
-    same = x.dim() == len(spec.shape) and all(a in free or size == spec.shape[a] for a, size in enumerate(x.shape))
-    if not same or x.is_floating_point() != wanted.is_floating_point:
-        told = ", ".join("N" if a in free else str(size) for a, size in enumerate(spec.shape))
-        raise InvalidInput(
-            f"{named}: images are {tuple(x.shape)} of {x.dtype}, but input '{spec.name}' takes ({told}) of "
-            f"{spec.dtype}; normalise and resize them as the model expects"
-        )
-    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
-        raise InvalidInput(f"{named}: images hold NaN or infinite values; repair or remove them")
-    return x.to(wanted)
 
 
 def _digest(tensors: Sequence[Tensor]) -> str:

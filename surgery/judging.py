@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from surgery.datasets import UNKNOWN, Images, as_loader
+from surgery.batches import classes_of, fitting, parted, read, unknown
+from surgery.datasets import as_loader
 from surgery.errors import InvalidInput
-from surgery.images import fitting
 from surgery.ir import InputSpec
 
 JUDGED = 10_000
@@ -26,24 +25,34 @@ class Pairs:
 
     They are held as long as they take no more than `KEPT` bytes; beyond that they are read anew, and have to be the
     same ones.
+
+    Args:
+        given: `Images`, of which those that can be read are taken, or what else `as_loader` takes.
+        specs: the model's inputs; where they fix the batch, images are given so many at a time.
+        seed: of what a loader draws at random, such as an order.
     """
 
-    def __init__(self, given: Any, specs: Sequence[InputSpec]) -> None:
+    def __init__(self, given: Any, specs: Sequence[InputSpec], seed: int = 0) -> None:
         values = max(1, int(torch.Size(specs[0].shape[1:]).numel()))
         fixed = 0 not in specs[0].dynamic
         size = specs[0].shape[0] if fixed else max(8, min(64, 1_250_000 // values))
-        loader = as_loader(given, batch=size, option="val")
-        self._loader: Any = list(loader) if isinstance(loader, Iterator) else loader
-        self._given, self._specs, self._size = given, specs, size if fixed else None
+        loader = as_loader(given, batch=size, most=JUDGED, option="val")
+        self._loader: Any = list(read(loader, seed, "val")) if isinstance(loader, Iterator) else loader
+        self._given, self._specs, self._size, self._seed = given, specs, size if fixed else None, seed
         self._held: list[Pair] = []
         self._digests: list[int] = []
         self._whole = self._dropped = False
+        self.count = self._left = 0
 
     @property
     def notes(self) -> list[str]:
         """What the user should know, once they were gone through."""
-        told = "the classes of --val are not one whole number for each image: they are left out"
-        return [told] if self._dropped else []
+        told = []
+        if self._dropped:
+            told.append("the classes of --val are not one whole number for each image: they are left out")
+        if self._left:
+            told.append(f"the model takes {self._size} images at a time: the last {self._left} of --val are left out")
+        return told
 
     def __iter__(self) -> Iterator[Pair]:
         if self._whole:
@@ -58,9 +67,9 @@ class Pairs:
             self._recognise(k, pair)
             yield pair
         if not seen:
-            raise InvalidInput("val holds no images: give a folder, an .npz file or a DataLoader that has some")
-        if isinstance(self._given, Images):
-            self._given.refuse_broken(seen)
+            few = f"only {self._left} images, and the model takes {self._size} at a time" if self._left else "no images"
+            raise InvalidInput(f"val holds {few}: give a folder, an .npz file or a DataLoader with more")
+        self.count = seen
         if kept <= KEPT:
             self._held, self._whole = held, True
 
@@ -76,41 +85,30 @@ class Pairs:
             )
 
     def _read(self) -> Iterator[Pair]:
+        pairs = self._pairs()
+        return pairs if self._size is None else self._regrouped(pairs, self._size)
+
+    def _pairs(self) -> Iterator[Pair]:
         seen = 0
-        for batch in self._loader:
-            tensors = [x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.dim()]
-            inputs = tensors[: len(self._specs)]
-            if len(inputs) < len(self._specs):
-                raise InvalidInput(
-                    f"a batch of val holds {len(inputs)} tensors, the model takes {len(self._specs)}: give pairs of "
-                    "images and classes"
-                )
-            if self._size is not None and len(inputs[0]) != self._size:
-                continue
+        for batch in read(self._loader, self._seed, "val"):
+            inputs, rest = parted(batch, self._specs, "val")
             inputs = [fitting(x, spec, "val") for x, spec in zip(inputs, self._specs, strict=True)]
-            rest = tensors[len(self._specs) :]
-            classes = _classes(rest, len(inputs[0]))
-            self._dropped |= bool(rest) and classes is None and not _unknown(rest[0])
+            classes = classes_of(rest, len(inputs[0]))
+            self._dropped |= bool(rest) and classes is None and not unknown(rest[0])
             yield inputs, classes
             seen += len(inputs[0])
             if seen >= JUDGED:
                 break
 
-
-def _classes(rest: Sequence[Tensor], count: int) -> Tensor | None:
-    """The classes of a batch: whole numbers, one for each image, none of them unknown."""
-    if not rest:
-        return None
-    found = rest[0].squeeze(1) if rest[0].dim() == 2 and rest[0].shape[1] == 1 else rest[0]
-    if found.dim() != 1 or len(found) != count or found.is_floating_point() or found.is_complex():
-        return None
-    if _unknown(found):
-        return None
-    if int(found.min()) < 0:
-        raise InvalidInput(f"val: a label is {int(found.min())}; classes are counted from 0")
-    return found.long()
-
-
-def _unknown(classes: Tensor) -> bool:
-    """Whether no image has a class."""
-    return bool((classes == UNKNOWN).all())
+    def _regrouped(self, pairs: Iterable[Pair], size: int) -> Iterator[Pair]:
+        """The same images, so many at a time; what is left over in the end is left out."""
+        held, labels = [list[Tensor]() for _ in self._specs], list[Tensor | None]()
+        for inputs, classes in pairs:
+            labels += torch.split(classes, 1) if classes is not None else [None] * len(inputs[0])
+            for column, x in zip(held, inputs, strict=True):
+                column += torch.split(x, 1)
+            while len(labels) >= size:
+                first = [x for x in labels[:size] if x is not None]
+                yield [torch.cat(column[:size]) for column in held], torch.cat(first) if len(first) == size else None
+                held, labels = [column[size:] for column in held], labels[size:]
+        self._left = len(labels)

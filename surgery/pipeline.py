@@ -9,7 +9,7 @@ timing and writing files, is in `deliver`.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from exporters.quantize import Int8
 from surgery import gradual, race, recovery, report, within
 from surgery import part as parts
+from surgery.batches import read
 from surgery.blocks import drop
 from surgery.check_dropped import check_dropped
 from surgery.copies import buffers_kept
@@ -285,6 +286,8 @@ def decided(
 ) -> Decision:
     """Return what would be cut, decided at once or in `request.steps`; arguments and errors are those of `shrink`."""
     gradual.refuse_steps(request)
+    if isinstance(request.val, Iterator):  # which is there once, and is looked at again for each model
+        request = replace(request, val=list(read(request.val, request.seed, "val")))
     if request.steps == 1:
         return decide(model, example_inputs, request, example_kwargs=example_kwargs, progress=progress)
     done: Callable[[Decision], Result] = lambda decision: realise(decision, progress=progress)  # noqa: E731

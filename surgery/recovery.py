@@ -14,17 +14,18 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset
 
+from surgery.batches import classes_of, mixed, one
 from surgery.cut import as_call
-from surgery.datasets import UNKNOWN, Images, as_dataset, spaced
+from surgery.datasets import Images, as_dataset, spaced
 from surgery.errors import InvalidInput
 from surgery.images import Calibration, seen_by
 from surgery.ir import CompactModel, Coupling, InputSpec, Plan, Program
-from surgery.judging import JUDGED, Pairs
+from surgery.judging import Pairs
 from surgery.numerics import flat_outputs
 from surgery.part import Whole
 from surgery.recover.agreement import Judged, Model, Reference
 from surgery.recover.steps import LEVELS, Judge, Step, Subject, peak_memory, taught, with_data, without_data
-from surgery.recover.teaching import Training
+from surgery.recover.teaching import NO_CLASSES, Training, out_of_range
 from surgery.request import Progress, Request
 from surgery.trace import evaluating
 
@@ -126,14 +127,16 @@ def recovered(
     level = level_of(request)
     seen = request.seen
     if seen is None and request.data is not None:
-        seen = seen_by(request.data, program, whole, request.images)
+        seen = seen_by(request.data, program, whole, request.images, request.seed)
+    refuse_lesson(program, whole, dataclasses.replace(request, recover=level, seen=seen))
     subject = _subject(program, plan, coupling, compact, model, whole)
-    reference, notes = _reference(subject, request, seen, whole, program), list[str]()
-    steps = []
+    reference, notes = _reference(subject, request, seen), list[str]()
+    steps = list[Step]()
     judge = Judge(reference, request.evaluate)
     if reference is not None or request.evaluate is not None:
         for name, (agreement, metrics) in (("dense", judge.dense(subject)), ("cut", judge.compact(subject))):
             steps.append(Step(name, 0.0, peak_memory(), agreement, metrics=metrics))
+        steps[1:1] = request.between
     if level == "fold":
         steps += without_data(subject, judge, seed=request.seed, progress=progress)
     elif level != "none":
@@ -158,45 +161,69 @@ def _taught(
     subject: Subject, level: str, request: Request, seen: Calibration, judge: Judge, progress: Progress
 ) -> Step:
     training, data = request.training or Training(seed=request.seed), as_dataset(request.data)
-    if level == "finetune":
-        _refuse_classes(data, subject, seen)
-    key = f"{subject.plan.digest} {seen.digest} {level} {training} {_identity(data, subject)}"
+    key = f"{subject.plan.digest} {seen.digest} {level} {training} {_identity(data, subject, training.seed)}"
     return taught(subject, level, data, training, judge, seen=seen.batches, key=key, progress=progress)
 
 
-def _classes_of(data: Any) -> Tensor | None:
-    """All classes of a data set, where they can be had without reading its images."""
+def _classes_of(data: Any, inputs: int) -> Tensor | None:
+    """What follows the inputs in a data set, where it can be had without reading its images."""
     if isinstance(data, Images):
         return torch.tensor(data.classes) if data.classes else None
-    return data.tensors[-1] if isinstance(data, TensorDataset) and len(data.tensors) > 1 else None
+    return data.tensors[inputs] if isinstance(data, TensorDataset) and len(data.tensors) > inputs else None
 
 
-def _refuse_classes(data: Any, subject: Subject, seen: Calibration) -> None:
-    """Raise InvalidInput where a class is none of the model's: before the work, not in the middle of it."""
-    known = _classes_of(data)
-    logits = flat_outputs(subject.dense_call((seen.given or seen.batches)[0]))
-    if known is None or known.is_floating_point() or len(logits) != 1 or logits[0].dim() != 2:
+def refuse_lesson(program: Program, whole: Whole | None, request: Request) -> None:
+    """Raise InvalidInput before the work where training would fail, or judging; arguments are those of `recovered`.
+
+    The batch may be fixed, a label be none of the model's classes, as far as that can be told without reading all
+    images, or there be none to learn.
+    """
+    first = _specs(whole, program)[0]
+    if request.recover in TAUGHT and 0 not in first.dynamic:
+        raise InvalidInput(
+            f"--recover {request.recover} needs a model that takes any number of images, and this one takes "
+            f"{first.shape[0]} at a time, as traced; --recover reconstruct does without"
+        )
+    given = {"val": request.val} | ({"data": request.data} if request.recover == "finetune" else {})
+    inputs = len(_specs(whole, program))
+    seen = {"data": request.seen}
+    known = {k: _range_of(as_dataset(x, option=k), inputs, seen.get(k)) for k, x in given.items()}
+    if "data" in known and known["data"] is None:
+        raise InvalidInput(NO_CLASSES)
+    if not any(known.values()):
         return
-    low, high = int(known.min()), int(known.max())
-    wrong = low if low < 0 and low != UNKNOWN else high if high >= logits[0].shape[1] else None
-    if wrong is None:
+    model, args, kwargs = program.dense.model, program.example_args, program.example_kwargs
+    if whole is not None:
+        model, args, kwargs = whole.model, whole.example_args or (), whole.example_kwargs or {}
+    with evaluating(model), torch.no_grad():
+        outputs = flat_outputs(model(*args, **kwargs))
+    if len(outputs) != 1 or outputs[0].dim() != 2:
         return
-    option = data.option if isinstance(data, Images) else "data"
-    raise InvalidInput(
-        f"{option}: a label is {wrong}, but the model has {logits[0].shape[1]} classes, counted from 0; give labels in "
-        "the order of the model's outputs"
-    )
+    for name, ends in known.items():
+        low, high = ends or (0, 0)
+        if low < 0 or high >= outputs[0].shape[1]:
+            option = given[name].option if isinstance(given[name], Images) else name
+            raise InvalidInput(out_of_range(option, low if low < 0 else high, outputs[0].shape[1]))
 
 
-def _identity(data: Any, subject: Subject) -> str:
+def _range_of(data: Any, inputs: int, seen: Calibration | None) -> tuple[int, int] | None:
+    """The least and the greatest class; of what was seen, where all cannot be had; None for none."""
+    known = _classes_of(data, inputs)
+    if known is None:
+        return seen.classes if seen is not None else None
+    known = classes_of([known], len(known))
+    return (int(known.min()), int(known.max())) if known is not None else None
+
+
+def _identity(data: Any, subject: Subject, seed: int) -> str:
     """Digest of what is learnt from, as far as it can be told quickly, and of both models' weights."""
     digest = hashlib.sha256()
-    tensors = [] if (known := _classes_of(data)) is None else [known]
+    tensors = [] if (known := _classes_of(data, len(subject.inputs))) is None else [known]
     if isinstance(data, Images):
         digest.update("\n".join(map(str, data.files)).encode())
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         digest.update(str(len(data)).encode())
-        samples = [data[k] for k in spaced(len(data), SAMPLED)]
+        samples = [one(data, k, mixed(seed, k)) for k in spaced(len(data), SAMPLED)]
         tensors += [x for x in pytree.tree_leaves(samples) if isinstance(x, Tensor)]
     for model in (subject.dense_model, subject.compact_model):
         tensors += [x for _, x in sorted(model.state_dict().items())]
@@ -217,7 +244,7 @@ def follow(
 ) -> None:
     """Take part in the training that the first process leads; arguments are those of `recovered`."""
     subject = _subject(program, plan, coupling, compact, model, whole)
-    seen = seen_by(request.data, program, whole, request.images)
+    seen = seen_by(request.data, program, whole, request.images, request.seed)
     _taught(subject, level_of(request), request, seen, Judge(), lambda step, fraction: None)
 
 
@@ -261,16 +288,16 @@ def _subject(
         dense_model=dense,
         compact_model=ours,
         module_call=call,
+        inputs=_specs(whole, program),
     )
 
 
-def _reference(
-    subject: Subject, request: Request, seen: Calibration | None, whole: Whole | None, program: Program
-) -> Reference | None:
+def _reference(subject: Subject, request: Request, seen: Calibration | None) -> Reference | None:
     """The dense model on what is judged by: the user's own images to validate on, else those to calibrate on."""
     if request.val is not None:
-        specs = _specs(whole, program)
-        return Reference.of(subject.dense_call, Pairs(request.val, specs), _named(request.val, "--val"))
+        pairs = Pairs(request.val, subject.inputs, request.seed)
+        found = Reference.of(subject.dense_call, pairs, "--val")
+        return dataclasses.replace(found, named=f"{pairs.count} images of --val")
     if seen is None:
         return None
     batches: Judged = [(batch, None) for batch in seen.given or seen.batches]
@@ -283,11 +310,6 @@ def _specs(whole: Whole | None, program: Program) -> Sequence[InputSpec]:
     tensors = [x for x in pytree.tree_leaves(whole.example_args) if isinstance(x, Tensor)]
     names = [str(x.dtype).removeprefix("torch.") for x in tensors]
     return [InputSpec("input", tuple(x.shape), n, tuple(range(x.dim()))) for x, n in zip(tensors, names, strict=True)]
-
-
-def _named(given: Any, option: str) -> str:
-    count = len(given) if isinstance(given, Images) else None
-    return f"{min(count, JUDGED)} images of {option}" if count is not None else f"the images of {option}"
 
 
 def twin(compact: CompactModel) -> CompactModel:
@@ -314,11 +336,12 @@ def _verdict(recovery: Recovery) -> dict[str, Any]:
         return {"verdict": "accuracy unknown: recovered without images; not fit to deploy before it is evaluated"}
     if last.accuracy is not None and last.drop is not None and dense.accuracy is not None:
         value, low, high = last.drop
+        lost, won = last.traded or (0, 0)
         return {
             "status": "measured",
             "verdict": (
                 f"accuracy {100 * last.accuracy:.2f} %, dense {100 * dense.accuracy:.2f} %: {value:.2f} points lost "
-                f"[{low:.2f}, {high:.2f}], paired, on {recovery.judged_by}"
+                f"[{low:.2f}, {high:.2f}], paired, on {recovery.judged_by}: {lost} lost, {won} won"
             ),
         }
     told = f"logit cosine {last.cosine:.4f}"

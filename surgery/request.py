@@ -19,6 +19,7 @@ from surgery.errors import InvalidInput
 from surgery.images import Calibration
 from surgery.ir import Budget, CheckResult, CompactModel, CostFn, Coupling, Plan, Program
 from surgery.lean import rare_collections
+from surgery.recover.steps import Step
 from surgery.trace import trace
 
 Progress = Callable[[str, float], None]
@@ -48,7 +49,7 @@ class Stages:
 _NOT_OF_THE_PLAN = frozenset(
     (
         *("budget", "latency_table", "acceptance", "correct", "data", "seen", "images", "recover", "val", "training"),
-        *("share", "evaluate", "max_drop", "int8"),
+        *("share", "evaluate", "max_drop", "between", "int8"),
     )
 )
 
@@ -57,8 +58,9 @@ _NOT_OF_THE_PLAN = frozenset(
 class Request:
     """What is asked for. The fields are the keyword arguments of `shrink`, and the options of the command line.
 
-    `seen` is what was read of `data`, once they were. `share` is told the plan and the compact model before that is
-    trained, where other processes take part. `int8` is how files in int8 are made, an `exporters.quantize.Int8`.
+    `seen` is what was read of `data`, once they were. `between` are the steps of recovery of the models on the way,
+    where there are several. `share` is told the plan and the compact model before that is trained, where other
+    processes take part. `int8` is how files in int8 are made, an `exporters.quantize.Int8`.
     """
 
     budget: Budget | None = None
@@ -88,6 +90,7 @@ class Request:
     evaluate: Callable[[Any], Mapping[str, float]] | None = None
     max_drop: float | None = None
     steps: int = 1
+    between: tuple[Step, ...] = ()
     share: Callable[[Plan, torch.nn.Module], None] | None = None
 
     @property

@@ -68,6 +68,7 @@ def _only_result_on_stdout() -> Iterator[None]:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
+        sys.stdout.flush()  # what was written past the redirection lies here still
         os.dup2(saved, 1)
         os.close(saved)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from surgery.ir import Plan
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(hours=24)
 """The others wait for the first as long as this: it may measure kernels and reconstruct meanwhile."""
 
+_WORD = "surgery: what went wrong"
+
 
 def processes() -> int:
     """Return how many processes there are, as `torchrun` and `accelerate launch` tell."""
@@ -24,6 +27,11 @@ def processes() -> int:
 def rank() -> int:
     """Return this process's number; 0 is the first."""
     return int(os.environ.get("RANK", "0"))
+
+
+def follows() -> bool:
+    """Return whether this process stands beside the first on its host, and would tell of the same mistakes."""
+    return 0 < rank() == int(os.environ.get("LOCAL_RANK", rank()))
 
 
 def meet() -> None:
@@ -53,6 +61,42 @@ def receive() -> tuple[Plan, dict[str, Tensor]]:
     text, content = parcel
     assert isinstance(text, str) and isinstance(content, bytes), "what `send` packs"
     return Plan.from_json(text), load(content)
+
+
+def lost(error: BaseException) -> bool:
+    """Return whether an error says no more than that another process of the run has ended."""
+    torch = sys.modules.get("torch")
+    if processes() < 2 or torch is None or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, torch.distributed.DistError) or any(name in str(error) for name in ("gloo", "NCCL"))
+
+
+def leave_word(sentence: str) -> bool:
+    """In the other processes: leave word for the first of what went wrong; return whether they have met by then."""
+    try:
+        store = _store()
+        if store is not None:
+            store.set(_WORD, f"process {rank()}: {sentence}")
+    except RuntimeError:  # the store has ended, and the first process with it
+        return False
+    return store is not None
+
+
+def word() -> str:
+    """In the first process: return what another one has left word of; an empty string for nothing."""
+    try:
+        store = _store()
+        return str(store.get(_WORD).decode()) if store is not None and store.check([_WORD]) else ""
+    except RuntimeError:  # the store has ended too
+        return ""
+
+
+def _store() -> Any:
+    """What all processes can write to and read from, once they have met; None before."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 def part() -> None:

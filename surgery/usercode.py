@@ -46,7 +46,7 @@ def user_source(owner: str, name: str) -> Source:
         if not callable(maker):
             raise InvalidInput(f"{label} is a {type(maker).__name__}, not something that returns a module")
         with _on_path(folder):
-            return _unpack(label, _guarded(f"{label} failed", lambda: maker(**model_args)))
+            return _unpack(label, guarded(f"{label} failed", lambda: maker(**model_args)))
 
     stem = Path(owner).stem if is_file else owner.rpartition(".")[2]
     return Source(
@@ -70,7 +70,7 @@ def user_object(owner: str, name: str) -> Any:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with _on_path(folder):
-            return _guarded(f"{owner}:{name} failed", lambda: maker(*args, **kwargs))
+            return guarded(f"{owner}:{name} failed", lambda: maker(*args, **kwargs))
 
     return call
 
@@ -80,7 +80,7 @@ def _found(owner: str, name: str) -> tuple[Any, Path, ModuleType]:
     is_file = owner.endswith(".py")
     folder = Path(owner).expanduser().resolve().parent if is_file else Path.cwd()
     with _on_path(folder):
-        module = _guarded(f"cannot import {owner}", lambda: _import_file(owner) if is_file else _import_name(owner))
+        module = guarded(f"cannot import {owner}", lambda: _import_file(owner) if is_file else _import_name(owner))
     maker: Any = module
     for part in name.split("."):
         if not hasattr(maker, part):
@@ -141,8 +141,8 @@ def _import_name(name: str) -> ModuleType:
         raise
 
 
-def _guarded(what: str, action: Callable[[], Any]) -> Any:
-    """Run the user's code; whatever it raises becomes one sentence with the user's line."""
+def guarded(what: str, action: Callable[[], Any]) -> Any:
+    """Run code of the user's; whatever it raises becomes one sentence, an InvalidInput with the user's line."""
     try:
         return action()
     except SurgeryError:

@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 ORDER = """
     surgery.errors surgery.blame surgery.ir surgery.kernels surgery.tables surgery.tolerances surgery.compat
     surgery.pt2 surgery.checkpoints surgery.preprocessing surgery.libraries surgery.usercode surgery.models
-    surgery.datasets
+    surgery.datasets surgery.batches
     surgery.sizes surgery.labels surgery.moments
     surgery.ops.registry surgery.ops.examples surgery.ops.index surgery.ops.*
     surgery.copies surgery.guards surgery.einsum surgery.unlift surgery.lean surgery.clean surgery.trace
@@ -211,7 +211,7 @@ def test_the_code_map_is_complete_and_true() -> None:
     files |= {str(path.relative_to(ROOT)) for path in (ROOT / "scripts").glob("*.py")}
     files -= {"exporters/__init__.py", "benchmarks/__init__.py", "benchmarks/studies/__init__.py"}
     files -= {"surgery/ops/__init__.py", "surgery/recover/__init__.py", "benchmarks/studies/coverage/__init__.py"}
-    files -= {"benchmarks/studies/latency/__init__.py", "benchmarks/studies/recovery/__init__.py"}
+    files -= {f"benchmarks/studies/{name}/__init__.py" for name in ("latency", "recovery", "stacked")}
     assert files == {name for name in mapped if name.endswith(".py")}
     assert all((ROOT / name).exists() for name in mapped)
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ import surgery
 from surgery import judging
 from surgery.datasets import open_images
 from surgery.errors import InvalidInput
+from surgery.ir import InputSpec
 from surgery.preprocessing import Preprocessing
 from surgery.recover import agreement
-from surgery.recover.agreement import Reference, paired_drop
+from surgery.recover.agreement import Reference, paired_drop, score_interval
 from surgery.request import MILDEST, Request
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,15 +87,32 @@ def test_the_order_of_a_loader_changes_nothing(cut: surgery.Result, images: tupl
         assert a.error == pytest.approx(b.error, rel=1e-6, abs=1e-12)
 
 
+class _Noisy(Dataset[tuple[Tensor, Tensor]]):
+    """Images with noise from a generator that is known to it alone, or from torch's."""
+
+    def __init__(self, images: tuple[Tensor, Tensor], generator: torch.Generator | None) -> None:
+        self._images, self._generator = images, generator
+
+    def __len__(self) -> int:
+        return len(self._images[0])
+
+    def __getitem__(self, k: int) -> tuple[Tensor, Tensor]:
+        noise = torch.randn(3, 10, 10, generator=self._generator)
+        return self._images[0][k] + 0.1 * noise, self._images[1][k]
+
+
 def test_images_that_are_others_each_time_are_refused_where_they_cannot_be_held(
     cut: surgery.Result, images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(judging, "KEPT", 1000)
     with pytest.raises(InvalidInput, match="val gives other images each time"):
-        surgery.recover(cut, images, level="bn", val=DataLoader(TensorDataset(*images), batch_size=32, shuffle=True))
-    result = surgery.recover(cut, images, level="bn", val=DataLoader(TensorDataset(*images), batch_size=32))
-    assert result.steps[0].agreement is not None
-    assert result.steps[0].agreement.accuracy == 1.0
+        surgery.recover(cut, images, level="bn", val=DataLoader(_Noisy(images, torch.Generator()), batch_size=32))
+    for shuffle in (False, True):  # what is drawn from torch's generator is the same each time
+        loader = DataLoader(_Noisy(images, None), batch_size=32, shuffle=shuffle)
+        result = surgery.recover(cut, images, level="bn", val=loader)
+        assert result.steps[0].agreement is not None
+        assert result.steps[0].agreement.accuracy is not None
+        assert result.steps[0].agreement.accuracy > 0.9
 
 
 def test_outputs_that_are_too_many_are_made_again(
@@ -126,13 +145,74 @@ def test_error_and_correlation_are_what_all_outputs_at_once_give(
     assert reference.correlation(lambda inputs: cut.model(*inputs)) == pytest.approx(wanted, rel=1e-5)
 
 
+def drop_of(lost: int, won: int, count: int) -> tuple[float, float, float]:
+    dense, compact = torch.ones(count, dtype=torch.bool), torch.ones(count, dtype=torch.bool)
+    compact[:lost] = False
+    dense[count - won :] = False
+    return paired_drop(dense, compact)
+
+
 @pytest.mark.parametrize("count", [10, 1000])
 def test_no_disagreement_on_a_few_images_is_no_proof(count: int) -> None:
-    """Clopper and Pearson's bound for no event in so many trials."""
-    value, low, high = paired_drop(torch.ones(count), torch.ones(count))
+    value, low, high = drop_of(0, 0, count)
     assert value == 0.0
-    assert high == -low == pytest.approx(100 * (1 - 0.025 ** (1 / count)))
-    assert (high > 30) == (count == 10)
+    assert high == -low == pytest.approx(100 * 1.96**2 / (count + 1.96**2), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "count", "low", "high"),
+    [(1, 0, 44, -0.05939, 0.11807), (5, 2, 40, -0.06568, 0.22339), (3, 3, 30, -0.18169, 0.18169)],
+)
+def test_few_images_that_differ_have_the_score_interval(
+    lost: int, won: int, count: int, low: float, high: float
+) -> None:
+    """Ends found by maximising the likelihood of the pairs under each difference by brute force."""
+    assert score_interval(lost, won, count) == pytest.approx((low, high), abs=1e-5)
+    assert drop_of(lost, won, count)[1:] == pytest.approx((100 * low, 100 * high), abs=1e-3)
+
+
+@pytest.mark.parametrize("won", [0, 3, 12])
+def test_no_image_lost_moves_the_interval_down_and_none_won_moves_it_up(won: int) -> None:
+    for more_lost in (True, False):
+        found = [drop_of(k, won, 200) if more_lost else drop_of(won, k, 200) for k in range(0, 45, 2)]
+        ends = [(low, high) if more_lost else (-high, -low) for _, low, high in found]
+        assert all(a[0] <= b[0] and a[1] <= b[1] for a, b in pairwise(ends))
+
+
+def test_many_images_that_differ_have_the_bootstraps_interval() -> None:
+    value, low, high = drop_of(40, 10, 1000)
+    assert (value, low, high) == pytest.approx((3.0, 1.6, 4.4), abs=0.15)
+    assert (low * 10) % 1 == pytest.approx(0.0, abs=1e-6), "resampled images are counted"
+
+
+@pytest.mark.parametrize("count", [96, 100])
+def test_a_fixed_batch_is_filled_from_batches_of_any_size(count: int, images: tuple[Tensor, Tensor]) -> None:
+    x, y = images[0][:count], images[1][:count]
+    pairs = judging.Pairs(DataLoader(TensorDataset(x, y), batch_size=7), [InputSpec("x", (8, 3, 10, 10), "float32")])
+    found = list(pairs)
+    assert [len(batch[0]) for batch, _ in found] == [8] * 12
+    assert torch.equal(torch.cat([batch[0] for batch, _ in found]), x[:96])
+    assert torch.equal(torch.cat([labels for _, labels in found if labels is not None]), y[:96])
+    assert pairs.count == 96
+    assert pairs.notes == ["the model takes 8 images at a time: the last 4 of --val are left out"] * (count == 100)
+
+
+def test_too_few_images_for_a_fixed_batch_are_said_to_be_few(images: tuple[Tensor, Tensor]) -> None:
+    pairs = judging.Pairs(images[0][:5], [InputSpec("x", (8, 3, 10, 10), "float32")])
+    with pytest.raises(InvalidInput, match="val holds only 5 images, and the model takes 8 at a time"):
+        list(pairs)
+
+
+def test_a_file_that_cannot_be_read_is_not_judged_by(tmp_path: Path) -> None:
+    for k in range(101):
+        make(tmp_path / f"{k:03}.png", k)
+    (tmp_path / "007.png").write_text("no image")
+    found = open_images(str(tmp_path), (1, 3, 10, 10), PLAIN, option="--val")
+    pairs = judging.Pairs(found, [InputSpec("x", (1, 3, 10, 10), "float32", (0,))])
+    red = torch.cat([batch[0][:, 0, 0, 0] for batch, _ in pairs])
+    assert pairs.count == 100
+    assert [round(255 * float(x)) for x in red] == [k for k in range(101) if k != 7]
+    assert found.notes() == ["--val: 1 files could not be read and were left out"]
 
 
 # Classes. ------------------------------------------------------------------------------------------------------------
@@ -158,6 +238,39 @@ def test_a_label_out_of_range_is_refused_before_the_work(
     labels[17] = wrong
     with pytest.raises(InvalidInput, match=f"a label is {wrong}, but the model has 5 classes"):
         surgery.recover(cut, (images[0], labels), level="finetune", training=surgery.Training(epochs=1))
+
+
+def test_labels_of_a_loader_are_looked_at_before_the_work(
+    model: nn.Module, images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(x: Tensor, *classes: Tensor) -> dict[str, Any]:
+        return {"data": DataLoader(TensorDataset(x, *classes), batch_size=32), "recover": "finetune"}
+
+    budget, (x, y) = surgery.Budget(macs=0.5), images
+    training = surgery.Training(epochs=1)
+    wide = surgery.shrink(model, x[:1], budget=budget, training=training, **asked(x, y, nn.functional.one_hot(y, 9)))
+    assert wide.steps[-1].name == "finetune"
+    monkeypatch.setattr("surgery.decide._chosen", None)
+    pairs = {"val": (x, y + 5), "data": x, "recover": "none"}
+    for given, said in (
+        (asked(x, y + 5), "data: a label is"),
+        (asked(x), "learns classes"),
+        (pairs, "val: a label is"),
+    ):
+        with pytest.raises(InvalidInput, match=said):
+            surgery.shrink(model, x[:1], budget=budget, training=training, **given)
+
+
+def test_a_model_of_a_fixed_batch_is_not_trained_and_that_is_said_before_the_work(
+    images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fixed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).reshape(4, 5)
+
+    monkeypatch.setattr("surgery.decide._chosen", None)
+    with pytest.raises(InvalidInput, match="this one takes 4 at a time"):
+        surgery.shrink(Fixed(), images[0][:4], budget=surgery.Budget(macs=0.5), data=images[0], recover="distill")
 
 
 def make(path: Path, colour: int = 0) -> None:
@@ -344,16 +457,29 @@ def test_a_drop_without_a_budget_begins_with_the_mildest_cut() -> None:
 def test_options_that_do_not_go_together(
     tmp_path: Path, arguments: list[str], environment: dict[str, str], said: str
 ) -> None:
-    make(tmp_path / "a.png")
-    (tmp_path / "net.py").write_text(
+    done = shrink(tmp_path, arguments, environment)
+    assert said in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("local", "silent"), [("4", True), ("0", False)])
+def test_a_mistake_is_told_once_on_each_host(tmp_path: Path, local: str, silent: bool) -> None:
+    environment = {"WORLD_SIZE": "8", "RANK": "4", "LOCAL_RANK": local}
+    done = shrink(tmp_path, ["--data", "nowhere", "--recover", "distill"], environment)
+    assert (done.stderr == "") == silent
+    assert silent or "--data nowhere" in done.stderr
+
+
+def shrink(folder: Path, arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    make(folder / "a.png")
+    (folder / "net.py").write_text(
         "import torch\ndef net():\n    layers = torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3)\n"
         "    return torch.nn.Sequential(*layers), torch.zeros(1, 3, 16, 16)\n"
     )
     command = [sys.executable, "-m", "surgery.cli", "shrink", "net.py:net", "--out", "out", *arguments]
     done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, capture_output=True,
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, capture_output=True,
         text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert said in done.stderr
-    assert not (tmp_path / "out").exists()
+    return done

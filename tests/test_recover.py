@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ import torch
 from PIL import Image
 from stairs import table_of
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import surgery
 from surgery import within
 from surgery.couple import couple
 from surgery.decide import decide
 from surgery.errors import BudgetUnreachable, InvalidInput
+from surgery.ir import InputSpec
 from surgery.pipeline import realise
 from surgery.recover.agreement import Reference, paired_drop
 from surgery.recover.drawn import drawn_images
@@ -144,12 +146,19 @@ def test_several_steps_come_to_one_plan(
     trained: nn.Module, images: tuple[Tensor, Tensor], unseen: tuple[Tensor, Tensor]
 ) -> None:
     budget = surgery.Budget(macs=0.3)
-    found = surgery.shrink(trained, images[0][:2], budget=budget, data=images, images=256, val=unseen, steps=3)
+    found = surgery.shrink(
+        trained, images[0][:2], budget=budget, data=iter([images]), images=256, val=iter([unseen]), steps=3
+    )
     dense, kept = (found.report["models"][k]["macs"] for k in (0, 2))
     assert 0.2 < kept / dense <= 0.3
     again = surgery.apply(found.plan, trained)
     assert [p.shape for p in again.parameters()] == [p.shape for p in found.model.parameters()]
     assert accuracy(found.model, unseen) > 0.6
+    names = ["dense", *(f"{name} {k} of 3" for k in (1, 2) for name in ("cut", "reconstruct")), "cut", "reconstruct"]
+    assert [step.name for step in found.steps] == names
+    judged = [step.agreement.accuracy for step in found.steps if step.agreement is not None]
+    assert len(judged) == 7 and judged[2] is not None and judged[1] is not None and judged[2] >= judged[1]
+    assert judged[-1] == pytest.approx(accuracy(found.model, unseen))
     for wrong in ({"budget": surgery.Budget(latency=0.5)}, {"budget": budget, "data": None}, {"steps": 0}):
         with pytest.raises(InvalidInput, match="steps"):
             surgery.shrink(trained, images[0][:2], **{"budget": budget, "data": images, "steps": 2, **wrong})  # type: ignore[arg-type]
@@ -305,13 +314,16 @@ def test_drawn_images_are_the_same_for_a_seed_and_look_like_normalised_ones() ->
 
 
 def test_views_follow_from_seed_epoch_and_number() -> None:
-    data = TensorDataset(torch.rand(20, 3, 16, 16), torch.arange(20))
-    views, again = (Views(data, Look(0.2, True, True, 3), list(range(20))) for _ in range(2))
+    data, inputs = (
+        TensorDataset(torch.rand(20, 3, 16, 16), torch.arange(20)),
+        [InputSpec("x", (1, 3, 16, 16), "float32")],
+    )
+    views, again = (Views(data, Look(0.2, True, True, 3), list(range(20)), inputs) for _ in range(2))
     assert torch.equal(views[5][0], again[5][0])
     before = views[5][0]
     views.epoch = 1
     assert not torch.equal(views[5][0], before)
-    plain = Views(data, Look(0.0, False, False, 3), list(range(20)))
+    plain = Views(data, Look(0.0, False, False, 3), list(range(20)), inputs)
     assert torch.equal(plain[5][0], data[5][0]) and int(plain[5][1]) == 5
     order = Order(20, 3)
     first = list(order)
@@ -362,12 +374,95 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     assert not (tmp_path / "killed").exists(), "nothing is left behind"
 
 
+class Jittered(Dataset[dict[str, Any]]):
+    """The user's own: a dictionary, the label first, of images that torch, numpy and Python change at random."""
+
+    def __init__(self, images: tuple[Tensor, Tensor]) -> None:
+        self._x, self._y = images
+
+    def __len__(self) -> int:
+        return len(self._x)
+
+    def __getitem__(self, k: int) -> dict[str, Any]:
+        noise = 0.1 * torch.rand(1) + 0.1 * np.random.rand() + 0.1 * random.random()
+        return {"label": int(self._y[k]), "image": self._x[k] + noise}
+
+
+@pytest.mark.parametrize("shuffled", ["by torch's generator", "by its own", "not: a data set"])
+def test_what_a_loader_draws_is_the_same_for_a_killed_run(
+    shuffled: str, cut: surgery.Result, images: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    how = surgery.Training(epochs=2, batch=32, every=2, held_out=0.0)
+    generator = torch.Generator().manual_seed(7)
+
+    def train(folder: Path, progress: Any = None) -> surgery.Result:
+        data: Any = Jittered((images[0][:192], images[1][:192]))
+        if shuffled != "not: a data set":
+            own = generator if shuffled == "by its own" else None
+            data = DataLoader(data, batch_size=32, shuffle=True, generator=own)
+        training = replace(how, checkpoint=folder)
+        return surgery.recover(cut, data, level="finetune", images=64, training=training, progress=progress)
+
+    states = generator.get_state(), torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    whole = train(tmp_path / "whole")
+    torch.rand(3), np.random.rand(3), random.random(), torch.rand(2, generator=generator)
+    between = generator.get_state(), torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", killing("finetune", 0.7))
+    resumed = train(tmp_path / "killed")
+    assert resumed.steps[-1].history is not None and resumed.steps[-1].history.resumed == 8
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    after = generator.get_state(), torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    assert str(between) == str(after) != str(states)
+
+
+def test_a_checkpoint_that_is_not_taken_up_is_said_to_be(
+    cut: surgery.Result, images: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    how = surgery.Training(epochs=2, batch=32, every=2, checkpoint=tmp_path / "training")
+    with pytest.raises(Killed):
+        progress = killing("distill", 0.6)
+        surgery.recover(cut, images[0][:192], level="distill", training=how, progress=progress)
+    found = surgery.recover(cut, images[0][:256], level="distill", training=how)
+    assert any("of another run" in note for note in found.steps[-1].notes)
+    assert found.steps[-1].history is not None and found.steps[-1].history.resumed == 0
+
+
+def test_the_scale_of_losses_is_part_of_a_checkpoint(
+    cut: surgery.Result, images: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of half precision, which needs a GPU, here with a scaler for processors that grows quickly."""
+    import accelerate
+
+    scalers = []
+
+    class Scaling(accelerate.Accelerator):  # type: ignore[misc]
+        def __init__(self, **given: Any) -> None:
+            super().__init__(**given)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=4)
+            scalers.append(self.scaler)
+
+    def train(folder: Path, progress: Any = None) -> None:
+        how = surgery.Training(epochs=3, batch=64, every=5, checkpoint=folder)
+        surgery.recover(cut, images[0][:300], level="distill", images=64, training=how, progress=progress)
+
+    monkeypatch.setattr(accelerate, "Accelerator", Scaling)
+    train(tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", killing("distill", 0.8))
+    train(tmp_path / "killed")
+    whole, _, resumed = (scaler.state_dict() for scaler in scalers)
+    assert resumed == whole and whole["scale"] > 2.0
+
+
 def test_a_checkpoint_of_another_run_or_half_of_one_is_not_taken_up(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path, "mine")
     checkpoint.save({"a": torch.ones(3)}, {"step": 7})
     found = checkpoint.load()
     assert found is not None and found[1] == {"step": 7} and torch.equal(found[0]["a"], torch.ones(3))
-    assert Checkpoint(tmp_path, "another").load() is None
+    another = Checkpoint(tmp_path, "another")
+    assert another.load() is None and another.passed_over and not checkpoint.passed_over
     place = tmp_path / "training.safetensors"
     place.write_bytes(place.read_bytes()[:-4])
     assert checkpoint.load() is None
@@ -384,8 +479,15 @@ def place(tmp_path_factory: pytest.TempPathFactory, trained: nn.Module, digits: 
     folder = tmp_path_factory.mktemp("recover")
     (folder / "net.py").write_text(NETWORK)
     (folder / "judge.py").write_text(
-        "import torch\ndef spread(model):\n    out = model(torch.ones(2, 1, 8, 8))\n"
+        "import sys, torch\ndef spread(model):\n    out = model(torch.ones(2, 1, 8, 8))\n"
+        "    print('by the way')\n    print('and past all redirection', file=sys.__stdout__)\n"
         "    return {'spread': float(out.std())}\ndef wrong(model):\n    return {'spread': float('nan')}\n"
+        "def loader(batch=50, spoilt=()):\n    import numpy as np\n"
+        "    from torch.utils.data import DataLoader, TensorDataset\n"
+        "    data = np.load('train.npz')\n    x = torch.from_numpy(data['images']).permute(0, 3, 1, 2) / 127.5 - 1\n"
+        "    y = torch.from_numpy(data['labels'])\n    y[list(spoilt)] = 14\n"
+        "    return DataLoader(TensorDataset(x, y), batch_size=batch)\n"
+        "def odd():\n    return loader(51)\ndef late():\n    return loader(spoilt=[849])\n"
     )
     torch.save(trained.state_dict(), folder / "net.pt")
     pixels = (digits[0].permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
@@ -403,7 +505,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, trained: nn.Module, digits: 
 def surgery_shrink(place: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *launcher, str(ROOT / "scripts" / "shrink.py"), "net.py:net", "--weights", "net.pt"]
     command += ["--mean", "0.5", "--std", "0.5", "--macs", "0.4", "--runs", "3", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=600)
 
 
@@ -413,6 +515,7 @@ def test_one_command_from_images_to_accuracy(place: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
+    assert "by the way" in done.stderr and "past all redirection" in done.stderr
     assert told["accuracy"]["status"] == "measured"
     assert "paired, on 497 images of --val" in told["accuracy"]["verdict"]
     assert [s["name"] for s in told["recovery"]["steps"]] == ["dense", "cut", "reconstruct"]
@@ -476,12 +579,32 @@ def test_mistakes_are_one_sentence_and_write_nothing(place: Path, arguments: lis
     assert not (place / "mistake").exists() and not list(place.glob(".mistake*"))
 
 
+TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data", "judge.py:odd", "--recover", "distill"], "error: batch 51: it is shared by 2 processes"),
+        (["--data", "train.npz", "--val", "wrong.npz", "--recover", "distill"], "error: --val: a label is 14"),
+        (["--data", "judge.py:late", "--recover", "finetune"], "process 1: error: data: a label is 14"),
+    ],
+)
+def test_of_two_processes_one_tells_what_went_wrong(place: Path, arguments: list[str], said: str) -> None:
+    plain = ["--images", "64", "--criterion", "l1", "--epochs", "1", "--quiet"]
+    if "judge.py" in arguments[1]:
+        plain += ["--val", "val.npz"]
+    done = surgery_shrink(place, *arguments, *plain, "--out", "mistake", launcher=TWO)
+    assert done.returncode != 0
+    (told,) = [line for line in done.stderr.splitlines() if "surgery: " in line]
+    assert told.startswith(f"surgery: {said}")
+
+
 def test_two_processes_give_what_one_gives(place: Path) -> None:
     taught = ("--data", "train.npz", "--val", "val.npz", "--recover", "distill", "--epochs", "2", "--json", "--quiet")
     alone = surgery_shrink(place, *taught, "--out", "one")
     assert alone.returncode == 0, alone.stderr
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone")
-    together = surgery_shrink(place, *taught, "--out", "two", launcher=launcher)
+    together = surgery_shrink(place, *taught, "--out", "two", launcher=TWO)
     assert together.returncode == 0, together.stderr
     told = [json.loads(done.stdout) for done in (alone, together)]
     assert [t["recovery"]["steps"][-1]["history"]["processes"] for t in told] == [1, 2]
@@ -532,3 +655,59 @@ def test_a_loader_of_batches_teaches_too(cut: surgery.Result, images: tuple[Tens
     how = surgery.Training(epochs=1)
     found = surgery.recover(cut, loader, level="finetune", images=100, training=how)
     assert found.steps[-1].history is not None and found.steps[-1].history.steps == 13
+
+
+def test_what_follows_the_images_in_a_batch_changes_no_distillation(
+    cut: surgery.Result, images: tuple[Tensor, Tensor]
+) -> None:
+    """Classes one-hot, soft or none, in a tuple or in a dictionary with the label first; images of another dtype."""
+    x, y = images[0][:192], images[1][:192]
+    hot = nn.functional.one_hot(y, 10)
+    named = Listed([{"label": b, "image": a} for a, b in zip(x, y.tolist(), strict=True)])
+    how = surgery.Training(epochs=1, batch=64)
+    sets: list[Any] = [TensorDataset(x, *more) for more in ((), (y,), (hot,), (hot.float(),), (y, hot))]
+    sets = [*sets, named, TensorDataset(x.double(), y)]
+    loaders = [DataLoader(data, batch_size=32) for data in sets]
+    for kind in (sets, loaders):
+        models = [surgery.recover(cut, data, level="distill", images=64, training=how).model for data in kind]
+        for model in models[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), model.parameters(), strict=True))
+    with pytest.raises(InvalidInput, match="finetune learns classes, whole numbers"):
+        surgery.recover(cut, loaders[2], level="finetune", training=how)
+    with pytest.raises(InvalidInput, match="the DataLoader has no batch_size"):
+        surgery.recover(cut, DataLoader([x[:64]], batch_size=None), level="distill", training=how)  # type: ignore[arg-type]
+
+
+class Listed(Dataset[Any]):
+    """A list as a data set; the item that is an exception is raised."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, k: int) -> Any:
+        if isinstance(self._items[k], Exception):
+            raise self._items[k]
+        return self._items[k]
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_what_goes_wrong_in_the_users_own_data_is_told_with_the_line(batched: bool, cut: surgery.Result) -> None:
+    items = [*torch.rand(99, 1, 8, 8), OSError("the disk is gone")]
+    data: Any = DataLoader(Listed(items), batch_size=20) if batched else Listed(items)
+    for asked in (
+        {"data": data},
+        {"data": data, "level": "distill", "images": 20},
+        {"data": items[0][None], "val": data},
+    ):
+        with pytest.raises(InvalidInput, match=r"failed at .*test_recover.py:\d+: OSError: the disk is gone"):
+            surgery.recover(cut, **asked)
+
+
+def test_training_that_brings_nothing_says_so(cut: surgery.Result, images: tuple[Tensor, Tensor]) -> None:
+    wild = surgery.Training(epochs=1, batch=16, lr=9.0, ema=0.0)
+    found = surgery.recover(cut, images[0][:128], level="distill", training=wild)
+    assert found.steps[-1].history is not None and found.steps[-1].history.best == 0
+    assert any("the weights it began with stay" in note for note in found.steps[-1].notes)

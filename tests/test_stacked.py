@@ -147,7 +147,7 @@ def test_photos_without_classes_are_split_to_judge_agreement_by(folder: Path) ->
 
 def test_random_weights_are_no_demonstration(folder: Path) -> None:
     with pytest.raises(InvalidInput, match="has no trained weights here"):
-        named(f"{folder / 'net.py'}:net", "random", str(folder / "photos"), None)
+        named("squeezenet1_1", "random", str(folder / "photos"), None)
 
 
 @pytest.mark.parametrize(

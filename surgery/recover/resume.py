@@ -26,10 +26,14 @@ class Checkpoint:
     Args:
         folder: made where it is not there.
         key: what the run is of; a checkpoint of another key is not taken up.
+
+    Attributes:
+        passed_over: whether `load` found one that is of another run, or damaged.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
         self._folder, self._key = folder, key
+        self.passed_over = False
 
     def save(self, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> None:
         """Write a state in the place of the one before; raises InvalidInput where that cannot be done."""
@@ -46,17 +50,20 @@ class Checkpoint:
             raise InvalidInput(f"{self._folder}: a checkpoint cannot be written ({error.strerror or error})") from error
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return the last state; None where there is none, or one of another run."""
+        """Return the last state; None where there is none, or one of another run, which is told by `passed_over`."""
         place = self._folder / FILE
+        self.passed_over = place.exists()
         try:
             with place.open("rb") as stream:
                 length = int.from_bytes(stream.read(8), "little")
                 metadata = json.loads(stream.read(min(length, place.stat().st_size))).get("__metadata__", {})
             if metadata.get("key") != self._key:
                 return None
-            return load_file(place), json.loads(metadata[_TOLD])
+            found = load_file(place), json.loads(metadata[_TOLD])
         except (OSError, ValueError, KeyError, SafetensorError):
             return None
+        self.passed_over = False
+        return found
 
     def clear(self) -> None:
         """Remove the folder, with what killed runs left in it."""

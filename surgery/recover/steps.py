@@ -49,6 +49,7 @@ class Subject:
         dense_model: what `dense_call` runs.
         compact_model: what `compact_call` runs.
         module_call: runs a module like those two on a batch of its tensor inputs.
+        inputs: those inputs.
     """
 
     program: Program
@@ -61,6 +62,7 @@ class Subject:
     dense_model: torch.nn.Module
     compact_model: torch.nn.Module
     module_call: Callable[[torch.nn.Module, Sequence[Tensor]], Any]
+    inputs: Sequence[InputSpec]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -196,7 +198,8 @@ def taught(
     learning = [p for p in subject.compact_model.parameters() if id(p) in own and p.requires_grad]
     if not learning:
         raise InvalidInput(f"{level}: no parameter of the compact model wants gradients: call requires_grad_() on some")
-    student, teacher = (Student(m, subject.module_call) for m in (subject.compact_model, subject.dense_model))
+    models = subject.compact_model, subject.dense_model
+    student, teacher = (Student(m, subject.module_call, subject.inputs) for m in models)
     guard = _undone_if_worse(subject, seen) if level == "distill" else nullcontext(_Judged())
     with _timed(level, progress) as (told, clock), guard as judged:
         history = train(
@@ -204,6 +207,10 @@ def taught(
         )
     notes = [f"{level}: {history.stopped}, after {history.steps} steps"] if history.stopped else []
     notes += [f"{level}: went on from a checkpoint at step {history.resumed}"] if history.resumed else []
+    if history.passed_over:
+        notes.append(f"{level}: the checkpoint that was found is of another run: it was not taken up")
+    if history.best == 0:
+        notes.append(f"{level}: training brought nothing: the weights it began with stay")
     return _step(level, clock, judged, subject, judge, notes=tuple(notes), history=history)
 
 

@@ -12,9 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery.errors import InvalidInput
+from surgery.ir import InputSpec
 from surgery.numerics import flat_outputs
 
 PRECISIONS = ("no", "fp16", "bf16")
+NO_CLASSES = (
+    "finetune learns classes, whole numbers, and these data have none: give a folder for each class, 'labels' in the "
+    ".npz file, or batches of images and classes; distill does without"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +94,16 @@ class History:
         steps: taken in all.
         processes: that took part.
         resumed: the step at which a checkpoint was taken up; 0 for none.
+        passed_over: whether there was a checkpoint of another run: of other data, weights, plan or settings.
         stopped: why it ended before its last epoch; empty if it did not.
-        best: the mark whose weights are kept.
+        best: the mark whose weights are kept; 0 for those that it began with.
     """
 
     marks: list[Mark] = field(default_factory=list)
     steps: int = 0
     processes: int = 1
     resumed: int = 0
+    passed_over: bool = False
     stopped: str = ""
     best: int = -1
 
@@ -106,15 +113,31 @@ class History:
 
 
 class Student(nn.Module):
-    """A model that takes its flat tensor inputs as one batch, and gives its floating outputs."""
+    """A model that takes its flat tensor inputs as one batch, and gives its floating outputs.
 
-    def __init__(self, module: nn.Module, call: Callable[[nn.Module, Sequence[Tensor]], Any]) -> None:
+    Args:
+        module: the model.
+        call: runs it on a batch of its inputs.
+        inputs: what those are.
+    """
+
+    def __init__(
+        self, module: nn.Module, call: Callable[[nn.Module, Sequence[Tensor]], Any], inputs: Sequence[InputSpec]
+    ) -> None:
         super().__init__()
-        self.module, self._call = module, call
+        self.module, self._call, self.inputs = module, call, tuple(inputs)
 
     def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return the outputs in order."""
         return flat_outputs(self._call(self.module, inputs))
+
+
+def out_of_range(named: str, label: int, classes: int) -> str:
+    """Return the sentence on a label that is none of the model's classes."""
+    return (
+        f"{named}: a label is {label}, but the model has {classes} classes, counted from 0; give labels in the order "
+        "of the model's outputs"
+    )
 
 
 def loss_of(found: Sequence[Tensor], wanted: Sequence[Tensor], classes: Tensor | None, temperature: float) -> Tensor:
@@ -141,7 +164,8 @@ def loss_of(found: Sequence[Tensor], wanted: Sequence[Tensor], classes: Tensor |
         if classes is None:
             return loss
         if not 0 <= int(classes.min()) <= int(classes.max()) < ours.shape[1]:
-            raise InvalidInput(f"training: class {int(classes.max())} is out of range; the model has {ours.shape[1]}")
+            wrong = int(classes.min()) if int(classes.min()) < 0 else int(classes.max())
+            raise InvalidInput(out_of_range("data", wrong, ours.shape[1]))
         return loss + F.cross_entropy(ours, classes)
     if classes is not None:
         raise InvalidInput("finetune learns classes, and this model's outputs are no logits (N, classes): use distill")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from math import cos, isfinite, pi
 from typing import Any
 
@@ -19,11 +20,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
+from surgery.batches import alike, classes_of, fitting, mixed, parted, read
 from surgery.blame import first_line
 from surgery.datasets import UNKNOWN
 from surgery.errors import InvalidInput
+from surgery.ir import InputSpec
 from surgery.recover.resume import Checkpoint
-from surgery.recover.teaching import History, Mark, Student, Training, loss_of
+from surgery.recover.teaching import NO_CLASSES, History, Mark, Student, Training, loss_of
 from surgery.recover.views import Look, Order, Views
 from surgery.trace import evaluating
 
@@ -141,7 +144,9 @@ class _Run:
     ) -> None:
         self._student, self._teacher, self._how, self._accelerator = student, teacher, how, accelerator
         self._labels, self.history = labels, History(processes=accelerator.num_processes)
-        self._loader, self._judged = _loaders(data, how, accelerator.num_processes, labels)
+        self._loader, self._judged = _loaders(data, how, accelerator.num_processes, labels, student.inputs)
+        views = isinstance(self._loader.dataset, Views)
+        self._views = (self._loader.dataset, self._loader.sampler) if views else None
         self._each = len(self._loader)
         self._steps = self._each * how.epochs
         self._learning = list(learning)
@@ -156,7 +161,8 @@ class _Run:
         self._step, self._since, self._summed = 0, 0, 0.0
         self._checkpoint = Checkpoint(how.checkpoint, key) if how.checkpoint is not None else None
         self._resume()
-        self._wrapped, self._stepper, self._loader = accelerator.prepare(student, self._optimizer, self._loader)
+        with alike(self._loader, how.seed):  # Accelerate keeps, and sets, the generators that it finds
+            self._wrapped, self._stepper, self._loader = accelerator.prepare(student, self._optimizer, self._loader)
 
     def all(self, progress: Callable[[float], None]) -> None:
         """Train to the end, and leave the best weights in the student."""
@@ -173,14 +179,12 @@ class _Run:
             self._checkpoint.clear()
 
     def _epoch(self, epoch: int, progress: Callable[[float], None]) -> None:
-        _set_epoch(self._loader, epoch)
         done = self._step - epoch * self._each
-        batches = self._accelerator.skip_first_batches(self._loader, done) if done else self._loader
-        for batch in batches:
+        for batch in self._batches(epoch, done):
             rate = _rate(self._step, self._steps)
             for group in self._optimizer.param_groups:
                 group["lr"] = self._how.lr * rate
-            inputs, classes = _parted(batch, self._labels)
+            inputs, classes = self._parted(batch)
             with torch.no_grad(), self._accelerator.autocast():
                 wanted = self._teacher(inputs)
             with self._accelerator.autocast():
@@ -194,6 +198,28 @@ class _Run:
                 self._save()
         self._mark(self._how.lr * _rate(self._step, self._steps))
         self._save()
+
+    def _batches(self, epoch: int, done: int) -> Iterator[Any]:
+        """Of an epoch, those after the first so many; of a user's loader those are read too, for what it draws."""
+        seed = mixed(self._how.seed, epoch)
+        if self._views is None:
+            yield from islice(read(self._loader, seed), done, None)
+            return
+        for x in self._views:
+            x.epoch = epoch
+        yield from read(self._accelerator.skip_first_batches(self._loader, done) if done else self._loader, seed)
+
+    def _parted(self, batch: Any) -> tuple[list[Tensor], Tensor | None]:
+        """Inputs, and classes where they are to be learnt."""
+        specs, device = self._student.inputs, self._accelerator.device
+        found, rest = parted(batch, specs)
+        inputs = [fitting(x.to(device), spec) for x, spec in zip(found, specs, strict=True)]
+        if not self._labels:
+            return inputs, None
+        classes = classes_of(rest, len(inputs[0]))
+        if classes is None or bool((classes == UNKNOWN).any()):
+            raise InvalidInput(NO_CLASSES)
+        return inputs, classes.to(device)
 
     def _after(self, loss: float) -> None:
         self._step += 1
@@ -232,8 +258,8 @@ class _Run:
             return None
         total, count = 0.0, 0
         with torch.no_grad(), self._averaged():
-            for batch in self._judged:
-                inputs, classes = _parted([x.to(self._accelerator.device) for x in batch], self._labels)
+            for batch in read(self._judged, self._how.seed):
+                inputs, classes = self._parted(batch)
                 loss = loss_of(self._student(inputs), self._teacher(inputs), classes, self._how.temperature)
                 total, count = total + float(loss) * len(inputs[0]), count + len(inputs[0])
         mean = torch.tensor(total / count, dtype=torch.float64, device=self._accelerator.device)
@@ -261,10 +287,15 @@ class _Run:
         for k, p in enumerate(self._slots):
             tensors |= {f"{kind}.{k}": x for kind, x in self._optimizer.state[p].items() if isinstance(x, Tensor)}
         told = {"step": self._step, "since": self._since, "summed": self._summed, "history": self.history.to_dict()}
+        if self._accelerator.scaler is not None:
+            told["scaler"] = self._accelerator.scaler.state_dict()
         self._checkpoint.save(tensors, told)
 
     def _resume(self) -> None:
-        found = self._checkpoint.load() if self._checkpoint is not None else None
+        if self._checkpoint is None:
+            return
+        found = self._checkpoint.load()
+        self.history.passed_over = self._checkpoint.passed_over
         if found is None:
             return
         tensors, told = found
@@ -278,6 +309,8 @@ class _Run:
                 for kind in ("step", "exp_avg", "exp_avg_sq")
                 if f"{kind}.{k}" in tensors
             }
+        if self._accelerator.scaler is not None and told.get("scaler"):
+            self._accelerator.scaler.load_state_dict(told["scaler"])
         self._step, self._since, self._summed = told["step"], told["since"], told["summed"]
         past = told["history"]
         self.history.marks = [Mark(**mark) for mark in past["marks"]]
@@ -292,62 +325,44 @@ def _rate(step: int, steps: int) -> float:
     return 0.5 * (1 + cos(pi * (step - warm) / max(1, steps - warm)))
 
 
-def _loaders(data: Any, how: Training, processes: int, labels: bool) -> tuple[Any, Any]:
+def refuse_batch(data: Any, how: Training, processes: int) -> None:
+    """Raise InvalidInput where processes cannot share the batch evenly."""
+    own = isinstance(data, DataLoader)
+    batch = (data.batch_size or getattr(data.batch_sampler, "batch_size", 0)) if own else how.batch
+    if not batch:
+        raise InvalidInput("the DataLoader has no batch_size: give it one, so that what is a step of training is known")
+    if batch % processes:
+        told = "the DataLoader's batch_size" if own else "--train-batch"
+        raise InvalidInput(f"batch {batch}: it is shared by {processes} processes; give a multiple of that by {told}")
+
+
+def _loaders(data: Any, how: Training, processes: int, labels: bool, inputs: Sequence[InputSpec]) -> tuple[Any, Any]:
     """Batches to learn from, and to judge by what is held out (None where there is none)."""
-    if how.batch % processes:
-        raise InvalidInput(f"batch {how.batch}: it is shared by {processes} processes; give a multiple of that")
-    if not isinstance(data, Dataset) or not hasattr(data, "__len__"):
-        if not hasattr(data, "__len__") or not isinstance(data, DataLoader):
-            raise InvalidInput(
-                "to be taught with, data are a folder, an .npz file, a Dataset or a DataLoader of a length"
-            )
-        return data, _first(data)
-    count = len(data)
+    refuse_batch(data, how, processes)
+    if not isinstance(data, (Dataset, DataLoader)) or not hasattr(getattr(data, "dataset", data), "__len__"):
+        raise InvalidInput("to be taught with, data are a folder, an .npz file, a Dataset or a DataLoader of a length")
+    if isinstance(data, DataLoader):
+        return data, _first(data, how.seed)
+    count = len(data)  # type: ignore[arg-type]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(how.seed)).tolist()
     aside = max(int(how.held_out * count), min(HELD_OUT_LEAST, count // 5)) if how.held_out else 0
     learnt, judged = order[aside:], order[:aside]
     batch = min(how.batch, len(learnt) // processes * processes)
     if batch < 2:
         raise InvalidInput(f"training: {count} images are too few for {processes} processes; give more with --data")
-    views = Views(
-        data, Look(how.shift, not labels if how.flip is None else how.flip, how.mix and not labels, how.seed), learnt
-    )
+    flip = not labels if how.flip is None else how.flip
+    views = Views(data, Look(how.shift, flip, how.mix and not labels, how.seed), learnt, inputs)
     loader = DataLoader(views, batch_size=batch, sampler=Order(len(learnt), how.seed), drop_last=True)
-    plain = Views(data, Look(0.0, False, False, how.seed), judged)
+    plain = Views(data, Look(0.0, False, False, how.seed), judged, inputs)
     return loader, DataLoader(plain, batch_size=batch) if judged else None
 
 
-def _first(loader: Any) -> list[list[Tensor]]:
+def _first(loader: Any, seed: int) -> list[Any]:
     """The first batches of a DataLoader: with nothing to hold out, it is judged by what is learnt from as well."""
-    found, count = list[list[Tensor]](), 0
-    for batch in loader:
-        found.append([x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.dim()])
-        count += len(found[-1][0])
+    found, count = [], 0
+    for batch in read(loader, seed):
+        found.append(batch)
+        count += next((len(x) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.dim()), 0)
         if count >= JUDGED_BY:
             break
     return found
-
-
-def _set_epoch(loader: Any, epoch: int) -> None:
-    if isinstance(loader.dataset, Views):
-        loader.dataset.epoch = epoch
-        sampler = loader.batch_sampler
-        while not isinstance(sampler, Order):
-            sampler = getattr(sampler, "batch_sampler", None) or sampler.sampler
-        sampler.epoch = epoch
-
-
-def _parted(batch: Any, labels: bool) -> tuple[list[Tensor], Tensor | None]:
-    """Inputs, and classes where they are to be learnt."""
-    tensors = [x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.dim()]
-    last = tensors[-1]
-    told = len(tensors) > 1 and last.dim() == 1 and not last.is_floating_point()
-    inputs = tensors[:-1] if told else tensors
-    if not labels:
-        return inputs, None
-    if not told or bool((last == UNKNOWN).any()):
-        raise InvalidInput(
-            "finetune learns classes, whole numbers, and these data have none: give a folder for each class, 'labels' "
-            "in the .npz file, or batches of images and classes; distill does without"
-        )
-    return inputs, last

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, Sampler
 
+from surgery.batches import classes_of, mixed, one, parted
 from surgery.datasets import UNKNOWN
+from surgery.ir import InputSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,8 @@ class Look:
 class Views(Dataset[tuple[Tensor, ...]]):
     """Each image as it is seen in one epoch: shifted, flipped, mixed with another; its number tells how."""
 
-    def __init__(self, images: Dataset[Any], how: Look, chosen: Sequence[int]) -> None:
-        self._images, self._how, self._chosen = images, how, chosen
+    def __init__(self, images: Any, how: Look, chosen: Sequence[int], inputs: Sequence[InputSpec]) -> None:
+        self._images, self._how, self._chosen, self._inputs = images, how, chosen, inputs
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -51,8 +52,7 @@ class Views(Dataset[tuple[Tensor, ...]]):
     def __getitem__(self, k: int) -> tuple[Tensor, ...]:
         """Return the image's inputs and its class."""
         how, index = self._how, self._chosen[k]
-        key = hashlib.sha256(f"{how.seed}:{self.epoch}:{index}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+        generator = torch.Generator().manual_seed(self._seed(index))
         *inputs, label = self._sample(index)
         image = self._seen(inputs[0], generator)
         if how.mix and float(torch.rand((), generator=generator)) < 0.5:
@@ -61,13 +61,14 @@ class Views(Dataset[tuple[Tensor, ...]]):
             image = share * image + (1 - share) * self._seen(self._sample(other)[0], generator)
         return image, *inputs[1:], label
 
+    def _seed(self, index: int) -> int:
+        key = hashlib.sha256(f"{self._how.seed}:{self.epoch}:{index}".encode()).digest()
+        return int.from_bytes(key[:8], "big") >> 1
+
     def _sample(self, index: int) -> tuple[Tensor, ...]:
-        leaves = pytree.tree_leaves(self._images[index])
-        tensors = [x if isinstance(x, Tensor) else torch.tensor(x) for x in leaves]
-        label = tensors[-1] if len(tensors) > 1 and tensors[-1].dim() == 0 else torch.tensor(UNKNOWN)
-        label = torch.tensor(UNKNOWN) if label.is_floating_point() else label
-        inputs = tensors[:-1] if len(tensors) > 1 and tensors[-1].dim() == 0 else tensors
-        return *inputs, label.long()
+        inputs, rest = parted(one(self._images, index, self._seed(index)), self._inputs)
+        label = classes_of(rest, 1)
+        return *(x[0] for x in inputs), torch.tensor(UNKNOWN) if label is None else label[0]
 
     def _seen(self, image: Tensor, generator: torch.Generator) -> Tensor:
         if image.dim() != 3 or not image.is_floating_point():
@@ -95,5 +96,5 @@ class Order(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Yield all images' numbers."""
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed(mixed(self._seed, self.epoch))
         yield from torch.randperm(self._count, generator=generator).tolist()

@@ -122,8 +122,8 @@ def _peer(known: Network, smaller: nn.Module, root: Path) -> tuple[nn.Module, fl
     pixels = to_learn_from(known, root)
     unknown = torch.full((len(pixels),), -1)
     train(
-        Student(module, call),
-        Student(copy.deepcopy(known.subject.module), call),
+        Student(module, call, program.inputs),
+        Student(copy.deepcopy(known.subject.module), call, program.inputs),
         torch.utils.data.TensorDataset(pixels, unknown),
         TO_LATENCY,
         learning=list(module.parameters()),
