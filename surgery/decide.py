@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +129,14 @@ class _Ground:
 
     program: Program
     coupling: Coupling
-    scores: Scores
+    scored: Callable[[], Scores]
     orders: tuple[Arrangement, ...]
     costs: Mapping[str, CostFn]
+
+    @property
+    def scores(self) -> Scores:
+        """Worked out when they are first asked for: a plan that is carried over to a program needs none of it."""
+        return self.scored()
 
 
 def _prepared(stages: Stages, program: Program, request: Request, run: Clock) -> _Ground:
@@ -142,19 +148,25 @@ def _prepared(stages: Stages, program: Program, request: Request, run: Clock) ->
             stages.cost_functions(program, coupling),
         )
         moves = moves_of(coupling, orders)
-        scores = score(
-            program,
-            coupling,
-            request.ranking,
-            seed=request.seed,
-            prepare=lambda weights: arranged(weights, moves),
-            images=request.seen.batches if request.seen is not None else None,
-            macs=costs["macs"]({}),
-            progress=lambda fraction: run.progress("score", fraction),
-        )
-        if request.ranking in PRICED and request.goal.kind in costs:
-            scores = priced(scores, coupling, costs[request.goal.kind])
-    return _Ground(program, coupling, scores, orders, costs)
+
+    @cache
+    def scored() -> Scores:
+        with run("score"):
+            found = score(
+                program,
+                coupling,
+                request.ranking,
+                seed=request.seed,
+                prepare=lambda weights: arranged(weights, moves),
+                images=request.seen.batches if request.seen is not None else None,
+                macs=costs["macs"]({}),
+                progress=lambda fraction: run.progress("score", fraction),
+            )
+            if request.ranking in PRICED and request.goal.kind in costs:
+                return priced(found, coupling, costs[request.goal.kind])
+            return found
+
+    return _Ground(program, coupling, scored, orders, costs)
 
 
 def _chosen(stages: Stages, program: Program, request: Request, run: Clock) -> Choice:

@@ -6,9 +6,11 @@ MobileNetV2 and the images of the data folder (`benchmarks.studies.data`): the R
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -48,11 +50,19 @@ _WIDTH = 160
     help="Smaller images, for the dense network.",
 )
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of ONNX Runtime.")
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON, and how each row came about.")
 @click.option("--keep", "kept", is_flag=True, help="Put the table into the studies' results file.")
 def main(
-    model: str, weights: str, photos: str | None, val: str | None, latency: float, smaller: int, threads: int,
+    model: str,
+    weights: str,
+    photos: str | None,
+    val: str | None,
+    latency: float,
+    smaller: int,
+    threads: int,
+    as_json: bool,
     kept: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Make one network faster in every way there is, and print what each comes to."""
     torch.set_num_threads(available_cores())
     try:
@@ -63,16 +73,23 @@ def main(
     except SurgeryError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    if kept:
+        keep("demo", found, "python scripts/demo.py")
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        _show(found)
+
+
+def _show(found: dict[str, Any]) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
     console.print(plain_table(HEADS, list(lines(found["rows"]))))
     by = found["judged_by"][0]
-    console.print(
+    told = (
         f"judged on {by['images']} images: {by['name']}; {found['photos']} photos without labels; "
-        f"{found['seconds'] / 60:.1f} minutes; timer: {found['timer']['why']}",
-        markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
-    if kept:
-        keep("demo", found, "python scripts/demo.py")
+        f"{found['seconds'] / 60:.1f} minutes; timer: {found['timer']['why']}"
+    )
+    console.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
 def _case(model: str, weights: str, photos: str | None, val: str | None) -> Case:

@@ -42,8 +42,8 @@ def lines(rows: Sequence[Row], images: int = 0) -> Iterator[tuple[str, ...]]:
 
 
 def _named(row: Row) -> str:
-    more = [f"{row['epochs']} epochs" * ("epochs" in row), row.get("setting", "")]
-    told = ", ".join(x for x in more if x)
+    epochs = f"{row['epochs']} epochs" if "epochs" in row else ""
+    told = ", ".join(x for x in (epochs, row.get("setting", "")) if x)
     return f"{row['name']} ({told})" if told else str(row["name"])
 
 
@@ -122,7 +122,7 @@ those images, with their 95 % interval. A row is *dominated* by another that tak
 are those of `benchmarks/studies/results/stacked.json`; only real weights are in it.
 
 torch-pruning's default is its L1 criterion at half of every width, as it leaves the network. Its best is the one of
-its settings (five criteria that need no labels, layer by layer and globally, plain and in steps of 16) that agrees
-most with the dense network on photos, at our float file's latency and with its batch norms estimated anew on the same
-photos.
+its settings (five criteria that need no labels, layer by layer and globally, widths in steps of 16, which suits the
+machine) that agrees most with the dense network on photos, at our float file's latency and with its batch norms
+estimated anew on the same photos.
 """
