@@ -238,7 +238,7 @@ def _origin(compact: str, request: Mapping[str, Any], threads: int) -> Dict[str,
             f"{compact}: cut from another architecture than the pack's {request['model']}; make a pack of its model"
         )
     if said.get("model", "compact") != "compact":
-        raise InvalidInput(f"{compact}: that is the {said['model']} model; give the compact.onnx that lies beside it")
+        raise InvalidInput(f"{compact}: that is the {said['model']} model; give the compact one that lies beside it")
     if said.get("precision", "fp32") != request["precision"]:
         raise InvalidInput(
             f"{compact} is in {said.get('precision', 'fp32')} and the pack's dense model in {request['precision']}; "

@@ -56,7 +56,7 @@ def model_bytes(kernel: Kernel, widths: Widths, precision: str = FP32) -> bytes:
         if operand.kind != "weight":
             graph.feed(operand)
     made, result = _made(kernel, sizes, shapes), ""
-    for k, s in enumerate(kernel.steps if precision == FP32 else _prepared(kernel.steps, shapes, made)):
+    for k, s in enumerate(kernel.steps if precision == FP32 else _prepared(kernel.steps)):
         result = f"s{k}"
         attributes = dict(s.attributes)
         if s.op in ("Conv", "ConvTranspose"):
@@ -86,8 +86,8 @@ def _made(kernel: Kernel, sizes: Mapping[str, int], shapes: Mapping[str, Tuple[i
     return tuple(shape)
 
 
-def _prepared(steps: Sequence[Step], shapes: Mapping[str, Tuple[int, ...]], made: Tuple[int, ...]) -> List[Step]:
-    """Operators as the quantiser's preparation leaves them: spelt out, or one in the place of two."""
+def _prepared(steps: Sequence[Step]) -> List[Step]:
+    """Operators as the quantiser's preparation leaves them in a file of any batch: spelt out, or folded."""
     done: List[Step] = []
     at: Dict[Any, Any] = {}
 
@@ -104,24 +104,9 @@ def _prepared(steps: Sequence[Step], shapes: Mapping[str, Tuple[int, ...]], made
             at[f"%{k}"] = put("Mul", x, put("Tanh", put("Softplus", x)))
         elif s.op == "Mul" and last.op == "Conv" and isinstance(inputs[1], (int, float)):
             at[f"%{k}"] = x
-        elif s.op == "Add" and last.op == "MatMul" and _is_linear(last.inputs[1], inputs[1], shapes):
-            value, weight = done.pop().inputs
-            sums = put("Gemm", put("Reshape", value, (-1, _inner(weight, shapes))), weight, inputs[1])
-            at[f"%{k}"] = put("Reshape", sums, made)
         else:
             at[f"%{k}"] = put(s.op, *inputs, **dict(s.attributes))
     return done
-
-
-def _is_linear(weight: Any, bias: Any, shapes: Mapping[str, Tuple[int, ...]]) -> bool:
-    name = str(weight).partition(":")[0]
-    return name.startswith("w") and len(shapes[name]) == 2 and str(bias).startswith("w") and len(shapes[bias]) == 1
-
-
-def _inner(weight: str, shapes: Mapping[str, Tuple[int, ...]]) -> int:
-    """How many values a linear layer's weight, or what it is with its axes exchanged, adds up."""
-    name, _, turned = weight.partition(":")
-    return shapes[name][1 if turned else 0]
 
 
 def _groups(op: str, x: Sequence[int], weight: Sequence[int], made: Sequence[int]) -> int:

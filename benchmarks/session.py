@@ -6,6 +6,7 @@ same configuration. Imports neither torch nor onnx: a device needs ONNX Runtime 
 
 from __future__ import annotations
 
+import json
 import os
 import zlib
 from collections.abc import Mapping
@@ -142,8 +143,8 @@ def random_inputs(session: onnxruntime.InferenceSession, path: Path, settings: S
     Raises:
         InvalidInput: an axis has no size, a shape contradicts the model, or an input is not a numeric tensor.
     """
-    inputs = session.get_inputs()
-    shapes = {item.name: _shape(item.name, item.shape, path, settings) for item in inputs}
+    inputs, examples = session.get_inputs(), _examples(session)
+    shapes = {item.name: _shape(item.name, item.shape, path, settings, examples.get(item.name)) for item in inputs}
     if inputs and settings.batch not in {shape[0] for shape in shapes.values() if shape}:
         first = inputs[0].name
         raise InvalidInput(
@@ -164,8 +165,24 @@ def run_once(session: onnxruntime.InferenceSession, inputs: Mapping[str, NDArray
         ) from error
 
 
-def _shape(name: str, declared: list[int | str | None], path: Path, settings: Settings) -> tuple[int, ...]:
+EXAMPLES = "example_shapes"
+"""Key of a file's metadata: the shapes that it was exported with, by input, as JSON."""
+
+
+def _examples(session: onnxruntime.InferenceSession) -> dict[str, list[int]]:
+    """The shapes that a file says it was exported with, for axes that it leaves open; none where it says nothing."""
+    try:
+        found = json.loads(session.get_modelmeta().custom_metadata_map.get(EXAMPLES, "{}"))
+        return {str(name): [int(size) for size in shape] for name, shape in found.items()}
+    except (ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _shape(
+    name: str, declared: list[int | str | None], path: Path, settings: Settings, example: list[int] | None
+) -> tuple[int, ...]:
     given = settings.shapes.get(name)
+    fitting = example if example is not None and len(example) == len(declared) else None
     if given is not None and len(given) != len(declared):
         raise InvalidInput(
             f"{path}: input '{name}' has {len(declared)} axes {declared}, the given shape {given} has {len(given)}"
@@ -182,6 +199,8 @@ def _shape(name: str, declared: list[int | str | None], path: Path, settings: Se
             sizes.append(given[axis])
         elif isinstance(size, int):
             sizes.append(size)
+        elif fitting is not None:
+            sizes.append(fitting[axis])
         else:
             raise InvalidInput(
                 f"{path}: axis {axis} of input '{name}' is dynamic ({size or 'unnamed'}); "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -132,6 +133,8 @@ def export(
         if not outputs:
             raise UnsupportedModel(f"{type(model).__name__} returns no tensor; an exported model needs an output")
         axes = check_axes(call.tensors, default_axes(call.tensors) if dynamic_axes is None else dynamic_axes)
+        shapes = {name: list(tensor.shape) for name, tensor in call.tensors.items()}
+        props["example_shapes"] = json.dumps(shapes, sort_keys=True)
         job = _Job(subject, call, outputs, target, number, props, check, dynamo, reader)
         return _first_that_works(job, axes, notes)
 

@@ -50,7 +50,9 @@ class Int8:
 
     Attributes:
         method: how an activation's range follows from the calibration images: `minmax`, `entropy` or `percentile`.
-        keep: layers that stay in float32: `first`, `last`, or patterns (``*``, ``?``) of names of nodes or operators.
+        keep: layers that stay in float32: `first`, `last`, or patterns (``*``, ``?``) of names: of the layer whose
+            weight it reads (``layer1.0.conv1``), which is the same in every file of a model, of the node or of the
+            operator.
         reduce_range: weights of 7 bits, for x86 processors without VNNI, whose sums of products can saturate.
 
     Raises:
@@ -155,6 +157,8 @@ def to_fp16(source: str | os.PathLike[str], target: str | os.PathLike[str], batc
             half = convert_float_to_float16(_read(source), keep_io_types=True, op_block_list=kept)
         except Exception as error:  # the converter raises what it likes
             raise InvalidInput(f"{source} cannot be converted to fp16: {_first_line(error)}") from error
+        origin = {p.key: p.value for p in half.metadata_props}
+        onnx.helper.set_model_props(half, origin | {"precision": "fp16"})
         onnx.save(half, file)
         cosine, match = _agreement(own, file, seen)
         move(file, Path(target))
@@ -203,18 +207,32 @@ def _session(path: Any) -> onnxruntime.InferenceSession:
 
 def _kept(model: onnx.ModelProto, keep: Sequence[str]) -> list[str]:
     """Names of the nodes that stay in float32."""
-    layers = {node.name: node.op_type for node in model.graph.node if node.op_type in _LAYERS}
+    layers = {node.name: (_module_of(node), node.name, node.op_type) for node in model.graph.node if _is_layer(node)}
     names, chosen = list(layers), list[str]()
     for pattern in keep:
         ends = {FIRST: names[:1], LAST: names[-1:]}
         found = ends.get(pattern) or [
-            name for name, op in layers.items() if fnmatchcase(name, pattern) or fnmatchcase(op, pattern)
+            name for name, known in layers.items() if any(fnmatchcase(x, pattern) for x in known)
         ]
         if not found:
-            named = ", ".join((FIRST, LAST, *dict.fromkeys(layers.values()), *names[:4]))
+            modules, ops = ([known[k] for known in layers.values()] for k in (0, 2))
+            named = ", ".join((FIRST, LAST, *dict.fromkeys(ops), *modules[:6]))
             raise InvalidInput(f"'{pattern}' names no layer to keep in float32; there are {named} ...")
         chosen += found
     return chosen
+
+
+def _is_layer(node: onnx.NodeProto) -> bool:
+    return node.op_type in _LAYERS
+
+
+def _module_of(node: onnx.NodeProto) -> str:
+    """The name of the layer whose weight a node reads; its own where it reads none of a name."""
+    read = node.input[1] if len(node.input) > 1 else ""
+    return str(read[: -len(_WEIGHT)] if read.endswith(_WEIGHT) else node.name)
+
+
+_WEIGHT = ".weight"
 
 
 # What is done. ------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from benchmarks.operators import by_operator
 from benchmarks.session import Settings
 from exporters import onnx
 from exporters.ort_format import to_ort
-from exporters.quantize import Quantised
+from exporters.quantize import Int8, Quantised
 from exporters.runtimes import Reader, require_readable
 from exporters.session import OnnxModel
 from exporters.signature import bind
@@ -36,6 +36,7 @@ from surgery.ir import Plan, Report
 from surgery.pipeline import Result, apply
 from surgery.precisions import Precisions
 from surgery.recover.agreement import Agreement
+from surgery.recovery import verdict_on
 from surgery.request import Clock, Progress
 from surgery.trace import evaluating, quiet
 
@@ -127,7 +128,7 @@ def save(
             *exports.fixed_sizes(result, subject, written["compact"]),
             *doubts,
         ]
-        notes += [*without, *precisions.notes(fewer, timing)]
+        notes += [*without, *precisions.notes(fewer, timing, report.deployed(result.report))]
         data = report.measured(
             {
                 **result.report,
@@ -141,7 +142,9 @@ def save(
         )
         with clock("profile"):
             data["operators"] = _operators(data["timing"], timed)
-        data["models"] = precisions.rows(data["models"], fewer, _judged(result, subject, fewer, how, clock), timing)
+        judged = _judged(result, subject, fewer, how, clock)
+        data["models"] = precisions.rows(data["models"], fewer, judged, timing)
+        data["accuracy"] = {**data["accuracy"], **_of_deployed(result, judged)}
         if evaluate is not None:
             with clock("evaluate"):
                 data["evaluation"] = {
@@ -199,11 +202,21 @@ def load(
 
 def _deployed(how: Measurement, result: Result) -> tuple[Measurement, list[str]]:
     """Write what the plan is for as well, where there are images to calibrate it on; else say so."""
-    deploy = result.plan.settings.get("deploy", "fp32")
-    wanted = precisions.with_deployed(how.precisions, deploy)
+    deploy, made = (result.plan.settings.get(key) for key in ("deploy", "int8"))
+    wanted = precisions.with_deployed(how.precisions, deploy or "fp32")
+    if made is not None and wanted.int8 == Int8():  # as the plan was timed, where nothing else is asked for
+        wanted = replace(wanted, int8=Int8(**{**made, "keep": tuple(made["keep"])}))
     if wanted == how.precisions or (result.recovery is not None and result.recovery.seen is not None):
         return replace(how, precisions=wanted), []
     return how, [f"the widths were chosen for {deploy}; without --data there is nothing to calibrate such files on"]
+
+
+def _of_deployed(result: Result, judged: Mapping[str, Agreement]) -> dict[str, Any]:
+    """The verdict on the file that the plan is for, where that is not the float one."""
+    found = judged.get(f"compact {report.deployed(result.report)}")
+    if found is None or result.recovery is None:
+        return {}
+    return verdict_on(result.recovery, found, "compact int8")
 
 
 # The steps of `save`. ------------------------------------------------------------------------------------------------

@@ -54,14 +54,15 @@ def _headline(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     asked = "compact" if deployed == "fp32" else f"compact {deployed}"
     for name in dict.fromkeys(n for n in (asked, "compact", *compact[:1]) if n in times):
         speedup = times[name]["speedup"]
-        told = f"faster, {name} [{speedup['low']:.2f}, {speedup['high']:.2f}]"
+        told = f"{_faster(speedup['value'])}, {name} [{speedup['low']:.2f}, {speedup['high']:.2f}]"
         found.append((f"{speedup['value']:.2f}×", told, f"{times[name]['p50_ms']:.3g} ms"))
         found += _against_its_like(name, times) + _loss(name, rows[name].get("agreement"))
-    before, after = rows["dense"], rows["compact"]
+    before, after = rows["dense"], rows[asked] if asked in rows else rows["compact"]
     if before["macs"] and after["macs"]:
         found.append((f"{after['macs'] / before['macs']:.2f}", "of the MACs", si(after["macs"])))
     if before["onnx_bytes"] and after["onnx_bytes"]:
-        found.append((f"{after['onnx_bytes'] / before['onnx_bytes']:.2f}", "of the bytes", size(after["onnx_bytes"])))
+        of = f"of the bytes, {after['name']}"
+        found.append((f"{after['onnx_bytes'] / before['onnx_bytes']:.2f}", of, size(after["onnx_bytes"])))
     return found
 
 
@@ -71,7 +72,12 @@ def _against_its_like(name: str, times: Mapping[str, Any]) -> list[tuple[str, st
     if dense == "dense" or dense not in times:
         return []
     share = times[name]["p50_ms"] / times[dense]["p50_ms"]
-    return [(f"{1 / share:.2f}×", f"faster, {name}, against {dense}", f"{times[dense]['p50_ms']:.3g} ms before")]
+    told = f"{_faster(1 / share)}, {name}, against {dense}"
+    return [(f"{1 / share:.2f}×", told, f"{times[dense]['p50_ms']:.3g} ms before")]
+
+
+def _faster(speedup: float) -> str:
+    return "faster" if speedup >= 1 else "the speed: slower"
 
 
 def _loss(name: str, found: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
@@ -79,7 +85,8 @@ def _loss(name: str, found: Mapping[str, Any] | None) -> list[tuple[str, str, st
         return []
     if found["drop"] is not None:
         value, low, high = found["drop"]
-        return [(f"{-value:+.2f}", f"points of accuracy, {name} [{-high:+.2f}, {-low:+.2f}]",
+        gained, least, most = (0.0 - x for x in (value, high, low))  # never -0.00
+        return [(f"{gained:+.2f}", f"points of accuracy, {name} [{least:+.2f}, {most:+.2f}]",
                  f"{100 * found['accuracy']:.2f} %")]  # fmt: skip
     if found["top1_match"] is not None:
         return [(f"{100 * found['top1_match']:.1f} %", f"same class as the dense model, {name}", "accuracy unknown")]

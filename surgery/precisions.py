@@ -150,8 +150,14 @@ def _dominating(name: str, times: Mapping[str, float], losses: Mapping[str, floa
     return min(better, key=lambda row: times[row], default=None)
 
 
-def notes(quantised: Mapping[str, Quantised], timing: Mapping[str, Any] | None) -> list[str]:
-    """Return what the user should know of the files in fewer bits: doubts, and those that are no faster."""
+def notes(quantised: Mapping[str, Quantised], timing: Mapping[str, Any] | None, deployed: str = "fp32") -> list[str]:
+    """Return what the user should know of the files in fewer bits: doubts, and those that are no faster.
+
+    Args:
+        quantised: the files, by row.
+        timing: the timer's findings.
+        deployed: the precision that the plan is for.
+    """
     told = list(dict.fromkeys(f"int8: {note}" for file in quantised.values() for note in file.notes))
     times = {t["name"]: t["ratio"] for t in timing["rows"]} if timing else {}
     for name, file in quantised.items():
@@ -167,5 +173,6 @@ def notes(quantised: Mapping[str, Quantised], timing: Mapping[str, Any] | None) 
     if {"dense int8", "compact int8"} <= times.keys():
         share = times["compact int8"]["value"] / times["dense int8"]["value"]
         if share >= FASTER:
-            told.append(f"compact int8 takes {share:.2f} of dense int8's time: the widths were chosen for fp32")
+            why = "" if deployed == "int8" else ": the widths were not chosen for int8 (--latency with --deploy int8)"
+            told.append(f"compact int8 takes {share:.2f} of dense int8's time{why}")
     return told

@@ -23,7 +23,7 @@ from surgery.ir import CompactModel, Coupling, InputSpec, Plan, Program
 from surgery.judging import Pairs
 from surgery.numerics import flat_outputs
 from surgery.part import Whole
-from surgery.recover.agreement import Judged, Model, Reference
+from surgery.recover.agreement import Agreement, Judged, Model, Reference
 from surgery.recover.steps import LEVELS, Judge, Step, Subject, peak_memory, taught, with_data, without_data
 from surgery.recover.teaching import NO_CLASSES, Training, out_of_range
 from surgery.request import Progress, Request
@@ -96,6 +96,8 @@ def refuse_drop(request: Request) -> None:
         )
     if request.budget is not None:
         raise InvalidInput("--max-drop looks for the lowest latency: give no budget with it")
+    if request.deploy != "fp32" and request.data is None:
+        raise InvalidInput(f"--max-drop judges files in {request.deploy}: give images to calibrate them on with --data")
     if request.data is None and request.val is None and request.evaluate is None:
         raise InvalidInput("--max-drop needs something to judge by: give --val with labels, --eval, or --data")
     if request.latency_table is not None or request.tracer == "torch-pruning":
@@ -327,11 +329,23 @@ def with_recovery(data: Mapping[str, Any], recovery: Recovery | None) -> dict[st
 
 
 def _verdict(recovery: Recovery) -> dict[str, Any]:
-    dense, last = recovery.steps[0].agreement, recovery.steps[-1].agreement
+    last = recovery.steps[-1].agreement
     before, after = recovery.steps[0].metrics, recovery.steps[-1].metrics
     if before and after and (last is None or last.accuracy is None):
         told = ", ".join(f"{name} {after[name]:.4g}, dense {before[name]:.4g}" for name in before if name in after)
         return {"status": "measured", "verdict": f"by --eval: {told}"}
+    return verdict_on(recovery, last)
+
+
+def verdict_on(recovery: Recovery, last: Agreement | None, name: str = "") -> dict[str, Any]:
+    """Return what is known of a model, in a sentence and in a word.
+
+    Args:
+        recovery: with the dense model as its first step.
+        last: how the model does beside it.
+        name: of the model, for the reader; empty for the compact one itself.
+    """
+    dense, of = recovery.steps[0].agreement, f"{name}: " if name else ""
     if dense is None or last is None:
         return {"verdict": "accuracy unknown: recovered without images; not fit to deploy before it is evaluated"}
     if last.accuracy is not None and last.drop is not None and dense.accuracy is not None:
@@ -340,8 +354,8 @@ def _verdict(recovery: Recovery) -> dict[str, Any]:
         return {
             "status": "measured",
             "verdict": (
-                f"accuracy {100 * last.accuracy:.2f} %, dense {100 * dense.accuracy:.2f} %: {value:.2f} points lost "
-                f"[{low:.2f}, {high:.2f}], paired, on {recovery.judged_by}: {lost} lost, {won} won"
+                f"{of}accuracy {100 * last.accuracy:.2f} %, dense {100 * dense.accuracy:.2f} %: {value:.2f} points "
+                f"lost [{low:.2f}, {high:.2f}], paired, on {recovery.judged_by}: {lost} lost, {won} won"
             ),
         }
     told = f"logit cosine {last.cosine:.4f}"
@@ -349,5 +363,5 @@ def _verdict(recovery: Recovery) -> dict[str, Any]:
         told = f"top-1 match {100 * last.top1_match:.1f} %, {told}"
     return {
         "status": "agreement",
-        "verdict": f"accuracy unknown; agreement with the dense model: {told}, on {recovery.judged_by}",
+        "verdict": f"accuracy unknown; {of}agreement with the dense model: {told}, on {recovery.judged_by}",
     }

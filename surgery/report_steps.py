@@ -104,6 +104,6 @@ def step_notes(data: Mapping[str, Any]) -> list[str]:
         tries = ", ".join(f"{t['aim']:.2f} lost up to {t['upper']:.2f}" for t in within["tried"])
         notes.append(
             f"the lowest latency within {within['max_drop']:g} points of {within['of']}: measured "
-            f"{within['measured']:.3f} of the dense model's; tried: {tries}"
+            f"{within['measured']:.3f} of {within.get('dense', 'the dense')} model's; tried: {tries}"
         )
     return notes

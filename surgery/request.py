@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -119,7 +119,12 @@ class Request:
         ranking = self.ranking
         criterion = ranking if isinstance(ranking, str) else getattr(ranking, "__name__", "custom")
         seen = {"data": self.seen.described()} if self.seen is not None else {}
-        return {**values, "criterion": criterion, "keep": list(self.keep), **seen}
+        made = {"int8": {**asdict(self.int8), "keep": list(self.int8.keep)}} if self._quantises else {}
+        return {**values, "criterion": criterion, "keep": list(self.keep), **seen, **made}
+
+    @property
+    def _quantises(self) -> bool:
+        return self.goal.is_latency and self.deploy == "int8" and self.int8 is not None
 
 
 class Clock:

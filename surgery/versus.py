@@ -22,6 +22,19 @@ COLUMNS = (
 _SUFFIX = "ExecutionProvider"
 
 
+def _batch(batch: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """The batch that shapes say, where it is not said otherwise; raises InvalidInput where the two contradict."""
+    said = {shape[0]: name for name, shape in shapes.items() if shape}
+    if len(said) == 1 and batch == 1:
+        return next(iter(said))
+    wrong = next((size for size in said if size != batch), None)
+    if wrong is not None:
+        raise InvalidInput(
+            f"input '{said[wrong]}' is given with a batch of {wrong}, and --batch {batch}: give one of them"
+        )
+    return batch
+
+
 def compare(
     paths: Sequence[Path],
     *,
@@ -56,6 +69,7 @@ def compare(
     from benchmarks.session import Settings
 
     names = _names(paths)
+    batch = _batch(batch, shapes or {})
     settings = Settings(batch, threads, seed, dict(shapes or {}), _provider(provider))
     _require_same_inputs(paths, settings)
     if baseline is not None and baseline not in paths:

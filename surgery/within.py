@@ -101,13 +101,14 @@ def fastest(decision: Decision, realise: Callable[[Decision], Any], clock: Clock
             "(--recover distill), or judge by more images: the bound is that of the 95 % interval"
         )
     result = best[1]
+    dense = choice.loop.dense if choice.loop is not None else "the dense"
     within = {
         "max_drop": limit,
+        "dense": dense,
         "of": lost_by(result.steps)[2],
         "measured": best[0],
         "tried": [asdict(t) for t in tried],
     }
-    dense = choice.loop.dense if choice.loop is not None else "the dense"
     verdict = f"measured {best[0]:.4f} of {dense} latency, the lowest found within {limit:g} points"
     latency = {**result.report["latency"], "target": best[0], "verdict": verdict}
     return replace(result, report={**result.report, "within": within, "latency": latency})

@@ -25,10 +25,11 @@ from benchmarks import cache, fill, probe
 from benchmarks.fill import REFERENCE
 from benchmarks.micro import BY_RANGE, FP32, IN_8_BITS, INT8, model_bytes
 from benchmarks.probe import Conditions
-from exporters.quantize import to_int8
+from exporters.quantize import Int8, to_int8
 from surgery import race, within
 from surgery.couple import couple
 from surgery.decide import decide
+from surgery.deliver import Measurement
 from surgery.errors import InvalidInput
 from surgery.kernels import Kernel, Operand, Widths, step
 from surgery.latency import widths_of
@@ -57,8 +58,7 @@ def executed(path: Path) -> Counter[str]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.optimized_model_filepath = str(path.with_suffix(".optimised.onnx"))
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    session.run(None, {i.name: np.ones(i.shape, np.float32) for i in session.get_inputs()})
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     nodes = onnx.load(options.optimized_model_filepath).graph.node
     return Counter(node.op_type for node in nodes if node.op_type not in MOVED)
 
@@ -67,9 +67,12 @@ def ours_and_theirs(kernel: Kernel, widths: Widths, folder: Path) -> tuple[Count
     """What runs of a kernel in int8: as it is timed, and as ONNX Runtime's quantiser makes it of the float one."""
     (folder / "ours.onnx").write_bytes(model_bytes(kernel, widths, INT8))
     onnx.checker.check_model(onnx.load(folder / "ours.onnx"), full_check=True)
-    (folder / "float.onnx").write_bytes(model_bytes(kernel, widths))
-    inputs = onnx.load(folder / "float.onnx").graph.input
-    shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in inputs}
+    whole = onnx.load_from_string(model_bytes(kernel, widths))
+    shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in whole.graph.input}
+    for value in (*whole.graph.input, *whole.graph.output):  # files have a free batch, as a rule
+        if value.type.tensor_type.shape.dim[0].dim_value == 1:
+            value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    onnx.save(whole, folder / "float.onnx")
     rng = np.random.default_rng(0)
     batches = [{n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()} for _ in range(8)]
     to_int8(folder / "float.onnx", folder / "theirs.onnx", batches, check=False)
@@ -211,6 +214,21 @@ def test_the_drop_is_that_of_the_int8_file(
     result = within.fastest(replace(decision, request=replace(decision.request, max_drop=100.0)), realise, Clock(None))
     assert judged[0] == "int8"
     assert "of the dense int8 latency" in result.report["latency"]["verdict"]
+
+
+def test_files_are_made_as_the_plan_was_timed(table: LatencyTable, tmp_path: Path) -> None:
+    images = torch.randn(16, 3, 16, 16)
+    asked = {"data": images, "recover": "none", "latency_table": table, "deploy": "int8"}
+    result = surgery.shrink(net(), IMAGE, budget=surgery.Budget(latency=0.5), int8=Int8(keep=("last",)), **asked)  # type: ignore[arg-type]
+    assert result.plan.settings["int8"]["keep"] == ["last"]
+    data = surgery.save(result, tmp_path / "out", Measurement(runs=12)).data
+    assert any("3 of 4 layers are in 8 bits" in note for note in data["notes"])
+    assert "compact int8: " in data["accuracy"]["verdict"]
+
+
+def test_a_drop_of_int8_files_needs_images_to_make_them_by() -> None:
+    with pytest.raises(InvalidInput, match="--max-drop judges files in int8"):
+        surgery.shrink(net(), IMAGE, max_drop=5.0, deploy="int8", evaluate=lambda model: {"top1": 0.5})
 
 
 # The command line. ---------------------------------------------------------------------------------------------------

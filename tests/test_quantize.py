@@ -282,3 +282,21 @@ def test_what_is_no_faster_is_said(source: Path, tmp_path: Path) -> None:
     timing["rows"].append({"name": "dense int8", "ratio": {"value": 0.35, "low": 0.35, "high": 0.35}})
     assert "compact int8 takes 1.14 of dense int8's time" in precisions.notes(made, timing)[-1]
     assert "compact fp16 is not faster on this machine, only smaller: 1.02 of the time in fp32" in notes[0]
+
+
+def test_layers_are_kept_by_their_own_names_in_every_file(source: Path, tmp_path: Path) -> None:
+    batches = [{"image": np.random.default_rng(0).standard_normal((8, 3, 12, 12)).astype(np.float32)}]
+    made = to_int8(source, tmp_path / "named.onnx", batches, Int8(keep=("conv2",)))
+    assert made.layers == (3, 4)
+    with pytest.raises(InvalidInput, match="conv1, depthwise, conv2, fc"):
+        to_int8(source, tmp_path / "named.onnx", batches, Int8(keep=("nosuch",)))
+
+
+def test_files_say_their_precision(source: Path, tmp_path: Path) -> None:
+    batches = [{"image": np.random.default_rng(0).standard_normal((8, 3, 12, 12)).astype(np.float32)}]
+    for precision, made in (
+        ("fp16", to_fp16(source, tmp_path / "h.onnx", batches)),
+        ("int8", to_int8(source, tmp_path / "q.onnx", batches)),
+    ):
+        props = {p.key: p.value for p in onnx.load(made.path).metadata_props}
+        assert (props["precision"], props["model"]) == (precision, "compact")

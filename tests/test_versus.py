@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from onnx import load, save
 from torch import nn
 
 from exporters import onnx
@@ -30,6 +31,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, width, size in (("wide", 48, 24), ("narrow", 8, 24), ("small", 8, 16), ("other/wide", 48, 24)):
         onnx.export(net(width), torch.randn(1, 3, size, size), folder / f"{name}.onnx")
     onnx.export(net(8), torch.randn(1, 3, 24, 24), folder / "open.onnx", dynamic_axes={"input": (0, 2, 3)})
+    bare = load(folder / "open.onnx")
+    del bare.metadata_props[:]
+    save(bare, folder / "bare.onnx")
     onnx.export(net(8), torch.randn(1, 3, 24, 24), folder / "fixed.onnx", dynamic_axes={})
     (folder / "text.onnx").write_text("not a model")
     return folder
@@ -77,7 +81,7 @@ def test_files_of_one_name_are_told_apart(files: Path) -> None:
         (["wide.onnx", "--provider", "cuda"], "has .*CPUExecutionProvider; choose one of these"),
         (["text.onnx"], "ONNX Runtime cannot load text.onnx"),
         (["absent.onnx"], "cannot read model absent.onnx"),
-        (["open.onnx"], "axis 2 of input 'input' is dynamic .* --input-shape input=N,C,H,W"),
+        (["bare.onnx"], "axis 2 of input 'input' is dynamic .* --input-shape input=N,C,H,W"),
         (["open.onnx", "--input-shape", "3,24,24"], "is not NAME=SHAPE"),
         (["fixed.onnx", "--batch", "2"], "cannot run at batch=2"),
         (["wide.onnx", "wide.onnx"], "given twice"),
@@ -92,3 +96,12 @@ def test_what_cannot_be_timed_is_said_in_one_sentence(files: Path, arguments: li
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert re.search(said, done.stderr)
+
+
+def test_open_sizes_are_those_that_a_file_was_exported_with(files: Path) -> None:
+    done = bench(files, "open.onnx", "--seconds", "1", "--runs", "12", "--json", "--quiet")
+    assert done.returncode == 0, done.stderr
+    shaped = bench(files, "open.onnx", "--input-shape", "input=4,3,24,24", "--seconds", "1", "--runs", "12", "--json")
+    assert json.loads(shaped.stdout)["settings"]["batch"] == 4
+    done = bench(files, "open.onnx", "--input-shape", "input=4,3,24,24", "--batch", "2")
+    assert (done.returncode, "a batch of 4, and --batch 2" in done.stderr) == (2, True)
