@@ -70,8 +70,9 @@ def ours_and_theirs(kernel: Kernel, widths: Widths, folder: Path) -> tuple[Count
     whole = onnx.load_from_string(model_bytes(kernel, widths))
     shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in whole.graph.input}
     for value in (*whole.graph.input, *whole.graph.output):  # files have a free batch, as a rule
-        if value.type.tensor_type.shape.dim[0].dim_value == 1:
-            value.type.tensor_type.shape.dim[0].dim_param = "batch"
+        for first in value.type.tensor_type.shape.dim[:1]:
+            if first.dim_value == 1:
+                first.dim_param = "batch"
     onnx.save(whole, folder / "float.onnx")
     rng = np.random.default_rng(0)
     batches = [{n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()} for _ in range(8)]

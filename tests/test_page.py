@@ -84,7 +84,7 @@ def test_the_page_shows_speed_accuracy_and_where_both_come_from(written: tuple[P
     speedup = next(row["speedup"]["value"] for row in data["timing"]["rows"] if row["name"] == "compact")
     drop = next(row["agreement"]["drop"][0] for row in data["models"] if row["name"] == "compact")
     assert f"<b>{speedup:.2f}×</b>" in text
-    assert f"<b>{-drop:+.2f}</b>" in text
+    assert f"<b>{0.0 - drop:+.2f}</b>" in text
     for title in ("Files", "Time and what it costs", "Recovery, step by step", "Run times", "Accuracy by step",
                   "Where the time goes", "Widths of the layers that changed", "Frozen, and why"):  # fmt: skip
         assert f"<h2>{title}</h2>" in text, title
