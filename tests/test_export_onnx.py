@@ -147,7 +147,7 @@ def test_file_says_nothing_about_the_machine(plain):
         *model.graph.initializer,
     ]
     assert not any(item.metadata_props or item.doc_string for item in (*held, model.graph, *model.functions))
-    assert {p.key: p.value for p in model.metadata_props}.keys() == {"plan", "tool", "tool_version"}
+    assert {p.key: p.value for p in model.metadata_props}.keys() == {"example_shapes", "plan", "tool", "tool_version"}
     assert [(o.domain, o.version) for o in model.opset_import] == [("", result.opset)]
     content = result.path.read_bytes()
     assert not [word for word in (b"pkg.torch", b"File ", b"site-packages", b".py", b"ConvNet") if word in content]
