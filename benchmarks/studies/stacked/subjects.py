@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.studies.latency.rivals import Subject
 from benchmarks.studies.recovery.subjects import network, rows_of, to_learn_from
@@ -113,10 +113,3 @@ def _read(images: Any, most: int | None) -> tuple[Tensor, Tensor | None]:
     pairs = list(images.some(len(images) if most is None else most))
     classes = torch.tensor([label for _, label in pairs])
     return torch.stack([image for image, _ in pairs]), classes if images.labelled else None
-
-
-def classifies(module: nn.Module, image: Tensor) -> bool:
-    """Return whether a network gives one row of scores an image."""
-    with torch.no_grad():
-        found = module(image)
-    return isinstance(found, Tensor) and found.dim() == 2
