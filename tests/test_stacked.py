@@ -57,7 +57,7 @@ def case(network: nn.Module) -> Case:
         return small[:48], (Judges("held back", small[48:], labels[48:]),)
 
     subject = Subject(network, (torch.zeros(1, 3, 24, 24),))
-    return Case("net", "random", subject, images[:48], lambda: images[:48], at(24)[1], at)
+    return Case("net", "random", subject, images[:48], at(24)[1], at)
 
 
 @pytest.fixture(scope="module")

@@ -149,7 +149,7 @@ class _Run:
         self._views = (self._loader.dataset, self._loader.sampler) if views else None
         self._each = len(self._loader)
         self._steps = self._each * how.epochs
-        self._learning = list(learning)
+        self._learning = list[Tensor](learning)
         groups = [
             {"params": [p for p in learning if p.dim() > 1], "weight_decay": how.weight_decay},
             {"params": [p for p in learning if p.dim() <= 1], "weight_decay": 0.0},
@@ -231,8 +231,7 @@ class _Run:
         self._since, self._summed = self._since + 1, self._summed + loss
         decay = min(self._how.ema, (1 + self._step) / (10 + self._step)) if self._how.ema else 0.0
         with torch.no_grad():
-            for kept, p in zip(self._average, self._learning, strict=True):
-                kept.lerp_(p, 1 - decay)
+            torch._foreach_lerp_(self._average, self._learning, 1 - decay)
 
     def _mark(self, lr: float) -> None:
         """Judge the averaged weights on what is held out, and keep them where they are the best so far."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import click
 
 from benchmarks.studies import data, record
-from benchmarks.studies.recovery.jobs import every_job, run
+from benchmarks.studies.recovery.jobs import Job, every_job, run
 from benchmarks.studies.recovery.table import tables
 
 NAME, MODULE = "recovery", "benchmarks.studies.recovery"
@@ -26,14 +27,18 @@ NAME, MODULE = "recovery", "benchmarks.studies.recovery"
 @click.option("--only", "patterns", multiple=True, metavar="PATTERN", help="Rows whose key holds this; repeatable.")
 @click.option("--again", is_flag=True, help="Also rows that the results file holds already.")
 @click.option("--minutes", type=float, help="Begin no row after that.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder that keeps networks planned and taught.")
+@click.option("--take", type=click.Path(exists=True), help="Run nothing; take up a row that --row printed elsewhere.")
 @click.option("--threads", default=2, show_default=True, help="Of torch.")
 @click.option("--data-root", type=click.Path(), help="Folder of checkpoints and images.")
 @click.option("--table", is_flag=True, help="Run nothing; print Markdown tables from the results file.")
-@click.option("--row", hidden=True, help="Run this row alone and print it.")
+@click.option("--row", metavar="KEY", help="Run this row alone and print it; for --take.")
 def main(
     patterns: tuple[str, ...],
     again: bool,
     minutes: float | None,
+    work: Path | None,
+    take: str | None,
     threads: int,
     data_root: str | None,
     table: bool,
@@ -44,7 +49,11 @@ def main(
         click.echo(tables(record.read(NAME)))
         return
     if row is not None:
-        click.echo(json.dumps(_run(row, data.find_root(data_root), threads)))
+        with tempfile.TemporaryDirectory() as folder:
+            click.echo(json.dumps(_run(row, data.find_root(data_root), work or Path(folder), threads)))
+        return
+    if take is not None:
+        _enter(json.loads(Path(take).read_text(encoding="utf-8").splitlines()[-1]))
         return
     begun, rows = time.monotonic(), _known()
     for job in every_job():
@@ -55,13 +64,21 @@ def main(
             break
         print(job.key, file=sys.stderr, flush=True)
         root = [] if data_root is None else ["--data-root", data_root]
+        root += [] if work is None else ["--work", str(work)]
         command = [sys.executable, "-m", MODULE, "--row", job.key, "--threads", str(threads)]
         done = subprocess.run([*command, *root], stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             print(f"    failed with {done.returncode}", file=sys.stderr, flush=True)
             continue
-        rows = {**_known(), job.key: json.loads(done.stdout.splitlines()[-1])}
-        record.write(NAME, {"command": record.command(MODULE, []), "machine": record.machine(1), "rows": rows})
+        rows = _enter(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _enter(row: dict[str, Any]) -> dict[str, Any]:
+    """Put a row into the results file; returns all."""
+    key = Job(row["part"], row["network"], row["amount"], row["method"]).key
+    rows = {**_known(), key: row}
+    record.write(NAME, {"command": record.command(MODULE, []), "machine": record.machine(1), "rows": rows})
+    return rows
 
 
 def _known() -> dict[str, Any]:
@@ -69,13 +86,14 @@ def _known() -> dict[str, Any]:
     return dict(record.read(NAME)["rows"]) if place.is_file() else {}
 
 
-def _run(key: str, root: Path, threads: int) -> dict[str, Any]:
+def _run(key: str, root: Path, work: Path, threads: int) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(threads)
     job = next(job for job in every_job() if job.key == key)
     begun = time.monotonic()
-    return {**run(job, root), "threads": threads, "all_seconds": round(time.monotonic() - begun)}
+    work.mkdir(parents=True, exist_ok=True)
+    return {**run(job, root, work), "threads": threads, "all_seconds": round(time.monotonic() - begun)}
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ from torch import nn
 import surgery
 from benchmarks.studies.latency.rivals import Setting, to_macs
 from benchmarks.studies.recovery.choices import by_repair, by_steps
+from benchmarks.studies.recovery.published import at_published
 from benchmarks.studies.recovery.subjects import SEEDS, Network, judged_all, network
 from benchmarks.studies.recovery.taught import to_latency_of
 from benchmarks.studies.recovery.taught import to_macs as taught_to_macs
 from benchmarks.studies.recovery.timed import at_latency, rivals, smaller_images
 
-LABEL_FREE, RIVAL = "without labels", "torch-pruning"
+LABEL_FREE, RIVAL, PUBLISHED = "without labels", "torch-pruning", "published"
 GOALS = {
     ("resnet56", 0.714): 0.5,
     ("resnet56", 0.476): 2.0,
@@ -65,6 +66,7 @@ def every_job() -> Iterator[Job]:
         yield Job(LABEL_FREE, name, macs, "second-order")
     yield Job("taught", "resnet56", 0.476, "second-order")
     yield Job("taught", "resnet56", 0.0, SMALLER)
+    yield Job(PUBLISHED, "resnet56", 0.38, "with labels")
     yield Job("smaller images", "mobilenet_v2", 1.0, "dense")
     for name, macs in GOALS:
         yield Job(LABEL_FREE, name, macs, "l1")
@@ -79,14 +81,14 @@ def every_job() -> Iterator[Job]:
         yield Job("choices", "resnet20", 0.5, f"repair {criterion}")
 
 
-def run(job: Job, root: Path) -> dict[str, Any]:
-    """Return a row."""
+def run(job: Job, root: Path, work: Path) -> dict[str, Any]:
+    """Return a row; networks that are taught are kept in `work`, or taken from it."""
     known = network(job.network, root, jpeg=job.part != "choices")
-    rows = _WORK[job.part](known, job, root)
+    rows = _WORK[job.part](known, job, root, work)
     return {"part": job.part, "network": job.network, "amount": job.amount, "method": job.method, "rows": rows}
 
 
-def _without_labels(known: Network, job: Job, root: Path) -> list[dict[str, Any]]:
+def _without_labels(known: Network, job: Job, root: Path, work: Path) -> list[dict[str, Any]]:
     """For each level of recovery, the networks of all seeds."""
     found: dict[str, list[nn.Module]] = {}
     seconds: dict[str, list[float]] = {}
@@ -128,7 +130,7 @@ def _without_labels(known: Network, job: Job, root: Path) -> list[dict[str, Any]
     ]
 
 
-def _rivals(known: Network, job: Job, root: Path) -> list[dict[str, Any]]:
+def _rivals(known: Network, job: Job, root: Path, work: Path) -> list[dict[str, Any]]:
     """torch-pruning by each of its criteria, layer by layer and globally."""
 
     def made(setting: Setting) -> tuple[nn.Module, dict[str, Any]]:
@@ -138,24 +140,25 @@ def _rivals(known: Network, job: Job, root: Path) -> list[dict[str, Any]]:
     return rivals(known, made)
 
 
-def _taught(known: Network, job: Job, root: Path) -> list[dict[str, Any]]:
+def _taught(known: Network, job: Job, root: Path, work: Path) -> list[dict[str, Any]]:
     if job.method == SMALLER:
-        return to_latency_of(known, SMALLER, root)
-    return taught_to_macs(known, job.amount, root)
+        return to_latency_of(known, SMALLER, root, work)
+    return taught_to_macs(known, job.amount, root, work)
 
 
-def _choices(known: Network, job: Job, root: Path) -> list[dict[str, Any]]:
+def _choices(known: Network, job: Job, root: Path, work: Path) -> list[dict[str, Any]]:
     what, _, criterion = job.method.partition(" ")
     return by_repair(known, job.amount, criterion) if what == "repair" else by_steps(known, job.amount)
 
 
-_WORK: Mapping[str, Callable[[Network, Job, Path], list[dict[str, Any]]]] = MappingProxyType(
+_WORK: Mapping[str, Callable[[Network, Job, Path, Path], list[dict[str, Any]]]] = MappingProxyType(
     {
         LABEL_FREE: _without_labels,
         RIVAL: _rivals,
         "taught": _taught,
-        "smaller images": lambda known, job, root: smaller_images(root),
-        "equal latency": lambda known, job, root: at_latency(known, job.amount),
+        PUBLISHED: lambda known, job, root, work: at_published(root),
+        "smaller images": lambda known, job, root, work: smaller_images(root),
+        "equal latency": lambda known, job, root, work: at_latency(known, job.amount),
         "choices": _choices,
     }
 )

@@ -14,16 +14,15 @@ from torch import Tensor, nn
 
 import surgery
 from benchmarks import ort
-from benchmarks.studies.latency.bench import Bench, loop_of, tell
+from benchmarks.studies.latency.bench import Bench, tell
 from benchmarks.studies.latency.rivals import CRITERIA, PLAIN, DoesNotRun, Setting, by_torch_pruning
 from benchmarks.studies.latency.trained import reestimated
+from benchmarks.studies.ours import planned, shown, zeroed
 from benchmarks.studies.stacked.subjects import Case, Judges
 from exporters import onnx
 from exporters.quantize import to_int8
 from exporters.session import OnnxModel, feeds
-from surgery.cut import masked
 from surgery.recover.agreement import paired_drop
-from surgery.recover.teaching import Training
 
 BATCH = 32
 DEFAULT_SHARE = 0.5
@@ -47,7 +46,6 @@ class Ask:
         latency: of ours, as a fraction of the dense network's in the precision that is planned for.
         deploys: precisions that are planned for, each a network of its own.
         smaller: sizes in pixels of smaller images, for the dense network.
-        training: how ours is taught after reconstruction, planned for int8 alone; None: not at all.
         rivals: whether torch-pruning is there.
         threads: of ONNX Runtime.
         seconds: of the race.
@@ -56,7 +54,6 @@ class Ask:
     latency: float
     deploys: tuple[str, ...] = ("int8",)
     smaller: tuple[int, ...] = ()
-    training: Training | None = None
     rivals: bool = True
     threads: int = 1
     seconds: float = 60.0
@@ -93,8 +90,15 @@ def _at(case: Case, size: int) -> tuple[Tensor, tuple[Judges, ...]]:
     return case.at(size)
 
 
-def measured(case: Case, ask: Ask, folder: Path) -> dict[str, Any]:
-    """Return the table of a network as JSON values: its rows, the timer's verdict, and how each came about."""
+def measured(case: Case, ask: Ask, folder: Path, work: Path | None = None) -> dict[str, Any]:
+    """Return the table of a network as JSON values: its rows, the timer's verdict, and how each came about.
+
+    Args:
+        case: the network and its images.
+        ask: what is made of it.
+        folder: an empty one, for files.
+        work: folder of networks that are planned or taught already, and where new ones are kept; None: `folder`.
+    """
     begun = time.monotonic()
     files = Files(case, folder)
     dense = case.subject.module
@@ -104,7 +108,7 @@ def measured(case: Case, ask: Ask, folder: Path) -> dict[str, Any]:
         files.add(f"dense at {size} px", dense, told, int8=f"dense at {size} px, int8", size=size)
     loops = {}
     for deploy in ask.deploys:
-        loops[deploy] = _ours(files, ask, deploy)
+        loops[deploy] = _ours(files, ask, deploy, work or folder)
     if ask.rivals:
         _rivals(files, ask, folder)
     timing = ort.time(
@@ -135,32 +139,18 @@ def measured(case: Case, ask: Ask, folder: Path) -> dict[str, Any]:
 # Ours. ---------------------------------------------------------------------------------------------------------------
 
 
-def _ours(files: Files, ask: Ask, deploy: str) -> dict[str, Any]:
+def _ours(files: Files, ask: Ask, deploy: str, work: Path) -> dict[str, Any]:
     case, last = files.case, deploy == ask.deploys[-1]
-    told = "" if len(ask.deploys) == 1 else f", planned for {deploy}"
-    tell(f"ours{told}")
-    result = surgery.shrink(
-        case.subject.module,
-        case.subject.inputs,
-        budget=surgery.Budget(latency=ask.latency),
-        data=case.photos,
-        recover="reconstruct",
-        deploy=deploy,
-        threads=ask.threads,
-    )
-    loop = loop_of(result.report)
-    facts: dict[str, Any] = {"planned_for": deploy, "macs": round(case.subject.kept(result.model), 4)}
+    told, name = "" if len(ask.deploys) == 1 else f", planned for {deploy}", f"{case.name}.{deploy}"
+    budget = surgery.Budget(latency=ask.latency)
+    ours = planned(name, case.subject, case.photos, budget, work, deploy=deploy, threads=ask.threads)
     if last:
-        zeroed = masked(result.program, result.plan, result.coupling)
-        files.add("masked", zeroed, {"macs": 1.0})
-    files.add(f"compact{told}", result.model, facts, int8=f"compact int8{told}")
-    if last and ask.training is not None:
-        begun = time.monotonic()
-        taught = surgery.recover(result, case.learnable(), level="distill", training=ask.training)
-        history = taught.report["recovery"]["steps"][-1]["history"]
-        facts |= {"epochs": ask.training.epochs, "seconds": round(time.monotonic() - begun), "steps": history["steps"]}
-        files.add(f"compact{told}, taught", taught.model, facts, int8=f"compact int8{told}, taught")
-    return loop
+        files.add("masked", zeroed(case.subject, ours.plan), {"macs": 1.0})
+    files.add(f"compact{told}", ours.module, shown(ours.facts), int8=f"compact int8{told}")
+    if last and case.taught is not None:
+        module, facts = case.taught(name, work)
+        files.add(f"compact{told}, taught", module, shown(facts), int8=f"compact int8{told}, taught")
+    return dict(ours.facts["loop"])
 
 
 # Theirs. -------------------------------------------------------------------------------------------------------------

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks.studies import lessons
 from benchmarks.studies.latency.rivals import Subject
-from benchmarks.studies.recovery.subjects import network, rows_of, to_learn_from
+from benchmarks.studies.recovery.subjects import network, rows_of
 from surgery.datasets import open_images
 from surgery.errors import InvalidInput
 from surgery.models import load_model
@@ -42,7 +43,8 @@ class Case:
         weights: what they are, and their licence.
         subject: the network, and what torch-pruning has to leave alone.
         photos: unlabelled images (N, C, H, W) at the network's own size, to calibrate on and to recover with.
-        learnable: all that there are to teach with; `photos` or more.
+        taught: returns ours, planned under a name in a folder, after the dense network has taught it, and how; None:
+            it is not taught.
         judged: sets to judge by, none of whose images is among the photos.
         at: size in pixels → photos and sets of that size; None where images come in one size.
     """
@@ -51,26 +53,26 @@ class Case:
     weights: str
     subject: Subject
     photos: Tensor
-    learnable: Callable[[], Tensor]
     judged: tuple[Judges, ...]
     at: Callable[[int], tuple[Tensor, tuple[Judges, ...]]] | None = None
+    taught: Callable[[str, Path], tuple[nn.Module, dict[str, Any]]] | None = None
 
 
-def known(name: str, root: Path) -> Case:
-    """Return a network of the data folder; raises InvalidInput where a file is missing."""
+def known(name: str, root: Path, *, teach: bool = True) -> Case:
+    """Return a network of the data folder, which may be taught or not; raises InvalidInput where a file is missing."""
     found = network(name, root)
     judged = tuple(Judges(by.name, by.images, by.labels) for by in found.judged)
-    if name != "mobilenet_v2":
-        return Case(
-            name, LICENCES[name], found.subject, found.calibration(0), lambda: to_learn_from(found, root), judged
-        )
 
     def at(size: int) -> tuple[Tensor, tuple[Judges, ...]]:
         images, labels = rows_of(root, size, odd=True)
         return rows_of(root, size, odd=False)[0], (Judges(judged[0].name, images, labels),)
 
-    photos = found.learnable[0]
-    return Case(name, LICENCES[name], found.subject, photos, lambda: photos, judged, at)
+    def taught(planned: str, work: Path) -> tuple[nn.Module, dict[str, Any]]:
+        return lessons.taught(planned, work, root)
+
+    sized = name == "mobilenet_v2"
+    photos = found.learnable[0] if sized else found.calibration(0)
+    return Case(name, LICENCES[name], found.subject, photos, judged, at if sized else None, taught if teach else None)
 
 
 def named(model: str, weights: str, photos: str, val: str | None) -> Case:
@@ -106,7 +108,7 @@ def named(model: str, weights: str, photos: str, val: str | None) -> Case:
         raise InvalidInput(f"{model} takes inputs {tuple(first.shape)}; this comparison is of square images")
     seen, judged = at(first.shape[2])
     subject = Subject(loaded.module, (torch.zeros(1, *first.shape[1:]),))
-    return Case(loaded.name, loaded.weights, subject, seen, lambda: seen, judged, at)
+    return Case(loaded.name, loaded.weights, subject, seen, judged, at)
 
 
 def _read(images: Any, most: int | None) -> tuple[Tensor, Tensor | None]:

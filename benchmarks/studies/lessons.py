@@ -1,0 +1,240 @@
+"""Lessons without labels: run ``python -m benchmarks.studies.lessons --work FOLDER`` where that is fast.
+
+The studies plan and time networks on the machine that they are for, and keep them in a folder. This teaches what is in
+it, on an accelerator where there is one, and puts the weights beside; the studies go on from there. A study that finds
+nothing there teaches by itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import sys
+import time
+import zipfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.studies import data
+from benchmarks.studies.ours import holds, keep_weights, kept, with_weights
+from benchmarks.studies.recovery.subjects import Network, logits, network, to_learn_from
+from benchmarks.studies.views import Sight, batches
+from surgery.cut import as_call
+from surgery.errors import InvalidInput
+from surgery.recover.teaching import Student, Training
+from surgery.recover.train import train
+from surgery.trace import trace
+
+CANVAS = 288
+"""Pixels of a photo's side, whole, whatever its shape was: views are zoomed out of it."""
+EXACT = 3.0
+"""How often a lossless image is seen for each time that a JPEG one is: those are few, and what is judged by first."""
+MARKS, TIMED = 10, 100
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """A network and its teacher.
+
+    Attributes:
+        teacher: of the data folder.
+        steps: of training, each on `batch` views.
+        rates: learning rates; where there are several, each is tried for `tried` steps on four fifths of the images,
+            and the one whose outputs are nearest to the teacher's on the last fifth is taken.
+        student: of the data folder as well; empty for one of ours that is kept under the lesson's name.
+    """
+
+    teacher: str
+    steps: int
+    batch: int
+    rates: tuple[float, ...]
+    tried: int = 0
+    student: str = ""
+    ema: float = 0.999
+
+    def training(self, checkpoint: Path | None) -> Training:
+        """Return the settings at the first learning rate; steps are parted into a few epochs, a mark each."""
+        return Training(
+            epochs=MARKS,
+            batch=self.batch,
+            lr=self.rates[0],
+            ema=self.ema,
+            mixed_precision="bf16",
+            patience=MARKS,
+            checkpoint=checkpoint,
+        )
+
+
+_CIFAR = Lesson("resnet56", steps=4500, batch=512, rates=(1e-3,))
+LESSONS = {
+    "mobilenet_v2.int8": Lesson(
+        "mobilenet_v2", steps=6000, batch=128, rates=(1e-4, 3e-4, 1e-3), tried=400,
+    ),
+    "resnet56.int8": _CIFAR,
+    "resnet56.as-resnet20": _CIFAR,
+    "resnet56.macs-0.476": _CIFAR,
+    "resnet20": replace(_CIFAR, student="resnet20"),
+}  # fmt: skip
+
+
+@click.command()
+@click.option("--work", required=True, type=click.Path(path_type=Path), help="Folder of planned networks.")
+@click.option("--only", type=click.Choice(list(LESSONS)), help="This one alone.")
+@click.option("--steps", type=click.IntRange(min=MARKS), help="In the place of the lesson's own number.")
+@click.option("--minutes", type=float, help="For each; where it would take longer, steps are fewer.")
+@click.option("--data-root", type=click.Path(), help="Folder of checkpoints and images.")
+def main(work: Path, only: str | None, steps: int | None, minutes: float | None, data_root: str | None) -> None:
+    """Teach what the folder holds."""
+    root = data.find_root(data_root)
+    for name, lesson in LESSONS.items():
+        there = bool(lesson.student) or holds(work, name)
+        if only in (None, name) and there:
+            teach(name, lesson if steps is None else replace(lesson, steps=steps), work, root, minutes)
+
+
+def taught(name: str, folder: Path, root: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a taught network and its facts; taught here and now where the folder does not hold it."""
+    if not holds(folder, f"{name}.taught"):
+        teach(name, LESSONS[name], folder, root)
+    known = network(LESSONS[name].teacher, root, jpeg=False)
+    module = _student(name, LESSONS[name], known, folder, root)[0]
+    return module, with_weights(folder, f"{name}.taught", module)
+
+
+def teach(name: str, lesson: Lesson, folder: Path, root: Path, minutes: float | None = None) -> None:
+    """Teach a network, and keep its weights and how it went in the folder."""
+    begun = time.monotonic()
+    known = network(lesson.teacher, root, jpeg=False)
+    module, facts = _student(name, lesson, known, folder, root)
+    images, sight = _images(known, root)
+    tried = _tried(name, lesson, known, module, images, sight) if len(lesson.rates) > 1 else []
+    rate = min(tried[1:], key=lambda t: float(t["divergence"]))["lr"] if tried else lesson.rates[0]
+    lesson = replace(lesson, rates=(rate,))
+    if minutes is not None:
+        short = replace(lesson, steps=TIMED)
+        before = time.monotonic()
+        _learn(f"{name}, timed", known, copy.deepcopy(module), images, sight, short)
+        now = time.monotonic()
+        fitting = int((60 * minutes - (now - begun)) / (now - before) * TIMED)
+        lesson = replace(lesson, steps=max(MARKS, min(lesson.steps, fitting // MARKS * MARKS)))
+    marks = _learn(name, known, module, images, sight, lesson, folder / f"{name}.checkpoint")
+    told = {
+        **facts,
+        "steps": lesson.steps,
+        "batch": lesson.batch,
+        "epochs": round(lesson.steps * lesson.batch / len(images), 1),
+        "images": len(images),
+        "lr": rate,
+        "tried": tried,
+        "marks": marks,
+        "seconds": round(time.monotonic() - begun),
+        "trained_on": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+    }
+    keep_weights(folder, f"{name}.taught", module, told)
+
+
+def _student(name: str, lesson: Lesson, known: Network, folder: Path, root: Path) -> tuple[nn.Module, dict[str, Any]]:
+    if lesson.student:
+        return network(lesson.student, root, jpeg=False).subject.module, {}
+    if not holds(folder, name):
+        raise InvalidInput(f"{folder} holds no network {name}: a study plans it first")
+    ours = kept(folder, name, known.subject)
+    return ours.module, dict(ours.facts)
+
+
+def _images(known: Network, root: Path) -> tuple[Tensor, Sight]:
+    """Images to learn from, none of which is judged by, and how they are seen."""
+    if known.name == "mobilenet_v2":
+        return canvases(root), Sight(224, area=0.25)
+    images = to_learn_from(known, root)
+    exact = len(known.learnable[0])
+    often = torch.where(torch.arange(len(images)) < exact, EXACT, 1.0)
+    return images, Sight(32, shift=4, often=often)
+
+
+def canvases(root: Path) -> Tensor:
+    """Return the even rows of the ImageNet samples, whole, as MobileNetV2 takes them, (N, 3, CANVAS, CANVAS)."""
+    from PIL import Image
+
+    folder, pixels = root / "imagenet", []
+    with zipfile.ZipFile(folder / "imagenet_samples_256.zip") as archive:
+        rows = list(csv.DictReader(io.StringIO((folder / "labels.csv").read_text(encoding="utf-8"))))
+        for row in rows[::2]:
+            image = Image.open(io.BytesIO(archive.read(row["file"]))).convert("RGB")
+            pixels.append(np.asarray(image.resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)))
+    return (torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1).flip(2, 3).contiguous()
+
+
+def _tried(
+    name: str, lesson: Lesson, known: Network, module: nn.Module, images: Tensor, sight: Sight
+) -> list[dict[str, Any]]:
+    """How near each learning rate comes to the teacher on images that were not learnt from."""
+    order = torch.randperm(len(known.learnable[0]), generator=torch.Generator().manual_seed(0))
+    apart, learnt = order[: len(order) // 5], order[len(order) // 5 :]
+    judged = known.learnable[0][apart]
+    dense = logits(known.subject.module, judged).double()
+    found = []
+    for rate in (0.0, *lesson.rates):
+        copied = copy.deepcopy(module)
+        if rate:
+            short = replace(lesson, steps=lesson.tried, rates=(rate,))
+            _learn(f"{name} at {rate:g}", known, copied, images[learnt], sight, short)
+        ours = logits(copied, judged).double()
+        logs = dense.log_softmax(1)
+        divergence = float((logs.exp() * (logs - ours.log_softmax(1))).sum(1).mean())
+        match = 100 * float((ours.argmax(1) == dense.argmax(1)).double().mean())
+        found.append({"lr": rate, "divergence": round(divergence, 4), "match": round(match, 1)})
+        print(f"    {found[-1]}", file=sys.stderr, flush=True)
+    return found
+
+
+def _learn(
+    name: str,
+    known: Network,
+    module: nn.Module,
+    images: Tensor,
+    sight: Sight,
+    lesson: Lesson,
+    checkpoint: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Teach in place; returns the marks."""
+    program = trace(known.subject.module, known.subject.inputs)
+
+    def call(model: nn.Module, inputs: Any) -> Any:
+        args, kwargs = as_call(program, list(inputs))
+        return model(*args, **kwargs)
+
+    told, begun = [0.0], time.monotonic()
+
+    def tell(fraction: float) -> None:
+        if fraction >= told[0] + 0.1:
+            told[0] = fraction
+            print(f"    {name}: {100 * fraction:.0f} %, {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+
+    teacher, layout = copy.deepcopy(known.subject.module), torch.channels_last
+    for each in (module, teacher):
+        each.to(memory_format=layout)  # type: ignore[call-overload]
+    torch.manual_seed(0)
+    history = train(
+        Student(module, call, program.inputs),
+        Student(teacher, call, program.inputs),
+        batches(images.contiguous(memory_format=layout), sight, lesson.batch, lesson.steps // MARKS),
+        lesson.training(checkpoint),
+        learning=list(module.parameters()),
+        labels=False,
+        key=f"{name} {lesson}",
+        progress=tell,
+    )
+    module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return [asdict(mark) for mark in history.marks]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""ResNet-56 at torch-pruning's own published compression, with labels and all training images: for an accelerator.
+
+torch-pruning's network was cut 2.55 times and fine-tuned by its authors. The images here are JPEG files, so the dense
+network learns them first; then ours is cut from it, and both compact networks are taught by it, with labels, alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import surgery
+from benchmarks.studies.latency.bench import tell
+from benchmarks.studies.latency.rivals import Subject
+from benchmarks.studies.networks import projected_resnet
+from benchmarks.studies.recovery.subjects import LOSSLESS, Judged, Network, judged_all, packed_jpegs
+from benchmarks.studies.views import Sight, accelerator, batches
+from surgery.cut import as_call
+from surgery.recover.teaching import Student, Training
+from surgery.recover.train import train
+from surgery.trace import trace
+
+DENSE, CUT = "torchpruning_resnet56_groupsl_reg.pt", "torchpruning_resnet56_groupsl_pruned2.55x.pt"
+MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+SIGHT = Sight(32, shift=4)
+BATCH, STEPS_DENSE, STEPS, MARKS = 512, 1000, 2400, 10
+RATE_DENSE, RATE = 0.02, 1e-3
+
+
+def at_published(root: Path, steps_dense: int = STEPS_DENSE, steps: int = STEPS) -> list[dict[str, Any]]:
+    """Return the rows: dense as it is and with the images learnt, ours on the way, torch-pruning's as it is and taught.
+
+    Points are lost against the dense network that has learnt the images.
+    """
+    images, labels = _pixels(*packed_jpegs(root / "cifar10" / "train_jpeg_packed.npz"))
+    raw, theirs = (_network(root / "cifar10_weights" / name) for name in (DENSE, CUT))
+    tell("the dense network learns the images")
+    dense = _learnt(copy.deepcopy(raw), images, labels, steps_dense)
+    example = torch.zeros(1, 3, 32, 32)
+    subject = Subject(dense, (example,))
+    known = Network("resnet56", subject, (images, labels), _judged(root, dense))
+    wanted = subject.kept(theirs)
+    tell(f"ours is cut to {wanted:.3f} of the MACs")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:512]
+    cut = surgery.shrink(
+        dense, (example,), budget=surgery.Budget(macs=wanted), data=images[order], recover="reconstruct"
+    )
+    rows = [
+        {"tool": "dense", "recovery": "none", "macs": 1.0, "judged": judged_all(known, [raw])},
+        {"tool": "dense", "recovery": "the images learnt", "macs": 1.0, "judged": judged_all(known, [dense])},
+    ]
+    for tool, module, before in (("ours", cut.model, "reconstruct"), ("torch-pruning", theirs, "its authors'")):
+        told = {"tool": tool, "macs": round(subject.kept(module), 4)}
+        rows.append({**told, "recovery": before, "judged": judged_all(known, [module])})
+        tell(f"{tool} is taught")
+        begun = time.monotonic()
+        taught = _taught(copy.deepcopy(module), dense, images, labels, steps)
+        rows.append({
+            **told,
+            "recovery": "finetune",
+            "steps": steps,
+            "epochs": round(steps * BATCH / len(images), 1),
+            "seconds": round(time.monotonic() - begun),
+            "trained_on": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+            "judged": judged_all(known, [taught]),
+        })  # fmt: skip
+    return [{**row, "criterion": "second-order" if row["tool"] == "ours" else DENSE} for row in rows]
+
+
+def _pixels(pixels: Any, labels: Any) -> tuple[Tensor, Tensor]:
+    mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, DEVIATION))
+    scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    return ((scaled - mean) / deviation).contiguous(), torch.from_numpy(labels)
+
+
+def _network(path: Path) -> nn.Module:
+    return projected_resnet(torch.load(path, map_location="cpu", weights_only=True)).eval()
+
+
+def _judged(root: Path, dense: nn.Module) -> tuple[Judged, ...]:
+    with np.load(root / "cifar10" / "test_lossless_932.npz") as packed:
+        exact = _pixels(packed["images"], packed["labels"].astype(np.int64))
+    jpeg = _pixels(*packed_jpegs(root / "cifar10" / "test_jpeg_packed.npz"))
+    return Judged.of(LOSSLESS, *exact, dense), Judged.of("JPEG 10,000", *jpeg, dense)
+
+
+def _learnt(module: nn.Module, images: Tensor, labels: Tensor, steps: int) -> nn.Module:
+    """Fine-tune a dense network by classes alone, its norms as well, with SGD and a cosine schedule."""
+    module = module.to(accelerator(), memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(module.parameters(), lr=RATE_DENSE, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE_DENSE, total_steps=steps, pct_start=0.1)
+    torch.manual_seed(0)
+    for views, classes in batches(images, SIGHT, BATCH, steps, labels):
+        with torch.autocast(views.device.type, torch.bfloat16):
+            loss = F.cross_entropy(module(views), classes)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return module.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload, no-any-return]
+
+
+def _taught(module: nn.Module, dense: nn.Module, images: Tensor, labels: Tensor, steps: int) -> nn.Module:
+    """Let the dense network and the classes teach a compact one."""
+    program, teacher = trace(dense, (torch.zeros(1, 3, 32, 32),)), copy.deepcopy(dense)
+
+    def call(model: nn.Module, inputs: Any) -> Any:
+        args, kwargs = as_call(program, list(inputs))
+        return model(*args, **kwargs)
+
+    for each in (module, teacher):
+        each.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    torch.manual_seed(0)
+    training = Training(epochs=MARKS, lr=RATE, ema=0.999, weight_decay=5e-4, mixed_precision="bf16", patience=MARKS)
+    train(
+        Student(module, call, program.inputs),
+        Student(teacher, call, program.inputs),
+        batches(images, SIGHT, BATCH, steps // MARKS, labels),
+        training,
+        learning=list(module.parameters()),
+        labels=True,
+        key="",
+        progress=lambda fraction: None,
+    )
+    return module.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload, no-any-return]

@@ -1,0 +1,127 @@
+"""Teaching in the studies: views made where a network is taught, and weights that go from one machine to another."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import surgery
+from benchmarks.studies import lessons
+from benchmarks.studies.latency.rivals import Subject
+from benchmarks.studies.lessons import LESSONS, Lesson
+from benchmarks.studies.networks import resnet20
+from benchmarks.studies.ours import holds, kept, planned, zeroed
+from benchmarks.studies.views import Sight, batches, seen
+from surgery.errors import InvalidInput
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(48, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_view_at_the_images_own_scale_is_the_image_flipped_or_not(images: Tensor) -> None:
+    torch.manual_seed(0)
+    views = seen(images, Sight(32))
+    same, mirrored = (torch.isclose(views, x, atol=1e-5).flatten(1).all(1) for x in (images, images.flip(3)))
+    assert bool((same | mirrored).all())
+    assert 10 < int(same.sum()) < 38
+
+
+def test_a_view_is_shifted_by_whole_pixels_at_most_so_far(images: Tensor) -> None:
+    torch.manual_seed(0)
+    views = seen(images[:8], Sight(32, shift=2))
+    wide = torch.from_numpy(np.pad(images[:8].numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), mode="symmetric"))
+    windows = [x[:, :, a : a + 32, b : b + 32] for x in (wide, wide.flip(3)) for a in range(5) for b in range(5)]
+    found = [[bool(torch.allclose(views[k], w[k], atol=1e-5)) for w in windows] for k in range(8)]
+    assert all(any(x) for x in found)
+    assert len({x.index(True) for x in found}) > 3
+
+
+def test_a_zoomed_view_stays_within_the_image() -> None:
+    torch.manual_seed(0)
+    ramp = torch.linspace(0, 1, 288).expand(64, 1, 288, 288)
+    views = seen(ramp, Sight(224, area=0.25))
+    width = (views[:, 0, 0, -1] - views[:, 0, 0, 0]).abs()
+    assert views.shape == (64, 1, 224, 224)
+    assert 0.4 < float(width.min()) < 0.6 and float(width.max()) <= 1
+    steps = views[:, 0, 0].diff(dim=1)
+    assert bool(((steps > 0).all(1) | (steps < 0).all(1)).all())  # nothing is reflected
+
+
+def test_classes_go_with_their_views(images: Tensor) -> None:
+    flat = torch.arange(48.0).view(48, 1, 1, 1).expand(48, 1, 8, 8)
+    for views, classes in batches(flat, Sight(8), 16, 3, torch.arange(48)):
+        assert torch.equal(views[:, 0, 0, 0].round().long().cpu(), classes.cpu())
+
+
+def test_the_same_seed_draws_the_same_views(images: Tensor) -> None:
+    found = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        found.append([views for (views,) in batches(images, Sight(32, shift=4), 8, 2)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert not torch.equal(*found[0])
+
+
+# Networks in a folder. -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def known() -> Any:
+    torch.manual_seed(0)
+    module = resnet20()[0].eval()
+    images = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return SimpleNamespace(
+        name="net", subject=Subject(module, (torch.zeros(1, 3, 32, 32),)), learnable=(images, torch.zeros(64))
+    )
+
+
+def test_a_network_comes_back_from_the_folder_as_it_was(known: Any, tmp_path: Path) -> None:
+    images = known.learnable[0]
+    ours = planned("net.macs", known.subject, images, surgery.Budget(macs=0.5), tmp_path)
+    again = kept(tmp_path, "net.macs", known.subject)
+    with torch.no_grad():
+        assert torch.equal(ours.module(images), again.module(images))
+        assert zeroed(known.subject, ours.plan)(images).shape == (64, 10)
+    assert again.facts["macs"] == ours.facts["macs"] == pytest.approx(0.5, abs=0.03)
+    assert planned("net.macs", known.subject, images, surgery.Budget(macs=0.9), tmp_path).facts["macs"] < 0.6
+
+
+def test_a_lesson_brings_outputs_nearer_and_is_taken_up_again(
+    known: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = known.learnable[0]
+    planned("net.macs", known.subject, images, surgery.Budget(macs=0.5), tmp_path)
+    lesson = Lesson("net", steps=40, batch=16, rates=(1e-5, 3e-3), tried=20, ema=0.9)
+    monkeypatch.setitem(LESSONS, "net.macs", lesson)
+    monkeypatch.setattr(lessons, "network", lambda name, root, jpeg: copy.deepcopy(known))
+    monkeypatch.setattr(lessons, "_images", lambda known, root: (images, Sight(32)))
+    before = kept(tmp_path, "net.macs", known.subject).module
+    after, facts = lessons.taught("net.macs", tmp_path, tmp_path)
+    assert holds(tmp_path, "net.macs.taught")
+    assert [t["lr"] for t in facts["tried"]] == [0.0, 1e-5, 3e-3]
+    assert facts["lr"] == min(facts["tried"][1:], key=lambda t: float(t["divergence"]))["lr"]
+    assert (facts["steps"], facts["epochs"]) == (40, 10.0)
+    with torch.no_grad():
+        dense = known.subject.module(images)
+        apart = [float((m(images) - dense).square().mean()) for m in (before, after)]
+    assert apart[1] < apart[0]
+    monkeypatch.setattr(lessons, "teach", lambda *arguments: pytest.fail("was taught before"))
+    assert torch.equal(lessons.taught("net.macs", tmp_path, tmp_path)[0](images), after(images))
+
+
+def test_a_lesson_of_what_was_not_planned_is_refused(
+    known: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lessons, "network", lambda name, root, jpeg: known)
+    with pytest.raises(InvalidInput, match="holds no network gone"):
+        lessons.teach("gone", replace(LESSONS["resnet56.int8"], teacher="net"), tmp_path, tmp_path)
