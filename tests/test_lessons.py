@@ -16,7 +16,7 @@ from torch import Tensor
 import surgery
 from benchmarks.studies import lessons
 from benchmarks.studies.latency.rivals import Subject
-from benchmarks.studies.lessons import LESSONS, Lesson
+from benchmarks.studies.lessons import LESSONS, Lesson, Setting
 from benchmarks.studies.networks import resnet20
 from benchmarks.studies.ours import holds, kept, planned, zeroed
 from benchmarks.studies.views import Sight, batches, seen
@@ -101,14 +101,15 @@ def test_a_lesson_brings_outputs_nearer_and_is_taken_up_again(
 ) -> None:
     images = known.learnable[0]
     planned("net.macs", known.subject, images, surgery.Budget(macs=0.5), tmp_path)
-    lesson = Lesson("net", steps=40, batch=16, rates=(1e-5, 3e-3), tried=20, ema=0.9)
+    settings = Setting(1e-5), Setting(3e-3, temperature=4)
+    lesson = Lesson("net", steps=40, batch=16, settings=settings, tried=20, ema=0.9)
     monkeypatch.setitem(LESSONS, "net.macs", lesson)
     monkeypatch.setattr(lessons, "network", lambda name, root, jpeg: copy.deepcopy(known))
     monkeypatch.setattr(lessons, "_images", lambda known, root: (images, Sight(32)))
     before = kept(tmp_path, "net.macs", known.subject).module
     after, facts = lessons.taught("net.macs", tmp_path, tmp_path)
     assert holds(tmp_path, "net.macs.taught")
-    assert [t["lr"] for t in facts["tried"]] == [0.0, 1e-5, 3e-3]
+    assert [t.get("lr") for t in facts["tried"]] == [None, 1e-5, 3e-3]
     assert facts["lr"] == min(facts["tried"][1:], key=lambda t: float(t["divergence"]))["lr"]
     assert (facts["steps"], facts["epochs"]) == (40, 10.0)
     with torch.no_grad():

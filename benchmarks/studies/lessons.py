@@ -40,31 +40,41 @@ MARKS, TIMED = 10, 100
 
 
 @dataclass(frozen=True, slots=True)
+class Setting:
+    """What is chosen by trying: the learning rate, the temperature, and the smallest share of a photo in a view."""
+
+    lr: float
+    temperature: float = 2.0
+    area: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Lesson:
     """A network and its teacher.
 
     Attributes:
         teacher: of the data folder.
         steps: of training, each on `batch` views.
-        rates: learning rates; where there are several, each is tried for `tried` steps on four fifths of the images,
-            and the one whose outputs are nearest to the teacher's on the last fifth is taken.
+        settings: where there are several, each is tried for `tried` steps on four fifths of the images, and the one is
+            taken whose outputs are nearest to the teacher's on the last fifth.
         student: of the data folder as well; empty for one of ours that is kept under the lesson's name.
     """
 
     teacher: str
     steps: int
     batch: int
-    rates: tuple[float, ...]
+    settings: tuple[Setting, ...]
     tried: int = 0
     student: str = ""
     ema: float = 0.999
 
     def training(self, checkpoint: Path | None) -> Training:
-        """Return the settings at the first learning rate; steps are parted into a few epochs, a mark each."""
+        """Return the first setting's; steps are parted into a few epochs, a mark each."""
         return Training(
             epochs=MARKS,
             batch=self.batch,
-            lr=self.rates[0],
+            lr=self.settings[0].lr,
+            temperature=self.settings[0].temperature,
             ema=self.ema,
             mixed_precision="bf16",
             patience=MARKS,
@@ -72,16 +82,21 @@ class Lesson:
         )
 
 
-_CIFAR = Lesson("resnet56", steps=4500, batch=512, rates=(1e-3,))
+_CIFAR = Lesson("resnet56", steps=4500, batch=512, settings=(Setting(1e-3),))
+_SMALL = replace(_CIFAR, steps=9000, batch=256, settings=(Setting(1e-3), Setting(3e-3)), tried=200)
 LESSONS = {
     "mobilenet_v2.int8": Lesson(
-        "mobilenet_v2", steps=6000, batch=128, rates=(1e-4, 3e-4, 1e-3), tried=400,
+        "mobilenet_v2",
+        steps=9000,
+        batch=128,
+        settings=(Setting(1e-4, 2, 0.25), Setting(1e-4, 8, 0.25), Setting(2e-4, 8, 0.1)),
+        tried=200,
     ),
     "resnet56.int8": _CIFAR,
-    "resnet56.as-resnet20": _CIFAR,
+    "resnet56.as-resnet20": _SMALL,
     "resnet56.macs-0.476": _CIFAR,
-    "resnet20": replace(_CIFAR, student="resnet20"),
-}  # fmt: skip
+    "resnet20": replace(_SMALL, student="resnet20"),
+}
 
 
 @click.command()
@@ -114,9 +129,9 @@ def teach(name: str, lesson: Lesson, folder: Path, root: Path, minutes: float | 
     known = network(lesson.teacher, root, jpeg=False)
     module, facts = _student(name, lesson, known, folder, root)
     images, sight = _images(known, root)
-    tried = _tried(name, lesson, known, module, images, sight) if len(lesson.rates) > 1 else []
-    rate = min(tried[1:], key=lambda t: float(t["divergence"]))["lr"] if tried else lesson.rates[0]
-    lesson = replace(lesson, rates=(rate,))
+    tried = _tried(name, lesson, known, module, images, sight) if len(lesson.settings) > 1 else []
+    chosen = min(range(len(lesson.settings)), key=lambda k: float(tried[k + 1]["divergence"]) if tried else k)
+    lesson = replace(lesson, settings=(lesson.settings[chosen],))
     if minutes is not None:
         short = replace(lesson, steps=TIMED)
         before = time.monotonic()
@@ -131,7 +146,7 @@ def teach(name: str, lesson: Lesson, folder: Path, root: Path, minutes: float | 
         "batch": lesson.batch,
         "epochs": round(lesson.steps * lesson.batch / len(images), 1),
         "images": len(images),
-        "lr": rate,
+        **asdict(lesson.settings[0]),
         "tried": tried,
         "marks": marks,
         "seconds": round(time.monotonic() - begun),
@@ -152,7 +167,7 @@ def _student(name: str, lesson: Lesson, known: Network, folder: Path, root: Path
 def _images(known: Network, root: Path) -> tuple[Tensor, Sight]:
     """Images to learn from, none of which is judged by, and how they are seen."""
     if known.name == "mobilenet_v2":
-        return canvases(root), Sight(224, area=0.25)
+        return canvases(root), Sight(224)
     images = to_learn_from(known, root)
     exact = len(known.learnable[0])
     often = torch.where(torch.arange(len(images)) < exact, EXACT, 1.0)
@@ -175,22 +190,23 @@ def canvases(root: Path) -> Tensor:
 def _tried(
     name: str, lesson: Lesson, known: Network, module: nn.Module, images: Tensor, sight: Sight
 ) -> list[dict[str, Any]]:
-    """How near each learning rate comes to the teacher on images that were not learnt from."""
+    """How near each setting comes to the teacher on images that were not learnt from, first of all none."""
     order = torch.randperm(len(known.learnable[0]), generator=torch.Generator().manual_seed(0))
     apart, learnt = order[: len(order) // 5], order[len(order) // 5 :]
     judged = known.learnable[0][apart]
     dense = logits(known.subject.module, judged).double()
     found = []
-    for rate in (0.0, *lesson.rates):
+    for setting in (None, *lesson.settings):
         copied = copy.deepcopy(module)
-        if rate:
-            short = replace(lesson, steps=lesson.tried, rates=(rate,))
-            _learn(f"{name} at {rate:g}", known, copied, images[learnt], sight, short)
+        if setting is not None:
+            short = replace(lesson, steps=lesson.tried, settings=(setting,))
+            _learn(f"{name} by {setting}", known, copied, images[learnt], sight, short)
         ours = logits(copied, judged).double()
         logs = dense.log_softmax(1)
         divergence = float((logs.exp() * (logs - ours.log_softmax(1))).sum(1).mean())
         match = 100 * float((ours.argmax(1) == dense.argmax(1)).double().mean())
-        found.append({"lr": rate, "divergence": round(divergence, 4), "match": round(match, 1)})
+        told = {} if setting is None else asdict(setting)
+        found.append({**told, "divergence": round(divergence, 4), "match": round(match, 1)})
         print(f"    {found[-1]}", file=sys.stderr, flush=True)
     return found
 
@@ -218,6 +234,7 @@ def _learn(
             told[0] = fraction
             print(f"    {name}: {100 * fraction:.0f} %, {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
 
+    area = lesson.settings[0].area
     teacher, layout = copy.deepcopy(known.subject.module), torch.channels_last
     for each in (module, teacher):
         each.to(memory_format=layout)  # type: ignore[call-overload]
@@ -225,7 +242,9 @@ def _learn(
     history = train(
         Student(module, call, program.inputs),
         Student(teacher, call, program.inputs),
-        batches(images.contiguous(memory_format=layout), sight, lesson.batch, lesson.steps // MARKS),
+        batches(
+            images.contiguous(memory_format=layout), replace(sight, area=area), lesson.batch, lesson.steps // MARKS
+        ),
         lesson.training(checkpoint),
         learning=list(module.parameters()),
         labels=False,
