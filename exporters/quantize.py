@@ -125,7 +125,7 @@ def to_int8(
         layers = _counted(file)
         move(file, Path(target))
     notes = []
-    if not how.reduce_range and _saturates():
+    if not how.reduce_range and saturates():
         notes.append(
             "this processor has no VNNI: sums of 8-bit products can saturate; reduce_range (--int8-reduce-range) "
             "avoids that"
@@ -363,7 +363,7 @@ def _outputs(session: onnxruntime.InferenceSession, seen: Sequence[Batch]) -> _O
     return {name: np.concatenate([x[k] for x in found]) for k, name in enumerate(names)}
 
 
-def _saturates() -> bool:
+def saturates() -> bool:
     """Whether this is an x86 processor whose 8-bit products are added up in 16 bits."""
     import platform
 

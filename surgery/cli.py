@@ -279,9 +279,13 @@ def _deliver(
 ) -> Report:
     """Cut what is decided, check, export, time, and write everything into the output folder."""
     from surgery import artefacts, deliver, pipeline, report
+    from surgery.datasets import Images
     from surgery.evaluate import open_evaluation
+    from surgery.precisions import refuse_too_few
 
     _refuse_huge_batch(loaded, given["batch"])
+    if isinstance(given["data"], Images):  # before the long work; how many a loader has is known after it
+        refuse_too_few(how.precisions, min(len(given["data"]), given["images"]))
     out = out if out is not None else Path("shrunk", typed_next.folder_name(loaded.name))
     if together.processes() > 1:
         from surgery import company

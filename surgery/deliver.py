@@ -205,10 +205,18 @@ def _deployed(how: Measurement, result: Result) -> tuple[Measurement, list[str]]
     deploy, made = (result.plan.settings.get(key) for key in ("deploy", "int8"))
     wanted = precisions.with_deployed(how.precisions, deploy or "fp32")
     if made is not None and wanted.int8 == Int8():  # as the plan was timed, where nothing else is asked for
-        wanted = replace(wanted, int8=Int8(**{**made, "keep": tuple(made["keep"])}))
+        wanted = replace(wanted, int8=_as_planned(made))
     if wanted == how.precisions or (result.recovery is not None and result.recovery.seen is not None):
         return replace(how, precisions=wanted), []
     return how, [f"the widths were chosen for {deploy}; without --data there is nothing to calibrate such files on"]
+
+
+def _as_planned(made: Any) -> Int8:
+    """How files in int8 were made when the plan was timed."""
+    try:
+        return Int8(**{**made, "keep": tuple(made["keep"])})
+    except (TypeError, KeyError) as error:
+        raise InvalidInput(f"the plan's setting int8={made!r} is not one that `surgery shrink` writes") from error
 
 
 def _of_deployed(result: Result, judged: Mapping[str, Agreement]) -> dict[str, Any]:

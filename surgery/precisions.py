@@ -56,8 +56,13 @@ def refuse_without_images(how: Precisions, seen: Calibration | None) -> None:
         return
     if seen is None:
         raise InvalidInput(f"--precision {','.join(how.fewer)} needs images to calibrate on: give them with --data")
-    if "int8" in how.fewer and seen.count < FEWEST:
-        raise InvalidInput(f"--precision int8: {seen.count} images are too few to calibrate on; give {FEWEST} or more")
+    refuse_too_few(how, seen.count)
+
+
+def refuse_too_few(how: Precisions, count: int) -> None:
+    """Raise InvalidInput where there are not enough images to calibrate files in int8 on."""
+    if "int8" in how.fewer and count < FEWEST:
+        raise InvalidInput(f"--precision int8: {count} images are too few to calibrate on; give {FEWEST} or more")
 
 
 def write(

@@ -228,6 +228,9 @@ def test_files_are_made_as_the_plan_was_timed(table: LatencyTable, tmp_path: Pat
     data = surgery.save(result, tmp_path / "out", Measurement(runs=12)).data
     assert any("3 of 4 layers are in 8 bits" in note for note in data["notes"])
     assert "compact int8: " in data["accuracy"]["verdict"]
+    damaged = replace(result.plan, settings={**result.plan.settings, "int8": {"keep": ["last"], "bits": 4}})
+    with pytest.raises(InvalidInput, match="the plan's setting int8="):
+        surgery.save(replace(result, plan=damaged), tmp_path / "out", Measurement(runs=12))
 
 
 def test_a_drop_of_int8_files_needs_images_to_make_them_by() -> None:

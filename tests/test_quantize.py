@@ -103,7 +103,7 @@ def test_layers_can_stay_in_float(source: Path, tmp_path: Path, keep: tuple[str,
 
 
 def test_seven_bits_where_sums_saturate(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize, "_saturates", lambda: True)
+    monkeypatch.setattr(quantize, "saturates", lambda: True)
     eight = to_int8(source, tmp_path / "8.onnx", images())
     seven = to_int8(source, tmp_path / "7.onnx", images(), Int8(reduce_range=True))
     assert any("VNNI" in note for note in eight.notes)
@@ -260,6 +260,17 @@ def test_mistakes_leave_nothing_behind(tmp_path: Path, arguments: tuple[str, ...
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_too_few_photos_is_refused_before_the_work(tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "photos").mkdir()
+    for k in range(4):
+        Image.fromarray(np.full((16, 16, 3), 40 * k, np.uint8)).save(tmp_path / "photos" / f"{k}.png")
+    done = shrink(tmp_path, "--precision", "int8", "--data", "photos", "--out", "out")
+    assert (done.returncode, "4 images are too few to calibrate on" in done.stderr) == (2, True), done.stderr
+    assert not list(tmp_path.glob("out*"))
 
 
 # What dominates what. ------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def test_every_way_has_its_row(found: dict[str, object]) -> None:
 
 
 def row(name: str, time: float, lost: tuple[float, float, float], **more: object) -> dict[str, object]:
-    judged = [{"lost": list(lost), "lost_against_int8": list(lost), "match": 90.0}]
+    judged = [{"images": "photos", "lost": list(lost), "lost_against_int8": list(lost), "match": 90.0}]
     return {"name": name, "of_dense_int8": time, "latency": {"value": time}, "judged": judged, **more}
 
 
@@ -112,6 +112,17 @@ def test_a_goal_is_met_by_the_interval_and_the_time(
 ) -> None:
     ours = row("compact int8, planned for int8", time, lost, planned_for="int8")
     assert f"**{verdict}**" in table.goal({"network": "resnet56", "rows": [ours]})
+
+
+def test_how_a_network_was_taught_is_told() -> None:
+    told = {"epochs": 28.0, "images": 57728, "seconds": 204, "trained_on": "a card", "lr": 0.001, "tried": []}
+    text = table.lesson({"rows": [row("dense", 1, (0, 0, 0)), row("taught", 0.5, (0, 0, 0), **told)]})
+    assert "28 epochs of 57,728 images, 204 seconds by" in text and "on a card; learning rate 0.001." in text
+    tried = [{"divergence": 0.5}, {"lr": 0.001, "divergence": 0.25}, {"lr": 0.01, "divergence": 0.75}]
+    assert "0.001 (0.25), 0.01 (0.75)" in table.lesson(
+        {"rows": [row("taught", 0.5, (0, 0, 0), **told | {"tried": tried})]}
+    )
+    assert table.lesson({"rows": [row("dense", 1, (0, 0, 0))]}) == ""
 
 
 def test_the_page_is_what_was_measured() -> None:

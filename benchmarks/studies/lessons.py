@@ -57,7 +57,6 @@ class Lesson:
         steps: of training, each on `batch` views.
         settings: where there are several, each is tried for `tried` steps on four fifths of the images, and the one is
             taken whose outputs are nearest to the teacher's on the last fifth.
-        student: of the data folder as well; empty for one of ours that is kept under the lesson's name.
     """
 
     teacher: str
@@ -65,7 +64,6 @@ class Lesson:
     batch: int
     settings: tuple[Setting, ...]
     tried: int = 0
-    student: str = ""
     ema: float = 0.999
 
     def training(self, checkpoint: Path | None) -> Training:
@@ -83,20 +81,17 @@ class Lesson:
 
 
 _CIFAR = Lesson("resnet56", steps=4500, batch=512, settings=(Setting(1e-3),))
-_SMALL = replace(_CIFAR, steps=9000, batch=256, settings=(Setting(1e-3), Setting(3e-3)), tried=200)
 LESSONS = {
+    "resnet56.int8": _CIFAR,
     "mobilenet_v2.int8": Lesson(
         "mobilenet_v2",
-        steps=9000,
+        steps=4650,
         batch=128,
-        settings=(Setting(1e-4, 2, 0.25), Setting(1e-4, 8, 0.25), Setting(2e-4, 8, 0.1)),
-        tried=200,
+        settings=tuple(Setting(lr, area=0.25) for lr in (1e-4, 3e-4, 1e-3)),
+        tried=400,
     ),
-    "resnet56.int8": _CIFAR,
-    "resnet56.as-resnet20": _SMALL,
-    "resnet56.macs-0.476": _CIFAR,
-    "resnet20": replace(_SMALL, student="resnet20"),
 }
+"""Name of a planned network → how it is taught."""
 
 
 @click.command()
@@ -109,8 +104,7 @@ def main(work: Path, only: str | None, steps: int | None, minutes: float | None,
     """Teach what the folder holds."""
     root = data.find_root(data_root)
     for name, lesson in LESSONS.items():
-        there = bool(lesson.student) or holds(work, name)
-        if only in (None, name) and there:
+        if only in (None, name) and holds(work, name):
             teach(name, lesson if steps is None else replace(lesson, steps=steps), work, root, minutes)
 
 
@@ -119,15 +113,18 @@ def taught(name: str, folder: Path, root: Path) -> tuple[nn.Module, dict[str, An
     if not holds(folder, f"{name}.taught"):
         teach(name, LESSONS[name], folder, root)
     known = network(LESSONS[name].teacher, root, jpeg=False)
-    module = _student(name, LESSONS[name], known, folder, root)[0]
+    module = kept(folder, name, known.subject).module
     return module, with_weights(folder, f"{name}.taught", module)
 
 
 def teach(name: str, lesson: Lesson, folder: Path, root: Path, minutes: float | None = None) -> None:
     """Teach a network, and keep its weights and how it went in the folder."""
     begun = time.monotonic()
+    if not holds(folder, name):
+        raise InvalidInput(f"{folder} holds no network {name}: a study plans it first")
     known = network(lesson.teacher, root, jpeg=False)
-    module, facts = _student(name, lesson, known, folder, root)
+    ours = kept(folder, name, known.subject)
+    module = ours.module
     images, sight = _images(known, root)
     tried = _tried(name, lesson, known, module, images, sight) if len(lesson.settings) > 1 else []
     chosen = min(range(len(lesson.settings)), key=lambda k: float(tried[k + 1]["divergence"]) if tried else k)
@@ -141,7 +138,7 @@ def teach(name: str, lesson: Lesson, folder: Path, root: Path, minutes: float | 
         lesson = replace(lesson, steps=max(MARKS, min(lesson.steps, fitting // MARKS * MARKS)))
     marks = _learn(name, known, module, images, sight, lesson, folder / f"{name}.checkpoint")
     told = {
-        **facts,
+        **ours.facts,
         "steps": lesson.steps,
         "batch": lesson.batch,
         "epochs": round(lesson.steps * lesson.batch / len(images), 1),
@@ -153,15 +150,6 @@ def teach(name: str, lesson: Lesson, folder: Path, root: Path, minutes: float | 
         "trained_on": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     }
     keep_weights(folder, f"{name}.taught", module, told)
-
-
-def _student(name: str, lesson: Lesson, known: Network, folder: Path, root: Path) -> tuple[nn.Module, dict[str, Any]]:
-    if lesson.student:
-        return network(lesson.student, root, jpeg=False).subject.module, {}
-    if not holds(folder, name):
-        raise InvalidInput(f"{folder} holds no network {name}: a study plans it first")
-    ours = kept(folder, name, known.subject)
-    return ours.module, dict(ours.facts)
 
 
 def _images(known: Network, root: Path) -> tuple[Tensor, Sight]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ NAME, MODULE = "recovery", "benchmarks.studies.recovery"
 @click.option("--only", "patterns", multiple=True, metavar="PATTERN", help="Rows whose key holds this; repeatable.")
 @click.option("--again", is_flag=True, help="Also rows that the results file holds already.")
 @click.option("--minutes", type=float, help="Begin no row after that.")
-@click.option("--work", type=click.Path(path_type=Path), help="Folder that keeps networks planned and taught.")
 @click.option("--take", type=click.Path(exists=True), help="Run nothing; take up a row that --row printed elsewhere.")
 @click.option("--threads", default=2, show_default=True, help="Of torch.")
 @click.option("--data-root", type=click.Path(), help="Folder of checkpoints and images.")
@@ -37,7 +35,6 @@ def main(
     patterns: tuple[str, ...],
     again: bool,
     minutes: float | None,
-    work: Path | None,
     take: str | None,
     threads: int,
     data_root: str | None,
@@ -49,8 +46,7 @@ def main(
         click.echo(tables(record.read(NAME)))
         return
     if row is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            click.echo(json.dumps(_run(row, data.find_root(data_root), work or Path(folder), threads)))
+        click.echo(json.dumps(_run(row, data.find_root(data_root), threads)))
         return
     if take is not None:
         _enter(json.loads(Path(take).read_text(encoding="utf-8").splitlines()[-1]))
@@ -64,7 +60,6 @@ def main(
             break
         print(job.key, file=sys.stderr, flush=True)
         root = [] if data_root is None else ["--data-root", data_root]
-        root += [] if work is None else ["--work", str(work)]
         command = [sys.executable, "-m", MODULE, "--row", job.key, "--threads", str(threads)]
         done = subprocess.run([*command, *root], stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
@@ -74,10 +69,11 @@ def main(
 
 
 def _enter(row: dict[str, Any]) -> dict[str, Any]:
-    """Put a row into the results file; returns all."""
+    """Put a row into the results file, where the machine of the first one stands; returns all."""
     key = Job(row["part"], row["network"], row["amount"], row["method"]).key
-    rows = {**_known(), key: row}
-    record.write(NAME, {"command": record.command(MODULE, []), "machine": record.machine(1), "rows": rows})
+    rows, place = {**_known(), key: row}, record.RESULTS / f"{NAME}.json"
+    machine = record.read(NAME)["machine"] if place.is_file() else record.machine(1)
+    record.write(NAME, {"command": record.command(MODULE, []), "machine": machine, "rows": rows})
     return rows
 
 
@@ -86,14 +82,14 @@ def _known() -> dict[str, Any]:
     return dict(record.read(NAME)["rows"]) if place.is_file() else {}
 
 
-def _run(key: str, root: Path, work: Path, threads: int) -> dict[str, Any]:
+def _run(key: str, root: Path, threads: int) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(threads)
     job = next(job for job in every_job() if job.key == key)
     begun = time.monotonic()
-    work.mkdir(parents=True, exist_ok=True)
-    return {**run(job, root, work), "threads": threads, "all_seconds": round(time.monotonic() - begun)}
+    told = {"threads": threads, "machine": record.sentence(record.machine(1))}
+    return {**run(job, root), **told, "all_seconds": round(time.monotonic() - begun)}
 
 
 if __name__ == "__main__":

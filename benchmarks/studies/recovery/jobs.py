@@ -37,8 +37,11 @@ OURS = {
     "l1": ("none", "fold", "bn", "reconstruct"),
 }
 """Criterion → levels of recovery."""
-COMPARED = (("resnet20", 0.714), ("resnet20", 0.5), ("resnet56", 0.476), ("mobilenet_v2", 0.714))
-"""Where criteria that look at images are compared."""
+COMPARED = (
+    ("resnet20", 0.5, ("l1", "reconstruction", "activation", "taylor")),
+    ("resnet56", 0.476, ("l1",)),
+)
+"""Network, fraction of its MACs, and criteria that are compared there with `second-order`."""
 AT_LATENCY = (("resnet56", 0.6), ("resnet20", 0.6), ("mobilenet_v2", 0.7))
 """Network and fraction of the dense latency."""
 SMALLER = "resnet20"
@@ -69,26 +72,25 @@ def every_job() -> Iterator[Job]:
     yield Job(PUBLISHED, "resnet56", 0.38, "with labels")
     yield Job("smaller images", "mobilenet_v2", 1.0, "dense")
     for name, macs in GOALS:
-        yield Job(LABEL_FREE, name, macs, "l1")
         yield Job(RIVAL, name, macs, "all")
     for name, ratio in AT_LATENCY:
         yield Job("equal latency", name, ratio, "all")
-    for name, macs in COMPARED:
-        for method in ("reconstruction", "activation", "taylor"):
-            yield Job(LABEL_FREE, name, macs, method)
+    for name, macs, criteria in COMPARED:
+        for criterion in criteria:
+            yield Job(LABEL_FREE, name, macs, criterion)
     yield Job("choices", "resnet20", 0.5, "steps")
     for criterion in ("l1", "second-order"):
         yield Job("choices", "resnet20", 0.5, f"repair {criterion}")
 
 
-def run(job: Job, root: Path, work: Path) -> dict[str, Any]:
-    """Return a row; networks that are taught are kept in `work`, or taken from it."""
+def run(job: Job, root: Path) -> dict[str, Any]:
+    """Return a row."""
     known = network(job.network, root, jpeg=job.part != "choices")
-    rows = _WORK[job.part](known, job, root, work)
+    rows = _WORK[job.part](known, job, root)
     return {"part": job.part, "network": job.network, "amount": job.amount, "method": job.method, "rows": rows}
 
 
-def _without_labels(known: Network, job: Job, root: Path, work: Path) -> list[dict[str, Any]]:
+def _without_labels(known: Network, job: Job, root: Path) -> list[dict[str, Any]]:
     """For each level of recovery, the networks of all seeds."""
     found: dict[str, list[nn.Module]] = {}
     seconds: dict[str, list[float]] = {}
@@ -130,7 +132,7 @@ def _without_labels(known: Network, job: Job, root: Path, work: Path) -> list[di
     ]
 
 
-def _rivals(known: Network, job: Job, root: Path, work: Path) -> list[dict[str, Any]]:
+def _rivals(known: Network, job: Job, root: Path) -> list[dict[str, Any]]:
     """torch-pruning by each of its criteria, layer by layer and globally."""
 
     def made(setting: Setting) -> tuple[nn.Module, dict[str, Any]]:
@@ -140,25 +142,25 @@ def _rivals(known: Network, job: Job, root: Path, work: Path) -> list[dict[str, 
     return rivals(known, made)
 
 
-def _taught(known: Network, job: Job, root: Path, work: Path) -> list[dict[str, Any]]:
+def _taught(known: Network, job: Job, root: Path) -> list[dict[str, Any]]:
     if job.method == SMALLER:
-        return to_latency_of(known, SMALLER, root, work)
-    return taught_to_macs(known, job.amount, root, work)
+        return to_latency_of(known, SMALLER, root)
+    return taught_to_macs(known, job.amount, root)
 
 
-def _choices(known: Network, job: Job, root: Path, work: Path) -> list[dict[str, Any]]:
+def _choices(known: Network, job: Job, root: Path) -> list[dict[str, Any]]:
     what, _, criterion = job.method.partition(" ")
     return by_repair(known, job.amount, criterion) if what == "repair" else by_steps(known, job.amount)
 
 
-_WORK: Mapping[str, Callable[[Network, Job, Path, Path], list[dict[str, Any]]]] = MappingProxyType(
+_WORK: Mapping[str, Callable[[Network, Job, Path], list[dict[str, Any]]]] = MappingProxyType(
     {
         LABEL_FREE: _without_labels,
         RIVAL: _rivals,
         "taught": _taught,
-        PUBLISHED: lambda known, job, root, work: at_published(root),
-        "smaller images": lambda known, job, root, work: smaller_images(root),
-        "equal latency": lambda known, job, root, work: at_latency(known, job.amount),
+        PUBLISHED: lambda known, job, root: at_published(root),
+        "smaller images": lambda known, job, root: smaller_images(root),
+        "equal latency": lambda known, job, root: at_latency(known, job.amount),
         "choices": _choices,
     }
 )

@@ -33,8 +33,16 @@ def tables(results: Mapping[str, Any]) -> str:
         ("Instead of surgery: a smaller network, or smaller images", instead(rows)),
         ("What settings were chosen by", choices(rows)),
     ]
-    written = f"Written by `{results['command']}` on {sentence(results['machine'])}.\n"
+    machine = sentence(results["machine"])
+    elsewhere = dict.fromkeys(r["machine"] for r in rows if r.get("machine", machine) != machine)
+    written = f"Written by `{results['command']}` on {machine}.\n" + "".join(
+        f"\nOn {other}: {', '.join(_named(r) for r in rows if r.get('machine') == other)}.\n" for other in elsewhere
+    )
     return "\n".join([written, *(f"## {title}\n\n{text}" for title, text in parts if text.count("\n") > 2)])
+
+
+def _named(row: Row) -> str:
+    return f"{row['part']}, {row['network']} at {row['amount']:g}"
 
 
 def _of(rows: Sequence[Row], part: str, network: str = "", amount: float | None = None) -> list[Row]:

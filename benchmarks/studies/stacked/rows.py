@@ -20,7 +20,7 @@ from benchmarks.studies.latency.trained import reestimated
 from benchmarks.studies.ours import planned, shown, zeroed
 from benchmarks.studies.stacked.subjects import Case, Judges
 from exporters import onnx
-from exporters.quantize import to_int8
+from exporters.quantize import saturates, to_int8
 from exporters.session import OnnxModel, feeds
 from surgery.recover.agreement import paired_drop
 
@@ -123,6 +123,7 @@ def measured(case: Case, ask: Ask, folder: Path, work: Path | None = None) -> di
         "photos": len(case.photos),
         "judged_by": [{"name": by.name, "images": len(by.images)} for by in case.judged],
         "latency": ask.latency,
+        "saturates": saturates(),
         "threads": ask.threads,
         "rows": rows,
         "loops": loops,
