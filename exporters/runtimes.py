@@ -89,8 +89,29 @@ def refuse_newer(model: onnx.ModelProto, reader: Reader, name: str) -> None:
                 f"{name}: operator {node.op_type} ('{node.name}') is of operator set {since}, and ONNX Runtime "
                 f"{reader.version} reads sets up to {reader.opset}; ask for a newer one, or replace what makes it"
             )
+    if (node := _sampled_in_space(model)) is not None and reader.opset < SPATIAL_SAMPLES:
+        raise UnsupportedModel(
+            f"{name}: operator GridSample ('{node.name}') of five axes is of operator set {SPATIAL_SAMPLES}, and ONNX "
+            f"Runtime {reader.version} reads sets up to {reader.opset}; ask for a newer one, or replace what makes it"
+        )
     if opsets.get("", 0) > reader.opset or model.ir_version > reader.ir_version:
         raise UnsupportedModel(
             f"{name}: operator set {opsets.get('', 0)} in IR version {model.ir_version}, and ONNX Runtime "
             f"{reader.version} reads sets up to {reader.opset} in IR versions up to {reader.ir_version}"
         )
+
+
+SPATIAL_SAMPLES = 20
+"""The operator set from which GridSample takes volumes; newer libraries read them in files of older sets as well."""
+
+
+def _sampled_in_space(model: onnx.ModelProto) -> onnx.NodeProto | None:
+    """A GridSample of volumes (N, C, D, H, W), as far as shapes can be inferred."""
+    if not any(node.op_type == "GridSample" for node in model.graph.node):
+        return None
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*graph.input, *graph.value_info, *graph.output)}
+    ranks |= {x.name: len(x.dims) for x in graph.initializer}
+    return next(
+        (n for n in model.graph.node if n.op_type == "GridSample" and 5 in (ranks.get(x) for x in n.input)), None
+    )

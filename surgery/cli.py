@@ -82,7 +82,9 @@ def shrink(session: Session, /, model: str, as_json: bool, quiet: bool, out: Pat
             from surgery import company
 
             return company.follow(loaded, given, _request(given))
-        written = _deliver(session, loaded, model, out, given, how, progress, lambda: _decide(loaded, given, progress))
+        written = _deliver(
+            session, loaded, model, out, given, how, progress, lambda: _decide(loaded, given, progress, how)
+        )
     print_report(written.data, as_json=as_json)
 
 
@@ -258,12 +260,20 @@ def _load(model: str, given: Mapping[str, Any], progress: Progress) -> LoadedMod
     return loaded
 
 
-def _decide(loaded: LoadedModel, given: Mapping[str, Any], progress: Progress) -> Decision:
+def _decide(
+    loaded: LoadedModel, given: Mapping[str, Any], progress: Progress, how: Measurement | None = None
+) -> Decision:
     from surgery.data_options import with_data
+    from surgery.datasets import Images
     from surgery.pipeline import decided
+    from surgery.precisions import refuse_too_few
 
     inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
     request = with_data(_request(given), loaded, given)
+    if how is not None and isinstance(
+        request.data, Images
+    ):  # before the long work; how many a loader has is known after it
+        refuse_too_few(how.precisions, min(len(request.data), request.images))
     return decided(loaded.module, inputs, request, example_kwargs=kwargs, progress=progress)
 
 
@@ -279,13 +289,9 @@ def _deliver(
 ) -> Report:
     """Cut what is decided, check, export, time, and write everything into the output folder."""
     from surgery import artefacts, deliver, pipeline, report
-    from surgery.datasets import Images
     from surgery.evaluate import open_evaluation
-    from surgery.precisions import refuse_too_few
 
     _refuse_huge_batch(loaded, given["batch"])
-    if isinstance(given["data"], Images):  # before the long work; how many a loader has is known after it
-        refuse_too_few(how.precisions, min(len(given["data"]), given["images"]))
     out = out if out is not None else Path("shrunk", typed_next.folder_name(loaded.name))
     if together.processes() > 1:
         from surgery import company
@@ -318,6 +324,8 @@ def _measurement(given: Mapping[str, Any]) -> Measurement:
     if chosen.fewer and given["data"] is None:
         asked = "--deploy int8" if given["precision"] == ("fp32",) else f"--precision {','.join(chosen.fewer)}"
         raise InvalidInput(f"{asked} needs images to calibrate on: give them with --data")
+    if given["int8_keep"] and "int8" not in chosen.names:
+        raise InvalidInput("--int8-keep is of files in int8: ask for them with --precision int8 or --deploy int8")
     names = ("opset", "threads", "batch", "runs", "seed", "min_ort", "formats")
     return Measurement(**{name: given[name] for name in names}, precisions=chosen)
 

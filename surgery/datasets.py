@@ -193,7 +193,9 @@ def _archive(place: Path, shape: tuple[int, int, int], how: Preprocessing, optio
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        what = "no such file or folder" if not place.exists() else "this is none"
+        missing = "no such file or folder" if not place.exists() else "this is none"
+        damaged = "this one has no 'images'" if isinstance(error, KeyError) else "this one cannot be read: is it whole?"
+        what = damaged if place.is_file() and place.suffix == ".npz" else missing
         raise InvalidInput(
             f"{option} {place}: give a folder of images, an .npz file with 'images' (N, H, W, C) of uint8 and perhaps "
             f"'labels', or FILE.py:CALLABLE ({what})"

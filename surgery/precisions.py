@@ -62,7 +62,7 @@ def refuse_without_images(how: Precisions, seen: Calibration | None) -> None:
 def refuse_too_few(how: Precisions, count: int) -> None:
     """Raise InvalidInput where there are not enough images to calibrate files in int8 on."""
     if "int8" in how.fewer and count < FEWEST:
-        raise InvalidInput(f"--precision int8: {count} images are too few to calibrate on; give {FEWEST} or more")
+        raise InvalidInput(f"--precision int8: too few images to calibrate on ({count}); give {FEWEST} or more")
 
 
 def write(
@@ -132,27 +132,49 @@ def rows(
         listed.append({**float_rows[of], "name": name, "precision": precision, "onnx_bytes": file.bytes})
     for row in listed:
         row["agreement"] = asdict(judged[row["name"]]) if row["name"] in judged else None
-    times = {t["name"]: t["ratio"]["value"] for t in timing["rows"]} if timing else {}
-    losses = {row["name"]: lost(row["agreement"]) for row in listed if row["agreement"]}
+    times = {t["name"]: t["ratio"] for t in timing["rows"]} if timing else {}
+    known = {row["name"]: row["agreement"] for row in listed if row["agreement"] and row["name"] in times}
+    standings = {name: standing(times[name], lost(agreement)) for name, agreement in known.items()}
     for row in listed:
-        row["dominated_by"] = _dominating(row["name"], times, losses)
+        row["dominated_by"] = dominating(row["name"], standings)
     return listed
 
 
-def lost(agreement: Mapping[str, Any]) -> float:
-    """Return what a row loses: points of accuracy, of agreement without labels, else hundredths of cosine."""
+def lost(agreement: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Return what a row loses, with its interval: points of accuracy, of agreement without labels, else of cosine."""
     for key in ("drop", "differs"):
         if agreement[key] is not None:
-            return float(agreement[key][0])
-    return 100.0 * (1.0 - float(agreement["cosine"]))
+            value, low, high = (float(x) for x in agreement[key])
+            return value, low, high
+    apart = 100.0 * (1.0 - float(agreement["cosine"]))
+    return apart, apart, apart
 
 
-def _dominating(name: str, times: Mapping[str, float], losses: Mapping[str, float]) -> str | None:
-    """The fastest row that takes less time and loses less."""
-    if name not in times or name not in losses:
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a row stands: its relative time and what it loses, each (value, lower end, upper end)."""
+
+    time: tuple[float, float, float]
+    loss: tuple[float, float, float]
+
+    def beats(self, other: Standing) -> bool:
+        """Whether it is no worse in either, and in one of them better by intervals that do not meet."""
+        ours, theirs = (self.time, self.loss), (other.time, other.loss)
+        no_worse = all(a[0] <= b[0] for a, b in zip(ours, theirs, strict=True))
+        return no_worse and any(a[2] < b[1] for a, b in zip(ours, theirs, strict=True))
+
+
+def standing(ratio: Mapping[str, float], loss: tuple[float, float, float]) -> Standing:
+    """Return where a row of this relative time stands."""
+    return Standing((ratio["value"], ratio["low"], ratio["high"]), loss)
+
+
+def dominating(name: str, standings: Mapping[str, Standing]) -> str | None:
+    """Return the fastest of the rows that beat this one."""
+    if name not in standings:
         return None
-    better = [r for r in losses if r in times and times[r] < times[name] and losses[r] < losses[name]]
-    return min(better, key=lambda row: times[row], default=None)
+    better = [row for row, found in standings.items() if found.beats(standings[name])]
+    return min(better, key=lambda row: standings[row].time[0], default=None)
 
 
 def notes(quantised: Mapping[str, Quantised], timing: Mapping[str, Any] | None, deployed: str = "fp32") -> list[str]:

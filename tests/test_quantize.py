@@ -250,7 +250,7 @@ def test_all_files_are_written_timed_and_judged(tmp_path: Path) -> None:
         (("--precision", "int4", "--data", "nets.py:data"), "'int4' is none of fp32, fp16, int8"),
         (("--format", "tflite"), "'tflite' is none of onnx, ort"),
         (("--min-ort", "0.9"), "older than 1.14"),
-        (("--precision", "int8", "--data", "nets.py:few", "--recover", "none"), "4 images are too few"),
+        (("--precision", "int8", "--data", "nets.py:few", "--recover", "none"), "too few images to calibrate on (4)"),
         (("--precision", "int8", "--data", "nets.py:data", "--int8-keep", "nothing"), "names no layer"),
     ],
 )
@@ -269,19 +269,26 @@ def test_a_folder_of_too_few_photos_is_refused_before_the_work(tmp_path: Path) -
     for k in range(4):
         Image.fromarray(np.full((16, 16, 3), 40 * k, np.uint8)).save(tmp_path / "photos" / f"{k}.png")
     done = shrink(tmp_path, "--precision", "int8", "--data", "photos", "--out", "out")
-    assert (done.returncode, "4 images are too few to calibrate on" in done.stderr) == (2, True), done.stderr
+    assert (done.returncode, "too few images to calibrate on (4)" in done.stderr) == (2, True), done.stderr
     assert not list(tmp_path.glob("out*"))
 
 
 # What dominates what. ------------------------------------------------------------------------------------------------
 
 
-def test_a_row_is_dominated_where_another_is_faster_and_loses_less() -> None:
-    times = {"dense": 1.0, "compact": 0.9, "dense int8": 0.5, "compact int8": 0.4}
-    losses = {"dense": 0.0, "compact": 2.0, "dense int8": 0.3, "compact int8": 2.2}
-    found = {name: precisions._dominating(name, times, losses) for name in times}
+def test_a_row_is_dominated_where_another_is_no_worse_and_clearly_better_in_one() -> None:
+    def at(time: float, loss: float) -> precisions.Standing:
+        ratio = {"value": time, "low": time - 0.02, "high": time + 0.02}
+        return precisions.standing(ratio, (loss, loss - 1, loss + 1))
+
+    rows = {"dense": at(1.0, 0.0), "compact": at(0.8, 2.0), "dense int8": at(0.5, 0.5), "compact int8": at(0.4, 2.2)}
+    found = {name: precisions.dominating(name, rows) for name in rows}
     assert found == {"dense": None, "compact": "dense int8", "dense int8": None, "compact int8": None}
-    assert precisions._dominating("compact", times, {"compact": 2.0}) is None
+    near = {**rows, "masked": at(0.99, -0.5)}  # faster and better, but by no more than noise
+    assert precisions.dominating("dense", near) is None
+    assert precisions.dominating("compact int8", {**rows, "smaller": at(0.39, 0.1)}) == "smaller"
+    assert precisions.dominating("compact int8", {**rows, "slower": at(0.41, 0.1)}) is None
+    assert precisions.dominating("unknown", rows) is None
 
 
 def test_what_is_no_faster_is_said(source: Path, tmp_path: Path) -> None:

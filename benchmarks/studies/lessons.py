@@ -188,7 +188,8 @@ def _tried(
         copied = copy.deepcopy(module)
         if setting is not None:
             short = replace(lesson, steps=lesson.tried, settings=(setting,))
-            _learn(f"{name} by {setting}", known, copied, images[learnt], sight, short)
+            part = sight if sight.often is None else replace(sight, often=sight.often[learnt])
+            _learn(f"{name} by {setting}", known, copied, images[learnt], part, short)
         ours = logits(copied, judged).double()
         logs = dense.log_softmax(1)
         divergence = float((logs.exp() * (logs - ours.log_softmax(1))).sum(1).mean())

@@ -87,7 +87,9 @@ def keep_weights(folder: Path, name: str, module: nn.Module, facts: Mapping[str,
     """Write the weights and, last, the facts of a network whose shape is known elsewhere."""
     state = {key: x.detach().clone().contiguous() for key, x in module.state_dict().items()}
     save_file(state, folder / f"{name}.safetensors")
-    (folder / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    partial = folder / f"{name}.json.partial"
+    partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    partial.replace(folder / f"{name}.json")
 
 
 def kept(folder: Path, name: str, subject: Subject) -> Ours:

@@ -22,6 +22,7 @@ from benchmarks.studies.stacked.subjects import Case, Judges
 from exporters import onnx
 from exporters.quantize import saturates, to_int8
 from exporters.session import OnnxModel, feeds
+from surgery.precisions import dominating, standing
 from surgery.recover.agreement import paired_drop
 
 BATCH = 32
@@ -116,7 +117,7 @@ def measured(case: Case, ask: Ask, folder: Path, work: Path | None = None) -> di
     )  # fmt: skip
     logits = {name: [_logits(path, by.images) for by in files.sets[name]] for name, path in files.paths.items()}
     rows = [_row(name, files, timing, logits) for name in files.paths]
-    _mark_dominated(rows)
+    mark_dominated(rows)
     return {
         "network": case.name,
         "weights": case.weights,
@@ -261,14 +262,15 @@ def _lost(before: Tensor, after: Tensor, *, itself: bool) -> list[float]:
     return [0.0, 0.0, 0.0] if itself else [round(x, 2) for x in paired_drop(before, after)]
 
 
-def lost(row: Mapping[str, Any]) -> float:
-    """Return what a row loses on the first set: points of accuracy, or of agreement where there are no classes."""
+def lost(row: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Return what a row loses on the first set, with its interval: points of accuracy, of agreement without classes."""
     first = row["judged"][0]
-    return float(first["lost"][0]) if "lost" in first else 100.0 - float(first["match"])
+    value, low, high = first.get("lost", [100.0 - first["match"]] * 3)
+    return value, low, high
 
 
-def _mark_dominated(rows: Sequence[dict[str, Any]]) -> None:
-    """Name for each row the fastest one that takes less time and loses less."""
+def mark_dominated(rows: Sequence[dict[str, Any]]) -> None:
+    """Name for each row the fastest one that beats it."""
+    standings = {row["name"]: standing(row["latency"], lost(row)) for row in rows}
     for row in rows:
-        better = [r for r in rows if r["p50_ms"] < row["p50_ms"] and lost(r) < lost(row)]
-        row["dominated_by"] = min(better, key=lambda r: float(r["p50_ms"]))["name"] if better else None
+        row["dominated_by"] = dominating(row["name"], standings)

@@ -150,8 +150,10 @@ _HEAD = """# Results
 Cut, then quantise, beside what is there without any surgery: the dense network in int8, the same on smaller images,
 zeros in place of channels (*masked*), and torch-pruning. All files of a table were timed in one race, in shuffled
 blocks, and judged in ONNX Runtime on the same images, none of which was among the photos. Points lost are paired on
-those images, with their 95 % interval. A row is *dominated* by another that takes less time and loses less. The figures
-are those of `benchmarks/studies/results/stacked.json`; only real weights are in it.
+those images, with their 95 % interval. A row is *dominated* by another that takes no more time and loses no more, and
+is better in one of them by intervals that do not meet. The figures are those of
+`benchmarks/studies/results/stacked.json`; only real weights are in it. "Of dense" is paired, round by round; "of dense
+int8" is the quotient of two medians.
 
 torch-pruning's default is its L1 criterion at half of every width, as it leaves the network. Its best is the one of
 its settings (five criteria that need no labels, layer by layer and globally, widths in steps of 16, which suits the
