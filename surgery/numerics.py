@@ -170,11 +170,16 @@ class Run(torch.fx.Interpreter):
             return value.clone() if n.op == "get_attr" and any(map(mutates, n.users)) else value
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         args, kwargs = tuple(map(self._here, args)), {name: self._here(x) for name, x in kwargs.items()}
-        if self._override is not None:
-            result = self._override(n, args, kwargs)
-            if result is not NotImplemented:
-                return result
-        return n.target(*args, **kwargs)  # type: ignore[operator]
+        made = not any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves((args, kwargs)))
+        result = NotImplemented if self._override is None else self._override(n, args, kwargs)
+        if result is NotImplemented:
+            result = n.target(*args, **kwargs)  # type: ignore[operator]
+        return self._raised(result) if made else result
+
+    def _raised(self, x: Any) -> Any:
+        """What an operator made of nothing, in the default dtype, in that of the run."""
+        floating = isinstance(x, torch.Tensor) and x.is_floating_point() and self._dtype is not None
+        return x.to(self._dtype) if floating else x
 
     def _here(self, x: Any) -> Any:
         if isinstance(x, torch.device):

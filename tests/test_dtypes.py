@@ -67,3 +67,22 @@ def test_files_are_float32_and_say_so(tmp_path: Path, dtype: torch.dtype) -> Non
     assert [i.type for i in session.get_inputs()] == ["tensor(float)"]
     said = f"exported as float32 (the model is {str(dtype).removeprefix('torch.')})"
     assert any(said in note for note in report.data["notes"])
+
+
+class Sampling(nn.Module):
+    """Makes a tensor of its own, in the default dtype, that meets what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, 8, 4, 4)."""
+        grid = torch.zeros(x.shape[0], 4, 4, 2) + 0.1
+        return nn.functional.grid_sample(self.body(torch.relu(self.stem(x))), grid, align_corners=False)
+
+
+def test_a_tensor_that_forward_makes_meets_the_others_in_any_dtype() -> None:
+    result = surgery.shrink(Sampling().eval(), torch.randn(2, 3, 12, 12), budget=surgery.Budget(macs=0.5))
+    assert result.kind == "module"
+    assert result.check.error_float64 <= 1e-10

@@ -71,7 +71,8 @@ def run(path: Path, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_int8_computes_nearly_the_same_in_a_third_of_the_bytes(source: Path, tmp_path: Path, method: str) -> None:
-    made = to_int8(source, tmp_path / "net.int8.onnx", images(), Int8(method))
+    how = Int8(method, reduce_range=quantize.saturates())  # or sums of products would be cut off here
+    made = to_int8(source, tmp_path / "net.int8.onnx", images(), how)
     assert made.layers == (4, 4)
     assert made.bytes == made.path.stat().st_size
     assert made.cosine > 0.99
