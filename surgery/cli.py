@@ -82,9 +82,7 @@ def shrink(session: Session, /, model: str, as_json: bool, quiet: bool, out: Pat
             from surgery import company
 
             return company.follow(loaded, given, _request(given))
-        written = _deliver(
-            session, loaded, model, out, given, how, progress, lambda: _decide(loaded, given, progress, how)
-        )
+        written = _deliver(session, loaded, model, out, given, how, progress, lambda: _decide(loaded, given, progress))
     print_report(written.data, as_json=as_json)
 
 
@@ -260,20 +258,12 @@ def _load(model: str, given: Mapping[str, Any], progress: Progress) -> LoadedMod
     return loaded
 
 
-def _decide(
-    loaded: LoadedModel, given: Mapping[str, Any], progress: Progress, how: Measurement | None = None
-) -> Decision:
+def _decide(loaded: LoadedModel, given: Mapping[str, Any], progress: Progress) -> Decision:
     from surgery.data_options import with_data
-    from surgery.datasets import Images
     from surgery.pipeline import decided
-    from surgery.precisions import refuse_too_few
 
     inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
     request = with_data(_request(given), loaded, given)
-    if how is not None and isinstance(
-        request.data, Images
-    ):  # before the long work; how many a loader has is known after it
-        refuse_too_few(how.precisions, min(len(request.data), request.images))
     return decided(loaded.module, inputs, request, example_kwargs=kwargs, progress=progress)
 
 

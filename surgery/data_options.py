@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from surgery.datasets import open_images
+from surgery.datasets import Images, open_images
 from surgery.errors import InvalidInput
 from surgery.evaluate import open_evaluation
 from surgery.models import LoadedModel
+from surgery.precisions import Precisions, refuse_too_few, with_deployed
 from surgery.recover.teaching import Training
 from surgery.recovery import TAUGHT, level_of, refuse_drop
 from surgery.request import Request
@@ -31,6 +32,9 @@ def with_data(request: Request, loaded: LoadedModel, given: Mapping[str, Any]) -
         for name in ("data", "val")
         if given[name] is not None
     }
+    if isinstance(opened.get("data"), Images):  # before the long work; how many a loader has is known after it
+        chosen = with_deployed(Precisions(given.get("precision", ("fp32",))), given.get("deploy", "fp32"))
+        refuse_too_few(chosen, min(len(opened["data"]), given["images"]))
     level = given["recover"]
     if level is None and "data" not in opened:
         level = "fold" if _can_fold(loaded, request, shape) else "none"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +142,16 @@ def rows(
 
 
 def lost(agreement: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Return what a row loses, with its interval: points of accuracy, of agreement without labels, else of cosine."""
+    """Return what a row loses and its interval: points of accuracy, of agreement without labels, else of cosine.
+
+    How sure a cosine is, is not known: its interval is open.
+    """
     for key in ("drop", "differs"):
         if agreement[key] is not None:
             value, low, high = (float(x) for x in agreement[key])
             return value, low, high
     apart = 100.0 * (1.0 - float(agreement["cosine"]))
-    return apart, apart, apart
+    return apart, -inf, inf
 
 
 @dataclass(frozen=True, slots=True)

@@ -300,7 +300,7 @@ def close(
             why = "every group is at its smallest"
             break
         if any(_same(corrected.plan, p.plan) for p in plans):
-            why = "no other combination of widths comes nearer"
+            why = "correcting the aim leads back to widths that were timed before"
             break
         plans.append(corrected)
     best = min(range(len(rounds)), key=lambda k: _distance(rounds[k].measured / target))

@@ -13,6 +13,7 @@ import io
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.studies import data
+from benchmarks.studies.latency.rivals import Subject
 from benchmarks.studies.ours import holds, keep_weights, kept, with_weights
 from benchmarks.studies.recovery.subjects import Network, logits, network, to_learn_from
 from benchmarks.studies.views import Sight, batches
 from surgery.cut import as_call
 from surgery.errors import InvalidInput
-from surgery.recover.teaching import Student, Training
+from surgery.recover.teaching import History, Student, Training
 from surgery.recover.train import train
 from surgery.trace import trace
 
@@ -80,9 +82,8 @@ class Lesson:
         )
 
 
-_CIFAR = Lesson("resnet56", steps=4500, batch=512, settings=(Setting(1e-3),))
 LESSONS = {
-    "resnet56.int8": _CIFAR,
+    "resnet56.int8": Lesson("resnet56", steps=3160, batch=512, settings=(Setting(1e-3),)),
     "mobilenet_v2.int8": Lesson(
         "mobilenet_v2",
         steps=4650,
@@ -210,12 +211,6 @@ def _learn(
     checkpoint: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Teach in place; returns the marks."""
-    program = trace(known.subject.module, known.subject.inputs)
-
-    def call(model: nn.Module, inputs: Any) -> Any:
-        args, kwargs = as_call(program, list(inputs))
-        return model(*args, **kwargs)
-
     told, begun = [0.0], time.monotonic()
 
     def tell(fraction: float) -> None:
@@ -223,25 +218,49 @@ def _learn(
             told[0] = fraction
             print(f"    {name}: {100 * fraction:.0f} %, {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
 
-    area = lesson.settings[0].area
-    teacher, layout = copy.deepcopy(known.subject.module), torch.channels_last
-    for each in (module, teacher):
-        each.to(memory_format=layout)  # type: ignore[call-overload]
+    part = replace(sight, area=lesson.settings[0].area)
+    views = batches(images.contiguous(memory_format=LAYOUT), part, lesson.batch, lesson.steps // MARKS)
+    training, key = lesson.training(checkpoint), f"{name} {lesson}"
+    history = learn(known.subject, module, views, training, key=key, progress=tell)
+    return [asdict(mark) for mark in history.marks]
+
+
+LAYOUT = torch.channels_last
+"""Of weights and images while a network is taught: what accelerators compute in."""
+
+
+def learn(
+    teacher: Subject,
+    module: nn.Module,
+    images: Any,
+    training: Training,
+    *,
+    labels: bool = False,
+    key: str = "",
+    progress: Callable[[float], None] = lambda fraction: None,
+) -> History:
+    """Teach a network in place, all of its parameters; the teacher stays as it is. Arguments are those of `train`."""
+    program, dense = trace(teacher.module, teacher.inputs), copy.deepcopy(teacher.module)
+
+    def call(model: nn.Module, inputs: Any) -> Any:
+        args, kwargs = as_call(program, list(inputs))
+        return model(*args, **kwargs)
+
+    for each in (module, dense):
+        each.to(memory_format=LAYOUT)  # type: ignore[call-overload]
     torch.manual_seed(0)
     history = train(
         Student(module, call, program.inputs),
-        Student(teacher, call, program.inputs),
-        batches(
-            images.contiguous(memory_format=layout), replace(sight, area=area), lesson.batch, lesson.steps // MARKS
-        ),
-        lesson.training(checkpoint),
+        Student(dense, call, program.inputs),
+        images,
+        training,
         learning=list(module.parameters()),
-        labels=False,
-        key=f"{name} {lesson}",
-        progress=tell,
+        labels=labels,
+        key=key,
+        progress=progress,
     )
     module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    return [asdict(mark) for mark in history.marks]
+    return history
 
 
 if __name__ == "__main__":

@@ -19,13 +19,11 @@ from torch import Tensor, nn
 import surgery
 from benchmarks.studies.latency.bench import tell
 from benchmarks.studies.latency.rivals import Subject
+from benchmarks.studies.lessons import learn
 from benchmarks.studies.networks import projected_resnet
 from benchmarks.studies.recovery.subjects import LOSSLESS, Judged, Network, judged_all, packed_jpegs
 from benchmarks.studies.views import Sight, accelerator, batches
-from surgery.cut import as_call
-from surgery.recover.teaching import Student, Training
-from surgery.recover.train import train
-from surgery.trace import trace
+from surgery.recover.teaching import Training
 
 DENSE, CUT = "torchpruning_resnet56_groupsl_reg.pt", "torchpruning_resnet56_groupsl_pruned2.55x.pt"
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -61,7 +59,7 @@ def at_published(root: Path, steps_dense: int = STEPS_DENSE, steps: int = STEPS)
         rows.append({**told, "recovery": before, "judged": judged_all(known, [module])})
         tell(f"{tool} is taught")
         begun = time.monotonic()
-        taught = _taught(copy.deepcopy(module), dense, images, labels, steps)
+        taught = _taught(copy.deepcopy(module), subject, images, labels, steps)
         rows.append({
             **told,
             "recovery": "finetune",
@@ -107,26 +105,8 @@ def _learnt(module: nn.Module, images: Tensor, labels: Tensor, steps: int) -> nn
     return module.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload, no-any-return]
 
 
-def _taught(module: nn.Module, dense: nn.Module, images: Tensor, labels: Tensor, steps: int) -> nn.Module:
+def _taught(module: nn.Module, dense: Subject, images: Tensor, labels: Tensor, steps: int) -> nn.Module:
     """Let the dense network and the classes teach a compact one."""
-    program, teacher = trace(dense, (torch.zeros(1, 3, 32, 32),)), copy.deepcopy(dense)
-
-    def call(model: nn.Module, inputs: Any) -> Any:
-        args, kwargs = as_call(program, list(inputs))
-        return model(*args, **kwargs)
-
-    for each in (module, teacher):
-        each.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    torch.manual_seed(0)
     training = Training(epochs=MARKS, lr=RATE, ema=0.999, weight_decay=5e-4, mixed_precision="bf16", patience=MARKS)
-    train(
-        Student(module, call, program.inputs),
-        Student(teacher, call, program.inputs),
-        batches(images, SIGHT, BATCH, steps // MARKS, labels),
-        training,
-        learning=list(module.parameters()),
-        labels=True,
-        key="",
-        progress=lambda fraction: None,
-    )
-    return module.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload, no-any-return]
+    learn(dense, module, batches(images, SIGHT, BATCH, steps // MARKS, labels), training, labels=True)
+    return module.eval()

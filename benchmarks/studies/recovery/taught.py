@@ -14,11 +14,9 @@ from torch import nn
 
 import surgery
 from benchmarks.studies.latency.bench import Bench, loop_of
+from benchmarks.studies.lessons import learn
 from benchmarks.studies.recovery.subjects import SEEDS, Network, against, judged_all, network, to_learn_from
-from surgery.cut import as_call
-from surgery.recover.teaching import Student, Training
-from surgery.recover.train import train
-from surgery.trace import trace
+from surgery.recover.teaching import Training
 
 TO_MACS = Training(epochs=4, batch=128, lr=5e-4, mixed_precision="bf16")
 TO_LATENCY = replace(TO_MACS, epochs=8, lr=1e-3)
@@ -112,24 +110,8 @@ def _distilled(
 
 def _peer(known: Network, smaller: nn.Module, root: Path) -> tuple[nn.Module, float]:
     """Teach the smaller network on the same images in the same way."""
-    module = copy.deepcopy(smaller)
-    program = trace(module, known.subject.inputs)
-
-    def call(model: nn.Module, inputs: Any) -> Any:
-        args, kwargs = as_call(program, list(inputs))
-        return model(*args, **kwargs)
-
-    begun = time.monotonic()
+    module, begun = copy.deepcopy(smaller), time.monotonic()
     pixels = to_learn_from(known, root)
     unknown = torch.full((len(pixels),), -1)
-    train(
-        Student(module, call, program.inputs),
-        Student(copy.deepcopy(known.subject.module), call, program.inputs),
-        torch.utils.data.TensorDataset(pixels, unknown),
-        TO_LATENCY,
-        learning=list(module.parameters()),
-        labels=False,
-        key="",
-        progress=lambda fraction: None,
-    )
+    learn(known.subject, module, torch.utils.data.TensorDataset(pixels, unknown), TO_LATENCY)
     return module.eval(), round(time.monotonic() - begun, 1)

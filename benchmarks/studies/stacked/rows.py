@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -263,9 +264,9 @@ def _lost(before: Tensor, after: Tensor, *, itself: bool) -> list[float]:
 
 
 def lost(row: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Return what a row loses on the first set, with its interval: points of accuracy, of agreement without classes."""
+    """Return what a row loses on the first set, and its interval; of agreement where there are no classes, open."""
     first = row["judged"][0]
-    value, low, high = first.get("lost", [100.0 - first["match"]] * 3)
+    value, low, high = first.get("lost", (100.0 - first["match"], -inf, inf))
     return value, low, high
 
 
