@@ -6,7 +6,7 @@ on the files themselves, in fresh processes, and the plan's aim is moved until t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -36,6 +36,8 @@ NEAR = 0.02
 """One process's ratio that is this near is worth asking others."""
 CLOSE = 0.015
 """Corrections end once the measured ratio is this near, relative to the one asked for."""
+HIGHEST_AIM = 0.999
+"""Corrections that ask for more ask for this fraction of the dense time."""
 
 Progress = Callable[[str, float], None]
 
@@ -293,22 +295,59 @@ def close(
         rounds.append(Round(aim, _loop(plans[-1]).predicted, found.value, found.ratios))
         if last or abs(found.value / target - 1) <= CLOSE:
             break
-        aim *= target / found.value
         try:
-            corrected = replan(min(aim, 0.999))
+            corrected = _another(rounds, target, plans, replan)
         except BudgetUnreachable:
             why = "every group is at its smallest"
             break
-        if any(_same(corrected.plan, p.plan) for p in plans):
-            why = "correcting the aim leads back to widths that were timed before"
+        if corrected is None:
+            why = "no other widths were found between those that were timed"
             break
-        plans.append(corrected)
+        aim, plan = corrected
+        plans.append(plan)
     best = min(range(len(rounds)), key=lambda k: _distance(rounds[k].measured / target))
     if len(rounds[best].ratios) < timer.PROCESSES:
         found = track.time(track.entry(cut(plans[best])), processes=timer.PROCESSES)
         rounds[best] = replace(rounds[best], measured=found.value, ratios=found.ratios)
     loop = replace(_loop(plans[best]), dense_ms=median(dense), rounds=tuple(rounds), taken=best)
     return plans[best], _judged(loop, why)
+
+
+def _another(
+    rounds: Sequence[Round], target: float, plans: Sequence[Chosen], replan: Callable[[float], Chosen]
+) -> tuple[float, Chosen] | None:
+    """Return the next aim and its plan, one that was not timed yet; None where no such plan is found.
+
+    Raises:
+        BudgetUnreachable: the first correction asks for less than the smallest plan takes.
+    """
+    for number, aim in enumerate(_aims(rounds, target)):
+        try:
+            found = replan(min(aim, HIGHEST_AIM))
+        except BudgetUnreachable:
+            if number == 0:
+                raise
+            continue
+        if not any(_same(found.plan, plan.plan) for plan in plans):
+            return aim, found
+    return None
+
+
+def _aims(rounds: Sequence[Round], target: float) -> Iterator[float]:
+    """Corrections of the last aim, the best first.
+
+    In proportion; but between two aims, one of which took too long and one less than asked for, where there are such.
+    """
+    last = rounds[-1]
+    factor = target / last.measured
+    across = [r.aim for r in rounds if (r.measured < target) != (last.measured < target)]
+    if not across:
+        yield from (last.aim * factor**power for power in (1, 2, 4))
+        return
+    other = min(across, key=lambda aim: abs(aim - last.aim))
+    if min(last.aim, other) < last.aim * factor < max(last.aim, other):
+        yield last.aim * factor
+    yield from (last.aim + share * (other - last.aim) for share in (0.5, 0.25, 0.75))
 
 
 def _loop(plotted: Plotted) -> Loop:
@@ -330,4 +369,5 @@ def _judged(loop: Loop, why: str) -> Loop:
     told = f"measured {measured:.4f} of {loop.dense} latency, asked for {loop.target:.4f}, in {rounds}"
     if loop.met:
         return replace(loop, verdict=f"met: {told}")
-    return replace(loop, verdict=f"NOT met: {told}: {why}")
+    more = ", faster than asked for since more was cut than had to be" if measured < loop.target else ""
+    return replace(loop, verdict=f"NOT met: {told}{more}: {why}")

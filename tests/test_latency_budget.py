@@ -216,7 +216,23 @@ def test_coarse_steps_end_the_loop_at_the_nearest_plan() -> None:
     assert len(loop.rounds) <= race.ROUNDS
     assert taken.loop.predicted_ms == pytest.approx(0.5)
     assert loop.met is False
-    assert "no other combination" in loop.verdict
+    assert "no other widths" in loop.verdict
+    assert sorted(r.measured for r in loop.rounds) == pytest.approx([0.44, 0.55])
+
+
+def test_a_correction_across_a_stair_is_followed_by_one_between() -> None:
+    """Taken in proportion, it would go back and forth between the two sides."""
+    taken, loop, _ = close(lambda aim: 0.7 if aim > 0.45 else 0.5 if aim > 0.4 else 0.29)
+    assert loop.met
+    assert [r.measured for r in loop.rounds] == [0.7, 0.29, 0.5]
+    assert 0.4 < taken.loop.predicted_ms <= 0.45
+
+
+def test_what_is_faster_than_asked_for_is_told() -> None:
+    _, loop, _ = close(lambda aim: 0.8 if aim > 0.4 else 0.4)
+    assert loop.met is False
+    assert loop.verdict.startswith("NOT met: measured 0.4000")
+    assert "more was cut than had to be" in loop.verdict
 
 
 def test_a_loop_is_plain_json() -> None:
