@@ -122,7 +122,7 @@ def export(
     """
     target = writable(Path(path))
     reader = Reader.of(min_ort) if min_ort is not None else None
-    number = _opset(opset, reader, dynamo=dynamo)
+    number = operator_set(opset, reader, dynamo=dynamo)
     props = {"tool": _TOOL, "tool_version": _tool_version(), **{k: str(v) for k, v in (metadata or {}).items()}}
     with quiet():
         subject, notes = _copy(model)
@@ -137,6 +137,22 @@ def export(
         props["example_shapes"] = json.dumps(shapes, sort_keys=True)
         job = _Job(subject, call, outputs, target, number, props, check, dynamo, reader)
         return _first_that_works(job, axes, notes)
+
+
+def operator_set(asked: int | None, reader: Reader | None, *, dynamo: bool = True) -> int:
+    """Return the operator set that `export` writes.
+
+    Raises:
+        InvalidInput: what is asked for is out of range, or beyond what `reader` reads.
+    """
+    newest = onnx.defs.onnx_opset_version() if dynamo else TORCHSCRIPT_NEWEST_OPSET
+    most = DEFAULT_OPSET if reader is None else min(DEFAULT_OPSET, reader.opset)
+    number = most if asked is None else asked
+    if reader is not None and number > reader.opset:
+        raise InvalidInput(f"ONNX Runtime {reader.version} reads operator sets up to {reader.opset}, not {number}")
+    if not OLDEST_OPSET <= number <= newest:
+        raise InvalidInput(f"opset {number} is out of range: this exporter writes {OLDEST_OPSET} to {newest}")
+    return number
 
 
 def bytes_of(path: str | os.PathLike[str]) -> int:
@@ -369,17 +385,6 @@ def _run(model: torch.nn.Module, call: Call) -> Any:
             f"{type(model).__name__} does not run on the example inputs{place}: {reason(error)}; "
             "check their shapes and types"
         ) from error
-
-
-def _opset(asked: int | None, reader: Reader | None, *, dynamo: bool) -> int:
-    newest = onnx.defs.onnx_opset_version() if dynamo else TORCHSCRIPT_NEWEST_OPSET
-    most = DEFAULT_OPSET if reader is None else min(DEFAULT_OPSET, reader.opset)
-    number = most if asked is None else asked
-    if reader is not None and number > reader.opset:
-        raise InvalidInput(f"ONNX Runtime {reader.version} reads operator sets up to {reader.opset}, not {number}")
-    if not OLDEST_OPSET <= number <= newest:
-        raise InvalidInput(f"opset {number} is out of range: this exporter writes {OLDEST_OPSET} to {newest}")
-    return number
 
 
 def _dynamic(model: ir.Model) -> dict[str, dict[int, str]]:

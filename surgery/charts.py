@@ -69,7 +69,7 @@ def times(rows: Sequence[Mapping[str, Any]]) -> str:
         axes.set_xlim(left=0)
         axes.set_xlabel("milliseconds a run")
 
-    return inline(drawn((6.4, 0.7 + 0.32 * len(rows)), draw), "distribution of run times by file")
+    return inline(drawn((4.8, 0.7 + 0.32 * len(rows)), draw), "distribution of run times by file")
 
 
 def operators(before: Mapping[str, float], after: Mapping[str, float], name: str) -> str:
@@ -87,7 +87,7 @@ def operators(before: Mapping[str, float], after: Mapping[str, float], name: str
         axes.legend()
 
     return inline(
-        drawn((6.4, 0.9 + 0.36 * len(names)), draw), f"time by operator, {name.replace('compact', 'dense')} and {name}"
+        drawn((4.8, 0.9 + 0.36 * len(names)), draw), f"time by operator, {name.replace('compact', 'dense')} and {name}"
     )
 
 
@@ -99,13 +99,13 @@ def widths(layers: Sequence[Mapping[str, Any]]) -> str:
             after = layer["compact"][0] if layer["compact"] else 0
             axes.barh(k, layer["dense"][0], height=0.72, color=LIGHT)
             axes.barh(k, after, height=0.72, color=COMPACT)
-            axes.text(layer["dense"][0], k, f" {layer['dense'][0]} → {after or 'gone'}", va="center", fontsize=7)
-        axes.set_yticks(range(len(layers)), [layer["name"].removesuffix(".weight") for layer in layers], fontsize=7)
+            axes.text(layer["dense"][0], k, f" {layer['dense'][0]} → {after or 'gone'}", va="center", fontsize=7.5)
+        axes.set_yticks(range(len(layers)), [layer["name"].removesuffix(".weight") for layer in layers], fontsize=7.5)
         axes.set_ylim(len(layers) - 0.4, -0.6)
         axes.margins(x=0.12)
         axes.set_xlabel("units that come out")
 
-    return inline(drawn((6.4, 0.6 + 0.17 * len(layers)), draw), "widths of layers before and after")
+    return inline(drawn((4.8, 0.6 + 0.18 * len(layers)), draw), "widths of layers before and after")
 
 
 def staircase(stair: Mapping[str, Any]) -> str:
@@ -121,7 +121,7 @@ def staircase(stair: Mapping[str, Any]) -> str:
         axes.set_title(stair["title"], fontsize=8)
         axes.set_xlabel("width")
         axes.set_ylabel("ms")
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7.5)
 
     return inline(drawn((3.1, 2.3), draw), f"time over width of {stair['title']}")
 

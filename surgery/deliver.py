@@ -73,8 +73,7 @@ class Measurement:
         Settings(batch=self.batch, threads=self.threads, seed=self.seed)
         if wrong := [name for name in self.formats if name not in ("onnx", "ort")]:
             raise InvalidInput(f"format '{wrong[0]}': there are onnx and ort")
-        if self.min_ort is not None:
-            Reader.of(self.min_ort)
+        onnx.operator_set(self.opset, None if self.min_ort is None else Reader.of(self.min_ort))
 
 
 def save(
@@ -111,55 +110,17 @@ def save(
     how, without = _deployed(how, result)
     precisions.refuse_without_images(how.precisions, regained.seen if regained is not None else None)
     with artefacts.output_set(out) as folder, tempfile.TemporaryDirectory(prefix="surgery-") as scratch:
-        result.plan.save(folder / artefacts.PLAN)
-        (folder / artefacts.COMPACT_WEIGHTS).write_bytes(weights_bytes(result.model))
-        with clock("save"):
-            notes = _save_program(result, folder / artefacts.COMPACT_PT2)
-        written, subject, where = exports.export(result, folder, Path(scratch), how.opset, how.min_ort, clock)
-        fewer = _in_fewer_bits(result, subject, written, folder, how, clock)
-        timed = {**{name: export.path for name, export in written.items()}, **{n: f.path for n, f in fewer.items()}}
-        if "ort" in how.formats:
-            with clock("ort format"):
-                _in_ort_format(subject, timed)
-        timing, doubts = _time(subject, written, timed, how, clock)
-        notes += [
-            *where,
-            *exports.notes_of(written),
-            *exports.fixed_sizes(result, subject, written["compact"]),
-            *doubts,
-        ]
-        notes += [*without, *precisions.notes(fewer, timing, report.deployed(result.report))]
-        data = report.measured(
-            {
-                **result.report,
-                **exports.whole_figures(result, subject),
-                "stages_s": {**result.report["stages_s"], **clock.seconds},
-            },
-            onnx_bytes={name: export.bytes for name, export in written.items()},
-            timing=timing,
-            files_sha256={path.name: _sha256(path) for path in sorted(folder.iterdir())},
-            notes=notes,
-        )
-        with clock("profile"):
-            data["operators"] = _operators(data["timing"], timed)
-        judged = _judged(result, subject, fewer, how, clock)
-        data["models"] = precisions.rows(data["models"], fewer, judged, timing)
-        data["accuracy"] = {**data["accuracy"], **_of_deployed(result, judged)}
+        files = _write_models(result, folder, Path(scratch), how, clock)
+        timing, doubts = _time(files, how, clock)
+        digests = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+        notes = [*files.notes, *exports.notes_of(files.written)]
+        notes += [*exports.fixed_sizes(result, files.subject, files.written["compact"]), *doubts, *without]
+        notes += precisions.notes(files.fewer, timing, report.deployed(result.report))
+        data = _measured(result, files, timing, digests, notes, how, clock)
         if evaluate is not None:
             with clock("evaluate"):
-                data["evaluation"] = {
-                    name: evaluate(OnnxModel(path, threads=how.threads))
-                    for name, path in timed.items()
-                    if name != "masked"
-                }
-        if (drawing := charts.recovery(data)) is not None:
-            (folder / artefacts.RECOVERY).write_text(drawing, encoding="utf-8")
-            data["files"][artefacts.RECOVERY] = _sha256(folder / artefacts.RECOVERY)
-        told = Report(data)
-        (folder / artefacts.REPORT).write_text(told.to_json(), encoding="utf-8")
-        (folder / artefacts.REPORT_TEXT).write_text(report.render_markdown(data), encoding="utf-8")
-        (folder / artefacts.REPORT_PAGE).write_text(page.render(data), encoding="utf-8")
-    return told
+                data["evaluation"] = _evaluated(files, evaluate, how.threads)
+        return _write_report(data, folder)
 
 
 def weights_bytes(module: torch.nn.Module) -> bytes:
@@ -228,6 +189,81 @@ def _of_deployed(result: Result, judged: Mapping[str, Agreement]) -> dict[str, A
 
 
 # The steps of `save`. ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The models that were written: in float32, in fewer bits, of which models, and what there is to say of them."""
+
+    written: Mapping[str, onnx.ExportResult]
+    fewer: Mapping[str, Quantised]
+    subject: exports.Subject
+    notes: tuple[str, ...]
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Name of a row → its ONNX file."""
+        full = {name: export.path for name, export in self.written.items()}
+        return full | {name: file.path for name, file in self.fewer.items()}
+
+
+def _write_models(result: Result, folder: Path, scratch: Path, how: Measurement, clock: Clock) -> _Files:
+    result.plan.save(folder / artefacts.PLAN)
+    (folder / artefacts.COMPACT_WEIGHTS).write_bytes(weights_bytes(result.model))
+    with clock("save"):
+        notes = _save_program(result, folder / artefacts.COMPACT_PT2)
+    written, subject, where = exports.export(result, folder, scratch, how.opset, how.min_ort, clock)
+    fewer = _in_fewer_bits(result, subject, written, folder, how, clock)
+    files = _Files(written, fewer, subject, (*notes, *where))
+    if "ort" in how.formats:
+        with clock("ort format"):
+            _in_ort_format(subject, files.paths)
+    return files
+
+
+def _measured(
+    result: Result,
+    files: _Files,
+    timing: dict[str, Any],
+    digests: dict[str, str],
+    notes: list[str],
+    how: Measurement,
+    clock: Clock,
+) -> dict[str, Any]:
+    """The report's values, with what was found of the files."""
+    data = report.measured(
+        {
+            **result.report,
+            **exports.whole_figures(result, files.subject),
+            "stages_s": {**result.report["stages_s"], **clock.seconds},
+        },
+        onnx_bytes={name: export.bytes for name, export in files.written.items()},
+        timing=timing,
+        files_sha256=digests,
+        notes=notes,
+    )
+    with clock("profile"):
+        data["operators"] = _operators(data["timing"], files.paths)
+    judged = _judged(result, files.subject, files.fewer, how, clock)
+    data["models"] = precisions.rows(data["models"], files.fewer, judged, timing)
+    data["accuracy"] = {**data["accuracy"], **_of_deployed(result, judged)}
+    return data
+
+
+def _evaluated(files: _Files, evaluate: Evaluate, threads: int) -> dict[str, Any]:
+    models = (name for name in files.paths if name != "masked")
+    return {name: evaluate(OnnxModel(files.paths[name], threads=threads)) for name in models}
+
+
+def _write_report(data: dict[str, Any], folder: Path) -> Report:
+    if (drawing := charts.recovery(data)) is not None:
+        (folder / artefacts.RECOVERY).write_text(drawing, encoding="utf-8")
+        data["files"][artefacts.RECOVERY] = _sha256(folder / artefacts.RECOVERY)
+    told = Report(data)
+    (folder / artefacts.REPORT).write_text(told.to_json(), encoding="utf-8")
+    (folder / artefacts.REPORT_TEXT).write_text(report.render_markdown(data), encoding="utf-8")
+    (folder / artefacts.REPORT_PAGE).write_text(page.render(data), encoding="utf-8")
+    return told
 
 
 def _save_program(result: Result, path: Path) -> list[str]:
@@ -301,21 +337,16 @@ def _judged(
     return found
 
 
-def _time(
-    subject: exports.Subject,
-    written: Mapping[str, onnx.ExportResult],
-    files: Mapping[str, Path],
-    how: Measurement,
-    clock: Clock,
-) -> tuple[dict[str, Any], list[str]]:
+def _time(files: _Files, how: Measurement, clock: Clock) -> tuple[dict[str, Any], list[str]]:
     """Return the timer's findings as JSON values, and a note where another batch than asked for was timed."""
+    subject = files.subject
     tensors = bind(subject.dense, subject.args, subject.kwargs).tensors
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    fixed = not all(any(0 in axes for axes in export.dynamic.values()) for export in written.values())
+    fixed = not all(any(0 in axes for axes in export.dynamic.values()) for export in files.written.values())
     batch = subject.batch if fixed else how.batch
     notes = [f"timed at batch {batch}, which the model fixes"] if batch != how.batch else []
     timing = ort.time(
-        files,
+        files.paths,
         batch=batch,
         threads=how.threads,
         max_runs=how.runs,

@@ -99,7 +99,13 @@ def _tables(data: Mapping[str, Any]) -> list[tuple[str, Sequence[str], Sequence[
         ("Time and what it costs", report_steps.JUDGED, report_steps.judged_cells(data)),
         ("Recovery, step by step", report_steps.STEP_COLUMNS, report_steps.step_cells(data)),
     ]
-    return [(title, columns, rows) for title, columns, rows in known if rows]
+    return [(title, *_filled(columns, rows)) for title, columns, rows in known if rows]
+
+
+def _filled(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    """Leave out columns that say nothing of any row: a phone is narrow."""
+    used = [k for k in range(len(columns)) if k == 0 or any(row[k] not in ("", "-") for row in rows)]
+    return [columns[k] for k in used], [[row[k] for k in used] for row in rows]
 
 
 def _charts(data: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -303,7 +303,7 @@ def _reference(subject: Subject, request: Request, seen: Calibration | None) -> 
     if seen is None:
         return None
     batches: Judged = [(batch, None) for batch in seen.given or seen.batches]
-    return Reference.of(subject.dense_call, batches, f"{seen.count} images of --data, those it was recovered with")
+    return Reference.of(subject.dense_call, batches, f"{seen.count} images of --data, those it was made with")
 
 
 def _specs(whole: Whole | None, program: Program) -> Sequence[InputSpec]:

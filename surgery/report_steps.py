@@ -101,9 +101,14 @@ def step_notes(data: Mapping[str, Any]) -> list[str]:
             + ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
         )
     if within := data.get("within"):
-        tries = ", ".join(f"{t['aim']:.2f} lost up to {t['upper']:.2f}" for t in within["tried"])
+        tries = ", ".join(map(_tried, within["tried"]))
         notes.append(
             f"the lowest latency within {within['max_drop']:g} points of {within['of']}: measured "
-            f"{within['measured']:.3f} of {within.get('dense', 'the dense')} model's; tried: {tries}"
+            f"{within['measured']:.3f} of {within.get('dense', 'the dense')} model's; aimed at: {tries}"
         )
     return notes
+
+
+def _tried(one: Mapping[str, Any]) -> str:
+    timed = "" if one["measured"] is None else f" (measured {one['measured']:.3f})"
+    return f"{one['aim']:.2f}{timed} lost up to {one['upper']:.2f}"

@@ -74,7 +74,9 @@ def test_blocks_of_real_networks_are_found_and_dropped_exactly(name: str) -> Non
     if name == "resnet110":
         model, image = CifarResNet(18).eval(), torch.randn(1, 3, 32, 32)
     else:
-        model, image = getattr(import_torchvision().models, name)(weights=None).eval(), torch.randn(1, 3, 224, 224)
+        sized = {"image_size": 64} if name == "vit_b_16" else {}
+        model = import_torchvision().models.get_model(name, weights=None, **sized).eval()
+        image = torch.randn(1, 3, 64, 64)
     program = trace(model, image)
     blocks = find_blocks(program)
     layers = [block for block in blocks if block.is_layer]

@@ -33,6 +33,7 @@ from surgery.recover.drawn import drawn_images
 from surgery.recover.resume import Checkpoint
 from surgery.recover.teaching import loss_of
 from surgery.recover.views import Look, Order, Views
+from surgery.report_steps import step_notes
 from surgery.request import Clock, Request
 from surgery.trace import trace
 
@@ -657,6 +658,7 @@ def test_the_lowest_latency_within_a_drop(
     assert found.steps[-1].agreement.drop[2] <= 4.0
     assert told["measured"] == min(t["measured"] for t in told["tried"] if t["measured"] is not None)
     assert all((t["measured"] is not None) == (t["upper"] <= 4.0) for t in told["tried"])
+    assert f" (measured {told['measured']:.3f}) lost up to " in step_notes(found.report)[-1]
     with pytest.raises(BudgetUnreachable, match="no model within --max-drop"):
         monkeypatch.setattr(within, "lost_by", lambda steps: (9.0, 10.0, "accuracy"))
         fastest(1.0)

@@ -120,6 +120,8 @@ def test_a_version_that_is_none_is_refused_before_any_work(version: str, said: s
 def test_an_operator_set_beyond_the_runtime_is_refused(net: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"1\.16 reads operator sets up to 19, not 20"):
         exporter.export(net, torch.randn(1, 3, 16, 16), tmp_path / "a.onnx", min_ort="1.16", opset=20)
+    with pytest.raises(InvalidInput, match=r"1\.16 reads operator sets up to 19, not 20"):  # before any work
+        Measurement(min_ort="1.16", opset=20)
 
 
 def test_an_old_runtime_runs_the_files(net: nn.Module, tmp_path: Path) -> None:
