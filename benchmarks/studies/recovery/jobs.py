@@ -11,13 +11,14 @@ from typing import Any
 from torch import nn
 
 import surgery
+from benchmarks.studies import record
 from benchmarks.studies.latency.rivals import Setting, to_macs
 from benchmarks.studies.recovery.choices import by_repair, by_steps
 from benchmarks.studies.recovery.published import at_published
 from benchmarks.studies.recovery.subjects import SEEDS, Network, judged_all, network
 from benchmarks.studies.recovery.taught import to_latency_of
 from benchmarks.studies.recovery.taught import to_macs as taught_to_macs
-from benchmarks.studies.recovery.timed import at_latency, rivals, smaller_images
+from benchmarks.studies.recovery.timed import at_latency, rivals, settings, shortlist, smaller_images
 
 LABEL_FREE, RIVAL, PUBLISHED = "without labels", "torch-pruning", "published"
 GOALS = {
@@ -42,8 +43,9 @@ COMPARED = (
     ("resnet56", 0.476, ("l1",)),
 )
 """Network, fraction of its MACs, and criteria that are compared there with `second-order`."""
-AT_LATENCY = (("resnet56", 0.6), ("resnet20", 0.6), ("mobilenet_v2", 0.7))
-"""Network and fraction of the dense latency."""
+ALL, SHORTLIST = "all", "shortlist"
+AT_LATENCY = (("resnet56", 0.6, ALL), ("resnet20", 0.6, ALL), ("mobilenet_v2", 0.7, SHORTLIST))
+"""Network, fraction of the dense latency, and torch-pruning's settings: all, or those that do best at the same MACs."""
 SMALLER = "resnet20"
 """Downloaded instead of cutting ResNet-56."""
 
@@ -72,9 +74,9 @@ def every_job() -> Iterator[Job]:
     yield Job(PUBLISHED, "resnet56", 0.38, "with labels")
     yield Job("smaller images", "mobilenet_v2", 1.0, "dense")
     for name, macs in GOALS:
-        yield Job(RIVAL, name, macs, "all")
-    for name, ratio in AT_LATENCY:
-        yield Job("equal latency", name, ratio, "all")
+        yield Job(RIVAL, name, macs, ALL)
+    for name, ratio, among in AT_LATENCY:
+        yield Job("equal latency", name, ratio, among)
     for name, macs, criteria in COMPARED:
         for criterion in criteria:
             yield Job(LABEL_FREE, name, macs, criterion)
@@ -139,7 +141,14 @@ def _rivals(known: Network, job: Job, root: Path) -> list[dict[str, Any]]:
         module, point = to_macs(known.subject, setting, job.amount)
         return module, {"macs": round(point.ratio, 4)}
 
-    return rivals(known, made)
+    return rivals(known, made, settings())
+
+
+def _at_latency(known: Network, job: Job, root: Path) -> list[dict[str, Any]]:
+    if job.method == ALL:
+        return at_latency(known, job.amount, settings())
+    same = Job(RIVAL, job.network, next(macs for name, macs in GOALS if name == job.network), ALL)
+    return at_latency(known, job.amount, shortlist(record.read("recovery")["rows"][same.key]["rows"]))
 
 
 def _taught(known: Network, job: Job, root: Path) -> list[dict[str, Any]]:
@@ -160,7 +169,7 @@ _WORK: Mapping[str, Callable[[Network, Job, Path], list[dict[str, Any]]]] = Mapp
         "taught": _taught,
         PUBLISHED: lambda known, job, root: at_published(root),
         "smaller images": lambda known, job, root: smaller_images(root),
-        "equal latency": lambda known, job, root: at_latency(known, job.amount),
+        "equal latency": _at_latency,
         "choices": _choices,
     }
 )

@@ -176,7 +176,7 @@ def at_latency(rows: Sequence[Row]) -> str:
     heads = ("network", "by", "recovery", "latency", "MACs", "on", *_JUDGED)
 
     def lines() -> Iterator[Sequence[str]]:
-        for network, ratio in AT_LATENCY:
+        for network, ratio, _ in AT_LATENCY:
             found = _of(rows, "equal latency", network, ratio)
             ours = [r for r in found if r["tool"] == "ours"]
             for row in [*ours, *best_of([r for r in found if r["tool"] != "ours"])]:
@@ -186,7 +186,7 @@ def at_latency(rows: Sequence[Row]) -> str:
                     cells = (time, f"{row['macs']:.3f}", judged["images"], *_cells(judged))
                     yield (network, name, _recovery(row), *cells)
 
-    failed = [r for network, ratio in AT_LATENCY for r in _of(rows, "equal latency", network, ratio)]
+    failed = [r for network, ratio, _ in AT_LATENCY for r in _of(rows, "equal latency", network, ratio)]
     return _with_failures(table(heads, lines()), failed)
 
 

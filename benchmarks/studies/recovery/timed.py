@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -43,8 +43,18 @@ def settings() -> list[Setting]:
     ]
 
 
-def at_latency(known: Network, ratio: float) -> list[dict[str, Any]]:
-    """Ours as shipped, by each seed's images; torch-pruning brought to the latency of the slowest of ours.
+def shortlist(rows: Sequence[Mapping[str, Any]], most: int = 2) -> list[Setting]:
+    """Return torch-pruning's default, and of each recovery the settings of these rows that lose least."""
+    named: dict[tuple[str, bool], None] = {("l1", False): None}
+    for recovery in ("none", "bn"):
+        same = [r for r in rows if r.get("recovery") == recovery]
+        best = sorted(same, key=lambda r: float(r["judged"][0]["drop"]))[:most]
+        named |= {(r["criterion"], r["global"]): None for r in best}
+    return [s for s in settings() if (s.criterion, s.ranks_globally) in named]
+
+
+def at_latency(known: Network, ratio: float, among: Sequence[Setting]) -> list[dict[str, Any]]:
+    """Ours as shipped, by each seed's images; torch-pruning in these settings, at the latency of the slowest of ours.
 
     Where it ranks layer by layer, widths and with them the latency are the same for every criterion.
     """
@@ -79,7 +89,7 @@ def at_latency(known: Network, ratio: float) -> list[dict[str, Any]]:
             bench.add(setting.name, module)
             return module, {"macs": round(subject.kept(module), 4), "file": setting.name}
 
-        rows = [ours, *rivals(known, made)]
+        rows = [ours, *rivals(known, made, among)]
         figures = bench.race()
     times = figures["latency"]
     ours |= {"latency": times["ours 0"], "latencies": [times[f"ours {seed}"] for seed in SEEDS]}
@@ -89,14 +99,16 @@ def at_latency(known: Network, ratio: float) -> list[dict[str, Any]]:
     return rows
 
 
-def rivals(known: Network, made: Callable[[Setting], tuple[nn.Module, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Judge a rival's networks in every setting: as they are, and with the batch norms of each seed's images.
+def rivals(
+    known: Network, made: Callable[[Setting], tuple[nn.Module, dict[str, Any]]], among: Sequence[Setting]
+) -> list[dict[str, Any]]:
+    """Judge a rival's networks in these settings: as they are, and with the batch norms of each seed's images.
 
     On sets of images after the first, only its default and what is best on the first one.
     """
     rows, modules = list[dict[str, Any]](), list[list[nn.Module]]()
     first = replace(known, judged=known.judged[:1])
-    for setting in settings():
+    for setting in among:
         told: dict[str, Any] = {"tool": "torch-pruning", "criterion": setting.criterion}
         told["global"] = setting.ranks_globally
         tell(setting.name)
