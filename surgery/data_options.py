@@ -33,7 +33,7 @@ def with_data(request: Request, loaded: LoadedModel, given: Mapping[str, Any]) -
         if given[name] is not None
     }
     if isinstance(opened.get("data"), Images):  # before the long work; how many a loader has is known after it
-        chosen = with_deployed(Precisions(given.get("precision", ("fp32",))), given.get("deploy", "fp32"))
+        chosen = with_deployed(Precisions(given.get("precision", ("fp32",))), request.deploy)
         refuse_too_few(chosen, min(len(opened["data"]), given["images"]))
     level = given["recover"]
     if level is None and "data" not in opened:

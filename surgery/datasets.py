@@ -107,8 +107,8 @@ class Images(Dataset[tuple[Tensor, int]]):
         """Raise InvalidInput where more of the files looked at than one in a hundred could not be read."""
         if len(self.unreadable) > UNREADABLE * looked:
             raise InvalidInput(
-                f"{self.option} {self.place}: {len(self.unreadable)} of {looked} images cannot be read, the first is "
-                f"{min(self.unreadable)}; remove them or restore them"
+                f"{self.option} {self.place}: at least {len(self.unreadable)} of {looked} images cannot be read, the "
+                f"first is {min(self.unreadable)}; remove them or restore them"
             )
 
     def some(self, most: int) -> Iterator[tuple[Tensor, int]]:

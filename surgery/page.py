@@ -55,7 +55,8 @@ def _headline(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for name in dict.fromkeys(n for n in (asked, "compact", *compact[:1]) if n in times):
         speedup = times[name]["speedup"]
         told = f"{_faster(speedup['value'])}, {name} [{speedup['low']:.2f}, {speedup['high']:.2f}]"
-        found.append((f"{speedup['value']:.2f}×", told, f"{times[name]['p50_ms']:.3g} ms"))
+        sure = "" if data["timing"]["reliable"] else ", UNRELIABLE: see below"
+        found.append((f"{speedup['value']:.2f}×", told, f"{times[name]['p50_ms']:.3g} ms{sure}"))
         found += _against_its_like(name, times) + _loss(name, rows[name].get("agreement"))
     before, after = rows["dense"], rows[asked] if asked in rows else rows["compact"]
     if before["macs"] and after["macs"]:

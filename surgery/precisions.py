@@ -63,7 +63,7 @@ def refuse_without_images(how: Precisions, seen: Calibration | None) -> None:
 def refuse_too_few(how: Precisions, count: int) -> None:
     """Raise InvalidInput where there are not enough images to calibrate files in int8 on."""
     if "int8" in how.fewer and count < FEWEST:
-        raise InvalidInput(f"--precision int8: too few images to calibrate on ({count}); give {FEWEST} or more")
+        raise InvalidInput(f"too few images to calibrate files in int8 on ({count}); give {FEWEST} or more with --data")
 
 
 def write(
@@ -136,6 +136,8 @@ def rows(
     times = {t["name"]: t["ratio"] for t in timing["rows"]} if timing else {}
     known = {row["name"]: row["agreement"] for row in listed if row["agreement"] and row["name"] in times}
     standings = {name: standing(times[name], lost(agreement)) for name, agreement in known.items()}
+    if timing and not timing["reliable"]:
+        standings = {}  # which is faster is not known
     for row in listed:
         row["dominated_by"] = dominating(row["name"], standings)
     return listed
@@ -191,6 +193,7 @@ def notes(quantised: Mapping[str, Quantised], timing: Mapping[str, Any] | None, 
     """
     told = list(dict.fromkeys(f"int8: {note}" for file in quantised.values() for note in file.notes))
     times = {t["name"]: t["ratio"] for t in timing["rows"]} if timing else {}
+    unsure = " (in times that are unreliable)" if timing and not timing["reliable"] else ""
     for name, file in quantised.items():
         of, _, precision = name.rpartition(" ")
         if file.layers[0] < file.layers[1]:
@@ -200,10 +203,10 @@ def notes(quantised: Mapping[str, Quantised], timing: Mapping[str, Any] | None, 
             if relative >= FASTER:
                 also = ", only smaller" if precision == "fp16" else ""
                 share = times[name]["value"] / times[of]["value"]
-                told.append(f"{name} is not faster on this machine{also}: {share:.2f} of the time in fp32")
+                told.append(f"{name} is not faster on this machine{also}: {share:.2f} of the time in fp32{unsure}")
     if {"dense int8", "compact int8"} <= times.keys():
         share = times["compact int8"]["value"] / times["dense int8"]["value"]
         if share >= FASTER:
             why = "" if deployed == "int8" else ": the widths were not chosen for int8 (--latency with --deploy int8)"
-            told.append(f"compact int8 takes {share:.2f} of dense int8's time{why}")
+            told.append(f"compact int8 takes {share:.2f} of dense int8's time{unsure}{why}")
     return told

@@ -284,7 +284,7 @@ def close(
     target = _loop(first).target
     plans, dense = [first], list[float]()
     rounds: list[Round] = []
-    aim, why = target, "the corrections ran out"
+    aim, why = target, ""
     while True:
         compact = track.entry(cut(plans[-1]))
         found = track.time(compact, processes=1)
@@ -294,14 +294,10 @@ def close(
         dense.append(found.dense_ms)
         rounds.append(Round(aim, _loop(plans[-1]).predicted, found.value, found.ratios))
         if last or abs(found.value / target - 1) <= CLOSE:
+            why = "the corrections ran out"
             break
-        try:
-            corrected = _another(rounds, target, plans, replan)
-        except BudgetUnreachable:
-            why = "every group is at its smallest"
-            break
+        corrected, why = _another(rounds, target, plans, replan)
         if corrected is None:
-            why = "no other widths were found between those that were timed"
             break
         aim, plan = corrected
         plans.append(plan)
@@ -315,22 +311,18 @@ def close(
 
 def _another(
     rounds: Sequence[Round], target: float, plans: Sequence[Chosen], replan: Callable[[float], Chosen]
-) -> tuple[float, Chosen] | None:
-    """Return the next aim and its plan, one that was not timed yet; None where no such plan is found.
-
-    Raises:
-        BudgetUnreachable: the first correction asks for less than the smallest plan takes.
-    """
-    for number, aim in enumerate(_aims(rounds, target)):
+) -> tuple[tuple[float, Chosen] | None, str]:
+    """Return the next aim and its plan, one that was not timed yet; where no such plan is found, None and why."""
+    for aim in dict.fromkeys(_aims(rounds, target)):
         try:
-            found = replan(min(aim, HIGHEST_AIM))
-        except BudgetUnreachable:
-            if number == 0:
-                raise
-            continue
+            found = replan(aim)
+        except BudgetUnreachable:  # and so are those that follow, which ask for less
+            return None, "every group is at its smallest"
         if not any(_same(found.plan, plan.plan) for plan in plans):
-            return aim, found
-    return None
+            return (aim, found), ""
+    if all(r.measured < target for r in rounds):
+        return None, "no other widths were found that take as much"
+    return None, "no other widths were found between those that were timed"
 
 
 def _aims(rounds: Sequence[Round], target: float) -> Iterator[float]:
@@ -342,7 +334,7 @@ def _aims(rounds: Sequence[Round], target: float) -> Iterator[float]:
     factor = target / last.measured
     across = [r.aim for r in rounds if (r.measured < target) != (last.measured < target)]
     if not across:
-        yield from (last.aim * factor**power for power in (1, 2, 4))
+        yield from (min(last.aim * factor**power, HIGHEST_AIM) for power in (1, 2, 4))
         return
     other = min(across, key=lambda aim: abs(aim - last.aim))
     if min(last.aim, other) < last.aim * factor < max(last.aim, other):

@@ -54,7 +54,7 @@ def repeat(
 ) -> Decision:
     """Return a plan as a decision on this model, to be realised; arguments and errors are those of `surgery.apply`."""
     run = Clock(progress)
-    names = ("part", "tracer", "seed")
+    names = ("part", "tracer", "seed", "deploy")
     settings = {name: plan.settings[name] for name in names if name in plan.settings}
     request = Request(budget=plan.budget, keep=tuple(plan.settings.get("keep", ())), **settings)
     stages = stages_of(request.tracer)

@@ -331,7 +331,7 @@ def timing_line(data: Mapping[str, Any]) -> str:
     if timing is None:
         return ""
     where, settings = timing["environment"], timing["settings"]
-    verdict = "reliable" if timing["reliable"] else "UNRELIABLE"
+    verdict = "reliable" if timing["reliable"] else "UNRELIABLE, so that no row is called dominated"
     return (
         f"times: {verdict}: {timing['why']}; ONNX Runtime {where['onnxruntime']} on {where['cpu']}, "
         f"threads {settings['threads']}, batch {settings['batch']}, {timing['rounds']} rounds"

@@ -235,6 +235,30 @@ def test_what_is_faster_than_asked_for_is_told() -> None:
     assert "more was cut than had to be" in loop.verdict
 
 
+@pytest.mark.parametrize(
+    ("widths", "bias", "why", "aims"),
+    [
+        ([0.45, 0.6], 1.2, "every group is at its smallest", [0.5]),
+        ([0.3], 1.0, "no other widths were found that take as much", [0.5]),
+        ([0.48, 0.9], 0.8, "no other widths were found between", [0.5, 0.999]),
+    ],
+)
+def test_where_few_widths_can_be_had_the_reason_is_told(
+    widths: list[float], bias: float, why: str, aims: list[float]
+) -> None:
+    def plan(fraction: float) -> Aimed:
+        below = [width for width in widths if width <= fraction]
+        if not below:
+            raise BudgetUnreachable("smallest")
+        return aimed(max(below))
+
+    machine = Machine(lambda width: bias * width)
+    _, loop = race.close(plan(0.5), plan, lambda a: a.loop.predicted_ms, machine)  # type: ignore[arg-type, return-value]
+    assert loop.met is False
+    assert why in loop.verdict
+    assert [r.aim for r in loop.rounds] == aims
+
+
 def test_a_loop_is_plain_json() -> None:
     _, loop, _ = close(lambda aim: aim)
     assert json.loads(json.dumps(loop.to_dict()))["met"] is True

@@ -23,6 +23,7 @@ from exporters.quantize import METHODS, Int8, to_fp16, to_int8
 from exporters.session import OnnxModel
 from surgery import precisions
 from surgery.errors import CheckFailed, InvalidInput
+from surgery.recover.agreement import Agreement
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -252,7 +253,7 @@ def test_all_files_are_written_timed_and_judged(tmp_path: Path) -> None:
         (("--precision", "int4", "--data", "nets.py:data"), "'int4' is none of fp32, fp16, int8"),
         (("--format", "tflite"), "'tflite' is none of onnx, ort"),
         (("--min-ort", "0.9"), "older than 1.14"),
-        (("--precision", "int8", "--data", "nets.py:few", "--recover", "none"), "too few images to calibrate on (4)"),
+        (("--precision", "int8", "--data", "nets.py:few", "--recover", "none"), "calibrate files in int8 on (4)"),
         (("--precision", "int8", "--data", "nets.py:data", "--int8-keep", "nothing"), "names no layer"),
     ],
 )
@@ -271,7 +272,7 @@ def test_a_folder_of_too_few_photos_is_refused_before_the_work(tmp_path: Path) -
     for k in range(4):
         Image.fromarray(np.full((16, 16, 3), 40 * k, np.uint8)).save(tmp_path / "photos" / f"{k}.png")
     done = shrink(tmp_path, "--precision", "int8", "--data", "photos", "--out", "out")
-    assert (done.returncode, "too few images to calibrate on (4)" in done.stderr) == (2, True), done.stderr
+    assert (done.returncode, "calibrate files in int8 on (4)" in done.stderr) == (2, True), done.stderr
     assert not list(tmp_path.glob("out*"))
 
 
@@ -293,12 +294,30 @@ def test_a_row_is_dominated_where_another_is_no_worse_and_clearly_better_in_one(
     assert precisions.dominating("unknown", rows) is None
 
 
+def test_times_that_are_unreliable_put_no_row_above_another() -> None:
+    named = [{"name": name, "onnx_bytes": 1} for name in ("dense", "compact")]
+    losses = {"dense": (0.0, 0.0, 0.0), "compact": (9.0, 8.0, 10.0)}
+    judged = {name: Agreement(100, 1.0, 0.0, accuracy=0.5, drop=lost) for name, lost in losses.items()}
+    rows = [
+        {"name": name, "ratio": {"value": v, "low": v, "high": v}} for name, v in (("dense", 1.0), ("compact", 1.1))
+    ]
+
+    def beaten(*, reliable: bool) -> list[str | None]:
+        found = precisions.rows(named, {}, judged, {"rows": rows, "reliable": reliable})
+        return [row["dominated_by"] for row in found]
+
+    assert beaten(reliable=True) == [None, "dense"]
+    assert beaten(reliable=False) == [None, None]
+
+
 def test_what_is_no_faster_is_said(source: Path, tmp_path: Path) -> None:
     made = {f"compact {p}": quantize.Quantised(source, 1, (4, 4), 1.0, 1.0) for p in ("fp16", "int8")}
     rows = [("compact", 0.8), ("compact fp16", 0.82), ("compact int8", 0.4)]
-    timing = {"rows": [{"name": n, "ratio": {"value": v, "low": v, "high": v}} for n, v in rows]}
+    timed = [{"name": n, "ratio": {"value": v, "low": v, "high": v}} for n, v in rows]
+    timing: dict[str, Any] = {"rows": timed, "reliable": True}
     notes = precisions.notes(made, timing)
     assert len(notes) == 1
+    assert precisions.notes(made, {**timing, "reliable": False}) == [f"{notes[0]} (in times that are unreliable)"]
     timing["rows"].append({"name": "dense int8", "ratio": {"value": 0.35, "low": 0.35, "high": 0.35}})
     assert "compact int8 takes 1.14 of dense int8's time" in precisions.notes(made, timing)[-1]
     assert "compact fp16 is not faster on this machine, only smaller: 1.02 of the time in fp32" in notes[0]

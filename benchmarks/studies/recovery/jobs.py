@@ -19,6 +19,7 @@ from benchmarks.studies.recovery.subjects import SEEDS, Network, judged_all, net
 from benchmarks.studies.recovery.taught import to_latency_of
 from benchmarks.studies.recovery.taught import to_macs as taught_to_macs
 from benchmarks.studies.recovery.timed import at_latency, rivals, settings, shortlist, smaller_images
+from surgery.errors import InvalidInput
 
 LABEL_FREE, RIVAL, PUBLISHED = "without labels", "torch-pruning", "published"
 GOALS = {
@@ -148,7 +149,10 @@ def _at_latency(known: Network, job: Job, root: Path) -> list[dict[str, Any]]:
     if job.method == ALL:
         return at_latency(known, job.amount, settings())
     same = Job(RIVAL, job.network, next(macs for name, macs in GOALS if name == job.network), ALL)
-    return at_latency(known, job.amount, shortlist(record.read("recovery")["rows"][same.key]["rows"]))
+    rows = record.read("recovery")["rows"]
+    if same.key not in rows:
+        raise InvalidInput(f"'{job.key}' tries the settings that are best in '{same.key}': run that row first")
+    return at_latency(known, job.amount, shortlist(rows[same.key]["rows"]))
 
 
 def _taught(known: Network, job: Job, root: Path) -> list[dict[str, Any]]:

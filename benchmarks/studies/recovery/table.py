@@ -59,10 +59,12 @@ def goals(rows: Sequence[Row]) -> str:
         for (name, macs), goal in GOALS.items():
             for row in _of(rows, LABEL_FREE, name, macs):
                 if (row["criterion"], row["recovery"]) == ("second-order", "reconstruct"):
-                    told = f"{name} at {macs:g} of the MACs, no labels, no gradient"
-                    yield _goal(told, row["judged"][0], goal, row)
+                    for found in row["judged"]:
+                        told = f"{name} at {macs:g} of the MACs, no labels, no gradient, {found['images']}"
+                        yield _goal(told, found, goal, row)
         for row in _of(rows, "taught", "resnet56", 0.476):
-            yield _goal("resnet56 at 0.476 of the MACs, taught", row["judged"][0], TAUGHT_GOAL, row)
+            for found in row["judged"]:
+                yield _goal(f"resnet56 at 0.476 of the MACs, taught, {found['images']}", found, TAUGHT_GOAL, row)
         for row in _of(rows, PUBLISHED):
             if row["tool"] == "ours" and row["recovery"] == "finetune":
                 told = f"resnet56 at {row['macs']:.3f} of the MACs, with labels and all JPEG images"

@@ -139,11 +139,11 @@ This processor has no VNNI: sums of 8-bit products saturate on it, which costs f
 NOTES = {
     "mobilenet_v2": """
 
-The photos are one of each of 500 classes, and the judged images one of each of the other 500. Tried for the goal, and
-no nearer to it by the divergence on photos held back, after 200 steps: a temperature of 8 in the place of 2 (0.37 in
-the place of 0.34), and with that views of a tenth of a photo in the place of a quarter, at twice the rate (0.41).
-Weights of 7 bits, which do not saturate (`--int8-reduce-range`), bring the dense network to 75.0 %: its weights were
-rounded to 8 bits before.""",
+The photos are one of each of 500 classes, and the judged images one of each of the other 500. Tried for the goal, in
+single runs of 200 steps that the results file does not hold, and no nearer to it by the divergence on photos held back:
+a temperature of 8 in the place of 2 (0.37 in the place of 0.34), and with that views of a tenth of a photo in the place
+of a quarter, at twice the rate (0.41). Weights of 7 bits, which do not saturate (`--int8-reduce-range`), brought the
+dense network to 75.0 %: its weights were rounded to 8 bits before.""",
 }
 """What a reader should know of a table."""
 _HEAD = """# Results
