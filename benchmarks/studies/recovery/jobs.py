@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,15 @@ from benchmarks.studies.recovery.published import at_published
 from benchmarks.studies.recovery.subjects import SEEDS, Network, judged_all, network
 from benchmarks.studies.recovery.taught import to_latency_of
 from benchmarks.studies.recovery.taught import to_macs as taught_to_macs
-from benchmarks.studies.recovery.timed import at_latency, rivals, settings, shortlist, smaller_images
+from benchmarks.studies.recovery.timed import (
+    at_latency,
+    rivals,
+    rivals_at,
+    rounded,
+    settings,
+    shortlist,
+    smaller_images,
+)
 from surgery.errors import InvalidInput
 
 LABEL_FREE, RIVAL, PUBLISHED = "without labels", "torch-pruning", "published"
@@ -44,9 +52,15 @@ COMPARED = (
     ("resnet56", 0.476, ("l1",)),
 )
 """Network, fraction of its MACs, and criteria that are compared there with `second-order`."""
-ALL, SHORTLIST = "all", "shortlist"
-AT_LATENCY = (("resnet56", 0.6, ALL), ("resnet20", 0.6, ALL), ("mobilenet_v2", 0.7, SHORTLIST))
-"""Network, fraction of the dense latency, and torch-pruning's settings: all, or those that do best at the same MACs."""
+ALL, SHORTLIST, ROUNDED = "all", "shortlist", "round_to 8"
+AT_LATENCY = (
+    ("resnet56", 0.6, ALL),
+    ("resnet20", 0.6, ALL),
+    ("mobilenet_v2", 0.7, SHORTLIST),
+    ("mobilenet_v2", 0.7, ROUNDED),
+)
+"""Network, fraction of the dense latency, and torch-pruning's settings: all; those that do best at the same MACs; the
+best of these with widths in steps of 8, at the latency that ours takes beside the ones before."""
 SMALLER = "resnet20"
 """Downloaded instead of cutting ResNet-56."""
 
@@ -149,10 +163,19 @@ def _at_latency(known: Network, job: Job, root: Path) -> list[dict[str, Any]]:
     if job.method == ALL:
         return at_latency(known, job.amount, settings())
     same = Job(RIVAL, job.network, next(macs for name, macs in GOALS if name == job.network), ALL)
+    if job.method == SHORTLIST:
+        return at_latency(known, job.amount, shortlist(_earlier(same, job)))
+    ours = _earlier(replace(job, method=SHORTLIST), job)[0]
+    wanted = max(float(found["value"]) for found in ours["latencies"])
+    return rivals_at(known, wanted, rounded(shortlist(_earlier(same, job), 1), 8))
+
+
+def _earlier(row: Job, job: Job) -> list[dict[str, Any]]:
+    """What a row has come to that another one needs."""
     rows = record.read("recovery")["rows"]
-    if same.key not in rows:
-        raise InvalidInput(f"'{job.key}' tries the settings that are best in '{same.key}': run that row first")
-    return at_latency(known, job.amount, shortlist(rows[same.key]["rows"]))
+    if row.key not in rows:
+        raise InvalidInput(f"'{job.key}' goes by what '{row.key}' has come to: run that row first")
+    return list(rows[row.key]["rows"])
 
 
 def _taught(known: Network, job: Job, root: Path) -> list[dict[str, Any]]:

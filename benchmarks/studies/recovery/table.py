@@ -157,7 +157,8 @@ def _on(row: Row, images: str) -> Row | None:
 
 def _chosen(row: Row) -> str:
     if row["tool"] == "torch-pruning":
-        return f"torch-pruning {row['criterion']}{', global' if row['global'] else ''}"
+        steps = f", round_to {row['round_to']}" if row.get("round_to") else ""
+        return f"torch-pruning {row['criterion']}{', global' if row['global'] else ''}{steps}"
     return str(row["criterion"])
 
 
@@ -176,9 +177,10 @@ def _with_failures(text: str, theirs: Sequence[Row]) -> str:
 def at_latency(rows: Sequence[Row]) -> str:
     """Ours and torch-pruning's, all timed in one race for each network."""
     heads = ("network", "by", "recovery", "latency", "MACs", "on", *_JUDGED)
+    places = dict.fromkeys((network, ratio) for network, ratio, _ in AT_LATENCY)
 
     def lines() -> Iterator[Sequence[str]]:
-        for network, ratio, _ in AT_LATENCY:
+        for network, ratio in places:
             found = _of(rows, "equal latency", network, ratio)
             ours = [r for r in found if r["tool"] == "ours"]
             for row in [*ours, *best_of([r for r in found if r["tool"] != "ours"])]:
@@ -188,7 +190,7 @@ def at_latency(rows: Sequence[Row]) -> str:
                     cells = (time, f"{row['macs']:.3f}", judged["images"], *_cells(judged))
                     yield (network, name, _recovery(row), *cells)
 
-    failed = [r for network, ratio, _ in AT_LATENCY for r in _of(rows, "equal latency", network, ratio)]
+    failed = [r for network, ratio in places for r in _of(rows, "equal latency", network, ratio)]
     return _with_failures(table(heads, lines()), failed)
 
 

@@ -31,7 +31,7 @@ from benchmarks.studies.recovery.subjects import (
 from exporters import onnx
 
 RACE_S = 60.0
-TRIES = 4
+TRIES = 6
 
 
 def settings() -> list[Setting]:
@@ -51,6 +51,11 @@ def shortlist(rows: Sequence[Mapping[str, Any]], most: int = 2) -> list[Setting]
         best = sorted(same, key=lambda r: float(r["judged"][0]["drop"]))[:most]
         named |= {(r["criterion"], r["global"]): None for r in best}
     return [s for s in settings() if (s.criterion, s.ranks_globally) in named]
+
+
+def rounded(among: Sequence[Setting], to: int) -> list[Setting]:
+    """Return the settings with widths in steps of so many."""
+    return [replace(setting, name=f"{setting.name}, round_to {to}", round_to=to) for setting in among]
 
 
 def at_latency(known: Network, ratio: float, among: Sequence[Setting]) -> list[dict[str, Any]]:
@@ -77,23 +82,43 @@ def at_latency(known: Network, ratio: float, among: Sequence[Setting]) -> list[d
             "judged": judged_all(known, [r.model for r in results]),
         }
         wanted = max(bench.quick(r.model) for r in results)
-        shares: dict[bool, float] = {}
-
-        def made(setting: Setting) -> tuple[nn.Module, dict[str, Any]]:
-            cut, globally = partial(by_torch_pruning, subject, setting), setting.ranks_globally
-            share = None if globally else shares.get(globally)
-            if share is None:
-                share = bench.to_latency(cut, wanted, most=TRIES, start=shares.get(globally)).share
-                shares.setdefault(globally, share)
-            module = cut(share)
-            bench.add(setting.name, module)
-            return module, {"macs": round(subject.kept(module), 4), "file": setting.name}
-
-        rows = [ours, *rivals(known, made, among)]
+        rows = [ours, *rivals(known, _brought_to(bench, wanted), among)]
         figures = bench.race()
     times = figures["latency"]
     ours |= {"latency": times["ours 0"], "latencies": [times[f"ours {seed}"] for seed in SEEDS]}
     ours["timer"] = figures["timer"]
+    return _with_times(rows, times)
+
+
+def rivals_at(known: Network, wanted: float, among: Sequence[Setting]) -> list[dict[str, Any]]:
+    """torch-pruning alone, in a race with the dense network, at a latency that ours was measured to take elsewhere."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(known.subject, Path(folder), 1, RACE_S)
+        bench.add("dense", known.subject.module)
+        rows = rivals(known, _brought_to(bench, wanted), among)
+        figures = bench.race()
+    rows[0]["timer"] = figures["timer"]
+    return _with_times(rows, figures["latency"])
+
+
+def _brought_to(bench: Bench, wanted: float) -> Callable[[Setting], tuple[nn.Module, dict[str, Any]]]:
+    """Setting → its network at this latency; the share is searched for once where it ranks layer by layer."""
+    shares: dict[bool, float] = {}
+
+    def made(setting: Setting) -> tuple[nn.Module, dict[str, Any]]:
+        cut, globally = partial(by_torch_pruning, bench.subject, setting), setting.ranks_globally
+        share = None if globally else shares.get(globally)
+        if share is None:
+            share = bench.to_latency(cut, wanted, most=TRIES, start=shares.get(globally)).share
+            shares.setdefault(globally, share)
+        module = cut(share)
+        bench.add(setting.name, module)
+        return module, {"macs": round(bench.subject.kept(module), 4), "file": setting.name}
+
+    return made
+
+
+def _with_times(rows: list[dict[str, Any]], times: Mapping[str, Any]) -> list[dict[str, Any]]:
     for row in (r for r in rows if "file" in r):
         row["latency"] = times[row.pop("file")]
     return rows
@@ -111,6 +136,8 @@ def rivals(
     for setting in among:
         told: dict[str, Any] = {"tool": "torch-pruning", "criterion": setting.criterion}
         told["global"] = setting.ranks_globally
+        if setting.round_to:
+            told["round_to"] = setting.round_to
         tell(setting.name)
         try:
             module, more = made(setting)
