@@ -103,14 +103,14 @@ def rivals_at(known: Network, wanted: float, among: Sequence[Setting]) -> list[d
 
 def _brought_to(bench: Bench, wanted: float) -> Callable[[Setting], tuple[nn.Module, dict[str, Any]]]:
     """Setting → its network at this latency; the share is searched for once where it ranks layer by layer."""
-    shares: dict[bool, float] = {}
+    shares: dict[tuple[bool, int], float] = {}
 
     def made(setting: Setting) -> tuple[nn.Module, dict[str, Any]]:
-        cut, globally = partial(by_torch_pruning, bench.subject, setting), setting.ranks_globally
-        share = None if globally else shares.get(globally)
+        cut, key = partial(by_torch_pruning, bench.subject, setting), (setting.ranks_globally, setting.round_to)
+        share = None if setting.ranks_globally else shares.get(key)
         if share is None:
-            share = bench.to_latency(cut, wanted, most=TRIES, start=shares.get(globally)).share
-            shares.setdefault(globally, share)
+            share = bench.to_latency(cut, wanted, most=TRIES, start=shares.get(key)).share
+            shares.setdefault(key, share)
         module = cut(share)
         bench.add(setting.name, module)
         return module, {"macs": round(bench.subject.kept(module), 4), "file": setting.name}
