@@ -175,7 +175,7 @@ def _with_failures(text: str, theirs: Sequence[Row]) -> str:
 
 
 def at_latency(rows: Sequence[Row]) -> str:
-    """Ours and torch-pruning's, all timed in one race for each network."""
+    """Ours and torch-pruning's, timed beside the dense network: in one race, or torch-pruning alone in another."""
     heads = ("network", "by", "recovery", "latency", "MACs", "on", *_JUDGED)
     places = dict.fromkeys((network, ratio) for network, ratio, _ in AT_LATENCY)
 

@@ -118,7 +118,7 @@ def measured(case: Case, ask: Ask, folder: Path, work: Path | None = None) -> di
     )  # fmt: skip
     logits = {name: [_logits(path, by.images) for by in files.sets[name]] for name, path in files.paths.items()}
     rows = [_row(name, files, timing, logits) for name in files.paths]
-    mark_dominated(rows)
+    mark_dominated(rows, reliable=timing.reliable)
     return {
         "network": case.name,
         "weights": case.weights,
@@ -270,8 +270,8 @@ def lost(row: Mapping[str, Any]) -> tuple[float, float, float]:
     return value, low, high
 
 
-def mark_dominated(rows: Sequence[dict[str, Any]]) -> None:
-    """Name for each row the fastest one that beats it."""
-    standings = {row["name"]: standing(row["latency"], lost(row)) for row in rows}
+def mark_dominated(rows: Sequence[dict[str, Any]], *, reliable: bool) -> None:
+    """Name for each row the fastest one that beats it; none where which is faster is not known."""
+    standings = {row["name"]: standing(row["latency"], lost(row)) for row in rows} if reliable else {}
     for row in rows:
         row["dominated_by"] = dominating(row["name"], standings)
