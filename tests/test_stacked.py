@@ -85,11 +85,20 @@ def test_every_way_has_its_row(found: dict[str, object]) -> None:
     assert by_name["dense int8"]["judged"][0]["lost_against_int8"] == [0.0, 0.0, 0.0]
     assert by_name["dense int8"]["bytes"] < by_name["dense"]["bytes"]
     assert by_name["compact, planned for int8"]["macs"] < 1
-    for row in listed:
+    again = [dict(row) for row in listed]
+    rows.mark_dominated(again, reliable=False)
+    assert not any(row["dominated_by"] for row in again)
+    rows.mark_dominated(again, reliable=True)
+    timer = found["timer"]
+    assert isinstance(timer, dict)
+    assert [row["dominated_by"] for row in listed] == [
+        row["dominated_by"] if timer["reliable"] else None for row in again
+    ]
+    for row in again:
         time, loss = row["latency"], rows.lost(row)
         clearly = [
             r
-            for r in listed
+            for r in again
             if r["latency"]["value"] <= time["value"] and rows.lost(r)[0] <= loss[0]
             and (r["latency"]["high"] < time["low"] or rows.lost(r)[2] < loss[1])
         ]  # fmt: skip
