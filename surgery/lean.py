@@ -31,8 +31,8 @@ def lean() -> Iterator[None]:
     That is Python code for every intermediate graph, now made for those that are called; strides and memory formats
     beside every value; of each operator's stack trace, the frames that are not the user's; sums and comparisons of the
     same symbolic sizes, now worked out once; a search for sizes that depend on values, now made where there are such;
-    and Python's collector, which goes through the growing graph over and over. A torch that has one of these no more
-    is left as it is.
+    the shape that an activation in place comes to, worked out through its parts; and Python's collector, which goes
+    through the growing graph over and over. A torch that has one of these no more is left as it is.
     """
     from torch.export import _trace as exporting  # Here: importing it takes seconds.
 
@@ -50,6 +50,7 @@ def lean() -> Iterator[None]:
             *((SymNode, name, _once(name, known)) for name in _ARITHMETIC),
         ):
             stack.enter_context(_instead(owner, name, value))
+        stack.enter_context(_same_shape())
         collects = gc.isenabled()
         gc.disable()
         try:
@@ -107,6 +108,30 @@ def _later(recompile: Any) -> Any:
             graph._in_spec, graph._out_spec = structure.in_spec, structure.out_spec
 
     return deferred
+
+
+_IN_PLACE = ("hardtanh_", "hardswish_", "hardsigmoid_", "relu_", "silu_", "leaky_relu_", "gelu_", "elu_", "mish_")
+
+
+@contextmanager
+def _same_shape() -> Iterator[None]:
+    """Give what an activation in place writes to as what comes of it, where torch asks for the shape alone.
+
+    It asks before it puts the operator that copies in the place of the one that does not, and would work through all
+    the parts that the operator can be taken apart into, each with its symbolic sizes.
+    """
+    meta = torch._C.DispatchKey.Meta
+    found = [getattr(torch.ops.aten, name).default for name in _IN_PLACE if hasattr(torch.ops.aten, name)]
+    before = {op: op.py_kernels[meta] for op in found if meta in getattr(op, "py_kernels", ())}
+    try:
+        for op in before:
+            op.py_kernels[meta] = lambda x, *_, **__: x
+            op._dispatch_cache.clear()  # of the kernels that were in use
+        yield
+    finally:
+        for op, kernel in before.items():
+            op.py_kernels[meta] = kernel
+            op._dispatch_cache.clear()
 
 
 _ARITHMETIC = ("add", "sub", "mul", "eq", "ne", "ge", "gt", "le", "lt")

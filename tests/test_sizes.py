@@ -196,6 +196,47 @@ def test_sizes_that_take_minutes_to_solve_for_are_given_up_early() -> None:
     assert trace(_PaddedToTheStride(7).eval(), torch.randn(1, 3, 192, 192)).inputs[0].dynamic == (0,)
 
 
+IN_PLACE: dict[str, Callable[[Tensor], object]] = {
+    "hardtanh_": lambda x: F.hardtanh(x, -0.2, 0.3, inplace=True),
+    "hardswish_": lambda x: F.hardswish(x, inplace=True),
+    "hardsigmoid_": lambda x: F.hardsigmoid(x, inplace=True),
+    "relu_": lambda x: x.relu_(),
+    "silu_": lambda x: F.silu(x, inplace=True),
+    "leaky_relu_": lambda x: F.leaky_relu(x, 0.2, inplace=True),
+    "elu_": lambda x: F.elu(x, inplace=True),
+    "mish_": lambda x: F.mish(x, inplace=True),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_activations_in_place_are_right_at_other_sizes(tmp_path: Path, name: str) -> None:
+    def middle(x: Tensor) -> Tensor:
+        seen = x - 0.1
+        IN_PLACE[name](seen)
+        IN_PLACE[name](seen[:, ::2].transpose(2, 3))  # through a view that is neither whole nor in order
+        return seen + x
+
+    torch.manual_seed(0)
+    model = Net(middle, literal=False).eval()
+    traced = trace(model, torch.randn(1, 3, 20, 24))
+    assert traced.inputs[0].dynamic == (0, 2, 3)
+    file = exporters.onnx.export(model, torch.randn(1, 3, 20, 24), tmp_path / "net.onnx", dynamic_axes={"x": (0, 2, 3)})
+    other = torch.randn(3, 3, 31, 17)
+    (found,) = onnxruntime.InferenceSession(file.path).run(None, {"x": other.numpy()})
+    np.testing.assert_allclose(found, model(other).detach().numpy(), atol=1e-5)
+
+
+def test_a_lean_capture_leaves_torch_as_it_was() -> None:
+    operators = [getattr(torch.ops.aten, name).default for name in IN_PLACE]
+    before = [dict(op.py_kernels) for op in operators]
+    with lean(), pytest.raises(ZeroDivisionError):
+        raise ZeroDivisionError
+    assert [op.py_kernels for op in operators] == before
+    x = torch.randn(2, 3)
+    with lean():
+        assert torch.equal(F.hardtanh(x.clone(), -0.2, 0.3, inplace=True), x.clamp(-0.2, 0.3))
+
+
 class _SplitStage(nn.Module):
     """A stage as in YOLO's: the halves of one convolution go different ways and meet again in a concatenation."""
 
