@@ -21,7 +21,7 @@ from benchmarks.studies import data
 from benchmarks.studies.stacked.__main__ import keep
 from benchmarks.studies.stacked.rows import Ask, measured
 from benchmarks.studies.stacked.subjects import Case, known, named
-from benchmarks.studies.stacked.table import HEADS, lines
+from benchmarks.studies.stacked.table import HEADS, WITH_VNNI, WITHOUT_VNNI, lines
 from surgery.errors import InvalidInput, SurgeryError
 from surgery.figures import plain_table
 
@@ -74,7 +74,7 @@ def main(
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     if kept:
-        keep("demo", found, "python scripts/demo.py")
+        keep(WITHOUT_VNNI if found["saturates"] else WITH_VNNI, found, "python scripts/demo.py")
     if as_json:
         print(json.dumps(found, indent=1))
     else:
