@@ -143,7 +143,9 @@ def test_the_layer_test_can_fail() -> None:
 
 IMPORTER = """
 import importlib, os, sys, traceback
-import torch  # once, for all of them: it is most of the time, and holds nothing of ours
+# Once, for all of them: they are most of the time, and hold nothing of ours.
+import torch, torch.onnx, torch.export, torch._dynamo, torch._inductor.config, torch.distributed
+import accelerate, onnx, onnxruntime.quantization, onnxscript.function_libs.torch_lib.ops, scipy.stats
 
 for module in sys.argv[1:]:
     child = os.fork()
