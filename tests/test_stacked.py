@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,6 +128,20 @@ def test_a_goal_is_met_by_the_interval_and_the_time(
 ) -> None:
     ours = row("compact int8, planned for int8", time, lost, planned_for="int8")
     assert f"**{verdict}**" in table.goal({"network": "resnet56", "rows": [ours]})
+
+
+def test_a_rival_that_cuts_nothing_is_not_its_best(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers = nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU()  # no norms, whose scales could be told
+    module = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4)).eval()
+    photos = torch.rand(8, 3, 24, 24)
+    case = Case("net", "random", Subject(module, (photos[:1],)), photos, ())
+    monkeypatch.setattr(rows, "CRITERIA", {key: rows.CRITERIA[key] for key in ("l1", "bn-scale")})
+    bench = SimpleNamespace(to_latency=lambda *_, **__: SimpleNamespace(share=0.5))
+    (found,) = rows._at_latency(case, bench, 0.7, False)
+    assert found[0].criterion == "l1" and case.subject.kept(found[1]) < 0.5
+    assert "bn-scale, round_to 16: cuts nothing" in capsys.readouterr().err
 
 
 def test_how_a_network_was_taught_is_told() -> None:

@@ -200,7 +200,11 @@ def _at_latency(case: Case, bench: Bench, wanted: float, globally: bool) -> Iter
         try:
             if share is None:
                 share = bench.to_latency(cut, wanted, most=TRIES).share
-            module = reestimated(cut(share), case.photos[:LOOKED])
+            module = cut(share)
+            if case.subject.kept(module) == 1:
+                tell(f"torch-pruning by {name}: cuts nothing of this network")
+                continue
+            module = reestimated(module, case.photos[:LOOKED])
         except DoesNotRun as error:
             tell(str(error))
             continue
