@@ -203,6 +203,7 @@ IN_PLACE: dict[str, Callable[[Tensor], object]] = {
     "relu_": lambda x: x.relu_(),
     "silu_": lambda x: F.silu(x, inplace=True),
     "leaky_relu_": lambda x: F.leaky_relu(x, 0.2, inplace=True),
+    "gelu_": lambda x: torch.ops.aten.gelu_(x),
     "elu_": lambda x: F.elu(x, inplace=True),
     "mish_": lambda x: F.mish(x, inplace=True),
 }
