@@ -51,11 +51,13 @@ class Moments:
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add rows: x (rows, groups, n), y (rows, groups, outputs)."""
         precise = torch.float64 if x.shape[-1] <= PRECISE else torch.float32
-        x, y = x.to(precise).transpose(0, 1), y.to(precise).transpose(0, 1)
-        x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
-        self.count += x.shape[1]
-        self.xx += x.transpose(1, 2) @ x
-        self.xy += x.transpose(1, 2) @ y
+        rows, groups, inputs = x.shape
+        read = x.new_ones(groups, rows, inputs + 1, dtype=precise)
+        read[..., :-1] = x.transpose(0, 1)
+        y = y.to(precise).transpose(0, 1)
+        self.count += rows
+        self.xx += read.transpose(1, 2) @ read
+        self.xy += read.transpose(1, 2) @ y
         self.yy += y.double().square().sum(1)
 
     def __add__(self, other: Moments) -> Moments:

@@ -19,7 +19,7 @@ from surgery.ir import Coupling, Group, Program, Site
 from surgery.least_squares import Moments
 from surgery.numerics import flat_outputs
 from surgery.rows import Window, convolution_rows, drawn, value_rows
-from surgery.tape import Tape
+from surgery.tape import Folded, Tape
 from surgery.wiring import bind
 
 Batches = Sequence[Sequence[Tensor]]
@@ -62,7 +62,7 @@ def observed(
     program: Program, state: Mapping[str, Tensor], batches: Batches, *, heard: Mapping[str, float], seed: int = 0
 ) -> dict[str, Reader]:
     """Return weight name → the layer that reads with it; an output's error counts relative to what varies there."""
-    tape = Tape(program.graph, state)
+    tape = Folded(program.graph, state)
     found = [c for c in find_contractions(program.graph, tape.place.keys()) if c.weight]
     looks = [_Look(c, tape, sum(len(b[0]) for b in batches), seed + k) for k, c in enumerate(found)]
     looks = [look for look in looks if look.inputs <= WIDEST]

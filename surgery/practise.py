@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from surgery.ir import Block, Program
-from surgery.numerics import Run, flat_outputs, state_of
+from surgery.numerics import flat_outputs, state_of
 from surgery.sizes import hint
+from surgery.tape import Folded
 from surgery.wiring import all_tensors
 
 Batches = Sequence[Sequence[Tensor]]
@@ -94,15 +95,40 @@ class Trial:
         self._graph, self._state, self._batches = program.graph, state_of(program), batches
         self._blocks = {block.name: block for block in blocks}
         self._fits: Mapping[str, Fit] = _fits(program, self._state, blocks, batches) if compensated else {}
-        self._dense = list(self._outputs(()))
+        whole = self._without(())
+        with torch.no_grad():
+            self._dense = [flat_outputs(whole.output(whole.start(batch))) for batch in batches]
         self._variances = [_variance(outputs) for outputs in zip(*self._dense, strict=True)]
-        self.alone = {name: self.missing((name,)) for name in self._blocks}
+        self.alone = self._alone(whole)
 
     def missing(self, gone: Collection[str]) -> float:
         """Return how much is missing without these blocks: squared error over variance, the mean over outputs."""
-        wrong = [0.0 for _ in self._variances]
-        for outputs, others in zip(self._dense, self._outputs(gone), strict=True):
-            wrong = [e + _apart(a, b) for e, a, b in zip(wrong, outputs, others, strict=True)]
+        tape, wrong = self._without(gone), self._nothing()
+        with torch.no_grad():
+            for batch, dense in zip(self._batches, self._dense, strict=True):
+                wrong = _more(wrong, dense, flat_outputs(tape.output(tape.start(batch))))
+        return self._share(wrong)
+
+    def _alone(self, whole: Folded) -> dict[str, float]:
+        """What is missing without each block: up to where that begins, a batch runs once for all of them."""
+        starts = {name: min(whole.place[node] for node in (*b.nodes, b.sum)) for name, b in self._blocks.items()}
+        tapes = {name: self._without((name,)) for name in sorted(starts, key=starts.__getitem__)}
+        wrong = dict.fromkeys(tapes, self._nothing())
+        with torch.no_grad():
+            for batch, dense in zip(self._batches, self._dense, strict=True):
+                run = whole.start(batch)
+                for name, tape in tapes.items():
+                    run = whole.advance(run, starts[name])
+                    wrong[name] = _more(wrong[name], dense, flat_outputs(tape.output(run)))
+        return {name: self._share(wrong[name]) for name in self._blocks}
+
+    def _without(self, gone: Collection[str]) -> _Without:
+        return _Without(self._graph, self._state, [self._blocks[name] for name in gone], self._fits)
+
+    def _nothing(self) -> list[float]:
+        return [0.0 for _ in self._variances]
+
+    def _share(self, wrong: Sequence[float]) -> float:
         return sum(e / v for e, v in zip(wrong, self._variances, strict=True)) / max(1, len(wrong))
 
     def in_turn(self, most: float = LOST) -> Iterator[tuple[str, float]]:
@@ -124,41 +150,39 @@ class Trial:
             gone.append(name)
             yield name, so_far
 
-    def _outputs(self, gone: Collection[str]) -> Iterator[list[Tensor]]:
-        without = _without([self._blocks[name] for name in gone], self._fits)
-        with torch.no_grad():
-            for batch in self._batches:
-                run = Run(self._graph, self._state, without)
-                yield flat_outputs(run.run(*batch, enable_io_processing=False))
-
 
 Fit = tuple[Tensor, Tensor, int]
 """The scale, the shift, and the axis of the channels."""
 
 
-def _without(blocks: Sequence[Block], fits: Mapping[str, Fit]) -> Any:
-    """An override: branches are not run, and sums are what stays, brought nearest to what they were."""
-    sums = {block.sum: block for block in blocks}
-    skipped = {name for block in blocks if not block.is_layer for name in block.nodes}
-    passed = {name for block in blocks if block.is_layer for name in block.nodes}
+class _Without(Folded):
+    """The network without some blocks: branches are not run, sums are what stays, brought nearest to what they were."""
 
-    def override(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
-        if node.name in skipped:
+    def __init__(
+        self,
+        graph: torch.fx.GraphModule,
+        state: Mapping[str, Tensor],
+        gone: Sequence[Block],
+        fits: Mapping[str, Fit],
+    ) -> None:
+        super().__init__(graph, state)
+        self._fits = fits
+        self._sums = {block.sum: block for block in gone}
+        self._skipped = {name for block in gone if not block.is_layer for name in block.nodes}
+        self._through = {name for block in gone if block.is_layer for name in block.nodes}
+
+    def call(self, node: torch.fx.Node, values: Mapping[torch.fx.Node, Any], **changed: Any) -> Any:
+        """Run one node."""
+        if node.name in self._skipped:
             return None
-        if node.name in passed:
-            return args[0]
-        if node.name not in sums:
-            return NotImplemented
-        block = sums[node.name]
-        stays: Tensor = args[0] if block.is_layer else _operand(node, args, block)
-        return _scaled(stays, fits[block.name]) if block.name in fits else stays
-
-    return override
-
-
-def _operand(node: torch.fx.Node, args: Sequence[Any], block: Block) -> Tensor:
-    value: Tensor = args[[x.name for x in node.all_input_nodes].index(block.stays)]
-    return value
+        if node.name in self._through:
+            return self.value(node.all_input_nodes[0], values)
+        block = self._sums.get(node.name)
+        if block is None:
+            return super().call(node, values, **changed)
+        stays = node.all_input_nodes[0] if block.is_layer else self.nodes[self.place[block.stays]]
+        kept: Tensor = self.value(stays, values)
+        return _scaled(kept, self._fits[block.name]) if block.name in self._fits else kept
 
 
 def _scaled(x: Tensor, fit: Fit) -> Tensor:
@@ -169,27 +193,37 @@ def _scaled(x: Tensor, fit: Fit) -> Tensor:
 
 def _fits(program: Program, state: Mapping[str, Tensor], blocks: Sequence[Block], batches: Batches) -> dict[str, Fit]:
     """For each block what brings the stream without it nearest to the stream with it, in the dense network."""
-    nodes = {node.name: node for node in program.graph.graph.nodes}
-    sums = {block.sum: block for block in blocks}
-    first_of = {block.nodes[0]: block.name for block in blocks if block.is_layer and block.nodes}
-    entered: dict[str, Tensor] = {}
-    moments = {b.name: _Moments.none(nodes[b.sum], _channels(program, b, nodes[b.sum])) for b in blocks}
-
-    def look(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
-        if node.name in first_of:
-            entered[first_of[node.name]] = args[0]
-        if node.name not in sums:
-            return NotImplemented
-        total = node.target(*args, **kwargs)  # type: ignore[operator]
-        block = sums[node.name]
-        stays = entered.pop(block.name, args[0]) if block.is_layer else _operand(node, args, block)
-        moments[block.name].add(stays, total)
-        return total
-
+    tape = _Looking(program, state, blocks)
     with torch.no_grad():
         for batch in batches:
-            Run(program.graph, state, look).run(*batch, enable_io_processing=False)
-    return {name: (*found.fit(), found.axis) for name, found in moments.items()}
+            tape.output(tape.start(batch))
+    return {name: (*found.fit(), found.axis) for name, found in tape.moments.items()}
+
+
+class _Looking(Folded):
+    """The dense network; each block's moments are gathered as it is run."""
+
+    def __init__(self, program: Program, state: Mapping[str, Tensor], blocks: Sequence[Block]) -> None:
+        super().__init__(program.graph, state)
+        self._sums = {block.sum: block for block in blocks}
+        self._first = {(*block.nodes, block.sum)[0]: block.name for block in blocks if block.is_layer}
+        self._entered: dict[str, Tensor] = {}
+        totals = {block.name: (block, self.nodes[self.place[block.sum]]) for block in blocks}
+        self.moments = {
+            name: _Moments.none(total, _channels(program, block, total)) for name, (block, total) in totals.items()
+        }
+
+    def call(self, node: torch.fx.Node, values: Mapping[torch.fx.Node, Any], **changed: Any) -> Any:
+        """Run one node."""
+        if node.name in self._first:
+            self._entered[self._first[node.name]] = self.value(node.all_input_nodes[0], values)
+        total = super().call(node, values, **changed)
+        block = self._sums.get(node.name)
+        if block is not None:
+            stays = self.nodes[self.place[block.stays]]
+            kept = self._entered.pop(block.name) if block.is_layer else self.value(stays, values)
+            self.moments[block.name].add(kept, total)
+        return total
 
 
 def _channels(program: Program, block: Block, total: torch.fx.Node) -> int:
@@ -243,5 +277,7 @@ def _variance(outputs: Sequence[Tensor]) -> float:
     return max(_LEAST, deviations if deviations > 1e-9 * squares else squares)
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).square().sum())
+def _more(wrong: Sequence[float], dense: Sequence[Tensor], others: Sequence[Tensor]) -> list[float]:
+    """Squared errors with those of another batch, output by output."""
+    apart = (float((a.double() - b.double()).square().sum()) for a, b in zip(dense, others, strict=True))
+    return [e + more for e, more in zip(wrong, apart, strict=True)]

@@ -8,7 +8,6 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -33,29 +32,15 @@ class Window:
             return cls(kernel, stride, tuple((w // 2, w - w // 2) for w in whole), dilation)
         return cls(kernel, stride, tuple((p, p) for p in _each(padding, rank)), dilation)
 
+    def positions(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Return how many there are along each spatial axis of an input of these sizes."""
+        axes = zip(sizes, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return tuple((size + sum(pad) - d * (k - 1) - 1) // s + 1 for size, k, s, pad, d in axes)
+
 
 def _each(value: Any, rank: int) -> tuple[int, ...]:
     numbers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     return numbers * rank if len(numbers) == 1 else numbers
-
-
-def windows(x: Tensor, window: Window) -> Tensor:
-    """Return all windows of (N, C, *S) as a view (N, *positions, C, *kernel) of the padded input."""
-    pads = [p for pair in reversed(window.padding) for p in pair]
-    x = F.pad(x, pads).contiguous() if any(pads) else x.contiguous()
-    steps = x.stride()[2:]
-    counts = [
-        (size - d * (k - 1) - 1) // s + 1
-        for size, k, s, d in zip(x.shape[2:], window.kernel, window.stride, window.dilation, strict=True)
-    ]
-    shape = (x.shape[0], *counts, x.shape[1], *window.kernel)
-    stride = (
-        x.stride(0),
-        *(a * s for a, s in zip(steps, window.stride, strict=True)),
-        x.stride(1),
-        *(a * d for a, d in zip(steps, window.dilation, strict=True)),
-    )
-    return x.as_strided(shape, stride)
 
 
 def drawn(positions: Sequence[int], most: int, generator: torch.Generator) -> tuple[Tensor, ...] | None:
@@ -68,10 +53,35 @@ def drawn(positions: Sequence[int], most: int, generator: torch.Generator) -> tu
 
 
 def convolution_rows(x: Tensor, window: Window, groups: int, at: tuple[Tensor, ...] | None) -> Tensor:
-    """Return (rows, groups, C / groups * prod(kernel)): what each position reads, of those drawn."""
-    seen = windows(x, window)
-    picked = seen if at is None else _at(seen, at)
-    return picked.reshape(-1, groups, x.shape[1] // groups * prod(window.kernel))
+    """Return (rows, groups, C / groups * prod(kernel)): what each position reads, of those drawn.
+
+    Nothing but what they read is touched: a few positions of a large image take no padded copy of it.
+    """
+    images, channels, *sizes = x.shape
+    places = at if at is not None else _everywhere(window.positions(sizes))
+    flat, inside = _read(places, window, sizes)
+    count, taps = flat.shape
+    planes = x.reshape(images, channels, -1)
+    seen = planes.gather(2, flat.reshape(-1).expand(images, channels, -1))
+    seen = seen.reshape(images, groups, channels // groups, count, taps)
+    seen = seen if bool(inside.all()) else seen.masked_fill(~inside, 0.0)
+    return seen.permute(1, 0, 3, 2, 4).reshape(groups, images * count, -1).transpose(0, 1)
+
+
+def _everywhere(counts: Sequence[int]) -> tuple[Tensor, ...]:
+    return torch.unravel_index(torch.arange(prod(counts)), tuple(counts))
+
+
+def _read(places: Sequence[Tensor], window: Window, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Where each position reads in a plane, (positions, taps), and whether that is inside of it and no padding."""
+    count, rank = len(places[0]), len(sizes)
+    flat, inside = torch.zeros((), dtype=torch.long), torch.ones((), dtype=torch.bool)
+    for axis, (size, place) in enumerate(zip(sizes, places, strict=True)):
+        taps = torch.arange(window.kernel[axis]) * window.dilation[axis] - window.padding[axis][0]
+        read = place[:, None] * window.stride[axis] + taps
+        read = read.reshape(count, *(len(taps) if a == axis else 1 for a in range(rank)))
+        flat, inside = flat * size + read.clamp(0, size - 1), inside & (read >= 0) & (read < size)
+    return flat.flatten(1), inside.flatten(1)
 
 
 def value_rows(y: Tensor, axis: int, groups: int, at: tuple[Tensor, ...] | None) -> Tensor:
@@ -80,10 +90,6 @@ def value_rows(y: Tensor, axis: int, groups: int, at: tuple[Tensor, ...] | None)
     Positions are all axes but the first and that of the channels.
     """
     last = y.movedim(axis, -1)
-    picked = last if at is None else _at(last, at)
+    index: tuple[Any, ...] = (slice(None), *(at or ()))
+    picked = last[index]
     return picked.reshape(-1, groups, y.shape[axis] // groups)
-
-
-def _at(values: Tensor, at: tuple[Tensor, ...]) -> Tensor:
-    index: tuple[Any, ...] = (slice(None), *at)
-    return values[index]

@@ -13,18 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from surgery.errors import InvalidInput
 from surgery.ir import Coupling, Group, Program, Scores, Site
-from surgery.numerics import Run, flat_outputs, masked_run
+from surgery.numerics import flat_outputs, masked_run
 from surgery.observe import Batches, Reader, by_activation, observed, read_by, share, taylor
-from surgery.tape import Tape
+from surgery.tape import Folded, Tape
 from surgery.wiring import Masks, Wiring
 
 Progress = Callable[[float], None]
@@ -180,6 +178,11 @@ class _Part:
     def lost(self) -> Tensor:
         """(units,): what is lost with each unit, were it the next to go."""
         total = torch.zeros(len(self._index), dtype=torch.float64)
+        if self._index.shape[1] == 1:  # blocks of one
+            at = self._index[:, 0]
+            for inverse, weight in zip(self._inverse, self._weight, strict=True):
+                total += weight[at].square().sum(1) / inverse.diagonal()[at]
+            return total * self._counts
         both = self._mask[:, :, None] & self._mask[:, None, :]
         eye = torch.eye(self._index.shape[1], dtype=torch.float64)
         for inverse, weight in zip(self._inverse, self._weight, strict=True):
@@ -217,34 +220,57 @@ def _measured(
     runs = sum(len(_cuts(group.size)) for group in coupling.groups)
     most = max(FEWEST, int(WORK_MACS / (max(1, runs) * macs))) if macs else None
     seen = _first(batches, most)
-    tape = Tape(program.graph, dict(state))
-    whole: Callable[[Sequence[Tensor]], Any] = lambda inputs: tape.output(tape.start(inputs))  # noqa: E731
-    wanted = _outputs(whole, seen)
-    varies = sum(float((x - x.mean(0)).square().sum()) or float(x.square().sum()) for x in wanted) or 1.0
+    tape = Folded(program.graph, dict(state))
+    found = {group.name: read_by(group, readers) if orders[group.name].weights else [] for group in coupling.groups}
+    starts = {
+        name: min((tape.place[reader.layer.node] for reader, _ in each), default=0) for name, each in found.items()
+    }
+    wrong = {group.name: dict.fromkeys(_cuts(group.size), 0.0) for group in coupling.groups}
     wiring: Wiring = coupling.facts
+    groups = sorted(coupling.groups, key=lambda group: starts[group.name])
+    outputs = list[list[Tensor]]()
+    with torch.no_grad():
+        for k, batch in enumerate(seen):
+            run = tape.start(batch)
+            wanted = flat_outputs(tape.output(run))
+            outputs.append(wanted)
+            for j, group in enumerate(groups):
+                progress((k + j / len(groups)) / len(seen))
+                order, name = orders[group.name], group.name
+                run = tape.advance(run, starts[name])  # the same for all groups that are read from here on
+                for cut in wrong[name]:
+                    if order.weights:
+                        with _fitted(tape, found[name], order.weights[cut]):
+                            given = tape.output(run)
+                    else:
+                        masks = Masks(wiring, wiring.dead_roots({name: order.units[:cut]}))
+                        given = masked_run(program, wiring, masks, state).run(*batch, enable_io_processing=False)
+                    wrong[name][cut] += _apart(flat_outputs(given), wanted)
+    varies = _variation(outputs) or 1.0
     out = {}
-    for k, group in enumerate(coupling.groups):
-        progress(k / len(coupling.groups))
-        order, points = orders[group.name], {0: 0.0}
-        found = read_by(group, readers)
-        for cut in _cuts(group.size):
-            if order.weights:
-                with _fitted(tape, found, order.weights[cut]):
-                    given = _outputs(whole, seen)
-            else:
-                masks = Masks(wiring, wiring.dead_roots({group.name: order.units[:cut]}))
-                run = masked_run(program, wiring, masks, state)
-                given = _outputs(partial(_run_masked, run), seen)
-            wrong = sum(float((a - b).square().sum()) for a, b in zip(given, wanted, strict=True))
-            points[cut] = max(max(points.values()), wrong / varies)
-        shared = SHARED if len(found) > 1 else 1.0
+    for group in coupling.groups:
+        points = {0: 0.0}
+        for cut, apart in wrong[group.name].items():
+            points[cut] = max(max(points.values()), apart / varies)
+        order = orders[group.name]
+        shared = SHARED if len(read_by(group, readers)) > 1 else 1.0
         out[group.name] = order.scores([shared * x for x in _to_scale(order.lost, points)])
     progress(1.0)
     return out
 
 
-def _run_masked(run: Run, inputs: Sequence[Tensor]) -> Any:
-    return run.run(*inputs, enable_io_processing=False)
+def _apart(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    return sum(float((a.double() - b.double()).square().sum()) for a, b in zip(given, wanted, strict=True))
+
+
+def _variation(outputs: Sequence[Sequence[Tensor]]) -> float:
+    """Sum over outputs of squared deviations from the mean over images; of squares where none varies."""
+    whole = (torch.cat([_rows(x) for x in each]) for each in zip(*outputs, strict=True))
+    return sum(float((x - x.mean(0)).square().sum()) or float(x.square().sum()) for x in whole)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.double().reshape(len(x) if x.dim() else 1, -1)
 
 
 def _first(batches: Batches, most: int | None) -> list[Sequence[Tensor]]:
@@ -256,14 +282,6 @@ def _first(batches: Batches, most: int | None) -> list[Sequence[Tensor]]:
         seen.append(batch)
         count += len(batch[0])
     return seen
-
-
-def _outputs(run: Callable[[Sequence[Tensor]], Any], batches: Batches) -> list[Tensor]:
-    """All outputs of all batches, float64: one tensor for each output."""
-    with torch.no_grad():
-        each = [flat_outputs(run(batch)) for batch in batches]
-    rows = (torch.cat([x.double().reshape(len(x) if x.dim() else 1, -1) for x in c]) for c in zip(*each, strict=True))
-    return list(rows)
 
 
 @contextmanager

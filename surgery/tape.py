@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from surgery.clean import mutates
+from surgery.contractions import CONVOLUTIONS, find_contractions
+from surgery.wiring import bind
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +50,8 @@ class Tape:
     def start(self, inputs: Sequence[Any]) -> Frontier:
         """Return the run before its first node, on these inputs in the order of the placeholders."""
         places = [node for node in self.nodes if node.op == "placeholder"]
+        if any(map(mutates, self.nodes)):  # an input, perhaps, or a view of one
+            inputs = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
         return Frontier(0, dict(zip(places, inputs, strict=True)))
 
     def advance(self, run: Frontier, to: int, *, keep: frozenset[str] = frozenset()) -> Frontier:
@@ -104,6 +108,44 @@ class Tape:
 
     def _here(self, x: Any) -> Any:
         return self._device if isinstance(x, torch.device) else x
+
+
+class Folded(Tape):
+    """A tape on which batch norms are folded into the convolutions before them, as runtimes fold them.
+
+    The value of such a convolution is what its norm would give, and the norm passes it on; all others are as they were,
+    but for rounding. On CPUs norms are a third of the time of networks such as MobileNetV2.
+    """
+
+    def __init__(
+        self, graph: torch.fx.GraphModule, state: Mapping[str, Tensor], device: torch.device | None = None
+    ) -> None:
+        super().__init__(graph, state, device)
+        found = find_contractions(graph, self.place.keys())
+        self._folds = {c.node: c for c in found if c.norm and self.nodes[self.place[c.node]].target in CONVOLUTIONS}
+        self._passed = {c.norm for c in self._folds.values()}
+        self._given = {
+            name: bind(self.nodes[self.place[name]], _same).raw for name in self._folds.keys() | self._passed
+        }
+
+    def call(self, node: torch.fx.Node, values: Mapping[torch.fx.Node, Any], **changed: Any) -> Any:
+        """Run one node."""
+        if node.name in self._passed:
+            return self.value(node.all_input_nodes[0], values)
+        layer = self._folds.get(node.name)
+        if layer is None:
+            return super().call(node, values, **changed)
+        gamma, beta, mean, var = (self.state[name] for name in layer.norm_names)
+        scale = gamma / (var + float(self._given[layer.norm]["eps"])).sqrt()
+        given = dict(torch.fx.map_arg(self._given[node.name], lambda n: self.value(n, values)))
+        weight, bias = given["weight"], given["bias"]
+        given["weight"] = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
+        given["bias"] = beta - scale * (mean if bias is None else mean - bias)
+        return node.target(**{**given, **changed})  # type: ignore[operator]
+
+
+def _same(x: Any) -> Any:
+    return x
 
 
 def _attribute(module: Any, path: str) -> Any:

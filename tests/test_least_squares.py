@@ -66,20 +66,26 @@ def test_the_shift_stays_where_there_is_no_place_for_one() -> None:
 
 
 def test_what_images_do_not_tell_stays_as_it_was() -> None:
-    """With fewer rows than unknowns and targets that are noise, the fit stays near the weights that were there."""
-    generator = torch.Generator().manual_seed(0)
-    folds = [Moments.none(1, 60, 1) for _ in range(4)]
-    prior = torch.randn(1, 61, 1, generator=generator, dtype=torch.float64)
-    for fold in folds:
-        x = torch.randn(8, 1, 60, generator=generator)
-        fold.add(x, torch.einsum("rgn,gno->rgo", x.double(), prior[:, :-1]) + 6 * torch.randn(8, 1, 1))
-    found = solve(folds, prior, shift=True)
-    assert found.ridge >= 1
-    assert float((found.weight - prior)[:, :-1].norm() / prior.norm()) < 0.5
+    """With fewer rows than unknowns and targets that are noise, the fit stays near the weights that were there.
+
+    Held-out rows are few as well, and now and then a wrong fit predicts them by chance.
+    """
+    far = 0
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        folds = [Moments.none(1, 60, 1) for _ in range(4)]
+        prior = torch.randn(1, 61, 1, generator=generator, dtype=torch.float64)
+        for fold in folds:
+            x = torch.randn(8, 1, 60, generator=generator)
+            noise = 6 * torch.randn(8, 1, 1, generator=generator)
+            fold.add(x, torch.einsum("rgn,gno->rgo", x.double(), prior[:, :-1]) + noise)
+        found = solve(folds, prior, shift=True)
+        far += found.ridge < 1 or float((found.weight - prior)[:, :-1].norm() / prior.norm()) > 0.5
+    assert far <= 2
 
 
 def test_moments_tell_mean_and_variance_of_what_weights_make() -> None:
-    x = 3 + 2 * torch.randn(5000, 1, 4)
+    x = 3 + 2 * torch.randn(5000, 1, 4, generator=torch.Generator().manual_seed(0))
     moments = Moments.none(1, 4, 1)
     moments.add(x, x.sum(-1, keepdim=True))
     weight = torch.tensor([1.0, -2.0, 0.5, 0.0], dtype=torch.float64).reshape(1, 4, 1)

@@ -26,7 +26,7 @@ from surgery.least_squares import Moments, Solution, folds_for, solve
 from surgery.moves import arranged, moves_of
 from surgery.numerics import state_of
 from surgery.rows import Window, convolution_rows, drawn, value_rows
-from surgery.tape import Frontier, Tape
+from surgery.tape import Folded, Frontier, Tape
 from surgery.trace import evaluating
 from surgery.wiring import Masks, Wiring, bind
 
@@ -37,8 +37,8 @@ MEMORY = 2**31
 """What may be held of the images between layers, in bytes; where it is more, runs begin further back."""
 ROWS, FEWEST_ROWS, MOST_ROWS = 16, 20_000, 80_000
 """So many rows for each weight of an output are enough, but no fewer than these; more where they cost little."""
-LITTLE = 1e10
-"""Products, in one layer, that cost little."""
+LITTLE, FEW_VALUES = 1e10, 1e8
+"""Products, and values that are read, in one layer, that cost little."""
 _CLAMPS = {aten.hardtanh.default: ("min_val", "max_val"), aten.clamp.default: ("min", "max")}
 _TINY = 1e-8
 _SAME = 1e-9
@@ -113,21 +113,23 @@ def _each(
 ) -> list[Fitted]:
     wiring: Wiring = coupling.facts
     masks, whole = masks_of(program, plan, coupling), program.dense
-    dense = Tape(whole.graph, arranged(state_of(whole), moves_of(coupling, plan.arranged)))
-    cut = Tape(compact.graph, tensors_of(compact.graph))
+    dense = Folded(whole.graph, arranged(state_of(whole), moves_of(coupling, plan.arranged)))
+    cut = Folded(compact.graph, tensors_of(compact.graph))
     found, images = [], sum(len(batch[0]) for batch in batches)
     runs = [(dense.start(batch), cut.start(batch)) for batch in batches]
     layers = [
         _fitting(c, wiring) for c in find_contractions(compact.graph, dense.place.keys()) if c.node in wiring.values
     ]
+    ends = [dense.place[layer.aim] + 1 for layer in layers]
     for k, layer in enumerate(layers):
         progress(k / len(layers))
         fit = _Fit(layer, dense, cut, wiring.values[layer.aim], masks, images, seed + k)
-        runs = _march(dense, cut, runs, fit, memory)
+        to = min(ends[k:]), cut.place[layer.node]
+        runs = _march(dense, cut, runs, to, fit, memory)
         if (done := fit.finish()) is None:
             continue
         if fit.rectified:
-            _march(dense, cut, runs, fit, 0)
+            _march(dense, cut, runs, to, fit, 0)
             done = fit.finish() or done
         found.append(done)
     progress(1.0)
@@ -149,14 +151,21 @@ def _fitting(found: Contraction, wiring: Wiring) -> Contraction:
 
 
 def _march(
-    dense: Tape, cut: Tape, runs: list[tuple[Frontier, Frontier]], fit: _Fit, memory: int
+    dense: Tape,
+    cut: Tape,
+    runs: list[tuple[Frontier, Frontier]],
+    to: tuple[int, int],
+    fit: _Fit,
+    memory: int,
 ) -> list[tuple[Frontier, Frontier]]:
-    """Bring all runs to a layer and let it look; return from where the next march begins."""
-    at = dense.place[fit.layer.node], cut.place[fit.layer.node]
+    """Bring all runs to a layer and let it look; return from where the next march begins.
+
+    The compact model's run goes up to the layer, whose weights are to change; the dense one's past what is aimed at.
+    """
     reached: list[tuple[Frontier, Frontier]] = []
     with torch.no_grad():
         for k, (a, b) in enumerate(runs):
-            a, b = dense.advance(a, at[0]), cut.advance(b, at[1])
+            a, b = dense.advance(a, to[0]), cut.advance(b, to[1])
             fit.look(k, a, b)
             if k == 0 and (a.bytes + b.bytes) * len(runs) > memory:
                 memory = -1
@@ -249,29 +258,34 @@ class _Fit:
         return weight.double().reshape(self._groups, self._outputs, self._inputs).transpose(1, 2)
 
     def look(self, k: int, dense: Frontier, cut: Frontier) -> None:
-        """Take in one batch: both runs stand before the layer."""
-        wanted = self._dense.only(dense, self.layer.aim)
-        for axis, alive in enumerate(self._alive):
-            wanted = wanted if alive is None else wanted.index_select(axis, alive)
-        if self._again:
-            now = self._cut.only(cut, self.layer.aim)
-            low, high = self._rails
-            wanted = torch.where(
-                wanted <= low, now.clamp_max(low), torch.where(wanted >= high, now.clamp_min(high), wanted)
-            )
-        if self.layer.other:
-            wanted = wanted - self._cut.only(cut, self.layer.other)
+        """Take in one batch: the compact model's run stands before the layer, the dense one's where it can be had."""
         x = self._cut.value(self._raw["input"], cut.values)
-        axis = wanted.dim() - 1 if self._node.target == LINEAR else 1
-        positions = wanted.movedim(axis, -1).shape[1:-1]
-        cheap = min(MOST_ROWS, int(LITTLE / (self._inputs + 1) ** 2))
+        wanted, linear = self._dense.only(dense, self.layer.aim), self._node.target == LINEAR
+        axis = wanted.dim() - 1 if linear else 1
+        for a, alive in enumerate(self._alive):
+            wanted = wanted if alive is None or a == axis else wanted.index_select(a, alive)
+        read = self._groups * (self._inputs + 1)
+        cheap = min(MOST_ROWS, int(min(LITTLE / (self._inputs + 1) ** 2, FEW_VALUES / read)))
         most = ceil(max(FEWEST_ROWS, ROWS * (self._inputs + 1), cheap) / self._images)
-        at = drawn(positions, most, self._generator)
+        at = drawn(wanted.movedim(axis, -1).shape[1:-1], most, self._generator)
+
+        def rows(y: Tensor, groups: int = self._groups) -> Tensor:
+            return value_rows(y, axis, groups, at)
+
+        aim = rows(wanted, 1)
+        if (alive := self._alive[axis]) is not None:
+            aim = aim.index_select(2, alive)
+        aim = aim.reshape(len(aim), self._groups, -1)
+        if self._again:
+            now, (low, high) = rows(self._cut.only(cut, self.layer.aim)), self._rails
+            aim = torch.where(aim <= low, now.clamp_max(low), torch.where(aim >= high, now.clamp_min(high), aim))
+        if self.layer.other:
+            aim = aim - rows(self._cut.only(cut, self.layer.other))
         if self._weight is not None and self._node.target in CONVOLUTIONS:
-            rows = convolution_rows(x, Window.of(self._raw, self._weight), self._groups, at)
+            given = convolution_rows(x, Window.of(self._raw, self._weight), self._groups, at)
         else:
-            rows = value_rows(x, axis, self._groups, at)
-        self._folds[k % len(self._folds)].add(rows, value_rows(wanted, axis, self._groups, at))
+            given = rows(x)
+        self._folds[k % len(self._folds)].add(given, aim)
 
     def finish(self) -> Fitted | None:
         """Fit, write the weights, and begin anew; None where nothing was amiss."""
