@@ -134,7 +134,8 @@ def recovered(
     subject = _subject(program, plan, coupling, compact, model, whole)
     reference, notes = _reference(subject, request, seen), list[str]()
     steps = list[Step]()
-    judge = Judge(reference, request.evaluate)
+    alike = reference is not None and request.val is None and whole is None
+    judge = Judge(reference, request.evaluate, seen.batches if seen is not None and alike else None)
     if reference is not None or request.evaluate is not None:
         for name, (agreement, metrics) in (("dense", judge.dense(subject)), ("cut", judge.compact(subject))):
             steps.append(Step(name, 0.0, peak_memory(), agreement, metrics=metrics))
@@ -143,11 +144,12 @@ def recovered(
         steps += without_data(subject, judge, seed=request.seed, progress=progress)
     elif level != "none":
         assert seen is not None, "levels that need data have some"
-        steps += with_data(subject, level, seen.batches, judge, seed=request.seed, progress=progress)
+        before = steps[-1].agreement if steps else None
+        steps += with_data(subject, level, seen.batches, judge, before=before, seed=request.seed, progress=progress)
         if level in TAUGHT:
             if request.share is not None:
                 request.share(plan, compact.module)
-            steps.append(_taught(subject, level, request, seen, judge, progress))
+            steps.append(_taught(subject, level, request, seen, judge, steps[-1].agreement, progress))
     for given in (request.data, request.val):
         notes += given.notes() if isinstance(given, Images) else []
     if reference is not None:
@@ -160,11 +162,17 @@ def recovered(
 
 
 def _taught(
-    subject: Subject, level: str, request: Request, seen: Calibration, judge: Judge, progress: Progress
+    subject: Subject,
+    level: str,
+    request: Request,
+    seen: Calibration,
+    judge: Judge,
+    before: Agreement | None,
+    progress: Progress,
 ) -> Step:
     training, data = request.training or Training(seed=request.seed), as_dataset(request.data)
     key = f"{subject.plan.digest} {seen.digest} {level} {training} {_identity(data, subject, training.seed)}"
-    return taught(subject, level, data, training, judge, seen=seen.batches, key=key, progress=progress)
+    return taught(subject, level, data, training, judge, seen=seen.batches, before=before, key=key, progress=progress)
 
 
 def _classes_of(data: Any, inputs: int) -> Tensor | None:
@@ -247,7 +255,7 @@ def follow(
     """Take part in the training that the first process leads; arguments are those of `recovered`."""
     subject = _subject(program, plan, coupling, compact, model, whole)
     seen = seen_by(request.data, program, whole, request.images, request.seed)
-    _taught(subject, level_of(request), request, seen, Judge(), lambda step, fraction: None)
+    _taught(subject, level_of(request), request, seen, Judge(), None, lambda step, fraction: None)
 
 
 def _subject(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from math import sqrt
+from math import nan, sqrt
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ class Agreement:
         drop: points of accuracy that it names less than the dense model, paired, with its 95 % interval; or None.
         traded: images that the dense model alone names right, and images that this one alone does; None likewise.
         differs: points of images on which the two name another class, with the interval; None as `top1_match`.
+        correlation: of the two models' outputs over images, -1 to 1; NaN if not finite.
     """
 
     images: int
@@ -53,6 +54,7 @@ class Agreement:
     drop: tuple[float, float, float] | None = None
     traded: tuple[int, int] | None = None
     differs: tuple[float, float, float] | None = None
+    correlation: float = nan
 
 
 @dataclass(slots=True, eq=False)
@@ -104,7 +106,7 @@ class Reference:
 
     def dense(self) -> Agreement:
         """Return the dense model beside itself."""
-        found = self._beside(self.dense_model)
+        found = self._beside(None)
         exact = 0.0, 0.0, 0.0
         drop, differs = (exact if x is not None else None for x in (found.drop, found.differs))
         return replace(found, drop=drop, differs=differs)
@@ -113,24 +115,16 @@ class Reference:
         """Return how a model does beside the dense one."""
         return self._beside(model)
 
-    def correlation(self, model: Model) -> float:
-        """Return how far a model's outputs go along with the dense model's, over images: -1 to 1; NaN if not finite."""
-        sums = _Sums()
-        for own, other, _ in self._pairs(model):
-            sums.add(own, other)
-        return sums.correlation()
-
-    def _pairs(self, model: Model) -> Iterator[tuple[Tensor, Tensor, list[Tensor]]]:
-        """For each batch the two models' outputs, (N, values) of float64, and the other one's as they came."""
+    def _pairs(self, model: Model | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each batch the two models' outputs, (N, values) of float64; without a model those of the dense one."""
         for k, (inputs, _) in enumerate(self.batches):
             ours = self.outputs[k] if self.outputs is not None else _flat(self.dense_model, inputs)
-            theirs = _flat(model, inputs)
-            yield _rows(ours), _rows(theirs), theirs
+            yield _rows(ours), _rows(ours if model is None else _flat(model, inputs))
 
-    def _beside(self, model: Model) -> Agreement:
+    def _beside(self, model: Model | None) -> Agreement:
         sums, cosines, apart = _Sums(), list[Tensor](), list[Tensor]()
         same, right, rights, at = list[Tensor](), list[Tensor](), list[Tensor](), 0
-        for own, other, _ in self._pairs(model):
+        for own, other in self._pairs(model):
             sums.add(own, other)
             cosines.append(torch.nn.functional.cosine_similarity(own, other, dim=1))
             if not self.classes:
@@ -143,19 +137,20 @@ class Reference:
                 right.append(own.argmax(1) == wanted)
                 rights.append(other.argmax(1) == wanted)
             at += len(own)
-        cosine, error = float(torch.cat(cosines).mean()), sums.error()
+        found = Agreement(sums.count, float(torch.cat(cosines).mean()), sums.error(), correlation=sums.correlation())
         if not self.classes:
-            return Agreement(sums.count, cosine, error)
+            return found
         alike = torch.cat(same)
         divergence, match = float(torch.cat(apart).mean()), float(alike.double().mean())
         differs = paired_drop(torch.ones_like(alike), alike)
         differs = differs[0], max(0.0, differs[1]), differs[2]
+        found = replace(found, top1_match=match, divergence=divergence, differs=differs)
         if self.labels is None:
-            return Agreement(sums.count, cosine, error, match, divergence, differs=differs)
+            return found
         before, after = torch.cat(right), torch.cat(rights)
         accuracy, drop = float(after.double().mean()), paired_drop(before, after)
         traded = int((before & ~after).sum()), int((after & ~before).sum())
-        return Agreement(sums.count, cosine, error, match, divergence, accuracy, drop, traded, differs)
+        return replace(found, accuracy=accuracy, drop=drop, traded=traded)
 
 
 @dataclass(slots=True, eq=False)

@@ -67,10 +67,17 @@ class Subject:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judge:
-    """What compact models are judged by: images, the user's own evaluation, both or nothing."""
+    """What compact models are judged by: images, the user's own evaluation, both or nothing.
+
+    Attributes:
+        reference: the dense model on images.
+        evaluate: the user's own evaluation of a model.
+        learnt: the images that are learnt from, where `reference` is the dense program on just these.
+    """
 
     reference: Reference | None = None
     evaluate: Callable[[Any], Mapping[str, float]] | None = None
+    learnt: Batches | None = None
 
     def dense(self, subject: Subject) -> tuple[Agreement | None, Mapping[str, float] | None]:
         """Judge the dense model."""
@@ -80,7 +87,19 @@ class Judge:
     def compact(self, subject: Subject) -> tuple[Agreement | None, Mapping[str, float] | None]:
         """Judge the compact model as it is."""
         found = self.reference.judge(subject.compact_call) if self.reference is not None else None
-        return found, self.evaluate(subject.compact_model) if self.evaluate is not None else None
+        return found, self.evaluated(subject)
+
+    def evaluated(self, subject: Subject) -> Mapping[str, float] | None:
+        """Return what the user's own evaluation says of the compact model."""
+        return self.evaluate(subject.compact_model) if self.evaluate is not None else None
+
+    def beside(self, subject: Subject, batches: Batches) -> Reference:
+        """Return the dense program on images: `reference`, where it is that."""
+        if self.reference is not None and batches is self.learnt:
+            return self.reference
+        dense = subject.program.dense.model
+        judged = [(batch, None) for batch in batches]
+        return Reference.of(lambda inputs: _called(dense, subject.program, inputs), judged, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +155,8 @@ def without_data(subject: Subject, judge: Judge, *, seed: int, progress: Progres
     if len(specs) != 1 or len(specs[0].shape) != 4 or "float" not in specs[0].dtype:
         raise InvalidInput("recover='fold' draws images (N, C, H, W), and this model takes something else; give --data")
     batches, held_out = (_drawn(specs[0], seed + k) for k in range(2))
-    return [_reconstructed("fold", subject, batches, held_out[: max(1, len(held_out) // 4)], judge, seed, progress)]
+    held_out = held_out[: max(1, len(held_out) // 4)]
+    return [_reconstructed("fold", subject, batches, held_out, judge, None, seed, progress)]
 
 
 def _drawn(spec: InputSpec, seed: int) -> Batches:
@@ -148,7 +168,14 @@ def _drawn(spec: InputSpec, seed: int) -> Batches:
 
 
 def with_data(
-    subject: Subject, level: str, batches: Batches, judge: Judge, *, seed: int, progress: Progress
+    subject: Subject,
+    level: str,
+    batches: Batches,
+    judge: Judge,
+    *,
+    before: Agreement | None,
+    seed: int,
+    progress: Progress,
 ) -> list[Step]:
     """Bring the compact model nearer to the dense one without labels or gradients.
 
@@ -157,13 +184,14 @@ def with_data(
         level: `bn`, or one that begins with `reconstruct`.
         batches: of the program's inputs.
         judge: what it is judged by.
+        before: what `judge` says of it as it is.
         seed: of all that is drawn.
         progress: told each step.
     """
     if level != "bn" and subject.program.graph is not None:
-        return [_reconstructed("reconstruct", subject, batches, batches, judge, seed, progress)]
+        return [_reconstructed("reconstruct", subject, batches, batches, judge, before, seed, progress)]
     notes: tuple[str, ...] = () if level == "bn" else ("no reconstruction: torch.export cannot capture this model",)
-    with _timed("bn", progress) as (told, clock), _undone_if_worse(subject, batches) as judged:
+    with _timed("bn", progress) as (told, clock), _undone_if_worse(subject, judge, batches, before) as judged:
         count = estimate_norms(subject.compact, batches, call=subject.part_call, progress=told)
     notes = notes if count else (*notes, "the model has no batch norms with running statistics")
     return [_step("bn", clock, judged, subject, judge, notes=notes)]
@@ -177,6 +205,7 @@ def taught(
     judge: Judge,
     *,
     seen: Batches,
+    before: Agreement | None,
     key: str,
     progress: Progress,
 ) -> Step:
@@ -191,6 +220,7 @@ def taught(
         training: how.
         judge: what it is judged by.
         seen: images on which the outputs are compared.
+        before: what `judge` says of the model as it is.
         key: of what a checkpoint must be.
         progress: told.
     """
@@ -200,7 +230,7 @@ def taught(
         raise InvalidInput(f"{level}: no parameter of the compact model wants gradients: call requires_grad_() on some")
     models = subject.compact_model, subject.dense_model
     student, teacher = (Student(m, subject.module_call, subject.inputs) for m in models)
-    guard = _undone_if_worse(subject, seen) if level == "distill" else nullcontext(_Judged())
+    guard = _undone_if_worse(subject, judge, seen, before) if level == "distill" else nullcontext(_Judged())
     with _timed(level, progress) as (told, clock), guard as judged:
         history = train(
             student, teacher, data, training, learning=learning, labels=level == "finetune", key=key, progress=told
@@ -220,10 +250,11 @@ def _reconstructed(
     batches: Batches,
     judged_on: Batches,
     judge: Judge,
+    before: Agreement | None,
     seed: int,
     progress: Progress,
 ) -> Step:
-    with _timed(name, progress) as (told, clock), _undone_if_worse(subject, judged_on) as judged:
+    with _timed(name, progress) as (told, clock), _undone_if_worse(subject, judge, judged_on, before) as judged:
         layers = reconstruct(
             subject.program, subject.plan, subject.coupling, subject.compact, batches, seed=seed, progress=told
         )
@@ -251,7 +282,8 @@ def _step(
 ) -> Step:
     if not judged.kept:
         notes = (*notes, f"{name} was undone: it left the outputs further from the dense model's than they were")
-    agreement, metrics = judge.compact(subject)
+    known = judged.agreement
+    agreement, metrics = judge.compact(subject) if known is None else (known, judge.evaluated(subject))
     seconds = round(clock["seconds"], 3)
     return Step(name, seconds, peak_memory(), agreement, judged.kept, notes, layers, history, metrics)
 
@@ -267,39 +299,43 @@ def _timed(name: str, progress: Progress) -> Iterator[tuple[Callable[[float], No
 
 @dataclass(slots=True)
 class _Judged:
+    """Whether a step stayed, and what the judge says of the model after it; None where that was not asked."""
+
     kept: bool = True
+    agreement: Agreement | None = None
 
 
 @contextmanager
-def _undone_if_worse(subject: Subject, batches: Batches) -> Iterator[_Judged]:
+def _undone_if_worse(subject: Subject, judge: Judge, batches: Batches, before: Agreement | None) -> Iterator[_Judged]:
     """Put the tensors back where the outputs on these inputs end up further from the dense model's, or not finite.
 
     Further is what is so by squared error and by correlation: norms alone may bring back the one and not the other.
     """
     judged, state = _Judged(), {k: v.clone() for k, v in subject.compact.module.state_dict().items()}
-    before = _apart(subject, batches)
+    reference = judge.beside(subject, batches)
+    same = reference is judge.reference
+    if before is None or not same:
+        before = reference.judge(subject.part_call)
     try:
         yield judged
     except BaseException:
         _put_back(subject, state)
         raise
-    after = _apart(subject, batches)
-    if not all(map(isfinite, after)) or all(b > a for a, b in zip(before, after, strict=True)):
+    after = reference.judge(subject.part_call)
+    ends = after.error, -after.correlation
+    if not all(map(isfinite, ends)) or all(
+        b > a for a, b in zip((before.error, -before.correlation), ends, strict=True)
+    ):
         judged.kept = False
         _put_back(subject, state)
+    if same:
+        judged.agreement = after if judged.kept else before
 
 
 def _put_back(subject: Subject, state: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in subject.compact.module.state_dict().items():
             tensor.copy_(state[name])
-
-
-def _apart(subject: Subject, batches: Batches) -> tuple[float, float]:
-    """Squared error of the outputs, and how little they go along with the dense program's, whatever their scale."""
-    dense = subject.program.dense.model
-    reference = Reference.of(lambda inputs: _called(dense, subject.program, inputs), [(b, None) for b in batches], "")
-    return reference.judge(subject.part_call).error, 1.0 - reference.correlation(subject.part_call)
 
 
 def _called(module: torch.nn.Module, program: Program, inputs: Sequence[Tensor]) -> Any:
