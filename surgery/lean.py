@@ -6,14 +6,15 @@ import gc
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import fake_tensor
+from torch._decomp import decomposition_table
+from torch._subclasses import fake_impls, fake_tensor
 from torch.fx import proxy
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.sym_node import SymNode
@@ -31,8 +32,8 @@ def lean() -> Iterator[None]:
     That is Python code for every intermediate graph, now made for those that are called; strides and memory formats
     beside every value; of each operator's stack trace, the frames that are not the user's; sums and comparisons of the
     same symbolic sizes, now worked out once; a search for sizes that depend on values, now made where there are such;
-    the shape that an activation in place comes to, worked out through its parts; and Python's collector, which goes
-    through the growing graph over and over. A torch that has one of these no more is left as it is.
+    the shape that an activation or a batch norm comes to, worked out through its parts; and Python's collector, which
+    goes through the growing graph over and over. A torch that has one of these no more is left as it is.
     """
     from torch.export import _trace as exporting  # Here: importing it takes seconds.
 
@@ -110,28 +111,61 @@ def _later(recompile: Any) -> Any:
     return deferred
 
 
-_IN_PLACE = ("hardtanh_", "hardswish_", "hardsigmoid_", "relu_", "silu_", "leaky_relu_", "gelu_", "elu_", "mish_")
+_ACTIVATIONS = ("hardtanh", "hardswish", "hardsigmoid", "relu", "silu", "leaky_relu", "gelu", "elu", "mish")
+_NORM = "_native_batch_norm_legit_no_training"
 
 
 @contextmanager
 def _same_shape() -> Iterator[None]:
-    """Give what an activation in place writes to as what comes of it, where torch asks for the shape alone.
+    """Tell the shape of an activation or a batch norm from its input's, where torch asks for the shape alone.
 
-    It asks before it puts the operator that copies in the place of the one that does not, and would work through all
-    the parts that the operator can be taken apart into, each with its symbolic sizes.
+    Else it works through all the parts that the operator can be taken apart into, each with its symbolic sizes. Of
+    those in place it asks before it puts the operator that copies there: what is written to is what comes of it.
     """
-    meta = torch._C.DispatchKey.Meta
-    found = [getattr(torch.ops.aten, name).default for name in _IN_PLACE if hasattr(torch.ops.aten, name)]
-    before = {op: op.py_kernels[meta] for op in found if meta in getattr(op, "py_kernels", ())}
+    with ExitStack() as stack:
+        meta = torch._C.DispatchKey.Meta
+        for op in _overloads(f"{name}_" for name in _ACTIVATIONS):
+            if meta in getattr(op, "py_kernels", ()):
+                stack.enter_context(_entry(op.py_kernels, meta, lambda x, *_, **__: x))
+                op._dispatch_cache.clear()  # of the kernels that were in use
+                stack.callback(op._dispatch_cache.clear)
+        known: dict[Any, Any] = getattr(fake_impls, "get_fast_op_impls", dict)()
+        for op in _overloads((*_ACTIVATIONS, _NORM)):
+            if op in decomposition_table and op not in known:
+                stack.enter_context(_entry(known, op, _like_input(op)))
+        yield
+
+
+def _overloads(names: Iterable[str]) -> list[Any]:
+    return [getattr(torch.ops.aten, name).default for name in names if hasattr(torch.ops.aten, name)]
+
+
+def _like_input(op: Any) -> Any:
+    """The shape alone of what an operator gives, of floating tensors on the CPU; of others as torch finds it."""
+
+    def shape(mode: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with mode:
+            if not x.is_floating_point() or x.device.type != "cpu":
+                return decomposition_table[op](x, *args, **kwargs)
+            found = torch.empty_like(x)
+            return found if op.name() != f"aten::{_NORM}" else (found, x.new_empty(0), x.new_empty(0))
+
+    return shape
+
+
+@contextmanager
+def _entry(table: dict[Any, Any], key: Any, value: Any) -> Iterator[None]:
+    """Put a value into a dictionary within the block."""
+    missing = object()
+    before = table.get(key, missing)
+    table[key] = value
     try:
-        for op in before:
-            op.py_kernels[meta] = lambda x, *_, **__: x
-            op._dispatch_cache.clear()  # of the kernels that were in use
         yield
     finally:
-        for op, kernel in before.items():
-            op.py_kernels[meta] = kernel
-            op._dispatch_cache.clear()
+        if before is missing:
+            del table[key]
+        else:
+            table[key] = before
 
 
 _ARITHMETIC = ("add", "sub", "mul", "eq", "ne", "ge", "gt", "le", "lt")
