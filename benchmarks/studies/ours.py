@@ -54,7 +54,9 @@ def planned(
         facts: dict[str, Any] = {"macs": round(subject.kept(result.model), 4)}
         if budget.latency is not None:
             facts |= {"planned_for": deploy, "loop": loop_of(result.report)}
-        keep(folder, name, Ours(result.model, result.plan, facts))
+        ours = Ours(result.model, result.plan, facts)
+        keep(folder, name, ours)
+        return ours
     return kept(folder, name, subject)
 
 

@@ -29,6 +29,7 @@ from surgery.recover.agreement import paired_drop
 BATCH = 32
 DEFAULT_SHARE = 0.5
 """Share of every width that torch-pruning takes if it is not told otherwise."""
+AT_ONCE = 8
 LOOKED = 128
 """Photos by which the best of torch-pruning's settings is told: agreement with the dense network."""
 TRIES = 4
@@ -48,6 +49,7 @@ class Ask:
         latency: of ours, as a fraction of the dense network's in the precision that is planned for.
         deploys: precisions that are planned for, each a network of its own.
         smaller: sizes in pixels of smaller images, for the dense network.
+        calibrated: photos that every file in int8 is calibrated on; None: all of them.
         rivals: whether torch-pruning is there.
         threads: of ONNX Runtime.
         seconds: of the race.
@@ -56,6 +58,7 @@ class Ask:
     latency: float
     deploys: tuple[str, ...] = ("int8",)
     smaller: tuple[int, ...] = ()
+    calibrated: int | None = None
     rivals: bool = True
     threads: int = 1
     seconds: float = 60.0
@@ -63,10 +66,11 @@ class Ask:
 
 @dataclass(eq=False)
 class Files:
-    """Float files and those in int8 of the same networks, by name."""
+    """Float files and those in int8 of the same networks, by name; `calibrated` as for `Ask`."""
 
     case: Case
     folder: Path
+    calibrated: int | None = None
     paths: dict[str, Path] = field(default_factory=dict)
     sets: dict[str, tuple[Judges, ...]] = field(default_factory=dict)
     facts: dict[str, Facts] = field(default_factory=dict)
@@ -80,7 +84,8 @@ class Files:
         self._enter(name, path, judged, facts)
         if int8:
             quantised = path.with_suffix(".int8.onnx")
-            to_int8(path, quantised, feeds(path, [(part,) for part in torch.split(photos, BATCH)]))
+            seen = torch.split(photos[: self.calibrated], BATCH)
+            to_int8(path, quantised, feeds(path, [(part,) for part in seen]))
             self._enter(int8, quantised, judged, facts)
 
     def _enter(self, name: str, path: Path, judged: tuple[Judges, ...], facts: Facts) -> None:
@@ -102,7 +107,7 @@ def measured(case: Case, ask: Ask, folder: Path, work: Path | None = None) -> di
         work: folder of networks that are planned or taught already, and where new ones are kept; None: `folder`.
     """
     begun = time.monotonic()
-    files = Files(case, folder)
+    files = Files(case, folder, ask.calibrated)
     dense = case.subject.module
     files.add("dense", dense, {"macs": 1.0}, int8="dense int8")
     for size in ask.smaller:
@@ -123,6 +128,7 @@ def measured(case: Case, ask: Ask, folder: Path, work: Path | None = None) -> di
         "network": case.name,
         "weights": case.weights,
         "photos": len(case.photos),
+        "calibrated": min(ask.calibrated or len(case.photos), len(case.photos)),
         "judged_by": [{"name": by.name, "images": len(by.images)} for by in case.judged],
         "latency": ask.latency,
         "saturates": saturates(),
@@ -173,17 +179,21 @@ def _rivals(files: Files, ask: Ask, folder: Path) -> None:
     wanted = _relative(files.paths["dense"], files.paths[ours], ask.threads)
     found: list[tuple[float, Setting, nn.Module]] = []
     seen = case.photos[-LOOKED:]
-    with torch.no_grad():
-        same_as = case.subject.module(seen).argmax(1)
+    same_as = _classes(case.subject.module, seen)
     for globally in (False, True):
         for setting, module in _at_latency(case, bench, wanted, globally):
-            with torch.no_grad():
-                same = module(seen).argmax(1) == same_as
+            same = _classes(module, seen) == same_as
             found.append((float(same.double().mean()), setting, module))
     if found:
         _, setting, module = max(found, key=lambda each: each[0])
         facts = {"macs": round(case.subject.kept(module), 4), "setting": setting.name, "of_settings": len(found)}
         files.add("torch-pruning, best", module, facts, int8="torch-pruning, best, int8")
+
+
+def _classes(module: nn.Module, images: Tensor) -> Tensor:
+    """What a network takes images for, (N,); a few at a time, which is fastest where activations are large."""
+    with torch.no_grad():
+        return torch.cat([module(part).argmax(1) for part in torch.split(images, AT_ONCE)])
 
 
 def _at_latency(case: Case, bench: Bench, wanted: float, globally: bool) -> Iterable[tuple[Setting, nn.Module]]:

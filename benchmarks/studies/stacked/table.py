@@ -99,6 +99,11 @@ def aim(found: Mapping[str, Any]) -> str:
     )
 
 
+def _photos(found: Mapping[str, Any]) -> str:
+    every, some = found["photos"], found.get("calibrated", found["photos"])
+    return f"{every} photos without labels{f', files in int8 calibrated on {some} of them' if some < every else ''}"
+
+
 def lesson(found: Mapping[str, Any]) -> str:
     """Return how the taught network was taught, in a paragraph of its own; nothing where there is none."""
     row = next((r for r in found["rows"] if "trained_on" in r), None)
@@ -123,7 +128,7 @@ def page(results: Mapping[str, Any]) -> str:
         told = (goal(found) if key in GOALS else aim(found)) + lesson(found)
         told += _SATURATES * found.get("saturates", False) + NOTES.get(key, "")
         parts.append(
-            f"## {title}\n\nWeights: {found['weights']}. {found['photos']} photos without labels. Written by\n"
+            f"## {title}\n\nWeights: {found['weights']}. {_photos(found)}. Written by\n"
             f"`{found['command']}`\non {sentence(found['machine'])}, in {found['seconds'] / 60:.0f} minutes.\n\n"
             f"{told}\n\n{markdown(found)}\nThe timer: {found['timer']['why']}.\n"
         )
