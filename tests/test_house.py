@@ -29,7 +29,7 @@ ORDER = """
     surgery.copies surgery.guards surgery.einsum surgery.unlift surgery.lean surgery.clean surgery.trace
     surgery.graph surgery.wiring surgery.pieces surgery.numerics surgery.leftovers surgery.stand_ins
     surgery.depthwise surgery.blocks surgery.dead surgery.zeros
-    surgery.couple surgery.tape surgery.rows surgery.least_squares surgery.contractions
+    surgery.couple surgery.contractions surgery.tape surgery.rows surgery.least_squares
     surgery.observe surgery.second_order surgery.signal surgery.score surgery.practise surgery.fvcount
     surgery.cost surgery.lower surgery.ladders surgery.latency surgery.staircases surgery.spend surgery.allocate
     surgery.timeplan

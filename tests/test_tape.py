@@ -1,0 +1,73 @@
+"""Traced graphs run in stretches: a run goes on from where it was, and norms may be folded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from surgery.numerics import state_of
+from surgery.tape import Folded, Tape
+from surgery.trace import trace
+
+
+class _Norms(nn.Module):
+    """Norms behind convolutions with a bias and without one, in groups, behind a sum, and one that is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.three, self.four = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8, eps=1e-3) for _ in range(4))
+        for norm in self.norms:
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias)
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, 8, H - 2, W - 2)."""
+        x = torch.relu(self.norms[0](self.one(x)))
+        y = self.norms[1](self.two(x))
+        z = self.three(x + y)
+        out: Tensor = self.norms[3](self.four(torch.relu(self.norms[2](z) + z)) + x)
+        return out
+
+
+@pytest.mark.parametrize("kind", [Tape, Folded])
+def test_a_run_in_stretches_gives_what_the_model_gives(kind: type[Tape]) -> None:
+    torch.manual_seed(0)
+    model, x = _Norms().eval(), torch.randn(4, 3, 9, 9)
+    program = trace(model, x)
+    tape = kind(program.graph, state_of(program))
+    with torch.no_grad():
+        run = tape.start([x])
+        for to in range(0, len(tape.nodes) - 1, 3):
+            run = tape.advance(run, to)
+            assert torch.allclose(tape.output(run), model(x), atol=1e-5)
+
+
+def test_a_folded_norm_goes_by_the_parameters_of_the_moment() -> None:
+    torch.manual_seed(0)
+    model, x = _Norms().eval(), torch.randn(4, 3, 9, 9)
+    program = trace(model, x)
+    tape = Folded(program.graph, {name: tensor.clone() for name, tensor in state_of(program).items()})
+    with torch.no_grad():
+        tape.state["norms.0.weight"].mul_(2)  # type: ignore[attr-defined]
+        model.norms[0].weight.mul_(2)
+        assert torch.allclose(tape.output(tape.start([x])), model(x), atol=1e-5)
+
+
+def test_an_input_that_the_model_writes_into_stays() -> None:
+    class Writes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            """(N, 3) to (N, 3), the input twice itself."""
+            x.mul_(2)
+            return x + 1
+
+    x = torch.randn(2, 3)
+    program = trace(Writes().eval(), x.clone())
+    before = x.clone()
+    tape = Tape(program.graph, state_of(program))
+    assert torch.equal(tape.output(tape.start([x])), 2 * before + 1)
+    assert torch.equal(x, before)
