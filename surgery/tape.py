@@ -139,8 +139,9 @@ class Folded(Tape):
         scale = gamma / (var + float(self._given[layer.norm]["eps"])).sqrt()
         given = dict(torch.fx.map_arg(self._given[node.name], lambda n: self.value(n, values)))
         weight, bias = given["weight"], given["bias"]
-        given["weight"] = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
-        given["bias"] = beta - scale * (mean if bias is None else mean - bias)
+        shift = beta - scale * (mean if bias is None else mean - bias)
+        given["weight"] = (weight * scale.reshape(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
+        given["bias"] = shift.to(weight.dtype)
         return node.target(**{**given, **changed})  # type: ignore[operator]
 
 

@@ -58,6 +58,18 @@ def test_a_folded_norm_goes_by_the_parameters_of_the_moment() -> None:
         assert torch.allclose(tape.output(tape.start([x])), model(x), atol=1e-5)
 
 
+def test_norms_of_more_precision_than_their_layers_are_folded() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3).bfloat16(), nn.BatchNorm2d(8)).eval()
+    x = torch.randn(4, 3, 9, 9).bfloat16()
+    program = trace(model, x)
+    tape = Folded(program.graph, state_of(program))
+    with torch.no_grad():
+        found, wanted = tape.output(tape.start([x])), model(x)
+    assert found.dtype == wanted.dtype
+    assert torch.allclose(found.float(), wanted.float(), atol=0.05)
+
+
 def test_an_input_that_the_model_writes_into_stays() -> None:
     class Writes(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
