@@ -50,9 +50,15 @@ class Tape:
     def start(self, inputs: Sequence[Any]) -> Frontier:
         """Return the run before its first node, on these inputs in the order of the placeholders."""
         places = [node for node in self.nodes if node.op == "placeholder"]
-        if any(map(mutates, self.nodes)):  # an input, perhaps, or a view of one
-            inputs = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
-        return Frontier(0, dict(zip(places, inputs, strict=True)))
+        return self._own(Frontier(0, dict(zip(places, inputs, strict=True))))
+
+    def _own(self, run: Frontier) -> Frontier:
+        """The run with values of its own, where the program writes into any: others may go on from there again."""
+        if not any(map(mutates, self.nodes)):
+            return run
+        return replace(
+            run, values=pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, dict(run.values))
+        )
 
     def advance(self, run: Frontier, to: int, *, keep: frozenset[str] = frozenset()) -> Frontier:
         """Run up to, and without, the node at `to`; values of the nodes in `keep` stay although nothing reads them."""
@@ -89,7 +95,7 @@ class Tape:
     def output(self, run: Frontier) -> Any:
         """Run to the end and return what the graph returns."""
         last = self.nodes[-1]
-        end = self.advance(run, len(self.nodes) - 1)
+        end = self.advance(self._own(run), len(self.nodes) - 1)
         return torch.fx.map_arg(last.args[0], lambda n: self.value(n, end.values))
 
     def value(self, node: torch.fx.Node, values: Mapping[torch.fx.Node, Any]) -> Any:
@@ -122,7 +128,7 @@ class Folded(Tape):
     ) -> None:
         super().__init__(graph, state, device)
         found = find_contractions(graph, self.place.keys())
-        self._folds = {c.node: c for c in found if c.norm and self.nodes[self.place[c.node]].target in CONVOLUTIONS}
+        self._folds = {c.node: c for c in found if c.norm and _batched(self.nodes[self.place[c.node]])}
         self._passed = {c.norm for c in self._folds.values()}
         self._given = {
             name: bind(self.nodes[self.place[name]], _same).raw for name in self._folds.keys() | self._passed
@@ -135,14 +141,23 @@ class Folded(Tape):
         layer = self._folds.get(node.name)
         if layer is None:
             return super().call(node, values, **changed)
-        gamma, beta, mean, var = (self.state[name] for name in layer.norm_names)
+        gamma, beta, mean, var = (self.state[name].double() for name in layer.norm_names)  # half knows no small epsilon
         scale = gamma / (var + float(self._given[layer.norm]["eps"])).sqrt()
         given = dict(torch.fx.map_arg(self._given[node.name], lambda n: self.value(n, values)))
         weight, bias = given["weight"], given["bias"]
         shift = beta - scale * (mean if bias is None else mean - bias)
-        given["weight"] = (weight * scale.reshape(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        given["weight"] = (weight.to(wide) * scale.to(wide).reshape(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
         given["bias"] = shift.to(weight.dtype)
         return node.target(**{**given, **changed})  # type: ignore[operator]
+
+
+def _batched(node: torch.fx.Node) -> bool:
+    """Whether a node is a convolution of images with a batch: without one, a norm's channels are another axis."""
+    if node.target not in CONVOLUTIONS:
+        return False
+    weight = bind(node, _same).raw["weight"]
+    return bool(node.meta["val"].dim() == weight.meta["val"].dim())
 
 
 def _same(x: Any) -> Any:

@@ -83,3 +83,24 @@ def test_an_input_that_the_model_writes_into_stays() -> None:
     tape = Tape(program.graph, state_of(program))
     assert torch.equal(tape.output(tape.start([x])), 2 * before + 1)
     assert torch.equal(x, before)
+    run = tape.start([x])
+    assert torch.equal(tape.output(run), tape.output(run))
+
+
+def test_norms_of_images_without_a_batch_are_not_folded() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv1d(3, 7, 3), nn.BatchNorm1d(7)).eval(), torch.randn(3, 9)
+    nn.init.normal_(model[1].running_mean)  # type: ignore[arg-type]
+    program = trace(model, x)
+    tape = Folded(program.graph, state_of(program))
+    with torch.no_grad():
+        assert torch.allclose(tape.output(tape.start([x])), model(x), atol=1e-5)
+
+
+def test_a_small_epsilon_counts_in_half_precision() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, eps=1e-8)).half().eval(), torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        model[0].weight[0], model[0].bias[0], model[1].running_var[0] = 0, 0, 0  # type: ignore[index, union-attr, operator]
+        program = trace(model, x.half())
+        tape = Folded(program.graph, state_of(program))
+        assert bool(torch.isfinite(tape.output(tape.start([x.half()]))).all())
