@@ -128,19 +128,20 @@ class Folded(Tape):
     ) -> None:
         super().__init__(graph, state, device)
         found = find_contractions(graph, self.place.keys())
-        self._folds = {c.node: c for c in found if c.norm and _batched(self.nodes[self.place[c.node]])}
-        self._passed = {c.norm for c in self._folds.values()}
+        self._folds = {c.node: c for c in found if c.norm and self.nodes[self.place[c.node]].target in CONVOLUTIONS}
+        self._passed = {c.norm: c for c in self._folds.values()}
         self._given = {
-            name: bind(self.nodes[self.place[name]], _same).raw for name in self._folds.keys() | self._passed
+            name: bind(self.nodes[self.place[name]], _same).raw for name in self._folds.keys() | self._passed.keys()
         }
 
     def call(self, node: torch.fx.Node, values: Mapping[torch.fx.Node, Any], **changed: Any) -> Any:
         """Run one node."""
+        layer = self._folds.get(node.name) or self._passed.get(node.name)
+        # Of an image without a batch a norm's channels are another axis.
+        if layer is None or self.value(node.all_input_nodes[0], values).dim() != self.state[layer.weight].dim():
+            return super().call(node, values, **changed)
         if node.name in self._passed:
             return self.value(node.all_input_nodes[0], values)
-        layer = self._folds.get(node.name)
-        if layer is None:
-            return super().call(node, values, **changed)
         gamma, beta, mean, var = (self.state[name].double() for name in layer.norm_names)  # half knows no small epsilon
         scale = gamma / (var + float(self._given[layer.norm]["eps"])).sqrt()
         given = dict(torch.fx.map_arg(self._given[node.name], lambda n: self.value(n, values)))
@@ -150,14 +151,6 @@ class Folded(Tape):
         given["weight"] = (weight.to(wide) * scale.to(wide).reshape(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
         given["bias"] = shift.to(weight.dtype)
         return node.target(**{**given, **changed})  # type: ignore[operator]
-
-
-def _batched(node: torch.fx.Node) -> bool:
-    """Whether a node is a convolution of images with a batch: without one, a norm's channels are another axis."""
-    if node.target not in CONVOLUTIONS:
-        return False
-    weight = bind(node, _same).raw["weight"]
-    return bool(node.meta["val"].dim() == weight.meta["val"].dim())
 
 
 def _same(x: Any) -> Any:
