@@ -126,9 +126,9 @@ def _same_shape() -> Iterator[None]:
         meta = torch._C.DispatchKey.Meta
         for op in _overloads(f"{name}_" for name in _ACTIVATIONS):
             if meta in getattr(op, "py_kernels", ()):
+                stack.callback(op._dispatch_cache.clear)  # of the kernels that were in use: here and, last, at the end
                 stack.enter_context(_entry(op.py_kernels, meta, lambda x, *_, **__: x))
-                op._dispatch_cache.clear()  # of the kernels that were in use
-                stack.callback(op._dispatch_cache.clear)
+                op._dispatch_cache.clear()
         known: dict[Any, Any] = getattr(fake_impls, "get_fast_op_impls", dict)()
         for op in _overloads((*_ACTIVATIONS, _NORM)):
             if op in decomposition_table and op not in known:

@@ -45,6 +45,7 @@ class Tape:
         self.nodes: list[torch.fx.Node] = list(graph.graph.nodes)
         self.place = {node.name: k for k, node in enumerate(self.nodes)}
         """Node name → position."""
+        self._writes = any(map(mutates, self.nodes))
         self._last = {node: max((self.place[user.name] for user in node.users), default=-1) for node in self.nodes}
 
     def start(self, inputs: Sequence[Any]) -> Frontier:
@@ -54,11 +55,10 @@ class Tape:
 
     def _own(self, run: Frontier) -> Frontier:
         """The run with values of its own, where the program writes into any: others may go on from there again."""
-        if not any(map(mutates, self.nodes)):
+        if not self._writes:
             return run
-        return replace(
-            run, values=pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, dict(run.values))
-        )
+        own = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, dict(run.values))
+        return replace(run, values=own)
 
     def advance(self, run: Frontier, to: int, *, keep: frozenset[str] = frozenset()) -> Frontier:
         """Run up to, and without, the node at `to`; values of the nodes in `keep` stay although nothing reads them."""
@@ -138,10 +138,10 @@ class Folded(Tape):
         """Run one node."""
         layer = self._folds.get(node.name) or self._passed.get(node.name)
         # Of an image without a batch a norm's channels are another axis.
-        if layer is None or self.value(node.all_input_nodes[0], values).dim() != self.state[layer.weight].dim():
+        if layer is None or (x := self._input(node, values)).dim() != self.state[layer.weight].dim():
             return super().call(node, values, **changed)
         if node.name in self._passed:
-            return self.value(node.all_input_nodes[0], values)
+            return x
         gamma, beta, mean, var = (self.state[name].double() for name in layer.norm_names)  # half knows no small epsilon
         scale = gamma / (var + float(self._given[layer.norm]["eps"])).sqrt()
         given = dict(torch.fx.map_arg(self._given[node.name], lambda n: self.value(n, values)))
@@ -151,6 +151,10 @@ class Folded(Tape):
         given["weight"] = (weight.to(wide) * scale.to(wide).reshape(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)
         given["bias"] = shift.to(weight.dtype)
         return node.target(**{**given, **changed})  # type: ignore[operator]
+
+    def _input(self, node: torch.fx.Node, values: Mapping[torch.fx.Node, Any]) -> Tensor:
+        found: Tensor = self.value(self._given[node.name]["input"], values)
+        return found
 
 
 def _same(x: Any) -> Any:

@@ -322,10 +322,8 @@ def _undone_if_worse(subject: Subject, judge: Judge, batches: Batches, before: A
         _put_back(subject, state)
         raise
     after = reference.judge(subject.part_call)
-    ends = after.error, -after.correlation
-    if not all(map(isfinite, ends)) or all(
-        b > a for a, b in zip((before.error, -before.correlation), ends, strict=True)
-    ):
+    further = after.error > before.error and after.correlation < before.correlation
+    if further or not (isfinite(after.error) and isfinite(after.correlation)):
         judged.kept = False
         _put_back(subject, state)
     if same:

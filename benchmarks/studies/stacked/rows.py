@@ -30,6 +30,7 @@ BATCH = 32
 DEFAULT_SHARE = 0.5
 """Share of every width that torch-pruning takes if it is not told otherwise."""
 AT_ONCE = 8
+"""Images that torch runs at a time to tell them apart: more take longer each, in memory that is mapped anew."""
 LOOKED = 128
 """Photos by which the best of torch-pruning's settings is told: agreement with the dense network."""
 TRIES = 4
@@ -191,7 +192,7 @@ def _rivals(files: Files, ask: Ask, folder: Path) -> None:
 
 
 def _classes(module: nn.Module, images: Tensor) -> Tensor:
-    """What a network takes images for, (N,); a few at a time, which is fastest where activations are large."""
+    """What a network takes images for, (N,)."""
     with torch.no_grad():
         return torch.cat([module(part).argmax(1) for part in torch.split(images, AT_ONCE)])
 
