@@ -8,6 +8,7 @@ import io
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,7 @@ def _imagenet(model: nn.Module, weights: Path, size: int, prepare: Callable[[NDA
     return Trained(subject, seen, prepare(pixels[1::2]), torch.from_numpy(labels[1::2]))
 
 
+@lru_cache(maxsize=1)
 def samples(folder: Path, size: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """The 1000 images, their middles cut out, (1000, size, size, 3); and their classes, (1000,)."""
     from PIL import Image

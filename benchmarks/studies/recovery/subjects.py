@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,19 +28,24 @@ SLOPED = 128
 LOSSLESS, ODD = "lossless 932", "odd rows of the ImageNet samples"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Judged:
-    """Images to judge by, with the dense model's logits on them."""
+    """Images to judge by, with the dense model's logits on them, which are made when they are first asked for."""
 
     name: str
     images: Tensor
     labels: Tensor
-    logits: Tensor
+    dense: Callable[[], Tensor]
 
     @classmethod
     def of(cls, name: str, images: Tensor, labels: Tensor, dense: nn.Module) -> Judged:
-        """Run the dense model."""
-        return cls(name, images, labels, logits(dense, images))
+        """Return the images with what the dense model gives on them."""
+        return cls(name, images, labels, lambda: logits(dense, images))
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """(N, classes)."""
+        return self.dense()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

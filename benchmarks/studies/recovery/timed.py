@@ -170,7 +170,7 @@ def best_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def smaller_images(root: Path, sizes: Sequence[int] = (224, 192, 160)) -> list[dict[str, Any]]:
     """MobileNetV2 as it is, fed with smaller images: what a user can do without any surgery."""
     known = network("mobilenet_v2", root)
-    module = known.subject.module
+    module, full = known.subject.module, known.judged[0]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         files = {}
@@ -178,7 +178,7 @@ def smaller_images(root: Path, sizes: Sequence[int] = (224, 192, 160)) -> list[d
             files[str(size)] = Path(folder) / f"{size}.onnx"
             onnx.export(module, (torch.zeros(1, 3, size, size),), files[str(size)], check=False)
             images, labels = rows_of(root, size, odd=True)
-            by = Judged(ODD, images, labels, known.judged[0].logits)
+            by = Judged(ODD, images, labels, lambda: full.logits)
             row = {"tool": "dense", "criterion": f"mobilenet_v2 at {size} px", "recovery": "none", "macs": 1.0}
             rows.append({**row, "judged": [judged([logits(module, by.images)], by)]})
         timing = ort.time(files, baseline=str(sizes[0]), max_seconds=RACE_S, width=0.02, fresh=False)
