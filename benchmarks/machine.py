@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass, field
+from functools import cache
 from time import perf_counter
 from typing import Any
 
@@ -11,6 +12,7 @@ import cpuinfo
 import onnxruntime
 import psutil
 
+from benchmarks import probe
 from benchmarks.session import PROVIDER, available_cores, session_options
 
 WINDOW_S = 0.5
@@ -39,12 +41,8 @@ _INSTRUCTION_SETS = {
 
 
 def describe(threads: int, provider: str = PROVIDER) -> dict[str, Any]:
-    """Return runtime version, provider, session options, CPU model, instruction sets and cores, as plain JSON values.
-
-    Takes about a second: reading the processor's flags starts a process.
-    """
-    cpu = cpuinfo.get_cpu_info()
-    flags = set(cpu.get("flags", ()))
+    """Return runtime, provider, session options, CPU model, instruction sets and cores, as plain JSON values."""
+    brand, flags = _processor()
     options = session_options(threads)
     return {
         "onnxruntime": onnxruntime.__version__,
@@ -56,7 +54,7 @@ def describe(threads: int, provider: str = PROVIDER) -> dict[str, Any]:
             "execution_mode": options.execution_mode.name,
             "graph_optimization_level": options.graph_optimization_level.name,
         },
-        "cpu": cpu.get("brand_raw") or platform.processor() or "unknown",
+        "cpu": brand,
         "architecture": platform.machine(),
         "instruction_sets": [name for name, aliases in _INSTRUCTION_SETS.items() if aliases & flags],
         "cores": available_cores(),
@@ -65,6 +63,16 @@ def describe(threads: int, provider: str = PROVIDER) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
+
+
+@cache
+def _processor() -> tuple[str, frozenset[str]]:
+    """The processor's name and instruction sets: from the system, else by py-cpuinfo, which takes a second."""
+    brand, flags = probe.processor()
+    if not flags:
+        told = cpuinfo.get_cpu_info()
+        brand, flags = told.get("brand_raw") or brand, told.get("flags", [])
+    return brand, frozenset(flags)
 
 
 @dataclass(slots=True)

@@ -138,7 +138,7 @@ def _own(run: list[tuple[str, str, int]]) -> float:
 
 def describe(conditions: Conditions) -> dict[str, Any]:
     """Return what a latency depends on, as JSON values: runtime, build, provider, options, processor, conditions."""
-    brand, flags = _processor()
+    brand, flags = processor()
     return {
         "onnxruntime": onnxruntime.__version__,
         "build": getattr(onnxruntime, "get_build_info", lambda: "")(),
@@ -151,8 +151,8 @@ def describe(conditions: Conditions) -> dict[str, Any]:
     }
 
 
-def _processor() -> tuple[str, list[str]]:
-    """Return the processor's name and its instruction sets, as far as the system tells."""
+def processor() -> tuple[str, list[str]]:
+    """Return the processor's name and its instruction sets, as far as the system tells: Linux does."""
     brand = platform.processor() or "unknown"
     flags: List[str] = []
     try:

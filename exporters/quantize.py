@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def to_int8(
         CheckFailed: the int8 file does not run, or nothing of what the float file gives is left.
     """
     how = settings or Int8()
-    seen, own = _calibration(source, batches)
+    seen, own = _calibration(source, batches, compare=check)
     kept = _kept(_read(source), how.keep)
     with workroom(writable(Path(target))) as room, _silent():
         folded, file = room / "folded.onnx", room / Path(target).name
@@ -175,8 +176,13 @@ def _read(source: str | os.PathLike[str]) -> onnx.ModelProto:
         raise InvalidInput(f"cannot read {source}: {_first_line(error)}; give an ONNX file") from error
 
 
-def _calibration(source: Any, batches: Iterable[Batch], *, least: int = FEWEST) -> tuple[list[Batch], _Outputs]:
-    """The batches as a list, and what the float file gives; raises InvalidInput where they are too few or misfit."""
+def _calibration(
+    source: Any, batches: Iterable[Batch], *, least: int = FEWEST, compare: bool = True
+) -> tuple[list[Batch], _Outputs]:
+    """The batches as a list, and what the float file gives; raises InvalidInput where they are too few or misfit.
+
+    Where nothing is compared with, the file is given one batch, to see whether it takes them.
+    """
     seen: list[Batch] = [dict(batch) for batch in batches]
     session = _session(source)
     names = [x.name for x in session.get_inputs()]
@@ -190,7 +196,7 @@ def _calibration(source: Any, batches: Iterable[Batch], *, least: int = FEWEST) 
             "the model will see"
         )
     try:
-        return seen, _outputs(session, seen)
+        return seen, _outputs(session, seen if compare else seen[:1])
     except Exception as error:  # as above
         raise InvalidInput(f"{source} does not take these images: {_first_line(error)}") from error
 
@@ -363,8 +369,9 @@ def _outputs(session: onnxruntime.InferenceSession, seen: Sequence[Batch]) -> _O
     return {name: np.concatenate([x[k] for x in found]) for k, name in enumerate(names)}
 
 
+@cache
 def saturates() -> bool:
-    """Whether this is an x86 processor whose 8-bit products are added up in 16 bits."""
+    """Whether this is an x86 processor whose 8-bit products are added up in 16 bits: the first time takes a second."""
     import platform
 
     import cpuinfo

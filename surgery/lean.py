@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import sys
 import threading
 import traceback
@@ -50,7 +51,7 @@ def lean() -> Iterator[None]:
             (exporting, bindings, _where_bound(getattr(exporting, bindings, None))),
             *((SymNode, name, _once(name, known)) for name in _ARITHMETIC),
         ):
-            stack.enter_context(_instead(owner, name, value))
+            stack.enter_context(instead(owner, name, value))
         stack.enter_context(_same_shape())
         collects = gc.isenabled()
         gc.disable()
@@ -83,9 +84,9 @@ def rare_collections() -> Iterator[None]:
 
 
 @contextmanager
-def _instead(owner: Any, name: str, value: Any) -> Iterator[None]:
+def instead(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Put a value in the place of an attribute within the block, where there is one."""
-    before = getattr(owner, name, None)
+    before = inspect.getattr_static(owner, name, None)
     if before is not None:
         setattr(owner, name, value)
     try:

@@ -206,9 +206,9 @@ class Track:
             name: (self._batch, *shape[1:]) if 0 in self._axes[name] else shape for name, shape in self._shapes.items()
         }
 
-    def entry(self, module: torch.nn.Module) -> Path:
-        """Export a compact model, to be timed; it takes the place of the one before."""
-        return self._export(module, "compact")
+    def entry(self, module: torch.nn.Module, name: str = "compact") -> Path:
+        """Export a compact model, to be timed; it takes the place of one of the same name."""
+        return self._export(module, name)
 
     def time(self, compact: Path, *, processes: int, after: timer.Ratio | None = None) -> timer.Ratio:
         """Return a file's latency relative to the dense model's, from so many processes, those before counted."""
@@ -282,15 +282,15 @@ def close(
         The plan whose measured ratio is nearest to the target, one within bounds before any other; and the rounds.
     """
     target = _loop(first).target
-    plans, dense = [first], list[float]()
+    plans, files, dense = [first], list[Path](), list[float]()
     rounds: list[Round] = []
     aim, why = target, ""
     while True:
-        compact = track.entry(cut(plans[-1]))
-        found = track.time(compact, processes=1)
+        files.append(track.entry(cut(plans[-1]), f"compact {len(files)}"))
+        found = track.time(files[-1], processes=1)
         last = len(rounds) + 1 == ROUNDS
         if last or abs(found.value / target - 1) <= NEAR:
-            found = track.time(compact, processes=timer.PROCESSES, after=found)
+            found = track.time(files[-1], processes=timer.PROCESSES, after=found)
         dense.append(found.dense_ms)
         rounds.append(Round(aim, _loop(plans[-1]).predicted, found.value, found.ratios))
         if last or abs(found.value / target - 1) <= CLOSE:
@@ -303,7 +303,7 @@ def close(
         plans.append(plan)
     best = min(range(len(rounds)), key=lambda k: _distance(rounds[k].measured / target))
     if len(rounds[best].ratios) < timer.PROCESSES:
-        found = track.time(track.entry(cut(plans[best])), processes=timer.PROCESSES)
+        found = track.time(files[best], processes=timer.PROCESSES)
         rounds[best] = replace(rounds[best], measured=found.value, ratios=found.ratios)
     loop = replace(_loop(plans[best]), dense_ms=median(dense), rounds=tuple(rounds), taken=best)
     return plans[best], _judged(loop, why)

@@ -161,7 +161,7 @@ class Machine:
     def __init__(self, truth: Callable[[float], float]) -> None:
         self.truth, self.processes = truth, list[int]()
 
-    def entry(self, module: object) -> float:
+    def entry(self, module: object, name: str) -> float:
         return float(module)  # type: ignore[arg-type]
 
     def time(self, compact: float, *, processes: int, after: Ratio | None = None) -> Ratio:

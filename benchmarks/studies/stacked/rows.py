@@ -18,7 +18,7 @@ from benchmarks import ort
 from benchmarks.studies.latency.bench import Bench, tell
 from benchmarks.studies.latency.rivals import CRITERIA, PLAIN, DoesNotRun, Setting, by_torch_pruning
 from benchmarks.studies.latency.trained import reestimated
-from benchmarks.studies.ours import planned, shown, zeroed
+from benchmarks.studies.ours import Ours, planned, shown, zeroed
 from benchmarks.studies.stacked.subjects import Case, Judges
 from exporters import onnx
 from exporters.quantize import saturates, to_int8
@@ -86,7 +86,7 @@ class Files:
         if int8:
             quantised = path.with_suffix(".int8.onnx")
             seen = torch.split(photos[: self.calibrated], BATCH)
-            to_int8(path, quantised, feeds(path, [(part,) for part in seen]))
+            to_int8(path, quantised, feeds(path, [(part,) for part in seen]), check=False)  # it is judged later
             self._enter(int8, quantised, judged, facts)
 
     def _enter(self, name: str, path: Path, judged: tuple[Judges, ...], facts: Facts) -> None:
@@ -114,11 +114,9 @@ def measured(case: Case, ask: Ask, folder: Path, work: Path | None = None) -> di
     for size in ask.smaller:
         told = {"macs": round((size / case.photos.shape[-1]) ** 2, 4)}
         files.add(f"dense at {size} px", dense, told, int8=f"dense at {size} px, int8", size=size)
-    loops = {}
-    for deploy in ask.deploys:
-        loops[deploy] = _ours(files, ask, deploy, work or folder)
+    ours = {deploy: _ours(files, ask, deploy, work or folder) for deploy in ask.deploys}
     if ask.rivals:
-        _rivals(files, ask, folder)
+        _rivals(files, ask, ours[ask.deploys[-1]].module, folder)
     timing = ort.time(
         files.paths, baseline="dense", threads=ask.threads, max_seconds=ask.seconds, width=0.02, fresh=False,
     )  # fmt: skip
@@ -135,7 +133,7 @@ def measured(case: Case, ask: Ask, folder: Path, work: Path | None = None) -> di
         "saturates": saturates(),
         "threads": ask.threads,
         "rows": rows,
-        "loops": loops,
+        "loops": {deploy: dict(made.facts["loop"]) for deploy, made in ours.items()},
         "timer": {
             "aa": asdict(timing.aa) if timing.aa else None,
             "reliable": timing.reliable,
@@ -149,7 +147,7 @@ def measured(case: Case, ask: Ask, folder: Path, work: Path | None = None) -> di
 # Ours. ---------------------------------------------------------------------------------------------------------------
 
 
-def _ours(files: Files, ask: Ask, deploy: str, work: Path) -> dict[str, Any]:
+def _ours(files: Files, ask: Ask, deploy: str, work: Path) -> Ours:
     case, last = files.case, deploy == ask.deploys[-1]
     told, name = "" if len(ask.deploys) == 1 else f", planned for {deploy}", f"{case.name}.{deploy}"
     budget = surgery.Budget(latency=ask.latency)
@@ -160,24 +158,23 @@ def _ours(files: Files, ask: Ask, deploy: str, work: Path) -> dict[str, Any]:
     if last and case.taught is not None:
         module, facts = case.taught(name, work)
         files.add(f"compact{told}, taught", module, shown(facts), int8=f"compact int8{told}, taught")
-    return dict(ours.facts["loop"])
+    return ours
 
 
 # Theirs. -------------------------------------------------------------------------------------------------------------
 
 
-def _rivals(files: Files, ask: Ask, folder: Path) -> None:
-    """torch-pruning as it comes, and its best: at our latency, with the norms estimated anew on the same photos."""
+def _rivals(files: Files, ask: Ask, ours: nn.Module, folder: Path) -> None:
+    """torch-pruning as it comes, and its best: at our float file's latency, the norms estimated anew on the photos."""
     case = files.case
     try:
         plain = by_torch_pruning(case.subject, PLAIN, DEFAULT_SHARE)
         files.add("torch-pruning, default", plain, {"macs": round(case.subject.kept(plain), 4)})
     except DoesNotRun as error:
         tell(str(error))
-    ours = next(name for name in reversed(files.paths) if name.startswith("compact") and "int8" not in name)
     bench = Bench(case.subject, folder / "search", ask.threads, ask.seconds)
     bench.folder.mkdir()
-    wanted = _relative(files.paths["dense"], files.paths[ours], ask.threads)
+    wanted = bench.quick(ours)
     found: list[tuple[float, Setting, nn.Module]] = []
     seen = case.photos[-LOOKED:]
     same_as = _classes(case.subject.module, seen)
@@ -221,11 +218,6 @@ def _at_latency(case: Case, bench: Bench, wanted: float, globally: bool) -> Iter
             continue
         tell(f"torch-pruning by {name}")
         yield setting, module
-
-
-def _relative(dense: Path, other: Path, threads: int) -> float:
-    timing = ort.time({"dense": dense, "other": other}, baseline="dense", threads=threads, max_seconds=4.0, fresh=False)
-    return timing.row("other").ratio.value
 
 
 # What they come to. --------------------------------------------------------------------------------------------------
