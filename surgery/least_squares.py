@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -52,13 +53,13 @@ class Moments:
         """Add rows: x (rows, groups, n), y (rows, groups, outputs)."""
         precise = torch.float64 if x.shape[-1] <= PRECISE else torch.float32
         rows, groups, inputs = x.shape
-        read = x.new_ones(groups, rows, inputs + 1, dtype=precise)
-        read[..., :-1] = x.transpose(0, 1)
-        y = y.to(precise).transpose(0, 1)
+        read = x.new_ones(groups, inputs + 1, rows, dtype=precise)  # however x lies in memory
+        read[:, :-1] = x.permute(1, 2, 0)
+        wanted = y.new_empty(groups, y.shape[-1], rows, dtype=precise).copy_(y.permute(1, 2, 0))
         self.count += rows
-        self.xx += read.transpose(1, 2) @ read
-        self.xy += read.transpose(1, 2) @ y
-        self.yy += y.double().square().sum(1)
+        self.xx += read @ read.transpose(1, 2)
+        self.xy += read @ wanted.transpose(1, 2)
+        self.yy += wanted.double().square().sum(2)
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.count + other.count, self.xx + other.xx, self.xy + other.xy, self.yy + other.yy)
@@ -125,34 +126,41 @@ def solve(folds: Sequence[Moments], prior: Tensor, *, shift: bool, ridge: float 
     before, after = float(whole.error(prior).mean()) / wanted, float("nan")
     if ridge is None and len(used) > 1:
         wide = whole.xx.shape[1] > WIDE
-        scores: dict[float, float] = {}
-        for tried in (*(FEW_RIDGES if wide else RIDGES), float("inf")):
-            judged = used[:1] if wide else used
-            wrong = [float(f.error(_fitted(whole - f, prior, tried, shift=shift)).mean()) * f.count for f in judged]
-            scores[tried] = sum(wrong) / sum(f.count for f in judged) / wanted
+        judged = used[:1] if wide else used
+        scores = dict.fromkeys((*(FEW_RIDGES if wide else RIDGES), inf), 0.0)
+        for fold in judged:
+            rest = _Fit(whole - fold, prior, shift=shift)
+            for tried in scores:
+                scores[tried] += float(fold.error(rest.weight(tried)).mean()) * fold.count
         ridge = min(scores, key=scores.__getitem__)
-        after = scores[ridge]
+        after = scores[ridge] / sum(fold.count for fold in judged) / wanted
     ridge = RIDGES[len(RIDGES) // 2] if ridge is None else ridge
-    return Solution(_fitted(whole, prior, ridge, shift=shift), ridge, before, after)
+    return Solution(_Fit(whole, prior, shift=shift).weight(ridge), ridge, before, after)
 
 
-def _fitted(moments: Moments, prior: Tensor, ridge: float, *, shift: bool) -> Tensor:
-    """Weights for one ridge; of an infinite one only the shift is fitted."""
-    residual = moments.xy - moments.xx @ prior
-    change = torch.zeros_like(prior)
-    if ridge == float("inf"):
-        if shift:
-            change[:, -1] = residual[:, -1] / max(1, moments.count)
-        return prior + change
-    matrix = moments.xx.clone()
-    diagonal = matrix.diagonal(dim1=1, dim2=2)
-    scale = diagonal[:, :-1].clone()
-    floor = scale.mean(-1, keepdim=True) * 1e-6 + _LEAST
-    diagonal[:, :-1] += ridge * scale + floor
-    if not shift:
-        matrix, residual = matrix[:, :-1, :-1], residual[:, :-1]
-    else:
-        diagonal[:, -1] += _LEAST
-    factor = torch.linalg.cholesky(matrix)
-    change[:, : matrix.shape[1]] = torch.cholesky_solve(residual, factor)
-    return prior + change
+class _Fit:
+    """Sums that weights are fitted to, for one ridge after the other."""
+
+    def __init__(self, moments: Moments, prior: Tensor, *, shift: bool) -> None:
+        self._moments, self._prior, self._shift = moments, prior, shift
+        self._residual = moments.xy - moments.xx @ prior
+
+    def weight(self, ridge: float) -> Tensor:
+        """Weights for one ridge; of an infinite one only the shift is fitted."""
+        moments, residual, change = self._moments, self._residual, torch.zeros_like(self._prior)
+        if ridge == inf:
+            if self._shift:
+                change[:, -1] = residual[:, -1] / max(1, moments.count)
+            return self._prior + change
+        matrix = moments.xx.clone()
+        diagonal = matrix.diagonal(dim1=1, dim2=2)
+        scale = diagonal[:, :-1].clone()
+        floor = scale.mean(-1, keepdim=True) * 1e-6 + _LEAST
+        diagonal[:, :-1] += ridge * scale + floor
+        if not self._shift:
+            matrix, residual = matrix[:, :-1, :-1], residual[:, :-1]
+        else:
+            diagonal[:, -1] += _LEAST
+        factor = torch.linalg.cholesky(matrix)
+        change[:, : matrix.shape[1]] = torch.cholesky_solve(residual, factor)
+        return self._prior + change
