@@ -19,6 +19,7 @@ from benchmarks.studies.latency.rivals import Subject
 from benchmarks.studies.stacked import rows, table
 from benchmarks.studies.stacked.rows import Ask, measured
 from benchmarks.studies.stacked.subjects import Case, Judges, named
+from exporters.session import OnnxModel
 from surgery.errors import InvalidInput
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,6 +143,21 @@ def test_a_rival_that_cuts_nothing_is_not_its_best(
     (found,) = rows._at_latency(case, bench, 0.7, False)
     assert found[0].criterion == "l1" and case.subject.kept(found[1]) < 0.5
     assert "bn-scale, round_to 16: cuts nothing" in capsys.readouterr().err
+
+
+def test_a_network_that_does_not_go_to_another_process_is_written_in_this_one(tmp_path: Path) -> None:
+    class Own(nn.Sequential):
+        """Of a function: it has no name by which another process could find it."""
+
+    photos = torch.rand(32, 3, 8, 8)
+    files = rows.Files(Case("net", "random", Subject(nn.Identity(), ()), photos, ()), tmp_path)
+    layers = nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 4)
+    files.add("own", Own(*layers).eval(), {}, int8="own int8")
+    files.add("known", nn.Sequential(*layers).eval(), {})
+    files.write()
+    own, known = (OnnxModel(files.paths[name])(photos) for name in ("own", "known"))
+    assert torch.equal(own, known)
+    assert files.paths["own int8"].is_file()
 
 
 def test_how_a_network_was_taught_is_told() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import inf
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 
 import surgery
 from benchmarks import ort
+from benchmarks.session import available_cores
 from benchmarks.studies.latency.bench import Bench, tell
 from benchmarks.studies.latency.rivals import CRITERIA, PLAIN, DoesNotRun, Setting, by_torch_pruning
 from benchmarks.studies.latency.trained import reestimated
@@ -65,6 +69,42 @@ class Ask:
     seconds: float = 60.0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """A file to be written: of a module, for an input of this shape; and where asked for, in int8 by these images."""
+
+    module: nn.Module
+    example: Tensor
+    path: Path
+    seen: Tensor | None
+
+    @property
+    def int8(self) -> Path:
+        """Of the file in int8."""
+        return self.path.with_suffix(".int8.onnx")
+
+    def packed(self) -> bytes:
+        """Return the job for another process; nothing where it holds what does not go there."""
+        try:
+            return pickle.dumps(self)
+        except Exception:  # a user's own module may raise anything
+            return b""
+
+    def write(self) -> None:
+        """Export, and quantise; what the files come to is judged later."""
+        onnx.export(self.module, (self.example,), self.path, check=False)
+        if self.seen is not None:
+            batches = [(part,) for part in torch.split(self.seen, BATCH)]
+            to_int8(self.path, self.int8, feeds(self.path, batches), check=False)
+
+
+def _written(packed: bytes) -> None:
+    """Write a file in a process of its own, which one core is for."""
+    torch.set_num_threads(1)
+    job: Job = pickle.loads(packed)
+    job.write()
+
+
 @dataclass(eq=False)
 class Files:
     """Float files and those in int8 of the same networks, by name; `calibrated` as for `Ask`."""
@@ -75,19 +115,25 @@ class Files:
     paths: dict[str, Path] = field(default_factory=dict)
     sets: dict[str, tuple[Judges, ...]] = field(default_factory=dict)
     facts: dict[str, Facts] = field(default_factory=dict)
+    jobs: dict[str, Job] = field(default_factory=dict)
 
     def add(self, name: str, module: nn.Module, facts: Facts, *, int8: str = "", size: int | None = None) -> None:
-        """Export a network, and under the name `int8` also its file in int8, calibrated on the photos."""
-        tell(name)
+        """Take a network, to be exported, and under the name `int8` also in int8, calibrated on the photos."""
         photos, judged = (self.case.photos, self.case.judged) if size is None else _at(self.case, size)
-        path = self.folder / f"{len(self.paths)}.onnx"
-        onnx.export(module, (photos[:1],), path, check=False)
-        self._enter(name, path, judged, facts)
+        path, seen = self.folder / f"{len(self.paths)}.onnx", photos[: self.calibrated].clone() if int8 else None
+        job = self.jobs[name] = Job(module, photos[:1].clone(), path, seen)
+        self._enter(name, job.path, judged, facts)
         if int8:
-            quantised = path.with_suffix(".int8.onnx")
-            seen = torch.split(photos[: self.calibrated], BATCH)
-            to_int8(path, quantised, feeds(path, [(part,) for part in seen]), check=False)  # it is judged later
-            self._enter(int8, quantised, judged, facts)
+            self._enter(int8, job.int8, judged, facts)
+
+    def write(self) -> None:
+        """Write the files, as many at a time as there are cores: exporting is work for one."""
+        tell(f"exports: {', '.join(self.jobs)}")
+        with ProcessPoolExecutor(available_cores(), get_context("spawn")) as pool:
+            for job, done in [(job, pool.submit(_written, job.packed())) for job in self.jobs.values()]:
+                if done.exception() is not None:  # it does not go from process to process; or fails, and says so here
+                    job.write()
+        self.jobs.clear()
 
     def _enter(self, name: str, path: Path, judged: tuple[Judges, ...], facts: Facts) -> None:
         self.paths[name], self.sets[name], self.facts[name] = path, judged, facts
@@ -117,6 +163,7 @@ def measured(case: Case, ask: Ask, folder: Path, work: Path | None = None) -> di
     ours = {deploy: _ours(files, ask, deploy, work or folder) for deploy in ask.deploys}
     if ask.rivals:
         _rivals(files, ask, ours[ask.deploys[-1]].module, folder)
+    files.write()
     timing = ort.time(
         files.paths, baseline="dense", threads=ask.threads, max_seconds=ask.seconds, width=0.02, fresh=False,
     )  # fmt: skip
@@ -209,7 +256,7 @@ def _at_latency(case: Case, bench: Bench, wanted: float, globally: bool) -> Iter
             if share is None:
                 share = bench.to_latency(cut, wanted, most=TRIES).share
             module = cut(share)
-            if case.subject.kept(module) == 1:
+            if _weights(module) == _weights(case.subject.module):
                 tell(f"torch-pruning by {name}: cuts nothing of this network")
                 continue
             module = reestimated(module, case.photos[:LOOKED])
@@ -218,6 +265,10 @@ def _at_latency(case: Case, bench: Bench, wanted: float, globally: bool) -> Iter
             continue
         tell(f"torch-pruning by {name}")
         yield setting, module
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(x.numel() for x in module.parameters())
 
 
 # What they come to. --------------------------------------------------------------------------------------------------
