@@ -16,6 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import benchmarks.ort
+from benchmarks import machine
 from benchmarks.blocks import block_order
 from benchmarks.machine import Watch
 from benchmarks.ort import Timing
@@ -158,6 +159,29 @@ def test_report_is_plain_json_and_names_runtime_processor_and_options(timing: Ti
     assert environment["cpu"] and isinstance(environment["instruction_sets"], list)
     assert data["aa"]["low"] <= data["aa"]["value"] <= data["aa"]["high"]
     assert data["settings"]["batch"] == 2
+
+
+@pytest.mark.parametrize(
+    ("system", "told", "found"),
+    [
+        (("AMD EPYC", ["avx2"]), {"brand_raw": "another"}, ("AMD EPYC", ["avx2"])),
+        (("unknown", ["asimd", "asimddp"]), {"brand_raw": "Neoverse-N1"}, ("Neoverse-N1", ["neon", "dotprod"])),
+        (("unknown", []), {"brand_raw": "Apple M2", "flags": ["neon"]}, ("Apple M2", ["neon"])),
+        (("unknown", ["asimd"]), {}, ("unknown", ["neon"])),
+    ],
+)
+def test_a_processor_that_the_system_does_not_name_is_looked_up(
+    system: tuple[str, list[str]],
+    told: dict[str, object],
+    found: tuple[str, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine.probe, "processor", lambda: system)
+    monkeypatch.setattr(machine.cpuinfo, "get_cpu_info", lambda: told)
+    machine._processor.cache_clear()
+    environment = machine.describe(1)
+    machine._processor.cache_clear()
+    assert (environment["cpu"], environment["instruction_sets"]) == found
 
 
 def test_too_few_rounds_are_marked_unreliable_with_the_reason(model: Path) -> None:
