@@ -286,7 +286,7 @@ def close(
     rounds: list[Round] = []
     aim, why = target, ""
     while True:
-        files.append(track.entry(cut(plans[-1]), f"compact {len(files)}"))
+        files.append(track.entry(cut(plans[-1]), f"compact {len(files) + 1}"))
         found = track.time(files[-1], processes=1)
         last = len(rounds) + 1 == ROUNDS
         if last or abs(found.value / target - 1) <= NEAR:
