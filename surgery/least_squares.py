@@ -51,15 +51,23 @@ class Moments:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add rows: x (rows, groups, n), y (rows, groups, outputs)."""
-        precise = torch.float64 if x.shape[-1] <= PRECISE else torch.float32
-        rows, groups, inputs = x.shape
-        read = x.new_ones(groups, inputs + 1, rows, dtype=precise)  # however x lies in memory
-        read[:, :-1] = x.permute(1, 2, 0)
-        wanted = y.new_empty(groups, y.shape[-1], rows, dtype=precise).copy_(y.permute(1, 2, 0))
-        self.count += rows
+        read = _rows_last(x, _precision(x), ones=1)
+        self.count += len(x)
         self.xx += read @ read.transpose(1, 2)
+        self._want(read, y)
+
+    def want(self, x: Tensor, y: Tensor) -> None:
+        """Add what is wanted of rows that are counted already."""
+        self._want(_rows_last(x, _precision(x), ones=1), y)
+
+    def _want(self, read: Tensor, y: Tensor) -> None:
+        wanted = _rows_last(y, read.dtype)
         self.xy += read @ wanted.transpose(1, 2)
         self.yy += wanted.double().square().sum(2)
+
+    def wanting_nothing(self) -> Moments:
+        """Return those of the same rows, to be told anew what is wanted of them."""
+        return Moments(self.count, self.xx, torch.zeros_like(self.xy), torch.zeros_like(self.yy))
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.count + other.count, self.xx + other.xx, self.xy + other.xy, self.yy + other.yy)
@@ -85,6 +93,18 @@ class Moments:
         mean = (weight * self.mean().unsqueeze(-1)).sum(1)
         squares = (weight * (self.xx[:, :-1, :-1] @ weight)).sum(1) / self.count
         return mean, (squares - mean.square()).clamp_min(0)
+
+
+def _precision(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.shape[-1] <= PRECISE else torch.float32
+
+
+def _rows_last(x: Tensor, precision: torch.dtype, *, ones: int = 0) -> Tensor:
+    """(rows, groups, n), however it lies in memory → (groups, n + ones, rows)."""
+    rows, groups, width = x.shape
+    out = x.new_ones(groups, width + ones, rows, dtype=precision)
+    out[:, :width] = x.permute(1, 2, 0)
+    return out
 
 
 @dataclass(frozen=True, slots=True, eq=False)

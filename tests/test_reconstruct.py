@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from math import inf
 from typing import Any
 
 import pytest
@@ -140,6 +141,23 @@ def test_a_branch_makes_up_for_what_the_stream_lacks(monkeypatch: pytest.MonkeyP
     reconstruct(plain.program, plain.plan, plain.coupling, plain.compact, images())
     errors = [error(c.program.dense.model, c.compact.module, images(seed=1)) for c in (aimed, plain)]
     assert errors[0] < errors[1]
+
+
+def test_what_a_rectifier_cuts_off_need_not_be_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shrunk() -> Cutting:
+        torch.manual_seed(3)
+        model = chain(nn.Conv2d(3, 12, 3), nn.Conv2d(12, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+        with torch.no_grad():
+            model[3].weight.copy_(torch.full((8,), 20.0))  # type: ignore[index, union-attr]
+            model[3].bias.copy_(torch.linspace(-6, 6, 8))  # type: ignore[index, union-attr]
+        return without(model, {"0.weight:0": list(range(5))}, torch.zeros(2, 3, 8, 8))
+
+    rectified, plain = shrunk(), shrunk()
+    reconstruct(rectified.program, rectified.plan, rectified.coupling, rectified.compact, images())
+    monkeypatch.setattr(module, "_rails", lambda node: (-inf, inf))
+    reconstruct(plain.program, plain.plan, plain.coupling, plain.compact, images())
+    errors = [error(c.program.dense.model, c.compact.module, images(seed=1)) for c in (rectified, plain)]
+    assert errors[0] < 0.9 * errors[1]
 
 
 def test_the_dense_model_stays_and_the_graph_has_the_same_weights() -> None:

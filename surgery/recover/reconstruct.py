@@ -39,6 +39,8 @@ ROWS, FEWEST_ROWS, MOST_ROWS = 16, 20_000, 80_000
 """So many rows for each weight of an output are enough, but no fewer than these; more where they cost little."""
 LITTLE, FEW_VALUES = 1e10, 1e8
 """Products, and values that are read, in one layer, that cost little."""
+MOST_VALUES = 2**29
+"""That are read, and held, in one layer: 2 GiB."""
 _CLAMPS = {aten.hardtanh.default: ("min_val", "max_val"), aten.clamp.default: ("min", "max")}
 _TINY = 1e-8
 _SAME = 1e-9
@@ -126,12 +128,8 @@ def _each(
         fit = _Fit(layer, dense, cut, wiring.values[layer.aim], masks, images, seed + k)
         to = min(ends[k:]), cut.place[layer.node]
         runs = _march(dense, cut, runs, to, fit, memory)
-        if (done := fit.finish()) is None:
-            continue
-        if fit.rectified:
-            _march(dense, cut, runs, to, fit, 0)
-            done = fit.finish() or done
-        found.append(done)
+        if (done := fit.finish()) is not None:
+            found.append(done)
     progress(1.0)
     return found
 
@@ -189,6 +187,23 @@ def _rails(node: torch.fx.Node) -> tuple[float, float]:
     return -inf, inf
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """Rows of one batch.
+
+    Attributes:
+        fold: that they are counted in.
+        given: what is read, (rows, groups, n).
+        aim: what the dense model has there, (rows, groups, outputs).
+        other: what a sum adds to the layer's own, of that shape; 0 for nothing.
+    """
+
+    fold: int
+    given: Tensor
+    aim: Tensor
+    other: Tensor | float
+
+
 class _Fit:
     """Gathers what one layer takes, and fits it; a second time where a rectifier follows."""
 
@@ -209,26 +224,18 @@ class _Fit:
         else:
             self._groups = int(self._raw["groups"]) if self._node.target in CONVOLUTIONS else 1
             self._inputs, self._outputs = self._weight[0].numel(), len(self._weight) // self._groups
-        self._scale, self._offset = self._affine()
-        self._prior = self._as_cut()
-        self._folds = self._empty()
-        self._again = False
-        self._first: Fitted | None = None
+        self._scale, _ = self._affine()
+        self._prior = self._weights()
+        count = folds_for(self._inputs)
+        self._folds = [Moments.none(self._groups, self._inputs, self._outputs) for _ in range(count)]
         self._rails = self._between()
-
-    @property
-    def rectified(self) -> bool:
-        """Whether nothing but rectifiers read what is aimed at."""
-        return self._rails != (-inf, inf)
+        self._rows: list[_Rows] | None = None if self._rails == (-inf, inf) else []
 
     def _between(self) -> tuple[float, float]:
         """Outside of which values make no difference to any operation that reads what is aimed at."""
         users = self._cut.nodes[self._cut.place[self.layer.aim]].users
         rails = [_rails(user) for user in users]
         return min((low for low, _ in rails), default=-inf), max((high for _, high in rails), default=inf)
-
-    def _empty(self) -> list[Moments]:
-        return [Moments.none(self._groups, self._inputs, self._outputs) for _ in range(folds_for(self._inputs))]
 
     def _affine(self) -> tuple[Tensor, Tensor]:
         """Scale and offset per channel of the norm behind the contraction."""
@@ -242,16 +249,17 @@ class _Fit:
     def _epsilon(self) -> float:
         return float(bind(self._cut.nodes[self._cut.place[self.layer.norm]], lambda n: n).raw["eps"])
 
-    def _as_cut(self) -> Tensor:
+    def _weights(self) -> Tensor:
         """(groups, n + 1, outputs): the weights as they are, the norm's scale and shift in them."""
+        scale, offset = self._affine()
         if self._weight is None:
             weight = torch.ones(self._groups, 1, 1, dtype=torch.float64)
         else:
             weight = self._per_group(self._weight)
-        bias = self._cut.state[self.layer.bias].double() if self.layer.bias else torch.zeros_like(self._offset)
-        shift = self._scale * bias + self._offset
+        bias = self._cut.state[self.layer.bias].double() if self.layer.bias else torch.zeros_like(offset)
+        shift = scale * bias + offset
         shape = (self._groups, 1, self._outputs)
-        return torch.cat([weight * self._scale.reshape(shape), shift.reshape(shape)], 1)
+        return torch.cat([weight * scale.reshape(shape), shift.reshape(shape)], 1)
 
     def _per_group(self, weight: Tensor) -> Tensor:
         """(groups, n, outputs), float64."""
@@ -266,40 +274,51 @@ class _Fit:
             wanted = wanted if alive is None or a == axis else wanted.index_select(a, alive)
         read = self._groups * (self._inputs + 1)
         cheap = min(MOST_ROWS, int(min(LITTLE / (self._inputs + 1) ** 2, FEW_VALUES / read)))
-        most = ceil(max(FEWEST_ROWS, ROWS * (self._inputs + 1), cheap) / self._images)
+        enough = max(FEWEST_ROWS, ROWS * (self._inputs + 1), cheap)
+        most = ceil(max(1, min(enough, MOST_VALUES // read)) / self._images)
         at = drawn(wanted.movedim(axis, -1).shape[1:-1], most, self._generator)
 
-        def rows(y: Tensor, groups: int = self._groups) -> Tensor:
-            return value_rows(y, axis, groups, at)
-
-        aim = rows(wanted, 1)
+        aim = value_rows(wanted, axis, 1, at)
         if (alive := self._alive[axis]) is not None:
             aim = aim.index_select(2, alive)
         aim = aim.reshape(len(aim), self._groups, -1)
-        if self._again:
-            now, (low, high) = rows(self._cut.only(cut, self.layer.aim)), self._rails
-            aim = torch.where(aim <= low, now.clamp_max(low), torch.where(aim >= high, now.clamp_min(high), aim))
+        other: Tensor | float = 0.0
         if self.layer.other:
-            aim = aim - rows(self._cut.only(cut, self.layer.other))
+            other = value_rows(self._cut.only(cut, self.layer.other), axis, self._groups, at)
         if self._weight is not None and self._node.target in CONVOLUTIONS:
             given = convolution_rows(x, Window.of(self._raw, self._weight), self._groups, at)
         else:
-            given = rows(x)
-        self._folds[k % len(self._folds)].add(given, aim)
+            given = value_rows(x, axis, self._groups, at)
+        fold = k % len(self._folds)
+        self._folds[fold].add(given, aim - other)
+        if self._rows is not None:
+            self._rows.append(_Rows(fold, given, aim, other))
 
     def finish(self) -> Fitted | None:
-        """Fit, write the weights, and begin anew; None where nothing was amiss."""
-        shift, known = bool(self.layer.norm or self.layer.bias), self._first
-        solution = solve(self._folds, self._prior, shift=shift, ridge=known.ridge if known else None)
+        """Fit and write the weights; None where nothing was amiss."""
+        shift = bool(self.layer.norm or self.layer.bias)
+        solution = solve(self._folds, self._prior, shift=shift)
         whole = sum(self._folds[1:], self._folds[0])
-        if not self._again and solution.before <= _SAME:
+        if solution.before <= _SAME:
             return None
         self._write(whole, solution)
-        self._folds, self._again = self._empty(), True
+        if self._rows is not None:
+            folds = self._rectified(self._rows)
+            again = solve(folds, self._prior, shift=shift, ridge=solution.ridge)
+            self._write(whole, again)
         name = self.layer.weight or self.layer.norm_names[0]
-        first = self._first or Fitted(name, whole.count, self._inputs, solution.ridge, solution.before, solution.after)
-        self._first = first
-        return first
+        return Fitted(name, whole.count, self._inputs, solution.ridge, solution.before, solution.after)
+
+    def _rectified(self, rows: Sequence[_Rows]) -> list[Moments]:
+        """Moments of the same rows that want, outside of the rails, no more than what the layer gives there now."""
+        folds, (low, high) = [fold.wanting_nothing() for fold in self._folds], self._rails
+        weight = self._weights().to(torch.promote_types(rows[0].given.dtype, torch.float32))
+        for each in rows:
+            own = each.given.to(weight.dtype).transpose(0, 1) @ weight[:, :-1] + weight[:, -1:]
+            now, aim = own.transpose(0, 1) + each.other, each.aim
+            aim = torch.where(aim <= low, now.clamp_max(low), torch.where(aim >= high, now.clamp_min(high), aim))
+            folds[each.fold].want(each.given, aim - each.other)
+        return folds
 
     def _write(self, whole: Moments, solution: Solution) -> None:
         layer, state = self.layer, self._cut.state
