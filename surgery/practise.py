@@ -32,7 +32,7 @@ LOST = 1.0
 """Blocks are taken in turn until as much of the outputs is missing as there is."""
 NEAR = 1.2
 """A block is taken at once if no other can be better than it by more than this factor."""
-WORK_MACS = 3e12
+WORK_MACS = 1.5e12
 """What all runs together may take; large networks run on fewer images,"""
 FEWEST = 8
 """but on so many."""
