@@ -20,6 +20,7 @@ from benchmarks.studies.stacked import rows, table
 from benchmarks.studies.stacked.rows import Ask, measured
 from benchmarks.studies.stacked.subjects import Case, Judges, named
 from exporters.session import OnnxModel
+from surgery.compat import import_torchvision
 from surgery.errors import InvalidInput
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,7 +146,22 @@ def test_a_rival_that_cuts_nothing_is_not_its_best(
     assert "bn-scale, round_to 16: cuts nothing" in capsys.readouterr().err
 
 
-def test_a_network_that_does_not_go_to_another_process_is_written_in_this_one(tmp_path: Path) -> None:
+def test_networks_of_torchvision_are_written_in_other_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, photos = import_torchvision().models.squeezenet1_1().eval(), torch.rand(4, 3, 64, 64)
+    files = rows.Files(Case("net", "random", Subject(nn.Identity(), ()), photos, ()), tmp_path)
+    files.add("dense", module, {})
+    monkeypatch.setattr(rows.Job, "write", lambda job: pytest.fail(f"{job.path.name} was left to this process"))
+    files.write()
+    assert "in this process" not in capsys.readouterr().err
+    with torch.no_grad():
+        assert torch.allclose(OnnxModel(files.paths["dense"])(photos), module(photos), atol=1e-3)
+
+
+def test_a_network_that_does_not_go_to_another_process_is_written_in_this_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Own(nn.Sequential):
         """Of a function: it has no name by which another process could find it."""
 
@@ -158,6 +174,7 @@ def test_a_network_that_does_not_go_to_another_process_is_written_in_this_one(tm
     own, known = (OnnxModel(files.paths[name])(photos) for name in ("own", "known"))
     assert torch.equal(own, known)
     assert files.paths["own int8"].is_file()
+    assert "own is written in this process" in capsys.readouterr().err
 
 
 def test_how_a_network_was_taught_is_told() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import inf
@@ -27,6 +27,7 @@ from benchmarks.studies.stacked.subjects import Case, Judges
 from exporters import onnx
 from exporters.quantize import saturates, to_int8
 from exporters.session import OnnxModel, feeds
+from surgery.compat import import_torchvision
 from surgery.precisions import dominating, standing
 from surgery.recover.agreement import paired_drop
 
@@ -35,8 +36,8 @@ DEFAULT_SHARE = 0.5
 """Share of every width that torch-pruning takes if it is not told otherwise."""
 AT_ONCE = 8
 """Images that torch runs at a time to tell them apart: more take longer each, in memory that is mapped anew."""
-LOOKED = 128
-"""Photos by which the best of torch-pruning's settings is told: agreement with the dense network."""
+LOOKED, ANEW = 64, 128
+"""Photos by which the best of torch-pruning's settings is told, and by which its norms are then estimated anew."""
 TRIES = 4
 STEP = 16
 """Of widths, for torch-pruning's best: the step of this machine's stairs; odd widths would have to lose more."""
@@ -83,13 +84,6 @@ class Job:
         """Of the file in int8."""
         return self.path.with_suffix(".int8.onnx")
 
-    def packed(self) -> bytes:
-        """Return the job for another process; nothing where it holds what does not go there."""
-        try:
-            return pickle.dumps(self)
-        except Exception:  # a user's own module may raise anything
-            return b""
-
     def write(self) -> None:
         """Export, and quantise; what the files come to is judged later."""
         onnx.export(self.module, (self.example,), self.path, check=False)
@@ -98,9 +92,20 @@ class Job:
             to_int8(self.path, self.int8, feeds(self.path, batches), check=False)
 
 
+def _handed(pool: ProcessPoolExecutor, job: Job) -> Future[None]:
+    """Give a job to another process; what it holds may not go there."""
+    try:
+        return pool.submit(_written, pickle.dumps(job))
+    except Exception as error:  # a user's own module may raise anything
+        failed = Future[None]()
+        failed.set_exception(error)
+        return failed
+
+
 def _written(packed: bytes) -> None:
     """Write a file in a process of its own, which one core is for."""
     torch.set_num_threads(1)
+    import_torchvision()  # a network of its may not be unpacked before
     job: Job = pickle.loads(packed)
     job.write()
 
@@ -130,9 +135,10 @@ class Files:
         """Write the files, as many at a time as there are cores: exporting is work for one."""
         tell(f"exports: {', '.join(self.jobs)}")
         with ProcessPoolExecutor(available_cores(), get_context("spawn")) as pool:
-            for job, done in [(job, pool.submit(_written, job.packed())) for job in self.jobs.values()]:
-                if done.exception() is not None:  # it does not go from process to process; or fails, and says so here
-                    job.write()
+            for name, done in [(name, _handed(pool, job)) for name, job in self.jobs.items()]:
+                if (error := done.exception()) is not None:  # it does not go there; or fails, and says so here
+                    tell(f"{name} is written in this process ({type(error).__name__}: {error})")
+                    self.jobs[name].write()
         self.jobs.clear()
 
     def _enter(self, name: str, path: Path, judged: tuple[Judges, ...], facts: Facts) -> None:
@@ -224,25 +230,26 @@ def _rivals(files: Files, ask: Ask, ours: nn.Module, folder: Path) -> None:
     wanted = bench.quick(ours)
     found: list[tuple[float, Setting, nn.Module]] = []
     seen = case.photos[-LOOKED:]
-    same_as = _classes(case.subject.module, seen)
+    dense = _outputs(case.subject.module, seen)
     for globally in (False, True):
         for setting, module in _at_latency(case, bench, wanted, globally):
-            same = _classes(module, seen) == same_as
-            found.append((float(same.double().mean()), setting, module))
+            apart = divergence(dense, _outputs(reestimated(module, case.photos[:LOOKED]), seen))
+            found.append((apart, setting, module))
     if found:
-        _, setting, module = max(found, key=lambda each: each[0])
+        _, setting, module = min(found, key=lambda each: each[0])
+        module = reestimated(module, case.photos[:ANEW])
         facts = {"macs": round(case.subject.kept(module), 4), "setting": setting.name, "of_settings": len(found)}
         files.add("torch-pruning, best", module, facts, int8="torch-pruning, best, int8")
 
 
-def _classes(module: nn.Module, images: Tensor) -> Tensor:
-    """What a network takes images for, (N,)."""
+def _outputs(module: nn.Module, images: Tensor) -> Tensor:
+    """What a network gives for images, (N, classes)."""
     with torch.no_grad():
-        return torch.cat([module(part).argmax(1) for part in torch.split(images, AT_ONCE)])
+        return torch.cat([module(part) for part in torch.split(images, AT_ONCE)])
 
 
 def _at_latency(case: Case, bench: Bench, wanted: float, globally: bool) -> Iterable[tuple[Setting, nn.Module]]:
-    """Every criterion at the share of channels at which L1 takes our time, with norms anew.
+    """Every criterion at the share of channels at which L1 takes our time.
 
     Layer by layer widths are the same for all of them; ranked globally each leaves its own, and takes its own time. A
     search for each would take minutes, which the demonstration has not.
@@ -259,7 +266,6 @@ def _at_latency(case: Case, bench: Bench, wanted: float, globally: bool) -> Iter
             if _weights(module) == _weights(case.subject.module):
                 tell(f"torch-pruning by {name}: cuts nothing of this network")
                 continue
-            module = reestimated(module, case.photos[:LOOKED])
         except DoesNotRun as error:
             tell(str(error))
             continue
@@ -299,11 +305,10 @@ def _row(name: str, files: Files, timing: ort.Timing, logits: Mapping[str, Seque
 
 def judged(by: Judges, found: Tensor, dense: Tensor, dense_int8: Tensor) -> dict[str, Any]:
     """Return accuracy, points lost against both dense files with their intervals, and agreement with the float one."""
-    logs, other = dense.double().log_softmax(1), found.double().log_softmax(1)
     told = {
         "images": by.name,
         "match": round(100 * float((found.argmax(1) == dense.argmax(1)).double().mean()), 2),
-        "divergence": round(float((logs.exp() * (logs - other)).sum(1).mean()), 4),
+        "divergence": round(divergence(dense, found), 4),
     }
     if by.labels is None:
         return told
@@ -314,6 +319,12 @@ def judged(by: Judges, found: Tensor, dense: Tensor, dense_int8: Tensor) -> dict
         "lost": _lost(right["d"], right[""], itself=torch.equal(found, dense)),
         "lost_against_int8": _lost(right["q"], right[""], itself=torch.equal(found, dense_int8)),
     }
+
+
+def divergence(dense: Tensor, found: Tensor) -> float:
+    """Return the mean Kullback-Leibler divergence of logits (N, classes) from the dense network's."""
+    logs, other = dense.double().log_softmax(1), found.double().log_softmax(1)
+    return float((logs.exp() * (logs - other)).sum(1).mean())
 
 
 def _lost(before: Tensor, after: Tensor, *, itself: bool) -> list[float]:

@@ -166,7 +166,7 @@ int8" is the quotient of two medians.
 
 torch-pruning's default is its L1 criterion at half of every width, as it leaves the network. Its best is the one of
 its settings (five criteria that need no labels, layer by layer and globally, widths in steps of 16, which suits the
-machine) that agrees most with the dense network on photos, with its batch norms estimated anew on the same photos. The
+machine) that is nearest to the dense network on photos, with its batch norms estimated anew on others of them. The
 share of channels is the one at which L1 takes the time of our float file; ranked globally, other criteria leave other
 widths there, and the row says what they take.
 """
