@@ -18,7 +18,7 @@ HEADS = (
 GOALS = {"resnet56": (0.6, 1.0), "mobilenet_v2": (0.7, 2.0)}
 """Network → of dense int8's time that compact int8 may take, and points that it may lose against it."""
 WITH_VNNI, WITHOUT_VNNI, EARLIER = "demo", "demo_without_vnni", "demo_earlier"
-"""Keys of the demonstration's tables: time and loss in int8 hang on these instructions; one is by an earlier version."""
+"""Keys of the demonstration's tables, since time and loss in int8 hang on these instructions; one is an earlier one."""
 AIM = 0.33, 2.0
 """Of the demonstration: of dense's time in float32 that ours in int8 may take, and points that it may lose."""
 
