@@ -267,7 +267,14 @@ class _Reader:
     """The batches, one after the other, as ONNX Runtime's calibrators ask for them."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
-        self._left = iter(batches)
+        self._batches = batches
+        self.set_range(0, len(batches))
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        self._left = iter(self._batches[start_index:end_index])
 
     def get_next(self) -> Batch | None:
         return next(self._left, None)
@@ -287,7 +294,8 @@ def _quantise(folded: Path, file: Path, seen: Sequence[Batch], how: Int8, kept: 
     )
     options: dict[str, Any] = {"CalibPercentile": _PERCENTILE} if how.method == "percentile" else {}
     if how.method != "minmax":
-        options["CalibMaxIntermediateOutputs"] = 1  # histograms grow batch by batch: memory is one batch's
+        # Histograms grow batch by batch: memory is one batch's, and batches may be of several sizes.
+        options["CalibStridedMinMax"] = 1
     try:
         ort.quantize_static(
             folded,

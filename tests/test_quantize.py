@@ -129,6 +129,17 @@ def test_fp16_halves_the_bytes_and_keeps_its_interface(source: Path, tmp_path: P
     assert made.bytes < source.stat().st_size
 
 
+@pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
+def test_batches_may_be_of_several_sizes_and_are_seen_one_by_one(source: Path, tmp_path: Path, method: str) -> None:
+    (whole,) = images(21)
+    several = [{key: x[a:b] for key, x in whole.items()} for a, b in ((0, 8), (8, 16), (16, 21))]
+    how = Int8(method, reduce_range=quantize.saturates())
+    made = to_int8(source, tmp_path / "several.onnx", several, how)
+    together = to_int8(source, tmp_path / "whole.onnx", [whole], how)
+    assert made.cosine > 0.99
+    assert abs(made.cosine - together.cosine) < 0.005
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
