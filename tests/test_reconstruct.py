@@ -188,6 +188,30 @@ def test_memory_between_layers_changes_nothing() -> None:
         assert torch.equal(a, b)
 
 
+class Tokens(nn.Module):
+    """Positions in a row with the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.a, self.b = nn.Conv2d(3, 12, 2, stride=2), nn.Linear(12, 10), nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.patches(x)).flatten(2).transpose(1, 2)
+        return self.b(torch.relu(self.a(x.reshape(-1, 12)))).reshape(-1, 16, 5).mean(1)
+
+
+def test_rows_are_no_more_where_positions_are_among_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"FEWEST_ROWS": 300, "MOST_ROWS": 300, "ROWS": 1}.items():
+        monkeypatch.setattr(module, name, value)
+    torch.manual_seed(0)
+    found = without(Tokens(), {"patches.weight:0": [0, 1, 2]}, torch.zeros(2, 3, 8, 8))
+    before = error(found.program.dense.model, found.compact.module, images(seed=1))
+    fitted = reconstruct(found.program, found.plan, found.coupling, found.compact, images())
+    assert {f.name for f in fitted} >= {"a.weight"}
+    assert all(f.rows <= 300 + 96 for f in fitted)
+    assert error(found.program.dense.model, found.compact.module, images(seed=1)) < before
+
+
 def test_statistics_of_a_fitted_norm_are_those_of_what_it_reads() -> None:
     torch.manual_seed(0)
     build, _, group = REDUNDANT["norm"]

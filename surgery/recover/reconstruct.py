@@ -40,7 +40,7 @@ ROWS, FEWEST_ROWS, MOST_ROWS = 16, 20_000, 80_000
 LITTLE, FEW_VALUES = 1e10, 1e8
 """Products, and values that are read, in one layer, that cost little."""
 MOST_VALUES = 2**29
-"""That are read, and held, in one layer: 2 GiB."""
+"""That are held of one layer, both networks' together: 2 GiB in float32."""
 _CLAMPS = {aten.hardtanh.default: ("min_val", "max_val"), aten.clamp.default: ("min", "max")}
 _TINY = 1e-8
 _SAME = 1e-9
@@ -117,7 +117,7 @@ def _each(
     masks, whole = masks_of(program, plan, coupling), program.dense
     dense = Folded(whole.graph, arranged(state_of(whole), moves_of(coupling, plan.arranged)))
     cut = Folded(compact.graph, tensors_of(compact.graph))
-    found, images = [], sum(len(batch[0]) for batch in batches)
+    found, sizes = [], [len(batch[0]) for batch in batches]
     runs = [(dense.start(batch), cut.start(batch)) for batch in batches]
     layers = [
         _fitting(c, wiring) for c in find_contractions(compact.graph, dense.place.keys()) if c.node in wiring.values
@@ -125,7 +125,7 @@ def _each(
     ends = [dense.place[layer.aim] + 1 for layer in layers]
     for k, layer in enumerate(layers):
         progress(k / len(layers))
-        fit = _Fit(layer, dense, cut, wiring.values[layer.aim], masks, images, seed + k)
+        fit = _Fit(layer, dense, cut, wiring.values[layer.aim], masks, sizes, seed + k)
         to = min(ends[k:]), cut.place[layer.node]
         runs = _march(dense, cut, runs, to, fit, memory)
         if (done := fit.finish()) is not None:
@@ -208,9 +208,16 @@ class _Fit:
     """Gathers what one layer takes, and fits it; a second time where a rectifier follows."""
 
     def __init__(
-        self, layer: Contraction, dense: Tape, cut: Tape, aim: Value, masks: Masks, images: int, seed: int
+        self,
+        layer: Contraction,
+        dense: Tape,
+        cut: Tape,
+        aim: Value,
+        masks: Masks,
+        sizes: Sequence[int],
+        seed: int,
     ) -> None:
-        self.layer, self._dense, self._cut, self._images = layer, dense, cut, images
+        self.layer, self._dense, self._cut, self._sizes = layer, dense, cut, sizes
         self._node = cut.nodes[cut.place[layer.node]]
         self._raw = bind(self._node, lambda n: n).raw
         self._alive = [
@@ -275,7 +282,8 @@ class _Fit:
         read = self._groups * (self._inputs + 1)
         cheap = min(MOST_ROWS, int(min(LITTLE / (self._inputs + 1) ** 2, FEW_VALUES / read)))
         enough = max(FEWEST_ROWS, ROWS * (self._inputs + 1), cheap)
-        most = ceil(max(1, min(enough, MOST_VALUES // read)) / self._images)
+        held = read + 2 * self._groups * self._outputs
+        most = ceil(max(1, min(enough, MOST_VALUES // held)) / sum(self._sizes))
         at = drawn(wanted.movedim(axis, -1).shape[1:-1], most, self._generator)
 
         aim = value_rows(wanted, axis, 1, at)
@@ -289,6 +297,9 @@ class _Fit:
             given = convolution_rows(x, Window.of(self._raw, self._weight), self._groups, at)
         else:
             given = value_rows(x, axis, self._groups, at)
+        if len(given) > (limit := most * self._sizes[k]):  # positions are among the images: windows, tokens in a row
+            some = torch.randperm(len(given), generator=self._generator)[:limit].sort().values
+            given, aim, other = given[some], aim[some], other[some] if isinstance(other, Tensor) else other
         fold = k % len(self._folds)
         self._folds[fold].add(given, aim - other)
         if self._rows is not None:
