@@ -219,6 +219,11 @@ def test_photos_without_classes_are_split_to_judge_agreement_by(folder: Path) ->
     assert case.at(16)[0].shape == (32, 3, 16, 16)
 
 
+def test_photos_are_not_judged_by(folder: Path) -> None:
+    with pytest.raises(InvalidInput, match="40 of the images of --val are among those of --photos"):
+        named(f"{folder / 'net.py'}:net", str(folder / "net.pt"), *[str(folder / "photos")] * 2)
+
+
 def test_random_weights_are_no_demonstration(folder: Path) -> None:
     with pytest.raises(InvalidInput, match="has no trained weights here"):
         named("squeezenet1_1", "random", str(folder / "photos"), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,8 @@ def named(model: str, weights: str, photos: str, val: str | None) -> Case:
         val: likewise, with classes; None: a fifth of the photos is held back, to judge agreement by.
 
     Raises:
-        InvalidInput: the model or the images cannot be read, or the weights would be random.
+        InvalidInput: the model or the images cannot be read, the weights would be random, or images to judge by are
+            among the photos.
     """
     loaded = load_model(model, weights=weights)
     if loaded.weights.startswith("random"):
@@ -100,6 +102,8 @@ def named(model: str, weights: str, photos: str, val: str | None) -> Case:
         images, _ = _read(open_images(photos, shape, loaded.preprocessing, option="--photos"), PHOTOS)
         if val is not None:
             own, labels = _read(open_images(val, shape, loaded.preprocessing, option="--val"), None)
+            if both := len(_digests(images) & _digests(own)):
+                raise InvalidInput(f"{both} of the images of --val are among those of --photos: judge by others")
             return images, (Judges(val, own, labels),)
         return images[len(images) // 5 :], (Judges("photos that were held back", images[: len(images) // 5], None),)
 
@@ -109,6 +113,10 @@ def named(model: str, weights: str, photos: str, val: str | None) -> Case:
     seen, judged = at(first.shape[2])
     subject = Subject(loaded.module, (torch.zeros(1, *first.shape[1:]),))
     return Case(loaded.name, loaded.weights, subject, seen, judged, at)
+
+
+def _digests(images: Tensor) -> set[bytes]:
+    return {hashlib.sha256(x.numpy().tobytes()).digest() for x in images}
 
 
 def _read(images: Any, most: int | None) -> tuple[Tensor, Tensor | None]:
