@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from surgery.couple import couple
 from surgery.cut import cut
+from surgery.errors import InvalidInput
 from surgery.recover import reconstruct as module
 from surgery.recover.norms import estimate_norms
 from surgery.recover.reconstruct import reconstruct
@@ -244,6 +245,17 @@ def test_outputs_are_no_further_from_the_dense_ones(seed: int, share: float, nor
     before = error(model, compact.module, images(seed=seed))
     reconstruct(program, plan, coupling, compact, images(seed=seed))
     assert error(model, compact.module, images(seed=seed)) <= before * 1.05 + 1e-6
+
+
+def test_values_that_are_not_finite_are_said() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU6(), nn.Conv2d(8, 4, 1))
+    with torch.no_grad():
+        model[0].weight.fill_(1e30)  # type: ignore[union-attr, operator]
+        model[2].weight.fill_(1e30)  # type: ignore[union-attr, operator]
+    found = without(model, {"0.weight:0": [0]}, torch.zeros(2, 3, 8, 8))
+    with pytest.raises(InvalidInput, match=r"2\.weight reads or gives is not finite"):
+        reconstruct(found.program, found.plan, found.coupling, found.compact, images())
 
 
 def test_norms_are_estimated_anew_and_parameters_stay() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from surgery.contractions import CONVOLUTIONS, LINEAR, Contraction, find_contractions
 from surgery.cut import masks_of
+from surgery.errors import InvalidInput
 from surgery.ir import CompactModel, Coupling, Plan, Program
 from surgery.labels import Value
 from surgery.least_squares import Moments, Solution, folds_for, solve
@@ -98,6 +99,9 @@ def reconstruct(
 
     Returns:
         What came of each layer that was fitted, in order.
+
+    Raises:
+        InvalidInput: values within either model are not finite.
     """
     with evaluating(compact.graph):  # its operators hold flags of their own
         return _each(program, plan, coupling, compact, batches, seed, memory, progress)
@@ -307,9 +311,14 @@ class _Fit:
 
     def finish(self) -> Fitted | None:
         """Fit and write the weights; None where nothing was amiss."""
-        shift = bool(self.layer.norm or self.layer.bias)
-        solution = solve(self._folds, self._prior, shift=shift)
+        shift, name = bool(self.layer.norm or self.layer.bias), self.layer.weight or self.layer.norm_names[0]
         whole = sum(self._folds[1:], self._folds[0])
+        if not all(bool(sums.isfinite().all()) for sums in (whole.xx, whole.yy)):
+            raise InvalidInput(
+                f"what {name} reads or gives is not finite on these images, so that it cannot be fitted to them: "
+                "choose another recovery (--recover bn), or another precision of the model"
+            )
+        solution = solve(self._folds, self._prior, shift=shift)
         if solution.before <= _SAME:
             return None
         self._write(whole, solution)
@@ -317,7 +326,6 @@ class _Fit:
             folds = self._rectified(self._rows)
             again = solve(folds, self._prior, shift=shift, ridge=solution.ridge)
             self._write(whole, again)
-        name = self.layer.weight or self.layer.norm_names[0]
         return Fitted(name, whole.count, self._inputs, solution.ridge, solution.before, solution.after)
 
     def _rectified(self, rows: Sequence[_Rows]) -> list[Moments]:
