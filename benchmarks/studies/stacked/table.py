@@ -149,7 +149,7 @@ NOTES = {
     WITHOUT_VNNI: """
 
 The host was busy, and what is timed moves the plan: a dozen runs of the same command on this machine, which the results
-file does not hold, lost 15 to 27 points at 0.49 to 0.57 of the time. Shown is this version's whose timer was reliable.""",
+file does not hold, lost 15 to 27 points at 0.49 to 0.57 of the time. Shown is one whose timer was reliable.""",
     EARLIER: """
 
 Files in int8 were calibrated on all photos then.""",
