@@ -130,7 +130,7 @@ def test_fp16_halves_the_bytes_and_keeps_its_interface(source: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
-def test_batches_may_be_of_several_sizes_and_are_seen_one_by_one(source: Path, tmp_path: Path, method: str) -> None:
+def test_batches_may_be_of_several_sizes(source: Path, tmp_path: Path, method: str) -> None:
     (whole,) = images(21)
     several = [{key: x[a:b] for key, x in whole.items()} for a, b in ((0, 8), (8, 16), (16, 21))]
     how = Int8(method, reduce_range=quantize.saturates())
