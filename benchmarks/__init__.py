@@ -1,1 +1,1 @@
-"""Latency of ONNX models in ONNX Runtime, measured as in service; `benchmarks.ort.time` stands alone, without torch."""
+"""Studies of this project; `benchmarks.ort` is the timer. Nothing here is installed."""

@@ -32,8 +32,8 @@ from torch.onnx._internal.exporter._dynamic_shapes import convert_str_to_export_
 from exporters.attention import translations
 from exporters.optimise import keep_zeros_in_maxima, optimise
 from exporters.signature import Axes, Call, axis_name
+from surgery.core import ONE_AT_A_TIME, instead, lean
 from surgery.errors import UnsupportedModel
-from surgery.lean import ONE_AT_A_TIME, instead, lean
 
 _REASON_LENGTH = 300
 _LINE = re.compile(r'File "([^"]+\.py)", line (\d+)|(/[^\s"()]+\.py)[:(](\d+)')

@@ -40,11 +40,11 @@ from surgery.screen import PLAIN_WIDTH, Terminated, print_found, print_profile, 
 
 if TYPE_CHECKING:
     from exporters.quantize import Int8
-    from surgery.decide import Decision
-    from surgery.deliver import Measurement
-    from surgery.ir import Report
-    from surgery.models import LoadedModel
-    from surgery.request import Progress, Request
+    from surgery.core import Progress, Report
+    from surgery.delivery import Measurement
+    from surgery.inputs import LoadedModel
+    from surgery.planning import Decision
+    from surgery.request import Request
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -98,7 +98,7 @@ def apply(
     MODEL, and what is written into --out, are as for `surgery shrink`; whatever is drawn at random is drawn as then.
     """
     with work(session, quiet=quiet or together.rank() > 0) as progress:
-        from surgery.ir import Plan
+        from surgery.core import Plan
 
         decided = Plan.load(plan)
         given["seed"] = decided.settings.get("seed", 0)
@@ -111,7 +111,7 @@ def apply(
 
         def again() -> Decision:
             from surgery.data_options import with_data
-            from surgery.repeat import repeat
+            from surgery.planning import repeat
 
             inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
             again = repeat(decided, loaded.module, inputs, example_kwargs=kwargs, progress=progress)
@@ -135,8 +135,8 @@ def profile(
     if out is not None and pack is not None:
         raise click.UsageError("--out measures here and --pack does not; choose one of them")
     with work(session, quiet=quiet) as progress:
-        from benchmarks.session import Settings
-        from surgery import profile as profiles
+        from surgery.latency import Settings
+        from surgery.planning import profiling as profiles
 
         target = pack or out
         if target is not None:
@@ -169,7 +169,7 @@ def bench(session: Session, /, files: tuple[Path, ...], as_json: bool, quiet: bo
     intervals; load time and peak memory are a fresh process's.
     """
     with work(session, quiet=quiet) as progress:
-        from surgery import versus
+        from surgery.latency import comparison as versus
 
         given["shapes"] = dict(given["shapes"])
         found = versus.compare(files, **given, progress=progress)
@@ -186,7 +186,7 @@ def show(session: Session, /, model: str, as_json: bool, quiet: bool, **given: A
     """
     _one_budget(given)
     with work(session, quiet=quiet) as progress:
-        from surgery import report
+        from surgery.report import content as report
 
         loaded = _load(model, given, progress)
         data = report.named(
@@ -209,7 +209,7 @@ def ops(markdown: bool, as_json: bool) -> None:
     """
     from rich.console import Console
 
-    from surgery import optable
+    from surgery.report import operator_table as optable
 
     table = optable.listed()
     if as_json:
@@ -242,7 +242,7 @@ def _refuse_huge_batch(loaded: LoadedModel, batch: int) -> None:
 
 
 def _load(model: str, given: Mapping[str, Any], progress: Progress) -> LoadedModel:
-    from surgery.models import load_model
+    from surgery.inputs import load_model
 
     progress("load", 0.0)
     loaded = load_model(
@@ -259,8 +259,8 @@ def _load(model: str, given: Mapping[str, Any], progress: Progress) -> LoadedMod
 
 
 def _decide(loaded: LoadedModel, given: Mapping[str, Any], progress: Progress) -> Decision:
+    from surgery.api import decided
     from surgery.data_options import with_data
-    from surgery.pipeline import decided
 
     inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
     request = with_data(_request(given), loaded, given)
@@ -278,8 +278,10 @@ def _deliver(
     decided: Callable[[], Decision],
 ) -> Report:
     """Cut what is decided, check, export, time, and write everything into the output folder."""
-    from surgery import artefacts, deliver, pipeline, report
-    from surgery.evaluate import open_evaluation
+    from surgery import api as pipeline
+    from surgery.delivery import artifacts as artefacts, saving as deliver
+    from surgery.recovery import open_evaluation
+    from surgery.report import content as report
 
     _refuse_huge_batch(loaded, given["batch"])
     out = out if out is not None else Path("shrunk", typed_next.folder_name(loaded.name))
@@ -307,8 +309,7 @@ def _deliver(
 
 
 def _measurement(given: Mapping[str, Any]) -> Measurement:
-    from surgery.deliver import Measurement
-    from surgery.precisions import Precisions, with_deployed
+    from surgery.delivery import Measurement, Precisions, with_deployed
 
     chosen = with_deployed(Precisions(given["precision"], _int8(given)), given.get("deploy", "fp32"))
     if chosen.fewer and given["data"] is None:
@@ -327,7 +328,7 @@ def _int8(given: Mapping[str, Any]) -> Int8:
 
 
 def _request(given: Mapping[str, Any]) -> Request:
-    from surgery.ir import Budget
+    from surgery.core import Budget
     from surgery.request import Request
 
     budget = {kind: given[kind] for kind in BUDGETS if given.get(kind) is not None}

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from surgery import pipeline, together
+from surgery import api as pipeline, together
 from surgery.data_options import with_data
-from surgery.models import LoadedModel
-from surgery.recover.train import refuse_batch
-from surgery.recovery import TAUGHT
-from surgery.repeat import repeat
+from surgery.inputs import LoadedModel
+from surgery.planning import repeat
+from surgery.recovery import TAUGHT, refuse_batch
 from surgery.request import Request
 
 

@@ -6,13 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from surgery.datasets import Images, open_images
+from surgery.delivery import Precisions, refuse_too_few, with_deployed
 from surgery.errors import InvalidInput
-from surgery.evaluate import open_evaluation
-from surgery.models import LoadedModel
-from surgery.precisions import Precisions, refuse_too_few, with_deployed
-from surgery.recover.teaching import Training
-from surgery.recovery import TAUGHT, level_of, refuse_drop
+from surgery.inputs import Images, LoadedModel, open_images
+from surgery.recovery import TAUGHT, Training, level_of, open_evaluation, refuse_drop
 from surgery.request import Request
 
 

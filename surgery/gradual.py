@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from surgery.allocate import plan_from_dead
-from surgery.cost import kept_costs
-from surgery.decide import Decision, decide
+from surgery.core import Budget, Plan, Progress
+from surgery.coupling import kept_costs, plan_from_dead
+from surgery.cutting import stages_of
 from surgery.errors import InvalidInput, SurgeryError
-from surgery.ir import Budget, Plan
-from surgery.recover.steps import Step
-from surgery.request import Progress, Request, stages_of
+from surgery.planning import Decision, decide
+from surgery.recovery import Step
+from surgery.request import Request
 
 Realise = Callable[[Decision], Any]
 

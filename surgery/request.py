@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 
-from surgery import part as parts
-from surgery.check import check
-from surgery.cost import cost_functions
-from surgery.couple import couple
-from surgery.cut import cut
-from surgery.errors import InvalidInput
-from surgery.images import Calibration
-from surgery.ir import Budget, CheckResult, CompactModel, CostFn, Coupling, Plan, Program
-from surgery.lean import rare_collections
-from surgery.recover.steps import Step
-from surgery.trace import trace
-
-Progress = Callable[[str, float], None]
-"""Told what is being done, and the fraction of it behind us (0 to 1)."""
+from surgery.core import Budget, Plan
 
 DEPLOYED = ("fp32", "int8")
 """Precisions that a budget of time may be of."""
@@ -32,18 +17,6 @@ MILDEST = Budget(latency=0.95)
 """Where a search over latencies gives up: what cannot be cut so little is not cut."""
 WITHOUT_PROGRAM = Budget(macs=0.5)
 """The default where nothing tells a runtime's operators: models that `torch.export` cannot capture."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stages:
-    """The stages that depend on how the model was captured."""
-
-    trace: Callable[..., Program]
-    couple: Callable[..., Coupling]
-    cost_functions: Callable[..., Mapping[str, CostFn]]
-    cut: Callable[..., CompactModel]
-    check: Callable[..., CheckResult]
-    reference: Callable[..., torch.nn.Module]
 
 
 _NOT_OF_THE_PLAN = frozenset(
@@ -86,11 +59,11 @@ class Request:
     recover: str | None = None
     val: Any = None
     training: Any = None
-    seen: Calibration | None = None
+    seen: Any = None
     evaluate: Callable[[Any], Mapping[str, float]] | None = None
     max_drop: float | None = None
     steps: int = 1
-    between: tuple[Step, ...] = ()
+    between: tuple[Any, ...] = ()
     share: Callable[[Plan, torch.nn.Module], None] | None = None
 
     @property
@@ -125,34 +98,3 @@ class Request:
     @property
     def _quantises(self) -> bool:
         return self.goal.is_latency and self.deploy == "int8" and self.int8 is not None
-
-
-class Clock:
-    """Tells `progress` of stages and keeps the seconds that each took, in `seconds`."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.seconds: dict[str, float] = {}
-        self.progress = progress or (lambda stage, fraction: None)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Time the block as one stage."""
-        self.progress(stage, 0.0)
-        start = time.perf_counter()
-        with rare_collections():
-            yield
-        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
-        self.progress(stage, 1.0)
-
-
-def stages_of(tracer: str) -> Stages:
-    """Return what belongs to a tracer; raises InvalidInput where there is none of that name."""
-    if tracer == "export":
-        return Stages(trace, couple, cost_functions, cut, check, parts.reference_module)
-    if tracer == "torch-pruning":
-        from surgery import eager, torch_pruning  # Here: importing torch-pruning takes seconds.
-
-        return Stages(
-            eager.trace, torch_pruning.couple, eager.cost_functions, eager.cut, eager.check, eager.reference_module
-        )
-    raise InvalidInput(f"no tracer '{tracer}'; there are export and torch-pruning")

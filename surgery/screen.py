@@ -18,7 +18,7 @@ from surgery.options import Session
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from surgery.request import Progress
+    from surgery.core import Progress
 
 PLAIN_WIDTH = 110
 """Columns of tables where standard output is a file or a pipe."""
@@ -32,8 +32,7 @@ class Terminated(KeyboardInterrupt):
 def work(session: Session, *, quiet: bool) -> Iterator[Progress]:
     """Keep standard output clean while stages run, and yield the function that shows how far they are."""
     from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
+    from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     columns = (TimeElapsedColumn(), BarColumn(), TextColumn("{task.description}"))
@@ -77,8 +76,8 @@ def print_report(data: Mapping[str, Any], *, as_json: bool) -> None:
     """Print the report as a table or as JSON, the last thing that standard output gets."""
     from rich.console import Console
 
-    from surgery import report
-    from surgery.ir import Report
+    from surgery.core import Report
+    from surgery.report import content as report
 
     if as_json:
         click.echo(Report(data).to_json(), nl=False)
@@ -106,7 +105,7 @@ def print_profile(data: Mapping[str, Any], *, out: Path | None, as_json: bool) -
     """Print a profile, or where the pack lies, as text or as JSON; nothing follows on standard output."""
     from rich.console import Console
 
-    from surgery import profile as profiles
+    from surgery.planning import profiling as profiles
 
     if as_json:
         click.echo(json.dumps(data, indent=1))

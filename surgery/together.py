@@ -7,7 +7,7 @@ import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from surgery.ir import Plan
+from surgery.core import Plan
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from surgery.models import LoadedModel
+    from surgery.inputs import LoadedModel
 
 
 def evaluate(model: str, out: Path, loaded: LoadedModel, given: Mapping[str, Any]) -> str:
@@ -21,7 +21,7 @@ def evaluate(model: str, out: Path, loaded: LoadedModel, given: Mapping[str, Any
     arguments = [repr(model), *(f"{key}={value!r}" for key, value in known.items() if value)]
     arguments += [f"{key}={given[key]!r}" for key in ("seed", "trust") if given[key]]
     code = (
-        "import surgery; from surgery.models import load_model; "
+        "import surgery; from surgery.inputs.models import load_model; "
         f"dense = load_model({', '.join(arguments)}).module; compact = surgery.load({str(out)!r}, dense)"
     )
     # Double quotes inside, so that the shell's single ones need no escaping; names with quotes keep Python's choice.

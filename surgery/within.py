@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from exporters.session import OnnxModel
-from surgery import race
-from surgery.decide import Decision
+from surgery.core import Budget, Clock
 from surgery.errors import BudgetUnreachable, InvalidInput
-from surgery.evaluate import points_lost
-from surgery.ir import Budget
-from surgery.recover.steps import Step
-from surgery.request import DEPLOYED, MILDEST, Clock, Request
+from surgery.planning import Decision, refinement as race
+from surgery.recovery import Step, points_lost
+from surgery.request import DEPLOYED, MILDEST, Request
 
 FIRST = 0.5
 NEAR = 0.04

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.allocate import plan_from_dead
-from surgery.arrange import arrange, settled
-from surgery.check import check
-from surgery.couple import couple
-from surgery.cut import cut
-from surgery.ir import Arrangement, CheckResult, CompactModel, Coupling, Plan, Program
-from surgery.trace import trace
+from surgery.capture.tracing import trace
+from surgery.core.ir import Arrangement, CheckResult, CompactModel, Coupling, Plan, Program
+from surgery.coupling.coupler import couple
+from surgery.coupling.plans import plan_from_dead
+from surgery.cutting.rewrite import cut
+from surgery.cutting.verify import check
+from surgery.importance.head_selection import arrange, settled
 
 torch.set_num_threads(1)  # the networks here are tiny: more threads only wait for each other
 

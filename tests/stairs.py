@@ -7,9 +7,9 @@ from itertools import product
 from math import ceil, prod
 from typing import Any
 
-from benchmarks.fill import grid_of, wanted_of
-from surgery.kernels import Kernel, Widths, resolved
-from surgery.tables import Entry, LatencyTable, Stairs, place_of
+from surgery.core.kernels import Kernel, Widths, resolved
+from surgery.latency.fill import grid_of, wanted_of
+from surgery.latency.tables import Entry, LatencyTable, Stairs, place_of
 
 STEP = 16
 CURVE = {w: ceil(w / STEP) ** 2 * (1.0 if w % 4 == 0 else 1.7) for w in (8, 15, 16, 24, 31, 32, 47, 48, 63, 64)}
@@ -55,7 +55,7 @@ class MadeUp:
 
 def table_of(program: Any, coupling: Any, *, batch: int = 1) -> LatencyTable:
     """The made-up device's table for a network."""
-    from surgery.latency import widths_of
-    from surgery.lower import lower
+    from surgery.planning.forecast import widths_of
+    from surgery.planning.lowering import lower
 
     return MadeUp().cover(widths_of(lower(program, coupling, batch=batch), coupling.facts, {}))

@@ -7,12 +7,12 @@ from itertools import pairwise
 from random import Random
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from surgery.allocate import allocate, plan_from_dead
+from surgery.core.ir import Budget, CostFn, Coupling, Cut, Frozen, Group, InputSpec, Plan, Scores, Site
+from surgery.coupling.plans import plan_from_dead
 from surgery.errors import BudgetUnreachable, IllegalCut, InvalidInput, PlanMismatch, SurgeryError
-from surgery.ir import Budget, CostFn, Coupling, Cut, Frozen, Group, InputSpec, Plan, Scores, Site
+from surgery.planning.allocation import allocate
 
 INPUTS = (InputSpec("x", (2, 3, 8, 8), "float32", (0,)),)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery.deliver import Measurement, weights_bytes
+from surgery.delivery.saving import Measurement, weights_bytes
 from surgery.errors import InvalidInput, PlanMismatch, UnsupportedModel
 
 
@@ -63,7 +63,7 @@ def test_shrink_gives_the_users_own_class_smaller(result: Any) -> None:
 
 
 def test_the_report_counts_what_fvcore_counts_on_the_modules(result: Any) -> None:
-    from surgery.fvcount import count_macs, count_params
+    from surgery.core.counting import count_macs, count_params
 
     dense, _, compact = result.report["models"]
     assert dense["macs"] == count_macs(net(), (IMAGE,))

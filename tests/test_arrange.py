@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import surgery
-from surgery.arrange import arrange, settled
-from surgery.check import check
-from surgery.couple import couple
-from surgery.cut import cut
+from surgery.capture.tracing import trace
+from surgery.core.ir import Arrangement, Plan
+from surgery.coupling.coupler import couple
+from surgery.cutting.rewrite import cut
+from surgery.cutting.verify import check
 from surgery.errors import CheckFailed, PlanMismatch
-from surgery.ir import Arrangement, Plan
-from surgery.trace import trace
+from surgery.importance.head_selection import arrange, settled
 
 
 class Grouped(nn.Module):

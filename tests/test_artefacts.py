@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from surgery import artefacts
+from surgery.delivery import artifacts as artefacts
 from surgery.errors import InvalidInput
 
 

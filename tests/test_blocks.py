@@ -16,14 +16,14 @@ import surgery
 from benchmarks.studies import data
 from benchmarks.studies.networks import CifarResNet
 from exporters import onnx as exporter
-from surgery.blocks import drop, find_blocks
-from surgery.check_dropped import check_dropped
-from surgery.compat import import_torchvision
-from surgery.couple import couple
-from surgery.dead import dead_blocks
+from surgery.capture.tracing import trace
+from surgery.core.ir import Program
+from surgery.coupling.blocks import drop, find_blocks
+from surgery.coupling.coupler import couple
+from surgery.coupling.dead import dead_blocks
+from surgery.cutting.verify_dropped import check_dropped
 from surgery.errors import CheckFailed, InvalidInput, PlanMismatch
-from surgery.ir import Program
-from surgery.trace import trace
+from surgery.inputs.compat import import_torchvision
 
 IMAGE = torch.randn(2, 3, 16, 16)
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from surgery.checkpoints import check_finite, class_counts, compare, fit, read_checkpoint
 from surgery.errors import InvalidInput
+from surgery.inputs.checkpoints import check_finite, class_counts, compare, fit, read_checkpoint
 
 
 def net(classes: int = 10) -> nn.Module:

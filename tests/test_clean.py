@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import surgery
+from surgery.capture.tracing import trace
 from surgery.errors import UnsupportedModel
-from surgery.trace import trace
 
 
 def overlapping(y: Tensor) -> Tensor:

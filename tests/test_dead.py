@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import surgery
-from surgery.blocks import drop, find_blocks
-from surgery.check_dropped import check_dropped
-from surgery.compat import import_torchvision
-from surgery.couple import couple
-from surgery.dead import dead_blocks
-from surgery.trace import trace
+from surgery.capture.tracing import trace
+from surgery.coupling.blocks import drop, find_blocks
+from surgery.coupling.coupler import couple
+from surgery.coupling.dead import dead_blocks
+from surgery.cutting.verify_dropped import check_dropped
+from surgery.inputs.compat import import_torchvision
 
 WIDTH = 16
 IMAGE = torch.randn(2, 3, 16, 16)

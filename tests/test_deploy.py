@@ -21,25 +21,27 @@ from stairs import table_of
 from torch import nn
 
 import surgery
-from benchmarks import cache, fill, probe
-from benchmarks.fill import REFERENCE
-from benchmarks.micro import BY_RANGE, FP32, IN_8_BITS, INT8, model_bytes
-from benchmarks.probe import Conditions
 from exporters.quantize import Int8, to_int8
-from surgery import race, within
-from surgery.couple import couple
-from surgery.decide import decide
-from surgery.deliver import Measurement
+from surgery import within
+from surgery.api import realise
+from surgery.capture.tracing import trace
+from surgery.core.kernels import Kernel, Operand, Widths, step
+from surgery.core.progress import Clock
+from surgery.coupling.coupler import couple
+from surgery.delivery.saving import Measurement
 from surgery.errors import InvalidInput
-from surgery.kernels import Kernel, Operand, Widths, step
-from surgery.latency import widths_of
-from surgery.lower import lower
+from surgery.latency import cache, fill, probe
+from surgery.latency.fill import REFERENCE
+from surgery.latency.micro import BY_RANGE, FP32, IN_8_BITS, INT8, model_bytes
+from surgery.latency.probe import Conditions
+from surgery.latency.tables import LatencyTable
 from surgery.ops.registry import rules
-from surgery.pipeline import realise
-from surgery.recover.steps import Step
-from surgery.request import Clock, Request
-from surgery.tables import LatencyTable
-from surgery.trace import trace
+from surgery.planning import refinement as race
+from surgery.planning.decision import decide
+from surgery.planning.forecast import widths_of
+from surgery.planning.lowering import lower
+from surgery.recovery.steps import Step
+from surgery.request import Request
 
 ROOT = Path(__file__).resolve().parent.parent
 MOVED = {"QuantizeLinear", "DequantizeLinear", "Transpose"}

@@ -12,16 +12,16 @@ from torch import nn
 
 import surgery
 from exporters import onnx as exporter
-from surgery.blocks import drop, find_blocks
-from surgery.check_dropped import check_dropped
-from surgery.couple import couple
-from surgery.dead import dead_blocks
+from surgery.capture.tracing import trace
+from surgery.core.ir import Block, Program
+from surgery.coupling.blocks import drop, find_blocks
+from surgery.coupling.coupler import couple
+from surgery.coupling.dead import dead_blocks
+from surgery.cutting.verify_dropped import check_dropped
 from surgery.errors import CheckFailed
-from surgery.ir import Block, Program
-from surgery.practise import Trial
-from surgery.signal import block_worth
-from surgery.spend import State, Worth
-from surgery.trace import trace
+from surgery.importance.block_ablation import Trial
+from surgery.importance.signal import block_worth
+from surgery.planning.latency_search import State, Worth
 
 IMAGE = torch.randn(2, 3, 16, 16)
 

@@ -12,10 +12,10 @@ from conftest import make_plan
 from torch import Tensor, nn
 
 from exporters.onnx import export
-from surgery.check import check
-from surgery.couple import couple
-from surgery.cut import cut
-from surgery.trace import trace
+from surgery.capture.tracing import trace
+from surgery.coupling.coupler import couple
+from surgery.cutting.rewrite import cut
+from surgery.cutting.verify import check
 
 CHANCE = 0.1
 

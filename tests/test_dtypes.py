@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery.check import check
-from surgery.deliver import Measurement, save
+from surgery.cutting.verify import check
+from surgery.delivery.saving import Measurement, save
 from surgery.errors import CheckFailed
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -13,9 +13,9 @@ from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery.compat import import_torchvision
+from surgery.core.counting import count_by_operator, count_macs, count_params
 from surgery.errors import InvalidInput, UnsupportedModel
-from surgery.fvcount import count_by_operator, count_macs, count_params
+from surgery.inputs.compat import import_torchvision
 
 torchvision = import_torchvision()
 

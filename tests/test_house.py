@@ -18,62 +18,28 @@ import pytest
 import surgery
 
 ROOT = Path(__file__).resolve().parent.parent
+LINT_IMPORTS = Path(sys.executable).with_name("lint-imports")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-ORDER = """
-    surgery.errors surgery.blame surgery.ir surgery.kernels surgery.tables surgery.tolerances surgery.compat
-    surgery.pt2 surgery.checkpoints surgery.preprocessing surgery.libraries surgery.usercode surgery.models
-    surgery.datasets surgery.batches
-    surgery.sizes surgery.labels surgery.moments
-    surgery.ops.registry surgery.ops.examples surgery.ops.index surgery.ops.*
-    surgery.copies surgery.guards surgery.einsum surgery.unlift surgery.lean surgery.clean surgery.trace
-    surgery.graph surgery.wiring surgery.pieces surgery.numerics surgery.leftovers surgery.stand_ins
-    surgery.depthwise surgery.blocks surgery.dead surgery.zeros
-    surgery.couple surgery.contractions surgery.tape surgery.rows surgery.least_squares
-    surgery.observe surgery.second_order surgery.signal surgery.score surgery.practise surgery.fvcount
-    surgery.cost surgery.lower surgery.ladders surgery.latency surgery.staircases surgery.spend surgery.allocate
-    surgery.timeplan
-    surgery.moves surgery.transplant surgery.compare
-    surgery.cut surgery.check surgery.check_dropped
-    surgery.arrange surgery.torch_pruning surgery.eager surgery.part surgery.images
-    surgery.recover.drawn surgery.recover.reconstruct surgery.recover.norms surgery.recover.agreement
-    surgery.recover.views surgery.recover.resume
-    surgery.recover.teaching surgery.recover.train surgery.recover.steps surgery.artefacts
-    surgery.figures surgery.charts surgery.report_steps surgery.report surgery.page
-    surgery.evaluate surgery.optable surgery.request surgery.versus
-    surgery.judging surgery.recovery surgery.acceptance surgery.race surgery.decide
-    surgery.repeat surgery.profile surgery.within surgery.gradual
-    surgery.pipeline surgery.precisions surgery.exports surgery.deliver
-    surgery.options surgery.data_options surgery.together surgery.company surgery.screen surgery.typed_next surgery.cli
-"""
-LAYERS = ORDER.split()
-"""Each module imports only from those before it; of the families in surgery.ops, others know `index` alone."""
-
-ROOF = {
-    *("surgery.race", "surgery.within", "surgery.decide", "surgery.profile", "surgery.pipeline", "surgery.deliver"),
-    *("surgery.options", "surgery.cli", "surgery.versus", "surgery.precisions", "surgery.exports"),
-}
-"""Only these see exporters and benchmarks."""
-
-SHARED = {"surgery.errors", "surgery.ir", "surgery.kernels", "surgery.lean", "surgery.tables"}
-"""All that exporters and benchmarks see of surgery: its nouns, and how captures by torch are made cheaper."""
+ROOMS = {path.parent.name for path in (ROOT / "surgery").glob("*/__init__.py")}
 
 WITHOUT_TORCH = {
     "surgery",
     "surgery.errors",
-    "surgery.blame",
-    "surgery.ir",
-    "surgery.allocate",
+    "surgery.core",
+    "surgery.latency",
+    "surgery.latency.ort",
+    "surgery.latency.comparison",
+    "surgery.planning.allocation",
     "surgery.options",
     "surgery.cli",
-    "surgery.versus",
     "benchmarks.ort",
 }
 
 
 @cache
 def modules() -> dict[str, Path]:
-    """Dotted name → file of every module that is installed, the studies included."""
+    """Dotted name → file of every module, the studies included."""
     found = {}
     for package in ("surgery", "exporters", "benchmarks"):
         for path in sorted((ROOT / package).rglob("*.py")):
@@ -82,63 +48,23 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Our own modules that a file imports, inside functions and for type checking too."""
+def rooms_entered(module: str, path: Path) -> Iterator[str]:
+    """Private modules of other rooms that a file imports, inside functions and for type checking too."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            inner = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = [name if name in modules() else str(node.module) for name in inner]
-        for name in names:
-            if name.partition(".")[0] in {"surgery", "exporters", "benchmarks", "scripts"}:
-                yield name
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+        for package, room, *private in (name.split(".") for name in names if name.count(".")):
+            if package == "surgery" and room in ROOMS and private and not module.startswith(f"surgery.{room}"):
+                yield ".".join((package, room, *private))
 
 
-def layer(module: str) -> int | None:
-    family = "surgery.ops.*" if module.startswith("surgery.ops.") else module
-    return next((LAYERS.index(name) for name in (module, family) if name in LAYERS), None)
+def test_rooms_are_entered_by_their_public_names() -> None:
+    assert not {(m, name) for m, path in modules().items() for name in rooms_entered(m, path)}
 
 
-def allowed(module: str, imported: str) -> bool:
-    package, other = module.partition(".")[0], imported.partition(".")[0]
-    if imported.startswith(("scripts", "benchmarks.studies")) and not module.startswith("benchmarks.studies"):
-        return False
-    if module.startswith("benchmarks.studies") or imported == "surgery":
-        return True  # `from surgery import __version__`
-    if package != "surgery":
-        return imported in SHARED or other == package
-    if other != "surgery":
-        return module in ROOF
-    mine, theirs = layer(module), layer(imported)
-    return mine is not None and theirs is not None and theirs < mine
-
-
-PACKAGES = {"surgery", "surgery.ops", "surgery.recover"}  # their __init__ is looked at on its own
-
-
-def test_every_module_has_a_place_in_the_order() -> None:
-    homeless = [m for m in modules() if m.startswith("surgery.") and m not in PACKAGES and layer(m) is None]
-    assert not homeless, "give these a place in LAYERS"
-    assert not [name for name in LAYERS if name not in modules() and not name.endswith("*")], "gone"
-
-
-@pytest.mark.parametrize("module", sorted(modules().keys() - PACKAGES))
-def test_module_imports_only_from_layers_below(module: str) -> None:
-    wrong = [name for name in imports(modules()[module]) if not allowed(module, name)]
-    assert not wrong, f"{module} must not import {wrong}"
-
-
-def test_the_layer_test_can_fail() -> None:
-    assert not allowed("surgery.trace", "surgery.couple")
-    assert not allowed("surgery.ops.conv", "surgery.ops.linear")
-    assert not allowed("benchmarks.ort", "surgery.trace")
-    assert not allowed("surgery.cut", "exporters.onnx")
-    assert not allowed("surgery.cli", "benchmarks.studies.cifar")
-    assert not allowed("exporters.onnx", "benchmarks.ort")
-    assert allowed("surgery.couple", "surgery.trace")
+def test_layers_hold() -> None:
+    done = subprocess.run([LINT_IMPORTS, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 IMPORTER = """
@@ -181,9 +107,9 @@ def test_what_a_device_or_a_help_text_needs_does_not_load_torch(module: str) -> 
 
 def test_public_names_are_loaded_on_first_use() -> None:
     code = (
-        "import sys, surgery; assert not {'torch', 'surgery.trace'} & set(sys.modules); "
+        "import sys, surgery; assert not {'torch', 'surgery.capture.tracing'} & set(sys.modules); "
         "surgery.Budget(macs=0.5); assert 'torch' not in sys.modules; "
-        "surgery.allocate; assert callable(surgery.allocate) and 'surgery.pipeline' not in sys.modules"
+        "surgery.allocate; assert callable(surgery.allocate) and 'surgery.api' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -206,16 +132,10 @@ def test_no_file_has_grown_out_of_one_sitting() -> None:
 # Documents. ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_code_map_is_complete_and_true() -> None:
+def test_the_code_map_lists_the_rooms() -> None:
     section = README.split("## Code map")[1].split("\n## ")[0]
-    mapped = set(re.findall(r"^\| `([\w./]+)` \|", section, flags=re.MULTILINE))
-    files = {str(path.relative_to(ROOT)) for path in modules().values() if path.stat().st_size}
-    files |= {str(path.relative_to(ROOT)) for path in (ROOT / "scripts").glob("*.py")}
-    files -= {"exporters/__init__.py", "benchmarks/__init__.py", "benchmarks/studies/__init__.py"}
-    files -= {"surgery/ops/__init__.py", "surgery/recover/__init__.py", "benchmarks/studies/coverage/__init__.py"}
-    files -= {f"benchmarks/studies/{name}/__init__.py" for name in ("latency", "recovery", "stacked")}
-    assert files == {name for name in mapped if name.endswith(".py")}
-    assert all((ROOT / name).exists() for name in mapped)
+    mapped = re.findall(r"^\| `([\w/]+)` \|", section, flags=re.MULTILINE)
+    assert set(mapped) == {f"surgery/{room}" for room in ROOMS} | {"exporters", "benchmarks", "scripts"}
 
 
 def test_links_in_the_documents_lead_somewhere() -> None:
@@ -322,4 +242,4 @@ def test_the_installed_wheel_shrinks_a_network(installed: Path, tmp_path: Path) 
 def test_the_wheel_says_that_it_is_typed_and_carries_its_templates(installed: Path) -> None:
     (package,) = installed.parent.rglob("surgery/errors.py")
     assert (package.parent / "py.typed").is_file()
-    assert (package.parent / "templates" / "report.md.j2").is_file()
+    assert (package.parent / "report" / "templates" / "report.md.j2").is_file()

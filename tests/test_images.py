@@ -12,13 +12,13 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from surgery import images
-from surgery.datasets import Images, open_images
+from surgery.capture.tracing import trace
+from surgery.core.ir import InputSpec
+from surgery.cutting.submodule import reach
 from surgery.errors import InvalidInput
-from surgery.ir import InputSpec
-from surgery.part import reach
-from surgery.preprocessing import Preprocessing
-from surgery.trace import trace
+from surgery.inputs import images
+from surgery.inputs.datasets import Images, open_images
+from surgery.inputs.preprocessing import Preprocessing
 
 SPEC = (InputSpec("x", (2, 3, 8, 8), "float32", (0,)),)
 MANY = (InputSpec("x", (2, 3, 2, 2), "float32", (0,)),)

@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import surgery
-from surgery import judging
-from surgery.datasets import open_images
+from surgery.core.ir import InputSpec
 from surgery.errors import InvalidInput
-from surgery.ir import InputSpec
-from surgery.preprocessing import Preprocessing
-from surgery.recover import agreement
-from surgery.recover.agreement import Reference, paired_drop, score_interval
+from surgery.inputs.datasets import open_images
+from surgery.inputs.preprocessing import Preprocessing
+from surgery.recovery import agreement, judging
+from surgery.recovery.agreement import Reference, paired_drop, score_interval
 from surgery.request import MILDEST, Request
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -249,7 +248,7 @@ def test_labels_of_a_loader_are_looked_at_before_the_work(
     training = surgery.Training(epochs=1)
     wide = surgery.shrink(model, x[:1], budget=budget, training=training, **asked(x, y, nn.functional.one_hot(y, 9)))
     assert wide.steps[-1].name == "finetune"
-    monkeypatch.setattr("surgery.decide._chosen", None)
+    monkeypatch.setattr("surgery.planning.decision._chosen", None)
     pairs = {"val": (x, y + 5), "data": x, "recover": "none"}
     for given, said in (
         (asked(x, y + 5), "data: a label is"),
@@ -267,7 +266,7 @@ def test_a_model_of_a_fixed_batch_is_not_trained_and_that_is_said_before_the_wor
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).reshape(4, 5)
 
-    monkeypatch.setattr("surgery.decide._chosen", None)
+    monkeypatch.setattr("surgery.planning.decision._chosen", None)
     with pytest.raises(InvalidInput, match="this one takes 4 at a time"):
         surgery.shrink(Fixed(), images[0][:4], budget=surgery.Budget(macs=0.5), data=images[0], recover="distill")
 
@@ -294,7 +293,7 @@ def layout(folder: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", ["plain", "deep", "stray", "links"])
 def test_folders_are_read_as_torchvision_does(tmp_path: Path, kind: str) -> None:
-    from surgery.compat import import_torchvision
+    from surgery.inputs.compat import import_torchvision
 
     place = layout(tmp_path, kind)
     theirs = import_torchvision().datasets.ImageFolder(str(place))

@@ -12,18 +12,18 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import probe
-from benchmarks.fill import REFERENCE, Wanted, fill
-from benchmarks.micro import chain_bytes, model_bytes
-from surgery.compat import import_torchvision
-from surgery.couple import couple
-from surgery.ir import Coupling, Program
-from surgery.kernels import Kernel, Operand, Widths, resolved, step
-from surgery.latency import widths_of
-from surgery.lower import Lowered, lower
+from surgery.capture.tracing import trace
+from surgery.core.ir import Coupling, Program
+from surgery.core.kernels import Kernel, Operand, Widths, resolved, step
+from surgery.coupling.coupler import couple
+from surgery.inputs.compat import import_torchvision
+from surgery.latency import probe
+from surgery.latency.fill import REFERENCE, Wanted, fill
+from surgery.latency.micro import chain_bytes, model_bytes
+from surgery.latency.tables import LatencyTable
 from surgery.ops.registry import rules
-from surgery.tables import LatencyTable
-from surgery.trace import trace
+from surgery.planning.forecast import widths_of
+from surgery.planning.lowering import Lowered, lower
 
 
 def lowered(model: nn.Module, x: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[Program, Coupling, Lowered]:

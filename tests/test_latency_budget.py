@@ -16,17 +16,17 @@ from stairs import STEP, table_of
 from torch import nn
 
 import surgery
-from benchmarks.ratio import PROCESSES, Ratio
-from surgery import race
-from surgery.couple import couple
+from surgery.capture.tracing import trace
+from surgery.core.ir import Plan
+from surgery.coupling.coupler import couple
 from surgery.errors import BudgetUnreachable, InvalidInput
-from surgery.ir import Plan
-from surgery.latency import predicted_ms, widths_of
-from surgery.lower import lower
-from surgery.race import Loop
-from surgery.score import CRITERIA
-from surgery.tables import LatencyTable
-from surgery.trace import trace
+from surgery.importance.scoring import CRITERIA
+from surgery.latency.ratio import PROCESSES, Ratio
+from surgery.latency.tables import LatencyTable
+from surgery.planning import refinement as race
+from surgery.planning.forecast import predicted_ms, widths_of
+from surgery.planning.lowering import lower
+from surgery.planning.refinement import Loop
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE = torch.randn(2, 3, 16, 16)

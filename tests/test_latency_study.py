@@ -17,8 +17,8 @@ from benchmarks.studies.latency.jobs import LIMIT_S, Job, chosen, every_job
 from benchmarks.studies.latency.rivals import PLAIN, DoesNotRun, Setting, Subject, Uniform, by_torch_pruning, to_macs
 from benchmarks.studies.latency.search import MOST, Point, guess_from, nearest, reach
 from benchmarks.studies.latency.trained import has_batch_norms, reestimated
-from surgery.graph import CompactGraph
-from surgery.trace import trace
+from surgery.capture.tracing import trace
+from surgery.coupling.compact_graph import CompactGraph
 
 # Which rows. ---------------------------------------------------------------------------------------------------------
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 import surgery
 from exporters import onnx as exporter
-from surgery.blocks import drop, find_blocks, left_behind
-from surgery.check_dropped import check_dropped
-from surgery.dead import dead_blocks
+from surgery.capture.tracing import trace
+from surgery.core.ir import Program
+from surgery.coupling.blocks import drop, find_blocks, left_behind
+from surgery.coupling.dead import dead_blocks
+from surgery.coupling.placeholders import Shifted
+from surgery.cutting.verify_dropped import check_dropped
 from surgery.errors import CheckFailed
-from surgery.ir import Program
-from surgery.stand_ins import Shifted
-from surgery.trace import trace
 
 WIDTH = 12
 IMAGE = torch.randn(2, 3, 8, 8, dtype=torch.float64)

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 from torch.export.pt2_archive import PT2ArchiveReader, PT2ArchiveWriter
 
-from surgery import libraries
-from surgery.compat import import_torchvision
 from surgery.errors import InvalidInput, UnsupportedModel
-from surgery.models import check_runs, list_names, load_model
+from surgery.inputs import libraries
+from surgery.inputs.compat import import_torchvision
+from surgery.inputs.models import check_runs, list_names, load_model
 
 SMALL = {"input_shape": (1, 3, 32, 32)}
 NET = """

@@ -10,13 +10,12 @@ import torch
 from conftest import cut_model, make_plan, random_dead
 from torch import Tensor, nn
 
-from surgery import optable
-from surgery.check import check
-from surgery.couple import couple
-from surgery.cut import cut
-from surgery.ops.registry import _RULES as TABLE
-from surgery.ops.registry import Call, Rule, register, rules
-from surgery.trace import trace
+from surgery.capture.tracing import trace
+from surgery.coupling.coupler import couple
+from surgery.cutting.rewrite import cut
+from surgery.cutting.verify import check
+from surgery.ops.registry import _RULES as TABLE, Call, Rule, register, rules
+from surgery.report import operator_table as optable
 
 ALIKE = ("element-wise", "pooling and resizing", "reduction")  # families whose members share one rule
 

@@ -15,17 +15,17 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-import benchmarks.ort
-from benchmarks import machine
-from benchmarks.blocks import block_order
-from benchmarks.machine import Watch
-from benchmarks.ort import Timing
-from benchmarks.session import available_cores
-from benchmarks.stats import paired_ratio
-from benchmarks.worker import TimerFailed
+import surgery.latency.ort
 from surgery.errors import InvalidInput
+from surgery.latency import machine
+from surgery.latency.blocks import block_order
+from surgery.latency.machine import Watch
+from surgery.latency.ort import Timing
+from surgery.latency.session import available_cores
+from surgery.latency.stats import paired_ratio
+from surgery.latency.worker import TimerFailed
 
-ROOT = Path(benchmarks.ort.__file__).resolve().parent.parent
+ROOT = Path(surgery.latency.ort.__file__).resolve().parent.parent
 
 
 def write_model(path: Path, *, depth: int = 4, shape: tuple[int | str, ...] = ("batch", 16, 28, 28)) -> Path:
@@ -49,7 +49,7 @@ def write_model(path: Path, *, depth: int = 4, shape: tuple[int | str, ...] = ("
 
 def quick(models: dict[str, Path], **options: object) -> Timing:
     """Time with three short rounds and no child process: enough for everything but the figures themselves."""
-    return benchmarks.ort.time(models, **{"max_runs": 9, "fresh": False, **options})  # type: ignore[arg-type]
+    return surgery.latency.ort.time(models, **{"max_runs": 9, "fresh": False, **options})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def timing(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Timing:
     """A whole measurement: a model, and one with twice its convolutions."""
     double = write_model(tmp_path_factory.mktemp("models") / "double.onnx", depth=8)
-    return benchmarks.ort.time({"model": model, "double": double}, batch=2, max_seconds=5.0)
+    return surgery.latency.ort.time({"model": model, "double": double}, batch=2, max_seconds=5.0)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -73,7 +73,7 @@ def test_a_model_against_its_own_copy_comes_out_at_one(model: Path, tmp_path: Pa
     models = {"model": model, "copy": copy}
     limits = {"max_runs": 10_000, "max_seconds": 10.0, "block_ms": 20.0, "width": 0.02}
     for _ in range(3):  # a measurement that says it cannot tell may be made again; one that tells counts
-        found = benchmarks.ort.time(models, threads=threads, fresh=False, **limits)  # type: ignore[arg-type]
+        found = surgery.latency.ort.time(models, threads=threads, fresh=False, **limits)  # type: ignore[arg-type]
         settled = found.reliable and found.stopped.startswith("every interval")
         if settled:
             break
@@ -106,7 +106,7 @@ def test_latencies_and_throughput_fit_together(timing: Timing) -> None:
 
 def test_p99_needs_a_thousand_runs(model: Path) -> None:
     # Rounds that other processes disturbed may be left out, so more runs are asked for than are needed.
-    many = benchmarks.ort.time({"m": model}, min_runs=1500, max_runs=1500, block_ms=50, aa=False, fresh=False)
+    many = surgery.latency.ort.time({"m": model}, min_runs=1500, max_runs=1500, block_ms=50, aa=False, fresh=False)
     assert quick({"m": model}).row("m").p99_ms is None
     row = many.row("m")
     assert (row.p99_ms is not None) == (row.runs >= 1000)
@@ -256,8 +256,8 @@ def test_dynamic_axes_take_batch_and_input_shapes(tmp_path: Path) -> None:
 
 def test_timing_needs_no_torch(model: Path) -> None:
     code = (
-        "import sys, benchmarks.ort\n"
-        f"benchmarks.ort.time({{'m': {str(model)!r}}}, max_runs=3, fresh=False)\n"
+        "import sys, surgery.latency.ort\n"
+        f"surgery.latency.ort.time({{'m': {str(model)!r}}}, max_runs=3, fresh=False)\n"
         "print('torch' in sys.modules or 'onnx' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -323,4 +323,4 @@ def test_bad_files_are_one_sentence(tmp_path: Path, make: Callable[[Path], objec
 
 def test_no_models_is_an_error() -> None:
     with pytest.raises(InvalidInput, match="no models to time"):
-        benchmarks.ort.time({})
+        surgery.latency.ort.time({})

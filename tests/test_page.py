@@ -16,11 +16,11 @@ from stairs import table_of
 from torch import nn
 
 import surgery
-from surgery import page
-from surgery.couple import couple
-from surgery.deliver import Measurement
-from surgery.precisions import Precisions
-from surgery.trace import trace
+from surgery.capture.tracing import trace
+from surgery.coupling.coupler import couple
+from surgery.delivery.precisions import Precisions
+from surgery.delivery.saving import Measurement
+from surgery.report import page
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 

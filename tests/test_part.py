@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.compat import import_torchvision
 from surgery.errors import InvalidInput, PlanMismatch
+from surgery.inputs.compat import import_torchvision
 
 
 class Body(nn.Module):
@@ -132,7 +132,7 @@ def test_the_backbone_of_a_detector() -> None:
 def test_files_hold_the_whole_model_where_it_can_be_exported(tmp_path: Path, whole: type[Whole], noted: str) -> None:
     model, x = whole(), torch.randn(2, 3, 16, 16)
     result = surgery.shrink(model, x, part="body", budget=surgery.Budget(channels=0.5))
-    from surgery.deliver import Measurement
+    from surgery.delivery.saving import Measurement
 
     written = surgery.save(result, tmp_path / "out", Measurement(runs=3))
     assert any(noted in note for note in written.data["notes"] if note.startswith("ONNX"))

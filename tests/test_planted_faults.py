@@ -17,12 +17,12 @@ from conftest import Cutting, cut_model
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from surgery.compat import import_torchvision
+from surgery.coupling.execution import well_conditioned
 from surgery.errors import CheckFailed
-from surgery.numerics import well_conditioned
+from surgery.inputs.compat import import_torchvision
 
 aten = torch.ops.aten
-oracle = importlib.import_module("surgery.check")  # `surgery.check` is also the function of that name
+oracle = importlib.import_module("surgery.cutting.verify")  # `surgery.check` is also the function of that name
 
 
 class Small(nn.Module):

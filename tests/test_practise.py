@@ -12,11 +12,11 @@ from stairs import table_of
 from torch import Tensor, nn
 
 import surgery
-from surgery.blocks import drop, find_blocks
-from surgery.couple import couple
-from surgery.practise import Trial, first, practised_worth
-from surgery.signal import block_worth
-from surgery.trace import trace
+from surgery.capture.tracing import trace
+from surgery.coupling.blocks import drop, find_blocks
+from surgery.coupling.coupler import couple
+from surgery.importance.block_ablation import Trial, first, practised_worth
+from surgery.importance.signal import block_worth
 
 IMAGES = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 BATCHES = [(IMAGES[:16],), (IMAGES[16:],)]
@@ -159,7 +159,7 @@ def network():
 
 def test_the_command_line_reads_the_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from surgery.cli import main
-    from surgery.models import load_model
+    from surgery.inputs.models import load_model
 
     (tmp_path / "net.py").write_text(NETWORK)
     source = f"{tmp_path / 'net.py'}:network"

@@ -21,13 +21,13 @@ from rich.console import Console
 from torch import nn
 
 import surgery
-from benchmarks.cache import Given
-from surgery import profile
-from surgery.acceptance import Acceptance, acceptance_of
+from surgery.core.kernels import Kernel
 from surgery.errors import InvalidInput
-from surgery.kernels import Kernel
+from surgery.latency.cache import Given
+from surgery.latency.tables import LatencyTable
+from surgery.planning import profiling as profile
+from surgery.planning.acceptance import Acceptance, acceptance_of
 from surgery.request import Request
-from surgery.tables import LatencyTable
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def network(folder: Path) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     """What `--weights random` makes of the network."""
-    from surgery.models import load_model
+    from surgery.inputs.models import load_model
 
     loaded = load_model(f"{folder / 'nets.py'}:net", weights="random")
     return loaded.module, loaded.example_inputs
@@ -223,7 +223,7 @@ def planned(
     device: Device, folder: Path, table: LatencyTable, network: tuple[nn.Module, tuple[torch.Tensor, ...]]
 ) -> surgery.Result:
     """A cut planned by that table, its files in `small`."""
-    from surgery.deliver import Measurement
+    from surgery.delivery.saving import Measurement
 
     model, images = network
     budget = surgery.Budget(latency=0.4)
@@ -410,7 +410,7 @@ def faults(text: str) -> list[str]:
 
 def device_texts() -> dict[str, str]:
     texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in profile.DEVICE_FILES}
-    return {**texts, "__main__.py": profile.PACK_MAIN}
+    return {**texts, **profile.PACK_TEXTS}
 
 
 @pytest.mark.parametrize("name", [*profile.DEVICE_FILES, "__main__.py"])
@@ -439,7 +439,7 @@ def test_that_test_can_fail(text: str) -> None:
 
 @pytest.mark.parametrize("name", [*profile.DEVICE_FILES, "__main__.py"])
 def test_what_goes_to_devices_imports_nothing_that_is_not_there(name: str) -> None:
-    carried = {file[: -len(".py")].replace("/", ".") for file in profile.DEVICE_FILES}
+    carried = {file[: -len(".py")].removesuffix("/__init__").replace("/", ".") for file in device_texts()}
     for node in ast.walk(ast.parse(device_texts()[name])):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
@@ -457,7 +457,7 @@ def test_a_pack_holds_the_files_as_they_stand(folder: Path) -> None:
     archive = zipfile.ZipFile(folder / "pack.zip")
     for name, text in device_texts().items():
         assert archive.read(name).decode() == text
-    others = {"surgery/__init__.py", "benchmarks/__init__.py", "request.json", "dense.onnx"}
+    others = {"request.json", "dense.onnx"}
     assert set(archive.namelist()) == device_texts().keys() | others
     assert all(info.date_time == (1980, 1, 1, 0, 0, 0) for info in archive.infolist())
 
@@ -489,8 +489,8 @@ def test_a_plan_is_repeated_from_the_command_line(folder: Path) -> None:
 def test_a_plan_that_drops_blocks_is_repeated_with_the_same_figures(
     folder: Path, here: dict[str, Any], network: tuple[nn.Module, tuple[torch.Tensor, ...]]
 ) -> None:
-    from surgery import pipeline
-    from surgery.repeat import repeat
+    from surgery import api as pipeline
+    from surgery.planning.repetition import repeat
 
     model, images = network
     first = surgery.shrink(model, images, budget=surgery.Budget(latency=0.1), latency_table=folder / "here.json")

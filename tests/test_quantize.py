@@ -17,13 +17,12 @@ import pytest
 import torch
 from torch import nn
 
-from exporters import onnx as exporter
-from exporters import quantize
+from exporters import onnx as exporter, quantize
 from exporters.quantize import METHODS, Int8, to_fp16, to_int8
 from exporters.session import OnnxModel
-from surgery import precisions
+from surgery.delivery import precisions
 from surgery.errors import CheckFailed, InvalidInput
-from surgery.recover.agreement import Agreement
+from surgery.recovery.agreement import Agreement
 
 ROOT = Path(__file__).resolve().parent.parent
 

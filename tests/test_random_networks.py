@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from conftest import Cutting, apply_plan, cut_model, random_dead
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import Tensor, nn
 
-from surgery.couple import couple
-from surgery.ir import Coupling, Group
-from surgery.trace import trace
+from surgery.capture.tracing import trace
+from surgery.core.ir import Coupling, Group
+from surgery.coupling.coupler import couple
 
 SETTINGS = settings(
     max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)

@@ -10,17 +10,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import Cutting, make_plan
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
-from surgery.couple import couple
-from surgery.cut import cut
+from surgery.capture.tracing import trace
+from surgery.coupling.coupler import couple
+from surgery.cutting.rewrite import cut
 from surgery.errors import InvalidInput
-from surgery.recover import reconstruct as module
-from surgery.recover.norms import estimate_norms
-from surgery.recover.reconstruct import reconstruct
-from surgery.trace import trace
+from surgery.recovery import reconstruction as module
+from surgery.recovery.batch_norm import estimate_norms
+from surgery.recovery.reconstruction import reconstruct
 
 
 def images(count: int = 96, channels: int = 3, size: int = 8, seed: int = 0) -> list[tuple[Tensor]]:

@@ -23,19 +23,20 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import surgery
 from surgery import within
-from surgery.couple import couple
-from surgery.decide import decide
+from surgery.api import realise
+from surgery.capture.tracing import trace
+from surgery.core.ir import InputSpec
+from surgery.core.progress import Clock
+from surgery.coupling.coupler import couple
 from surgery.errors import BudgetUnreachable, InvalidInput
-from surgery.ir import InputSpec
-from surgery.pipeline import realise
-from surgery.recover.agreement import Reference, paired_drop
-from surgery.recover.drawn import drawn_images
-from surgery.recover.resume import Checkpoint
-from surgery.recover.teaching import loss_of
-from surgery.recover.views import Look, Order, Views
-from surgery.report_steps import step_notes
-from surgery.request import Clock, Request
-from surgery.trace import trace
+from surgery.planning.decision import decide
+from surgery.recovery.agreement import Reference, paired_drop
+from surgery.recovery.augmentation import Look, Order, Views
+from surgery.recovery.checkpoint import Checkpoint
+from surgery.recovery.random_images import drawn_images
+from surgery.recovery.teaching import loss_of
+from surgery.report.tables import step_notes
+from surgery.request import Request
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -196,7 +197,7 @@ def test_a_step_that_makes_it_worse_is_undone(cut: surgery.Result, monkeypatch: 
                 p.mul_(float("nan"))
         return []
 
-    monkeypatch.setattr(sys.modules["surgery.recover.steps"], "reconstruct", spoil)
+    monkeypatch.setattr(sys.modules["surgery.recovery.steps"], "reconstruct", spoil)
     found = surgery.recover(cut, torch.rand(32, 1, 8, 8))
     assert not found.steps[-1].kept
     assert any("undone" in note for note in found.steps[-1].notes)
@@ -645,7 +646,7 @@ def test_the_lowest_latency_within_a_drop(
     table = table_of(program, couple(program))
     asked = Request(surgery.Budget(latency=0.9), latency_table=table, data=images, val=unseen, images=128)
     decision = decide(trained, images[0][:2], asked)
-    monkeypatch.setattr("surgery.race.track_of", lambda *args, **more: Track())
+    monkeypatch.setattr("surgery.planning.refinement.track_of", lambda *args, **more: Track())
 
     def fastest(points: float) -> surgery.Result:
         limited = replace(decision, request=replace(decision.request, max_drop=points))

@@ -10,8 +10,20 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from surgery import report
-from surgery.ir import Budget, CheckResult, CompactModel, Coupling, Cut, Frozen, Group, InputSpec, Plan, Program, Site
+from surgery.core.ir import (
+    Budget,
+    CheckResult,
+    CompactModel,
+    Coupling,
+    Cut,
+    Frozen,
+    Group,
+    InputSpec,
+    Plan,
+    Program,
+    Site,
+)
+from surgery.report import content as report
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch import nn
 from exporters import onnx as exporter
 from exporters.quantize import Int8, saturates, to_fp16, to_int8
 from exporters.runtimes import READ, Reader, format_of, refuse_newer, require_readable
-from surgery.deliver import Measurement
+from surgery.delivery.saving import Measurement
 from surgery.errors import InvalidInput, UnsupportedModel
 
 OLD = "1.16.3"

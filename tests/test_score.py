@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from surgery.core.ir import Coupling, Group, Program, Site
 from surgery.errors import InvalidInput, PlanMismatch
-from surgery.ir import Coupling, Group, Program, Site
-from surgery.score import CRITERIA, score
+from surgery.importance.scoring import CRITERIA, score
 
 
 class Net(nn.Module):

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery.blocks import find_blocks
-from surgery.couple import couple
-from surgery.ir import Program
-from surgery.models import load_model
-from surgery.moments import Moments
-from surgery.score import score, weights_of
-from surgery.signal import Signal, loss_of, moments_of, signal_of
-from surgery.trace import trace
+from surgery.capture.tracing import trace
+from surgery.core.ir import Program
+from surgery.coupling.blocks import find_blocks
+from surgery.coupling.coupler import couple
+from surgery.importance.scoring import score, weights_of
+from surgery.importance.signal import Signal, loss_of, moments_of, signal_of
+from surgery.inputs.models import load_model
+from surgery.ops.moments import Moments
 
 
 def traced(model: nn.Module, *shape: int) -> Program:

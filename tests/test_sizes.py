@@ -19,8 +19,8 @@ from torch.export import Dim
 
 import exporters.onnx
 import surgery
-from surgery.lean import LongSizes, lean
-from surgery.trace import trace
+from surgery.capture.tracing import trace
+from surgery.core.torch_speed import LongSizes, lean
 
 
 class Net(nn.Module):

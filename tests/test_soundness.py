@@ -12,10 +12,10 @@ from conftest import Cutting, cut_model, random_dead, tensors
 from torch import Tensor, nn
 
 import surgery
-from surgery.compat import import_torchvision
-from surgery.cost import cost_functions
+from surgery.core.counting import count_macs, count_params
+from surgery.coupling.cost import cost_functions
 from surgery.errors import UnsupportedModel
-from surgery.fvcount import count_macs, count_params
+from surgery.inputs.compat import import_torchvision
 
 
 def _tiny_vit(tv: Any) -> nn.Module:

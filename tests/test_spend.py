@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from itertools import product
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from benchmarks.studies.allocation import Exact
-from surgery.spend import State, Worth, spend
+from surgery.planning.latency_search import State, Worth, spend
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from benchmarks.studies.stacked import rows, table
 from benchmarks.studies.stacked.rows import Ask, measured
 from benchmarks.studies.stacked.subjects import Case, Judges, named
 from exporters.session import OnnxModel
-from surgery.compat import import_torchvision
 from surgery.errors import InvalidInput
+from surgery.inputs.compat import import_torchvision
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cache, fill, probe
-from benchmarks.probe import Conditions
+from surgery.core.kernels import Kernel, Operand, step
 from surgery.errors import InvalidInput
-from surgery.kernels import Kernel, Operand, step
-from surgery.tables import Entry, LatencyTable, Stairs, kind_of
+from surgery.latency import cache, fill, probe
+from surgery.latency.probe import Conditions
+from surgery.latency.tables import Entry, LatencyTable, Stairs, kind_of
 
 CONV = Kernel(
     (step("Conv", "x0", "w1", kernel_shape=[3, 3], pads=[1, 1, 1, 1], strides=[1, 1]), step("Relu", "%0")),

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery.numerics import state_of
-from surgery.tape import Folded, Tape
-from surgery.trace import trace
+from surgery.capture.tracing import trace
+from surgery.coupling.execution import state_of
+from surgery.importance.tape import Folded, Tape
 
 
 class _Norms(nn.Module):

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 import surgery
-from surgery import eager, torch_pruning
-from surgery.compat import import_torchvision
-from surgery.couple import couple
+from surgery.capture.tracing import trace
+from surgery.core.ir import Coupling
+from surgery.coupling.coupler import couple
+from surgery.cutting import eager, torch_pruning
 from surgery.errors import CheckFailed, UnsupportedModel
-from surgery.ir import Coupling
-from surgery.trace import trace
+from surgery.inputs.compat import import_torchvision
 
 SOURCE = """
 import torch

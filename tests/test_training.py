@@ -11,9 +11,9 @@ import torch
 from conftest import Cutting, apply_plan, cut_model, random_dead
 from torch import Tensor, nn
 
-from surgery.compat import import_timm
-from surgery.couple import couple
-from surgery.trace import trace
+from surgery.capture.tracing import trace
+from surgery.coupling.coupler import couple
+from surgery.inputs.compat import import_timm
 
 STEPS = 20
 MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {

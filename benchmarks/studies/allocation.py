@@ -1,4 +1,4 @@
-"""The search of `surgery.spend` against an exact solver, on the same problems.
+"""The search of `surgery.planning.latency_search` against an exact solver, on the same problems.
 
 A problem is what a plan by the clock solves: one level per ladder of widths, a set of residual blocks to drop, the
 least importance lost within a time. Times of kernels hang on one ladder, or on two together; a mixed-integer program
@@ -24,21 +24,15 @@ import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from benchmarks.probe import Conditions
 from benchmarks.studies import data, record
-from surgery import race
-from surgery.blocks import find_blocks
-from surgery.couple import couple
+from surgery.capture import trace
+from surgery.core import Budget, Program
+from surgery.coupling import couple, find_blocks
 from surgery.errors import InvalidInput
-from surgery.ir import Budget, Program
-from surgery.latency import Forecast
-from surgery.lower import lower
-from surgery.models import load_model
-from surgery.score import score, weights_of
-from surgery.signal import signal_of
-from surgery.spend import State, Worth, spend
-from surgery.timeplan import Planner
-from surgery.trace import trace
+from surgery.importance import score, signal_of, weights_of
+from surgery.inputs import load_model
+from surgery.latency import Conditions
+from surgery.planning import Forecast, Planner, State, Worth, lower, refinement as race, spend
 
 NETWORKS = ("resnet18", "vgg16_bn", "mobilenet_v2", "resnet50")
 TRAINED = ("resnet20", "resnet56")

@@ -23,11 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.studies import data, record
-from surgery.blocks import drop, find_blocks
-from surgery.ir import Block, Program
-from surgery.practise import Trial
-from surgery.signal import block_worth
-from surgery.trace import trace
+from surgery.capture import trace
+from surgery.core import Block, Program
+from surgery.coupling import drop, find_blocks
+from surgery.importance import Trial, block_worth
 
 BATCH = 8
 NETWORK = "resnet56"

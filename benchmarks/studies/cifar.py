@@ -21,17 +21,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks import ort
 from benchmarks.studies import data, record
 from exporters import onnx
-from surgery.allocate import SCOPES, allocate
-from surgery.check import check
-from surgery.cost import cost_functions
-from surgery.couple import couple
-from surgery.cut import cut
-from surgery.ir import Budget
-from surgery.score import score
-from surgery.trace import trace
+from surgery.capture import trace
+from surgery.core import Budget
+from surgery.coupling import cost_functions, couple
+from surgery.cutting import check, cut
+from surgery.importance import score
+from surgery.latency import ort
+from surgery.planning import SCOPES, allocate
 
 CRITERIA = ("l1", "l2", "bn-gamma", "lamp", "fpgm", "random")
 BUDGETS = (0.7, 0.5)
@@ -64,7 +62,7 @@ class Row:
         setting: None for the dense network.
         params: parameters.
         macs: multiply-adds per image.
-        kind: `module` or `graph`; see `surgery.ir.CompactModel`.
+        kind: `module` or `graph`; see `surgery.core.ir.CompactModel`.
         accuracy: share of the images classified correctly.
         agreement: share of the images classified as by the dense network.
         timing: p50, p90 and speedup with its interval; None where not timed.

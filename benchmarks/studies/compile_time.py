@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.studies import record
-from benchmarks.worker import peak_bytes
+from surgery.latency import peak_bytes
 
 STAGES = ("trace", "couple", "score", "allocate", "cut", "check")
 NETWORKS = ("resnet18", "resnet152", "densenet201", "swin_t", "maxvit_t", "chain250", "chain500", "chain1000")
@@ -72,7 +72,7 @@ def _built(network: str) -> tuple[Any, Any]:
     import torch
 
     from benchmarks.studies.networks import Chain
-    from surgery.models import load_model
+    from surgery.inputs import load_model
 
     if network.startswith("chain"):
         torch.manual_seed(0)

@@ -28,11 +28,10 @@ from benchmarks.studies.latency.rivals import Subject
 from benchmarks.studies.ours import holds, keep_weights, kept, with_weights
 from benchmarks.studies.recovery.subjects import Network, logits, network, to_learn_from
 from benchmarks.studies.views import Sight, batches
-from surgery.cut import as_call
+from surgery.capture import trace
+from surgery.cutting import as_call
 from surgery.errors import InvalidInput
-from surgery.recover.teaching import History, Student, Training
-from surgery.recover.train import train
-from surgery.trace import trace
+from surgery.recovery import History, Student, Training, train
 
 CANVAS = 288
 """Pixels of a photo's side, whole, whatever its shape was: views are zoomed out of it."""

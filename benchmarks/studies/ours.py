@@ -14,11 +14,10 @@ from torch import Tensor, nn
 import surgery
 from benchmarks.studies.latency.bench import loop_of, tell
 from benchmarks.studies.latency.rivals import Subject
-from surgery.blocks import drop
-from surgery.couple import couple
-from surgery.cut import masked
-from surgery.ir import Budget, Plan
-from surgery.trace import trace
+from surgery.capture import trace
+from surgery.core import Budget, Plan
+from surgery.coupling import couple, drop
+from surgery.cutting import masked
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.machine import describe
+from surgery.latency import describe
 
 RESULTS = Path(__file__).with_name("results")
 _LIBRARIES = ("torch", "torchvision", "onnx", "onnxruntime")

@@ -39,7 +39,7 @@ def measure(network: str, folder: Path) -> dict[str, Any]:
         network: an ultralytics model definition, without `.yaml`.
         folder: for the data set, the ONNX file and what the trainer writes.
     """
-    from surgery.compat import import_torchvision
+    from surgery.inputs import import_torchvision
 
     import_torchvision()
     import ultralytics

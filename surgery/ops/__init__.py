@@ -1,1 +1,8 @@
-"""Operator rules, one family a file; the only place in the package that knows an operator."""
+"""Operator rules, one family a file: the only place that knows an operator.
+
+Its public names are listed in `__init__.pyi` and loaded on first use.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

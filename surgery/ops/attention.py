@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.kernels import Step, step
-from surgery.labels import Layers, Value
+from surgery.core import Layers, Step, Value, step
 from surgery.ops.examples import Built, between_convs
 from surgery.ops.registry import Call, Rewrite, Rule, Shape, register
 

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.kernels import Step, step
-from surgery.labels import Value
-from surgery.moments import Moments, contracted
+from surgery.core import Step, Value, step
 from surgery.ops.examples import Between, Built, between_convs
+from surgery.ops.moments import Moments, contracted
 from surgery.ops.registry import Call, Rewrite, Rule, Scaled, Shape, join, register
 
 

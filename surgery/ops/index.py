@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from surgery.labels import Value, gather
+from surgery.core import Value, gather
 from surgery.ops.examples import Built
 from surgery.ops.registry import Call, Replacement, Rewrite, Rule, register
 

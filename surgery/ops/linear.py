@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.kernels import Step, step
-from surgery.labels import Layers, Value
-from surgery.moments import Moments, contracted
+from surgery.core import Layers, Step, Value, step
 from surgery.ops.examples import between_linears, fork_linears
+from surgery.ops.moments import Moments, contracted
 from surgery.ops.registry import Call, Lowering, Rule, Shape, register
 
 

@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surgery.kernels import Step, step
-from surgery.labels import Layers, Value
-from surgery.moments import joined
+from surgery.core import Layers, Step, Value, step
 from surgery.ops.examples import between_convs, between_linears, fork_convs
 from surgery.ops.index import picked
+from surgery.ops.moments import joined
 from surgery.ops.registry import Call, Coupled, Example, Lowering, Replacement, Rewrite, Rule, Shape, free, register
 
 aten = torch.ops.aten

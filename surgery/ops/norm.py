@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.kernels import Step, step
-from surgery.labels import Value
-from surgery.moments import Moments, normed
+from surgery.core import Step, Value, step
 from surgery.ops.examples import between_convs, between_linears
+from surgery.ops.moments import Moments, normed
 from surgery.ops.registry import Call, Coupled, Dead, Rewrite, Rule, Shape, join, register
 
 

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery.kernels import Step, step
-from surgery.labels import Layers, Value
-from surgery.moments import Told, multiplied, summed
+from surgery.core import Layers, Step, Value, step
 from surgery.ops.examples import between_convs, fork_convs
+from surgery.ops.moments import Told, multiplied, summed
 from surgery.ops.registry import Call, Lowering, Rule, Shape, free, register
 
 aten = torch.ops.aten

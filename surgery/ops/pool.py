@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surgery.kernels import Step, step
+from surgery.core import Step, step
 from surgery.ops.examples import Built, between_convs
 from surgery.ops.registry import Call, Coupled, Lowering, Rule, Shape, register
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.kernels import Step, step
-from surgery.labels import Layers, Value
+from surgery.core import Layers, Step, Value, step
 from surgery.ops.examples import between_convs, between_linears
 from surgery.ops.registry import Call, Coupled, Dead, Rule, Shape, register
 

@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from surgery.kernels import Step
-from surgery.labels import Atoms, Layers, Mask, Value
-from surgery.moments import Told
+from surgery.core import Atoms, Layers, Mask, Step, Value
+from surgery.ops.moments import Told
 
 Shape = tuple[int, ...]
 Coupled = Value | tuple[Value, ...]

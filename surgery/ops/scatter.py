@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.labels import Layers, Value
+from surgery.core import Layers, Value
 from surgery.ops.examples import fork_convs
 from surgery.ops.registry import Call, Rewrite, Rule, register
 

@@ -145,7 +145,7 @@ CI_SLICE = ("timm:resnest14d", "timm:lcnet_100", "timm:pvt_v2_b0", "timm:fastern
 
 
 def _vision_transformer(patch: int, side: int, blocks: int, heads: int, width: int) -> nn.Module:
-    from surgery.compat import import_torchvision
+    from surgery.inputs import import_torchvision
 
     module: nn.Module = import_torchvision().models.VisionTransformer(
         image_size=side, patch_size=patch, num_layers=blocks, num_heads=heads, hidden_dim=width, mlp_dim=4 * width
@@ -170,7 +170,7 @@ def vit_h_14() -> nn.Module:
 
 def _multiscale(channels: list[int], *, first: bool, **options: Any) -> nn.Module:
     """A multiscale vision transformer of four blocks; `first`: as in version 1, which widens a block earlier."""
-    from surgery.compat import import_torchvision
+    from surgery.inputs import import_torchvision
 
     mvit = import_torchvision().models.video.mvit
     halved, kept = [1, 2, 2], [] if first else [1, 1, 1]
@@ -202,7 +202,7 @@ def mvit_v2_s() -> nn.Module:
 
 def efficientnet_v2_l() -> nn.Module:
     """EfficientNetV2-L with half of the blocks of each stage."""
-    from surgery.compat import import_torchvision
+    from surgery.inputs import import_torchvision
 
     efficientnet = import_torchvision().models.efficientnet
     stages, last = efficientnet._efficientnet_conf("efficientnet_v2_l")
@@ -214,7 +214,7 @@ def efficientnet_v2_l() -> nn.Module:
 
 def regnet_y_128gf() -> nn.Module:
     """RegNetY-128GF with one block in each of its first three stages."""
-    from surgery.compat import import_torchvision
+    from surgery.inputs import import_torchvision
 
     regnet = import_torchvision().models.regnet
     full = regnet.BlockParams.from_init_params(depth=27, w_0=456, w_a=160.83, w_m=2.52, group_width=264, se_ratio=0.25)

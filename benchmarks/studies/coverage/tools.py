@@ -22,10 +22,10 @@ from benchmarks.studies.coverage.conditioned import condition
 from benchmarks.studies.coverage.isolated import tell
 from benchmarks.studies.coverage.models import Model
 from benchmarks.studies.coverage.oracle import DOES_NOT_RUN, judge, said
+from surgery.core import count_macs, count_params
+from surgery.cutting import reach
 from surgery.errors import SurgeryError
-from surgery.fvcount import count_macs, count_params
-from surgery.models import load_model
-from surgery.part import reach
+from surgery.inputs import load_model
 
 MACS = 0.5
 """Fraction of the dense MACs to keep at most."""

@@ -17,7 +17,7 @@ warnings.simplefilter("ignore")
 import surgery  # noqa: E402
 from benchmarks.studies.coverage import tools  # noqa: E402, F401
 from exporters import onnx  # noqa: E402
-from surgery.compat import import_torchvision  # noqa: E402
+from surgery.inputs import import_torchvision  # noqa: E402
 
 import_torchvision()
 

@@ -11,10 +11,10 @@ from typing import Any
 import onnxruntime
 from torch import nn
 
-from benchmarks import ort
 from benchmarks.studies.latency.rivals import Subject
 from benchmarks.studies.latency.search import Point, reach
 from exporters import onnx
+from surgery.latency import ort
 
 _QUICK_S = 2.0
 _RACE_BLOCK_MS = 60.0

@@ -10,11 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cache import VARIABLE
 from benchmarks.studies.latency.bench import loop_of, tell
 from benchmarks.studies.latency.jobs import Job
 from benchmarks.studies.latency.options import Options
-from benchmarks.worker import TimerFailed
+from surgery.latency import VARIABLE, TimerFailed
 
 _ROOT = Path(__file__).resolve().parents[3]
 

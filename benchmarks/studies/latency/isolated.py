@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.studies.latency.jobs import Job
-from benchmarks.worker import environment
+from surgery.latency import environment
 
 
 def limited(job: Job, options: Mapping[str, Any], *, seconds: float) -> dict[str, Any]:

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from benchmarks.studies.coverage.tools import output_layers, products
 from benchmarks.studies.latency.search import MOST, Point, reach
-from surgery.allocate import allocate
-from surgery.cost import cost_functions
-from surgery.couple import couple
-from surgery.cut import cut
+from surgery.capture import trace
+from surgery.core import Budget, Program
+from surgery.coupling import cost_functions, couple
+from surgery.cutting import cut
 from surgery.errors import SurgeryError
-from surgery.ir import Budget, Program
-from surgery.score import score
-from surgery.trace import trace
+from surgery.importance import score
+from surgery.planning import allocate
 
 
 class DoesNotRun(SurgeryError):

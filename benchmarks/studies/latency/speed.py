@@ -20,10 +20,10 @@ from benchmarks.studies.latency.jobs import Job
 from benchmarks.studies.latency.options import Options
 from benchmarks.studies.latency.rivals import PLAIN, SETTINGS, Subject, Uniform, by_torch_pruning, to_macs
 from benchmarks.studies.latency.search import reach
-from surgery.cut import cut, masked
-from surgery.decide import Choice, decide
+from surgery.cutting import cut, masked
 from surgery.errors import BudgetUnreachable
-from surgery.models import load_model
+from surgery.inputs import load_model
+from surgery.planning import Choice, decide
 from surgery.request import Request
 
 Entry = dict[str, Any]

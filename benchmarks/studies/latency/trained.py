@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from benchmarks.studies import data
 from benchmarks.studies.latency.rivals import Subject
-from surgery.compat import import_torchvision
 from surgery.errors import InvalidInput
+from surgery.inputs import import_torchvision
 
 CALIBRATION_CIFAR, CALIBRATION_IMAGENET = 512, 200
 _BATCH = 50

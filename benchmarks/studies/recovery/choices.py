@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-import surgery.recover.reconstruct  # the module, which the package's function of this name hides
 from benchmarks.studies.recovery.subjects import CALIBRATION, SEEDS, Judged, Network, judged, logits
-from surgery.least_squares import Moments, Solution, solve
+from surgery.importance import Moments, Solution, solve
+from surgery.recovery import reconstruction
 
 HELD = 2000
 STEPS = (1, 2, 4)
 REPAIRS = (0.0, 0.5, 1.0)
-_RECONSTRUCT = sys.modules["surgery.recover.reconstruct"]
 
 
 def by_steps(known: Network, macs: float) -> list[dict[str, Any]]:
@@ -38,7 +36,7 @@ def by_repair(known: Network, macs: float, criterion: str) -> list[dict[str, Any
 
     def made(images: Tensor, seed: int, repair: float) -> nn.Module:
         subject = known.subject
-        with patch.object(_RECONSTRUCT, "solve", _with(_repaired, repair)):
+        with patch.object(reconstruction, "solve", _with(_repaired, repair)):
             return surgery.shrink(
                 subject.module,
                 subject.inputs,

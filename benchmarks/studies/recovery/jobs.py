@@ -16,8 +16,7 @@ from benchmarks.studies.latency.rivals import Setting, to_macs
 from benchmarks.studies.recovery.choices import by_repair, by_steps
 from benchmarks.studies.recovery.published import at_published
 from benchmarks.studies.recovery.subjects import SEEDS, Network, judged_all, network
-from benchmarks.studies.recovery.taught import to_latency_of
-from benchmarks.studies.recovery.taught import to_macs as taught_to_macs
+from benchmarks.studies.recovery.taught import to_latency_of, to_macs as taught_to_macs
 from benchmarks.studies.recovery.timed import (
     at_latency,
     rivals,

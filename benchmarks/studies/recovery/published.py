@@ -23,7 +23,7 @@ from benchmarks.studies.lessons import learn
 from benchmarks.studies.networks import projected_resnet
 from benchmarks.studies.recovery.subjects import LOSSLESS, Judged, Network, judged_all, packed_jpegs
 from benchmarks.studies.views import Sight, accelerator, batches
-from surgery.recover.teaching import Training
+from surgery.recovery import Training
 
 DENSE, CUT = "torchpruning_resnet56_groupsl_reg.pt", "torchpruning_resnet56_groupsl_pruned2.55x.pt"
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)

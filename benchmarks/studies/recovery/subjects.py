@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.studies import data
 from benchmarks.studies.latency.rivals import Subject
 from benchmarks.studies.latency.trained import load, samples
-from surgery.recover.agreement import paired_drop
+from surgery.recovery import paired_drop
 
 SEEDS = (0, 1, 2)
 CALIBRATION = {"resnet20": 512, "resnet56": 512, "mobilenet_v2": 400}

@@ -16,7 +16,7 @@ import surgery
 from benchmarks.studies.latency.bench import Bench, loop_of
 from benchmarks.studies.lessons import learn
 from benchmarks.studies.recovery.subjects import SEEDS, Network, against, judged_all, network, to_learn_from
-from surgery.recover.teaching import Training
+from surgery.recovery import Training
 
 TO_MACS = Training(epochs=4, batch=128, lr=5e-4, mixed_precision="bf16")
 TO_LATENCY = replace(TO_MACS, epochs=8, lr=1e-3)

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 import surgery
-from benchmarks import ort
 from benchmarks.studies.latency.bench import Bench, loop_of, tell
 from benchmarks.studies.latency.rivals import CRITERIA, SLOPES, DoesNotRun, Setting, by_torch_pruning
 from benchmarks.studies.latency.trained import reestimated
@@ -29,6 +28,7 @@ from benchmarks.studies.recovery.subjects import (
     rows_of,
 )
 from exporters import onnx
+from surgery.latency import ort
 
 RACE_S = 60.0
 TRIES = 6

@@ -17,14 +17,14 @@ import click
 import torch
 from rich.console import Console
 
-from benchmarks.session import available_cores
 from benchmarks.studies import data
 from benchmarks.studies.stacked.__main__ import keep
 from benchmarks.studies.stacked.rows import Ask, measured
 from benchmarks.studies.stacked.subjects import Case, known, named
 from benchmarks.studies.stacked.table import HEADS, WITH_VNNI, WITHOUT_VNNI, lines
+from surgery.core import plain_table
 from surgery.errors import InvalidInput, SurgeryError
-from surgery.figures import plain_table
+from surgery.latency import available_cores
 
 MODEL, SMALLER, LATENCY = "mobilenet_v2", 192, 0.72
 CALIBRATED = 128

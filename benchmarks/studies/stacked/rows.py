@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from benchmarks import ort
-from benchmarks.session import available_cores
 from benchmarks.studies.latency.bench import Bench, tell
 from benchmarks.studies.latency.rivals import CRITERIA, PLAIN, DoesNotRun, Setting, by_torch_pruning
 from benchmarks.studies.latency.trained import reestimated
@@ -27,9 +25,10 @@ from benchmarks.studies.stacked.subjects import Case, Judges
 from exporters import onnx
 from exporters.quantize import saturates, to_int8
 from exporters.session import OnnxModel, feeds
-from surgery.compat import import_torchvision
-from surgery.precisions import dominating, standing
-from surgery.recover.agreement import paired_drop
+from surgery.delivery import dominating, standing
+from surgery.inputs import import_torchvision
+from surgery.latency import available_cores, ort
+from surgery.recovery import paired_drop
 
 BATCH = 32
 DEFAULT_SHARE = 0.5

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from benchmarks.studies import lessons
 from benchmarks.studies.latency.rivals import Subject
 from benchmarks.studies.recovery.subjects import network, rows_of
-from surgery.datasets import open_images
 from surgery.errors import InvalidInput
-from surgery.models import load_model
+from surgery.inputs import load_model, open_images
 
 LICENCES = {
     "resnet56": "akamaster/pytorch_resnet_cifar10, BSD-2",

@@ -1,0 +1,12 @@
+from .api import Result as Result, apply as apply, recover as recover, shrink as shrink
+from .capture import trace as trace
+from .core import Budget as Budget, Plan as Plan
+from .coupling import couple as couple
+from .cutting import check as check, cut as cut
+from .delivery import load as load, save as save
+from .errors import SurgeryError as SurgeryError
+from .importance import score as score
+from .planning import allocate as allocate
+from .recovery import Training as Training
+
+__version__: str

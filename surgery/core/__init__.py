@@ -1,0 +1,8 @@
+"""The nouns that stages hand to each other, and what every stage needs: labels, progress, tolerances, blame.
+
+Its public names are listed in `__init__.pyi` and loaded on first use.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

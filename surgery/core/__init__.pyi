@@ -1,0 +1,60 @@
+from .blame import (
+    UNKNOWN as UNKNOWN,
+    first_line as first_line,
+    last_own_line as last_own_line,
+    user_line as user_line,
+    where_raised as where_raised,
+)
+from .copies import (
+    buffers_kept as buffers_kept,
+    copied as copied,
+    empty_caches as empty_caches,
+    fresh as fresh,
+    traceable as traceable,
+)
+from .counting import count_macs as count_macs, count_params as count_params
+from .formatting import figure as figure, plain_table as plain_table, ratio as ratio, si as si, size as size
+from .ir import (
+    KEPT as KEPT,
+    Arrangement as Arrangement,
+    Block as Block,
+    Budget as Budget,
+    CheckResult as CheckResult,
+    CompactModel as CompactModel,
+    CostFn as CostFn,
+    Coupling as Coupling,
+    Cut as Cut,
+    Frozen as Frozen,
+    Group as Group,
+    InputSpec as InputSpec,
+    Node as Node,
+    Plan as Plan,
+    Program as Program,
+    Report as Report,
+    Scores as Scores,
+    Site as Site,
+)
+from .kernels import (
+    Kernel as Kernel,
+    Operand as Operand,
+    Placed as Placed,
+    Size as Size,
+    Step as Step,
+    Widths as Widths,
+    resolved as resolved,
+    step as step,
+)
+from .labels import (
+    Atoms as Atoms,
+    LabelMismatch as LabelMismatch,
+    Layer as Layer,
+    Layers as Layers,
+    Mask as Mask,
+    Value as Value,
+    gather as gather,
+    is_constant as is_constant,
+)
+from .progress import Clock as Clock, Progress as Progress
+from .sizes import ReshapeCount as ReshapeCount, hint as hint, is_symbolic as is_symbolic, sizes_spill as sizes_spill
+from .tolerances import BLIND as BLIND, ROUNDINGS as ROUNDINGS, TOLERANCE as TOLERANCE
+from .torch_speed import ONE_AT_A_TIME as ONE_AT_A_TIME, instead as instead, lean as lean

@@ -1,0 +1,50 @@
+from .blocks import blocks_within as blocks_within, drop as drop, find_blocks as find_blocks, left_behind as left_behind
+from .compact_graph import CompactGraph as CompactGraph, hold as hold
+from .constants import Leftovers as Leftovers, spread as spread
+from .cost import (
+    Sizes as Sizes,
+    batch_size as batch_size,
+    cost_functions as cost_functions,
+    flush_mib as flush_mib,
+    kept_costs as kept_costs,
+    priced as priced,
+)
+from .coupler import couple as couple, frozen_axes as frozen_axes, groups_of as groups_of, kept_names as kept_names
+from .dead import dead_blocks as dead_blocks
+from .depthwise import likeness as likeness
+from .execution import (
+    InDouble as InDouble,
+    Run as Run,
+    conditioned as conditioned,
+    elsewhere as elsewhere,
+    flat_outputs as flat_outputs,
+    masked_run as masked_run,
+    names_dtype as names_dtype,
+    narrowest as narrowest,
+    other_sizes as other_sizes,
+    sample_inputs as sample_inputs,
+    state_of as state_of,
+    well_conditioned as well_conditioned,
+)
+from .head_order import (
+    Held as Held,
+    Layout as Layout,
+    Move as Move,
+    Places as Places,
+    arranged as arranged,
+    layouts as layouts,
+    moved as moved,
+    moves_of as moves_of,
+    positions as positions,
+)
+from .labelled_graph import (
+    Masks as Masks,
+    Wiring as Wiring,
+    all_tensors as all_tensors,
+    bind as bind,
+    index_table as index_table,
+    rewrite_view as rewrite_view,
+    run as run,
+    shapes_of as shapes_of,
+)
+from .plans import NO_SETTINGS as NO_SETTINGS, plan_from_dead as plan_from_dead, require_own_cuts as require_own_cuts

@@ -1,0 +1,211 @@
+"""What branches that are gone leave behind, a constant per channel: taken up by a bias where that is exact.
+
+A constant that is to be added to a value can as well be added to the bias, the shift or the operand of a sum that the
+value comes from, as long as nothing else reads the value on the way; and batch norms that are all that reads it can
+expect that much less. Where an activation lies between, one sum stays. The user's tensors are not written to.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from surgery.core import hint, is_symbolic
+from surgery.coupling.labelled_graph import bind
+
+_SUM = "aten.add.Tensor"
+_CHANNELS_FIRST = (
+    *("aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default"),
+    *("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input"),
+    *("aten.batch_norm.default", "aten.group_norm.default"),
+)
+"""Operators that add their bias along axis 1 as the last thing they do."""
+_CHANNELS_LAST = ("aten.linear.default", "aten.layer_norm.default")
+_SAME = ("aten.clone.default", "aten.contiguous.default", "aten.alias.default", "aten.detach.default")
+_VIEWS = ("aten.view.default", "aten.reshape.default")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Leftovers:
+    """Where the constants went, in float64.
+
+    Attributes:
+        shifts: parameter or buffer that was there before → what is added to it.
+        added: new parameter, which a sum of its own reads → its value.
+    """
+
+    shifts: Mapping[str, Tensor]
+    added: Mapping[str, Tensor]
+
+
+def channel_axes(shape: Sequence[Any]) -> tuple[int, ...]:
+    """Return the axes of a value that constants per channel may be along: axis 1, or the last if it is of another size.
+
+    An axis whose size may differ from call to call is none of them.
+    """
+    axes = [a for a in (1, len(shape) - 1) if 1 <= a < len(shape) and not is_symbolic(shape[a])]
+    return tuple(a for k, a in enumerate(axes) if all(hint(shape[b]) != hint(shape[a]) for b in axes[:k]))
+
+
+def spread(values: Sequence[float], shape: Sequence[Any]) -> Tensor:
+    """Return a constant per channel as a float64 tensor that adds to values of this shape, as it was traced."""
+    axis = next(a for a in channel_axes(shape) if hint(shape[a]) == len(values))
+    sizes = [len(values) if a == axis else 1 for a in range(len(shape))]
+    return torch.tensor(values, dtype=torch.float64).reshape(sizes)
+
+
+def fold(graph: torch.fx.Graph, added: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Leftovers:
+    """Take sums with constants out of a graph, in place, wherever a tensor of the graph can take the constant up.
+
+    Args:
+        graph: each name of `added` is read by one sum, whose first operand it is added to.
+        added: constants by name, in float64.
+        tensors: those that may be shifted, by name; ones that are read twice, or under two names, are left alone.
+    """
+    reads = Counter(str(n.target) for n in graph.nodes if n.op == "get_attr" for _ in n.users)
+    names = Counter(id(t) for t in tensors.values())
+    single = {name for name, t in tensors.items() if names[id(t)] == 1 and t.is_floating_point()}
+    free = {name for name in (*single, *added) if reads[name] == 1}
+    shifts: dict[str, Tensor] = {}
+    left = dict(added)
+    shapes = {name: tuple(t.shape) for name, t in (*tensors.items(), *added.items())}
+    for node in [n for n in graph.nodes if _adds(n, added)]:
+        stays, attribute = node.args
+        name = str(attribute.target)
+        found = _homes(node, left[name], free - {name}, shapes)
+        if not found:
+            continue
+        for home, shift in found.items():
+            into = left if home in left else shifts
+            into[home] = into.get(home, torch.zeros((), dtype=torch.float64)) + shift
+        del left[name]
+        node.replace_all_uses_with(stays)
+        graph.erase_node(node)
+        graph.erase_node(attribute)
+    return Leftovers(shifts, left)
+
+
+def _adds(node: torch.fx.Node, added: Collection[str]) -> bool:
+    last = node.args[-1] if node.op == "call_function" and str(node.target) == _SUM else None
+    return isinstance(last, torch.fx.Node) and last.op == "get_attr" and last.target in added
+
+
+Homes = Mapping[str, Tensor]
+"""Tensor name → what it takes up, of its own shape or one that broadcasts to it."""
+
+
+def _homes(
+    node: torch.fx.Node, constant: Tensor, free: Collection[str], shapes: Mapping[str, tuple[int, ...]]
+) -> Homes:
+    """The tensors that take up what a sum adds; none where there are none."""
+    home = _behind(node.args[0], node, constant, free, shapes)
+    if home:
+        return home
+    readers = list(node.users)
+    if len(readers) == 1 and _is_sum(readers[0]):
+        other = next((x for x in readers[0].args if isinstance(x, torch.fx.Node) and x is not node), None)
+        same = other is not None and _dim(readers[0]) == constant.dim()
+        return _behind(other, readers[0], constant, free, shapes) if same else {}
+    return _ahead(node, readers, constant, free)
+
+
+def _behind(
+    node: Any,
+    reader: torch.fx.Node,
+    constant: Tensor,
+    free: Collection[str],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Homes:
+    """The tensor that this value, which only `reader` reads, comes from and that can take the constant up."""
+    if not isinstance(node, torch.fx.Node) or set(node.users) != {reader} or _times(node, reader) != 1:
+        return {}
+    if node.op == "get_attr":
+        shift = _as_wide(constant, len(shapes.get(str(node.target), ())))
+        return _taken(node, shift, free, shapes)
+    if node.op != "call_function" or _dim(node) != constant.dim():
+        return {}
+    target, raw = str(node.target), bind(node, lambda n: n).raw
+    if target in _CHANNELS_FIRST or target in _CHANNELS_LAST:
+        axis = constant.dim() - 1 if target in _CHANNELS_LAST else 1
+        batched = "conv" not in target or _dim(raw["weight"]) == constant.dim()
+        vector = constant.flatten() if batched and constant.numel() == constant.shape[axis] else None
+        return _taken(raw.get("bias"), vector, free, shapes)
+    if _is_sum(node):
+        operands = [x for x in (raw["self"], raw["other"]) if isinstance(x, torch.fx.Node)]
+        found = (_behind(x, node, constant, free, shapes) for x in operands if _fits(x, node))
+        return next((home for home in found if home), {})
+    before = _before(node, target, raw, constant)
+    return {} if before is None else _behind(node.all_input_nodes[0], node, before, free, shapes)
+
+
+def _before(node: torch.fx.Node, target: str, raw: Mapping[str, Any], constant: Tensor) -> Tensor | None:
+    """What is to be added to the input of an operator that only moves values; None for any other operator."""
+    if target in _SAME or (target == "aten.dropout.default" and raw.get("p") == 0.0):
+        return constant
+    if target == "aten.transpose.int":
+        return constant.transpose(raw["dim0"], raw["dim1"])
+    if target == "aten.permute.default":
+        dims = [d % constant.dim() for d in raw["dims"]]
+        return constant.permute([dims.index(d) for d in range(len(dims))])
+    if target in _VIEWS and constant.numel() == constant.shape[-1]:
+        source = raw["self"].meta["val"]
+        kept = source.dim() > 0 and hint(source.shape[-1]) == constant.numel()
+        return constant.reshape([1] * (source.dim() - 1) + [-1]) if kept else None
+    return None
+
+
+def _ahead(node: torch.fx.Node, readers: Sequence[torch.fx.Node], constant: Tensor, free: Collection[str]) -> Homes:
+    """Batch norms that are all that reads the sum: they take away a mean, which may be the smaller."""
+    homes: dict[str, Tensor] = {}
+    for reader in readers:
+        raw = bind(reader, lambda n: n).raw if reader.op == "call_function" else {}
+        mean = raw.get("running_mean")
+        known = str(reader.target) == "aten.batch_norm.default" and raw.get("input") is node
+        if not known or not isinstance(mean, torch.fx.Node) or mean.target not in free:
+            return {}
+        homes[str(mean.target)] = -constant.flatten()
+    return homes if constant.numel() == constant.shape[1] else {}
+
+
+def _taken(tensor: Any, shift: Tensor | None, free: Collection[str], shapes: Mapping[str, tuple[int, ...]]) -> Homes:
+    """The one home, if it is free and the constant fits it as it is."""
+    if shift is None or not isinstance(tensor, torch.fx.Node) or tensor.op != "get_attr" or tensor.target not in free:
+        return {}
+    name = str(tensor.target)
+    shape = shapes[name]
+    fits = shift.dim() <= len(shape) and all(
+        a in (1, b) for a, b in zip(reversed(shift.shape), reversed(shape), strict=False)
+    )
+    return {name: shift} if fits else {}
+
+
+def _as_wide(constant: Tensor, rank: int) -> Tensor | None:
+    """The constant with as many axes as a tensor that broadcasts to the same values; None where it varies in others."""
+    more = max(0, constant.dim() - rank)
+    return constant.reshape(constant.shape[more:]) if constant.shape[:more].numel() == 1 else None
+
+
+def _times(node: torch.fx.Node, reader: torch.fx.Node) -> int:
+    """How often a reader reads a value: a value may be added to itself."""
+    given = pytree.tree_leaves((reader.args, dict(reader.kwargs)))
+    return sum(x is node for x in given)
+
+
+def _is_sum(node: torch.fx.Node) -> bool:
+    return node.op == "call_function" and str(node.target) == _SUM and bind(node, lambda n: n).raw.get("alpha", 1) == 1
+
+
+def _fits(operand: torch.fx.Node, total: torch.fx.Node) -> bool:
+    """Whether what is added to an operand of a sum is added to all of the sum."""
+    return operand.op == "get_attr" or _dim(operand) == _dim(total)
+
+
+def _dim(node: torch.fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else -1

@@ -1,0 +1,167 @@
+"""Analytic costs of a plan before anything is cut: the operators' own formulas at the surviving sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import log
+from typing import Any
+
+import numpy as np
+
+from surgery.core import CostFn, Coupling, Layers, Mask, Plan, Program, Scores, Value
+from surgery.coupling.labelled_graph import Wiring
+from surgery.ops import Shape, rules
+
+
+class Sizes:
+    """Surviving lengths of many axes at once; axes with equal labels are counted once."""
+
+    def __init__(self, wiring: Wiring) -> None:
+        self._wiring = wiring
+        self._slots: dict[tuple[bytes, ...], int] = {}
+        self._axes: list[Layers] = []
+        self._known: dict[int, tuple[Value, list[int]]] = {}
+
+    def track(self, value: Value) -> list[int]:
+        """For each axis of `value`, its slot, or its negated fixed length less one."""
+        if id(value) not in self._known:
+            self._known[id(value)] = (value, [self._slot(value, a) for a in range(len(value.shape))])
+        return self._known[id(value)][1]
+
+    def _slot(self, value: Value, axis: int) -> int:
+        layers = self._wiring.atoms.canon(value.axes[axis])
+        if not layers:
+            return -1 - value.shape[axis]
+        key = tuple(layer.tobytes() for layer in layers)
+        if key not in self._slots:
+            self._slots[key] = len(self._axes)
+            self._axes.append(layers)
+        return self._slots[key]
+
+    @property
+    def axes(self) -> Sequence[Layers]:
+        """The labels of each slot's axis, as roots."""
+        return self._axes
+
+    def lengths(self, dead: Mask) -> list[int]:
+        """Surviving length per slot."""
+        alive = ~dead
+        return [int(np.logical_and.reduce([alive[layer] for layer in layers]).sum()) for layers in self._axes]
+
+
+def _shape(slots: Sequence[int], lengths: Sequence[int]) -> Shape:
+    return tuple(lengths[s] if s >= 0 else -1 - s for s in slots)
+
+
+def cost_functions(program: Program, coupling: Coupling) -> Mapping[str, CostFn]:
+    """Return cost functions of what a plan leaves.
+
+    Returns:
+        `macs`: multiply-adds per sample by fvcore's formulas (one multiply-add = 1 MAC; norms and resizing as fvcore
+        counts them); `params`: number of parameters, shared ones once. Each maps dead units per group name to an int.
+    """
+    wiring: Wiring = coupling.facts
+    return {"macs": _macs(program, wiring), "params": _params(program, wiring)}
+
+
+def _macs(program: Program, wiring: Wiring) -> CostFn:
+    table, sizes = rules(), Sizes(wiring)
+    terms: list[tuple[Callable[[Mapping[str, Shape], Shape], int], dict[str, list[int]], list[int]]] = []
+    for node in program.nodes:
+        rule = table.get(node.op)
+        if rule is not None and rule.macs is not None:
+            tensors = {k: sizes.track(v) for k, v in wiring.calls[node.name].items() if isinstance(v, Value)}
+            out: Any = wiring.values[node.name]
+            first = out[0] if isinstance(out, (tuple, list)) else out
+            terms.append((rule.macs, tensors, sizes.track(first)))
+    batch = batch_size(program)
+
+    def macs(dead: Mapping[str, Sequence[int]]) -> int:
+        lengths = sizes.lengths(wiring.dead_roots(dead))
+        total = sum(
+            formula({k: _shape(s, lengths) for k, s in tensors.items()}, _shape(out, lengths))
+            for formula, tensors, out in terms
+        )
+        return total // batch
+
+    return macs
+
+
+FLUSHES_MIB = (4, 12, 24)
+"""What kernels find gone from the caches in larger networks; more changes little where it was measured."""
+KEPT = 0.6
+"""Of a network's weights, halfway from the dense network to what plans leave of it."""
+
+
+def flush_mib(program: Program, precision: str = "fp32") -> int:
+    """Return how much of its caches a network goes through between two runs of the same kernel, in MiB.
+
+    Its weights pass through them once in every run, a byte each in `int8`; those of a network of up to 1 MiB stay next
+    to a core.
+    """
+    weights = program.dense.model.parameters()
+    held: float = sum(p.numel() * (1 if precision == "int8" else p.element_size()) for p in weights) / 2**20
+    return min(FLUSHES_MIB, key=lambda size: abs(log(size / (KEPT * held)))) if held > 1 else 0
+
+
+def batch_size(program: Program) -> int:
+    """How many samples the example inputs hold."""
+    first = program.inputs[0].shape if program.inputs else ()
+    return first[0] if first else 1
+
+
+def _params(program: Program, wiring: Wiring) -> CostFn:
+    sizes = Sizes(wiring)
+    tracked: list[list[int]] = []
+    fixed = 0
+    seen: set[int] = set()
+    for name, parameter in program.model.named_parameters(remove_duplicate=False):
+        if id(parameter) in seen:
+            continue
+        if name in wiring.params:
+            tracked.append(sizes.track(wiring.params[name]))
+            seen.add(id(parameter))
+    for parameter in program.model.parameters():
+        if id(parameter) not in seen:
+            fixed += parameter.numel()
+
+    def params(dead: Mapping[str, Sequence[int]]) -> int:
+        lengths = sizes.lengths(wiring.dead_roots(dead))
+        return fixed + sum(int(np.prod(_shape(s, lengths), dtype=np.int64)) for s in tracked)
+
+    return params
+
+
+def priced(scores: Scores, coupling: Coupling, cost: CostFn) -> Scores:
+    """Return what is lost with each unit for what it saves: millionths of the dense cost, where half of its group goes.
+
+    Args:
+        scores: what is lost with each unit.
+        coupling: the groups.
+        cost: dead units per group name → cost of what is left.
+    """
+    dense, out = cost({}), {}
+    for group in coupling.groups:
+        half = max(1, group.size // 2) if group.size > 1 else 0
+        saved = (dense - cost({group.name: tuple(range(half))})) / half if half else 0.0
+        price = 1e6 * saved / dense if dense else 0.0
+        out[group.name] = tuple(score / max(price, 1e-9) for score in scores[group.name])
+    return out
+
+
+def kept_costs(
+    dense: Coupling, before: Mapping[str, CostFn], left: Coupling, after: Mapping[str, CostFn], plan: Plan
+) -> dict[str, tuple[int, int]]:
+    """Return parameters, MACs and units of a plan as (dense, kept).
+
+    Args:
+        dense: the groups of the whole program.
+        before: its costs.
+        left: the groups of what is left of it without the blocks that go.
+        after: the costs of that.
+        plan: which units die.
+    """
+    units = sum(group.size for group in dense.groups)
+    kept = sum(group.size for group in left.groups) - sum(len(dead) for dead in plan.dead.values())
+    costs = {kind: (cost({}), after[kind](plan.dead)) for kind, cost in before.items()}
+    return {**costs, "channels": (units, kept)}

@@ -1,0 +1,131 @@
+"""Blocks that are dead already: whose branch gives a constant per channel, whatever the input and its size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.core import TOLERANCE, Block, Program, hint
+from surgery.coupling.constants import channel_axes, spread
+from surgery.coupling.execution import Run, elsewhere, state_of
+from surgery.coupling.labelled_graph import all_tensors, bind
+from surgery.ops import rules
+
+Known = Mapping[str, Tensor]
+"""What values are whatever the input, by node name."""
+
+
+def dead_blocks(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[float, ...]]:
+    """Return the blocks whose branch gives a constant per channel, whatever the input, and that constant.
+
+    Nothing flows through an operator whose weight is all zero, nor through a product with zeros; what follows is worked
+    out by the operators themselves, in float64.
+
+    Returns:
+        Block name → the constant of each channel (axis 1, or the last); empty where it is zero.
+    """
+    if not blocks or program.graph is None:
+        return {}
+    known = _known(program)
+    values = {node.name: node.meta.get("val") for node in program.graph.graph.nodes}
+    dead: dict[str, tuple[float, ...]] = {}
+    for block in blocks:
+        value = known.get(block.branch)  # without a layer something would flow again where nothing did
+        if value is not None and (row := _per_channel(value, values[block.branch].shape)) is not None:
+            dead[block.name] = tuple(row.tolist()) if bool(row.any()) else ()
+    branches = {block.name: block.branch for block in blocks}
+    return _also_elsewhere(program, dead, branches) if dead else dead
+
+
+def _per_channel(value: Tensor, shape: Sequence[Any]) -> Tensor | None:
+    """What a value is at each index of its channels' axis, if nothing else counts; `shape` is the traced one."""
+    if not bool(value.any()):
+        return value.new_zeros(1)
+    for axis in channel_axes(shape):
+        corner = value[tuple(slice(None) if a == axis else slice(0, 1) for a in range(value.dim()))]
+        if torch.equal(value, corner.expand_as(value)):
+            return corner.flatten()
+    return None
+
+
+def _also_elsewhere(
+    program: Program, dead: Mapping[str, tuple[float, ...]], branches: Mapping[str, str]
+) -> dict[str, tuple[float, ...]]:
+    """Those that give the same constant at another batch, height and width: a sum over pixels, say, does not."""
+    names = {branches[name] for name in dead}
+    state = {name: t.double() if t.is_floating_point() else t for name, t in state_of(program).items()}
+
+    def values(inputs: list[Tensor]) -> dict[str, Tensor]:
+        seen: dict[str, Tensor] = {}
+
+        def record(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
+            if node.name not in names:
+                return NotImplemented
+            seen[node.name] = node.target(*args, **kwargs)  # type: ignore[operator]
+            return seen[node.name]
+
+        with torch.no_grad():
+            Run(program.graph, state, record, torch.float64).run(*inputs)
+        return seen
+
+    found = elsewhere(program, values, seed=77)
+    traced = {node.name: node.meta.get("val") for node in program.graph.graph.nodes}
+
+    def holds(name: str) -> bool:
+        branch = branches[name]
+        wanted = spread(dead[name], traced[branch].shape) if dead[name] else torch.zeros((), dtype=torch.float64)
+        allowed = TOLERANCE[torch.float64] * float(wanted.abs().max())
+        return found is not None and all(bool(((x[branch] - wanted).abs() <= allowed).all()) for _, x in found)
+
+    return {name: row for name, row in dead.items() if holds(name)}
+
+
+def _known(program: Program) -> Known:
+    """Values that are the same for every input, by node name."""
+    tensors = {name: t.detach().cpu() for name, t in all_tensors(program).items()}
+    known: dict[str, Any] = {}
+    for node in program.graph.graph.nodes:
+        if node.op == "get_attr":
+            value = tensors[str(node.target)]
+            known[node.name] = value.double() if value.is_floating_point() else value
+        elif node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
+            arguments = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+            if arguments and (_stops(node, known) or all(n.name in known for n in arguments)):
+                result = _result(node, known)
+                if result is not None:
+                    known[node.name] = result
+    return known
+
+
+def _stops(node: torch.fx.Node, known: Known) -> bool:
+    """Whether nothing of its unknown operands gets through: its weight, or the factor, is all zero."""
+    raw = bind(node, lambda n: n).raw
+    rule = rules().get(str(node.target))
+    names = rule.factors if rule is not None else ()
+    factors = [known.get(raw[name].name) for name in names if isinstance(raw.get(name), torch.fx.Node)]
+    return any(value is not None and not bool(value.any()) for value in factors)
+
+
+def _result(node: torch.fx.Node, known: Known) -> Tensor | None:
+    """Run an operator on what is known, and on zeros where nothing gets through."""
+
+    def value(n: torch.fx.Node) -> Any:
+        meta = n.meta.get("val")
+        if isinstance(meta, Tensor):
+            shape = tuple(hint(s) for s in meta.shape)
+            return known[n.name] if n.name in known else torch.zeros(shape, dtype=torch.float64)
+        return hint(meta)
+
+    try:
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value)
+        result = node.target(*args, **kwargs)  # type: ignore[operator]
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ):  # an operator that takes no float64, or sizes that it works out itself
+        return None
+    return result if isinstance(result, Tensor) else None

@@ -1,0 +1,147 @@
+"""Whether a removed unit could as well be zeros: shown by a run.
+
+A convolution or a linear layer loses the weights that read a removed unit, so what the unit held does not matter. An
+operator without weights (a matrix product of two activations, a sum) reads its operands alone: where a function that
+makes something of zero (`elu(x) + 1`, `exp`, a comparison) stands before it, zeros in the place of the unit would still
+count, and removing it changes what is summed up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from surgery.capture import source_of
+from surgery.core import TOLERANCE, Program, Value
+from surgery.coupling.execution import Run, masking, sample_inputs, well_conditioned
+from surgery.coupling.labelled_graph import Masks, Wiring
+from surgery.ops import rules
+
+
+def counted(program: Program, wiring: Wiring, *, seed: int = 0) -> dict[str, str]:
+    """Return the groups whose removed units would count as zeros, with the operator where they do.
+
+    Half the units of every group are taken for dead, their weights, shifts and statistics for zero; each weightless
+    contraction is then computed with and without its dead slices, and what is summed up alone has to be zero there.
+    """
+    candidates = _weightless(program, wiring)
+    if not candidates:
+        return {}
+    masks = Masks(wiring, wiring.dead_roots(_half(wiring, seed)))
+    mask, table = masking(program, wiring, masks), rules()
+    found: dict[str, str] = {}
+
+    def compare(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
+        value = wiring.values[node.name]
+        if isinstance(value, Value) and (rule := table.get(str(node.target))) is not None and rule.gate:
+            out: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+            return torch.where(_alive(value, masks) | (out != 0), out, args[0])  # shut here, but not on all inputs
+        masked = mask(node, args, kwargs)
+        if node.name not in candidates or not isinstance(masked, Tensor) or not isinstance(value, Value):
+            return masked
+        whole: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+        alive = _alive(value, masks)
+        agree = _agree(masked[alive.expand_as(masked)].double(), whole[alive.expand_as(whole)].double())
+        if not agree or _holds(node, args[0], wiring, masks):
+            where = source_of(node)
+            said = f"{node.target}" + (f" at {where}" if where else "") + " goes over the survivors"
+            found.update({name: said for name in _contracted(node.name, wiring) if name not in found})
+        return torch.where(alive, masked, whole)  # what removed units hold is what zeros make of them
+
+    state = _zeroed(well_conditioned(program, seed=seed), wiring, masks)
+    inputs = sample_inputs(program, seed=seed + 100, dtype=torch.float64)
+    with torch.no_grad():
+        Run(program.graph, state, compare, torch.float64).run(*inputs)
+    return found
+
+
+def _holds(node: torch.fx.Node, x: Any, wiring: Wiring, masks: Masks) -> bool:
+    """Whether the only operand of a sum or norm holds more than zeros where the axes that are summed up are dead."""
+    value = _tensors(wiring.calls[node.name].values())
+    if len(value) != 1 or not isinstance(x, Tensor):
+        return False
+    kept = _labels(_tensors([wiring.values[node.name]]), wiring)
+    own = [_labels([replace(value[0], axes=(layers,))], wiring) for layers in value[0].axes]
+    for axis, labels in enumerate(own):
+        if labels and labels.isdisjoint(kept):
+            part = x
+            for a, layers in enumerate(value[0].axes):
+                if layers:
+                    mask = masks(value[0], a)
+                    part = part.index_select(a, torch.from_numpy(np.flatnonzero(~mask if a == axis else mask)))
+            if part.numel() and bool((part != 0).any()):
+                return True
+    return False
+
+
+def _weightless(program: Program, wiring: Wiring) -> set[str]:
+    """Contractions of labelled axes, none of whose operands is a parameter."""
+    table = rules()
+    out = set()
+    for node in program.graph.graph.nodes:
+        rule = table.get(str(node.target))
+        if node.op != "call_function" or rule is None or not rule.masked or rule.reference is not None:
+            continue
+        labelled = any(any(v.axes) for v in _tensors(wiring.calls[node.name].values()))
+        if labelled and all(source.op != "get_attr" for source in node.all_input_nodes):
+            out.add(node.name)
+    return out
+
+
+def _half(wiring: Wiring, seed: int) -> dict[str, tuple[int, ...]]:
+    generator = np.random.default_rng(seed)
+    return {
+        name: tuple(sorted(generator.permutation(len(roots))[: len(roots) // 2].tolist()))
+        for name, roots in wiring.roots.items()
+    }
+
+
+def _zeroed(state: dict[str, Tensor], wiring: Wiring, masks: Masks) -> dict[str, Tensor]:
+    out = dict(state)
+    for name, value in wiring.params.items():
+        if name in out and out[name].is_floating_point() and not name.endswith("running_var"):
+            for axis in range(len(value.shape)):
+                if value.axes[axis] and not (alive := masks(value, axis)).all():
+                    shape = [-1 if a == axis else 1 for a in range(len(value.shape))]
+                    out[name] = out[name] * torch.from_numpy(alive).reshape(shape)
+    return out
+
+
+def _alive(value: Value, masks: Masks) -> Tensor:
+    """Which elements survive, to be broadcast over the value."""
+    alive = torch.ones([1] * len(value.shape), dtype=torch.bool)
+    for axis, layers in enumerate(value.axes):
+        if layers:
+            mask = torch.from_numpy(masks(value, axis))
+            alive = alive & mask.reshape([-1 if a == axis else 1 for a in range(len(value.shape))])
+    return alive
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    scale = a.abs().max().clamp_min(1e-30) if a.numel() else 1.0
+    return not a.numel() or bool((a - b).abs().max() <= TOLERANCE[torch.float64] * scale)
+
+
+def _contracted(name: str, wiring: Wiring) -> list[str]:
+    """Groups on axes of a call's operands, if possible those that its result does not have."""
+    read = _labels(_tensors(wiring.calls[name].values()), wiring)
+    gone = read - _labels(_tensors([wiring.values[name]]), wiring)
+    return _holding(gone, wiring) or _holding(read, wiring)
+
+
+def _holding(labels: set[int], wiring: Wiring) -> list[str]:
+    return [group for group, roots in wiring.roots.items() if not labels.isdisjoint(roots)]
+
+
+def _labels(values: list[Value], wiring: Wiring) -> set[int]:
+    return {label for v in values for layers in v.axes for x in wiring.atoms.canon(layers) for label in x.tolist()}
+
+
+def _tensors(values: Iterable[Any]) -> list[Value]:
+    items = (x for v in values for x in (v if isinstance(v, (tuple, list)) else (v,)))
+    return [x for x in items if isinstance(x, Value)]

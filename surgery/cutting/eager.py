@@ -1,0 +1,397 @@
+"""Trace, cut, count and check a model that has no traced program: all by running the user's own module.
+
+Nothing is replayed on labels here, and only the path that the example takes through forward is known. The module's
+tensors are sliced on a deep copy; whether the result computes what the masked dense model computes is found out by
+running both on several inputs that take that path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.utils import _pytree as pytree
+
+from surgery.capture import evaluating, refuse_wrong_inputs, require_finite
+from surgery.core import (
+    BLIND,
+    TOLERANCE,
+    CheckResult,
+    CompactModel,
+    CostFn,
+    Coupling,
+    InputSpec,
+    Plan,
+    Program,
+    copied,
+    count_macs,
+    first_line,
+    where_raised,
+)
+from surgery.coupling import conditioned, plan_from_dead, require_own_cuts, sample_inputs
+from surgery.cutting.comparison import relative_error
+from surgery.cutting.own_class import transplant
+from surgery.cutting.rewrite import as_call, compact_state, slice_tensors
+from surgery.errors import CheckFailed, PlanMismatch, UnsupportedModel
+
+ONE_PATH = "no label replay, one path exported: the one that the example input takes through the model's forward"
+
+# -- tracing ---------------------------------------------------------------------------------------------------------
+
+
+def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Program:
+    """Describe `model` and its example call; there is no graph, the path is followed again where it is needed.
+
+    Args:
+        model: any module whose forward runs on the inputs; left as it was, mode included.
+        example_inputs: one tensor or a tuple of positional inputs; they choose the path through the model.
+        example_kwargs: keyword inputs.
+
+    Raises:
+        InvalidInput: a weight is not finite, or the model does not run on the inputs.
+    """
+    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    kwargs = dict(example_kwargs or {})
+    require_finite(model)
+    with evaluating(model):
+        refuse_wrong_inputs(model, args, kwargs)
+        batched = _takes_any_batch(model, args, kwargs)
+        unseen = _off_the_path(model, args, kwargs)
+    notes = [ONE_PATH]
+    if not batched:
+        notes.append("batch is fixed at the example's: the model computes something else on twice the batch")
+    if unseen:
+        notes.append(f"not on the example's path, and left whole: {', '.join(unseen)}")
+    return Program(
+        graph=None,
+        nodes=(),
+        inputs=tuple(_describe(model, args, kwargs, dynamic=(0,) if batched else ())),
+        example_args=args,
+        example_kwargs=kwargs,
+        fingerprint=_fingerprint(model),
+        notes=tuple(notes),
+        model=model,
+        tracer="torch-pruning",
+    )
+
+
+def _takes_any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether twice the example gives its outputs twice."""
+
+    def twice(x: Any) -> Any:
+        return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x
+
+    def tensors(result: Any) -> list[Tensor]:
+        return [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+
+    with torch.no_grad():
+        once = [twice(x) for x in tensors(model(*args, **kwargs))]
+        try:
+            both = tensors(model(*pytree.tree_map(twice, args), **pytree.tree_map(twice, dict(kwargs))))
+        except Exception:  # whatever the user's forward raises
+            return False
+    return len(once) == len(both) and all(
+        a.shape == b.shape and torch.allclose(a, b, 1e-3, 1e-4, equal_nan=True) for a, b in zip(once, both, strict=True)
+    )
+
+
+def _off_the_path(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
+    """Modules with parameters of their own that the example does not run."""
+    seen = set(trail(model, args, kwargs)[0])
+    holders = (name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False)))
+    return [name for name in holders if name not in seen]
+
+
+def trail(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[str], Any]:
+    """Run the model and return the names of its modules in the order in which they ran, and the result.
+
+    Two runs with one trail are taken to have followed one path.
+    """
+    names: list[str] = []
+
+    def hook(name: str) -> Any:
+        return lambda module, inputs: names.append(name)
+
+    hooks = [m.register_forward_pre_hook(hook(name)) for name, m in model.named_modules()]
+    try:
+        with torch.no_grad():
+            result = model(*args, **kwargs)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return names, result
+
+
+def _describe(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, dynamic: tuple[int, ...]
+) -> Iterator[InputSpec]:
+    """Name the tensor inputs after forward's parameters."""
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    for name, value in bound.arguments.items():
+        leaves = [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
+        for k, leaf in enumerate(leaves):
+            full, dtype = name if leaf is value else f"{name}_{k}", str(leaf.dtype).removeprefix("torch.")
+            yield InputSpec(full, tuple(leaf.shape), dtype, dynamic if leaf.dim() else ())
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Of the modules, their settings and their tensors' shapes: no path, which another input may change."""
+    digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        digest.update(f"{name} {type(module).__qualname__} {module.extra_repr()}\n".encode())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+    return digest.hexdigest()
+
+
+# -- cutting ---------------------------------------------------------------------------------------------------------
+
+
+def cut(program: Program, plan: Plan, *, coupling: Coupling | None = None) -> CompactModel:
+    """Return a copy of the user's module without the plan's dead units.
+
+    Args:
+        program: what `trace` returned; left unchanged.
+        plan: what to remove.
+        coupling: its groups; None trusts the plan's cuts as they stand.
+
+    Raises:
+        PlanMismatch: the plan was made for another architecture, or contradicts itself.
+        UnsupportedModel: the forward does not run at the new sizes; names the user's own source line.
+    """
+    if plan.fingerprint != program.fingerprint:
+        raise PlanMismatch(
+            "the plan was made for another architecture (its fingerprint differs from this model's); "
+            "use the model it was made for, or make a new plan"
+        )
+    if coupling is not None:
+        require_own_cuts(plan, coupling)
+    module = _sliced(program, plan)
+    with evaluating(module):
+        _run_at_new_sizes(module, program)
+    return CompactModel(module, "module", "the forward as it stands runs at the new sizes", None)
+
+
+def _sliced(program: Program, plan: Plan) -> nn.Module:
+    tensors = slice_tensors(program, plan, ())
+    convolutions = {f"{n}.weight": m for n, m in program.model.named_modules() if isinstance(m, _ConvNd)}
+    # Of the grouped convolutions only depthwise ones are ever cut: as many groups as channels.
+    depthwise = {
+        c.tensor: tensors[c.tensor].shape[0] for c in plan.cuts if getattr(convolutions.get(c.tensor), "groups", 1) > 1
+    }
+    module, _ = transplant(program.model, tensors, [], None, groups=depthwise)
+    return module
+
+
+def _run_at_new_sizes(module: nn.Module, program: Program) -> None:
+    try:
+        with torch.no_grad():
+            module(*program.example_args, **program.example_kwargs)
+    except Exception as error:  # whatever the user's forward raises at sizes it was not written for
+        raise UnsupportedModel(
+            f"the forward does not run at the new sizes, at {where_raised(error)}: {first_line(error)}; let that line "
+            "take its sizes from the data (x.flatten(1), x.shape), or keep the layers before it whole with --keep"
+        ) from error
+
+
+# -- costs -----------------------------------------------------------------------------------------------------------
+
+
+def cost_functions(program: Program, coupling: Coupling) -> Mapping[str, CostFn]:
+    """Return cost functions of what a plan leaves, as `surgery.coupling.cost.cost_functions` does.
+
+    MACs are counted by running a cut copy along the example's path: a second or so per new plan.
+    """
+    known: dict[tuple[Any, ...], int] = {}
+
+    def plan(dead: Mapping[str, Sequence[int]]) -> Plan:
+        return plan_from_dead(coupling, dead, fingerprint=program.fingerprint, inputs=program.inputs)
+
+    def macs(dead: Mapping[str, Sequence[int]]) -> int:
+        key = tuple(sorted((name, tuple(units)) for name, units in dead.items() if units))
+        if key not in known:
+            module = cut(program, plan(dead)).module
+            batch = program.inputs[0].shape[0] if program.inputs and program.inputs[0].shape else 1
+            known[key] = count_macs(module, program.example_args, program.example_kwargs, batch=batch)
+        return known[key]
+
+    def params(dead: Mapping[str, Sequence[int]]) -> int:
+        shapes = {name: list(parameter.shape) for name, parameter in program.model.named_parameters()}
+        for c in plan(dead).cuts:
+            if c.tensor in shapes:
+                shapes[c.tensor][c.axis] -= len(c.dead)
+        return sum(prod(shape) for shape in shapes.values())
+
+    return {"macs": macs, "params": params}
+
+
+# -- checking --------------------------------------------------------------------------------------------------------
+
+_ROUNDS = 4
+_TRIES = 40
+_SEEDS = 3
+
+
+def check(program: Program, plan: Plan, compact: CompactModel, *, coupling: Coupling, seed: int = 0) -> CheckResult:
+    """Verify a compact module against the dense one with consumers' dead input slices zeroed, on several inputs.
+
+    Args:
+        program: the dense model.
+        plan: what was removed.
+        compact: what `cut` returned.
+        coupling: says which axes layers sum over.
+        seed: of values and inputs.
+
+    Raises:
+        CheckFailed: numbers differ by more than 1e-10 in float64 or 1e-4 in float32, or the check cannot tell.
+    """
+    with evaluating(program.model):
+        path, _ = trail(program.model, program.example_args, program.example_kwargs)
+    error64, varying, doubts = _on_distinct_values(program, plan, compact.module, coupling, path, seed=seed)
+    notes = [ONE_PATH, *doubts]
+    if varying < BLIND:
+        raise CheckFailed(
+            f"cannot tell: on well-conditioned values only {varying:.1e} of the output varies with the input; "
+            "use an example input that reaches the output"
+        )
+    _require(error64, torch.float64, "distinct, well-conditioned values")
+    real = copied(program.model)
+    found = _compare(program, masked_module(real, plan, coupling), compact.module, path, seed=seed, dtype=None)
+    if found is None:
+        raise CheckFailed(f"cannot tell on the real weights: {_OFF_PATH}")
+    error, varying = found
+    if varying < BLIND:
+        notes.append(f"cannot tell on the real weights: only {varying:.1e} of their output varies with the input")
+    else:
+        _require(error, _precision(real), "the real weights")
+    reference = f"dense model with the dead input slices of every layer zeroed, on {_ROUNDS} inputs"
+    return CheckResult(0, error64, None if varying < BLIND else error, varying, reference, tuple(notes))
+
+
+def reference_module(program: Program, plan: Plan, coupling: Coupling) -> nn.Module:
+    """Return a copy of the dense module in which removed units count as removed."""
+    return masked_module(copied(program.model), plan, coupling)
+
+
+def _require(error: float, dtype: torch.dtype, what: str) -> None:
+    if not error <= TOLERANCE[dtype]:
+        raise CheckFailed(
+            f"the compact model differs from the masked dense model by {error:.1e} on {what} (allowed: "
+            f"{TOLERANCE[dtype]:.0e}): torch-pruning's groups do not hold for this model, or its forward chooses its "
+            "way by values, and a smaller model may choose another; nothing was written; shrink a submodule that is "
+            "without it, by --part"
+        )
+
+
+_OFF_PATH = f"fewer than {_ROUNDS} of {_TRIES} inputs take the example's path through the model"
+
+
+def masked_module(dense: nn.Module, plan: Plan, coupling: Coupling) -> nn.Module:
+    """Zero, in place, the dead slices along the axes that layers sum over; returns the module."""
+    tensors = dict(dense.named_parameters())
+    with torch.no_grad():
+        for c in plan.cuts:
+            if (c.tensor, c.axis) in coupling.facts.axes:
+                tensors[c.tensor].index_fill_(c.axis, torch.tensor(c.dead, device=tensors[c.tensor].device), 0.0)
+    return dense
+
+
+def _on_distinct_values(
+    program: Program, plan: Plan, compact: nn.Module, coupling: Coupling, path: list[str], *, seed: int
+) -> tuple[float, float, tuple[str, ...]]:
+    """Compare in float64 on well-conditioned values, or on the real ones where no such values take the path."""
+    for attempt in range(_SEEDS + 1):
+        dense = copied(program.model).double()
+        if attempt < _SEEDS:
+            _condition(program, dense, path, seed=seed + attempt)
+        state = compact_state({**dict(dense.named_parameters()), **dict(dense.named_buffers())}, plan)
+        small = copied(compact).double()
+        with torch.no_grad():
+            for name, tensor in (*small.named_parameters(), *small.named_buffers()):
+                tensor.copy_(state[name])
+        found = _compare(program, masked_module(dense, plan, coupling), small, path, seed=seed, dtype=torch.float64)
+        if found is not None:
+            elsewhere = ("well-conditioned values take another path: float64 was compared on the real weights",)
+            return *found, elsewhere if attempt == _SEEDS else ()
+    raise CheckFailed(f"cannot tell: {_OFF_PATH}")
+
+
+def _condition(program: Program, model: nn.Module, path: list[str], *, seed: int) -> None:
+    """Give every tensor distinct values of sane size, and batch norms the statistics of what arrives there."""
+    generator = torch.Generator().manual_seed(seed)
+    statistics = ((n, b) for n, b in model.named_buffers() if n.endswith(("running_mean", "running_var")))
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *statistics):
+            if tensor.is_floating_point():
+                tensor.copy_(conditioned(name, tensor, generator))
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+    hooks = [norm.register_forward_pre_hook(_settle) for norm in norms]
+    try:
+        with evaluating(model):
+            for args, kwargs in _inputs(program, seed=seed, dtype=torch.float64, count=_TRIES):
+                if trail(model, args, kwargs)[0] == path:
+                    break
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _settle(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    x = inputs[0]
+    dims = [a for a in range(x.dim()) if a != 1]
+    mean, var = x.mean(dims), x.var(dims, unbiased=False)
+    spread = torch.linspace(0.7, 1.3, len(mean), dtype=x.dtype, device=x.device)
+    norm.running_mean.copy_(mean + 0.1 * var.sqrt() * (spread - 1))  # type: ignore[operator]
+    norm.running_var.copy_(var * spread + 1e-3 * var.mean() + 1e-6)  # type: ignore[operator]
+
+
+def _inputs(program: Program, *, seed: int, dtype: torch.dtype | None, count: int) -> Iterator[tuple[Any, Any]]:
+    """Random inputs, and in turn such as lie near the example, which more likely take its path."""
+    for k in range(count):
+        drawn = sample_inputs(program, seed=seed + 100 + k, dtype=dtype)
+        if k % 2:
+            example = pytree.tree_leaves((program.example_args, dict(program.example_kwargs)))
+            drawn = [_near(e, x) for e, x in zip(example, drawn, strict=True)]
+        yield as_call(program, drawn)
+
+
+def _near(example: Any, drawn: Any) -> Any:
+    if not (isinstance(drawn, Tensor) and drawn.is_floating_point()):
+        return drawn
+    example = example.to(drawn.dtype)
+    return example + 0.2 * example.abs().mean().clamp_min(1e-2) * drawn
+
+
+def _compare(
+    program: Program, dense: nn.Module, compact: nn.Module, path: list[str], *, seed: int, dtype: torch.dtype | None
+) -> tuple[float, float] | None:
+    """Relative error and varying share over inputs that take the path; None where too few do."""
+    wanted: list[list[Tensor]] = []
+    got: list[list[Tensor]] = []
+    with evaluating(dense), evaluating(compact), torch.no_grad():
+        for args, kwargs in _inputs(program, seed=seed, dtype=dtype, count=_TRIES):
+            taken, result = trail(dense, args, kwargs)
+            if taken != path:
+                continue
+            wanted.append(_outputs(result))
+            got.append(_outputs(compact(*args, **kwargs)))
+            if len(wanted) == _ROUNDS:
+                return relative_error(wanted, got)
+    return None
+
+
+def _outputs(result: Any) -> list[Tensor]:
+    leaves = (x for x in pytree.tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point())
+    return [x if x.dim() else x[None] for x in leaves]
+
+
+def _precision(model: nn.Module) -> torch.dtype:
+    found = [p.dtype for p in model.parameters() if p.dtype in TOLERANCE]
+    return max(found, key=lambda d: TOLERANCE[d]) if found else torch.float32

@@ -1,0 +1,21 @@
+from .block_ablation import Trial as Trial, practised_worth as practised_worth
+from .contractions import (
+    CONVOLUTIONS as CONVOLUTIONS,
+    LINEAR as LINEAR,
+    NORM as NORM,
+    Contraction as Contraction,
+    find_contractions as find_contractions,
+)
+from .head_selection import arrange as arrange, settled as settled
+from .least_squares import Moments as Moments, Solution as Solution, folds_for as folds_for, solve as solve
+from .rows import Window as Window, convolution_rows as convolution_rows, drawn as drawn, value_rows as value_rows
+from .scoring import score as score, weights_of as weights_of
+from .second_order import PRICED as PRICED
+from .signal import (
+    Reader as Reader,
+    Signal as Signal,
+    block_worth as block_worth,
+    loss_of as loss_of,
+    signal_of as signal_of,
+)
+from .tape import Folded as Folded, Frontier as Frontier, Tape as Tape

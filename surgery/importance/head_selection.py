@@ -1,0 +1,213 @@
+"""Which members each head, or convolution group, had best go without: arrangements that leave the network the same.
+
+Members may be put in an order of each head's own where every value that holds members says which head each belongs to,
+and no operator joins the members of several heads. The first is read from labels. The second is shown by a run: with
+all members in random order the dense program has to compute what it computed before.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from math import ceil, lgamma, log
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from surgery.core import TOLERANCE, Arrangement, Coupling, Group, Plan, Program, Site, Value
+from surgery.coupling import Held, Layout, Places, Wiring, arranged, layouts, moves_of, positions, well_conditioned
+from surgery.cutting import outputs_of, relative_error
+from surgery.errors import PlanMismatch
+from surgery.importance.scoring import score_group, weights_of
+from surgery.importance.second_order import NAMES as IMAGES
+
+
+def arrange(program: Program, coupling: Coupling, criterion: Any = "l1", *, seed: int = 0) -> tuple[Arrangement, ...]:
+    """Sort the members of each head from the most important to the least.
+
+    Args:
+        program: of the dense model.
+        coupling: its groups.
+        criterion: name of a criterion; a callable, which scores the units as they are, leaves them in order.
+        seed: of criteria that draw at random, and of the run that shows the network unchanged.
+
+    Returns:
+        An arrangement of each group whose members may differ from head to head.
+    """
+    if not isinstance(criterion, str) or not isinstance(coupling.facts, Wiring):
+        return ()
+    places = Places(coupling)
+    pairs = _pairs(places, coupling)
+    parameters = weights_of(program, coupling) if pairs else {}
+    out = []
+    for inner, outer in _unchanging(program, places, coupling, pairs, seed):
+        joint, theirs = _joint(places, inner, outer, parameters)
+        by = "l1" if criterion in IMAGES else criterion  # within a head weights tell enough
+        scores = np.asarray(score_group(joint, theirs, by, seed=seed)).reshape(outer.size, inner.size)
+        orders = np.argsort(-scores, axis=1, kind="stable")
+        out.append(Arrangement(inner.name, outer.name, tuple(map(tuple, orders.tolist()))))
+    return tuple(out)
+
+
+def settled(plan: Plan, arrangements: Sequence[Arrangement]) -> Plan:
+    """Return the plan with the arrangements that it needs: what survives of a head stays in its first order."""
+    out = []
+    for a in arrangements:
+        dead = set(plan.dead.get(a.group, ()))
+        slots = [k for k in range(plan.sizes[a.group]) if k not in dead], sorted(dead)
+        orders = []
+        for order in a.orders:
+            row = [0] * len(order)
+            for places in slots:
+                for slot, member in zip(places, sorted(order[k] for k in places), strict=True):
+                    row[slot] = member
+            orders.append(tuple(row))
+        if any(row != tuple(range(len(row))) for row in orders):
+            out.append(Arrangement(a.group, a.outer, tuple(orders)))
+    said = [f"other members in each unit of '{a.outer}': {a.group}" for a in out]
+    return replace(plan, arranged=tuple(out), notes=(*plan.notes, *said))
+
+
+# Which groups. -------------------------------------------------------------------------------------------------------
+
+
+Pair = tuple[Group, Group]
+"""Members, and heads."""
+
+
+def _pairs(places: Places, coupling: Coupling) -> list[Pair]:
+    """Groups of members, each with the group of heads that every value which holds the members names as well."""
+    candidates: dict[int, set[int]] = {}
+    for value in _values(places):
+        held = places.held(value)
+        for members in held:
+            for number in set(members.group.tolist()) - {-1}:
+                found = _named_with(members, held, number)
+                candidates[number] = candidates[number] & found if number in candidates else found
+    named = {number: next(iter(found)) for number, found in candidates.items() if len(found) == 1}
+    pairs = [(coupling.groups[inner], coupling.groups[outer]) for inner, outer in sorted(named.items())]
+    return [pair for pair in pairs if _regular(places, *pair)]
+
+
+def _values(places: Places) -> Iterator[Value]:
+    yield from places.wiring.params.values()
+    for found in places.wiring.values.values():
+        for value in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(value, Value):
+                yield value
+
+
+def _named_with(members: Held, held: Sequence[Held], number: int) -> set[int]:
+    """Groups of which every position of the members, or the whole of another axis, holds a unit."""
+    there = members.group == number
+    out = set()
+    for other in held:
+        if other is not members:
+            groups = set((other.group[there] if other.axis == members.axis else other.group).tolist())
+            out |= groups if len(groups) == 1 else set()
+    return out - {-1, number}
+
+
+def _regular(places: Places, inner: Group, outer: Group) -> bool:
+    """Whether every tensor holds as much of each member as of any other."""
+    try:
+        for layout in layouts(places, inner.name, outer.name):
+            if layout.by is None:
+                joint = np.where(layout.inner >= 0, layout.outer * inner.size + layout.inner, -1)
+                positions(joint, outer.size * inner.size)
+            else:
+                positions(layout.inner, inner.size)
+                positions(layout.outer, outer.size)
+    except PlanMismatch:
+        return False
+    return True
+
+
+def _unchanging(program: Program, places: Places, coupling: Coupling, pairs: Sequence[Pair], seed: int) -> list[Pair]:
+    """The pairs whose members may be put in any order: shown by random orders of all, or of ever fewer.
+
+    Where two groups name each other, either may be the heads of the other; the run tells. What is not told apart in a
+    number of runs stays as it is.
+    """
+    if not pairs:
+        return []
+    state = well_conditioned(program, seed=seed)
+    wanted = outputs_of(program, state, seed)
+    rng, runs = np.random.default_rng(seed), iter(range(_RUNS))
+
+    def same(some: Sequence[Pair]) -> bool:
+        for k in range(max(_draws(i.size) for i, _ in some)):
+            shuffled = [
+                Arrangement(i.name, o.name, tuple(tuple(rng.permutation(i.size).tolist()) for _ in range(o.size)))
+                for i, o in some
+                if k < _draws(i.size)
+            ]
+            other = arranged(state, moves_of(coupling, shuffled, places))
+            error, _ = relative_error(wanted, outputs_of(program, other, seed))
+            if not error <= TOLERANCE[torch.float64]:
+                return False
+        return True
+
+    def passing(some: Sequence[Pair]) -> list[Pair]:
+        if not some or next(runs, None) is None:
+            return []
+        return list(some) if same(some) else [pair for part in _parts(some) for pair in passing(part)]
+
+    order = {group.name: k for k, group in enumerate(coupling.groups)}
+    turned = {(i.name, o.name) for i, o in pairs if (o, i) in pairs and order[i.name] < order[o.name]}
+    found = passing([pair for pair in pairs if (pair[0].name, pair[1].name) not in turned])
+    taken = {group.name for pair in found for group in pair}
+    found += passing([(i, o) for i, o in pairs if (i.name, o.name) in turned and not {i.name, o.name} & taken])
+    inner = {i.name for i, _ in found}
+    return [(i, o) for i, o in found if o.name not in inner]
+
+
+_RUNS = 10
+"""How many sets of groups are tried."""
+
+
+def _parts(some: Sequence[Pair]) -> list[list[Pair]]:
+    """By names without their numbers, since blocks of one kind do as the others; else in halves; of one nothing."""
+    kinds: dict[str, list[Pair]] = {}
+    for pair in some:
+        kinds.setdefault(re.sub(r"\d+", "", pair[0].name), []).append(pair)
+    half = len(some) // 2
+    return list(kinds.values()) if len(kinds) > 1 else [list(some[:half]), list(some[half:])] if half else []
+
+
+def _draws(members: int) -> int:
+    """How many random orders it takes until two heads of them are in the same one each time with chance 1e-3."""
+    return max(1, ceil(log(1e3) / lgamma(members + 1)))
+
+
+# How important each member is. ---------------------------------------------------------------------------------------
+
+
+def _joint(
+    places: Places, inner: Group, outer: Group, parameters: Mapping[str, Tensor]
+) -> tuple[Group, dict[str, Tensor]]:
+    """A group with every member of every head as a unit, and the weights that such units own slices of."""
+    weights, sites, count = dict(parameters), [], inner.size * outer.size
+    for layout in layouts(places, inner.name, outer.name):
+        if layout.by is None:
+            owned = positions(np.where(layout.inner >= 0, layout.outer * inner.size + layout.inner, -1), count)
+            sites.append(Site(layout.tensor, layout.axis, tuple(map(tuple, owned.tolist()))))
+        elif layout.tensor in parameters:
+            laid = f"{layout.tensor}:{layout.axis}"  # the tensor may hold members on another axis as well
+            weights[laid], owned = _per_head(parameters[layout.tensor], layout, inner.size, outer.size)
+            sites.append(Site(laid, 0, tuple(map(tuple, owned.tolist()))))
+    return Group(inner.name, tuple(range(count)), tuple(sites), inner.inexact), weights
+
+
+def _per_head(weight: Tensor, layout: Layout, members: int, heads: int) -> tuple[Tensor, Any]:
+    """Lay the slices of one head after those of another: (heads * positions, slice), and who owns which."""
+    assert layout.by is not None
+    rows = positions(layout.outer, heads)
+    weight = weight.movedim((layout.by, layout.axis), (0, 1))
+    weight = weight.reshape(*weight.shape[:2], -1)  # (by, axis, rest)
+    parts = [weight[torch.from_numpy(row)].movedim(1, 0).flatten(1) for row in rows]
+    owned = positions(layout.inner, members)
+    return torch.cat(parts), np.concatenate([owned + k * len(layout.inner) for k in range(heads)])

@@ -1,0 +1,194 @@
+"""What a batch of the user's holds: a model's inputs, then perhaps classes; and how data of the user's are read.
+
+Whatever a data set or a loader draws at random while it is read here follows from a seed: two runs see the same, and
+one that was killed goes on with what it would have seen. The user's own generators stay as they are.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from numbers import Number
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import TensorDataset
+
+from surgery.core import InputSpec
+from surgery.errors import InvalidInput
+from surgery.inputs.datasets import UNKNOWN, Images
+from surgery.inputs.usercode import guarded
+
+_END = object()
+_HOLDERS = ("base_dataloader", "batch_sampler", "sampler")
+"""What a DataLoader, and Accelerate's, keep samplers and their generators in."""
+
+
+def read(loader: Iterable[Any], seed: int, named: str = "data") -> Iterator[Any]:
+    """Yield a loader's batches; what it draws at random follows from the seed.
+
+    Raises:
+        InvalidInput: the loader, or the data set behind it, raised something.
+    """
+    draws, what = _Draws(seed, loader), f"{named}: reading a batch failed"
+    with draws.ours():
+        batches = guarded(what, lambda: iter(loader))
+    while True:
+        with draws.ours():
+            batch = guarded(what, lambda: next(batches, _END))
+        if batch is _END:
+            return
+        yield batch
+
+
+@contextmanager
+def alike(loader: Any, seed: int) -> Iterator[None]:
+    """Let the block draw, and let it find in a loader, generators that follow from the seed."""
+    with _Draws(seed, loader).ours():
+        yield
+
+
+def mixed(seed: int, number: int) -> int:
+    """Return a seed that follows from another and the number of an epoch or an item."""
+    return (seed * 1_000_003 + number) % 2**63
+
+
+def one(data: Any, index: int, seed: int, named: str = "data") -> Any:
+    """Return an item of a map-style data set as a batch of one; errors as of `read`.
+
+    Tensors, arrays and numbers get an axis; the rest stays.
+    """
+    if isinstance(data, (Images, TensorDataset)):  # which draw nothing
+        item = data[index]
+    else:
+        with _Draws(seed).ours():
+            item = guarded(f"{named}: reading item {index} failed", lambda: data[index])
+    kinds = (Tensor, np.ndarray, np.generic, Number)
+    return pytree.tree_map(lambda x: torch.as_tensor(x)[None] if isinstance(x, kinds) else x, item)
+
+
+def parted(batch: Any, specs: Sequence[InputSpec], named: str = "data") -> tuple[list[Tensor], list[Tensor]]:
+    """Return a batch's tensors: a model's inputs, which `fitting` looks at, and those that follow, such as classes.
+
+    Inputs come first; in a dictionary, whose order says nothing, each is the first tensor of as many axes and of the
+    input's kind.
+
+    Args:
+        batch: the input, or a tuple, list or dictionary.
+        specs: the model's inputs.
+        named: what the batch is of, for messages.
+
+    Raises:
+        InvalidInput: there are fewer tensors than inputs.
+    """
+    leaves = pytree.tree_leaves(batch)
+    rest = [x for x in leaves if isinstance(x, Tensor) and x.dim()]
+    if len(rest) < len(specs):
+        kinds = ", ".join(dict.fromkeys(type(x).__name__ for x in leaves)) or "nothing"
+        raise InvalidInput(
+            f"a batch of {named} holds {len(rest)} tensors ({kinds}), the model takes {len(specs)}: give a tensor "
+            "(N, C, H, W), a Dataset, or a sequence or DataLoader of batches: inputs, then perhaps classes"
+        )
+    inputs = []
+    for spec in specs:
+        like = [_like(x, spec) if isinstance(batch, Mapping) else (False, False) for x in rest]
+        inputs.append(rest.pop(like.index(max(like))))
+    return inputs, rest
+
+
+def _like(x: Tensor, spec: InputSpec) -> tuple[bool, bool]:
+    return x.dim() == len(spec.shape), x.is_floating_point() == getattr(torch, spec.dtype).is_floating_point
+
+
+def fitting(x: Tensor, spec: InputSpec, named: str = "data") -> Tensor:
+    """Return a model's input in its dtype; raises InvalidInput where its shape is none that the model takes."""
+    wanted = getattr(torch, spec.dtype)
+    free = (0, *spec.dynamic)
+    same = x.dim() == len(spec.shape) and all(a in free or size == spec.shape[a] for a, size in enumerate(x.shape))
+    if not same or x.is_floating_point() != wanted.is_floating_point:
+        told = ", ".join("N" if a in free else str(size) for a, size in enumerate(spec.shape))
+        raise InvalidInput(
+            f"{named}: images are {tuple(x.shape)} of {x.dtype}, but input '{spec.name}' takes ({told}) of "
+            f"{spec.dtype}; normalise and resize them as the model expects"
+        )
+    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+        raise InvalidInput(f"{named}: images hold NaN or infinite values; repair or remove them")
+    return x.to(wanted)
+
+
+def classes_of(rest: Sequence[Tensor], count: int) -> Tensor | None:
+    """Return the classes of a batch, (N,): whole numbers, one for each image; None where there are none.
+
+    Args:
+        rest: the tensors behind the inputs; the first is looked at, (N,) or (N, 1).
+        count: N.
+    """
+    if not rest:
+        return None
+    found = rest[0].squeeze(1) if rest[0].dim() == 2 and rest[0].shape[1] == 1 else rest[0]
+    if found.dim() != 1 or len(found) != count or found.is_floating_point() or found.is_complex():
+        return None
+    return None if unknown(found) else found.long()
+
+
+def unknown(classes: Tensor) -> bool:
+    """Return whether no image has a class."""
+    return bool((classes == UNKNOWN).all())
+
+
+class _Draws:
+    """Random states of our own: torch's, numpy's and Python's, and generators in the place of a loader's."""
+
+    def __init__(self, seed: int, loader: Any = None) -> None:
+        self._generators = [(x, torch.Generator().manual_seed(seed)) for x in _holders(loader)]
+        with _as_before():
+            torch.default_generator.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            random.seed(seed)
+            self._states = _states()
+
+    @contextmanager
+    def ours(self) -> Iterator[None]:
+        """Let the block draw from them."""
+        theirs = [(x, x.generator) for x, _ in self._generators]
+        with _as_before():
+            _put(self._states)
+            for x, generator in self._generators:
+                x.generator = generator
+            try:
+                yield
+            finally:
+                self._states = _states()
+                for x, generator in theirs:
+                    x.generator = generator
+
+
+def _holders(loader: Any) -> list[Any]:
+    """A loader and the samplers in it that keep a generator of torch's, or have the place for one."""
+    held = getattr(loader, "__dict__", {})
+    found = [x for name in _HOLDERS if name in held for x in _holders(held[name])]
+    own = "generator" in held and isinstance(held["generator"], (torch.Generator, type(None)))
+    return list({id(x): x for x in [*found, *([loader] if own else [])]}.values())
+
+
+def _states() -> tuple[Tensor, Any, Any]:
+    return torch.default_generator.get_state(), np.random.get_state(), random.getstate()
+
+
+def _put(states: tuple[Tensor, Any, Any]) -> None:
+    torch.default_generator.set_state(states[0])
+    np.random.set_state(states[1])
+    random.setstate(states[2])
+
+
+@contextmanager
+def _as_before() -> Iterator[None]:
+    states = _states()
+    try:
+        yield
+    finally:
+        _put(states)

@@ -1,0 +1,284 @@
+"""Images to look at, to teach with and to judge by: folders, archives, or what a callable of the user's returns.
+
+A data set here is what `torch.utils.data.DataLoader` takes: pairs of a normalised image (C, H, W) and its class, -1
+where there is none. Files are read as they are asked for; one that cannot be read is left out and counted.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from surgery.errors import InvalidInput
+from surgery.inputs.preprocessing import Preprocessing
+from surgery.inputs.usercode import user_object
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif", ".tiff")
+UNREADABLE = 0.01
+"""More than this share of files that cannot be read is refused."""
+UNKNOWN = -1
+"""The class of an image without one."""
+
+
+@dataclass(eq=False)
+class Images(Dataset[tuple[Tensor, int]]):
+    """Images of a folder or an archive, normalised.
+
+    Attributes:
+        option: what the user gave them with, for messages.
+        place: where they are.
+        shape: (C, H, W) of each.
+        how: what is done to them.
+        files: of a folder, by name.
+        pixels: of an archive: (N, H, W, C) of uint8.
+        classes: of each image; -1 for none.
+        unreadable: files that turned out not to be images.
+        told: what the user should know of how the folder was read.
+    """
+
+    option: str
+    place: Path
+    shape: tuple[int, int, int]
+    how: Preprocessing
+    files: Sequence[Path] = ()
+    pixels: np.ndarray | None = None
+    classes: Sequence[int] = ()
+    unreadable: set[str] = field(default_factory=set)
+    told: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """Return how many there are, those that cannot be read among them."""
+        return len(self.files) if self.pixels is None else len(self.pixels)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every image has a class."""
+        return bool(self.classes) and min(self.classes) != UNKNOWN
+
+    def __getitem__(self, k: int) -> tuple[Tensor, int]:
+        """Return an image and its class; the next one that can be read in the place of one that cannot."""
+        for step in range(len(self)):
+            at = (k + step) % len(self)
+            if (image := self.image(at)) is not None:
+                return image, self.classes[at] if self.classes else UNKNOWN
+        raise InvalidInput(f"{self.option} {self.place}: none of its {len(self)} files can be read as an image")
+
+    def image(self, k: int) -> Tensor | None:
+        """Return an image, (C, H, W); None where its file cannot be read."""
+        from PIL import Image
+
+        if self.pixels is not None:
+            grey = self.pixels[k].shape[-1] == 1
+            return self._fitted(Image.fromarray(self.pixels[k][..., 0] if grey else self.pixels[k]))
+        try:
+            with Image.open(self.files[k]) as image:
+                whole = image.convert("RGB" if self.shape[0] == 3 else "L")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what PIL raises on broken files
+            self.unreadable.add(str(self.files[k]))
+            self.refuse_broken(len(self))
+            return None
+        return self._fitted(whole)
+
+    def _fitted(self, image: Any) -> Tensor:
+        """The middle of the image at the model's size, normalised."""
+        from PIL import Image, ImageOps
+
+        _, height, width = self.shape
+        if image.size != (width, height) or self.how.crop < 1:
+            filters = {name: getattr(Image.Resampling, name.upper()) for name in ("nearest", "bilinear", "bicubic")}
+            method = filters[self.how.interpolation]
+            image = ImageOps.fit(image, (width, height), method, bleed=(1 - self.how.crop) / 2)
+        pixels = np.asarray(image, dtype=np.float32).reshape(height, width, self.shape[0]) / 255
+        mean, std = (np.asarray(values, dtype=np.float32) for values in (self.how.mean, self.how.std))
+        return torch.from_numpy(np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1)))
+
+    def refuse_broken(self, looked: int) -> None:
+        """Raise InvalidInput where more of the files looked at than one in a hundred could not be read."""
+        if len(self.unreadable) > UNREADABLE * looked:
+            raise InvalidInput(
+                f"{self.option} {self.place}: at least {len(self.unreadable)} of {looked} images cannot be read, the "
+                f"first is {min(self.unreadable)}; remove them or restore them"
+            )
+
+    def some(self, most: int) -> Iterator[tuple[Tensor, int]]:
+        """Yield at most so many images, evenly spaced, with their classes; those that cannot be read are left out."""
+        chosen = spaced(len(self), most)
+        for k in chosen:
+            if (image := self.image(k)) is not None:
+                yield image, self.classes[k] if self.classes else UNKNOWN
+        self.refuse_broken(len(chosen))
+
+    def notes(self) -> list[str]:
+        """Return what the user should know."""
+        broken = [f"{self.option}: {len(self.unreadable)} files could not be read and were left out"]
+        return [*self.told, *(broken if self.unreadable else ())]
+
+
+def spaced(count: int, most: int) -> list[int]:
+    """Return at most so many of `count` indices, evenly spaced."""
+    return sorted({round(float(k)) for k in np.linspace(0, count - 1, min(count, most))})
+
+
+def open_images(given: str, input_shape: Sequence[int], how: Preprocessing, *, option: str = "--data") -> Any:
+    """Return the images that an option names.
+
+    Args:
+        given: an .npz file with `images` (N, H, W, C) of uint8 and perhaps `labels` (N,); a folder of images, each
+            class in a folder of its own or all in one; or `FILE.py:CALLABLE` that returns a DataLoader.
+        input_shape: of the model's input, (N, C, H, W).
+        how: what is done to images; a callable's are taken as they come.
+        option: for messages.
+
+    Returns:
+        `Images`, or what the callable returned.
+
+    Raises:
+        InvalidInput: there are no such images, or they do not fit.
+    """
+    owner, colon, name = given.rpartition(":")
+    if colon and owner and not Path(given).exists():
+        return _called(owner, name, option)
+    if len(input_shape) != 4:
+        raise InvalidInput(
+            f"{option} takes images (N, C, H, W), but this model's input is {tuple(input_shape)}; give "
+            "FILE.py:CALLABLE that returns a DataLoader of its inputs"
+        )
+    channels = input_shape[1]
+    height, width = how.size or (input_shape[2], input_shape[3])
+    finite = all(isfinite(x) for x in (*how.mean, *how.std))
+    if len(how.mean) != channels or len(how.std) != channels or not finite or min(how.std) <= 0:
+        told = "" if channels == 3 else "; without them ImageNet's are taken, which are for 3"
+        raise InvalidInput(
+            f"{option} {given}: with --mean and --std give one finite number for each of {channels} channels of the "
+            f"model's input, --std above 0{told}"
+        )
+    place, shape = Path(given).expanduser(), (channels, height, width)
+    return _folder(place, shape, how, option) if place.is_dir() else _archive(place, shape, how, option)
+
+
+def _called(owner: str, name: str, option: str) -> Any:
+    maker = user_object(owner, name)
+    made = maker() if callable(maker) and not isinstance(maker, (DataLoader, Dataset)) else maker
+    if isinstance(made, (str, bytes, Mapping)) or not isinstance(made, (Iterable, Dataset)):
+        raise InvalidInput(
+            f"{option} {owner}:{name} returned {type(made).__name__}; return a torch DataLoader, or another iterable "
+            "of batches"
+        )
+    return made
+
+
+def _archive(place: Path, shape: tuple[int, int, int], how: Preprocessing, option: str) -> Images:
+    try:
+        with np.load(place) as data:
+            pixels = data["images"]
+            labels = data.get("labels")
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        missing = "no such file or folder" if not place.exists() else "this is none"
+        damaged = "this one has no 'images'" if isinstance(error, KeyError) else "this one cannot be read: is it whole?"
+        what = damaged if place.is_file() and place.suffix == ".npz" else missing
+        raise InvalidInput(
+            f"{option} {place}: give a folder of images, an .npz file with 'images' (N, H, W, C) of uint8 and perhaps "
+            f"'labels', or FILE.py:CALLABLE ({what})"
+        ) from error
+    pixels = pixels[..., None] if pixels.ndim == 3 else pixels
+    if pixels.ndim != 4 or pixels.shape[3] != shape[0] or pixels.dtype != np.uint8 or not len(pixels):
+        raise InvalidInput(
+            f"{option} {place}: 'images' is {pixels.shape} of {pixels.dtype}; expected (N, H, W, {shape[0]}) of uint8"
+        )
+    if labels is not None and (labels.shape != (len(pixels),) or labels.dtype.kind not in "iu"):
+        raise InvalidInput(
+            f"{option} {place}: 'labels' is {labels.shape} of {labels.dtype}; expected ({len(pixels)},) whole numbers"
+        )
+    if labels is not None and labels.min() < 0:
+        raise InvalidInput(f"{option} {place}: 'labels' holds {labels.min()}; classes are counted from 0")
+    classes = () if labels is None else tuple(int(k) for k in labels)
+    return Images(option, place, shape, how, pixels=np.ascontiguousarray(pixels), classes=classes)
+
+
+def _folder(place: Path, shape: tuple[int, int, int], how: Preprocessing, option: str) -> Images:
+    """As torchvision's ImageFolder reads it, where there are several folders: each is a class, by name."""
+    folders = sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
+    inside = {folder: _files(folder) for folder in folders}
+    beside = [path for path in sorted(place.iterdir()) if path.is_file() and path.suffix.lower() in SUFFIXES]
+    if sum(map(bool, inside.values())) > 1:
+        files = [file for folder in folders for file in inside[folder]]
+        classes = tuple(k for k, folder in enumerate(folders) for _ in inside[folder])
+        told = [f"{option}: {len(beside)} images beside the folders of classes are left out"] if beside else []
+        empty = [folder.name for folder in folders if not inside[folder]]
+        told += [f"{option}: folder '{name}' holds no images, and counts as a class" for name in empty]
+    else:
+        files, classes = [*beside, *(file for folder in folders for file in inside[folder])], ()
+        told = [f"{option}: all images are in one folder: no classes are known"] if folders and files else []
+    if not files or shape[0] not in (1, 3):
+        raise InvalidInput(f"{option} {place}: no images ({', '.join(SUFFIXES)}) for {shape[0]} channels")
+    return Images(option, place, shape, how, files=files, classes=classes, told=tuple(told))
+
+
+def _files(folder: Path) -> list[Path]:
+    """Images in a folder and the folders below it, in torchvision's order; links are followed."""
+    found = []
+    for place, _, names in sorted(os.walk(folder, followlinks=True)):
+        found += [Path(place, name) for name in sorted(names) if Path(name).suffix.lower() in SUFFIXES]
+    return found
+
+
+def as_dataset(given: Any, *, option: str = "data") -> Any:
+    """Return a tensor, or a pair of tensors (images, classes), as a Dataset; anything else as it is."""
+    if isinstance(given, Tensor):
+        return TensorDataset(given, torch.full((len(given),), UNKNOWN))
+    if isinstance(given, tuple) and len(given) == 2 and all(isinstance(x, Tensor) for x in given):
+        if len(given[0]) != len(given[1]):
+            raise InvalidInput(f"{option}: {len(given[0])} images and {len(given[1])} classes do not go together")
+        return TensorDataset(*given)
+    return given
+
+
+def as_loader(given: Any, *, batch: int, most: int, option: str = "data") -> Any:
+    """Return batches (images, classes) of whatever stands for a data set.
+
+    Args:
+        given: `Images`, a Dataset, a tensor (N, C, H, W), a pair of it with classes (N,); a DataLoader or another
+            iterable of batches is returned as it is.
+        batch: images at a time.
+        most: of `Images`, at most so many, evenly spaced; those that cannot be read are left out.
+        option: for messages.
+    """
+    given = _Readable(given, most) if isinstance(given, Images) else as_dataset(given, option=option)
+    if isinstance(given, Dataset) and not isinstance(given, DataLoader):
+        return DataLoader(given, batch_size=batch)
+    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
+        raise InvalidInput(
+            f"{option} is of type {type(given).__name__}: give a tensor (N, C, H, W), a pair of it with classes (N,), "
+            "a Dataset, a DataLoader, or a sequence of batches"
+        )
+    return given
+
+
+class _Readable(IterableDataset[tuple[Tensor, int]]):
+    """The images that can be read, one after the other."""
+
+    def __init__(self, images: Images, most: int) -> None:
+        self._images, self._most = images, most
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return self._images.some(self._most)

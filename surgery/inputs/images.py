@@ -1,0 +1,159 @@
+"""Calibration images: tensors, batches, files or folders → batches of a model's inputs, with the digest plans record.
+
+Nothing here needs labels. What is read from files is scaled to 0..1, brought to the model's input size and normalised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import Dataset
+
+from surgery.core import InputSpec, Program, first_line
+from surgery.cutting import Whole, reach
+from surgery.errors import InvalidInput
+from surgery.inputs.batches import classes_of, fitting, mixed, one, parted, read
+from surgery.inputs.datasets import Images, spaced
+
+MOST = 512
+"""At most so many images are looked at."""
+PIXELS, LARGEST = 1_250_000, 32
+"""Images are run so many values at a time, and no more than so many images."""
+_GIVE = "give a tensor (N, C, H, W), a Dataset, or a sequence or DataLoader of batches"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """Inputs to calibrate on, on the CPU.
+
+    Attributes:
+        batches: each a tuple of the model's tensor inputs in order, the batch along axis 0.
+        count: number of images.
+        digest: SHA-256 of shapes and values.
+        given: for a part of a model, the whole model's inputs that `batches` came of.
+        classes: the least and the greatest class that came with them in batches or items; None for none.
+    """
+
+    batches: tuple[tuple[Tensor, ...], ...]
+    count: int
+    digest: str
+    given: tuple[tuple[Tensor, ...], ...] = ()
+    classes: tuple[int, int] | None = None
+
+    def described(self) -> dict[str, Any]:
+        """Return what a plan records."""
+        return {"images": self.count, "sha256": self.digest}
+
+    def through(self, function: Callable[[tuple[Tensor, ...]], Sequence[Tensor]]) -> Calibration:
+        """Return each batch as a function of it: what a part of the model is given, say."""
+        return replace(self, batches=tuple(tuple(function(batch)) for batch in self.batches), given=self.batches)
+
+
+def seen_by(given: Any, program: Program, whole: Whole | None, most: int = MOST, seed: int = 0) -> Calibration:
+    """Return calibration images as a program's inputs; arguments and errors are those of `gather`.
+
+    Args:
+        given: inputs of the model, of the whole one where a part of it was traced.
+        program: the traced model or part.
+        whole: where it is a part, what that belongs to.
+        most: so many images are looked at.
+        seed: of what a loader or a data set draws at random.
+    """
+    if isinstance(given, Calibration):
+        return given
+    if whole is None:
+        return gather(given, program.inputs, most, seed)
+    args = whole.example_args or ()
+    seen = gather(given, [_spec_of(x) for x in pytree.tree_leaves(args) if isinstance(x, Tensor)], most, seed)
+
+    def arriving(batch: tuple[Tensor, ...]) -> list[Tensor]:
+        inputs = iter(batch)
+        given = pytree.tree_map(lambda x: next(inputs).to(x) if isinstance(x, Tensor) else x, args)
+        found = reach(whole.model, whole.name, given, whole.example_kwargs)
+        return [x.cpu() for x in pytree.tree_leaves((found.args, dict(found.kwargs))) if isinstance(x, Tensor)]
+
+    return seen.through(arriving)
+
+
+def _spec_of(x: Tensor) -> InputSpec:
+    """A whole model's input: of a part it is not known which axes are free."""
+    return InputSpec("input", tuple(x.shape), str(x.dtype).removeprefix("torch."), tuple(range(x.dim())))
+
+
+def gather(given: Any, inputs: Sequence[InputSpec], most: int = MOST, seed: int = 0) -> Calibration:
+    """Return calibration images as batches of a model's inputs.
+
+    Args:
+        given: a tensor (N, C, H, W), a Dataset; or a sequence or DataLoader of batches, each the model's input or a
+            tuple of its inputs; what follows them in a batch, such as labels, is left out.
+        inputs: the model's tensor inputs.
+        most: so many images are looked at.
+        seed: of what a loader or a data set draws at random, such as an order.
+
+    Raises:
+        InvalidInput: that is not what was given, or it does not fit the inputs.
+    """
+    if isinstance(given, Calibration):
+        return given
+    batches, classes = list[list[Tensor]](), list[Tensor | None]()
+    for batch in _batches(given, most, seed):
+        found, rest = parted(batch, inputs)
+        batches.append([x.detach().cpu() for x in found])
+        classes.append(classes_of(rest, len(found[0])))
+    if not batches:
+        raise InvalidInput(f"data holds no images: {_GIVE}")
+    try:
+        whole = [torch.cat(column)[:most] for column in zip(*batches, strict=True)]
+    except RuntimeError as error:
+        raise InvalidInput(f"batches of data do not go together ({first_line(error)}): {_GIVE}") from error
+    whole = [fitting(x, spec) for x, spec in zip(whole, inputs, strict=True)]
+    fixed = 0 not in inputs[0].dynamic
+    size = inputs[0].shape[0] if fixed else max(8, min(LARGEST, PIXELS // max(1, whole[0][:1].numel())))
+    count = len(whole[0]) // size * size if fixed else len(whole[0])
+    if not count or any(len(x) != len(whole[0]) for x in whole):
+        raise InvalidInput(f"data: every input takes equally many images, at least {size if fixed else 1}")
+    whole = [x[:count] for x in whole]
+    parts = tuple(zip(*(torch.split(x, size) for x in whole), strict=True))
+    known = [x for x in classes if x is not None]
+    ends = (min(int(x.min()) for x in known), max(int(x.max()) for x in known)) if len(known) == len(classes) else None
+    return Calibration(parts, count, _digest(whole), classes=ends)
+
+
+def _batches(given: Any, most: int, seed: int) -> Iterator[Any]:
+    """As many batches as it takes; of a data set, images that are evenly spaced."""
+    if isinstance(given, Images):
+        found = [image for image, _ in given.some(most)]
+        yield from [torch.stack(found)] if found else []
+        return
+    if isinstance(given, tuple) and len(given) == 2 and all(isinstance(x, Tensor) for x in given):
+        given = given[0] if given[0].dim() != given[1].dim() else given
+    if isinstance(given, Tensor):
+        yield given[spaced(len(given), most)]
+        return
+    if isinstance(given, Dataset) and hasattr(given, "__len__") and hasattr(given, "__getitem__"):
+        for k in spaced(len(given), most):
+            yield one(given, k, mixed(seed, k))
+        return
+    if isinstance(given, (str, Path, Mapping)) or not isinstance(given, Iterable):
+        raise InvalidInput(f"data is of type {type(given).__name__}: {_GIVE}")
+    seen = 0
+    for batch in read(given, seed):
+        yield batch
+        seen += next((len(x) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.dim()), 0)
+        if seen >= most:
+            return
+
+
+def _digest(tensors: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for x in tensors:
+        digest.update(f"{tuple(x.shape)} {x.dtype}".encode())
+        digest.update(x.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,174 @@
+"""Latency tables on disk: one file per device, runtime and number of threads, in the user's cache folder.
+
+A table is read, filled with what is missing, and merged into the file again under a lock, so that two processes lose
+nothing of each other's. A file that cannot be read, or that was measured elsewhere, is put aside with one sentence and
+made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+import platformdirs
+
+from surgery.errors import InvalidInput
+from surgery.latency import fill, probe
+from surgery.latency.fill import Point, Progress
+from surgery.latency.probe import Conditions
+from surgery.latency.tables import LatencyTable
+
+VARIABLE = "SURGERY_CACHE"
+LOCK_S = 600.0
+
+
+def folder() -> Path:
+    """Return the folder that holds tables: ``$SURGERY_CACHE``, or the user's cache folder for this tool."""
+    return Path(os.environ.get(VARIABLE) or platformdirs.user_cache_dir("model-surgery", appauthor=False))
+
+
+def device_key(conditions: Conditions) -> str:
+    """Return the name of this device's table: a digest of everything that `probe.describe` tells."""
+    told = json.dumps(probe.describe(conditions), sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+class Measured:
+    """The table of this machine, measured where it has gaps.
+
+    Args:
+        conditions: what kernels are timed under.
+        seed: of the order of measurements.
+        progress: told what is measured.
+        warn: told in one sentence what was wrong with the file on disk.
+    """
+
+    live = True
+
+    def __init__(
+        self,
+        conditions: Conditions,
+        *,
+        seed: int = 0,
+        progress: Progress | None = None,
+        warn: Callable[[str], None] = lambda sentence: None,
+    ) -> None:
+        self._conditions, self._seed, self._progress, self._warn = conditions, seed, progress, warn
+        self._path = folder() / f"latency-{device_key(conditions)}.json"
+        self._table = self._read(warn)
+
+    @property
+    def device(self) -> Mapping[str, Any]:
+        """What times are measured on."""
+        return probe.describe(self._conditions)
+
+    @property
+    def path(self) -> Path:
+        """Where the table lies."""
+        return self._path
+
+    def cover(self, placed: Sequence[Point]) -> LatencyTable:
+        """Return the table with all kernels of a dense network, tabulated over their widths."""
+        table = self._table or fill.new_table(conditions=self._conditions, progress=self._progress)
+        wanted = fill.wanted_of(placed)
+        filled = fill.fill(table, wanted, conditions=self._conditions, seed=self._seed, progress=self._progress)
+        return self._keep(filled, changed=filled is not self._table and len(filled.entries) > 0)
+
+    def refine(self, points: Iterable[Point]) -> LatencyTable | None:
+        """Return the table with these points measured themselves, or None where it held them all."""
+        assert self._table is not None, "cover comes first"
+        before = self._table
+        refined = fill.refine(before, points, conditions=self._conditions, seed=self._seed, progress=self._progress)
+        if sum(len(e.points) for e in refined.entries.values()) == sum(len(e.points) for e in before.entries.values()):
+            return None
+        return self._keep(refined, changed=True)
+
+    def _keep(self, table: LatencyTable, *, changed: bool) -> LatencyTable:
+        """Merge with what another process may have written meanwhile; what is on disk stays as it is."""
+        if changed:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with filelock.FileLock(f"{self._path}.lock", timeout=LOCK_S):
+                    other = self._read(lambda sentence: None)  # it was said when the table was opened
+                    if other is not None:
+                        table = other.with_entries(table.entries)
+                    table.save(self._path)
+            except (OSError, filelock.Timeout, InvalidInput) as error:
+                self._warn(f"the latency table cannot be kept in {self._path.parent}: {error}")
+        self._table = table
+        return table
+
+    def _read(self, warn: Callable[[str], None]) -> LatencyTable | None:
+        if not self._path.exists():
+            return None
+        try:
+            table = LatencyTable.load(self._path)
+        except InvalidInput as error:
+            warn(f"{error}; it is made anew")
+            return None
+        if dict(table.device) != json.loads(json.dumps(probe.describe(self._conditions))):
+            warn(f"{self._path} was measured on another device or runtime; it is made anew")
+            return None
+        return table
+
+
+class Given:
+    """A table that the user brought, from another device perhaps: nothing is measured here.
+
+    The first call of `cover` is about the model as it is, of which the table has to hold every kernel. Later ones are
+    about what is left of it without some blocks, where runtimes fuse other operators: of those kernels that were not
+    foreseen, the time is told from the most similar one.
+
+    Args:
+        table: as it is.
+        origin: what to call it.
+        warn: told in one sentence which kernels' times are those of others.
+    """
+
+    live = False
+
+    def __init__(
+        self, table: LatencyTable, origin: str, *, warn: Callable[[str], None] = lambda sentence: None
+    ) -> None:
+        self._table, self._origin, self._warn = table, origin, warn
+        self._covered = False
+
+    @property
+    def device(self) -> Mapping[str, Any]:
+        """What the table was measured on."""
+        return self._table.device
+
+    def cover(self, placed: Sequence[Point]) -> LatencyTable:
+        """Return the table; raises InvalidInput where it lacks kernels of the network."""
+        wanted = fill.wanted_of(placed)
+        lacking = [w for w in wanted if not self._table.covers(w.kernel, w.widths)]
+        missing = [w.kernel for w in lacking]
+        # What the table holds up to narrower widths alone is no kernel that a gap has made.
+        made = [w.kernel for w in lacking if self._covered and self._table.ms(w.kernel, w.widths) is None]
+        kin = {kernel.key: self._table.relative(kernel) for kernel in made}
+        strange = [kernel for kernel in missing if kin.get(kernel.key) is None]
+        if strange:
+            without = " without some of its blocks" if self._covered else ""
+            instead = "; or keep the blocks with --no-drop-layers" if self._covered else ""
+            raise InvalidInput(
+                f"latency table {self._origin} lacks {len(strange)} of {len(wanted)} kernels of this model{without} "
+                f"(one is {strange[0].title}); `surgery profile MODEL --out {self._origin}` measures them, with the "
+                f"same --keep, --part and --batch{instead}"
+            )
+        if missing:
+            self._table = self._table.with_entries({key: entry for key, entry in kin.items() if entry is not None})
+            self._warn(
+                f"latency table {self._origin} lacks {len(missing)} kernels of the model without some of its blocks "
+                f"(one is {missing[0].title}); their times are those of the kernels most like them"
+            )
+        self._covered = True
+        return self._table
+
+    def refine(self, points: Iterable[Point]) -> LatencyTable | None:
+        """Return None: the table is what it is."""
+        return None

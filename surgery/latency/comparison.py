@@ -1,0 +1,169 @@
+"""ONNX files timed against each other: `surgery bench`. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.core import figure, plain_table, ratio, size
+from surgery.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from surgery.core import Progress
+
+COLUMNS = (
+    *("file", "p50 ms", "p90 ms", "p99 ms", "items /s", "time, relative", "95% interval"),
+    *("load ms", "peak memory", "size"),
+)
+_SUFFIX = "ExecutionProvider"
+
+
+def _batch(batch: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """The batch that shapes say, where it is not said otherwise; raises InvalidInput where the two contradict."""
+    said = {shape[0]: name for name, shape in shapes.items() if shape}
+    if len(said) == 1 and batch == 1:
+        return next(iter(said))
+    wrong = next((size for size in said if size != batch), None)
+    if wrong is not None:
+        raise InvalidInput(
+            f"input '{said[wrong]}' is given with a batch of {wrong}, and --batch {batch}: give one of them"
+        )
+    return batch
+
+
+def compare(
+    paths: Sequence[Path],
+    *,
+    threads: int = 1,
+    batch: int = 1,
+    provider: str = "cpu",
+    baseline: Path | None = None,
+    runs: int = 2000,
+    seconds: float = 45.0,
+    seed: int = 0,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Return what `surgery.latency.ort.time` measures of ONNX files that take the same inputs, as plain JSON values.
+
+    Args:
+        paths: of the files; a row is called by its file's name, or by its path where two files share a name.
+        threads: intra-op threads of ONNX Runtime.
+        batch: items per run.
+        provider: execution provider, whose `ExecutionProvider` may be left out, in any case.
+        baseline: one of the paths, which the others are relative to; None: the first.
+        runs: at most so many timed runs of a file.
+        seconds: of measuring, after which no round begins.
+        seed: of inputs and order.
+        shapes: input name → shape, where a file leaves more than the batch open.
+        progress: told what is being done and how far it is.
+
+    Raises:
+        InvalidInput: a file cannot be read or run, files take different inputs, a provider that is not there.
+    """
+    from surgery.latency import ort
+    from surgery.latency.session import Settings
+
+    names = _names(paths)
+    batch = _batch(batch, shapes or {})
+    settings = Settings(batch, threads, seed, dict(shapes or {}), _provider(provider))
+    _require_same_inputs(paths, settings)
+    if baseline is not None and baseline not in paths:
+        raise InvalidInput(f"--baseline {baseline} is none of the files: {', '.join(map(str, paths))}")
+    timing = ort.time(
+        dict(zip(names, paths, strict=True)),
+        batch=batch,
+        threads=threads,
+        provider=settings.provider,
+        max_runs=runs,
+        max_seconds=seconds,
+        baseline=None if baseline is None else names[list(paths).index(baseline)],
+        seed=seed,
+        input_shapes=settings.shapes,
+        progress=progress,
+    )
+    found = json.loads(json.dumps(timing.to_dict()))
+    for row, path in zip(found["rows"], paths, strict=True):
+        row["file"] = str(path)
+    return {"schema": 1, **found}
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    twice = next((path for k, path in enumerate(paths) if path in paths[:k]), None)
+    if twice is not None:
+        raise InvalidInput(f"{twice} is given twice; a copy of the baseline is timed in any case, as the A/A row")
+    called = [path.name for path in paths]
+    return [str(path) if called.count(path.name) > 1 else path.name for path in paths]
+
+
+def _provider(given: str) -> str:
+    """The provider's whole name where this build has it, else what was given."""
+    import onnxruntime
+
+    known: list[str] = onnxruntime.get_available_providers()
+    return next((p for p in known if given.casefold() in (p.casefold(), p.removesuffix(_SUFFIX).casefold())), given)
+
+
+def _require_same_inputs(paths: Sequence[Path], settings: Any) -> None:
+    from surgery.latency.session import model_file, open_session
+
+    taken = {}
+    for path in paths:
+        inputs = open_session(model_file(path), settings).get_inputs()
+        # Axes that are left open have names of their own in each file.
+        taken[path] = {x.name: (x.type, tuple(s if isinstance(s, int) else "open" for s in x.shape)) for x in inputs}
+    first, *rest = paths
+    for path in rest:
+        if _fixed(taken[path]) != _fixed(taken[first]) or not _agree(taken[path], taken[first]):
+            raise InvalidInput(
+                f"{first} takes {_said(taken[first])} and {path} takes {_said(taken[path])}: times can be compared "
+                "where files take the same inputs; export them alike"
+            )
+
+
+def _fixed(inputs: Mapping[str, tuple[str, tuple[Any, ...]]]) -> dict[str, tuple[str, int]]:
+    return {name: (kind, len(shape)) for name, (kind, shape) in inputs.items()}
+
+
+def _agree(one: Mapping[str, tuple[str, tuple[Any, ...]]], other: Mapping[str, tuple[str, tuple[Any, ...]]]) -> bool:
+    """Whether sizes that both files fix are the same."""
+    pairs = (pair for name in one for pair in zip(one[name][1], other[name][1], strict=True))
+    return all("open" in pair or pair[0] == pair[1] for pair in pairs)
+
+
+def _said(inputs: Mapping[str, tuple[str, tuple[Any, ...]]]) -> str:
+    return ", ".join(f"'{name}' {kind} ({', '.join(map(str, shape))})" for name, (kind, shape) in inputs.items())
+
+
+def render_terminal(found: Mapping[str, Any], console: Console) -> None:
+    """Print the table of files, the timer's test of itself, and what was timed on."""
+    rows = [_cells(row) for row in found["rows"]]
+    aa = found["aa"]
+    if aa is not None:
+        rows.append((f"{found['baseline']}, again", *("",) * 4, *_ratio(aa), *("",) * 3))
+    console.print(plain_table(COLUMNS, rows))
+    where, settings = found["environment"], found["settings"]
+    verdict = "reliable" if found["reliable"] else "UNRELIABLE"
+    told = (
+        f"times: {verdict}: {found['why']}; ONNX Runtime {where['onnxruntime']}, {settings['provider']}, on "
+        f"{where['cpu']}, threads {settings['threads']}, batch {settings['batch']}, {found['rounds']} rounds"
+    )
+    console.print("", told, sep="\n", markup=False, highlight=False)
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    memory = row["peak_memory_bytes"]
+    return (
+        row["name"],
+        *(figure(row[key]) for key in ("p50_ms", "p90_ms", "p99_ms", "throughput_per_s")),
+        *_ratio(row["ratio"]),
+        *(figure(row["load_ms"]), size(memory), size(row["file_bytes"])),
+    )
+
+
+def _ratio(value: Mapping[str, float]) -> tuple[str, str]:
+    return ratio(value, digits=3, unit="")

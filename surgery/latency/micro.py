@@ -1,0 +1,313 @@
+"""Kernels as small ONNX models, each in the layout that it meets in a network.
+
+Runtimes hold images in blocks of channels between the operators that can work on them, and pay for every change of
+layout. So that a kernel is timed as it runs in its network, each image that it reads comes out of a small blocked
+operator, and what it makes goes into one: both bear names that begin with `CONTEXT`, and do not count.
+
+In int8 a kernel is written as ONNX Runtime's quantiser would: unsigned activations, signed weights with a scale for
+each channel, and what it does not take left in float between a `DequantizeLinear` and a `QuantizeLinear`, which count.
+
+Goes to devices as it stands: Python 3.8 and numpy. That is why the files are put together here, byte by byte, and not
+by the onnx package.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+
+from surgery.core import Kernel, Operand, Step, Widths, resolved, step
+
+CONTEXT = "context_"
+KERNEL = "kernel_"
+OPSET = 20
+IR_VERSION = 9
+FP32, INT8 = "fp32", "int8"
+
+IN_8_BITS = frozenset(
+    (
+        *("Add", "AveragePool", "BatchNormalization", "Concat", "Conv", "ConvTranspose", "Gemm", "GlobalAveragePool"),
+        *("InstanceNormalization", "LayerNormalization", "MatMul", "MaxPool", "Mul", "Resize", "Sigmoid", "Softmax"),
+        *("LeakyRelu", "Reshape", "Transpose"),
+    )
+)
+"""Of the operators that kernels are made of, those that the quantiser takes."""
+WEIGHTED = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
+"""Whose second operand is signed."""
+BY_RANGE = frozenset(("Clip", "Relu"))
+"""What it leaves out behind those: numbers of 8 bits go no further than their range."""
+
+_ACTIVATION, _WEIGHT = np.float32(0.02), np.float32(0.01)
+"""Scales: times do not hang on them."""
+
+_FLOAT, _UINT8, _INT8, _INT32, _INT64 = 1, 2, 3, 6, 7
+_KINDS = {"float32": _FLOAT, "uint8": _UINT8, "int8": _INT8, "int32": _INT32, "int64": _INT64}
+_ATTRIBUTE_FLOAT, _ATTRIBUTE_INT, _ATTRIBUTE_TEXT, _ATTRIBUTE_INTS = 1, 2, 3, 7
+
+
+def model_bytes(kernel: Kernel, widths: Widths, precision: str = FP32) -> bytes:
+    """Return the ONNX model of a kernel at these widths, with constant weights, in `fp32` or `int8`."""
+    sizes = dict(zip(kernel.letters, widths))
+    shapes = {o.name: resolved(o.shape, sizes) for o in kernel.operands}
+    graph = (_Quantised if precision == INT8 else _Graph)(shapes)
+    for operand in kernel.operands:
+        if operand.kind != "weight":
+            graph.feed(operand)
+    made, result = _made(kernel, sizes, shapes), ""
+    for k, s in enumerate(kernel.steps if precision == FP32 else _prepared(kernel.steps)):
+        result = f"s{k}"
+        attributes = dict(s.attributes)
+        if s.op in ("Conv", "ConvTranspose"):
+            attributes["group"] = _groups(s.op, shapes.get(s.inputs[0], ()), shapes[s.inputs[1]], made)
+        graph.add(s.op, [graph.name_of(x) for x in s.inputs], result, f"{KERNEL}{result}", attributes)
+    if kernel.image and len(made) == 4:
+        result = graph.context(result, made[1], f"{CONTEXT}out")
+    return graph.model(result, made)
+
+
+def chain_bytes(length: int) -> bytes:
+    """Return a model of so many operators in a row that do next to nothing."""
+    graph = _Graph({})
+    graph.inputs.append(_value_info("x", (1, 8)))
+    for k in range(length):
+        graph.add("Tanh" if k % 2 else "Sigmoid", [f"s{k - 1}" if k else "x"], f"s{k}", f"n{k}", {})
+    return graph.model(f"s{length - 1}", (1, 8))
+
+
+def _made(kernel: Kernel, sizes: Mapping[str, int], shapes: Mapping[str, Tuple[int, ...]]) -> Tuple[int, ...]:
+    """The result's shape; what is joined is as long as its pieces, whatever the widths say."""
+    shape = list(resolved(kernel.shape, sizes))
+    first = kernel.steps[0]
+    if first.op == "Concat":
+        axis = dict(first.attributes)["axis"]
+        shape[axis] = sum(shapes[piece][axis] for piece in first.inputs)
+    return tuple(shape)
+
+
+def _prepared(steps: Sequence[Step]) -> List[Step]:
+    """Operators as the quantiser's preparation leaves them in a file of any batch: spelt out, or folded."""
+    done: List[Step] = []
+    at: Dict[Any, Any] = {}
+
+    def put(op: str, *inputs: Any, **attributes: Any) -> str:
+        done.append(step(op, *inputs, **attributes))
+        return f"%{len(done) - 1}"
+
+    for k, s in enumerate(steps):
+        inputs = [at.get(x, x) for x in s.inputs]
+        x, last = inputs[0], done[-1] if done else step("")
+        if s.op == "HardSwish":
+            at[f"%{k}"] = put("Mul", x, put("HardSigmoid", x, alpha=1 / 6, beta=0.5))
+        elif s.op == "Mish":
+            at[f"%{k}"] = put("Mul", x, put("Tanh", put("Softplus", x)))
+        elif s.op == "Mul" and last.op == "Conv" and isinstance(inputs[1], (int, float)):
+            at[f"%{k}"] = x
+        else:
+            at[f"%{k}"] = put(s.op, *inputs, **dict(s.attributes))
+    return done
+
+
+def _groups(op: str, x: Sequence[int], weight: Sequence[int], made: Sequence[int]) -> int:
+    """Weights are (O, I / groups, ..), and (I, O / groups, ..) where the convolution is transposed."""
+    channels = x if op == "Conv" else made
+    return max(1, channels[1] // weight[1]) if len(channels) > 1 else 1
+
+
+class _Graph:
+    """An ONNX graph while it is being put together."""
+
+    def __init__(self, shapes: Mapping[str, Tuple[int, ...]]) -> None:
+        self.inputs: List[bytes] = []
+        self._nodes: List[bytes] = []
+        self._weights: Dict[str, Any] = {}
+        self._shapes = shapes
+        self._named: Dict[str, str] = {}
+        self._constants = 0
+
+    def add(self, op: str, inputs: Sequence[str], output: str, name: str, attributes: Mapping[str, Any]) -> None:
+        """Append one operator."""
+        parts = [_text(1, x) for x in inputs] + [_text(2, output), _text(3, name), _text(4, op)]
+        self._nodes.append(b"".join(parts + [_message(5, _attribute(k, v)) for k, v in sorted(attributes.items())]))
+
+    def feed(self, operand: Operand) -> None:
+        """Make a value an input, behind a blocked operator where it is an image."""
+        name, shape = operand.name, self._shapes[operand.name]
+        image = operand.kind == "image" and len(shape) == 4
+        given = f"{CONTEXT}{name}_in" if image else name
+        self.inputs.append(_value_info(given, shape))
+        self._named[name] = self.context(given, shape[1], f"{CONTEXT}{name}") if image else name
+
+    def context(self, value: str, channels: int, name: str) -> str:
+        """Append a blocked operator that reads `value`; nothing is fused into a pooling."""
+        self._weights[f"{name}_weight"] = np.full((channels, 1, 1, 1), 0.5, np.float32)
+        shaped = {"group": channels, "kernel_shape": (1, 1)}
+        self.add("Conv", [value, f"{name}_weight"], f"{name}_conv", f"{name}_conv", shaped)
+        self.add("MaxPool", [f"{name}_conv"], name, name, {"kernel_shape": (1, 1)})
+        return name
+
+    def name_of(self, reference: Any) -> str:
+        """Return the name of an input of a step; constants and weights are made on first use."""
+        if reference is None:
+            return ""
+        if not isinstance(reference, str):
+            whole = isinstance(reference, (list, tuple)) and all(isinstance(x, int) for x in reference)
+            self._constants += 1
+            name = f"c{self._constants}"
+            self._weights[name] = np.asarray(reference, np.int64 if whole else np.float32)
+            return name
+        if reference.startswith("%"):
+            return f"s{reference[1:]}"
+        name, _, turned = reference.partition(":")
+        key = reference.replace(":", "_")
+        if key not in self._named:
+            shape = self._shapes[name]
+            shape = (*shape[:-2], shape[-1], shape[-2]) if turned else shape
+            self._named[key] = key
+            self._weights[key] = np.full(shape, 0.01, np.float32)
+        return self._named[key]
+
+    def model(self, result: str, shape: Sequence[int]) -> bytes:
+        """Return the model that gives `result`."""
+        graph = b"".join(
+            [_message(1, node) for node in self._nodes]
+            + [_text(2, "kernel")]
+            + [_message(5, _tensor(name, values)) for name, values in self._weights.items()]
+            + [_message(11, given) for given in self.inputs]
+            + [_message(12, _value_info(result, shape))]
+        )
+        return _number(1, IR_VERSION) + _message(7, graph) + _message(8, _text(1, "") + _number(2, OPSET))
+
+
+class _Quantised(_Graph):
+    """The same graph as ONNX Runtime's quantiser writes it, in QDQ format.
+
+    Between two operators in 8 bits a value goes through a `QuantizeLinear` and a `DequantizeLinear`, which the runtime
+    takes into the operators. Those that it cannot take in are part of the kernel, unless they are the context's.
+    """
+
+    def __init__(self, shapes: Mapping[str, Tuple[int, ...]]) -> None:
+        super().__init__(shapes)
+        self._bits: Dict[str, str] = {}  # value → what its numbers of 8 bits are called
+        self._read: Dict[str, str] = {}  # what those are called → the value that is read from them
+
+    def add(self, op: str, inputs: Sequence[str], output: str, name: str, attributes: Mapping[str, Any]) -> None:
+        """Append one operator, in 8 bits where the quantiser would."""
+        part = CONTEXT if name.startswith(CONTEXT) else KERNEL
+        if op in BY_RANGE and inputs[0] in self._bits:
+            self._bits[output] = self._bits[inputs[0]]
+        elif op in IN_8_BITS and not (op == "ConvTranspose" and attributes["group"] > 1):
+            axis = _channels(op, attributes)
+            given = [self._operand(op, k, x, part, axis) for k, x in enumerate(inputs)]
+            super().add(op, given, output, name, attributes)
+            self._quantise(output, part)
+        else:
+            given = [self._reading(x, part) if x in self._bits else x for x in inputs]
+            super().add(op, given, output, name, attributes)
+
+    def feed(self, operand: Operand) -> None:
+        """Make a value an input, in 8 bits as the operator before it leaves it."""
+        super().feed(operand)
+        self._quantise(self._named[operand.name], CONTEXT)
+
+    def model(self, result: str, shape: Sequence[int]) -> bytes:
+        """Return the model that gives `result`: in 8 bits within, in float for who calls it."""
+        self._quantise(result, KERNEL)
+        self._read.pop(self._bits[result], None)
+        return super().model(self._reading(result, f"{CONTEXT}out_"), shape)
+
+    def _operand(self, op: str, place: int, value: str, part: str, axis: int) -> str:
+        """The name under which an operator in 8 bits reads a value, a weight or a bias."""
+        weight = self._weights.get(value)
+        if not value or (weight is not None and weight.dtype != np.float32) or (op == "Resize" and place):
+            return value
+        if weight is None:
+            self._quantise(value, part)
+            return self._reading(value, part)
+        if place == 2 and op in ("Conv", "ConvTranspose", "Gemm"):
+            return self._constant(value, np.int32, 0, part)
+        if op not in WEIGHTED:
+            return self._constant(value, np.uint8, None, part)
+        return self._constant(value, np.int8, axis if op != "MatMul" or weight.ndim == 2 else None, part)
+
+    def _quantise(self, value: str, part: str) -> None:
+        """Append what makes numbers of 8 bits of a value, once."""
+        if value not in self._bits:
+            self._bits[value] = value
+            self._weights[f"{value}_scale"] = np.asarray(_ACTIVATION, np.float32)
+            self._weights[f"{value}_zero"] = np.asarray(128, np.uint8)
+            names = [value, f"{value}_scale", f"{value}_zero"]
+            super().add("QuantizeLinear", names, f"{value}_bits", f"{part}{value}_quantise", {})
+
+    def _reading(self, value: str, part: str, axis: Optional[int] = None) -> str:
+        """Append what reads a value from its numbers of 8 bits, once; returns the name of what is read."""
+        bits = self._bits[value]
+        if bits not in self._read:
+            self._read[bits] = f"{bits}_{part}read"
+            names = [f"{bits}_bits", f"{bits}_scale", f"{bits}_zero"]
+            attributes = {} if axis is None else {"axis": axis}
+            super().add("DequantizeLinear", names, self._read[bits], f"{part}{bits}_dequantise", attributes)
+        return self._read[bits]
+
+    def _constant(self, name: str, kind: Any, axis: Optional[int], part: str) -> str:
+        """Put a weight in 8 bits, or a bias in 32, with a scale for each channel along an axis; returns its reading."""
+        values = self._weights.pop(name)
+        channels = () if axis is None else (values.shape[axis],)
+        self._bits[name] = name
+        self._weights[f"{name}_bits"] = np.ones(values.shape, kind)
+        scale = _ACTIVATION * _WEIGHT if kind is np.int32 else _WEIGHT  # of a bias: that of the products it is added to
+        self._weights[f"{name}_scale"] = np.full(channels, scale, np.float32)
+        self._weights[f"{name}_zero"] = np.zeros(channels, kind)
+        return self._reading(name, part, axis)
+
+
+def _channels(op: str, attributes: Mapping[str, Any]) -> int:
+    """The axis of a weight that holds what comes out."""
+    return 0 if op == "Conv" or attributes.get("transB") else 1
+
+
+# Protocol buffers, as far as ONNX's messages need them. --------------------------------------------------------------
+
+
+def _varint(value: int) -> bytes:
+    value &= (1 << 64) - 1
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _number(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+def _message(field: int, content: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(content)) + content
+
+
+def _text(field: int, text: str) -> bytes:
+    return _message(field, text.encode())
+
+
+def _value_info(name: str, shape: Sequence[int]) -> bytes:
+    dims = b"".join(_message(1, _number(1, size)) for size in shape)
+    tensor = _number(1, _FLOAT) + _message(2, dims)
+    return _text(1, name) + _message(2, _message(1, tensor))
+
+
+def _tensor(name: str, values: Any) -> bytes:
+    dims = b"".join(_number(1, size) for size in values.shape)
+    return dims + _number(2, _KINDS[values.dtype.name]) + _text(8, name) + _message(9, values.tobytes())
+
+
+def _attribute(name: str, value: Any) -> bytes:
+    if isinstance(value, float):
+        return _text(1, name) + _varint(2 << 3 | 5) + struct.pack("<f", value) + _number(20, _ATTRIBUTE_FLOAT)
+    if isinstance(value, int):
+        return _text(1, name) + _number(3, value) + _number(20, _ATTRIBUTE_INT)
+    if isinstance(value, str):
+        return _text(1, name) + _text(4, value) + _number(20, _ATTRIBUTE_TEXT)
+    return _text(1, name) + b"".join(_number(8, x) for x in value) + _number(20, _ATTRIBUTE_INTS)

@@ -1,0 +1,237 @@
+"""Latency in ONNX Runtime, measured as a model runs in service: hot, and alone.
+
+Models are timed in blocks of runs, in shuffled order, round after round. One session is alive at a time: it is created,
+warmed up, timed and destroyed, so that no idle thread pool spins beside another model and no model runs on the caches
+that another one left (strict A B A B alternation does both). Each round gives one ratio of block medians per model, and
+rounds go on until every ratio's 95 % interval is narrow. A second entry of the baseline's own file, the A/A row, goes
+through all of it: where that does not come out at 1, the figures are marked unreliable. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from surgery.errors import InvalidInput
+from surgery.latency.blocks import AA_TOLERANCE, MIN_ROUNDS, Entry, Limits, Progress, Race, enter, race_to_end
+from surgery.latency.machine import Watch, describe
+from surgery.latency.session import PROVIDER, Settings, file_bytes, model_file
+from surgery.latency.stats import Interval
+from surgery.latency.worker import FirstRuns, fresh_process
+
+P99_RUNS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model's figures.
+
+    Attributes:
+        name: as given to `time`.
+        p50_ms: median latency of one run, over all timed runs; `p90_ms` likewise.
+        p99_ms: None under 1000 runs.
+        quantiles_ms: of single runs, from the shortest to the longest in steps of five hundredths.
+        throughput_per_s: batch items per second, from the mean latency.
+        runs: timed runs, warm-up not counted.
+        ratio: latency relative to the baseline's, below 1 is faster.
+        speedup: 1 / ratio.
+        load_ms: time to create the session in a fresh process; None where not asked for.
+        peak_memory_bytes: largest resident set of that process, interpreter and runtime included.
+        floor_memory_bytes: what was resident in it before the model was loaded.
+        file_bytes: size on disk, external weights included.
+    """
+
+    name: str
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float | None
+    quantiles_ms: tuple[float, ...]
+    throughput_per_s: float
+    runs: int
+    ratio: Interval
+    speedup: Interval
+    load_ms: float | None
+    peak_memory_bytes: int | None
+    floor_memory_bytes: int | None
+    file_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What `time` measured.
+
+    Attributes:
+        rows: one per model, in the order given.
+        baseline: name of the model the ratios refer to.
+        aa: the baseline against itself in sessions of its own; None where not asked for.
+        reliable: whether `aa` lies within 1.00 ± 0.02, on enough rounds.
+        why: the reason for `reliable`, in words.
+        rounds: number of rounds that count; each holds one block of every model. Rounds in which other processes used
+            more than a tenth of the machine are left out, as long as twelve others remain.
+        stopped: which rule ended the measurement.
+        environment: runtime, processor, session options; `other_processes`, the share of the machine that others used
+            in the rounds that count; `disturbed_rounds`, how many rounds they disturbed.
+        settings: batch, seed and limits as given.
+    """
+
+    rows: tuple[Row, ...]
+    baseline: str
+    aa: Interval | None
+    reliable: bool
+    why: str
+    rounds: int
+    stopped: str
+    environment: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+    def row(self, name: str) -> Row:
+        """Return the row called `name`; raises InvalidInput where there is none."""
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise InvalidInput(f"no model '{name}' was timed; there are {', '.join(row.name for row in self.rows)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+def time(
+    models: Mapping[str, str | Path],
+    *,
+    batch: int = 1,
+    threads: int = 1,
+    provider: str = PROVIDER,
+    min_runs: int = 0,
+    max_runs: int = 2000,
+    max_seconds: float = 45.0,
+    baseline: str | None = None,
+    seed: int = 0,
+    block_ms: float = 100.0,
+    width: float = 0.03,
+    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    aa: bool = True,
+    fresh: bool = True,
+    progress: Progress | None = None,
+) -> Timing:
+    """Time ONNX models against each other.
+
+    Rounds end as soon as every ratio's 95 % interval is narrower than `width` and the A/A ratio is within 1.00 ± 0.02;
+    else at `max_runs` of any model or after `max_seconds`. Twelve rounds are made even if they take up to four times as
+    long, since fewer give no trustworthy interval.
+
+    Args:
+        models: name → ONNX file.
+        batch: items per run.
+        threads: `intra_op_num_threads` of each session.
+        provider: execution provider of ONNX Runtime.
+        min_runs: timed runs of every model before an early end; 1000 or more for a p99.
+        max_runs: limit on timed runs per model.
+        max_seconds: limit on the time spent in rounds.
+        baseline: the model ratios refer to; the first by default.
+        seed: of the inputs, the order of blocks and the bootstrap.
+        block_ms: length of a block, warm-up not counted; at least three runs whatever they take.
+        width: full width of the interval, relative to the ratio, that is narrow enough.
+        input_shapes: input name → shape, for inputs with dynamic axes; the batch axis always takes `batch`.
+        aa: time a copy of the baseline too, the timer's test of itself.
+        fresh: measure load time and peak memory, in one child process per model.
+        progress: called with what is being done and the fraction of the measurement behind it (0 to 1). Work it leaves
+            running in other threads disturbs the measurement.
+
+    Raises:
+        InvalidInput: an argument is out of range, or a file cannot be read, loaded or run, or a provider is not there.
+        TimerFailed: a child process died.
+    """
+    limits = Limits(min_runs, max_runs, max_seconds, block_ms, width)
+    settings = Settings(batch, threads, seed, dict(input_shapes or {}), provider)
+    files = {name: model_file(path) for name, path in models.items()}
+    base = _baseline(files, baseline)
+    report = progress or (lambda stage, fraction: None)
+    entries = enter(files, settings, limits)
+    firsts = _fresh(files, settings, report) if fresh else {}
+    control = Entry(files[base], entries[base].inputs, entries[base].block_runs) if aa else None
+    environment = describe(threads, provider)
+    race = Race(entries, control, entries[base], settings, limits, report, Watch())
+    stopped = race_to_end(race)
+    ratio = race.ratio(control) if control else None
+    reliable, why = _verdict(ratio, race)
+    return Timing(
+        rows=tuple(_row(name, race, firsts.get(name)) for name in entries),
+        baseline=base,
+        aa=ratio,
+        reliable=reliable,
+        why=why,
+        rounds=len(race.used),
+        stopped=stopped,
+        environment={**environment, **_company(race)},
+        settings={**asdict(settings), **asdict(limits)},
+    )
+
+
+def _baseline(files: Mapping[str, Path], baseline: str | None) -> str:
+    if not files:
+        raise InvalidInput("no models to time: give at least one name and ONNX file")
+    if baseline is None:
+        return next(iter(files))
+    if baseline not in files:
+        raise InvalidInput(f"baseline '{baseline}' is none of the models: {', '.join(files)}")
+    return baseline
+
+
+def _fresh(files: Mapping[str, Path], settings: Settings, report: Progress) -> dict[str, FirstRuns]:
+    firsts: dict[str, FirstRuns] = {}
+    for name, path in files.items():
+        report(f"loading {name}", 0.0)
+        firsts[name] = fresh_process(path, settings)
+    return firsts
+
+
+def _row(name: str, race: Race, first: FirstRuns | None) -> Row:
+    entry = race.entries[name]
+    runs_ms = np.concatenate([entry.blocks[i] for i in race.used])
+    ratio = race.ratio(entry)
+    p50, p90, p99 = (float(p) for p in np.percentile(runs_ms, [50, 90, 99]))
+    return Row(
+        name=name,
+        p50_ms=p50,
+        p90_ms=p90,
+        p99_ms=p99 if runs_ms.size >= P99_RUNS else None,
+        quantiles_ms=tuple(float(q) for q in np.percentile(runs_ms, np.arange(0, 101, 5))),
+        throughput_per_s=race.settings.batch * 1e3 / float(runs_ms.mean()),
+        runs=int(runs_ms.size),
+        ratio=ratio,
+        speedup=ratio.inverse(),
+        load_ms=first.load_ms if first else None,
+        peak_memory_bytes=first.peak_memory_bytes if first else None,
+        floor_memory_bytes=first.floor_memory_bytes if first else None,
+        file_bytes=file_bytes(entry.path),
+    )
+
+
+def _company(race: Race) -> dict[str, Any]:
+    """Return what other processes used of the machine in the rounds that count, and how many were disturbed."""
+    shares = [race.watch.shares[i] for i in race.used if i < len(race.watch.shares)]
+    return {
+        "other_processes": round(float(np.mean(shares)), 3) if shares else None,
+        "disturbed_rounds": len(race.base.blocks) - len(race.watch.undisturbed),
+    }
+
+
+def _verdict(aa: Interval | None, race: Race) -> tuple[bool, str]:
+    """Return whether the figures can be believed, and the reason."""
+    if aa is None:
+        return False, "the timer was not tested against a copy of the baseline (aa=False)"
+    found = f"the baseline against its own copy came out at {aa.value:.3f} [{aa.low:.3f}, {aa.high:.3f}]"
+    share, rounds = _company(race)["other_processes"] or 0.0, len(race.used)
+    others = f"; other processes used {share:.0%} of the machine" if share > 0.02 else ""
+    if rounds < MIN_ROUNDS:
+        return False, f"only {rounds} rounds were made, {MIN_ROUNDS} are needed: allow more runs or more time{others}"
+    if abs(aa.value - 1.0) > AA_TOLERANCE:
+        return False, f"{found}, outside 1.00 ± {AA_TOLERANCE}{others}"
+    if max(aa.high - 1.0, 1.0 - aa.low) > 2 * AA_TOLERANCE:
+        return False, f"{found}, an interval too wide to tell{others}: allow more runs or more time"
+    return True, f"{found}{others}"

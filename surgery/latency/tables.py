@@ -1,0 +1,327 @@
+"""Latency tables: how many milliseconds kernels take at which widths, on one device.
+
+A table holds for each kernel a grid over its widths, and single points measured since. Between grid lines time is
+taken to run straight; grid lines are the edges of the device's stairs, and a width off an edge is paid like the next
+edge above it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_left
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain, product, takewhile
+from math import prod
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+
+from surgery.core import Kernel, Size, Widths, resolved
+from surgery.errors import InvalidInput
+
+SCHEMA = 1
+LADDER = 2
+"""Kernels with more widths than this are tabulated along the diagonal only: all widths shrink together."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of one kernel.
+
+    Attributes:
+        axes: for each width the lengths at which it was measured, increasing; one axis of elements in all where the
+            kernel has more than `LADDER` widths.
+        grid: milliseconds at each combination, the last axis fastest.
+        points: milliseconds at other widths, which were asked for since.
+    """
+
+    axes: tuple[tuple[int, ...], ...]
+    grid: tuple[float, ...]
+    points: Mapping[Widths, float] = field(default_factory=dict)
+
+    def at(self, place: Sequence[int]) -> float:
+        """Return the milliseconds at a place: on the grid, between its lines, or in proportion beyond them."""
+        corners = [_between(axis, x) for axis, x in zip(self.axes, place)]
+        total = 0.0
+        for corner in product(*corners):
+            index = 0
+            for (k, _), axis in zip(corner, self.axes):
+                index = index * len(axis) + k
+            total += prod(weight for _, weight in corner) * self.grid[index]
+        return total
+
+
+def _between(axis: Sequence[int], x: int) -> list[tuple[int, float]]:
+    """The neighbouring lines of a grid, and their weights; below the first line time falls in proportion."""
+    k = bisect_left(axis, x)
+    if k < len(axis) and axis[k] == x:
+        return [(k, 1.0)]
+    if len(axis) == 1 or k == 0:
+        return [(0, x / axis[0])]
+    k = min(k, len(axis) - 1)
+    share = (x - axis[k - 1]) / (axis[k] - axis[k - 1])
+    return [(k - 1, 1.0 - share), (k, share)]
+
+
+@dataclass(frozen=True)
+class Stairs:
+    """How a kind of kernel pays for widths on a device.
+
+    Attributes:
+        step: widths that are no multiple of it cost like the next one that is, or more; 1 where time falls evenly.
+        curve: width → milliseconds of a square kernel of the kind.
+    """
+
+    step: int
+    curve: Mapping[int, float]
+
+
+@dataclass(frozen=True, eq=False)
+class LatencyTable:
+    """Milliseconds of kernels on one device.
+
+    Attributes:
+        device: runtime, provider, options, processor and its instruction sets, threads.
+        stairs: kind of kernel → the curve that its stairs were found on.
+        overhead_ms: what an operator takes beside its kernel's own time.
+        entries: kernel key → what is known of it.
+    """
+
+    device: Mapping[str, Any]
+    stairs: Mapping[str, Stairs]
+    overhead_ms: float
+    entries: Mapping[str, Entry]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the table as JSON, hexadecimal."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def step(self, kernel: Kernel) -> int:
+        """Return the step of the stairs that a kernel's widths stand on."""
+        found = self.stairs.get(kind_of(kernel))
+        return found.step if found else 1
+
+    def ms(self, kernel: Kernel, widths: Widths) -> Optional[float]:
+        """Return the kernel's time at these widths, or None where the table does not hold the kernel."""
+        for same, theirs in self._like(kernel, widths):
+            entry = self.entries[same.key]
+            if theirs in entry.points:
+                return entry.points[theirs]
+            place = place_of(same, theirs)
+            if len(same.letters) <= LADDER:
+                place = tuple(_edge(axis, w, self.step(same)) for axis, w in zip(entry.axes, place))
+            return entry.at(place)
+        return None
+
+    def covers(self, kernel: Kernel, widths: Widths) -> bool:
+        """Return whether the table holds the kernel at all widths up to these."""
+        return any(
+            all(x <= axis[-1] for x, axis in zip(place_of(same, theirs), self.entries[same.key].axes))
+            for same, theirs in self._like(kernel, widths)
+            if _bound(same, kernel, {letter: letter for letter in kernel.letters}) is not None
+        )
+
+    def _like(self, kernel: Kernel, widths: Widths) -> Iterator[Tuple[Kernel, Widths]]:
+        """Yield the table's kernels that are this one at these widths, with the widths in their letters.
+
+        The kernel itself comes first. Others have open widths where this one's are fixed, by --keep for example.
+        """
+        if kernel.key in self.entries:
+            yield kernel, tuple(widths)
+        for other in self._by_steps.get(_steps_key(kernel), ()):
+            theirs = _matched(other, kernel, widths) if other != kernel else None
+            if theirs is not None:
+                yield other, theirs
+
+    @cached_property
+    def _by_steps(self) -> Mapping[str, List[Kernel]]:
+        found: Dict[str, List[Kernel]] = {}
+        for key in self.entries:
+            other = Kernel.from_key(key)
+            found.setdefault(_steps_key(other), []).append(other)
+        return found
+
+    def only(self, points: Sequence[Tuple[Kernel, Widths]]) -> LatencyTable:
+        """Return the table with nothing but what it tells these kernels' times by."""
+        found = (next(self._like(kernel, widths), None) for kernel, widths in points)
+        return replace(self, entries={like[0].key: self.entries[like[0].key] for like in found if like is not None})
+
+    def relative(self, kernel: Kernel) -> Optional[Entry]:
+        """Return what is known of the kernel that is most like one which the table lacks, or None where none is.
+
+        Both begin with the same operator on tensors of the same shapes; what follows it may differ.
+        """
+        kin = [other for other in map(Kernel.from_key, self.entries) if _start(other) == _start(kernel)]
+        kin = [other for other in kin if len(other.letters) == len(kernel.letters)]
+        return self.entries[max(kin, key=lambda other: _likeness(other, kernel)).key] if kin else None
+
+    def with_entries(self, entries: Mapping[str, Entry]) -> LatencyTable:
+        """Return the table with these entries put in; of kernels that it holds the wider grid stays, and all points."""
+        merged = dict(self.entries)
+        for key, entry in entries.items():
+            old = merged.get(key)
+            if old is not None:
+                wider = max(old, entry, key=lambda e: [axis[-1] for axis in e.axes])
+                entry = replace(wider, points={**old.points, **entry.points})
+            merged[key] = entry
+        return replace(self, entries=merged)
+
+    def to_json(self) -> str:
+        """Return the table as JSON text: sorted keys, byte-identical for equal tables."""
+        entries = {
+            key: {
+                "axes": [list(axis) for axis in entry.axes],
+                "grid": list(entry.grid),
+                "points": [[list(w), ms] for w, ms in sorted(entry.points.items())],
+            }
+            for key, entry in self.entries.items()
+        }
+        data = {
+            "schema": SCHEMA,
+            "device": dict(self.device),
+            "stairs": {
+                kind: {"step": s.step, "curve": [[w, ms] for w, ms in sorted(s.curve.items())]}
+                for kind, s in self.stairs.items()
+            },
+            "overhead_ms": self.overhead_ms,
+            "kernels": entries,
+        }
+        return json.dumps(data, sort_keys=True, indent=None, separators=(",", ":")) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, origin: str) -> LatencyTable:
+        """Parse what `to_json` wrote; raises InvalidInput where the text is no table of this schema."""
+        try:
+            data = json.loads(text)
+            if data["schema"] != SCHEMA:
+                raise InvalidInput(
+                    f"{origin}: latency table of schema {data['schema']}, this version reads {SCHEMA}; "
+                    "make it anew with `surgery profile`"
+                )
+            entries = {}
+            for key, e in data["kernels"].items():
+                Kernel.from_key(key)
+                axes = tuple(tuple(int(x) for x in axis) for axis in e["axes"])
+                grid = tuple(float(ms) for ms in e["grid"])
+                points = {tuple(w): float(ms) for w, ms in e["points"]}
+                if len(grid) != prod(map(len, axes)) or not all(map(_is_time, (*grid, *points.values()))):
+                    raise ValueError(f"kernel {key:.60} has a damaged grid")
+                if not all(axis == tuple(sorted({*axis} - {0})) and axis[0] > 0 for axis in axes):
+                    raise ValueError(f"kernel {key:.60} has damaged axes")
+                entries[key] = Entry(axes, grid, points)
+            stairs = {
+                kind: Stairs(_step(s["step"]), {int(w): float(ms) for w, ms in s["curve"]})
+                for kind, s in data["stairs"].items()
+            }
+            overhead_ms = float(data["overhead_ms"])
+            if not _is_time(overhead_ms) or not all(map(_is_time, chain(*(s.curve.values() for s in stairs.values())))):
+                raise ValueError("its stairs or overhead are damaged")
+            return cls(dict(data["device"]), stairs, overhead_ms, entries)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise InvalidInput(
+                f"{origin}: not a latency table ({error!s:.120}); `surgery profile --out table.json` writes one"
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> LatencyTable:
+        """Read a table; raises InvalidInput where the file is missing or is no table."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InvalidInput(
+                f"{path}: not a latency table (no text); `surgery profile --out table.json` writes one"
+            ) from error
+        except OSError as error:
+            raise InvalidInput(
+                f"cannot read latency table {path}: {error.strerror or error}; "
+                "`surgery profile --out table.json` writes one"
+            ) from error
+        return cls.from_json(text, origin=str(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_json` to `path`, through a temporary file beside it; raises InvalidInput if it cannot."""
+        target = Path(path)
+        partial = target.with_name(target.name + ".partial")
+        try:
+            partial.write_text(self.to_json(), encoding="utf-8")
+            partial.replace(target)
+        except OSError as error:
+            raise InvalidInput(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def _is_time(ms: float) -> bool:
+    """Whether a figure can be the time of one kernel: not below zero, and not a day."""
+    return 0.0 <= ms < 1e8
+
+
+def _step(value: Any) -> int:
+    """The step of stairs as it is given; raises ValueError where it can be none."""
+    if type(value) is not int or not 1 <= value <= _LARGEST_STEP:
+        raise ValueError(f"its stairs are damaged: a step of {value!r:.20}")
+    return value
+
+
+_LARGEST_STEP = 1024
+
+
+def _steps_key(kernel: Kernel) -> str:
+    return repr((kernel.steps, [(o.name, o.kind, len(o.shape)) for o in kernel.operands], kernel.image))
+
+
+def _matched(pattern: Kernel, kernel: Kernel, widths: Widths) -> Optional[Widths]:
+    """Return what a kernel's letters would have to stand for to be another one, or None where nothing would do."""
+    bound = _bound(pattern, kernel, dict(zip(kernel.letters, widths)))
+    return None if bound is None else tuple(int(bound[letter]) for letter in pattern.letters)
+
+
+def _bound(pattern: Kernel, kernel: Kernel, sizes: Mapping[str, Size]) -> Optional[Dict[str, Size]]:
+    """What a pattern's letters stand for where its shapes are a kernel's; None where one fixed or twice differs."""
+    bound: Dict[str, Size] = {}
+    pairs = list(zip(pattern.operands, kernel.operands))
+    shapes = [(p.shape, k.shape) for p, k in pairs] + [(pattern.shape, kernel.shape)]
+    for open_shape, shape in shapes:
+        for letter, given in zip(open_shape, shape):
+            size = sizes[given] if isinstance(given, str) else given
+            if (bound.setdefault(letter, size) if isinstance(letter, str) else letter) != size:
+                return None
+    return bound
+
+
+def kind_of(kernel: Kernel) -> str:
+    """Return which stairs a kernel stands on: ``conv``, ``conv 1x1``, ``depthwise``, ``matmul`` or ``other``."""
+    first = kernel.steps[0]
+    if first.op == "Conv":
+        shape = next(o.shape for o in kernel.operands if o.name == first.inputs[1])
+        if shape[1] == 1:
+            return "depthwise"
+        return "conv 1x1" if all(k == 1 for k in shape[2:]) else "conv"
+    return "matmul" if first.op in ("MatMul", "Gemm") else "other"
+
+
+def _start(kernel: Kernel) -> Tuple[Any, ...]:
+    """The first operator, and the shapes of what it reads."""
+    first = kernel.steps[0]
+    names = {str(x).partition(":")[0] for x in first.inputs}
+    return first.op, first.attributes, tuple(o.shape for o in kernel.operands if o.name in names)
+
+
+def _likeness(a: Kernel, b: Kernel) -> Tuple[int, int, bool]:
+    """How many operators are the same from the first on, and how many more either has."""
+    ops_a, ops_b = ([(s.op, s.attributes) for s in kernel.steps] for kernel in (a, b))
+    same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(ops_a, ops_b))))
+    return same, -abs(len(ops_a) - len(ops_b)), a.image == b.image
+
+
+def place_of(kernel: Kernel, widths: Widths) -> tuple[int, ...]:
+    """Return where widths lie on the axes of a kernel's entry: as they are, or the number of elements in all."""
+    if len(kernel.letters) <= LADDER:
+        return tuple(widths)
+    sizes = dict(zip(kernel.letters, widths))
+    return (sum(prod(resolved(o.shape, sizes)) for o in kernel.operands) + prod(resolved(kernel.shape, sizes)),)
+
+
+def _edge(axis: Sequence[int], width: int, step: int) -> int:
+    """The next stair edge at or above a width; widths that were measured themselves stay."""
+    return width if width in axis else min(-(-width // step) * step, max(axis[-1], width))

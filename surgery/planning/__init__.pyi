@@ -1,0 +1,8 @@
+from . import profiling as profiling, refinement as refinement
+from .allocation import SCOPES as SCOPES, allocate as allocate
+from .decision import Choice as Choice, Decision as Decision, decide as decide
+from .forecast import Forecast as Forecast
+from .latency_planner import Planner as Planner
+from .latency_search import State as State, Worth as Worth, spend as spend
+from .lowering import lower as lower
+from .repetition import repeat as repeat, traced as traced

@@ -1,0 +1,217 @@
+"""Scores, costs and a budget make a plan: plain arithmetic, no torch.
+
+Cost falls along a schedule of steps, so the first state that meets the budget is found by bisection, in a dozen or so
+calls of the cost function; by construction, putting back its last step would exceed the budget. `plan_from_dead` is the
+one place where dead units become dead positions of tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.core import KEPT, Budget, CostFn, Coupling, InputSpec, Plan, Scores
+from surgery.coupling import NO_SETTINGS, plan_from_dead
+from surgery.errors import BudgetUnreachable, InvalidInput
+from surgery.planning.ladders import Ladder, Schedule, global_schedule, ladders_of, uniform_schedule
+
+SCOPES = ("global", "uniform")
+INEXACT = ("never", "if-needed", "always")
+
+
+def allocate(
+    coupling: Coupling,
+    scores: Scores,
+    budget: Budget,
+    *,
+    cost: CostFn | None,
+    dense: int | None = None,
+    fingerprint: str,
+    inputs: tuple[InputSpec, ...],
+    scope: str = "global",
+    round_to: int = 1,
+    inexact: str = "if-needed",
+    settings: Mapping[str, Any] = NO_SETTINGS,
+) -> Plan:
+    """Return the plan that removes least, in order of score, and meets the budget.
+
+    Args:
+        coupling: the groups.
+        scores: importance per unit; within a group the lowest goes first, ties in order of the units.
+        budget: fraction of the dense model to keep.
+        cost: dead units per group name → MACs or parameters of what is left, whichever the budget names; None for
+            `channels`, which are counted here: the fraction of the units of all groups.
+        dense: cost of the dense model, where `cost` tells that of a model some of whose blocks are gone already.
+        fingerprint: of the program, for the plan.
+        inputs: of the program, for the plan.
+        scope: `global` ranks the steps of all groups by their units' mean score; `uniform` keeps one fraction of every
+            group, rounded up to a size that the group may have.
+        round_to: what is left of a group that is cut is a multiple of this, counted in positions along the longest
+            stretch that the group has on a first axis (the output channels of its widest producer).
+        inexact: `never` leaves inexact groups whole, `if-needed` cuts them only where the budget cannot be met without
+            (and then ranks them with the others), `always` ranks them with the others from the start.
+        settings: criterion, seed and the like, kept in the plan as given.
+
+    Returns:
+        A plan whose kept cost is at most the budget's fraction of the dense cost, and more than it with the last step
+        put back: one unit, or what `round_to` makes of it, one of each piece where pieces stay alike; one width level
+        with `uniform`. Every group keeps a unit,
+        or with `round_to` a whole multiple.
+
+    Raises:
+        BudgetUnreachable: not even the smallest model meets the budget.
+        InvalidInput: unknown option, or scores that do not fit the groups.
+        IllegalCut: an axis would be left empty.
+    """
+    _check_options(scope=scope, round_to=round_to, inexact=inexact)
+    _check_scores(coupling, scores)
+    meter = _Meter.of(coupling, budget, cost, dense)
+    make_schedule = global_schedule if scope == "global" else uniform_schedule
+    ladders = ladders_of(coupling, scores, round_to)
+    notes: list[str] = []
+    for chosen in attempts(coupling, inexact):
+        schedule = make_schedule([ladder for ladder in ladders if chosen.issuperset(ladder.groups)])
+        dead = _first_within(schedule, meter)
+        if dead is not None:
+            break
+        smallest = schedule.dead(schedule.length)
+        notes.append(
+            f"with {len(chosen)} of {len(coupling.groups)} groups at their smallest, {meter.kept(smallest)} remain"
+        )
+    else:
+        reached = notes[-1] if ladders else "no unit of it can be removed"
+        hints = _hints(coupling, shrinks=meter.share(smallest) < 1, inexact=inexact, round_to=round_to)
+        raise BudgetUnreachable(_unreachable(meter, reached, coupling, hints))
+    notes += [f"kept {meter.kept(dead)}", *_left_whole(coupling, chosen, ladders, inexact=inexact, round_to=round_to)]
+    return plan_from_dead(
+        coupling, dead, fingerprint=fingerprint, inputs=inputs, budget=budget, settings=settings, notes=notes
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Meter:
+    """What is left, in the currency of the budget."""
+
+    kind: str
+    fraction: float
+    dense: int
+    cost: CostFn
+
+    @classmethod
+    def of(cls, coupling: Coupling, budget: Budget, cost: CostFn | None, dense: int | None) -> _Meter:
+        if budget.kind == "channels":
+            total = sum(group.size for group in coupling.groups)
+            return cls("channels", budget.amount, total, lambda dead: total - sum(map(len, dead.values())))
+        if cost is None:
+            raise InvalidInput(f"a budget on {budget.kind} needs a cost function: pass `cost`, or give budget channels")
+        return cls(budget.kind, budget.amount, cost({}) if dense is None else dense, cost)
+
+    def share(self, dead: Mapping[str, Sequence[int]]) -> float:
+        """Fraction of the dense cost that is left (a quotient: 29 of 100 is 0.29, as 0.29 * 100 is not)."""
+        return self.cost(dead) / self.dense if self.dense else 1.0
+
+    def kept(self, dead: Mapping[str, Sequence[int]]) -> str:
+        """What is left, in words."""
+        return f"{self.cost(dead):,} of {self.dense:,} {self.kind} ({_percent(self.share(dead))})"
+
+
+def _first_within(schedule: Schedule, meter: _Meter) -> dict[str, tuple[int, ...]] | None:
+    """Dead units of the first state within the budget, or None; the state before it exceeds the budget."""
+    if meter.share({}) <= meter.fraction:
+        return {}  # blocks that are gone were enough
+    over, within = 0, schedule.length
+    if meter.share(schedule.dead(within)) > meter.fraction:
+        return None
+    while within - over > 1:
+        middle = (over + within) // 2
+        if meter.share(schedule.dead(middle)) > meter.fraction:
+            over = middle
+        else:
+            within = middle
+    return schedule.dead(within)
+
+
+def attempts(coupling: Coupling, inexact: str) -> list[frozenset[str]]:
+    """Return names of the groups that may be cut: sets to be tried in turn."""
+    every = frozenset(group.name for group in coupling.groups)
+    exact = frozenset(group.name for group in coupling.groups if group.inexact is None)
+    attempts = {"never": [exact], "always": [every], "if-needed": [exact, every]}[inexact]
+    return attempts[:1] if exact == every else attempts
+
+
+# Words. --------------------------------------------------------------------------------------------------------------
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.4g} %"
+
+
+def _left_whole(
+    coupling: Coupling, chosen: frozenset[str], ladders: Sequence[Ladder], *, inexact: str, round_to: int
+) -> list[str]:
+    """Why groups were not considered at all."""
+    notes = []
+    spared = Counter(group.inexact for group in coupling.groups if group.name not in chosen)
+    why = "inexact cuts were ruled out" if inexact == "never" else "exact groups sufficed"
+    notes += [f"{count} inexact groups left whole, as {why}: {reason}" for reason, count in spared.items()]
+    narrow = [
+        name
+        for ladder in ladders
+        for name in ladder.groups
+        if name in chosen and not ladder.ends and len(ladder.order) > len(ladder.groups)
+    ]
+    if narrow:
+        notes.append(f"left whole for want of a smaller multiple of {round_to}: {', '.join(narrow)}")
+    return notes
+
+
+def _unreachable(meter: _Meter, reached: str, coupling: Coupling, hints: Sequence[str]) -> str:
+    """What was reachable, what is frozen, what to do."""
+    wish = f"cannot get down to {_percent(meter.fraction)} of the {meter.kind}: {reached}"
+    return f"{wish}; frozen: {'; '.join(_frozen_reasons(coupling)) or 'nothing'}; {' or '.join(hints)}"
+
+
+def _hints(coupling: Coupling, *, shrinks: bool, inexact: str, round_to: int) -> list[str]:
+    """What would help, each only where it can."""
+    hints = ["raise the budget"] if shrinks else []
+    if any(frozen.reason.startswith(KEPT) for frozen in coupling.frozen):
+        hints.append("narrow the --keep patterns")
+    if inexact == "never" and any(group.inexact for group in coupling.groups):
+        hints.append("allow inexact groups to be cut")
+    if round_to > 1:
+        hints.append(f"round to less than {round_to}")
+    return hints or ["this model has nothing that could be removed"]
+
+
+def _frozen_reasons(coupling: Coupling, most: int = 3) -> list[str]:
+    """The reasons that hold most parameters; a tensor with several frozen axes counts once per reason."""
+    tensors: dict[str, set[str]] = {}
+    for frozen in coupling.frozen:
+        tensors.setdefault(frozen.reason, set()).add(frozen.tensor)
+    sizes = {reason: sum(math.prod(coupling.shapes[name]) for name in names) for reason, names in tensors.items()}
+    ranked = sorted(sizes, key=lambda reason: -sizes[reason])[:most]
+    return [f"{reason} ({sizes[reason]:,} parameters: {', '.join(sorted(tensors[reason])[:2])})" for reason in ranked]
+
+
+# Checking what comes in. ---------------------------------------------------------------------------------------------
+
+
+def _check_options(*, scope: str, round_to: int, inexact: str) -> None:
+    if scope not in SCOPES:
+        raise InvalidInput(f"no scope '{scope}'; there are {', '.join(SCOPES)}")
+    if inexact not in INEXACT:
+        raise InvalidInput(f"no policy '{inexact}' for inexact groups; there are {', '.join(INEXACT)}")
+    if not isinstance(round_to, int) or round_to < 1:
+        raise InvalidInput(f"round_to={round_to!r}: give a whole number of at least 1")
+
+
+def _check_scores(coupling: Coupling, scores: Scores) -> None:
+    for group in coupling.groups:
+        values = scores.get(group.name, ())
+        if len(values) != group.size:
+            raise InvalidInput(f"group '{group.name}' has {group.size} units and {len(values)} scores: score it anew")
+        if not all(map(math.isfinite, values)):
+            raise InvalidInput(f"group '{group.name}' has scores that are not finite numbers")

@@ -1,0 +1,165 @@
+"""By which steps groups may shrink, and in which order: plain arithmetic, no torch.
+
+A *ladder* is the steps by which one group may shrink, or several that must stay alike; a *schedule* is the order in
+which the steps of all ladders are taken, from the dense model (state 0) to the smallest one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from surgery.core import Coupling, Group, Scores, Site
+
+Unit = tuple[str, int]
+"""A group's name, and a unit of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """How one group may shrink, or several together.
+
+    Attributes:
+        groups: their names.
+        order: all their units, in the order in which they go.
+        ends: number of units removed after each step, increasing; every group keeps a unit.
+        keys: importance of each step: mean score of its units; never falls along the ladder.
+    """
+
+    groups: tuple[str, ...]
+    order: tuple[Unit, ...]
+    ends: tuple[int, ...]
+    keys: tuple[float, ...]
+
+    @property
+    def fractions(self) -> tuple[float, ...]:
+        """The fraction of the units kept after each step."""
+        size = len(self.order)
+        return tuple((size - end) / size for end in self.ends)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """States 0 (dense) to `length`; `taken(state)` is the number of steps taken on each ladder."""
+
+    ladders: Sequence[Ladder]
+    length: int
+    taken: Callable[[int], Sequence[int]]
+
+    def dead(self, state: int) -> dict[str, tuple[int, ...]]:
+        """Group name → dead units, for the groups that are cut."""
+        dead: dict[str, list[int]] = {}
+        for ladder, steps in zip(self.ladders, self.taken(state), strict=True):
+            for name, unit in ladder.order[: ladder.ends[steps - 1]] if steps else ():
+                dead.setdefault(name, []).append(unit)
+        return {name: tuple(sorted(units)) for name, units in dead.items()}
+
+
+def ladders_of(coupling: Coupling, scores: Scores, round_to: int | Mapping[str, int]) -> list[Ladder]:
+    """Return the ladders of all groups, in the order of the groups; those that must stay alike share one.
+
+    Args:
+        coupling: the groups.
+        scores: importance per unit.
+        round_to: what is left of a group that is cut is a multiple of this; one number, or one per group.
+    """
+    multiples = dict.fromkeys((g.name for g in coupling.groups), round_to) if isinstance(round_to, int) else round_to
+    bundles = {piece[0][0]: pieces for pieces in coupling.alike if (piece := pieces[0])}
+    together = {name for pieces in coupling.alike for piece in pieces for name, _ in piece}
+    groups = {group.name: group for group in coupling.groups}
+    out = []
+    for name, group in groups.items():
+        if name in bundles:
+            out.append(_alike(bundles[name], groups, scores, multiples, coupling))
+        elif name not in together:
+            out.append(_single(group, scores[name], multiples[name], coupling.floors.get(name, ())))
+    return out
+
+
+def _single(group: Group, scores: Sequence[float], round_to: int, floors: Sequence[Sequence[int]]) -> Ladder:
+    """Units go one by one, the least important first; of each floor the best stays."""
+    ranked = sorted(range(group.size), key=lambda unit: scores[unit])
+    staying = {max(units, key=lambda unit: (scores[unit], unit)) for units in floors} or {ranked[-1]}
+    order = [u for u in ranked if u not in staying] + [u for u in ranked if u in staying]
+    left = sum(widths := _widths(group))
+    ends = []
+    for removed, unit in enumerate(order[: -len(staying)], start=1):
+        left -= widths[unit]
+        if left > 0 and left % round_to == 0:
+            ends.append(removed)
+    return _ladder((group.name,), [(group.name, unit) for unit in order], ends, {group.name: tuple(scores)})
+
+
+def _alike(
+    pieces: Sequence[Sequence[Unit]],
+    groups: Mapping[str, Group],
+    scores: Scores,
+    round_to: Mapping[str, int],
+    coupling: Coupling,
+) -> Ladder:
+    """Units go in rounds: the least important of each piece, then the next of each; the last round stays."""
+    names = tuple(dict.fromkeys(name for piece in pieces for name, _ in piece))
+    ranked = [sorted(piece, key=lambda u: scores[u[0]][u[1]]) for piece in pieces]
+    order = [unit for turn in zip(*ranked, strict=True) for unit in turn]
+    last = {piece[-1] for piece in ranked}
+    floors = [{(name, unit) for unit in units} for name in names for units in coupling.floors.get(name, ())]
+    widths = {name: _widths(groups[name]) for name in names}
+    left = {name: sum(width) for name, width in widths.items()}
+    ends = []
+    for removed, (name, unit) in enumerate(order[: -len(pieces)], start=1):
+        left[name] -= widths[name][unit]
+        whole = removed % len(pieces) == 0 and all(n > 0 and n % round_to[owner] == 0 for owner, n in left.items())
+        if whole and all(floor & (last | set(order[removed:])) for floor in floors):
+            ends.append(removed)
+    return _ladder(names, order, ends, scores)
+
+
+def _ladder(names: tuple[str, ...], order: Sequence[Unit], ends: Sequence[int], scores: Scores) -> Ladder:
+    values = np.array([scores[name][unit] for name, unit in order], dtype=np.float64)
+    means = [float(values[start:end].mean()) for start, end in pairwise([0, *ends])]
+    keys = np.maximum.accumulate(means) if means else np.empty(0)  # sorted already, but for rounding and pieces
+    return Ladder(names, tuple(order), tuple(ends), tuple(keys.tolist()))
+
+
+def _widths(group: Group) -> list[int]:
+    """Positions per unit along the longest stretch of the group on a first axis: the channels that a runtime sees.
+
+    Later axes may hold a channel many times over (a linear layer after a flattened image), which would hide its width.
+    """
+
+    def stretch(site: Site) -> int:
+        return sum(len(owned) for owned in site.index)
+
+    first = [site for site in group.sites if site.axis == 0]
+    widest = max(first or group.sites, key=stretch, default=None)
+    return [len(owned) for owned in widest.index] if widest else [1] * group.size
+
+
+def global_schedule(ladders: Sequence[Ladder]) -> Schedule:
+    """Take steps one at a time, least important first; ties in the order of groups, then of steps."""
+    owners = np.array([k for k, ladder in enumerate(ladders) for _ in ladder.ends], dtype=np.int64)
+    keys = np.array([key for ladder in ladders for key in ladder.keys], dtype=np.float64)
+    ranked = owners[np.argsort(keys, kind="stable")]
+
+    def taken(state: int) -> list[int]:
+        return [int(steps) for steps in np.bincount(ranked[:state], minlength=len(ladders))]
+
+    return Schedule(ladders, len(ranked), taken)
+
+
+def uniform_schedule(ladders: Sequence[Ladder]) -> Schedule:
+    """Take all groups down together: at level f each keeps the smallest size it may have that is at least f of it."""
+    fractions = [np.array(ladder.fractions) for ladder in ladders]
+    levels = sorted(_distinct(ladders), reverse=True)
+
+    def taken(state: int) -> list[int]:
+        return [int((kept >= levels[state - 1]).sum()) if state else 0 for kept in fractions]
+
+    return Schedule(ladders, len(levels), taken)
+
+
+def _distinct(ladders: Sequence[Ladder]) -> Iterator[float]:
+    yield from {fraction for ladder in ladders for fraction in ladder.fractions}

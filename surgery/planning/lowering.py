@@ -1,0 +1,224 @@
+"""Program → kernels: what a runtime will run, operator by operator, with the widths left open.
+
+Each operator's rule says which ONNX operators it becomes. Batch norms are folded into the convolution before them, as
+the exporter does, and element-wise operators join the kernel whose result nobody else reads: whether a runtime fuses
+them is measured, not assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.core import Coupling, Kernel, Operand, Placed, Program, Size, Step, Value, hint, is_symbolic
+from surgery.coupling import Sizes, Wiring, bind
+from surgery.ops import Rule, rules
+
+_BLOCKED = {"Conv", "MaxPool", "AveragePool", "GlobalAveragePool", "BatchNormalization", "Resize"}
+"""Operators that runtimes let hold channels in blocks, and that so decide it for what lies between them."""
+
+_IDEMPOTENT = {"Relu"}
+"""Once is enough, and exporters know it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lowered:
+    """The kernels of a program.
+
+    Attributes:
+        placed: in order of the program.
+        sizes: lengths of the axes that the kernels' slots number.
+        untimed: names of operations that no kernel stands for, though they may cost something.
+    """
+
+    placed: tuple[Placed, ...]
+    sizes: Sizes
+    untimed: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A kernel that operators are still added to."""
+
+    steps: list[Step] = field(default_factory=list)
+    operands: list[Operand] = field(default_factory=list)
+    shape: tuple[Size, ...] = ()
+    nodes: list[str] = field(default_factory=list)
+    last: torch.fx.Node | None = None
+
+
+def lower(program: Program, coupling: Coupling, *, batch: int = 1) -> Lowered:
+    """Return the kernels of a program at a batch size; letters are numbered by the axes they stand for."""
+    return _Lowering(program, coupling.facts, batch).run()
+
+
+class _Lowering:
+    def __init__(self, program: Program, wiring: Wiring, batch: int) -> None:
+        self._program, self._wiring = program, wiring
+        self._sizes = Sizes(wiring)
+        self._batch = _batch_symbol(program), batch
+        self._drafts: list[_Draft] = []
+        self._home: dict[torch.fx.Node, _Draft] = {}
+        self._images: set[torch.fx.Node] = set()
+        self._source: dict[torch.fx.Node, torch.fx.Node] = {}  # what a free operator's result is made of
+        self._untimed: list[str] = []
+
+    def run(self) -> Lowered:
+        table = rules()
+        for node in self._program.graph.graph.nodes:
+            if node.op == "call_function" and isinstance(self._wiring.values.get(node.name), Value):
+                self._visit(node, table.get(str(node.target)))
+        placed = tuple(_placed(draft, image=self._read_as_image(draft)) for draft in self._drafts)
+        return Lowered(placed, self._sizes, tuple(self._untimed))
+
+    def _visit(self, node: torch.fx.Node, rule: Rule | None) -> None:
+        arguments = bind(node, lambda n: n).raw
+        tensors = _tensors(arguments)
+        shapes = {name: self._shape(source) for name, source in tensors.items()}
+        steps = rule.onnx(arguments, shapes, self._shape(node)) if rule is not None and rule.onnx is not None else None
+        if rule is None or steps is None:
+            self._untimed.append(node.name)
+        elif not steps:
+            self._pass(node, next(iter(tensors.values()), None))
+        else:
+            self._place(node, rule, steps, tensors)
+
+    def _pass(self, node: torch.fx.Node, source: torch.fx.Node | None) -> None:
+        """A free operator: its result is its argument's, in another shape perhaps."""
+        if source is not None and self._shape(source) == self._shape(node):
+            self._source[node] = source
+            if source in self._images:
+                self._images.add(node)
+
+    def _place(self, node: torch.fx.Node, rule: Rule, steps: Any, tensors: Mapping[str, torch.fx.Node]) -> None:
+        sources = {name: self._origin(source) for name, source in tensors.items()}
+        joined = next((name for name, s in sources.items() if self._joins(tensors[name], s, node, rule, steps)), None)
+        draft = self._home[sources[joined]] if joined is not None else _Draft()
+        if joined is None:
+            self._drafts.append(draft)
+        if joined is not None and steps[0].op == "BatchNormalization":
+            self._fold(draft, node)
+        else:
+            self._append(draft, steps, sources, joined)
+        draft.shape, draft.last = self._shape(node), node
+        draft.nodes.append(node.name)
+        self._home[node] = draft
+        image = len(draft.shape) == 4
+        if image and (steps[-1].op in _BLOCKED or any(s in self._images for s in sources.values())):
+            self._images.add(node)
+
+    def _joins(self, given: torch.fx.Node, source: torch.fx.Node, node: torch.fx.Node, rule: Rule, steps: Any) -> bool:
+        """Whether the operator goes into the kernel that makes this argument."""
+        draft = self._home.get(source)
+        if draft is None or draft.last is not source or len(given.users) > 1 or len(source.users) > 1:
+            return False
+        if steps[0].op == "BatchNormalization":
+            return draft.steps[-1].op in ("Conv", "ConvTranspose") and self._shape(source) == self._shape(node)
+        return rule.family == "element-wise" and self._shape(source) == self._shape(node)
+
+    def _fold(self, draft: _Draft, node: torch.fx.Node) -> None:
+        """A batch norm behind a convolution costs nothing but a bias."""
+        last = draft.steps[-1]
+        if len(last.inputs) == 2:
+            name = f"w{len(draft.operands)}"
+            draft.operands.append(Operand(name, self._shape(node)[1:2], "weight"))
+            draft.steps[-1] = replace(last, inputs=(*last.inputs, name))
+
+    def _append(self, draft: _Draft, steps: Any, sources: Mapping[str, torch.fx.Node], joined: str | None) -> None:
+        offset = len(draft.steps)
+        names: dict[str, str] = {joined: f"%{offset - 1}"} if joined is not None else {}
+
+        def named(x: Any) -> Any:
+            if not isinstance(x, str):
+                return x
+            if x.startswith("%"):
+                return f"%{int(x[1:]) + offset}"
+            name, _, turned = x.partition(":")
+            if name not in sources:
+                return None
+            if name not in names:
+                names[name] = f"{'w' if sources[name].op == 'get_attr' else 'x'}{len(draft.operands)}"
+                kind = "weight" if sources[name].op == "get_attr" else "value"
+                kind = "image" if sources[name] in self._images else kind
+                draft.operands.append(Operand(names[name], self._shape(sources[name]), kind))
+            return f"{names[name]}:{turned}" if turned else names[name]
+
+        if [s.op for s in steps] == [draft.steps[-1].op if draft.steps else ""] and steps[0].op in _IDEMPOTENT:
+            return
+        for s in steps:
+            inputs = [named(x) for x in s.inputs]
+            while inputs and inputs[-1] is None:
+                inputs.pop()
+            draft.steps.append(replace(s, inputs=tuple(inputs)))
+
+    def _origin(self, node: torch.fx.Node) -> torch.fx.Node:
+        while node in self._source:
+            node = self._source[node]
+        return node
+
+    def _read_as_image(self, draft: _Draft) -> bool:
+        """Whether what comes out may stay in blocks: some reader is no view, no transposition and no linear layer."""
+        if draft.last not in self._images:
+            return False
+        table = rules()
+        readers = [table.get(str(user.target)) for user in draft.last.users]
+        families = {rule.family for rule in readers if rule is not None}
+        concatenates = any(rule is not None and "cat" in rule.op for rule in readers)
+        return concatenates or bool(families & {"convolution", "pooling and resizing", "element-wise", "norm"})
+
+    def _shape(self, node: torch.fx.Node) -> tuple[Size, ...]:
+        value, traced = self._wiring.values[node.name], node.meta.get("val")
+        if not isinstance(value, Value):
+            return ()
+        slots = self._sizes.track(value)
+        sizes: Any = traced.shape if isinstance(traced, Tensor) else value.shape
+        return tuple(self._size(slot, size) for slot, size in zip(slots, sizes, strict=True))
+
+    def _size(self, slot: int, size: Any) -> Size:
+        if is_symbolic(size):
+            symbol, batch = self._batch
+            value = size.node.expr.subs({symbol: batch}) if symbol is not None else size.node.expr
+            return int(value) if value.is_number else hint(size)
+        return f"#{slot}" if slot >= 0 else int(size)
+
+
+def _placed(draft: _Draft, *, image: bool) -> Placed:
+    """Exchange the numbers of axes for letters, in order of first use."""
+    sizes = [s for operand in draft.operands for s in operand.shape] + list(draft.shape)
+    numbers = list(dict.fromkeys(s for s in sizes if isinstance(s, str)))
+    letters = {number: _letter(k) for k, number in enumerate(numbers)}
+
+    def lettered(shape: tuple[Size, ...]) -> tuple[Size, ...]:
+        return tuple(letters[s] if isinstance(s, str) else s for s in shape)
+
+    operands = tuple(replace(o, shape=lettered(o.shape)) for o in draft.operands)
+    kernel = Kernel(tuple(draft.steps), operands, lettered(draft.shape), image)
+    return Placed(kernel, tuple(int(number[1:]) for number in numbers), tuple(draft.nodes))
+
+
+def _letter(k: int) -> str:
+    return chr(ord("a") + k) if k < 26 else f"a{k}"
+
+
+def _batch_symbol(program: Program) -> Any:
+    for node in program.graph.graph.nodes:
+        value = node.meta.get("val")
+        first: Any = value.shape[0] if isinstance(value, Tensor) and value.dim() else None
+        if node.op == "placeholder" and is_symbolic(first):
+            return first.node.expr
+    return None
+
+
+def _tensors(arguments: Mapping[str, Any]) -> dict[str, torch.fx.Node]:
+    """The arguments that are computed values of tensors, those in lists as ``name.k``."""
+    found: dict[str, torch.fx.Node] = {}
+    for name, argument in arguments.items():
+        items = {f"{name}.{k}": x for k, x in enumerate(argument)} if isinstance(argument, (list, tuple)) else {}
+        for key, x in (items or {name: argument}).items():
+            if isinstance(x, torch.fx.Node) and isinstance(x.meta.get("val"), Tensor):
+                found[key] = x
+    return found

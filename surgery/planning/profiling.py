@@ -1,0 +1,296 @@
+"""A model's kernels and what each takes: measured here, or packed to be measured on a device.
+
+A plan may take blocks out, and runtimes then fuse other operators around the gap. So the kernels of the model
+without every other block, and without any, are timed as well: a table made here serves plans that drop blocks.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from surgery import __version__
+from surgery.core import Clock, Program, Progress
+from surgery.coupling import blocks_within, dead_blocks, drop, find_blocks, kept_names
+from surgery.cutting import stages_of, submodule as parts
+from surgery.errors import InvalidInput
+from surgery.latency import LatencyTable, Measured, Point, device
+from surgery.planning import refinement as race
+from surgery.planning.forecast import predicted_ms, widths_of
+from surgery.planning.lowering import lower
+from surgery.request import Request
+
+DEVICE_FILES = (
+    *("surgery/errors.py", "surgery/core/kernels.py", "surgery/latency/tables.py"),
+    *("surgery/latency/micro.py", "surgery/latency/probe.py", "surgery/latency/fill.py", "surgery/latency/device.py"),
+)
+"""What a pack holds of this package, as it stands."""
+
+PACK_MAIN = '''"""Measures a model's kernels on this device: python THIS_FILE.zip --help."""
+
+import os
+import sys
+
+if sys.version_info < (3, 8):
+    sys.exit("error: this needs Python 3.8 or newer")
+try:
+    import numpy
+    import onnxruntime
+except ImportError as error:
+    sys.exit("error: %s; install what is needed: python -m pip install numpy onnxruntime" % error)
+
+from surgery.latency.device import main
+
+if __name__ == "__main__":
+    sys.exit(main(os.path.dirname(os.path.abspath(__file__))))
+'''
+
+PACK_TEXTS = {
+    "__main__.py": PACK_MAIN,
+    "surgery/__init__.py": "",
+    "surgery/core/__init__.py": "from surgery.core.kernels import *\n",
+    "surgery/latency/__init__.py": "",
+}
+"""What a pack holds beside those files: packages that load nothing else."""
+
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Survey:
+    """What there is to time of a model.
+
+    Attributes:
+        program: as it was traced.
+        request: what was asked for.
+        dense: the program's kernels with their widths, in order.
+        others: those that come up where blocks are gone.
+    """
+
+    program: Program
+    request: Request
+    dense: tuple[Point, ...]
+    others: tuple[Point, ...]
+
+    @property
+    def keys(self) -> dict[str, list[tuple[int, ...]]]:
+        """Kernel key → the widths that it has."""
+        found: dict[str, dict[tuple[int, ...], None]] = {}
+        for kernel, widths in (*self.dense, *self.others):
+            found.setdefault(kernel.key, {})[widths] = None
+        return {key: list(widths) for key, widths in found.items()}
+
+
+def survey(
+    model: torch.nn.Module,
+    example_inputs: Any,
+    request: Request,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Survey:
+    """Return what there is to time of a model, which stays as it is; of the request, the budget does not count.
+
+    Raises:
+        InvalidInput: inputs that the model does not take, a part that it does not have.
+        UnsupportedModel: the model cannot be traced.
+    """
+    run = Clock(progress)
+    stages = stages_of(request.tracer)
+    with run("trace"):
+        whole = parts.reach(model, request.part, example_inputs, example_kwargs) if request.part is not None else None
+        program = stages.trace(*(whole.call if whole else (model, example_inputs, example_kwargs)))
+
+    def points(subject: Program) -> list[Point]:
+        coupling = stages.couple(subject, keep=request.keep)
+        return widths_of(lower(subject, coupling, batch=request.batch), coupling.facts, {})
+
+    with run("couple"):
+        dense = points(program)
+    with run("couple without blocks"):
+        found = find_blocks(program)
+        blocks = list(blocks_within(found, kept_names(program, request.keep)))
+        dead = dead_blocks(program, blocks)
+        names = [block.name for block in blocks]
+        gone = {frozenset(chosen).union(dead) for chosen in (names[::2], names[1::2], names, ())} - {frozenset()}
+        others = [
+            point
+            for chosen in sorted(gone, key=sorted)
+            for point in points(drop(program, {name: dead.get(name, ()) for name in sorted(chosen)}, found))
+        ]
+    return Survey(program, request, tuple(dense), tuple(others))
+
+
+# Here. ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Profile:
+    """What a model's kernels take on this machine.
+
+    Attributes:
+        survey: what was timed.
+        table: of this machine, with this model's kernels alone.
+        cached: where the machine's whole table lies.
+        warnings: what the user should know of it.
+    """
+
+    survey: Survey
+    table: LatencyTable
+    cached: Path
+    warnings: tuple[str, ...]
+
+
+def measure(subject: Survey, *, progress: Progress | None = None) -> Profile:
+    """Time on this machine what its table lacks, the dense widths themselves included."""
+    warnings: list[str] = []
+    request = subject.request
+    source = Measured(
+        race.conditions_of(subject.program, request),
+        seed=request.seed,
+        progress=progress,
+        warn=warnings.append,
+    )
+    table = source.cover([*subject.dense, *subject.others])
+    table = source.refine(subject.dense) or table
+    return Profile(subject, table.only([*subject.dense, *subject.others]), source.path, tuple(warnings))
+
+
+def describe(profile: Profile, *, name: str) -> dict[str, Any]:
+    """Return a profile as JSON values: the device, its stairs, and kernels from the costliest on."""
+    table, dense = profile.table, profile.survey.dense
+    total = predicted_ms(dense, table)
+    counted = Counter((kernel.key, widths) for kernel, widths in dense)
+    kernels = {kernel.key: kernel for kernel, _ in dense}
+    rows = []
+    for (key, widths), count in counted.items():
+        ms = predicted_ms([(kernels[key], widths)] * count, table)
+        row = {"title": kernels[key].title, "widths": list(widths), "count": count, "ms": ms, "share": ms / total}
+        rows.append(row)
+    return {
+        "model": name,
+        "batch": profile.survey.request.batch,
+        "device": dict(table.device),
+        "predicted_ms": total,
+        "overhead_ms": table.overhead_ms,
+        "stairs": {kind: stairs.step for kind, stairs in table.stairs.items()},
+        "kernels": sorted(rows, key=lambda row: -row["ms"]),
+        "cache": str(profile.cached),
+        "notes": list(profile.warnings),
+    }
+
+
+def render_terminal(data: Mapping[str, Any], console: Console) -> None:
+    """Print what `describe` returned: the costliest kernels, and the device's stairs."""
+    where = data["device"]
+    console.print(
+        f"{data['model']}, batch {data['batch']}: {data['predicted_ms']:.4g} ms by the sum of its kernels; "
+        f"{where['precision']}, ONNX Runtime {where['onnxruntime']} on {where['cpu']}, threads {where['threads']}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    for header in ("kernel", "widths", "count", "ms", "share"):
+        table.add_column(header, justify="left" if header == "kernel" else "right")
+    for row in data["kernels"][:_SHOWN]:
+        widths = "x".join(map(str, row["widths"])) or "-"
+        table.add_row(escape(row["title"]), widths, str(row["count"]), f"{row['ms']:.3g}", f"{row['share']:.1%}")
+    console.print("", table, sep="\n")
+    if len(data["kernels"]) > _SHOWN:
+        console.print(f"… and {len(data['kernels']) - _SHOWN} more (--json)", highlight=False)
+    steps = ", ".join(f"{kind} {step}" for kind, step in sorted(data["stairs"].items()))
+    console.print(f"\nwidths are paid in steps of: {steps}", highlight=False, soft_wrap=True)
+    for note in data["notes"]:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+
+
+# On a device. --------------------------------------------------------------------------------------------------------
+
+
+def pack(subject: Survey, path: str | Path, *, name: str, progress: Progress | None = None) -> None:
+    """Write one zip file that measures the model's kernels where there are Python, numpy and onnxruntime alone.
+
+    Args:
+        subject: what is to be timed.
+        path: of the file; replaced once everything is in it.
+        name: of the model.
+        progress: told each step.
+
+    Raises:
+        InvalidInput: the file cannot be written.
+        UnsupportedModel: the model cannot be exported.
+    """
+    target = Path(path)
+    partial = target.with_name(target.name + ".partial")
+    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
+        track = race.track_of(subject.program, Path(folder), subject.request, progress)
+        texts = {
+            **PACK_TEXTS,
+            **{file: _own(file) for file in DEVICE_FILES},
+            device.REQUEST: json.dumps(_asked(subject, track, name), indent=1) + "\n",
+        }
+        try:
+            with zipfile.ZipFile(partial, "w") as archive:
+                for file, text in texts.items():
+                    archive.writestr(zipfile.ZipInfo(file, _EPOCH), text, zipfile.ZIP_DEFLATED)
+                for model in sorted(Path(folder).glob(f"{device.DENSE}*")):
+                    with model.open("rb") as read, archive.open(_entry(model), "w") as write:
+                        shutil.copyfileobj(read, write)
+            partial.replace(target)
+        except OSError as error:
+            raise InvalidInput(f"cannot write {target}: {error.strerror or error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _entry(model: Path) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(model.name, _EPOCH)
+    entry.file_size = model.stat().st_size  # large ones take another header
+    return entry
+
+
+def _asked(subject: Survey, track: race.Track, name: str) -> dict[str, Any]:
+    """What the device reads."""
+    request = subject.request
+    told = asdict(race.conditions_of(subject.program, request))
+    return {
+        "model": name,
+        **{key: told[key] for key in ("flush_mib", "precision", "threads")},
+        "part": request.part,
+        "tool_version": __version__,
+        "fingerprint": subject.program.fingerprint,
+        "batch": request.batch,
+        "seed": request.seed,
+        "shapes": track.shapes,
+        "kernels": subject.keys,
+    }
+
+
+def _own(file: str) -> str:
+    """The text of a file of this package."""
+    package, _, module = file.partition("/")
+    return files(package).joinpath(module).read_text("utf-8")
+
+
+def refuse_unwritable(option: str, path: Path) -> None:
+    """Raise InvalidInput where a file cannot be written, before the long work for it."""
+    if path.is_dir():
+        raise InvalidInput(f"{option} {path}: is a folder; name a file in it")
+    if not path.resolve().parent.is_dir():
+        raise InvalidInput(f"{option} {path}: there is no folder {path.parent}; make it, or name another")

@@ -1,1 +1,0 @@
-"""Recovery: what brings a compact model's outputs back to the dense model's."""

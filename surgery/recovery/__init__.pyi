@@ -1,0 +1,22 @@
+from . import reconstruction as reconstruction, run as run
+from .agreement import Agreement as Agreement, Reference as Reference, paired_drop as paired_drop
+from .evaluation import (
+    Evaluate as Evaluate,
+    checked as checked,
+    open_evaluation as open_evaluation,
+    points_lost as points_lost,
+)
+from .run import (
+    TAUGHT as TAUGHT,
+    Recovery as Recovery,
+    level_of as level_of,
+    recovered as recovered,
+    refuse_drop as refuse_drop,
+    refuse_lesson as refuse_lesson,
+    twin as twin,
+    verdict_on as verdict_on,
+    with_recovery as with_recovery,
+)
+from .steps import Step as Step
+from .teaching import History as History, Student as Student, Training as Training
+from .training import refuse_batch as refuse_batch, train as train

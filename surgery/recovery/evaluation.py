@@ -1,0 +1,68 @@
+"""The user's own measure of a model: a callable that gets one, and returns figures by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import isfinite
+from numbers import Real
+from typing import Any
+
+import torch
+
+from surgery.capture import evaluating
+from surgery.errors import InvalidInput
+from surgery.inputs import user_object
+
+Evaluate = Callable[[Any], Mapping[str, float]]
+
+
+def open_evaluation(given: str) -> Evaluate:
+    """Return what `FILE.py:CALLABLE` names, checked each time it is called.
+
+    Raises:
+        InvalidInput: there is no such callable; later, that it fails or returns no finite numbers by name.
+    """
+    owner, colon, name = given.rpartition(":")
+    if not colon or not owner:
+        raise InvalidInput(
+            f"--eval {given}: write FILE.py:CALLABLE, a function of a model that returns {{metric: value}}"
+        )
+    function = user_object(owner, name)
+    return checked(function, f"--eval {given}")
+
+
+def checked(function: Callable[[Any], Any], told: str) -> Evaluate:
+    """Return the function with what it returns made sure of: finite numbers by name, the first one to be kept high.
+
+    Args:
+        function: of a model.
+        told: where it comes from, for messages.
+
+    Raises:
+        InvalidInput: it is none; later, what it returns is something else.
+    """
+    if not callable(function):
+        raise InvalidInput(f"{told} is of type {type(function).__name__}, not a function of a model")
+
+    def run(model: Any) -> dict[str, float]:
+        if isinstance(model, torch.nn.Module):
+            with evaluating(model), torch.no_grad():
+                found = function(model)
+        else:
+            found = function(model)
+        if not isinstance(found, Mapping) or not found:
+            raise InvalidInput(f"{told} returned {type(found).__name__}; return figures by name, as in {{'mAP': 0.4}}")
+        wrong = [k for k, v in found.items() if not isinstance(v, Real) or not isfinite(float(v))]
+        if wrong:
+            raise InvalidInput(f"{told}: '{wrong[0]}' is {found[wrong[0]]!r}; every figure must be a finite number")
+        return {str(name): float(value) for name, value in found.items()}
+
+    return run
+
+
+def points_lost(dense: Mapping[str, float], compact: Mapping[str, float]) -> float:
+    """Return by how much the first figure fell: in hundredths where the dense model's is between -1 and 1."""
+    name, value = next(iter(dense.items()))
+    if name not in compact:
+        raise InvalidInput(f"--eval: '{name}' was returned for the dense model and not for the compact one")
+    return (value - compact[name]) * (100.0 if abs(value) <= 1 else 1.0)

@@ -1,0 +1,113 @@
+"""Images to judge by, with their classes: the same ones for each model that is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.core import InputSpec
+from surgery.errors import InvalidInput
+from surgery.inputs import as_loader, classes_of, fitting, parted, read, unknown
+
+JUDGED = 10_000
+"""At most so many images of a data set are judged by."""
+KEPT = 2**30
+"""Bytes of images that are held."""
+Pair = tuple[Sequence[Tensor], Tensor | None]
+
+
+class Pairs:
+    """Batches of inputs with their classes, the same each time they are gone through.
+
+    They are held as long as they take no more than `KEPT` bytes; beyond that they are read anew, and have to be the
+    same ones.
+
+    Args:
+        given: `Images`, of which those that can be read are taken, or what else `as_loader` takes.
+        specs: the model's inputs; where they fix the batch, images are given so many at a time.
+        seed: of what a loader draws at random, such as an order.
+    """
+
+    def __init__(self, given: Any, specs: Sequence[InputSpec], seed: int = 0) -> None:
+        values = max(1, int(torch.Size(specs[0].shape[1:]).numel()))
+        fixed = 0 not in specs[0].dynamic
+        size = specs[0].shape[0] if fixed else max(8, min(64, 1_250_000 // values))
+        loader = as_loader(given, batch=size, most=JUDGED, option="val")
+        self._loader: Any = list(read(loader, seed, "val")) if isinstance(loader, Iterator) else loader
+        self._given, self._specs, self._size, self._seed = given, specs, size if fixed else None, seed
+        self._held: list[Pair] = []
+        self._digests: list[int] = []
+        self._whole = self._dropped = False
+        self.count = self._left = 0
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know, once they were gone through."""
+        told = []
+        if self._dropped:
+            told.append("the classes of --val are not one whole number for each image: they are left out")
+        if self._left:
+            told.append(f"the model takes {self._size} images at a time: the last {self._left} of --val are left out")
+        return told
+
+    def __iter__(self) -> Iterator[Pair]:
+        if self._whole:
+            yield from self._held
+            return
+        held, kept, seen = list[Pair](), 0, 0
+        for k, pair in enumerate(self._read()):
+            seen += len(pair[0][0])
+            kept += sum(x.numel() * x.element_size() for x in pair[0])
+            if kept <= KEPT:
+                held.append(pair)
+            self._recognise(k, pair)
+            yield pair
+        if not seen:
+            few = f"only {self._left} images, and the model takes {self._size} at a time" if self._left else "no images"
+            raise InvalidInput(f"val holds {few}: give a folder, an .npz file or a DataLoader with more")
+        self.count = seen
+        if kept <= KEPT:
+            self._held, self._whole = held, True
+
+    def _recognise(self, k: int, pair: Pair) -> None:
+        """Refuse batches that are others than the first time: whatever was found then would not belong to them."""
+        digest = hash(tuple(float(x.double().sum()) for x in pair[0]))
+        if k == len(self._digests):
+            self._digests.append(digest)
+        elif self._digests[k] != digest:
+            raise InvalidInput(
+                "val gives other images each time it is gone through: give them in one order, without augmentation "
+                "(shuffle=False)"
+            )
+
+    def _read(self) -> Iterator[Pair]:
+        pairs = self._pairs()
+        return pairs if self._size is None else self._regrouped(pairs, self._size)
+
+    def _pairs(self) -> Iterator[Pair]:
+        seen = 0
+        for batch in read(self._loader, self._seed, "val"):
+            inputs, rest = parted(batch, self._specs, "val")
+            inputs = [fitting(x, spec, "val") for x, spec in zip(inputs, self._specs, strict=True)]
+            classes = classes_of(rest, len(inputs[0]))
+            self._dropped |= bool(rest) and classes is None and not unknown(rest[0])
+            yield inputs, classes
+            seen += len(inputs[0])
+            if seen >= JUDGED:
+                break
+
+    def _regrouped(self, pairs: Iterable[Pair], size: int) -> Iterator[Pair]:
+        """The same images, so many at a time; what is left over in the end is left out."""
+        held, labels = [list[Tensor]() for _ in self._specs], list[Tensor | None]()
+        for inputs, classes in pairs:
+            labels += torch.split(classes, 1) if classes is not None else [None] * len(inputs[0])
+            for column, x in zip(held, inputs, strict=True):
+                column += torch.split(x, 1)
+            while len(labels) >= size:
+                first = [x for x in labels[:size] if x is not None]
+                yield [torch.cat(column[:size]) for column in held], torch.cat(first) if len(first) == size else None
+                held, labels = [column[size:] for column in held], labels[size:]
+        self._left = len(labels)

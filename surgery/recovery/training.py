@@ -1,0 +1,365 @@
+"""Distillation and fine-tuning: the compact model taught by the dense one, and by labels where there are some.
+
+Norms keep their statistics and dropouts are off: the model is trained as it will be deployed. Nothing hangs on the
+number of processes but the speed, and a run that was killed goes on from its last checkpoint as if it had not been.
+
+Source: Hinton et al. 2015 (arXiv:1503.02531); the same view for teacher and student, and mixed images, after Beyer et
+al. 2022 (arXiv:2106.05237). Processes and precision are Hugging Face Accelerate's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from math import cos, isfinite, pi
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Dataset
+
+from surgery.capture import evaluating
+from surgery.core import InputSpec, first_line
+from surgery.errors import InvalidInput
+from surgery.inputs import UNKNOWN, alike, classes_of, fitting, mixed, parted, read
+from surgery.recovery.augmentation import Look, Order, Views
+from surgery.recovery.checkpoint import Checkpoint
+from surgery.recovery.teaching import NO_CLASSES, History, Mark, Student, Training, loss_of
+
+WARM_UP = 0.05
+HELD_OUT_LEAST = 64
+JUDGED_BY = 512
+"""Images of a DataLoader, of which nothing can be held out, that training is judged by."""
+
+
+def train(
+    student: Student,
+    teacher: Student,
+    data: Any,
+    how: Training,
+    *,
+    learning: Sequence[nn.Parameter],
+    labels: bool,
+    key: str,
+    progress: Callable[[float], None],
+) -> History:
+    """Train the student in place; all processes have to call it alike.
+
+    Args:
+        student: the compact model.
+        teacher: the dense model; left as it is.
+        data: a map-style Dataset of images and classes, or a DataLoader of batches, taken as it comes.
+        how: settings.
+        learning: the parameters that may change.
+        labels: whether classes are learnt too, beside the teacher's outputs.
+        key: what a checkpoint must have been made for to be taken up.
+        progress: told the fraction that is done.
+
+    Raises:
+        InvalidInput: there are too few images, no classes where they are needed, or a loss that is no number.
+    """
+    with _own_state():
+        return _trained(student, teacher, data, how, learning, labels, key, progress)
+
+
+@contextmanager
+def _own_state() -> Iterator[None]:
+    """Accelerate keeps one precision for the whole process: what there was comes back after the block."""
+    from accelerate.state import AcceleratorState
+
+    shared: dict[str, Any] = AcceleratorState._shared_state
+    known = dict(shared)
+    shared.clear()
+    try:
+        yield
+    finally:
+        shared.clear()
+        shared.update(known)
+
+
+def _trained(
+    student: Student,
+    teacher: Student,
+    data: Any,
+    how: Training,
+    learning: Sequence[nn.Parameter],
+    labels: bool,
+    key: str,
+    progress: Callable[[float], None],
+) -> History:
+    from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+
+    try:
+        accelerator = Accelerator(
+            mixed_precision=how.mixed_precision,
+            cpu=not torch.cuda.is_available(),
+            dataloader_config=DataLoaderConfiguration(split_batches=True),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+    except (ValueError, ImportError) as error:
+        raise InvalidInput(f"mixed precision {how.mixed_precision} cannot be had here: {first_line(error)}") from error
+    for module in (student, teacher):
+        module.to(accelerator.device)
+    run = _Run(student, teacher, data, how, accelerator, learning, labels, key)
+    with evaluating(student), evaluating(teacher), _alone(student, learning):
+        run.all(progress)
+    student.to("cpu")
+    teacher.to("cpu")
+    progress(1.0)
+    return run.history
+
+
+@contextmanager
+def _alone(student: nn.Module, learning: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Only these parameters are learnt for the time of the block."""
+    chosen = {id(p) for p in learning}
+    before = [(p, p.requires_grad) for p in student.parameters()]
+    try:
+        for p, _ in before:
+            p.requires_grad_(id(p) in chosen)
+        yield
+    finally:
+        for p, wanted in before:
+            p.requires_grad_(wanted)
+            p.grad = None
+
+
+class _Run:
+    """One training run, in each of its processes."""
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Student,
+        data: Any,
+        how: Training,
+        accelerator: Any,
+        learning: Sequence[nn.Parameter],
+        labels: bool,
+        key: str,
+    ) -> None:
+        self._student, self._teacher, self._how, self._accelerator = student, teacher, how, accelerator
+        self._labels, self.history = labels, History(processes=accelerator.num_processes)
+        self._loader, self._judged = _loaders(data, how, accelerator.num_processes, labels, student.inputs)
+        views = isinstance(self._loader.dataset, Views)
+        self._views = (self._loader.dataset, self._loader.sampler) if views else None
+        self._each = len(self._loader)
+        self._steps = self._each * how.epochs
+        self._learning = list[Tensor](learning)
+        groups = [
+            {"params": [p for p in learning if p.dim() > 1], "weight_decay": how.weight_decay},
+            {"params": [p for p in learning if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self._optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=how.lr)
+        self._slots = [p for g in self._optimizer.param_groups for p in g["params"]]
+        self._average = [p.detach().clone() for p in self._learning]
+        self._best = [p.detach().clone() for p in self._learning]
+        self._step, self._since, self._summed = 0, 0, 0.0
+        self._checkpoint = Checkpoint(how.checkpoint, key) if how.checkpoint is not None else None
+        self._resume()
+        with alike(self._loader, how.seed):  # Accelerate keeps, and sets, the generators that it finds
+            self._wrapped, self._stepper, self._loader = accelerator.prepare(student, self._optimizer, self._loader)
+
+    def all(self, progress: Callable[[float], None]) -> None:
+        """Train to the end, and leave the best weights in the student."""
+        if not self.history.marks:
+            self._mark(0.0)
+        while self._step < self._steps and not self.history.stopped:
+            self._epoch(self._step // self._each, progress)
+        with torch.no_grad():
+            for p, best in zip(self._learning, self._best, strict=True):
+                p.copy_(best)
+        self.history.steps = self._step
+        self._accelerator.wait_for_everyone()
+        if self._checkpoint is not None and self._accelerator.is_main_process:
+            self._checkpoint.clear()
+
+    def _epoch(self, epoch: int, progress: Callable[[float], None]) -> None:
+        done = self._step - epoch * self._each
+        for batch in self._batches(epoch, done):
+            rate = _rate(self._step, self._steps)
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._how.lr * rate
+            inputs, classes = self._parted(batch)
+            with torch.no_grad(), self._accelerator.autocast():
+                wanted = self._teacher(inputs)
+            with self._accelerator.autocast():
+                loss = loss_of(self._wrapped(inputs), wanted, classes, self._how.temperature)
+            self._accelerator.backward(loss)
+            self._stepper.step()
+            self._stepper.zero_grad()
+            self._after(float(self._accelerator.reduce(loss.detach(), "mean")))
+            progress(self._step / self._steps)
+            if self._step % self._how.every == 0:
+                self._save()
+        self._mark(self._how.lr * _rate(self._step, self._steps))
+        self._save()
+
+    def _batches(self, epoch: int, done: int) -> Iterator[Any]:
+        """Of an epoch, those after the first so many; of a user's loader those are read too, for what it draws."""
+        seed = mixed(self._how.seed, epoch)
+        if self._views is None:
+            yield from islice(read(self._loader, seed), done, None)
+            return
+        for x in self._views:
+            x.epoch = epoch
+        yield from read(self._accelerator.skip_first_batches(self._loader, done) if done else self._loader, seed)
+
+    def _parted(self, batch: Any) -> tuple[list[Tensor], Tensor | None]:
+        """Inputs, and classes where they are to be learnt."""
+        specs, device = self._student.inputs, self._accelerator.device
+        found, rest = parted(batch, specs)
+        inputs = [fitting(x.to(device), spec) for x, spec in zip(found, specs, strict=True)]
+        if not self._labels:
+            return inputs, None
+        classes = classes_of(rest, len(inputs[0]))
+        if classes is None or bool((classes == UNKNOWN).any()):
+            raise InvalidInput(NO_CLASSES)
+        return inputs, classes.to(device)
+
+    def _after(self, loss: float) -> None:
+        self._step += 1
+        if not isfinite(loss):
+            raise InvalidInput(
+                f"training: the loss is not a number after {self._step} steps; lower the learning rate (--lr "
+                f"{self._how.lr / 10:g}), and look for images that are not finite"
+            )
+        self._since, self._summed = self._since + 1, self._summed + loss
+        decay = min(self._how.ema, (1 + self._step) / (10 + self._step)) if self._how.ema else 0.0
+        with torch.no_grad():
+            torch._foreach_lerp_(self._average, self._learning, 1 - decay)
+
+    def _mark(self, lr: float) -> None:
+        """Judge the averaged weights on what is held out, and keep them where they are the best so far."""
+        history, held_out = self.history, self._held_out()
+        if held_out is not None and not isfinite(held_out):
+            raise InvalidInput(
+                f"training: the loss on images held out is not a number after {self._step} steps; look for images that "
+                f"are not finite, or lower the learning rate (--lr {self._how.lr / 10:g})"
+            )
+        mean = self._summed / self._since if self._since else float("nan")
+        history.marks.append(Mark(self._step, self._step / self._each, lr, mean, held_out))
+        self._since, self._summed = 0, 0.0
+        known = [m.held_out for m in history.marks if m.held_out is not None]
+        if held_out is None or held_out <= min(known):
+            history.best = len(history.marks) - 1
+            for best, kept in zip(self._best, self._average, strict=True):
+                best.copy_(kept)
+        elif len(history.marks) - 1 - history.best >= self._how.patience:
+            history.stopped = f"no progress in {self._how.patience} epochs"
+
+    def _held_out(self) -> float | None:
+        if self._judged is None:
+            return None
+        total, count = 0.0, 0
+        with torch.no_grad(), self._averaged():
+            for batch in read(self._judged, self._how.seed):
+                inputs, classes = self._parted(batch)
+                loss = loss_of(self._student(inputs), self._teacher(inputs), classes, self._how.temperature)
+                total, count = total + float(loss) * len(inputs[0]), count + len(inputs[0])
+        mean = torch.tensor(total / count, dtype=torch.float64, device=self._accelerator.device)
+        return float(self._accelerator.reduce(mean, "mean"))  # what a DataLoader gives may differ by process
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        own = [p.detach().clone() for p in self._learning]
+        for p, kept in zip(self._learning, self._average, strict=True):
+            p.detach().copy_(kept)
+        try:
+            yield
+        finally:
+            for p, value in zip(self._learning, own, strict=True):
+                p.detach().copy_(value)
+
+    # Checkpoints. ----------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self._checkpoint is None or not self._accelerator.is_main_process:
+            return
+        tensors: dict[str, Tensor] = {}
+        for name, values in (("weight", self._learning), ("average", self._average), ("best", self._best)):
+            tensors |= {f"{name}.{k}": p.detach() for k, p in enumerate(values)}
+        for k, p in enumerate(self._slots):
+            tensors |= {f"{kind}.{k}": x for kind, x in self._optimizer.state[p].items() if isinstance(x, Tensor)}
+        told = {"step": self._step, "since": self._since, "summed": self._summed, "history": self.history.to_dict()}
+        if self._accelerator.scaler is not None:
+            told["scaler"] = self._accelerator.scaler.state_dict()
+        self._checkpoint.save(tensors, told)
+
+    def _resume(self) -> None:
+        if self._checkpoint is None:
+            return
+        found = self._checkpoint.load()
+        self.history.passed_over = self._checkpoint.passed_over
+        if found is None:
+            return
+        tensors, told = found
+        with torch.no_grad():
+            for name, values in (("weight", self._learning), ("average", self._average), ("best", self._best)):
+                for k, p in enumerate(values):
+                    p.copy_(tensors[f"{name}.{k}"])
+        for k, p in enumerate(self._slots):
+            self._optimizer.state[p] = {
+                kind: tensors[f"{kind}.{k}"].to("cpu" if kind == "step" else p.device)
+                for kind in ("step", "exp_avg", "exp_avg_sq")
+                if f"{kind}.{k}" in tensors
+            }
+        if self._accelerator.scaler is not None and told.get("scaler"):
+            self._accelerator.scaler.load_state_dict(told["scaler"])
+        self._step, self._since, self._summed = told["step"], told["since"], told["summed"]
+        past = told["history"]
+        self.history.marks = [Mark(**mark) for mark in past["marks"]]
+        self.history.best, self.history.stopped, self.history.resumed = past["best"], past["stopped"], self._step
+
+
+def _rate(step: int, steps: int) -> float:
+    """Of the highest learning rate: rises over the first part of the steps, then falls as a cosine."""
+    warm = max(1, int(WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + cos(pi * (step - warm) / max(1, steps - warm)))
+
+
+def refuse_batch(data: Any, how: Training, processes: int) -> None:
+    """Raise InvalidInput where processes cannot share the batch evenly."""
+    own = isinstance(data, DataLoader)
+    batch = (data.batch_size or getattr(data.batch_sampler, "batch_size", 0)) if own else how.batch
+    if not batch:
+        raise InvalidInput("the DataLoader has no batch_size: give it one, so that what is a step of training is known")
+    if batch % processes:
+        told = "the DataLoader's batch_size" if own else "--train-batch"
+        raise InvalidInput(f"batch {batch}: it is shared by {processes} processes; give a multiple of that by {told}")
+
+
+def _loaders(data: Any, how: Training, processes: int, labels: bool, inputs: Sequence[InputSpec]) -> tuple[Any, Any]:
+    """Batches to learn from, and to judge by what is held out (None where there is none)."""
+    refuse_batch(data, how, processes)
+    if not isinstance(data, (Dataset, DataLoader)) or not hasattr(getattr(data, "dataset", data), "__len__"):
+        raise InvalidInput("to be taught with, data are a folder, an .npz file, a Dataset or a DataLoader of a length")
+    if isinstance(data, DataLoader):
+        return data, _first(data, how.seed)
+    count = len(data)  # type: ignore[arg-type]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(how.seed)).tolist()
+    aside = max(int(how.held_out * count), min(HELD_OUT_LEAST, count // 5)) if how.held_out else 0
+    learnt, judged = order[aside:], order[:aside]
+    batch = min(how.batch, len(learnt) // processes * processes)
+    if batch < 2:
+        raise InvalidInput(f"training: {count} images are too few for {processes} processes; give more with --data")
+    flip = not labels if how.flip is None else how.flip
+    views = Views(data, Look(how.shift, flip, how.mix and not labels, how.seed), learnt, inputs)
+    loader = DataLoader(views, batch_size=batch, sampler=Order(len(learnt), how.seed), drop_last=True)
+    plain = Views(data, Look(0.0, False, False, how.seed), judged, inputs)
+    return loader, DataLoader(plain, batch_size=batch) if judged else None
+
+
+def _first(loader: Any, seed: int) -> list[Any]:
+    """The first batches of a DataLoader: with nothing to hold out, it is judged by what is learnt from as well."""
+    found, count = [], 0
+    for batch in read(loader, seed):
+        found.append(batch)
+        count += next((len(x) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.dim()), 0)
+        if count >= JUDGED_BY:
+            break
+    return found
