@@ -114,7 +114,7 @@ def peak_bytes() -> int:
 
 def environment() -> dict[str, str]:
     """Return the environment with the folder that holds this package on the child's path, installed or not."""
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     known = os.environ.get("PYTHONPATH")
     return {**os.environ, "PYTHONPATH": root + (os.pathsep + known if known else "")}
 

@@ -29,7 +29,7 @@ from surgery.planning import profiling as profile
 from surgery.planning.acceptance import Acceptance, acceptance_of
 from surgery.request import Request
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 NETS = """
 import torch

@@ -28,7 +28,7 @@ from surgery.planning.forecast import predicted_ms, widths_of
 from surgery.planning.lowering import lower
 from surgery.planning.refinement import Loop
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 IMAGE = torch.randn(2, 3, 16, 16)
 
 

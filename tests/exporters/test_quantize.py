@@ -24,7 +24,7 @@ from surgery.delivery import precisions
 from surgery.errors import CheckFailed, InvalidInput
 from surgery.recovery.agreement import Agreement
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Net(nn.Module):

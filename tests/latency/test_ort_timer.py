@@ -25,7 +25,7 @@ from surgery.latency.session import available_cores
 from surgery.latency.stats import paired_ratio
 from surgery.latency.worker import TimerFailed
 
-ROOT = Path(surgery.latency.ort.__file__).resolve().parent.parent
+ROOT = Path(surgery.latency.ort.__file__).resolve().parents[2]
 
 
 def write_model(path: Path, *, depth: int = 4, shape: tuple[int | str, ...] = ("batch", 16, 28, 28)) -> Path:

@@ -27,7 +27,7 @@ from surgery.recovery import agreement, judging
 from surgery.recovery.agreement import Reference, paired_drop, score_interval
 from surgery.request import MILDEST, Request
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PLAIN = Preprocessing((0.0,) * 3, (1.0,) * 3)
 
 

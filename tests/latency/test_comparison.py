@@ -15,7 +15,7 @@ from torch import nn
 
 from exporters import onnx
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def net(width: int) -> nn.Module:

@@ -23,7 +23,7 @@ from exporters.session import OnnxModel
 from surgery.errors import InvalidInput
 from surgery.inputs.compat import import_torchvision
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 NET = """
 import torch

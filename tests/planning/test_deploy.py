@@ -43,7 +43,7 @@ from surgery.planning.lowering import lower
 from surgery.recovery.steps import Step
 from surgery.request import Request
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MOVED = {"QuantizeLinear", "DequantizeLinear", "Transpose"}
 """What stands at a small model's ends: not compared."""
 TIMED = sorted(op for op, rule in rules().items() if rule.onnx is not None)

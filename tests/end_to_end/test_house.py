@@ -17,7 +17,7 @@ import pytest
 
 import surgery
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LINT_IMPORTS = Path(sys.executable).with_name("lint-imports")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -16,7 +16,7 @@ import surgery
 from benchmarks.studies import data, networks
 from surgery.errors import InvalidInput
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ from surgery.recovery.teaching import loss_of
 from surgery.report.tables import step_notes
 from surgery.request import Request
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 NETWORK = """
 import torch

@@ -17,7 +17,7 @@ import pytest
 
 from surgery.delivery import artifacts as artefacts
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 NETS = """
 import time
