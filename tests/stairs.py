@@ -58,4 +58,4 @@ def table_of(program: Any, coupling: Any, *, batch: int = 1) -> LatencyTable:
     from surgery.planning.forecast import widths_of
     from surgery.planning.lowering import lower
 
-    return MadeUp().cover(widths_of(lower(program, coupling, batch=batch), coupling.facts, {}))
+    return MadeUp().cover(widths_of(lower(program, coupling, batch=batch), coupling.labelled, {}))

@@ -45,11 +45,13 @@ from .kernels import (
     step as step,
 )
 from .labels import (
-    Atoms as Atoms,
+    LabelledGraph as LabelledGraph,
     LabelMismatch as LabelMismatch,
+    LabelSet as LabelSet,
     Layer as Layer,
     Layers as Layers,
     Mask as Mask,
+    Masks as Masks,
     Value as Value,
     gather as gather,
     is_constant as is_constant,

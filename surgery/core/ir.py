@@ -15,9 +15,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgery.errors import InvalidInput, PlanMismatch
+
+if TYPE_CHECKING:  # labels need numpy
+    from surgery.core.labels import LabelledGraph
 
 PLAN_SCHEMA = 3
 
@@ -164,19 +167,28 @@ class Coupling:
         groups: disjoint; their order is the order of first use in the program.
         frozen: parameter axes with at least one index that is never cut.
         shapes: parameter and buffer name → dense shape.
-        floors: group name → sets of its units, of each of which one has to stay: a piece of a chunk or a slice consists
-            of them, and no value may lose all of an axis.
-        alike: pieces of equal size that a chunk or split cuts whole groups into, each the (group name, unit) of its
-            indices; as many units go from each.
-        facts: what `couple` remembers for `cut`, `check` and `cost` (labels of every value); private to those stages.
+        graph_labels: the labels of every value of the traced graph; None where the model was not traced as a graph.
+        required_units: group name → sets of its units, at least one of each of which has to stay: a piece of a chunk or
+            a slice consists of them, and no value may lose all of an axis.
+        equal_pieces: pieces of equal size that a chunk or split cuts whole groups into, each the (group name, unit) of
+            its indices; the same number of units is removed from each.
+        contracted: without a graph, (tensor, axis) of the parameter axes that layers sum over.
     """
 
     groups: tuple[Group, ...]
     frozen: tuple[Frozen, ...]
     shapes: Mapping[str, tuple[int, ...]]
-    facts: Any = None
-    floors: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
-    alike: tuple[tuple[tuple[tuple[str, int], ...], ...], ...] = ()
+    graph_labels: LabelledGraph | None = None
+    required_units: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    equal_pieces: tuple[tuple[tuple[tuple[str, int], ...], ...], ...] = ()
+    contracted: frozenset[tuple[str, int]] = frozenset()
+
+    @property
+    def labelled(self) -> LabelledGraph:
+        """The labels of every value of the traced graph."""
+        if self.graph_labels is None:
+            raise TypeError("this coupling was made without a graph")
+        return self.graph_labels
 
     def group(self, name: str) -> Group:
         """Return the group called `name`; raises PlanMismatch where there is none."""

@@ -10,8 +10,9 @@ neither frozen nor a conjunction is a *root*: a unit, the smallest thing that ca
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +45,7 @@ class Value:
 
 
 def is_constant(layer: Layer) -> bool:
-    """Whether one label covers the whole axis: such a layer says nothing about wiring."""
+    """Whether one label covers the whole axis: such a layer says nothing about the structure."""
     return bool(len(layer) == 0 or (layer == layer[0]).all())
 
 
@@ -55,8 +56,8 @@ def same_partition(a: Layer, b: Layer) -> bool:
 
 
 @dataclass
-class Facts:
-    """What is known about labels: shared between the atoms that coupled and their locked view."""
+class LabelState:
+    """What is known about labels: shared between the labels that coupled and their locked view."""
 
     parent: list[int] = field(default_factory=lambda: [0])
     frozen: dict[int, str] = field(default_factory=lambda: {0: ""})
@@ -68,23 +69,23 @@ class Facts:
     equations: int = 0
 
 
-class Atoms:
+class LabelSet:
     """The union-find; `where` names the operator at work, for reasons and messages.
 
     `locked(dead)` gives a view that raises LabelMismatch for every equation that does not hold already: the same
     operator rules then verify a cut program instead of coupling a dense one.
     """
 
-    def __init__(self, facts: Facts | None = None, dead: Mask | None = None) -> None:
-        self.facts = facts or Facts()
+    def __init__(self, state: LabelState | None = None, dead: Mask | None = None) -> None:
+        self.state = state or LabelState()
         self.dead = dead
         self.where = ""
         self._known: dict[bytes, list[Layer]] = {}
         self._known_at = 0
 
-    def locked(self, dead: Mask) -> Atoms:
+    def locked(self, dead: Mask) -> LabelSet:
         """Return a read-only view in which the roots marked in `dead` (length `count`) have been removed."""
-        return Atoms(self.facts, dead)
+        return LabelSet(self.state, dead)
 
     @property
     def is_locked(self) -> bool:
@@ -94,7 +95,7 @@ class Atoms:
     @property
     def count(self) -> int:
         """One more than the largest label."""
-        return len(self.facts.parent)
+        return len(self.state.parent)
 
     # -- making labels -------------------------------------------------------------------------------------------
 
@@ -102,15 +103,15 @@ class Atoms:
         """Return `count` new labels."""
         self._must_be_open("new labels")
         start = self.count
-        self.facts.parent.extend(range(start, start + count))
+        self.state.parent.extend(range(start, start + count))
         return np.arange(start, start + count, dtype=np.int64)
 
     def created(self, key: str, count: int) -> Layer:
         """Labels for an axis that operator `key` creates; when locked, the survivors of those it created before."""
         if self.dead is None:
-            self.facts.remembered[key] = self.fresh(count)
-            return self.facts.remembered[key]
-        layer = self.facts.remembered.get(key)
+            self.state.remembered[key] = self.fresh(count)
+            return self.state.remembered[key]
+        layer = self.state.remembered.get(key)
         if layer is None:
             raise LabelMismatch(f"{self.where}: creates an axis the dense program does not have")
         kept = layer[self.keep((layer,), len(layer), self.dead)]
@@ -142,7 +143,7 @@ class Atoms:
     def _tie_indices(self, left: Layers, right: Layers, length: int) -> None:
         if len(left) == len(right) == 1:
             different = left[0] != right[0]
-            frozen, parts = self.facts.frozen, self.facts.parts
+            frozen, parts = self.state.frozen, self.state.parts
             for x, y in zip(left[0][different].tolist(), right[0][different].tolist(), strict=True):
                 a, b = self.find(x), self.find(y)
                 if a in frozen or b in frozen or a in parts or b in parts:
@@ -181,7 +182,7 @@ class Atoms:
                 self._union_roots(left[0], root)
 
     def _inherited_reason(self, a: Sequence[int], b: Sequence[int]) -> str:
-        reasons = (self.facts.frozen.get(self.find(x), "") for x in (*a, *b))
+        reasons = (self.state.frozen.get(self.find(x), "") for x in (*a, *b))
         return next((r for r in reasons if r), f"{self.where}: meets an axis that is not cut")
 
     def _union_roots(self, a: int, b: int) -> None:
@@ -190,30 +191,30 @@ class Atoms:
             return
         self._must_be_open(f"units {a} and {b} to be one")
         low, high = min(a, b), max(a, b)
-        facts = self.facts
-        facts.equations += 1
-        facts.parent[high] = low
-        if high in facts.claimed:
-            facts.claimed.add(low)
-        if high in facts.inexact:
-            facts.inexact.setdefault(low, facts.inexact[high])
-        if high in facts.axis_size:
-            facts.axis_size[low] = max(facts.axis_size[high], facts.axis_size.get(low, 0))
+        state = self.state
+        state.equations += 1
+        state.parent[high] = low
+        if high in state.claimed:
+            state.claimed.add(low)
+        if high in state.inexact:
+            state.inexact.setdefault(low, state.inexact[high])
+        if high in state.axis_size:
+            state.axis_size[low] = max(state.axis_size[high], state.axis_size.get(low, 0))
 
     def _define_root(self, label: int, parts: tuple[int, ...]) -> None:
         self._must_be_open(f"unit {label} to be split")
         for part in parts:
-            if label in self.facts.inexact:
-                self.facts.inexact.setdefault(part, self.facts.inexact[label])
-            if label in self.facts.claimed:
-                self.facts.claimed.add(part)
-        self.facts.equations += 1
-        self.facts.parts[label] = parts
+            if label in self.state.inexact:
+                self.state.inexact.setdefault(part, self.state.inexact[label])
+            if label in self.state.claimed:
+                self.state.claimed.add(part)
+        self.state.equations += 1
+        self.state.parts[label] = parts
 
     def _freeze_root(self, root: int, reason: str) -> None:
         self._must_be_open(f"unit {root} to be kept")
-        self.facts.equations += 1
-        self.facts.frozen[root] = reason
+        self.state.equations += 1
+        self.state.frozen[root] = reason
 
     def _must_be_open(self, what: str) -> None:
         if self.is_locked:
@@ -249,7 +250,7 @@ class Atoms:
         self._must_be_open("an axis to be split that is whole in the dense one")
         layers = [self.fresh(size) for size in core.shape]
         for layer in layers:
-            self.facts.axis_size.update(dict.fromkeys(layer.tolist(), len(layer)))
+            self.state.axis_size.update(dict.fromkeys(layer.tolist(), len(layer)))
         for index, label in np.ndenumerate(core):
             self._equate([int(label)], [int(layer[i]) for layer, i in zip(layers, index, strict=True)])
         for a, layer in zip(axes, layers, strict=True):
@@ -259,20 +260,20 @@ class Atoms:
     def claim(self, layers: Layers) -> None:
         """Say that an operator computes on this axis by itself (attention heads, convolution groups)."""
         if not self.is_locked:
-            self.facts.claimed.update(int(x) for layer in self.canon(layers) for x in np.unique(layer))
+            self.state.claimed.update(int(x) for layer in self.canon(layers) for x in np.unique(layer))
 
     def mark_inexact(self, layers: Layers, reason: str) -> None:
         """Mark that removing these changes what a norm or a mean averages over."""
         if not self.is_locked:
             for layer in self.canon(layers):
                 for root in np.unique(layer):
-                    self.facts.inexact.setdefault(int(root), reason)
+                    self.state.inexact.setdefault(int(root), reason)
 
     # -- what is known -------------------------------------------------------------------------------------------
 
     def find(self, label: int) -> int:
         """Return the representative of `label`."""
-        parent = self.facts.parent
+        parent = self.state.parent
         root = label
         while parent[root] != root:
             root = parent[root]
@@ -283,11 +284,11 @@ class Atoms:
     def slots(self, label: int) -> tuple[int, ...]:
         """The roots whose conjunction `label` is, with 0 in the place of each frozen part."""
         root = self.find(label)
-        if root in self.facts.frozen:
+        if root in self.state.frozen:
             return (0,)
-        if root not in self.facts.parts:
+        if root not in self.state.parts:
             return (root,)
-        return tuple(slot for part in self.facts.parts[root] for slot in self.slots(part))
+        return tuple(slot for part in self.state.parts[root] for slot in self.slots(part))
 
     def expand(self, label: int) -> list[int]:
         """The roots whose conjunction `label` is; none where it is always alive."""
@@ -304,8 +305,8 @@ class Atoms:
 
     def _columns(self, layer: Layer) -> list[Layer]:
         """Roots per index, in as many layers as it takes; remembered until the next equation."""
-        if self._known_at != self.facts.equations:
-            self._known, self._known_at = {}, self.facts.equations
+        if self._known_at != self.state.equations:
+            self._known, self._known_at = {}, self.state.equations
         key = layer.tobytes()
         if key not in self._known:
             self._known[key] = self._worked_out(layer)
@@ -316,7 +317,7 @@ class Atoms:
     def _worked_out(self, layer: Layer) -> list[Layer]:
         unique, inverse = np.unique(layer, return_inverse=True)
         roots = [self.find(x) for x in unique.tolist()]
-        if self.facts.frozen.keys().isdisjoint(roots) and self.facts.parts.keys().isdisjoint(roots):
+        if self.state.frozen.keys().isdisjoint(roots) and self.state.parts.keys().isdisjoint(roots):
             return [np.array(roots, dtype=np.int64)[inverse]]
         rows = _aligned([self.expand(x) for x in roots])
         depth = max(len(row) for row in rows)
@@ -332,11 +333,11 @@ class Atoms:
     def reason(self, label: int) -> str | None:
         """Why `label` is never cut, or None where it can be."""
         root = self.find(label)
-        if root in self.facts.frozen:
-            return self.facts.frozen[root]
-        if root not in self.facts.parts:
+        if root in self.state.frozen:
+            return self.state.frozen[root]
+        if root not in self.state.parts:
             return None
-        reasons = [self.reason(part) for part in self.facts.parts[root]]
+        reasons = [self.reason(part) for part in self.state.parts[root]]
         return None if None in reasons else reasons[0]
 
     def settle(self) -> None:
@@ -345,15 +346,15 @@ class Atoms:
         A channel shuffle views C channels as (2, C/2): nothing is gained by offering to remove one of the two halves.
         Where no part is claimed, the one on the longest axis stays.
         """
-        facts = self.facts
+        state = self.state
         unwanted: set[int] = set()
         wanted: set[int] = set()
-        for label in list(facts.parts):
+        for label in list(state.parts):
             parts = self.expand(label)
-            claimed = [p for p in parts if p in facts.claimed]
-            chosen = claimed or [max(parts, key=lambda p: facts.axis_size.get(p, 0))] if parts else []
+            claimed = [p for p in parts if p in state.claimed]
+            chosen = claimed or [max(parts, key=lambda p: state.axis_size.get(p, 0))] if parts else []
             wanted.update(chosen)
-            unwanted.update(p for p in parts if p not in chosen and p in facts.axis_size)
+            unwanted.update(p for p in parts if p not in chosen and p in state.axis_size)
         for root in sorted(unwanted - wanted):
             self._freeze_root(root, "part of a reshaped axis that no operator computes on by itself")
 
@@ -398,3 +399,49 @@ def _without_shared(left: Layers, right: Layers) -> tuple[Layers, Layers]:
 def gather(layers: Iterable[Layer], index: NDArray[np.int64]) -> Layers:
     """Pick the indices `index` out of every layer."""
     return tuple(layer[index] for layer in layers)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LabelledGraph:
+    """What coupling found out, kept for cutting, counting and checking.
+
+    Attributes:
+        labels: the labels.
+        values: node name → `Value`, a tuple of them, or a concrete number for symbolic sizes.
+        calls: node name → argument name → `Value` or concrete argument, for every operator call.
+        params: parameter or buffer name → `Value`.
+        roots: group name → root label of each unit.
+    """
+
+    labels: LabelSet
+    values: Mapping[str, Any]
+    calls: Mapping[str, Mapping[str, Any]]
+    params: Mapping[str, Value]
+    roots: Mapping[str, tuple[int, ...]]
+
+    def dead_roots(self, dead: Mapping[str, Sequence[int]]) -> Mask:
+        """Mark the roots of the dead units; dead units are given per group name."""
+        mask = np.zeros(self.labels.count, dtype=np.bool_)
+        for name, units in dead.items():
+            mask[np.asarray(self.roots[name], dtype=np.int64)[list(units)]] = True
+        return mask
+
+
+class Masks:
+    """Which indices of which value survive, computed once per distinct axis."""
+
+    def __init__(self, labelled: LabelledGraph, dead: Mask) -> None:
+        self._labels, self._dead = labelled.labels, dead
+        self._known: dict[tuple[int, int], tuple[Value, Mask]] = {}
+
+    def __call__(self, value: Value, axis: int) -> Mask:
+        """Mask (length of the axis,) of the survivors."""
+        key = (id(value), axis)
+        if key not in self._known:
+            mask = self._labels.keep(value.axes[axis], value.shape[axis], self._dead)
+            self._known[key] = (value, mask)
+        return self._known[key][1]
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        """Compact shape of a value."""
+        return tuple(int(self(value, a).sum()) if value.axes[a] else s for a, s in enumerate(value.shape))

@@ -38,8 +38,6 @@ from .head_order import (
     positions as positions,
 )
 from .labelled_graph import (
-    Masks as Masks,
-    Wiring as Wiring,
     all_tensors as all_tensors,
     bind as bind,
     index_table as index_table,

@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from surgery.core import CostFn, Coupling, Layers, Mask, Plan, Program, Scores, Value
-from surgery.coupling.labelled_graph import Wiring
+from surgery.core import CostFn, Coupling, LabelledGraph, Layers, Mask, Plan, Program, Scores, Value
 from surgery.ops import Shape, rules
 
 
 class Sizes:
     """Surviving lengths of many axes at once; axes with equal labels are counted once."""
 
-    def __init__(self, wiring: Wiring) -> None:
-        self._wiring = wiring
+    def __init__(self, labelled: LabelledGraph) -> None:
+        self._labelled = labelled
         self._slots: dict[tuple[bytes, ...], int] = {}
         self._axes: list[Layers] = []
         self._known: dict[int, tuple[Value, list[int]]] = {}
@@ -29,7 +28,7 @@ class Sizes:
         return self._known[id(value)][1]
 
     def _slot(self, value: Value, axis: int) -> int:
-        layers = self._wiring.atoms.canon(value.axes[axis])
+        layers = self._labelled.labels.canon(value.axes[axis])
         if not layers:
             return -1 - value.shape[axis]
         key = tuple(layer.tobytes() for layer in layers)
@@ -60,24 +59,24 @@ def cost_functions(program: Program, coupling: Coupling) -> Mapping[str, CostFn]
         `macs`: multiply-adds per sample by fvcore's formulas (one multiply-add = 1 MAC; norms and resizing as fvcore
         counts them); `params`: number of parameters, shared ones once. Each maps dead units per group name to an int.
     """
-    wiring: Wiring = coupling.facts
-    return {"macs": _macs(program, wiring), "params": _params(program, wiring)}
+    labelled = coupling.labelled
+    return {"macs": _macs(program, labelled), "params": _params(program, labelled)}
 
 
-def _macs(program: Program, wiring: Wiring) -> CostFn:
-    table, sizes = rules(), Sizes(wiring)
+def _macs(program: Program, labelled: LabelledGraph) -> CostFn:
+    table, sizes = rules(), Sizes(labelled)
     terms: list[tuple[Callable[[Mapping[str, Shape], Shape], int], dict[str, list[int]], list[int]]] = []
     for node in program.nodes:
         rule = table.get(node.op)
         if rule is not None and rule.macs is not None:
-            tensors = {k: sizes.track(v) for k, v in wiring.calls[node.name].items() if isinstance(v, Value)}
-            out: Any = wiring.values[node.name]
+            tensors = {k: sizes.track(v) for k, v in labelled.calls[node.name].items() if isinstance(v, Value)}
+            out: Any = labelled.values[node.name]
             first = out[0] if isinstance(out, (tuple, list)) else out
             terms.append((rule.macs, tensors, sizes.track(first)))
     batch = batch_size(program)
 
     def macs(dead: Mapping[str, Sequence[int]]) -> int:
-        lengths = sizes.lengths(wiring.dead_roots(dead))
+        lengths = sizes.lengths(labelled.dead_roots(dead))
         total = sum(
             formula({k: _shape(s, lengths) for k, s in tensors.items()}, _shape(out, lengths))
             for formula, tensors, out in terms
@@ -110,23 +109,23 @@ def batch_size(program: Program) -> int:
     return first[0] if first else 1
 
 
-def _params(program: Program, wiring: Wiring) -> CostFn:
-    sizes = Sizes(wiring)
+def _params(program: Program, labelled: LabelledGraph) -> CostFn:
+    sizes = Sizes(labelled)
     tracked: list[list[int]] = []
     fixed = 0
     seen: set[int] = set()
     for name, parameter in program.model.named_parameters(remove_duplicate=False):
         if id(parameter) in seen:
             continue
-        if name in wiring.params:
-            tracked.append(sizes.track(wiring.params[name]))
+        if name in labelled.params:
+            tracked.append(sizes.track(labelled.params[name]))
             seen.add(id(parameter))
     for parameter in program.model.parameters():
         if id(parameter) not in seen:
             fixed += parameter.numel()
 
     def params(dead: Mapping[str, Sequence[int]]) -> int:
-        lengths = sizes.lengths(wiring.dead_roots(dead))
+        lengths = sizes.lengths(labelled.dead_roots(dead))
         return fixed + sum(int(np.prod(_shape(s, lengths), dtype=np.int64)) for s in tracked)
 
     return params

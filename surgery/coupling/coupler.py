@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from surgery.core import KEPT, Atoms, Coupling, Frozen, Group, Mask, Program, Site, Value
-from surgery.coupling import pieces
-from surgery.coupling.labelled_graph import Wiring, all_tensors, dense_shapes, index_table, run
+from surgery.core import KEPT, Coupling, Frozen, Group, LabelledGraph, LabelSet, Mask, Program, Site, Value
+from surgery.coupling.labelled_graph import all_tensors, dense_shapes, index_table, run
+from surgery.coupling.pieces import equal_pieces, required_units
 from surgery.coupling.zeros import counted
 from surgery.errors import InvalidInput
 
@@ -40,37 +40,37 @@ def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
     Raises:
         InvalidInput: a pattern matches nothing; the message lists near names.
     """
-    atoms = Atoms()
+    labels = LabelSet()
     params: dict[str, Value] = {}
     kept = kept_names(program, keep)
 
     tensors = all_tensors(program)
     tied: dict[int, Value] = {}
 
-    def labels(name: str, tensor: Tensor) -> Value:
+    def labels_of(name: str, tensor: Tensor) -> Value:
         if name not in params:
             same = tied.get(id(tensors[name]))
-            axes = same.axes if same else tuple((atoms.fresh(size),) if size > 1 else () for size in tensor.shape)
+            axes = same.axes if same else tuple((labels.fresh(size),) if size > 1 else () for size in tensor.shape)
             params[name] = Value(tuple(tensor.shape), axes, name, index_table(tensor))
             tied[id(tensors[name])] = params[name]
             if name in kept:
                 for layers in axes:
-                    atoms.freeze(layers, f"{KEPT} {kept[name]}")
+                    labels.freeze(layers, f"{KEPT} {kept[name]}")
         return params[name]
 
-    values, calls = run(program.graph, labels, dense_shapes, atoms)
+    values, calls = run(program.graph, labels_of, dense_shapes, labels)
     params |= {n: replace(tied[id(t)], param=n) for n, t in tensors.items() if id(t) in tied and n not in params}
-    atoms.settle()
-    groups = groups_of(atoms, params)
-    atoms.freeze(tuple(np.array(g.units) for g in groups if g.size == 1), _ALONE)
+    labels.settle()
+    groups = groups_of(labels, params)
+    labels.freeze(tuple(np.array(g.units) for g in groups if g.size == 1), _ALONE)
     groups = tuple(g for g in groups if g.size > 1)
     roots = {group.name: group.units for group in groups}
-    wiring = Wiring(atoms, values, {k: b.concrete for k, b in calls.items()}, params, roots)
+    labelled = LabelledGraph(labels, values, {k: b.concrete for k, b in calls.items()}, params, roots)
     shapes = {name: value.shape for name, value in params.items()}
-    told = counted(program, wiring)
+    told = counted(program, labelled)
     groups = tuple(replace(g, inexact=g.inexact or told.get(g.name)) for g in groups)
-    floors, alike = pieces.floors(values, atoms, roots), pieces.alike(program.graph, values, atoms, roots)
-    return Coupling(groups, tuple(frozen_axes(atoms, params, groups)), shapes, wiring, floors, alike)
+    required, equal = required_units(values, labels, roots), equal_pieces(program.graph, values, labels, roots)
+    return Coupling(groups, tuple(frozen_axes(labels, params, groups)), shapes, labelled, required, equal)
 
 
 def kept_names(program: Program, patterns: Sequence[str]) -> dict[str, str]:
@@ -94,18 +94,18 @@ def kept_names(program: Program, patterns: Sequence[str]) -> dict[str, str]:
     return kept
 
 
-def groups_of(atoms: Atoms, params: Mapping[str, Value]) -> tuple[Group, ...]:
+def groups_of(labels: LabelSet, params: Mapping[str, Value]) -> tuple[Group, ...]:
     """Put the units into groups, each under a name of its own."""
-    return tuple(_numbered(_groups(atoms, params)))
+    return tuple(_numbered(_groups(labels, params)))
 
 
-def _groups(atoms: Atoms, params: Mapping[str, Value]) -> Iterator[Group]:
+def _groups(labels: LabelSet, params: Mapping[str, Value]) -> Iterator[Group]:
     """Units that touch the same axes in the same way, in order of first appearance."""
     places: list[tuple[str, int]] = []  # one entry per layer of a parameter axis
     columns: list[Mask] = []
     for name, value in params.items():
         for axis, layers in enumerate(value.axes):
-            for layer in atoms.canon(layers):
+            for layer in labels.canon(layers):
                 columns.append(np.stack((layer, np.full(len(layer), len(places)), np.arange(len(layer)))))
                 places.append((name, axis))
     if not places:
@@ -118,7 +118,7 @@ def _groups(atoms: Atoms, params: Mapping[str, Value]) -> Iterator[Group]:
     for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(root)], strict=True):
         label = int(root[start])
         if label:
-            key = (place[start:stop].tobytes(), atoms.facts.inexact.get(label))
+            key = (place[start:stop].tobytes(), labels.state.inexact.get(label))
             members.setdefault(key, []).append((start, stop, label))
     for (_, inexact), units in sorted(members.items(), key=lambda kv: (place[kv[1][0][0]], position[kv[1][0][0]])):
         units.sort(key=lambda u: int(position[u[0]]))
@@ -159,18 +159,18 @@ def _sites(
         yield Site(tensor, axis, tuple(tuple(row) for row in index.tolist()))
 
 
-def frozen_axes(atoms: Atoms, params: Mapping[str, Value], groups: Sequence[Group]) -> Iterator[Frozen]:
+def frozen_axes(labels: LabelSet, params: Mapping[str, Value], groups: Sequence[Group]) -> Iterator[Frozen]:
     """Axes with indices that are never cut. Kernel axes, which no network cuts, are left out."""
-    cuttable = np.zeros(atoms.count, dtype=np.bool_)
+    cuttable = np.zeros(labels.count, dtype=np.bool_)
     for group in groups:
         cuttable[list(group.units)] = True
     for name, value in params.items():
         for axis, layers in enumerate(value.axes):
             free = np.zeros(value.shape[axis], dtype=np.bool_)
-            for layer in atoms.canon(layers):
+            for layer in labels.canon(layers):
                 free |= cuttable[layer]
             whole: list[int] = layers[0][~free].tolist() if layers else []
-            reasons = dict.fromkeys(atoms.reason(label) or _ALONE for label in whole)
+            reasons = dict.fromkeys(labels.reason(label) or _ALONE for label in whole)
             for reason in reasons:
                 if axis < 2 or "needs this axis whole" not in reason:
                     yield Frozen(name, axis, reason)

@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from surgery.capture import mutates
-from surgery.core import ONE_AT_A_TIME, TOLERANCE, Program, Value
-from surgery.coupling.labelled_graph import Masks, Wiring, all_tensors
+from surgery.core import ONE_AT_A_TIME, TOLERANCE, LabelledGraph, Masks, Program, Value
+from surgery.coupling.labelled_graph import all_tensors
 from surgery.ops import Dead, rules
 
 aten = torch.ops.aten
@@ -307,7 +307,7 @@ def _settle_statistics(state: dict[str, Tensor]) -> Override:
 
 def masked_run(
     program: Program,
-    wiring: Wiring,
+    labelled: LabelledGraph,
     masks: Masks,
     state: Mapping[str, Tensor],
     dtype: torch.dtype | None = None,
@@ -319,10 +319,10 @@ def masked_run(
     Nothing but `masking` is touched: whatever a batch norm or an activation emits on dead channels must not matter.
     `dtype`: what calls that name a floating dtype use in its place. `batch`: of the inputs, where not the trace's.
     """
-    return Run(program.graph, state, masking(program, wiring, masks, batch), dtype)
+    return Run(program.graph, state, masking(program, labelled, masks, batch), dtype)
 
 
-def masking(program: Program, wiring: Wiring, masks: Masks, batch: int | None = None) -> Override:
+def masking(program: Program, labelled: LabelledGraph, masks: Masks, batch: int | None = None) -> Override:
     """An override: operators that contract an axis see its dead slices as zero, those that average skip them."""
     table = rules()
     traced = program.inputs[0].shape[0] if program.inputs and program.inputs[0].shape else 1
@@ -331,12 +331,12 @@ def masking(program: Program, wiring: Wiring, masks: Masks, batch: int | None = 
         rule = table.get(str(node.target))
         if rule is None or not (rule.masked or rule.reference):
             return NotImplemented
-        alive = _alive(wiring.calls[node.name], masks)
+        alive = _alive(labelled.calls[node.name], masks)
         if not alive:
             return NotImplemented
         names = (a.name for a in node.target._schema.arguments)  # type: ignore[union-attr]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        bound = {k: given.get(k, v) for k, v in wiring.calls[node.name].items()}
+        bound = {k: given.get(k, v) for k, v in labelled.calls[node.name].items()}
         if batch is not None:
             folded = {key: bound[key[0]].shape[key[1]] != len(mask) for key, mask in alive.items()}
             alive = {key: _at_batch(mask, traced, batch) if folded[key] else mask for key, mask in alive.items()}

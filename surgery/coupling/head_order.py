@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from surgery.core import Arrangement, Coupling
-from surgery.coupling.labelled_graph import Wiring
 from surgery.errors import PlanMismatch
 
 Index = NDArray[np.int64]
@@ -74,22 +73,22 @@ class Places:
     """Finds the groups of a coupling in the axes of values."""
 
     def __init__(self, coupling: Coupling) -> None:
-        self.wiring: Wiring = coupling.facts
+        self.labelled = coupling.labelled
         self.number = {group.name: k for k, group in enumerate(coupling.groups)}
-        self._group = np.full(self.wiring.atoms.count, -1, dtype=np.int64)
-        self._unit = np.full(self.wiring.atoms.count, -1, dtype=np.int64)
+        self._group = np.full(self.labelled.labels.count, -1, dtype=np.int64)
+        self._unit = np.full(self.labelled.labels.count, -1, dtype=np.int64)
         for k, group in enumerate(coupling.groups):
             roots = np.asarray(group.units, dtype=np.int64)
             self._group[roots], self._unit[roots] = k, np.arange(len(roots))
         self._in: dict[int, list[tuple[str, list[Held]]]] = {}
-        for name, value in self.wiring.params.items():
+        for name, value in self.labelled.params.items():
             held = self.held(value)
             for number in {int(k) for members in held for k in np.unique(members.group)}:
                 self._in.setdefault(number, []).append((name, held))
 
     def held(self, value: Any) -> list[Held]:
         """The layers of a value that hold units."""
-        layers = [(a, layer) for a, axis in enumerate(value.axes) for layer in self.wiring.atoms.canon(axis)]
+        layers = [(a, layer) for a, axis in enumerate(value.axes) for layer in self.labelled.labels.canon(axis)]
         return [Held(a, self._group[x], self._unit[x]) for a, x in layers if (self._group[x] >= 0).any()]
 
     def of(self, number: int) -> list[tuple[str, list[Held]]]:

@@ -7,7 +7,7 @@ replays a cut program.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,55 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery.capture import source_of
-from surgery.core import Atoms, Layer, Mask, Program, Value, hint
+from surgery.core import LabelledGraph, LabelSet, Layer, Masks, Program, Value, hint
 from surgery.ops import Call, Rewrite, Rule, rules
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Wiring:
-    """What coupling found out, kept for cutting, counting and checking.
-
-    Attributes:
-        atoms: the labels.
-        values: node name → `Value`, a tuple of them, or a concrete number for symbolic sizes.
-        calls: node name → argument name → `Value` or concrete argument, for every operator call.
-        params: parameter or buffer name → `Value`.
-        roots: group name → root label of each unit.
-    """
-
-    atoms: Atoms
-    values: Mapping[str, Any]
-    calls: Mapping[str, Mapping[str, Any]]
-    params: Mapping[str, Value]
-    roots: Mapping[str, tuple[int, ...]]
-
-    def dead_roots(self, dead: Mapping[str, Sequence[int]]) -> Mask:
-        """Mark the roots of the dead units; dead units are given per group name."""
-        mask = np.zeros(self.atoms.count, dtype=np.bool_)
-        for name, units in dead.items():
-            mask[np.asarray(self.roots[name], dtype=np.int64)[list(units)]] = True
-        return mask
-
-
-class Masks:
-    """Which indices of which value survive, computed once per distinct axis."""
-
-    def __init__(self, wiring: Wiring, dead: Mask) -> None:
-        self._wiring, self._dead = wiring, dead
-        self._known: dict[tuple[int, int], tuple[Value, Mask]] = {}
-
-    def __call__(self, value: Value, axis: int) -> Mask:
-        """Mask (length of the axis,) of the survivors."""
-        key = (id(value), axis)
-        if key not in self._known:
-            mask = self._wiring.atoms.keep(value.axes[axis], value.shape[axis], self._dead)
-            self._known[key] = (value, mask)
-        return self._known[key][1]
-
-    def shape(self, value: Value) -> tuple[int, ...]:
-        """Compact shape of a value."""
-        return tuple(int(self(value, a).sum()) if value.axes[a] else s for a, s in enumerate(value.shape))
-
 
 # -- the machine -----------------------------------------------------------------------------------------------------
 
@@ -99,7 +52,7 @@ def run(
     graph: torch.fx.GraphModule,
     params: Callable[[str, Tensor], Value],
     shapes: Callable[[torch.fx.Node], Any],
-    atoms: Atoms,
+    labels: LabelSet,
     settled: Callable[[str, Any], Any] = lambda name, value: value,
 ) -> tuple[dict[str, Any], dict[str, Bound]]:
     """Run a graph on labels.
@@ -108,7 +61,7 @@ def run(
         graph: functional ATen graph.
         params: labels of a parameter or buffer by name.
         shapes: output shape(s) of a node: one shape, a list of shapes, or a number for a symbolic size.
-        atoms: open, to couple; locked, to verify.
+        labels: open, to couple; locked, to verify.
         settled: sees each computed value, by node name, and returns the one to go on with.
 
     Returns:
@@ -119,27 +72,27 @@ def run(
     calls: dict[str, Bound] = {}
     for node in graph.graph.nodes:
         if node.op == "placeholder":
-            values[node.name] = _input(shapes(node), atoms)
+            values[node.name] = _input(shapes(node), labels)
         elif node.op == "get_attr":
             values[node.name] = params(str(node.target), attribute(graph, str(node.target)))
         elif node.op == "output":
-            _freeze_outputs(node, values, atoms)
+            _freeze_outputs(node, values, labels)
         else:
             bound = bind(node, lambda n: values[n.name])
             calls[node.name] = bound
-            value = _apply(node, bound, table.get(str(node.target)), shapes(node), atoms)
+            value = _apply(node, bound, table.get(str(node.target)), shapes(node), labels)
             values[node.name] = settled(node.name, value)
     return values, calls
 
 
-def _input(shape: Any, atoms: Atoms) -> Any:
+def _input(shape: Any, labels: LabelSet) -> Any:
     """A network input: labels that are frozen from the start, so that what meets them can say why it is."""
     value = _plain(shape)
-    if atoms.is_locked or not isinstance(value, Value):
+    if labels.is_locked or not isinstance(value, Value):
         return value
-    axes = tuple((atoms.fresh(size),) if size > 1 and a > 0 else () for a, size in enumerate(value.shape))
+    axes = tuple((labels.fresh(size),) if size > 1 and a > 0 else () for a, size in enumerate(value.shape))
     for layers in axes:
-        atoms.freeze(layers, "network input")
+        labels.freeze(layers, "network input")
     return Value(value.shape, axes)
 
 
@@ -149,16 +102,16 @@ def _plain(shape: Any) -> Any:
     return [_plain(s) for s in shape] if isinstance(shape, list) else shape
 
 
-def _apply(node: torch.fx.Node, bound: Bound, rule: Rule | None, shape: Any, atoms: Atoms) -> Any:
+def _apply(node: torch.fx.Node, bound: Bound, rule: Rule | None, shape: Any, labels: LabelSet) -> Any:
     if node.target is operator.getitem:
         return bound.concrete["0"][bound.concrete["1"]]
     if not isinstance(shape, (tuple, list)):  # a symbolic size: its concrete value is the example's
         return shape
     where = source_of(node)
-    atoms.where = f"{node.target}" + (f" at {where}" if where else "")
+    labels.where = f"{node.target}" + (f" at {where}" if where else "")
     many = isinstance(shape, list)
     outputs = [s for s in shape if isinstance(s, tuple)] if isinstance(shape, list) else [shape]
-    call = Call(node.name, bound.concrete, outputs, atoms, many=many, raw=bound.raw)
+    call = Call(node.name, bound.concrete, outputs, labels, many=many, raw=bound.raw)
     if rule is None:
         call.freeze_the_rest("no rule for this operator; to cut through it, add one in surgery/ops/")
         return _plain(shape)
@@ -167,14 +120,14 @@ def _apply(node: torch.fx.Node, bound: Bound, rule: Rule | None, shape: Any, ato
     return result
 
 
-def _freeze_outputs(node: torch.fx.Node, values: Mapping[str, Any], atoms: Atoms) -> None:
-    atoms.where = "network output"
+def _freeze_outputs(node: torch.fx.Node, values: Mapping[str, Any], labels: LabelSet) -> None:
+    labels.where = "network output"
     for source in node.all_input_nodes:
         value = values[source.name]
         for v in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(v, Value):
                 for layers in v.axes:
-                    atoms.freeze(layers, "network output")
+                    labels.freeze(layers, "network output")
 
 
 def index_table(tensor: Tensor) -> Layer | None:
@@ -221,8 +174,8 @@ def all_tensors(program: Program) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name not in replaced}
 
 
-def rewrite_view(wiring: Wiring, masks: Masks, name: str, raw: Mapping[str, Any]) -> Rewrite:
+def rewrite_view(labelled: LabelledGraph, masks: Masks, name: str, raw: Mapping[str, Any]) -> Rewrite:
     """What a rule's `rewrite` sees of the call `name`."""
-    out = wiring.values[name]
+    out = labelled.values[name]
     outputs = tuple(out) if isinstance(out, (tuple, list)) else (out,)
-    return Rewrite(wiring.calls[name], raw, outputs, masks)
+    return Rewrite(labelled.calls[name], raw, outputs, masks)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from surgery.core import Atoms, Value
+from surgery.core import LabelSet, Value
 
 aten = torch.ops.aten
 
@@ -20,10 +20,9 @@ Sets = Mapping[str, tuple[tuple[int, ...], ...]]
 """Group name → sets of its units."""
 Pieces = tuple[tuple[tuple[str, int], ...], ...]
 """Per piece the group and unit of each index."""
-Bundles = tuple[Pieces, ...]
 
 
-def floors(values: Mapping[str, Any], atoms: Atoms, roots: Roots) -> Sets:
+def required_units(values: Mapping[str, Any], labels: LabelSet, roots: Roots) -> Sets:
     """Sets of units that make up the whole axis of some value without being all units of their group.
 
     One unit of each has to stay, or the value would lose all of the axis.
@@ -31,7 +30,7 @@ def floors(values: Mapping[str, Any], atoms: Atoms, roots: Roots) -> Sets:
     unit_of = _unit_of(roots)
     seen: set[bytes] = set()
     found: dict[str, dict[tuple[int, ...], None]] = {}
-    for layer in _layers(values, atoms):
+    for layer in _layers(values, labels):
         key = layer.tobytes()
         if key in seen or not layer.all():
             continue
@@ -46,7 +45,9 @@ def floors(values: Mapping[str, Any], atoms: Atoms, roots: Roots) -> Sets:
     return {name: tuple(sets) for name, sets in found.items()}
 
 
-def alike(graph: torch.fx.GraphModule, values: Mapping[str, Any], atoms: Atoms, roots: Roots) -> Bundles:
+def equal_pieces(
+    graph: torch.fx.GraphModule, values: Mapping[str, Any], labels: LabelSet, roots: Roots
+) -> tuple[Pieces, ...]:
     """Equal pieces that a chunk or split cuts groups into: with as many units in each, the user's code goes on fitting.
 
     Pieces that two of them make of one group in different ways are left out, and those that hold part of a group only.
@@ -58,7 +59,7 @@ def alike(graph: torch.fx.GraphModule, values: Mapping[str, Any], atoms: Atoms, 
         if node.target not in _SPLITS or not isinstance(pieces, tuple):
             continue
         dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-        units = tuple(tuple(sorted(_units(piece, dim, atoms, unit_of))) for piece in pieces)
+        units = tuple(tuple(sorted(_units(piece, dim, labels, unit_of))) for piece in pieces)
         groups = frozenset(name for piece in units for name, _ in piece)
         held = [unit for piece in units for unit in piece]
         if not held or len(set(held)) != len(held) or len(held) != sum(len(roots[name]) for name in groups):
@@ -69,9 +70,9 @@ def alike(graph: torch.fx.GraphModule, values: Mapping[str, Any], atoms: Atoms, 
     return tuple(units for names, units in found.items() if units is not None and names not in shared)
 
 
-def _units(piece: Value, dim: int, atoms: Atoms, unit_of: Mapping[int, tuple[str, int]]) -> list[tuple[str, int]]:
+def _units(piece: Value, dim: int, labels: LabelSet, unit_of: Mapping[int, tuple[str, int]]) -> list[tuple[str, int]]:
     """Group and unit of each index of a piece; nothing where an index has none, or several."""
-    layers = atoms.canon(piece.axes[dim % len(piece.shape)])
+    layers = labels.canon(piece.axes[dim % len(piece.shape)])
     if len(layers) != 1 or not all(root in unit_of for root in layers[0].tolist()):
         return []
     return [unit_of[root] for root in layers[0].tolist()]
@@ -81,9 +82,9 @@ def _unit_of(roots: Roots) -> dict[int, tuple[str, int]]:
     return {root: (name, unit) for name, labels in roots.items() for unit, root in enumerate(labels)}
 
 
-def _layers(values: Mapping[str, Any], atoms: Atoms) -> Iterator[Any]:
+def _layers(values: Mapping[str, Any], labels: LabelSet) -> Iterator[Any]:
     for found in values.values():
         several: Sequence[Any] = found if isinstance(found, tuple) else (found,)
         for value in several:
             for layers in value.axes if isinstance(value, Value) else ():
-                yield from atoms.canon(layers)
+                yield from labels.canon(layers)

@@ -17,27 +17,26 @@ import torch
 from torch import Tensor
 
 from surgery.capture import source_of
-from surgery.core import TOLERANCE, Program, Value
+from surgery.core import TOLERANCE, LabelledGraph, Masks, Program, Value
 from surgery.coupling.execution import Run, masking, sample_inputs, well_conditioned
-from surgery.coupling.labelled_graph import Masks, Wiring
 from surgery.ops import rules
 
 
-def counted(program: Program, wiring: Wiring, *, seed: int = 0) -> dict[str, str]:
+def counted(program: Program, labelled: LabelledGraph, *, seed: int = 0) -> dict[str, str]:
     """Return the groups whose removed units would count as zeros, with the operator where they do.
 
     Half the units of every group are taken for dead, their weights, shifts and statistics for zero; each weightless
     contraction is then computed with and without its dead slices, and what is summed up alone has to be zero there.
     """
-    candidates = _weightless(program, wiring)
+    candidates = _weightless(program, labelled)
     if not candidates:
         return {}
-    masks = Masks(wiring, wiring.dead_roots(_half(wiring, seed)))
-    mask, table = masking(program, wiring, masks), rules()
+    masks = Masks(labelled, labelled.dead_roots(_half(labelled, seed)))
+    mask, table = masking(program, labelled, masks), rules()
     found: dict[str, str] = {}
 
     def compare(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
-        value = wiring.values[node.name]
+        value = labelled.values[node.name]
         if isinstance(value, Value) and (rule := table.get(str(node.target))) is not None and rule.gate:
             out: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
             return torch.where(_alive(value, masks) | (out != 0), out, args[0])  # shut here, but not on all inputs
@@ -47,26 +46,26 @@ def counted(program: Program, wiring: Wiring, *, seed: int = 0) -> dict[str, str
         whole: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
         alive = _alive(value, masks)
         agree = _agree(masked[alive.expand_as(masked)].double(), whole[alive.expand_as(whole)].double())
-        if not agree or _holds(node, args[0], wiring, masks):
+        if not agree or _holds(node, args[0], labelled, masks):
             where = source_of(node)
             said = f"{node.target}" + (f" at {where}" if where else "") + " goes over the survivors"
-            found.update({name: said for name in _contracted(node.name, wiring) if name not in found})
+            found.update({name: said for name in _contracted(node.name, labelled) if name not in found})
         return torch.where(alive, masked, whole)  # what removed units hold is what zeros make of them
 
-    state = _zeroed(well_conditioned(program, seed=seed), wiring, masks)
+    state = _zeroed(well_conditioned(program, seed=seed), labelled, masks)
     inputs = sample_inputs(program, seed=seed + 100, dtype=torch.float64)
     with torch.no_grad():
         Run(program.graph, state, compare, torch.float64).run(*inputs)
     return found
 
 
-def _holds(node: torch.fx.Node, x: Any, wiring: Wiring, masks: Masks) -> bool:
+def _holds(node: torch.fx.Node, x: Any, labelled: LabelledGraph, masks: Masks) -> bool:
     """Whether the only operand of a sum or norm holds more than zeros where the axes that are summed up are dead."""
-    value = _tensors(wiring.calls[node.name].values())
+    value = _tensors(labelled.calls[node.name].values())
     if len(value) != 1 or not isinstance(x, Tensor):
         return False
-    kept = _labels(_tensors([wiring.values[node.name]]), wiring)
-    own = [_labels([replace(value[0], axes=(layers,))], wiring) for layers in value[0].axes]
+    kept = _labels(_tensors([labelled.values[node.name]]), labelled)
+    own = [_labels([replace(value[0], axes=(layers,))], labelled) for layers in value[0].axes]
     for axis, labels in enumerate(own):
         if labels and labels.isdisjoint(kept):
             part = x
@@ -79,7 +78,7 @@ def _holds(node: torch.fx.Node, x: Any, wiring: Wiring, masks: Masks) -> bool:
     return False
 
 
-def _weightless(program: Program, wiring: Wiring) -> set[str]:
+def _weightless(program: Program, labelled: LabelledGraph) -> set[str]:
     """Contractions of labelled axes, none of whose operands is a parameter."""
     table = rules()
     out = set()
@@ -87,23 +86,23 @@ def _weightless(program: Program, wiring: Wiring) -> set[str]:
         rule = table.get(str(node.target))
         if node.op != "call_function" or rule is None or not rule.masked or rule.reference is not None:
             continue
-        labelled = any(any(v.axes) for v in _tensors(wiring.calls[node.name].values()))
-        if labelled and all(source.op != "get_attr" for source in node.all_input_nodes):
+        cuttable = any(any(v.axes) for v in _tensors(labelled.calls[node.name].values()))
+        if cuttable and all(source.op != "get_attr" for source in node.all_input_nodes):
             out.add(node.name)
     return out
 
 
-def _half(wiring: Wiring, seed: int) -> dict[str, tuple[int, ...]]:
+def _half(labelled: LabelledGraph, seed: int) -> dict[str, tuple[int, ...]]:
     generator = np.random.default_rng(seed)
     return {
         name: tuple(sorted(generator.permutation(len(roots))[: len(roots) // 2].tolist()))
-        for name, roots in wiring.roots.items()
+        for name, roots in labelled.roots.items()
     }
 
 
-def _zeroed(state: dict[str, Tensor], wiring: Wiring, masks: Masks) -> dict[str, Tensor]:
+def _zeroed(state: dict[str, Tensor], labelled: LabelledGraph, masks: Masks) -> dict[str, Tensor]:
     out = dict(state)
-    for name, value in wiring.params.items():
+    for name, value in labelled.params.items():
         if name in out and out[name].is_floating_point() and not name.endswith("running_var"):
             for axis in range(len(value.shape)):
                 if value.axes[axis] and not (alive := masks(value, axis)).all():
@@ -127,19 +126,19 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     return not a.numel() or bool((a - b).abs().max() <= TOLERANCE[torch.float64] * scale)
 
 
-def _contracted(name: str, wiring: Wiring) -> list[str]:
+def _contracted(name: str, labelled: LabelledGraph) -> list[str]:
     """Groups on axes of a call's operands, if possible those that its result does not have."""
-    read = _labels(_tensors(wiring.calls[name].values()), wiring)
-    gone = read - _labels(_tensors([wiring.values[name]]), wiring)
-    return _holding(gone, wiring) or _holding(read, wiring)
+    read = _labels(_tensors(labelled.calls[name].values()), labelled)
+    gone = read - _labels(_tensors([labelled.values[name]]), labelled)
+    return _holding(gone, labelled) or _holding(read, labelled)
 
 
-def _holding(labels: set[int], wiring: Wiring) -> list[str]:
-    return [group for group, roots in wiring.roots.items() if not labels.isdisjoint(roots)]
+def _holding(labels: set[int], labelled: LabelledGraph) -> list[str]:
+    return [group for group, roots in labelled.roots.items() if not labels.isdisjoint(roots)]
 
 
-def _labels(values: list[Value], wiring: Wiring) -> set[int]:
-    return {label for v in values for layers in v.axes for x in wiring.atoms.canon(layers) for label in x.tolist()}
+def _labels(values: list[Value], labelled: LabelledGraph) -> set[int]:
+    return {label for v in values for layers in v.axes for x in labelled.labels.canon(layers) for label in x.tolist()}
 
 
 def _tensors(values: Iterable[Any]) -> list[Value]:

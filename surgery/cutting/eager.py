@@ -298,7 +298,7 @@ def masked_module(dense: nn.Module, plan: Plan, coupling: Coupling) -> nn.Module
     tensors = dict(dense.named_parameters())
     with torch.no_grad():
         for c in plan.cuts:
-            if (c.tensor, c.axis) in coupling.facts.axes:
+            if (c.tensor, c.axis) in coupling.contracted:
                 tensors[c.tensor].index_fill_(c.axis, torch.tensor(c.dead, device=tensors[c.tensor].device), 0.0)
     return dense
 

@@ -21,14 +21,24 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from surgery.capture import evaluating, module_of, source_of
-from surgery.core import TOLERANCE, CompactModel, Coupling, Cut, Plan, Program, copied, first_line, fresh
+from surgery.core import (
+    TOLERANCE,
+    CompactModel,
+    Coupling,
+    Cut,
+    LabelledGraph,
+    Masks,
+    Plan,
+    Program,
+    copied,
+    first_line,
+    fresh,
+)
 from surgery.coupling import (
     CompactGraph,
     InDouble,
-    Masks,
     Move,
     Run,
-    Wiring,
     all_tensors,
     arranged,
     bind,
@@ -67,9 +77,9 @@ def cut(program: Program, plan: Plan, *, coupling: Coupling | None = None) -> Co
     """
     coupling = coupling or couple(program, keep=tuple(plan.settings.get("keep", ())))
     masks = masks_of(program, plan, coupling)
-    wiring: Wiring = coupling.facts
+    labelled = coupling.labelled
     sliced = slice_tensors(program, plan, moves_of(coupling, plan.arranged))
-    graph, literals = _rewrite(program, wiring, masks, sliced)
+    graph, literals = _rewrite(program, labelled, masks, sliced)
     lost = _lost_in_training(program)
     module, why, stuck = _own_class(program, plan, graph, sliced, literals)
     graph.train(program.model.training)
@@ -86,8 +96,8 @@ def masks_of(program: Program, plan: Plan, coupling: Coupling) -> Masks:
             "use the model it was made for, or make a new plan"
         )
     require_own_cuts(plan, coupling)
-    wiring: Wiring = coupling.facts
-    return Masks(wiring, wiring.dead_roots(plan.dead))
+    labelled = coupling.labelled
+    return Masks(labelled, labelled.dead_roots(plan.dead))
 
 
 # -- tensors ---------------------------------------------------------------------------------------------------------
@@ -152,10 +162,10 @@ def masked(program: Program, plan: Plan, coupling: Coupling) -> nn.Module:
 
 
 def _rewrite(
-    program: Program, wiring: Wiring, masks: Masks, sliced: Mapping[str, Tensor]
+    program: Program, labelled: LabelledGraph, masks: Masks, sliced: Mapping[str, Tensor]
 ) -> tuple[CompactGraph, list[Literal]]:
     """Copy the graph with every call's arguments brought to the new sizes; also list the sizes that changed."""
-    _refuse_empty(wiring, masks)
+    _refuse_empty(labelled, masks)
     table = rules()
     root = hold(nn.Module(), sliced, program.model)
     graph = torch.fx.Graph()
@@ -170,9 +180,9 @@ def _rewrite(
         copied.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
         new[node] = copied
         rule = table.get(str(node.target))
-        if node.op == "call_function" and rule is not None and rule.rewrite is not None and node.name in wiring.calls:
+        if node.op == "call_function" and rule is not None and rule.rewrite is not None and node.name in labelled.calls:
             raw = bind(node, lambda n: n).raw
-            change = rule.rewrite(rewrite_view(wiring, masks, node.name, raw))
+            change = rule.rewrite(rewrite_view(labelled, masks, node.name, raw))
             new[node] = _apply_change(graph, root, copied, change, new)
             literals += _literals(node, raw, change)
     root.fixed_sizes = _fixed_sizes(program)  # type: ignore[assignment]
@@ -192,8 +202,8 @@ def _fixed_sizes(program: Program) -> tuple[tuple[int, int, int], ...]:
     )
 
 
-def _refuse_empty(wiring: Wiring, masks: Masks) -> None:
-    for name, value in wiring.values.items():
+def _refuse_empty(labelled: LabelledGraph, masks: Masks) -> None:
+    for name, value in labelled.values.items():
         for v in value if isinstance(value, (tuple, list)) else (value,):
             if hasattr(v, "axes") and any(layers and not masks(v, a).any() for a, layers in enumerate(v.axes)):
                 raise IllegalCut(f"the plan leaves nothing of a value at node '{name}'; remove fewer units there")

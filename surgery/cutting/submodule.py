@@ -31,7 +31,7 @@ from surgery.core import (
     fresh,
     where_raised,
 )
-from surgery.coupling import Wiring, arranged, masked_run, moves_of, names_dtype, narrowest, state_of
+from surgery.coupling import arranged, masked_run, moves_of, names_dtype, narrowest, state_of
 from surgery.cutting.rewrite import masks_of
 from surgery.errors import CheckFailed, InvalidInput, PlanMismatch, SurgeryError
 
@@ -177,12 +177,12 @@ class _Masked(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         program, plan, coupling = self._facts
-        wiring: Wiring = coupling.facts
+        labelled = coupling.labelled
         leaves = pytree.tree_leaves((args, kwargs))
         dtype = next((x.dtype for x in leaves if isinstance(x, Tensor) and x.is_floating_point()), torch.float32)
         state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in state_of(program).items()}
         state = arranged(state, moves_of(coupling, plan.arranged))
-        return masked_run(program, wiring, masks_of(program, plan, coupling), state).run(*leaves)
+        return masked_run(program, labelled, masks_of(program, plan, coupling), state).run(*leaves)
 
 
 def reference_module(program: Program, plan: Plan, coupling: Coupling) -> nn.Module:

@@ -26,7 +26,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from surgery.core import Atoms, Coupling, Layer, Layers, Mask, Program, Value, copied, first_line, where_raised
+from surgery.core import Coupling, LabelSet, Layer, Layers, Mask, Program, Value, copied, first_line, where_raised
 from surgery.coupling import frozen_axes, groups_of, kept_names
 from surgery.errors import UnsupportedModel
 
@@ -46,13 +46,6 @@ _PER_CHANNEL = frozenset(
 """Operators that treat channel by channel, by the name that autograd gives them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Contracted:
-    """What the check must know: axes along which layers sum, so that their dead slices count as zero."""
-
-    axes: frozenset[tuple[str, int]]
-
-
 class _Index(NamedTuple):
     """What torch-pruning's index mappings read: a position, and the label it carries."""
 
@@ -68,23 +61,23 @@ def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
         UnsupportedModel: torch-pruning cannot follow the model; names the user's own source line.
     """
     model, graph, marks, sequences = _dependency_graph(program)
-    atoms = Atoms()
-    atoms.where = "torch-pruning's dependency graph"
-    params = _labelled(model, atoms)
+    labels = LabelSet()
+    labels.where = "torch-pruning's dependency graph"
+    params = _labelled(model, labels)
     for name, pattern in (kept_names(program, keep) if keep else {}).items():
         if name in params:
             for layers in params[name].axes:
-                atoms.freeze(layers, f"kept by --keep {pattern}")
-    contracted = _tie(graph, marks, _Owners.of(model, params, without=sequences), atoms)
-    groups = groups_of(atoms, params)
+                labels.freeze(layers, f"kept by --keep {pattern}")
+    contracted = _tie(graph, marks, _Owners.of(model, params, without=sequences), labels)
+    groups = groups_of(labels, params)
     for group in groups:
         if not any((site.tensor, site.axis) in contracted for site in group.sites):
-            atoms.freeze((np.array(group.units),), "no layer was found that sums over these channels")
+            labels.freeze((np.array(group.units),), "no layer was found that sums over these channels")
         elif group.size == 1:
-            atoms.freeze((np.array(group.units),), "a single unit, which the axis cannot do without")
-    kept = tuple(g for g in groups if atoms.reason(g.units[0]) is None)
+            labels.freeze((np.array(group.units),), "a single unit, which the axis cannot do without")
+    kept = tuple(g for g in groups if labels.reason(g.units[0]) is None)
     shapes = {name: value.shape for name, value in params.items()}
-    return Coupling(kept, tuple(frozen_axes(atoms, params, kept)), shapes, Contracted(frozenset(contracted)))
+    return Coupling(kept, tuple(frozen_axes(labels, params, kept)), shapes, contracted=frozenset(contracted))
 
 
 def _dependency_graph(program: Program) -> tuple[nn.Module, Any, list[Any], Set[nn.Module]]:
@@ -128,11 +121,11 @@ def _dependency_graph(program: Program) -> tuple[nn.Module, Any, list[Any], Set[
     return model, graph, marks, sequences
 
 
-def _labelled(model: nn.Module, atoms: Atoms) -> dict[str, Value]:
+def _labelled(model: nn.Module, labels: LabelSet) -> dict[str, Value]:
     """Fresh labels for every axis of every tensor, shared ones once."""
     params: dict[str, Value] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        axes = tuple((atoms.fresh(size),) if size > 1 else () for size in tensor.shape)
+        axes = tuple((labels.fresh(size),) if size > 1 else () for size in tensor.shape)
         params[name] = Value(tuple(tensor.shape), axes, name)
     return params
 
@@ -193,7 +186,7 @@ def _is_standard(module: nn.Module) -> bool:
     return (type(module).forward.__module__ or "").startswith("torch.nn.modules.")
 
 
-def _tie(graph: Any, marks: Sequence[Any], owners: _Owners, atoms: Atoms) -> set[tuple[str, int]]:
+def _tie(graph: Any, marks: Sequence[Any], owners: _Owners, labels: LabelSet) -> set[tuple[str, int]]:
     """Tie the channels of every layer to all that depends on them; returns the axes that are summed over."""
     sites = {site for out, into in owners.sides.values() for site in (*out, *into)}
     met = {site: np.zeros(owners.size(site), dtype=np.bool_) for site in sites}
@@ -202,22 +195,22 @@ def _tie(graph: Any, marks: Sequence[Any], owners: _Owners, atoms: Atoms) -> set
     for module, node in graph.module2node.items():
         if not isinstance(module, (_ConvNd, nn.Linear)):
             continue
-        labels = atoms.fresh(module.out_channels if isinstance(module, _ConvNd) else module.out_features)
-        start = [_Index(k, label) for k, label in enumerate(labels.tolist())]
+        fresh = labels.fresh(module.out_channels if isinstance(module, _ConvNd) else module.out_features)
+        start = [_Index(k, label) for k, label in enumerate(fresh.tolist())]
         handler = graph.get_pruner_of_module(module).prune_out_channels
         for target, inward, pairs, refusal in _walk(node, handler, start, refuse):
             carried = np.array([pair.root_idx for pair in pairs], dtype=np.int64)
             if refusal is not None:
-                atoms.freeze((carried,), refusal)
+                labels.freeze((carried,), refusal)
                 continue
             out, into = owners.sides.get(target.module, ([], []))
             contracted.update(into if inward and into != out else ())
             for site in into if inward else out:
-                _meet(atoms, owners.layers(site), [pair.idx for pair in pairs], carried, met[site])
+                _meet(labels, owners.layers(site), [pair.idx for pair in pairs], carried, met[site])
     for name, value in owners.params.items():
         for axis, layers in enumerate(value.axes):
             rest = ~met[name, axis] if (name, axis) in met else slice(None)
-            atoms.freeze(tuple(layer[rest] for layer in layers), _NOT_MET if axis < 2 else _KERNEL)
+            labels.freeze(tuple(layer[rest] for layer in layers), _NOT_MET if axis < 2 else _KERNEL)
     return contracted
 
 
@@ -225,12 +218,12 @@ _NOT_MET = "fed by a network input, or by something that torch-pruning does not 
 _KERNEL = "the operator needs this axis whole"
 
 
-def _meet(atoms: Atoms, layers: Layers, where: list[int], carried: Layer, met: Mask) -> None:
+def _meet(labels: LabelSet, layers: Layers, where: list[int], carried: Layer, met: Mask) -> None:
     """Let the channels that arrive live and die with the positions they arrive at."""
     if not layers or max(where) >= len(met) or min(where) < 0:
-        atoms.freeze((carried,), "meets a layer of another width: the channels are broadcast, or counted otherwise")
+        labels.freeze((carried,), "meets a layer of another width: the channels are broadcast, or counted otherwise")
         return
-    atoms.tie((layers[0][where],), (carried,), len(where))
+    labels.tie((layers[0][where],), (carried,), len(where))
     met[where] = True
 
 

@@ -24,8 +24,10 @@ from surgery.core import (
     CheckResult,
     CompactModel,
     Coupling,
+    LabelledGraph,
     LabelMismatch,
     Layers,
+    Masks,
     Plan,
     Program,
     Value,
@@ -35,10 +37,8 @@ from surgery.core import (
 )
 from surgery.coupling import (
     InDouble,
-    Masks,
     Move,
     Run,
-    Wiring,
     arranged,
     couple,
     flat_outputs,
@@ -82,7 +82,7 @@ def check(
     """
     coupling = coupling or couple(program, keep=tuple(plan.settings.get("keep", ())))
     masks = masks_of(program, plan, coupling)
-    wiring: Wiring = coupling.facts
+    labelled = coupling.labelled
     moves = moves_of(coupling, plan.arranged)
     _require_slices(program, plan, moves, compact)
     for drawn in range(seed, seed + _DRAWS):
@@ -91,10 +91,10 @@ def check(
         cut_state = compact_state(dense, plan)
         rounds = [sample_inputs(program, seed=drawn + 100 + k, dtype=torch.float64) for k in range(rounds_of(program))]
         outputs, shapes = _recorded(compact, cut_state, rounds)
-        replayed = replay(program, compact, wiring, masks, plan, shapes)
+        replayed = replay(program, compact, labelled, masks, plan, shapes)
         notes = _require_unchanged(program, unmoved, dense, drawn) if moves else ()
         found = [outputs, *_of_module(program, compact, cut_state, rounds)]
-        masked_dense = partial(masked_run, program, wiring, masks, dense, torch.float64)
+        masked_dense = partial(masked_run, program, labelled, masks, dense, torch.float64)
         reference = masked_dense()
         error64, varying = _compare(reference, rounds, found)
         if varying >= BLIND or not outputs[0]:
@@ -113,7 +113,7 @@ def check(
     notes += _require_elsewhere(program, masked_dense, cut_state, compact, rounds, outputs)
     real = arranged(state_of(program), moves)
     rounds = [sample_inputs(program, seed=seed + 100 + k) for k in range(rounds_of(program))]
-    reference = masked_run(program, wiring, masks, real)
+    reference = masked_run(program, labelled, masks, real)
     found = [_of_graph(compact, None, rounds), *_of_module(program, compact, None, rounds)]
     error, varying = _compare(reference, rounds, found)
     told: float | None = error
@@ -251,14 +251,19 @@ def _meaning(coupling: Coupling, plan: Plan) -> str:
 
 
 def replay(
-    program: Program, compact: CompactModel, wiring: Wiring, masks: Masks, plan: Plan, shapes: Mapping[str, Any]
+    program: Program,
+    compact: CompactModel,
+    labelled: LabelledGraph,
+    masks: Masks,
+    plan: Plan,
+    shapes: Mapping[str, Any],
 ) -> int:
     """Run the rewritten program on the survivors' labels; return how many values were compared.
 
     Args:
         program: the dense model, traced.
         compact: the model to verify.
-        wiring: labels of the dense program's values.
+        labelled: labels of the dense program's values.
         masks: which indices of them survive.
         plan: what was removed.
         shapes: of the values of the rewritten program in a run, by node.
@@ -266,14 +271,14 @@ def replay(
     Raises:
         CheckFailed: an operator joins units that the dense program keeps apart, or a value has other survivors.
     """
-    dead = wiring.dead_roots(plan.dead)
-    atoms = wiring.atoms.locked(dead)
+    dead = labelled.dead_roots(plan.dead)
+    labels = labelled.labels.locked(dead)
 
-    def labels(name: str, tensor: Tensor) -> Value:
-        value = wiring.params.get(name)
+    def labels_of(name: str, tensor: Tensor) -> Value:
+        value = labelled.params.get(name)
         if value is None:
             return Value(tuple(tensor.shape), ((),) * tensor.dim(), name, index_table(tensor))
-        expected = _survivors(value, wiring, masks)
+        expected = _survivors(value, labelled, masks)
         if expected.shape != tuple(tensor.shape):
             raise LabelMismatch(f"'{name}' has shape {tuple(tensor.shape)}, its survivors {expected.shape}")
         return expected
@@ -282,21 +287,22 @@ def replay(
         compared: list[int] = []
 
         def settled(name: str, value: Any) -> Any:
-            verified = [_verified(name, *pair, wiring, masks) for pair in _pairs(name, wiring.values.get(name), value)]
+            pairs = _pairs(name, labelled.values.get(name), value)
+            verified = [_verified(name, *pair, labelled, masks) for pair in pairs]
             compared.append(len(verified))
             return value if not verified else tuple(verified) if isinstance(value, (tuple, list)) else verified[0]
 
-        run(compact.graph, labels, lambda node: shapes[node.name], atoms, settled)
+        run(compact.graph, labels_of, lambda node: shapes[node.name], labels, settled)
         return sum(compared)
     except LabelMismatch as error:
         raise _mismatch(error) from error
 
 
-def _survivors(value: Value, wiring: Wiring, masks: Masks) -> Value:
+def _survivors(value: Value, labelled: LabelledGraph, masks: Masks) -> Value:
     axes = []
     for a, layers in enumerate(value.axes):
         index = np.flatnonzero(masks(value, a)) if layers else None
-        axes.append(gather(wiring.atoms.canon(layers), index) if index is not None else ())
+        axes.append(gather(labelled.labels.canon(layers), index) if index is not None else ())
     return Value(masks.shape(value), tuple(axes), value.param, value.table)
 
 
@@ -313,16 +319,16 @@ def _tensors(value: Any) -> list[Value]:
     return [v for v in items if isinstance(v, Value)]
 
 
-def _verified(name: str, dense: Value, compact: Value, wiring: Wiring, masks: Masks) -> Value:
+def _verified(name: str, dense: Value, compact: Value, labelled: LabelledGraph, masks: Masks) -> Value:
     """The survivors of the dense value of this name, which the computed one has to equal.
 
     Operators lose the labels of an axis that shrank to one index; going on with the survivors restores them.
     """
-    expected = _survivors(dense, wiring, masks)
+    expected = _survivors(dense, labelled, masks)
     if expected.shape != compact.shape:
         raise LabelMismatch(f"value '{name}' has shape {compact.shape}, its survivors {expected.shape}")
     for a in range(len(compact.shape)):
-        if not _equal(expected.axes[a], wiring.atoms.canon(compact.axes[a])):
+        if not _equal(expected.axes[a], labelled.labels.canon(compact.axes[a])):
             raise LabelMismatch(f"axis {a} of value '{name}' holds other units than the dense program's survivors")
     return expected
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from surgery.core import TOLERANCE, Arrangement, Coupling, Group, Plan, Program, Site, Value
-from surgery.coupling import Held, Layout, Places, Wiring, arranged, layouts, moves_of, positions, well_conditioned
+from surgery.coupling import Held, Layout, Places, arranged, layouts, moves_of, positions, well_conditioned
 from surgery.cutting import outputs_of, relative_error
 from surgery.errors import PlanMismatch
 from surgery.importance.scoring import score_group, weights_of
@@ -37,7 +37,7 @@ def arrange(program: Program, coupling: Coupling, criterion: Any = "l1", *, seed
     Returns:
         An arrangement of each group whose members may differ from head to head.
     """
-    if not isinstance(criterion, str) or not isinstance(coupling.facts, Wiring):
+    if not isinstance(criterion, str) or coupling.graph_labels is None:
         return ()
     places = Places(coupling)
     pairs = _pairs(places, coupling)
@@ -93,8 +93,8 @@ def _pairs(places: Places, coupling: Coupling) -> list[Pair]:
 
 
 def _values(places: Places) -> Iterator[Value]:
-    yield from places.wiring.params.values()
-    for found in places.wiring.values.values():
+    yield from places.labelled.params.values()
+    for found in places.labelled.values.values():
         for value in found if isinstance(found, (tuple, list)) else (found,):
             if isinstance(value, Value):
                 yield value

@@ -18,8 +18,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from surgery.core import Coupling, Group, Program, Scores, Site
-from surgery.coupling import Masks, Wiring, flat_outputs, masked_run
+from surgery.core import Coupling, Group, Masks, Program, Scores, Site
+from surgery.coupling import flat_outputs, masked_run
 from surgery.errors import InvalidInput
 from surgery.importance.observe import Batches, Reader, by_activation, observed, read_by, share, taylor
 from surgery.importance.tape import Folded, Tape
@@ -225,7 +225,7 @@ def _measured(
         name: min((tape.place[reader.layer.node] for reader, _ in each), default=0) for name, each in found.items()
     }
     wrong = {group.name: dict.fromkeys(_cuts(group.size), 0.0) for group in coupling.groups}
-    wiring: Wiring = coupling.facts
+    labelled = coupling.labelled
     groups = sorted(coupling.groups, key=lambda group: starts[group.name])
     outputs = list[list[Tensor]]()
     with torch.no_grad():
@@ -242,8 +242,8 @@ def _measured(
                         with _fitted(tape, found[name], order.weights[cut]):
                             given = tape.output(run)
                     else:
-                        masks = Masks(wiring, wiring.dead_roots({name: order.units[:cut]}))
-                        given = masked_run(program, wiring, masks, state).run(*batch, enable_io_processing=False)
+                        masks = Masks(labelled, labelled.dead_roots({name: order.units[:cut]}))
+                        given = masked_run(program, labelled, masks, state).run(*batch, enable_io_processing=False)
                     wrong[name][cut] += _apart(flat_outputs(given), wanted)
     varies = _variation(outputs) or 1.0
     out = {}

@@ -18,12 +18,12 @@ def _couple_sdpa(call: Call) -> Value:
     """Query (.., L, E), key (.., S, E), value (.., S, V), mask (.., L, S); output (.., L, V)."""
     q, k, v, mask = call.value("query"), call.value("key"), call.value("value"), call.optional("attn_mask")
     features = call.tie(q, -1, k, -1)
-    call.atoms.claim(features)
+    call.labels.claim(features)
     for tokens in (k, v):
         call.freeze(tokens, -2, "softmax runs over these tokens")
     call.freeze(q, -2, "attention tokens")
     out = call.passed(v, -1)
-    call.atoms.claim(out)
+    call.labels.claim(out)
     rank = len(q.shape)
     axes: dict[int, Layers] = {rank - 1: out}
     for back in range(3, rank + 1):
@@ -44,7 +44,7 @@ def _heads(call: Call, operands: tuple[Value, Value, Value], back: int) -> Layer
         return ()
     call.tie(q, -back, k, -back)
     layers = call.tie(q, -back, v, -back)
-    call.atoms.claim(layers)
+    call.labels.claim(layers)
     return layers
 
 

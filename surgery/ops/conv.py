@@ -31,10 +31,10 @@ def _couple(call: Call, *, transposed: bool) -> Value:
     x_groups, x_in = call.split(x, channel, (groups, inside))
     x_in = call.tie_layers(x_in, weight_in, inside)
     whole = call.tie_layers(x_groups, weight_groups, groups)
-    call.atoms.claim(whole)
+    call.labels.claim(whole)
     if groups > 1:
-        call.atoms.claim(x_in)
-        call.atoms.claim(weight_out)
+        call.labels.claim(x_in)
+        call.labels.claim(weight_out)
     out = join(whole, weight_out, (groups, outside))
     bias = call.optional("bias")
     if bias is not None:
@@ -152,7 +152,7 @@ def _couple_fold(call: Call) -> Value:
         layers = join(call.passed(x, 1), (), (x.shape[1], kernel))
     else:
         layers, inner = call.split(x, 1, (x.shape[1] // kernel, kernel))
-        call.atoms.freeze(inner, f"{call.atoms.where}: kernel positions")
+        call.labels.freeze(inner, f"{call.labels.where}: kernel positions")
     return call.out({0: call.passed(x, 0), 1: layers})
 
 

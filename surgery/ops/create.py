@@ -23,7 +23,7 @@ def _couple_uniform(call: Call) -> Value:
     axes: dict[int, Layers] = {}
     for a, size in enumerate(shape):
         if size > 1 and isinstance(call.raw_size(a), int):
-            axes[a] = (call.atoms.created(f"{call.key}:{a}", size),)
+            axes[a] = (call.labels.created(f"{call.key}:{a}", size),)
     return call.out(axes)
 
 

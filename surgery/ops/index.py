@@ -33,7 +33,7 @@ def _couple_index_select(call: Call) -> Value:
     if index.table is None:
         call.freeze(x, dim, "looked up by index")
     else:
-        axes[dim] = gather(call.atoms.canon(call.passed(x, dim)), index.table)
+        axes[dim] = gather(call.labels.canon(call.passed(x, dim)), index.table)
     return call.out(axes)
 
 
@@ -57,7 +57,7 @@ def _couple_index(call: Call) -> Value:
         if table is None:
             call.freeze(x, a, "looked up by index")
         else:
-            axes[a] = gather(call.atoms.canon(call.passed(x, a)), table)
+            axes[a] = gather(call.labels.canon(call.passed(x, a)), table)
     return call.out(axes)
 
 

@@ -29,7 +29,7 @@ def _couple_linear(call: Call) -> Value:
 def _matmul(call: Call, a: Value, b: Value) -> Value:
     """(.., M, K) @ (.., K, N); vectors on either side as torch.matmul has them; leading axes broadcast."""
     contracted = call.tie(a, -1, b, -2 if len(b.shape) > 1 else 0)
-    call.atoms.claim(contracted)
+    call.labels.claim(contracted)
     rank = len(call.outputs[0])
     axes: dict[int, Layers] = {}
     if len(b.shape) > 1:
@@ -39,7 +39,7 @@ def _matmul(call: Call, a: Value, b: Value) -> Value:
     for back in range(3, max(len(a.shape), len(b.shape)) + 1):
         axes[rank - back] = _batch_axis(call, a, b, back)
     for layers in axes.values():
-        call.atoms.claim(layers)
+        call.labels.claim(layers)
     return call.out(axes)
 
 

@@ -173,7 +173,7 @@ def _couple_pixel_shuffle(call: Call) -> Coupled:
     out = _run(call, aten.pixel_shuffle.default)
     if isinstance(out, Value):
         for layers in out.axes[-2:]:
-            call.atoms.freeze(layers, f"{call.atoms.where}: rows and columns of an image stay")
+            call.labels.freeze(layers, f"{call.labels.where}: rows and columns of an image stay")
     return out
 
 
@@ -194,7 +194,7 @@ def _couple_cat(call: Call) -> Value:
 
 
 def _concatenated(call: Call, tensors: Sequence[Value], dim: int) -> Layers:
-    pieces = [call.atoms.canon(call.passed(t, dim)) for t in tensors]
+    pieces = [call.labels.canon(call.passed(t, dim)) for t in tensors]
     depth = max(len(p) for p in pieces)
     zeros = [np.zeros(t.shape[dim], dtype=np.int64) for t in tensors]
     return tuple(
@@ -223,7 +223,7 @@ def _couple_expand(call: Call) -> Value:
         if a >= lead and x.shape[a - lead] == size:
             axes[a] = call.passed(x, a - lead)
         elif size > 1 and isinstance(call.raw_size(a), int):
-            axes[a] = (call.atoms.created(f"{call.key}:{a}", size),)
+            axes[a] = (call.labels.created(f"{call.key}:{a}", size),)
     return call.out(axes)
 
 
@@ -240,7 +240,7 @@ def _couple_pad(call: Call) -> Coupled:
         return _couple_own_padding(call)
     axes: dict[int, Layers] = {}
     for a, (before, after) in enumerate(_pads(call.bound, len(x.shape))):
-        layers = call.atoms.canon(call.passed(x, a))
+        layers = call.labels.canon(call.passed(x, a))
         if before < 0 or after < 0:
             call.freeze(x, a, "cropped by negative padding")
             layers = ()
@@ -265,8 +265,8 @@ def _couple_own_padding(call: Call) -> Coupled:
 
 
 def _padded(call: Call, layers: Layers, axis: int, before: int, after: int) -> Layers:
-    first = call.atoms.created(f"{call.key}:{axis}:before", before)
-    last = call.atoms.created(f"{call.key}:{axis}:after", after)
+    first = call.labels.created(f"{call.key}:{axis}:before", before)
+    last = call.labels.created(f"{call.key}:{axis}:after", after)
     none = [np.zeros(len(first), dtype=np.int64), np.zeros(len(last), dtype=np.int64)]
     head = np.concatenate([first, layers[0], last])
     return (head, *(np.concatenate([none[0], layer, none[1]]) for layer in layers[1:]))

@@ -49,8 +49,8 @@ def _couple_layer(call: Call) -> Value:
             other = call.optional(name)
             if other is not None:
                 axes[a] = call.tie(x, a, other, a - first)
-        call.atoms.claim(axes[a])
-        call.atoms.mark_inexact(axes[a], f"{call.atoms.where} normalises over the survivors")
+        call.labels.claim(axes[a])
+        call.labels.mark_inexact(axes[a], f"{call.labels.where} normalises over the survivors")
     return call.out(axes)
 
 
@@ -110,9 +110,9 @@ def _couple_group(call: Call) -> Value:
         if other is not None:
             flat = call.tie(x, 1, other, 0)
     outer, inner = call.split_layers(flat, (groups, size))
-    call.atoms.claim(outer)
-    call.atoms.claim(inner)
-    call.atoms.mark_inexact(inner, f"{call.atoms.where} normalises over the survivors")
+    call.labels.claim(outer)
+    call.labels.claim(inner)
+    call.labels.mark_inexact(inner, f"{call.labels.where} normalises over the survivors")
     kept = {a: call.passed(x, a) for a in range(len(x.shape)) if a != 1}
     for a in range(2, len(x.shape)):
         call.freeze(x, a, "normalises over this axis")

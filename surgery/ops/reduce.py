@@ -46,7 +46,7 @@ def _couple_moment(call: Call) -> Coupled:
     x = call.value("self")
     reduced = _dims(call.bound.get("dim"), len(x.shape))
     for a in reduced:
-        call.atoms.mark_inexact(call.passed(x, a), f"{call.atoms.where} averages over the survivors")
+        call.labels.mark_inexact(call.passed(x, a), f"{call.labels.where} averages over the survivors")
     return _passed(call, x, reduced)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from surgery.core import Atoms, Layers, Mask, Step, Value
+from surgery.core import LabelSet, Layers, Mask, Step, Value
 from surgery.ops.moments import Told
 
 Shape = tuple[int, ...]
@@ -38,7 +38,7 @@ class Call:
         key: str,
         bound: Mapping[str, Any],
         outputs: Sequence[Shape],
-        atoms: Atoms,
+        labels: LabelSet,
         *,
         many: bool = False,
         raw: Mapping[str, Any] | None = None,
@@ -47,7 +47,7 @@ class Call:
         self.bound = bound
         self._raw = raw or {}
         self.outputs = tuple(outputs)
-        self.atoms = atoms
+        self.labels = labels
         self.many = many
         self._handled: set[tuple[int, int]] = set()
 
@@ -58,7 +58,7 @@ class Call:
         """The tensor argument `name`."""
         found = self.bound[name]
         if not isinstance(found, Value):
-            raise TypeError(f"{self.atoms.where}: argument {name} is not a tensor")
+            raise TypeError(f"{self.labels.where}: argument {name} is not a tensor")
         return found
 
     def optional(self, name: str) -> Value | None:
@@ -93,14 +93,14 @@ class Call:
     def tie_layers(self, left: Layers, right: Layers, length: int) -> Layers:
         """The same for bare layers."""
         if length > 1:
-            self.atoms.tie(left, right, length)
+            self.labels.tie(left, right, length)
         return left if len(left) >= len(right) else right
 
     def freeze(self, value: Value, axis: int, why: str) -> None:
         """Never cut this axis, because of `why`."""
         layers = self.passed(value, axis)
         if layers:
-            self.atoms.freeze(layers, f"{self.atoms.where}: {why}")
+            self.labels.freeze(layers, f"{self.labels.where}: {why}")
 
     def split(self, value: Value, axis: int, sizes: tuple[int, int]) -> tuple[Layers, Layers]:
         """Read an axis as (outer, inner) and return the labels of each part."""
@@ -108,12 +108,12 @@ class Call:
 
     def split_layers(self, layers: Layers, sizes: tuple[int, int]) -> tuple[Layers, Layers]:
         """The same for bare layers."""
-        if 1 in sizes and not self.atoms.is_locked:  # nothing to split; frozen labels stay, with their reasons
+        if 1 in sizes and not self.labels.is_locked:  # nothing to split; frozen labels stay, with their reasons
             return ((), layers) if sizes[0] == 1 else (layers, ())
         outer: Layers = ()
         inner: Layers = ()
-        for layer in self.atoms.canon(layers):
-            a, b = self.atoms.factor(layer.reshape(sizes))
+        for layer in self.labels.canon(layers):
+            a, b = self.labels.factor(layer.reshape(sizes))
             outer, inner = outer + a, inner + b
         return outer, inner
 
@@ -122,7 +122,7 @@ class Call:
         shape = self.outputs[index]
         layers: list[Layers] = [()] * len(shape)
         for axis, labels in axes.items():
-            if shape[axis] > 1 or self.atoms.is_locked:
+            if shape[axis] > 1 or self.labels.is_locked:
                 layers[axis % len(shape)] = tuple(labels)
         return Value(shape, tuple(layers))
 
@@ -131,12 +131,12 @@ class Call:
         axes: list[list[Layers]] = [[()] * len(shape) for shape in self.outputs]
         for axis, size in enumerate(value.shape):
             layers = self.passed(value, axis)
-            for layer in self.atoms.canon(layers) if size > 1 else ():
+            for layer in self.labels.canon(layers) if size > 1 else ():
                 view = torch.from_numpy(layer.copy())
                 view = view.reshape([-1 if a == axis else 1 for a in range(len(value.shape))]).expand(value.shape)
                 moved = function(view)
                 for k, result in enumerate(moved if self.many else (moved,)):
-                    for a, found in enumerate(self.atoms.factor(result.detach().numpy())):
+                    for a, found in enumerate(self.labels.factor(result.detach().numpy())):
                         axes[k][a] = axes[k][a] + found
         values = tuple(Value(s, tuple(x)) for s, x in zip(self.outputs, axes, strict=True))
         return values if self.many else values[0]
@@ -146,7 +146,7 @@ class Call:
         for value in self.tensors():
             for axis, layers in enumerate(value.axes):
                 if layers and (id(value), axis) not in self._handled:
-                    self.atoms.freeze(layers, f"{self.atoms.where}: {why}")
+                    self.labels.freeze(layers, f"{self.labels.where}: {why}")
 
 
 def join(outer: Layers, inner: Layers, sizes: tuple[int, int]) -> Layers:

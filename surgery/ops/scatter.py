@@ -30,7 +30,7 @@ def _couple_slice_scatter(call: Call) -> Value:
         call.freeze(x, dim, "written at every few indices")
         call.freeze(src, dim, "written at every few indices")
         return call.out(axes)
-    inside = tuple(layer[start:stop] for layer in call.atoms.canon(call.passed(x, dim)))
+    inside = tuple(layer[start:stop] for layer in call.labels.canon(call.passed(x, dim)))
     call.tie_layers(inside, call.passed(src, dim), stop - start)
     axes[dim] = call.passed(x, dim)
     return call.out(axes)

@@ -291,9 +291,9 @@ class _Clockwork:
         return replan(aim)
 
     def _stairs(self, ground: _Ground, plan: Plan) -> tuple[Staircase, ...]:
-        lowered, wiring = lower(ground.program, ground.coupling, batch=self._request.batch), ground.coupling.facts
-        table = self._source.cover(widths_of(lowered, wiring, {}))
-        return staircases(lowered, wiring, table, plan.dead)
+        lowered, labelled = lower(ground.program, ground.coupling, batch=self._request.batch), ground.coupling.labelled
+        table = self._source.cover(widths_of(lowered, labelled, {}))
+        return staircases(lowered, labelled, table, plan.dead)
 
     def _plan(self, target_ms: float) -> tuple[_Ground, Timed]:
         ground = self._ground(frozenset(self._dead))

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from surgery.core import Coupling, Kernel, Layers, Placed, Widths
-from surgery.coupling import Wiring
+from surgery.core import Coupling, Kernel, LabelledGraph, Layers, Placed, Widths
 from surgery.latency import LatencyTable, kind_of
 from surgery.planning.ladders import Ladder
 from surgery.planning.lowering import Lowered
@@ -24,9 +23,11 @@ _REMEMBERED = 200_000
 """Changes of a forecast that are kept at most: some hundred bytes each."""
 
 
-def widths_of(lowered: Lowered, wiring: Wiring, dead: Mapping[str, Sequence[int]]) -> list[tuple[Kernel, Widths]]:
+def widths_of(
+    lowered: Lowered, labelled: LabelledGraph, dead: Mapping[str, Sequence[int]]
+) -> list[tuple[Kernel, Widths]]:
     """Return each kernel of a program with the widths that a plan's dead units leave."""
-    lengths = lowered.sizes.lengths(wiring.dead_roots(dead))
+    lengths = lowered.sizes.lengths(labelled.dead_roots(dead))
     return [(p.kernel, tuple(lengths[s] for s in p.slots)) for p in lowered.placed]
 
 
@@ -41,8 +42,8 @@ def group_steps(lowered: Lowered, coupling: Coupling, table: LatencyTable, *, mo
     It is the largest step of the kernels that the group's units reach; where the device shows no stairs, one that gives
     `most` steps, since a finer search gains nothing.
     """
-    wiring: Wiring = coupling.facts
-    owners = _owners(wiring)
+    labelled = coupling.labelled
+    owners = _owners(labelled)
     steps: dict[str, int] = {}
     for placed in lowered.placed:
         step = table.step(placed.kernel)
@@ -53,8 +54,8 @@ def group_steps(lowered: Lowered, coupling: Coupling, table: LatencyTable, *, mo
     return {g.name: step if (step := steps.get(g.name, 1)) > 1 else max(1, g.size // most) for g in coupling.groups}
 
 
-def _owners(wiring: Wiring) -> dict[int, str]:
-    return {label: name for name, labels in wiring.roots.items() for label in labels}
+def _owners(labelled: LabelledGraph) -> dict[int, str]:
+    return {label: name for name, labels in labelled.roots.items() for label in labels}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ class Forecast:
     ) -> None:
         self._table, self._ladders = table, ladders
         self._placed = list(lowered.placed)
-        self._axes = [_axis(layers, ladders, coupling.facts) for layers in lowered.sizes.axes]
+        self._axes = [_axis(layers, ladders, coupling.labelled) for layers in lowered.sizes.axes]
         self._blocks = [frozenset(nodes) for nodes in blocks]
         self._lengths: dict[tuple[int, ...], int] = {}
         self._times: dict[tuple[int, Widths], float] = {}
@@ -189,9 +190,9 @@ class Forecast:
         return self._ladders[ladder].ends[levels[ladder] - 1] if levels[ladder] else 0
 
 
-def _axis(layers: Layers, ladders: Sequence[Ladder], wiring: Wiring) -> _Axis:
+def _axis(layers: Layers, ladders: Sequence[Ladder], labelled: LabelledGraph) -> _Axis:
     """Where each index of an axis stands in the order of removal; owner -1, the last of all, never goes."""
-    places: Mapping[int, tuple[int, int]] = _places(ladders, wiring)
+    places: Mapping[int, tuple[int, int]] = _places(ladders, labelled)
     made = []
     for layer in layers:
         found = [places.get(label, (-1, 0)) for label in layer.tolist()]
@@ -201,9 +202,9 @@ def _axis(layers: Layers, ladders: Sequence[Ladder], wiring: Wiring) -> _Axis:
     return _Axis(tuple(owners), tuple(made))
 
 
-def _places(ladders: Sequence[Ladder], wiring: Wiring) -> dict[int, tuple[int, int]]:
+def _places(ladders: Sequence[Ladder], labelled: LabelledGraph) -> dict[int, tuple[int, int]]:
     return {
-        wiring.roots[name][unit]: (k, rank)
+        labelled.roots[name][unit]: (k, rank)
         for k, ladder in enumerate(ladders)
         for rank, (name, unit) in enumerate(ladder.order)
     }

@@ -67,15 +67,15 @@ def ladders_of(coupling: Coupling, scores: Scores, round_to: int | Mapping[str, 
         round_to: what is left of a group that is cut is a multiple of this; one number, or one per group.
     """
     multiples = dict.fromkeys((g.name for g in coupling.groups), round_to) if isinstance(round_to, int) else round_to
-    bundles = {piece[0][0]: pieces for pieces in coupling.alike if (piece := pieces[0])}
-    together = {name for pieces in coupling.alike for piece in pieces for name, _ in piece}
+    bundles = {piece[0][0]: pieces for pieces in coupling.equal_pieces if (piece := pieces[0])}
+    together = {name for pieces in coupling.equal_pieces for piece in pieces for name, _ in piece}
     groups = {group.name: group for group in coupling.groups}
     out = []
     for name, group in groups.items():
         if name in bundles:
             out.append(_alike(bundles[name], groups, scores, multiples, coupling))
         elif name not in together:
-            out.append(_single(group, scores[name], multiples[name], coupling.floors.get(name, ())))
+            out.append(_single(group, scores[name], multiples[name], coupling.required_units.get(name, ())))
     return out
 
 
@@ -105,7 +105,7 @@ def _alike(
     ranked = [sorted(piece, key=lambda u: scores[u[0]][u[1]]) for piece in pieces]
     order = [unit for turn in zip(*ranked, strict=True) for unit in turn]
     last = {piece[-1] for piece in ranked}
-    floors = [{(name, unit) for unit in units} for name in names for units in coupling.floors.get(name, ())]
+    floors = [{(name, unit) for unit in units} for name in names for units in coupling.required_units.get(name, ())]
     widths = {name: _widths(groups[name]) for name in names}
     left = {name: sum(width) for name, width in widths.items()}
     ends = []

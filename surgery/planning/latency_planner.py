@@ -94,7 +94,7 @@ class Planner:
 
     def dense_ms(self) -> float:
         """Return the dense model's milliseconds by the table, which is filled where it has gaps."""
-        dense = widths_of(self.lowered, self.coupling.facts, {})
+        dense = widths_of(self.lowered, self.coupling.labelled, {})
         table = self.source.cover(dense)
         return predicted_ms(dense, self.source.refine(dense) or table)
 
@@ -104,7 +104,7 @@ class Planner:
         Raises:
             BudgetUnreachable: the smallest model is predicted to take longer.
         """
-        dense = widths_of(self.lowered, self.coupling.facts, {})
+        dense = widths_of(self.lowered, self.coupling.labelled, {})
         table = self.source.cover(dense)
         table = self.source.refine(dense) or table
         timed, points = self._once(table, target_ms)

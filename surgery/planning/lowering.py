@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.core import Coupling, Kernel, Operand, Placed, Program, Size, Step, Value, hint, is_symbolic
-from surgery.coupling import Sizes, Wiring, bind
+from surgery.core import Coupling, Kernel, LabelledGraph, Operand, Placed, Program, Size, Step, Value, hint, is_symbolic
+from surgery.coupling import Sizes, bind
 from surgery.ops import Rule, rules
 
 _BLOCKED = {"Conv", "MaxPool", "AveragePool", "GlobalAveragePool", "BatchNormalization", "Resize"}
@@ -53,13 +53,13 @@ class _Draft:
 
 def lower(program: Program, coupling: Coupling, *, batch: int = 1) -> Lowered:
     """Return the kernels of a program at a batch size; letters are numbered by the axes they stand for."""
-    return _Lowering(program, coupling.facts, batch).run()
+    return _Lowering(program, coupling.labelled, batch).run()
 
 
 class _Lowering:
-    def __init__(self, program: Program, wiring: Wiring, batch: int) -> None:
-        self._program, self._wiring = program, wiring
-        self._sizes = Sizes(wiring)
+    def __init__(self, program: Program, labelled: LabelledGraph, batch: int) -> None:
+        self._program, self._labelled = program, labelled
+        self._sizes = Sizes(labelled)
         self._batch = _batch_symbol(program), batch
         self._drafts: list[_Draft] = []
         self._home: dict[torch.fx.Node, _Draft] = {}
@@ -70,7 +70,7 @@ class _Lowering:
     def run(self) -> Lowered:
         table = rules()
         for node in self._program.graph.graph.nodes:
-            if node.op == "call_function" and isinstance(self._wiring.values.get(node.name), Value):
+            if node.op == "call_function" and isinstance(self._labelled.values.get(node.name), Value):
                 self._visit(node, table.get(str(node.target)))
         placed = tuple(_placed(draft, image=self._read_as_image(draft)) for draft in self._drafts)
         return Lowered(placed, self._sizes, tuple(self._untimed))
@@ -171,7 +171,7 @@ class _Lowering:
         return concatenates or bool(families & {"convolution", "pooling and resizing", "element-wise", "norm"})
 
     def _shape(self, node: torch.fx.Node) -> tuple[Size, ...]:
-        value, traced = self._wiring.values[node.name], node.meta.get("val")
+        value, traced = self._labelled.values[node.name], node.meta.get("val")
         if not isinstance(value, Value):
             return ()
         slots = self._sizes.track(value)

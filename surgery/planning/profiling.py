@@ -118,7 +118,7 @@ def survey(
 
     def points(subject: Program) -> list[Point]:
         coupling = stages.couple(subject, keep=request.keep)
-        return widths_of(lower(subject, coupling, batch=request.batch), coupling.facts, {})
+        return widths_of(lower(subject, coupling, batch=request.batch), coupling.labelled, {})
 
     with run("couple"):
         dense = points(program)

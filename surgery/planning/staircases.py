@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from surgery.core import Kernel, Widths
-from surgery.coupling import Wiring
+from surgery.core import Kernel, LabelledGraph, Widths
 from surgery.latency import LatencyTable
 from surgery.planning.forecast import widths_of
 from surgery.planning.lowering import Lowered
@@ -37,17 +36,17 @@ class Staircase:
 
 
 def staircases(
-    lowered: Lowered, wiring: Wiring, table: LatencyTable, dead: Mapping[str, Sequence[int]]
+    lowered: Lowered, labelled: LabelledGraph, table: LatencyTable, dead: Mapping[str, Sequence[int]]
 ) -> tuple[Staircase, ...]:
     """Return the curves of the kernels that take most of the dense network's time, one of each sort, cut ones first.
 
     Args:
         lowered: the network's kernels, without the blocks that are gone.
-        wiring: of the same program.
+        labelled: of the same program.
         table: of the device.
         dead: the plan's.
     """
-    dense, kept = (widths_of(lowered, wiring, gone) for gone in ({}, dead))
+    dense, kept = (widths_of(lowered, labelled, gone) for gone in ({}, dead))
     rows = list(zip(lowered.placed, dense, kept, strict=True))
     rows = [row for row in rows if row[1][0].letters]
     rows.sort(key=lambda row: (row[1][1][-1] == row[2][1][-1], -(table.ms(*row[1]) or 0.0)))

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from surgery.capture import evaluating
-from surgery.core import CompactModel, Coupling, Plan, Program, Value
-from surgery.coupling import Masks, Wiring, arranged, bind, moves_of, state_of
+from surgery.core import CompactModel, Coupling, LabelledGraph, Masks, Plan, Program, Value
+from surgery.coupling import arranged, bind, moves_of, state_of
 from surgery.cutting import masks_of
 from surgery.errors import InvalidInput
 from surgery.importance import (
@@ -127,19 +127,19 @@ def _each(
     memory: int,
     progress: Callable[[float], None],
 ) -> list[Fitted]:
-    wiring: Wiring = coupling.facts
+    labelled = coupling.labelled
     masks, whole = masks_of(program, plan, coupling), program.dense
     dense = Folded(whole.graph, arranged(state_of(whole), moves_of(coupling, plan.arranged)))
     cut = Folded(compact.graph, tensors_of(compact.graph))
     found, sizes = [], [len(batch[0]) for batch in batches]
     runs = [(dense.start(batch), cut.start(batch)) for batch in batches]
     layers = [
-        _fitting(c, wiring) for c in find_contractions(compact.graph, dense.place.keys()) if c.node in wiring.values
+        _fitting(c, labelled) for c in find_contractions(compact.graph, dense.place.keys()) if c.node in labelled.values
     ]
     ends = [dense.place[layer.aim] + 1 for layer in layers]
     for k, layer in enumerate(layers):
         progress(k / len(layers))
-        fit = _Fit(layer, dense, cut, wiring.values[layer.aim], masks, sizes, seed + k)
+        fit = _Fit(layer, dense, cut, labelled.values[layer.aim], masks, sizes, seed + k)
         to = min(ends[k:]), cut.place[layer.node]
         runs = _march(dense, cut, runs, to, fit, memory)
         if (done := fit.finish()) is not None:
@@ -154,9 +154,9 @@ def tensors_of(graph: torch.nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for pairs in named for name, tensor in pairs}
 
 
-def _fitting(found: Contraction, wiring: Wiring) -> Contraction:
+def _fitting(found: Contraction, labelled: LabelledGraph) -> Contraction:
     """The same, aiming at a sum only where that has its own shape."""
-    shapes = [getattr(wiring.values.get(name), "shape", None) for name in (found.node, found.other, found.aim)]
+    shapes = [getattr(labelled.values.get(name), "shape", None) for name in (found.node, found.other, found.aim)]
     if found.other and not shapes[0] == shapes[1] == shapes[2]:
         return replace(found, aim=found.norm or found.node, other="")
     return found

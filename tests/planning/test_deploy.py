@@ -52,7 +52,7 @@ TIMED = sorted(op for op, rule in rules().items() if rule.onnx is not None)
 def kernels_of(model: nn.Module, x: torch.Tensor | tuple[torch.Tensor, ...]) -> list[tuple[Kernel, Widths]]:
     program = trace(model.eval(), x)
     coupling = couple(program)
-    return widths_of(lower(program, coupling), coupling.facts, {})
+    return widths_of(lower(program, coupling), coupling.labelled, {})
 
 
 def executed(path: Path) -> Counter[str]:

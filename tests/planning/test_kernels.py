@@ -50,7 +50,7 @@ def test_every_rule_that_is_timed_makes_kernels_that_run(op: str) -> None:
     program, coupling, low = lowered(model, inputs)
     assert any(node.op == op for node in program.nodes)
     assert op not in {node.op for node in program.nodes if node.name in low.untimed}
-    for kernel, widths in widths_of(low, coupling.facts, {}):
+    for kernel, widths in widths_of(low, coupling.labelled, {}):
         sizes = dict(zip(kernel.letters, widths, strict=True))
         assert run_kernel(kernel, widths) == resolved(kernel.shape, sizes)
         assert Kernel.from_key(kernel.key) == kernel
@@ -69,7 +69,7 @@ def test_batch_norms_are_folded_and_activations_join_the_convolution() -> None:
     assert [o.kind for o in first.operands] == ["value", "weight", "weight"]
     assert [o.kind for o in second.operands] == ["image", "weight", "weight"]
     assert low.untimed == ()
-    assert widths_of(low, coupling.facts, {})[1][1] == (16,)
+    assert widths_of(low, coupling.labelled, {})[1][1] == (16,)
 
 
 def test_what_several_read_is_not_fused() -> None:
@@ -95,9 +95,9 @@ def test_networks_are_timed_whole(name: str) -> None:
     untimed = Counter(node.op for node in program.nodes if node.name in low.untimed)
     assert contractions
     assert not contractions.keys() & untimed.keys()
-    dense = widths_of(low, coupling.facts, {})
+    dense = widths_of(low, coupling.labelled, {})
     group = max(coupling.groups, key=lambda g: g.size)
-    cut = widths_of(low, coupling.facts, {group.name: range(group.size // 2)})
+    cut = widths_of(low, coupling.labelled, {group.name: range(group.size // 2)})
     changed = [(a, b) for (_, a), (_, b) in zip(dense, cut, strict=True) if a != b]
     assert changed
     assert all(x >= y for a, b in changed for x, y in zip(a, b, strict=True))

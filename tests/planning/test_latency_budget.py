@@ -55,7 +55,7 @@ def test_the_plan_takes_the_time_that_the_table_tells(table: LatencyTable, fract
     told = result.report["latency"]
     assert told["predicted_ms"] <= fraction * told["predicted_dense_ms"]
     low = lower(result.program, result.coupling)
-    again = predicted_ms(widths_of(low, result.coupling.facts, result.plan.dead), table)
+    again = predicted_ms(widths_of(low, result.coupling.labelled, result.plan.dead), table)
     assert again == pytest.approx(told["predicted_ms"])
     assert told["met"] is None
     assert result.check.error_float64 <= 1e-10
