@@ -200,7 +200,7 @@ def show(session: Session, /, model: str, as_json: bool, quiet: bool, **given: A
 
 
 @cli.command(epilog=EXIT_CODES)
-@click.option("--markdown", is_flag=True, help="A Markdown table, as in docs/operators.md.")
+@click.option("--markdown", is_flag=True, help="A Markdown table, as in docs/reference/operators.md.")
 @click.option("--json", "as_json", is_flag=True, help="JSON: operator, family, meaning.")
 def ops(markdown: bool, as_json: bool) -> None:
     """List the operators that can be cut through, and what each does to the channels of its arguments.

@@ -213,8 +213,8 @@ def _solved(forecast: Forecast, worth: Worth, target_ms: float, seconds: float) 
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table of docs/latency-budgets.md."""
-    heads = ("network", "target", "lost, search", "lost, solver", "no less than", "seconds", "solver's")
+    """Return the table of docs/explanation/latency-budgets.md."""
+    heads = ("network", "target", "lost, search", "lost, solver", "lower bound", "search, s", "solver, s")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
         solver = "not written" if not row["variables"] else "none found"

@@ -1,8 +1,8 @@
-"""Which residual blocks had best go: a trained CIFAR-10 network loses some by each score, and is evaluated.
+"""Which residual blocks are least important: accuracy of a trained network without them, by several scores.
 
-ResNet-56 loses its 3, 6 and 9 lowest blocks, with no recovery, by the score that reads weights alone, by
-the one that runs calibration images, block by block or in turn, with and without what a scale and a shift give back,
-and at random (the mean of three draws); and once more with the statistics of batch norms taken anew on 7,728 training
+ResNet-56 loses its 3, 6 and 9 least important blocks: by the score that uses weights alone, by block ablation on
+calibration images (individually or greedily, with and without compensation by a scale and a shift), and at random (mean
+of three draws). Each network is evaluated without recovery, and after batch-norm re-estimation on 7,728 training
 images. Accuracy: 932 test images (standard error about one point).
 
 Run: ``python -m benchmarks.studies.blocks``; writes ``results/blocks.json``.
@@ -37,13 +37,13 @@ DRAWS = 3
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one score came to.
+    """The result of one score.
 
     Attributes:
         score: its name.
-        accuracies: of the network without its `COUNTS` lowest blocks.
-        settled: likewise, once batch norms have taken their statistics anew.
-        order: names of the blocks, the lowest first.
+        accuracies: of the network without its `COUNTS` least important blocks.
+        settled: the same after batch-norm re-estimation.
+        order: names of the blocks, the least important first.
     """
 
     score: str
@@ -59,9 +59,9 @@ def orders(program: Program, blocks: Sequence[Block], images: Tensor) -> Iterato
     for count, compensated in ((len(images), True), (len(images), False), (32, True)):
         batches = [(part,) for part in torch.split(images[:: len(images) // count], BATCH)]
         trial = Trial(program, blocks, batches, compensated=compensated)
-        told = f"{count} images" + ("" if compensated else ", nothing given back")
-        yield f"{told}: one by one", _rising(trial.alone)
-        yield f"{told}: in turn", [name for name, _ in trial.in_turn(float("inf"))]
+        label = f"{count} images" + ("" if compensated else ", uncompensated")
+        yield f"{label}: individually", _rising(trial.alone)
+        yield f"{label}: greedy", [name for name, _ in trial.in_turn(float("inf"))]
     for draw in range(DRAWS):
         names = [block.name for block in blocks]
         random.Random(draw).shuffle(names)
@@ -83,15 +83,15 @@ def study(root: Path) -> Iterator[Row]:
     for name, order in found:
         models = [drop(program, dict.fromkeys(order[:count], ()), blocks).model for count in COUNTS]
         accuracies = tuple(_accuracy(model, images) for model in models)
-        yield Row(name, accuracies, tuple(_accuracy(_settled(m, known), images) for m in models), tuple(order))
+        yield Row(name, accuracies, tuple(_accuracy(_reestimated(m, known), images) for m in models), tuple(order))
 
 
 def _accuracy(model: nn.Module, images: data.Images) -> float:
     return round(float((data.predictions(model.eval(), images) == images.labels).double().mean()), 4)
 
 
-def _settled(model: nn.Module, pixels: Tensor) -> nn.Module:
-    """A copy whose batch norms hold the statistics of these images."""
+def _reestimated(model: nn.Module, pixels: Tensor) -> nn.Module:
+    """Return a copy with batch-norm statistics of these images."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -105,23 +105,23 @@ def _settled(model: nn.Module, pixels: Tensor) -> nn.Module:
 
 
 def markdown(rows: Sequence[Any]) -> str:
-    """Return the table of docs/latency-budgets.md."""
+    """Return the table of docs/explanation/latency-budgets.md."""
     heads = [f"{count} blocks" for count in COUNTS]
-    lines = [f"| score | {' | '.join((*heads, *(f'{head}, norms anew' for head in heads)))} |"]
+    lines = [f"| score | {' | '.join((*heads, *(f'{head}, batch norms re-estimated' for head in heads)))} |"]
     lines += ["|---|" + "---|" * 2 * len(COUNTS)]
-    told = [(row["score"], [*row["accuracies"], *row["settled"]]) for row in rows]
-    drawn = [figures for name, figures in told if name.startswith("random")]
-    told = [pair for pair in told if not pair[0].startswith("random")]
-    told.append((f"at random, mean of {len(drawn)}", [float(x) for x in np.mean(drawn, axis=0)]))
-    lines += [f"| {name} | {' | '.join(f'{x:.1%}' for x in figures)} |" for name, figures in told]
+    accuracies = [(row["score"], [*row["accuracies"], *row["settled"]]) for row in rows]
+    drawn = [values for name, values in accuracies if name.startswith("random")]
+    shown = [pair for pair in accuracies if not pair[0].startswith("random")]
+    shown.append((f"at random, mean of {len(drawn)}", [float(x) for x in np.mean(drawn, axis=0)]))
+    lines += [f"| {name} | {' | '.join(f'{x:.1%}' for x in values)} |" for name, values in shown]
     return "\n".join(lines) + "\n"
 
 
 @click.command()
 @click.option("--data-root", type=click.Path(), help=f"Data folder.  [default: ${data.VARIABLE}]")
-@click.option("--markdown", "as_markdown", is_flag=True, help="Measure nothing: print the document's table again.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Only print the table from the results file.")
 def main(data_root: str | None, as_markdown: bool) -> None:
-    """Measure what blocks are worth on a trained CIFAR-10 network; writes results/blocks.json."""
+    """Rank the blocks of a trained CIFAR-10 network by several scores; writes results/blocks.json."""
     if not as_markdown:
         rows = [asdict(row) for row in study(data.find_root(data_root))]
         command = record.command("benchmarks.studies.blocks")

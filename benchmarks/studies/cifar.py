@@ -1,8 +1,8 @@
-"""What a cut costs in accuracy and gains in time, on trained CIFAR-10 networks and real images.
+"""Accuracy and latency after pruning to a MAC budget, on trained CIFAR-10 networks and real images.
 
-ResNet-20 and ResNet-56 are cut in one shot, with no recovery of any kind, to several budgets, by every criterion and in
-both scopes; each compact model is checked, then evaluated on 932 exact test images (standard error of an accuracy:
-about one point; models are compared on the same images). Those of the default criterion are timed in ONNX Runtime too.
+ResNet-20 and ResNet-56 are pruned in one shot, without any recovery, to several budgets, with every criterion and both
+scopes. Each compact model is verified, then evaluated on 932 lossless test images (standard error of an accuracy: about
+one point; models are compared on the same images). Models of the default criterion are also timed in ONNX Runtime.
 
 Run: ``python -m benchmarks.studies.cifar``; writes ``results/cifar.json``.
 """
@@ -55,7 +55,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one setting came to.
+    """The result of one setting.
 
     Attributes:
         network: `resnet20` or `resnet56`.
@@ -174,7 +174,7 @@ def _interval(speedup: Mapping[str, float]) -> str:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """Return the timed rows of global scope in a results file as the README's table.
+    """Return the timed rows of global scope in a results file as a Markdown table.
 
     Times that the timer itself calls unreliable are left out.
     """
@@ -198,7 +198,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 @click.option("--data-root", type=click.Path(), help=f"Data folder.  [default: ${data.VARIABLE}]")
 @click.option("--threads", default=1, show_default=True, help="Threads of ONNX Runtime.")
 @click.option("--seconds", default=90.0, show_default=True, help="Limit on the timing of one network.")
-@click.option("--markdown", "as_markdown", is_flag=True, help="Measure nothing: print the README's table again.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Only print the table from the results file.")
 def main(data_root: str | None, threads: int, seconds: float, as_markdown: bool) -> None:
     """Measure accuracy and latency of compact CIFAR-10 networks; writes results/cifar.json."""
     if as_markdown:

@@ -418,7 +418,7 @@ class CheckResult:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What report.json holds: `data` is plain JSON, documented in docs/report.md, versioned by `data["schema"]`."""
+    """The contents of report.json: plain JSON, versioned by `data["schema"]`; see docs/reference/report.md."""
 
     data: Mapping[str, Any]
 

@@ -1,7 +1,7 @@
 """What a finished run leaves behind: `save` exports, times and writes the set of files, `load` reads it back.
 
-The set is described in `artefacts`, the report in docs/report.md. Every file but the report is a function of the model,
-the seed and the arguments; the plan and the weights are so byte by byte.
+The set is described in `artifacts`, the report in docs/reference/report.md. Every file but the report depends only on
+the model, the seed and the arguments; the plan and the weights are identical byte for byte.
 """
 
 from __future__ import annotations

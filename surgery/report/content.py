@@ -1,8 +1,8 @@
 """What a run found, as plain data: the dictionary that report.json holds, and its two readable forms.
 
 `describe` says what was decided and verified, `measured` adds the files and the clock; `render_terminal` and
-`render_markdown` show the same figures to a reader. The schema is documented in docs/report.md. Nothing here computes
-a cost or measures a time: that is handed in, so a report can be rendered again from its JSON, without torch.
+`render_markdown` show the same figures to a reader. The schema is documented in docs/reference/report.md. Nothing here
+computes a cost or measures a time: those are passed in, so a report can be rendered from its JSON, without torch.
 """
 
 from __future__ import annotations

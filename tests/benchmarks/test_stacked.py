@@ -191,7 +191,7 @@ def test_how_a_network_was_taught_is_told() -> None:
 def test_the_page_is_what_was_measured() -> None:
     place = record.RESULTS / "stacked.json"
     assert place.is_file()
-    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "results" / "demonstration.md").read_text(encoding="utf-8")
     assert text == table.page(record.read("stacked"))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert table.short(record.read("stacked")["tables"]["demo"]) in readme

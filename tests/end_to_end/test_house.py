@@ -1,10 +1,9 @@
-"""How the house is kept: layers, imports, packaging, and documents that tell the truth."""
+"""Layers, imports and packaging."""
 
 from __future__ import annotations
 
 import ast
 import os
-import re
 import subprocess
 import sys
 import sysconfig
@@ -19,7 +18,6 @@ import surgery
 
 ROOT = Path(__file__).resolve().parents[2]
 LINT_IMPORTS = Path(sys.executable).with_name("lint-imports")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 ROOMS = {path.parent.name for path in (ROOT / "surgery").glob("*/__init__.py")}
 
@@ -127,60 +125,6 @@ def test_every_public_name_exists() -> None:
 def test_no_file_has_grown_out_of_one_sitting() -> None:
     long = {name: count for name, path in modules().items() if (count := len(path.read_text().splitlines())) > 420}
     assert not long
-
-
-# Documents. ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_code_map_lists_the_rooms() -> None:
-    section = README.split("## Code map")[1].split("\n## ")[0]
-    mapped = re.findall(r"^\| `([\w/]+)` \|", section, flags=re.MULTILINE)
-    assert set(mapped) == {f"surgery/{room}" for room in ROOMS} | {"exporters", "benchmarks", "scripts"}
-
-
-def test_links_in_the_documents_lead_somewhere() -> None:
-    for document in (ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#]+)", document.read_text(encoding="utf-8")):
-            assert target.startswith("http") or (document.parent / target).exists(), f"{document.name}: {target}"
-
-
-def test_the_readme_opens_with_two_commands() -> None:
-    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
-    first, second = blocks[0].strip().splitlines()
-    assert "venv" in first
-    assert first.endswith("scripts/shrink.py resnet18")
-    assert "[test]" in second
-    assert second.endswith("-m pytest -n 2")
-
-
-@pytest.mark.parametrize("document", ["README.md", "docs/adding-an-operator.md", "docs/files.md"])
-def test_python_in_the_documents_runs(document: str, tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert blocks
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "ignore", "-c", "\n".join(blocks)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_table_in_the_readme_is_what_was_measured() -> None:
-    from benchmarks.studies import cifar, record
-
-    results = record.read("cifar")
-    assert cifar.markdown(results) in README
-    assert results["command"] in README
-    assert record.sentence(results["machine"]) in README
-
-
-def test_the_tables_of_the_study_of_recovery_are_what_was_measured() -> None:
-    from benchmarks.studies import record
-    from benchmarks.studies.recovery.table import tables
-
-    text = (ROOT / "docs" / "recovery-study.md").read_text(encoding="utf-8")
-    assert tables(record.read("recovery")).rstrip() in text
-    row = record.read("recovery")["rows"]["without labels resnet56 0.476 second-order"]["rows"][-1]
-    drop = row["judged"][0]
-    assert f"{drop['drop']:.2f} points [{drop['low']:.2f}, {drop['high']:.2f}]" in README
 
 
 # Packaging. ----------------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def test_a_rule_from_outside_the_package_makes_its_operator_cuttable(monkeypatch
 
 
 def test_the_table_of_operators_in_the_documents_is_the_registrys() -> None:
-    document = Path(__file__).parents[2] / "docs" / "operators.md"
+    document = Path(__file__).parents[2] / "docs" / "reference" / "operators.md"
     assert document.read_text(encoding="utf-8") == optable.as_markdown(optable.listed()), "surgery ops --markdown"
     listed = json.loads(optable.as_json(optable.listed()))
     assert {entry["operator"] for entry in listed} == set(rules())

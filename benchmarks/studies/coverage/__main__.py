@@ -31,7 +31,7 @@ def wanted(names: Iterable[str], chosen: Iterable[Model]) -> list[Model]:
 @click.option("--jobs", default=1, show_default=True, help="Processes at a time, one thread each.")
 @click.option("--again", is_flag=True, help="Also what the results file holds already.")
 @click.option("--ci", is_flag=True, help="The slice that the tests run.")
-@click.option("--table", is_flag=True, help="Run nothing; write docs/coverage.md from the results file.")
+@click.option("--table", is_flag=True, help="Run nothing; write docs/results/coverage.md from the results file.")
 def main(names: tuple[str, ...], tools: tuple[str, ...], jobs: int, again: bool, ci: bool, table: bool) -> None:
     """Run NAMES (patterns over names and families; all by default) through each tool."""
     if table:

@@ -1,4 +1,4 @@
-"""docs/coverage.md from the results file: counts first, then every model."""
+"""docs/results/coverage.md from the results file: counts first, then every model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.studies.coverage.models import Model
 from benchmarks.studies.coverage.oracle import DOES_NOT_RUN
 from benchmarks.studies.coverage.tools import LEAST, MACS, PARITY
 
-DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "coverage.md"
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "results" / "coverage.md"
 Rows = Mapping[str, Mapping[str, Mapping[str, Any]]]
 _TITLES = {
     "torchvision": "torchvision, classification",
@@ -80,7 +80,7 @@ def render(data: Mapping[str, Any], models: Iterable[Model]) -> str:
         "torch-pruning counted, by this package.",
         "",
         "Written by `python -m benchmarks.studies.coverage --table` from",
-        "[coverage.json](../benchmarks/studies/results/coverage.json), measured",
+        "`benchmarks/studies/results/coverage.json`, measured",
         f"on {record.sentence(data['machine'])},",
         "with one thread, at most 120 s of processor time and 8 GiB per model and tool. Seconds are of the cut with",
         "the counts of MACs it goes by, without oracle and ONNX: processor time, in older rows wall time. Rows were",

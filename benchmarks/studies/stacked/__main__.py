@@ -28,7 +28,7 @@ ASKS = {
 @click.option("--work", type=click.Path(path_type=Path), help="Folder that keeps networks planned and taught.")
 @click.option("--threads", default=2, show_default=True, help="Of torch.")
 @click.option("--data-root", type=click.Path(), help="Folder of checkpoints and images.")
-@click.option("--table", is_flag=True, help="Run nothing; print docs/results.md from the results file.")
+@click.option("--table", is_flag=True, help="Run nothing; print docs/results/demonstration.md from the results file.")
 def main(only: str | None, work: Path | None, threads: int, data_root: str | None, table: bool) -> None:
     """Measure files in fewer bits and with fewer channels; writes results/stacked.json."""
     if table:

@@ -1,4 +1,4 @@
-"""The tables: on the terminal, and docs/results.md from the results file."""
+"""The tables: on the terminal, and docs/results/demonstration.md from the results file."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def lesson(found: Mapping[str, Any]) -> str:
 
 
 def page(results: Mapping[str, Any]) -> str:
-    """Return docs/results.md."""
+    """Return docs/results/demonstration.md."""
     parts = [_HEAD]
     for key, title in TITLES.items():
         found = results["tables"].get(key)
