@@ -29,9 +29,9 @@ from benchmarks.studies.ours import holds, keep_weights, kept, with_weights
 from benchmarks.studies.recovery.subjects import Network, logits, network, to_learn_from
 from benchmarks.studies.views import Sight, batches
 from surgery.capture import trace
-from surgery.cutting import as_call
+from surgery.core import Callee
 from surgery.errors import InvalidInput
-from surgery.recovery import History, Student, Training, train
+from surgery.recovery import History, Training, train
 
 CANVAS = 288
 """Pixels of a photo's side, whole, whatever its shape was: views are zoomed out of it."""
@@ -240,19 +240,15 @@ def learn(
 ) -> History:
     """Teach a network in place, all of its parameters; the teacher stays as it is. Arguments are those of `train`."""
     program, dense = trace(teacher.module, teacher.inputs), copy.deepcopy(teacher.module)
-
-    def call(model: nn.Module, inputs: Any) -> Any:
-        args, kwargs = as_call(program, list(inputs))
-        return model(*args, **kwargs)
-
     for each in (module, dense):
         each.to(memory_format=LAYOUT)  # type: ignore[call-overload]
     torch.manual_seed(0)
     history = train(
-        Student(module, call, program.inputs),
-        Student(dense, call, program.inputs),
+        Callee.of(program, module),
+        Callee.of(program, dense),
         images,
         training,
+        inputs=program.inputs,
         learning=list(module.parameters()),
         labels=labels,
         key=key,

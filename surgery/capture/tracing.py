@@ -150,18 +150,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Flags are set directly, so that no code of the user's runs; a graph is asked, since its operators hold flags too.
     """
     modes = [(m, m.training) for m in model.modules()]
-    graph = model.training and isinstance(model, torch.fx.GraphModule)
+    graphs = [m for m, training in modes if training and isinstance(m, torch.fx.GraphModule)]
     try:
-        if graph:
+        for graph in graphs:
             with suppress(NotImplementedError):  # what `ExportedProgram.module()` returns knows no modes
-                model.eval()
+                graph.eval()
         for m, _ in modes:
             m.training = False
         yield
     finally:
-        if graph:
+        for graph in graphs:
             with suppress(NotImplementedError):
-                model.train()
+                graph.train()
         for m, mode in modes:
             m.training = mode
 

@@ -5,6 +5,7 @@ from .blame import (
     user_line as user_line,
     where_raised as where_raised,
 )
+from .callee import Callee as Callee
 from .copies import (
     buffers_kept as buffers_kept,
     copied as copied,

@@ -28,8 +28,8 @@ from fvcore.nn.jit_handles import (
     norm_flop_counter,
 )
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from surgery.core.callee import Callee
 from surgery.errors import InvalidInput, UnsupportedModel
 
 Handle = Callable[[Sequence[Any], Sequence[Any]], Any]
@@ -70,12 +70,11 @@ def count_by_operator(
         InvalidInput: no tensor among the arguments.
         UnsupportedModel: the module cannot be copied or run on these arguments.
     """
-    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
-    tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-    if not tensors:
+    callee = Callee(module, args, kwargs)
+    if not callee.tensors:
         raise InvalidInput("MACs are counted by running the module: its example inputs hold no tensor")
     try:
-        analysis = _analysis(_TensorsOnly(_private_copy(module), leaves, spec), tensors)
+        analysis = _analysis(_Counted(_private_copy(module), args, kwargs), callee.tensors)
         with torch.no_grad(), _attention_spelled_out():
             counts = analysis.by_operator()
     except Exception as error:  # whatever the user's forward raises
@@ -91,23 +90,11 @@ def count_params(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-class _TensorsOnly(nn.Module):
-    """`module` as fvcore's tracer wants it: tensors in, tensors out, other arguments fixed."""
+class _Counted(Callee):
+    """What fvcore's tracer runs: it has to return at least one tensor."""
 
-    def __init__(self, module: nn.Module, leaves: Sequence[Any], spec: Any) -> None:
-        super().__init__()
-        self.module = module
-        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._holes = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self._spec = spec
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        leaves = list(self._leaves)
-        for hole, tensor in zip(self._holes, tensors, strict=True):
-            leaves[hole] = tensor
-        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
-        outputs = pytree.tree_leaves(self.module(*args, **kwargs))
-        return tuple(leaf for leaf in outputs if isinstance(leaf, Tensor)) or tensors
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return super().forward(*inputs) or inputs
 
 
 def _private_copy(module: nn.Module) -> nn.Module:

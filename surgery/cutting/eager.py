@@ -23,6 +23,7 @@ from surgery.capture import evaluating, refuse_wrong_inputs, require_finite
 from surgery.core import (
     BLIND,
     TOLERANCE,
+    Callee,
     CheckResult,
     CompactModel,
     CostFn,
@@ -38,7 +39,7 @@ from surgery.core import (
 from surgery.coupling import conditioned, plan_from_dead, require_own_cuts, sample_inputs
 from surgery.cutting.comparison import relative_error
 from surgery.cutting.own_class import transplant
-from surgery.cutting.rewrite import as_call, compact_state, slice_tensors
+from surgery.cutting.rewrite import compact_state, slice_tensors
 from surgery.errors import CheckFailed, PlanMismatch, UnsupportedModel
 
 ONE_PATH = "no label replay, one path exported: the one that the example input takes through the model's forward"
@@ -354,12 +355,12 @@ def _settle(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 def _inputs(program: Program, *, seed: int, dtype: torch.dtype | None, count: int) -> Iterator[tuple[Any, Any]]:
     """Random inputs, and in turn such as lie near the example, which more likely take its path."""
+    callee = Callee.of(program)
     for k in range(count):
         drawn = sample_inputs(program, seed=seed + 100 + k, dtype=dtype)
         if k % 2:
-            example = pytree.tree_leaves((program.example_args, dict(program.example_kwargs)))
-            drawn = [_near(e, x) for e, x in zip(example, drawn, strict=True)]
-        yield as_call(program, drawn)
+            drawn = [_near(e, x) for e, x in zip(callee.leaves, drawn, strict=True)]
+        yield callee.arguments(drawn)
 
 
 def _near(example: Any, drawn: Any) -> Any:

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from surgery.capture import evaluating, module_of, source_of
 from surgery.core import (
     TOLERANCE,
+    Callee,
     CompactModel,
     Coupling,
     Cut,
@@ -32,7 +33,6 @@ from surgery.core import (
     Program,
     copied,
     first_line,
-    fresh,
 )
 from surgery.coupling import (
     CompactGraph,
@@ -299,8 +299,9 @@ def _differs(program: Program, plan: Plan, graph: CompactGraph, module: nn.Modul
     """Why the user's class does not compute what the rewritten program computes (None where it does), and in which."""
     state = compact_state(well_conditioned(program), plan)
     named = {k: state[k] for k, _ in module.named_parameters() if k in state}
+    callee = Callee.of(program, module)
     for sizes, inputs, wanted in _runs(program, graph, state):
-        args, kwargs = as_call(program, inputs)
+        args, kwargs = callee.arguments(inputs)
         # forward may write into its buffers
         named |= {k: state.get(k, buffer).clone() for k, buffer in module.named_buffers()}
         try:
@@ -352,13 +353,6 @@ def compact_state(state: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
         if c.tensor in out:
             out[c.tensor] = out[c.tensor].detach().index_select(c.axis, _survivors(c))
     return out
-
-
-def as_call(program: Program, inputs: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Copies of flat inputs as the arguments of the user's forward, which may write into them."""
-    _, spec = pytree.tree_flatten((program.example_args, dict(program.example_kwargs)))
-    args, kwargs = pytree.tree_unflatten(fresh(inputs), spec)
-    return args, kwargs
 
 
 def _fails_in_training(program: Program, module: nn.Module) -> str | None:

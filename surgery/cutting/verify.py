@@ -21,6 +21,7 @@ from surgery.capture import evaluating
 from surgery.core import (
     BLIND,
     TOLERANCE,
+    Callee,
     CheckResult,
     CompactModel,
     Coupling,
@@ -54,7 +55,7 @@ from surgery.coupling import (
     well_conditioned,
 )
 from surgery.cutting.comparison import apart, relative_error, require, rounds_of, within_rounding
-from surgery.cutting.rewrite import as_call, compact_state, masks_of, slice_tensors
+from surgery.cutting.rewrite import compact_state, masks_of, slice_tensors
 from surgery.errors import CheckFailed
 
 _DRAWS = 4
@@ -406,13 +407,13 @@ def _of_module(
     """Likewise those of the user's class, where it runs smaller: the only item, if any."""
     if compact.kind != "module":
         return []
-    module = compact.module
+    module, callee = compact.module, Callee.of(program, compact.module)
     own = {k: v.detach().cpu() for k, v in (*module.named_parameters(), *module.named_buffers())}
     values = own if state is None else {k: state.get(k, v) for k, v in own.items()}
     written = [name for name, _ in module.named_buffers()]
 
     def call(inputs: list[Tensor]) -> list[Tensor]:
-        args, kwargs = as_call(program, inputs)
+        args, kwargs = callee.arguments(inputs)
         held = values | {name: values[name].clone() for name in written}  # forward may write into them
         return flat_outputs(torch.func.functional_call(module, held, args, kwargs))
 

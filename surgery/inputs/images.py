@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
-from surgery.core import InputSpec, Program, first_line
+from surgery.core import Callee, InputSpec, Program, first_line
 from surgery.cutting import Whole, reach
 from surgery.errors import InvalidInput
 from surgery.inputs.batches import classes_of, fitting, mixed, one, parted, read
@@ -70,13 +70,12 @@ def seen_by(given: Any, program: Program, whole: Whole | None, most: int = MOST,
         return given
     if whole is None:
         return gather(given, program.inputs, most, seed)
-    args = whole.example_args or ()
-    seen = gather(given, [_spec_of(x) for x in pytree.tree_leaves(args) if isinstance(x, Tensor)], most, seed)
+    call = Callee(whole.model, whole.example_args or (), whole.example_kwargs)
+    seen = gather(given, [_spec_of(x) for x in call.tensors], most, seed)
 
     def arriving(batch: tuple[Tensor, ...]) -> list[Tensor]:
-        inputs = iter(batch)
-        given = pytree.tree_map(lambda x: next(inputs).to(x) if isinstance(x, Tensor) else x, args)
-        found = reach(whole.model, whole.name, given, whole.example_kwargs)
+        inputs = [x.to(example) for x, example in zip(batch, call.tensors, strict=True)]
+        found = reach(whole.model, whole.name, *call.arguments(inputs))
         return [x.cpu() for x in pytree.tree_leaves((found.args, dict(found.kwargs))) if isinstance(x, Tensor)]
 
     return seen.through(arriving)

@@ -18,5 +18,5 @@ from .run import (
     with_recovery as with_recovery,
 )
 from .steps import Step as Step
-from .teaching import History as History, Student as Student, Training as Training
+from .teaching import History as History, Training as Training
 from .training import refuse_batch as refuse_batch, train as train

@@ -15,14 +15,24 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset
 
 from surgery.capture import evaluating
-from surgery.core import CompactModel, Coupling, InputSpec, Plan, Program, Progress
+from surgery.core import Callee, CompactModel, Coupling, InputSpec, Plan, Program, Progress
 from surgery.coupling import flat_outputs
-from surgery.cutting import Whole, as_call
+from surgery.cutting import Whole
 from surgery.errors import InvalidInput
 from surgery.inputs import Calibration, Images, as_dataset, classes_of, mixed, one, seen_by, spaced
-from surgery.recovery.agreement import Agreement, Judged, Model, Reference
+from surgery.recovery.agreement import Agreement, Judged, Reference
 from surgery.recovery.judging import Pairs
-from surgery.recovery.steps import LEVELS, Judge, Step, Subject, peak_memory, taught, with_data, without_data
+from surgery.recovery.steps import (
+    LEVELS,
+    Judge,
+    Step,
+    Subject,
+    in_eval_mode,
+    peak_memory,
+    taught,
+    with_data,
+    without_data,
+)
 from surgery.recovery.teaching import NO_CLASSES, Training, out_of_range
 from surgery.request import Request
 
@@ -232,7 +242,7 @@ def _identity(data: Any, subject: Subject, seed: int) -> str:
         digest.update(str(len(data)).encode())
         samples = [one(data, k, mixed(seed, k)) for k in spaced(len(data), SAMPLED)]
         tensors += [x for x in pytree.tree_leaves(samples) if isinstance(x, Tensor)]
-    for model in (subject.dense_model, subject.compact_model):
+    for model in (subject.dense.module, subject.model.module):
         tensors += [x for _, x in sorted(model.state_dict().items())]
     for x in tensors:
         digest.update(f"{tuple(x.shape)} {x.dtype}".encode())
@@ -263,58 +273,31 @@ def _subject(
     model: torch.nn.Module,
     whole: Whole | None,
 ) -> Subject:
-    def as_part(module: torch.nn.Module, inputs: Sequence[Tensor]) -> Any:
-        args, kwargs = as_call(program, list(inputs))
-        return module(*args, **kwargs)
-
-    def as_whole(module: torch.nn.Module, inputs: Sequence[Tensor]) -> Any:
-        """Runs a whole model on its own tensor inputs, the rest of its arguments as in the example."""
-        assert whole is not None
-        given = iter(inputs)
-        args = pytree.tree_map(lambda x: next(given) if isinstance(x, Tensor) else x, whole.example_args)
-        return module(*args, **dict(whole.example_kwargs or {}))
-
-    def evaluated(module: torch.nn.Module, call: Any) -> Model:
-        def run(inputs: Sequence[Tensor]) -> Any:
-            with evaluating(module):
-                return call(module, inputs)
-
-        return run
-
-    known = whole is not None and whole.example_args is not None
-    dense = whole.model if whole is not None and known else program.dense.model
-    ours, call = (model, as_whole) if known else (compact.module, as_part)
-    return Subject(
-        program=program,
-        plan=plan,
-        coupling=coupling,
-        compact=compact,
-        dense_call=evaluated(dense, call),
-        compact_call=evaluated(ours, call),
-        part_call=evaluated(compact.module, as_part),
-        dense_model=dense,
-        compact_model=ours,
-        module_call=call,
-        inputs=_specs(whole, program),
-    )
+    part = Callee.of(program, compact.module)
+    if whole is None or whole.example_args is None:
+        dense, ours = part.on(program.dense.model), part
+    else:
+        dense = Callee(whole.model, whole.example_args, whole.example_kwargs)
+        ours = dense.on(model)
+    return Subject(program, plan, coupling, compact, dense, ours, part, _specs(whole, program))
 
 
 def _reference(subject: Subject, request: Request, seen: Calibration | None) -> Reference | None:
     """The dense model on what is judged by: the user's own images to validate on, else those to calibrate on."""
     if request.val is not None:
         pairs = Pairs(request.val, subject.inputs, request.seed)
-        found = Reference.of(subject.dense_call, pairs, "--val")
+        found = Reference.of(in_eval_mode(subject.dense), pairs, "--val")
         return dataclasses.replace(found, named=f"{pairs.count} images of --val")
     if seen is None:
         return None
     batches: Judged = [(batch, None) for batch in seen.given or seen.batches]
-    return Reference.of(subject.dense_call, batches, f"{seen.count} images of --data, those it was made with")
+    return Reference.of(in_eval_mode(subject.dense), batches, f"{seen.count} images of --data, those it was made with")
 
 
 def _specs(whole: Whole | None, program: Program) -> Sequence[InputSpec]:
     if whole is None or whole.example_args is None:
         return program.inputs
-    tensors = [x for x in pytree.tree_leaves(whole.example_args) if isinstance(x, Tensor)]
+    tensors = Callee(whole.model, whole.example_args, whole.example_kwargs).tensors
     names = [str(x.dtype).removeprefix("torch.") for x in tensors]
     return [InputSpec("input", tuple(x.shape), n, tuple(range(x.dim()))) for x, n in zip(tensors, names, strict=True)]
 

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from surgery.capture import evaluating
-from surgery.core import CompactModel, Coupling, InputSpec, Plan, Program
-from surgery.cutting import as_call
+from surgery.core import Callee, CompactModel, Coupling, InputSpec, Plan, Program
 from surgery.errors import InvalidInput
 from surgery.recovery.agreement import Agreement, Model, Reference
 from surgery.recovery.batch_norm import estimate_norms
 from surgery.recovery.random_images import drawn_images
 from surgery.recovery.reconstruction import Fitted, reconstruct
-from surgery.recovery.teaching import History, Student, Training
+from surgery.recovery.teaching import History, Training
 from surgery.recovery.training import train
 
 LEVELS = ("none", "fold", "bn", "reconstruct", "distill", "finetune")
@@ -43,25 +42,19 @@ class Subject:
         plan: what was cut.
         coupling: the groups.
         compact: the compact model, whose tensors are written into.
-        dense_call: runs the dense model, the whole one where a part was shrunk.
-        compact_call: runs the compact model likewise.
-        part_call: runs the compact model itself on the program's inputs.
-        dense_model: what `dense_call` runs.
-        compact_model: what `compact_call` runs.
-        module_call: runs a module like those two on a batch of its tensor inputs.
-        inputs: those inputs.
+        dense: the dense model, the whole one where a part was shrunk.
+        model: the compact model likewise.
+        part: the compact model itself, which takes the program's inputs.
+        inputs: of `dense` and `model`.
     """
 
     program: Program
     plan: Plan
     coupling: Coupling
     compact: CompactModel
-    dense_call: Model
-    compact_call: Model
-    part_call: Model
-    dense_model: torch.nn.Module
-    compact_model: torch.nn.Module
-    module_call: Callable[[torch.nn.Module, Sequence[Tensor]], Any]
+    dense: Callee
+    model: Callee
+    part: Callee
     inputs: Sequence[InputSpec]
 
 
@@ -82,24 +75,23 @@ class Judge:
     def dense(self, subject: Subject) -> tuple[Agreement | None, Mapping[str, float] | None]:
         """Judge the dense model."""
         found = self.reference.dense() if self.reference is not None else None
-        return found, self.evaluate(subject.dense_model) if self.evaluate is not None else None
+        return found, self.evaluate(subject.dense.module) if self.evaluate is not None else None
 
     def compact(self, subject: Subject) -> tuple[Agreement | None, Mapping[str, float] | None]:
         """Judge the compact model as it is."""
-        found = self.reference.judge(subject.compact_call) if self.reference is not None else None
+        found = self.reference.judge(in_eval_mode(subject.model)) if self.reference is not None else None
         return found, self.evaluated(subject)
 
     def evaluated(self, subject: Subject) -> Mapping[str, float] | None:
         """Return what the user's own evaluation says of the compact model."""
-        return self.evaluate(subject.compact_model) if self.evaluate is not None else None
+        return self.evaluate(subject.model.module) if self.evaluate is not None else None
 
     def beside(self, subject: Subject, batches: Batches) -> Reference:
         """Return the dense program on images: `reference`, where it is that."""
         if self.reference is not None and batches is self.learnt:
             return self.reference
-        dense = subject.program.dense.model
         judged = [(batch, None) for batch in batches]
-        return Reference.of(lambda inputs: _called(dense, subject.program, inputs), judged, "")
+        return Reference.of(in_eval_mode(subject.part.on(subject.program.dense.model)), judged, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +184,7 @@ def with_data(
         return [_reconstructed("reconstruct", subject, batches, batches, judge, before, seed, progress)]
     notes: tuple[str, ...] = () if level == "bn" else ("no reconstruction: torch.export cannot capture this model",)
     with _timed("bn", progress) as (told, clock), _undone_if_worse(subject, judge, batches, before) as judged:
-        count = estimate_norms(subject.compact, batches, call=subject.part_call, progress=told)
+        count = estimate_norms(subject.compact, batches, call=lambda batch: subject.part(*batch), progress=told)
     notes = notes if count else (*notes, "the model has no batch norms with running statistics")
     return [_step("bn", clock, judged, subject, judge, notes=notes)]
 
@@ -225,15 +217,21 @@ def taught(
         progress: told.
     """
     own = {id(p) for p in subject.compact.module.parameters()}
-    learning = [p for p in subject.compact_model.parameters() if id(p) in own and p.requires_grad]
+    learning = [p for p in subject.model.parameters() if id(p) in own and p.requires_grad]
     if not learning:
         raise InvalidInput(f"{level}: no parameter of the compact model wants gradients: call requires_grad_() on some")
-    models = subject.compact_model, subject.dense_model
-    student, teacher = (Student(m, subject.module_call, subject.inputs) for m in models)
     guard = _undone_if_worse(subject, judge, seen, before) if level == "distill" else nullcontext(_Judged())
     with _timed(level, progress) as (told, clock), guard as judged:
         history = train(
-            student, teacher, data, training, learning=learning, labels=level == "finetune", key=key, progress=told
+            subject.model,
+            subject.dense,
+            data,
+            training,
+            inputs=subject.inputs,
+            learning=learning,
+            labels=level == "finetune",
+            key=key,
+            progress=told,
         )
     notes = [f"{level}: {history.stopped}, after {history.steps} steps"] if history.stopped else []
     notes += [f"{level}: went on from a checkpoint at step {history.resumed}"] if history.resumed else []
@@ -315,13 +313,13 @@ def _undone_if_worse(subject: Subject, judge: Judge, batches: Batches, before: A
     reference = judge.beside(subject, batches)
     same = reference is judge.reference
     if before is None or not same:
-        before = reference.judge(subject.part_call)
+        before = reference.judge(in_eval_mode(subject.part))
     try:
         yield judged
     except BaseException:
         _put_back(subject, state)
         raise
-    after = reference.judge(subject.part_call)
+    after = reference.judge(in_eval_mode(subject.part))
     further = after.error > before.error and after.correlation < before.correlation
     if further or not (isfinite(after.error) and isfinite(after.correlation)):
         judged.kept = False
@@ -336,10 +334,14 @@ def _put_back(subject: Subject, state: Mapping[str, Tensor]) -> None:
             tensor.copy_(state[name])
 
 
-def _called(module: torch.nn.Module, program: Program, inputs: Sequence[Tensor]) -> Any:
-    args, kwargs = as_call(program, list(inputs))
-    with evaluating(module):
-        return module(*args, **kwargs)
+def in_eval_mode(callee: Callee) -> Model:
+    """Return a function that runs a model on a batch of inputs in eval mode."""
+
+    def run(inputs: Sequence[Tensor]) -> Any:
+        with evaluating(callee):
+            return callee(*inputs)
+
+    return run
 
 
 def peak_memory() -> int:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from surgery.core import InputSpec
-from surgery.coupling import flat_outputs
 from surgery.errors import InvalidInput
 
 PRECISIONS = ("no", "fp16", "bf16")
@@ -110,26 +108,6 @@ class History:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)
-
-
-class Student(nn.Module):
-    """A model that takes its flat tensor inputs as one batch, and gives its floating outputs.
-
-    Args:
-        module: the model.
-        call: runs it on a batch of its inputs.
-        inputs: what those are.
-    """
-
-    def __init__(
-        self, module: nn.Module, call: Callable[[nn.Module, Sequence[Tensor]], Any], inputs: Sequence[InputSpec]
-    ) -> None:
-        super().__init__()
-        self.module, self._call, self.inputs = module, call, tuple(inputs)
-
-    def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Return the outputs in order."""
-        return flat_outputs(self._call(self.module, inputs))
 
 
 def out_of_range(named: str, label: int, classes: int) -> str:

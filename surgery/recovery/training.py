@@ -21,12 +21,13 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
 from surgery.capture import evaluating
-from surgery.core import InputSpec, first_line
+from surgery.core import Callee, InputSpec, first_line
+from surgery.coupling import flat_outputs
 from surgery.errors import InvalidInput
 from surgery.inputs import UNKNOWN, alike, classes_of, fitting, mixed, parted, read
 from surgery.recovery.augmentation import Look, Order, Views
 from surgery.recovery.checkpoint import Checkpoint
-from surgery.recovery.teaching import NO_CLASSES, History, Mark, Student, Training, loss_of
+from surgery.recovery.teaching import NO_CLASSES, History, Mark, Training, loss_of
 
 WARM_UP = 0.05
 HELD_OUT_LEAST = 64
@@ -35,11 +36,12 @@ JUDGED_BY = 512
 
 
 def train(
-    student: Student,
-    teacher: Student,
+    student: Callee,
+    teacher: Callee,
     data: Any,
     how: Training,
     *,
+    inputs: Sequence[InputSpec],
     learning: Sequence[nn.Parameter],
     labels: bool,
     key: str,
@@ -52,6 +54,7 @@ def train(
         teacher: the dense model; left as it is.
         data: a map-style Dataset of images and classes, or a DataLoader of batches, taken as it comes.
         how: settings.
+        inputs: the models' tensor inputs.
         learning: the parameters that may change.
         labels: whether classes are learnt too, beside the teacher's outputs.
         key: what a checkpoint must have been made for to be taken up.
@@ -61,7 +64,7 @@ def train(
         InvalidInput: there are too few images, no classes where they are needed, or a loss that is no number.
     """
     with _own_state():
-        return _trained(student, teacher, data, how, learning, labels, key, progress)
+        return _trained(student, teacher, data, how, inputs, learning, labels, key, progress)
 
 
 @contextmanager
@@ -80,10 +83,11 @@ def _own_state() -> Iterator[None]:
 
 
 def _trained(
-    student: Student,
-    teacher: Student,
+    student: Callee,
+    teacher: Callee,
     data: Any,
     how: Training,
+    inputs: Sequence[InputSpec],
     learning: Sequence[nn.Parameter],
     labels: bool,
     key: str,
@@ -102,7 +106,7 @@ def _trained(
         raise InvalidInput(f"mixed precision {how.mixed_precision} cannot be had here: {first_line(error)}") from error
     for module in (student, teacher):
         module.to(accelerator.device)
-    run = _Run(student, teacher, data, how, accelerator, learning, labels, key)
+    run = _Run(student, teacher, data, how, accelerator, inputs, learning, labels, key)
     with evaluating(student), evaluating(teacher), _alone(student, learning):
         run.all(progress)
     student.to("cpu")
@@ -131,18 +135,19 @@ class _Run:
 
     def __init__(
         self,
-        student: Student,
-        teacher: Student,
+        student: Callee,
+        teacher: Callee,
         data: Any,
         how: Training,
         accelerator: Any,
+        inputs: Sequence[InputSpec],
         learning: Sequence[nn.Parameter],
         labels: bool,
         key: str,
     ) -> None:
         self._student, self._teacher, self._how, self._accelerator = student, teacher, how, accelerator
-        self._labels, self.history = labels, History(processes=accelerator.num_processes)
-        self._loader, self._judged = _loaders(data, how, accelerator.num_processes, labels, student.inputs)
+        self._inputs, self._labels, self.history = inputs, labels, History(processes=accelerator.num_processes)
+        self._loader, self._judged = _loaders(data, how, accelerator.num_processes, labels, inputs)
         views = isinstance(self._loader.dataset, Views)
         self._views = (self._loader.dataset, self._loader.sampler) if views else None
         self._each = len(self._loader)
@@ -184,9 +189,9 @@ class _Run:
                 group["lr"] = self._how.lr * rate
             inputs, classes = self._parted(batch)
             with torch.no_grad(), self._accelerator.autocast():
-                wanted = self._teacher(inputs)
+                wanted = flat_outputs(self._teacher(*inputs))
             with self._accelerator.autocast():
-                loss = loss_of(self._wrapped(inputs), wanted, classes, self._how.temperature)
+                loss = loss_of(flat_outputs(self._wrapped(*inputs)), wanted, classes, self._how.temperature)
             self._accelerator.backward(loss)
             self._stepper.step()
             self._stepper.zero_grad()
@@ -209,7 +214,7 @@ class _Run:
 
     def _parted(self, batch: Any) -> tuple[list[Tensor], Tensor | None]:
         """Inputs, and classes where they are to be learnt."""
-        specs, device = self._student.inputs, self._accelerator.device
+        specs, device = self._inputs, self._accelerator.device
         found, rest = parted(batch, specs)
         inputs = [fitting(x.to(device), spec) for x, spec in zip(found, specs, strict=True)]
         if not self._labels:
@@ -257,7 +262,8 @@ class _Run:
         with torch.no_grad(), self._averaged():
             for batch in read(self._judged, self._how.seed):
                 inputs, classes = self._parted(batch)
-                loss = loss_of(self._student(inputs), self._teacher(inputs), classes, self._how.temperature)
+                found, wanted = (flat_outputs(model(*inputs)) for model in (self._student, self._teacher))
+                loss = loss_of(found, wanted, classes, self._how.temperature)
                 total, count = total + float(loss) * len(inputs[0]), count + len(inputs[0])
         mean = torch.tensor(total / count, dtype=torch.float64, device=self._accelerator.device)
         return float(self._accelerator.reduce(mean, "mean"))  # what a DataLoader gives may differ by process
