@@ -1,6 +1,7 @@
 from .api import Result as Result, apply as apply, recover as recover, shrink as shrink
 from .capture import trace as trace
-from .core import Budget as Budget, Plan as Plan
+from .config import Budget as Budget, Recipe as Recipe, recipe as recipe
+from .core import Plan as Plan
 from .coupling import couple as couple
 from .cutting import check as check, cut as cut
 from .delivery import load as load, save as save

@@ -9,17 +9,16 @@ timing and writing files, is in `deliver`.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from exporters.quantize import Int8
 from surgery import gradual, within
+from surgery.config import OPTIONS, Recipe, option_of, validate
 from surgery.core import (
-    Budget,
     CheckResult,
     Clock,
     CompactModel,
@@ -41,15 +40,12 @@ from surgery.recovery import (
     Step,
     Training,
     checked,
-    level_of,
     recovered,
-    refuse_drop,
     run as recovery,
     twin,
     with_recovery,
 )
 from surgery.report import content as report
-from surgery.request import Request
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,10 +82,16 @@ class Result:
         return self.recovery.steps if self.recovery is not None else ()
 
 
-def realise(decision: Decision, *, progress: Progress | None = None) -> Result:
-    """Cut what was decided and check it; raises CheckFailed where the compact model is not the masked dense one."""
+Share = Callable[[Plan, torch.nn.Module], None]
+
+
+def realise(decision: Decision, *, progress: Progress | None = None, share: Share | None = None) -> Result:
+    """Cut what was decided and check it; raises CheckFailed where the compact model is not the masked dense one.
+
+    `share` is given the plan and the compact model before that is trained, where other processes take part.
+    """
     run = Clock(progress)
-    if decision.request.max_drop is not None:
+    if decision.recipe.selection.max_drop is not None:
         result: Result = within.fastest(decision, lambda chosen: realise(chosen, progress=progress), run)
         return result
     decision = _corrected(decision, run)
@@ -100,15 +102,27 @@ def realise(decision: Decision, *, progress: Progress | None = None) -> Result:
         compact = stages.cut(program, plan, coupling=coupling)
         model = whole.around(compact.module) if whole else compact.module
     with run("check"):
-        verdict = stages.check(program, plan, compact, coupling=coupling, seed=decision.request.seed)
+        verdict = stages.check(program, plan, compact, coupling=coupling, seed=decision.recipe.selection.seed)
         if program.whole is not None:
-            told = check_dropped(program, plan, seed=decision.request.seed)
+            told = check_dropped(program, plan, seed=decision.recipe.selection.seed)
             verdict = replace(verdict, notes=(*verdict.notes, *told))
         if whole is not None:
             verdict = parts.check(whole, stages.reference(program, plan, coupling), model, verdict, program)
     with run("count"), buffers_kept(compact.module):
         costs, notes = _counted(decision, compact)
-    regained = recovered(program, plan, coupling, compact, model, whole, decision.request, run.progress)
+    regained = recovered(
+        program,
+        plan,
+        coupling,
+        compact,
+        model,
+        whole,
+        decision.recipe,
+        run.progress,
+        seen=decision.seen,
+        between=decision.between,
+        share=share,
+    )
     data = report.describe(program, coupling, plan, compact=compact, verdict=verdict, costs=costs, loop=choice.loop)
     if whole is not None:
         data["part"] = parts.describe(whole, model, verdict)
@@ -137,12 +151,12 @@ def realise(decision: Decision, *, progress: Progress | None = None) -> Result:
 
 def _corrected(decision: Decision, run: Clock) -> Decision:
     """Time the compact model against the dense one and correct the plan, where the budget is time on this machine."""
-    choice, request = decision.choice, decision.request
-    if choice.replan is None or choice.loop is None or not (request.correct and choice.live):
+    choice, recipe = decision.choice, decision.recipe
+    if choice.replan is None or choice.loop is None or not (recipe.target.correct and choice.live):
         return decision
-    stages = stages_of(request.tracer)
+    stages = stages_of(recipe.selection.tracer)
     with run("close the loop"), tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        track = race.track_of(choice.program.dense, Path(folder), request, run.progress)
+        track = race.track_of(choice.program.dense, Path(folder), recipe, decision.seen, run.progress)
         plans, loop = race.close(
             choice,
             choice.replan,
@@ -164,84 +178,27 @@ def follow(decision: Decision, tensors: Mapping[str, torch.Tensor]) -> None:
     compact = stages.cut(choice.program, choice.plan, coupling=choice.coupling)
     compact.module.load_state_dict(tensors)
     model = whole.around(compact.module) if whole else compact.module
-    recovery.follow(choice.program, choice.plan, choice.coupling, compact, model, whole, decision.request)
+    recovery.follow(choice.program, choice.plan, choice.coupling, compact, model, whole, decision.recipe)
 
 
 def shrink(
     model: torch.nn.Module,
     example_inputs: Any,
+    recipe: Recipe | None = None,
     *,
-    budget: Budget | None = None,
-    criterion: str | Callable[..., Any] | None = None,
-    scope: str = "global",
-    round_to: int = 1,
-    inexact: str = "if-needed",
-    keep: Sequence[str] = (),
-    own_class: bool = False,
-    part: str | None = None,
-    tracer: str = "export",
-    seed: int = 0,
-    threads: int = 1,
-    batch: int = 1,
-    deploy: str = "fp32",
-    int8: Int8 | None = None,
-    latency_table: Any = None,
-    correct: bool = True,
-    drop_layers: bool = True,
-    acceptance: str | Path | None = None,
-    data: Any = None,
-    images: int = 512,
-    recover: str | None = None,
-    val: Any = None,
-    training: Training | None = None,
-    evaluate: Callable[[Any], Mapping[str, float]] | None = None,
-    max_drop: float | None = None,
-    steps: int = 1,
     example_kwargs: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> Result:
     """Return a physically smaller, checked copy of the model.
 
     Args:
         model: the dense model; bit-identical afterwards.
         example_inputs: a tensor, or a tuple of forward's positional arguments; (N, C, H, W) for most vision models.
-        budget: what to keep; half of the dense model's latency in ONNX Runtime by default.
-        criterion: name of a criterion of `surgery.score`, or a callable ``(group, parameters) -> score per unit``;
-            None: `signal` for a budget of time, else `l1`.
-        scope: `global` ranks all units together, `uniform` keeps the same share of every group.
-        round_to: kept units per group are multiples of this.
-        inexact: `never`, `if-needed` or `always` cut units whose removal is not the same as zeros (`Group.inexact`).
-        keep: patterns (``*``, ``?``) of module or parameter names that stay whole.
-        own_class: keep submodules whole whose own code does not run at other sizes, so that the model's class fits;
-            the plan's settings then list them under `keep`.
-        part: dotted name of the submodule to shrink, or None for the whole model.
-        tracer: `export`, or `torch-pruning` for models that `torch.export` cannot capture.
-        seed: of everything drawn at random; same model, seed and arguments give the same plan.
-        threads: of ONNX Runtime, for budgets of time.
-        batch: items per run, for budgets of time.
-        deploy: `fp32` or `int8`: the precision in which the model will run, and that a budget of time is of: the int8
-            file's latency against the dense model's in int8.
-        int8: how files in int8 are made; None: as `exporters.quantize.Int8()`.
-        latency_table: path of a table that `surgery profile` wrote, or a `LatencyTable`; None: this machine's, which is
-            measured where it has gaps and kept on disk. With a table that is given nothing is timed.
-        correct: time the compact model against the dense one, and correct the plan until the budget of time is met.
-        drop_layers: let residual blocks and depthwise layers go: those that are dead already, and for budgets of time
-            those that buy it most cheaply.
-        acceptance: path of what a pack measured of an earlier plan on the table's device; the new plan aims by it.
-        data: images to choose by and to recover with, no labels needed: a tensor (N, C, H, W), normalised as the model
-            expects, a Dataset, or a sequence or DataLoader of batches, each forward's input or a tuple of its inputs
-            and what follows them (classes, for `finetune`). The plan's settings record their number and digest.
-        images: at most so many of them are looked at.
-        recover: `none`, `fold` (without images), `bn`, `reconstruct`, `distill` or `finetune`; None: `reconstruct`
-            where there are data, else `none`.
-        val: images to judge by, with classes or without, as `data`, or a pair of tensors (N, C, H, W) and (N,).
-        training: a `surgery.Training`, for `distill` and `finetune`.
-        evaluate: a function of a model that returns figures by name; the first is to be kept high.
-        max_drop: in the place of a budget, points that may be lost: of accuracy on labelled `val` by the upper end of
-            its 95 % interval, else of the first figure of `evaluate`, else of agreement with the dense model.
-        steps: cut so many times, each time a part of the way, with a reconstruction in between; not for latencies.
+        recipe: what is asked for, from `surgery.recipe`; half of the dense model's latency by default.
         example_kwargs: forward's keyword arguments.
         progress: called with a stage's name and 0.0 as it begins, 1.0 when it is done.
+        options: those of earlier versions.
 
     Returns:
         The compact model, its plan, and the report on both.
@@ -253,62 +210,49 @@ def shrink(
         BudgetUnreachable: the message says what was reachable, and what is frozen.
         CheckFailed: the compact model does not compute what the masked dense model computes.
     """
-    _require_types(keep=keep, part=part, seed=seed, example_kwargs=example_kwargs)
-    request = Request(
-        budget=budget,
-        criterion=criterion,
-        scope=scope,
-        round_to=round_to,
-        inexact=inexact,
-        keep=(keep,) if isinstance(keep, str) else tuple(keep),
-        own_class=own_class,
-        part=part,
-        tracer=tracer,
-        seed=seed,
-        threads=threads,
-        batch=batch,
-        deploy=deploy,
-        int8=int8,
-        latency_table=latency_table,
-        correct=correct,
-        drop_layers=drop_layers,
-        acceptance=acceptance,
-        data=data,
-        images=images,
-        recover=recover,
-        val=val,
-        training=training,
-        evaluate=None if evaluate is None else checked(evaluate, "evaluate"),
-        max_drop=max_drop,
-        steps=steps,
-    )
-    level_of(request)
-    refuse_drop(request)
-    gradual.refuse_steps(request)
-    if not isinstance(request.goal, Budget):
-        raise InvalidInput(f"budget is {budget!r}; pass for example surgery.Budget(latency=0.5)")
+    asked = (recipe or Recipe()).but(**renamed(options))
+    if example_kwargs is not None and not isinstance(example_kwargs, Mapping):
+        raise InvalidInput(f"example_kwargs is of type {type(example_kwargs).__name__}: give a dictionary of inputs")
+    if asked.data.metric is not None:
+        asked = asked.but(metric=checked(asked.data.metric, "metric"))
+    validate(asked)
     with torch.random.fork_rng(devices=()), buffers_kept(model):
-        decision = decided(model, example_inputs, request, example_kwargs=example_kwargs, progress=progress)
+        decision = decided(model, example_inputs, asked, example_kwargs=example_kwargs, progress=progress)
         return realise(decision, progress=progress)
+
+
+def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keyword arguments of earlier versions as options of a recipe."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        if name == "training" and value is not None:
+            if not isinstance(value, Training):
+                raise InvalidInput(f"training={value!r:.60}: give a surgery.Training, such as Training(epochs=5)")
+            told = {"batch": "train_batch", "every": "checkpoint_steps"}
+            found |= {told.get(f.name, f.name): getattr(value, f.name) for f in fields(value) if f.name != "seed"}
+        elif name == "int8" and value is not None:
+            found |= {"int8_method": value.method, "int8_keep": value.keep, "int8_reduce_range": value.reduce_range}
+        elif value is not None or name not in ("training", "int8", "budget"):
+            found[next((new for new, old in OPTIONS.items() if name in option_of(old[1]).was), name)] = value
+    return found
 
 
 def decided(
     model: torch.nn.Module,
     example_inputs: Any,
-    request: Request,
+    recipe: Recipe,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Decision:
-    """Return what would be cut, decided at once or in `request.steps`; arguments and errors are those of `shrink`."""
-    gradual.refuse_steps(request)
-    if isinstance(request.val, Iterator):  # which is there once, and is looked at again for each model
-        request = replace(request, val=list(read(request.val, request.seed, "val")))
-    if request.steps == 1:
-        return decide(model, example_inputs, request, example_kwargs=example_kwargs, progress=progress)
+    """Return what would be cut, decided at once or in several steps; arguments and errors are those of `shrink`."""
+    if isinstance(recipe.data.val, Iterator):  # which is there once, and is looked at again for each model
+        recipe = recipe.but(val=list(read(recipe.data.val, recipe.selection.seed, "val")))
+    if recipe.selection.steps == 1:
+        return decide(model, example_inputs, recipe, example_kwargs=example_kwargs, progress=progress)
     done: Callable[[Decision], Result] = lambda decision: realise(decision, progress=progress)  # noqa: E731
     return gradual.decide_in_steps(
-        model, example_inputs, request, done, example_kwargs=example_kwargs, progress=progress
+        model, example_inputs, recipe, done, example_kwargs=example_kwargs, progress=progress
     )
 
 
@@ -341,8 +285,8 @@ def recover(
     if not isinstance(result, Result):
         raise InvalidInput(f"recover takes what surgery.shrink returned, not an object of type {type(result).__name__}")
     level = level or ("reconstruct" if data is not None else "fold")
-    request = Request(recover=level, data=data, val=val, images=images, training=training, seed=seed)
-    level_of(request)
+    options = {"recover": level, "data": data, "val": val, "images": images, "training": training, "seed": seed}
+    recipe = Recipe().but(**renamed(options))
     with torch.random.fork_rng(devices=()), buffers_kept(result.model):
         compact = twin(result.compact)
         model = result.whole.around(compact.module) if result.whole else compact.module
@@ -353,23 +297,11 @@ def recover(
             compact,
             model,
             result.whole,
-            request,
+            recipe,
             Clock(progress).progress,
         )
     report_data = with_recovery(result.report, found)
     return replace(result, model=model, compact=compact, report=report_data, recovery=found or result.recovery)
-
-
-def _require_types(*, keep: Any, part: Any, seed: Any, example_kwargs: Any) -> None:
-    patterns = (keep,) if isinstance(keep, str) else keep
-    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise InvalidInput(f"keep={keep!r}: give patterns of names, such as keep=('fc', 'layer4.*')")
-    if part is not None and not isinstance(part, str):
-        raise InvalidInput(f"part={part!r:.60}: give the submodule's dotted name, such as 'backbone'")
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise InvalidInput(f"seed={seed!r}: give a whole number of at least 0")
-    if example_kwargs is not None and not isinstance(example_kwargs, Mapping):
-        raise InvalidInput(f"example_kwargs is of type {type(example_kwargs).__name__}: give a dictionary of inputs")
 
 
 def apply(

@@ -40,21 +40,17 @@ from surgery.screen import PLAIN_WIDTH, Terminated, print_found, print_profile, 
 
 if TYPE_CHECKING:
     from exporters.quantize import Int8
+    from surgery.config import Recipe
     from surgery.core import Progress, Report
     from surgery.delivery import Measurement
     from surgery.inputs import LoadedModel
     from surgery.planning import Decision
-    from surgery.request import Request
 
 INTERRUPTED = 130
 TERMINATED = 143
 INEXACT = {None: "if-needed", True: "never", False: "always"}
 BUDGETS = ("latency", "latency_ms", "macs", "params", "channels")
 ONE_OF = (*BUDGETS, "max_drop")
-_ASKED = (
-    *("criterion", "scope", "round_to", "own_class", "part", "tracer", "seed"),
-    *("threads", "batch", "deploy", "latency_table", "correct", "drop_layers", "acceptance"),
-)
 
 
 @click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
@@ -81,7 +77,7 @@ def shrink(session: Session, /, model: str, as_json: bool, quiet: bool, out: Pat
         if together.rank() > 0:
             from surgery import company
 
-            return company.follow(loaded, given, _request(given))
+            return company.follow(loaded, _recipe(given))
         written = _deliver(session, loaded, model, out, given, how, progress, lambda: _decide(loaded, given, progress))
     print_report(written.data, as_json=as_json)
 
@@ -107,15 +103,15 @@ def apply(
         if together.rank() > 0:
             from surgery import company
 
-            return company.follow(loaded, given, _request(given))
+            return company.follow(loaded, _recipe(given))
 
         def again() -> Decision:
             from surgery.data_options import with_data
-            from surgery.planning import repeat
+            from surgery.planning import as_planned, repeat
 
             inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
             again = repeat(decided, loaded.module, inputs, example_kwargs=kwargs, progress=progress)
-            return replace(again, request=with_data(again.request, loaded, given))
+            return replace(again, recipe=with_data(as_planned(_recipe(given), decided), loaded))
 
         written = _deliver(session, loaded, model, out, given, how, progress, again)
     print_report(written.data, as_json=as_json)
@@ -146,7 +142,7 @@ def profile(
         loaded = _load(model, given, progress)
         _refuse_huge_batch(loaded, given["batch"])
         inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
-        found = profiles.survey(loaded.module, inputs, _request(given), example_kwargs=kwargs, progress=progress)
+        found = profiles.survey(loaded.module, inputs, _recipe(given), example_kwargs=kwargs, progress=progress)
         session.writing = True
         if pack is not None:
             profiles.pack(found, pack, name=loaded.name, progress=progress)
@@ -263,8 +259,8 @@ def _decide(loaded: LoadedModel, given: Mapping[str, Any], progress: Progress) -
     from surgery.data_options import with_data
 
     inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
-    request = with_data(_request(given), loaded, given)
-    return decided(loaded.module, inputs, request, example_kwargs=kwargs, progress=progress)
+    recipe = with_data(_recipe(given), loaded)
+    return decided(loaded.module, inputs, recipe, example_kwargs=kwargs, progress=progress)
 
 
 def _deliver(
@@ -285,14 +281,15 @@ def _deliver(
 
     _refuse_huge_batch(loaded, given["batch"])
     out = out if out is not None else Path("shrunk", typed_next.folder_name(loaded.name))
+    share = None
     if together.processes() > 1:
         from surgery import company
 
-        company.meet(loaded, given, _request(given))
+        share = together.send if company.meet(loaded, _recipe(given)) else None
     given["checkpoint"] = out.absolute().parent / f".{out.name}.training"
     session.writing = True
     artefacts.prepare(out)
-    result = pipeline.realise(decided(), progress=progress)
+    result = pipeline.realise(decided(), progress=progress, share=share)
     data = report.named(
         result.report,
         name=loaded.name,
@@ -327,18 +324,13 @@ def _int8(given: Mapping[str, Any]) -> Int8:
     return Int8(given["int8_method"], given["int8_keep"], given["int8_reduce_range"])
 
 
-def _request(given: Mapping[str, Any]) -> Request:
-    from surgery.core import Budget
-    from surgery.request import Request
+def _recipe(given: Mapping[str, Any]) -> Recipe:
+    from surgery.config import OPTIONS, Recipe
 
-    budget = {kind: given[kind] for kind in BUDGETS if given.get(kind) is not None}
-    return Request(
-        budget=Budget(**budget) if budget else None,
-        inexact=INEXACT[given.get("exact")],
-        keep=tuple(given["keep"]),
-        int8=_int8(given) if "int8_method" in given else None,
-        **{key: given[key] for key in _ASKED if key in given},
-    )
+    told = {"part": "submodule", "evaluation": "metric", "images": "max_images"}
+    found = {told.get(name, name): value for name, value in given.items() if value is not None}
+    found["inexact"] = INEXACT[given.get("exact")]
+    return Recipe().but(**{name: value for name, value in found.items() if name in OPTIONS})
 
 
 # What goes wrong. ----------------------------------------------------------------------------------------------------

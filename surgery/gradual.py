@@ -12,37 +12,21 @@ from typing import Any
 
 import torch
 
-from surgery.core import Budget, Plan, Progress
+from surgery.config import Budget, Recipe
+from surgery.core import Plan, Progress
 from surgery.coupling import kept_costs, plan_from_dead
 from surgery.cutting import stages_of
-from surgery.errors import InvalidInput, SurgeryError
+from surgery.errors import SurgeryError
 from surgery.planning import Decision, decide
 from surgery.recovery import Step
-from surgery.request import Request
 
 Realise = Callable[[Decision], Any]
-
-
-def refuse_steps(request: Request) -> None:
-    """Raise InvalidInput where several steps do not go with the rest."""
-    if not isinstance(request.steps, int) or request.steps < 1:
-        raise InvalidInput(f"steps={request.steps!r}: give a whole number of at least 1")
-    if request.steps == 1:
-        return
-    if request.goal.is_latency or request.max_drop is not None:
-        raise InvalidInput(
-            "--steps goes with --macs, --params or --channels: a latency is corrected by the clock instead"
-        )
-    if request.data is None:
-        raise InvalidInput("--steps recovers in between: give images with --data")
-    if request.tracer != "export" or request.part is not None:
-        raise InvalidInput("--steps goes with whole models that torch.export captures: leave --tracer and --part out")
 
 
 def decide_in_steps(
     model: torch.nn.Module,
     example_inputs: Any,
-    request: Request,
+    recipe: Recipe,
     realise: Realise,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
@@ -53,34 +37,34 @@ def decide_in_steps(
     Args:
         model: the dense model.
         example_inputs: of it.
-        request: for how many steps, and to which budget.
+        recipe: for how many steps, and to which budget.
         realise: decision → recovered result, with its `model` and the `steps` of its recovery.
         example_kwargs: of the model.
         progress: told each step.
     """
-    refuse_steps(request)
-    target = request.goal.amount
-    first = _toward(request, 1 - (1 - target) / request.steps)
+    target = recipe.goal.amount
+    first = _toward(recipe, 1 - (1 - target) / recipe.selection.steps)
     decision = decide(model, example_inputs, first, example_kwargs=example_kwargs, progress=progress)
-    quiet = replace(decision.request, recover="reconstruct", training=None, share=None)
-    if isinstance(request.data, Iterator):  # which is there once
-        request = replace(request, data=decision.request.seen)
+    quiet = decision.recipe.but(recover="reconstruct")
+    if isinstance(recipe.data.data, Iterator):  # which is there once
+        recipe = recipe.but(data=decision.seen)
     between = list[Step]()
-    for step in range(2, request.steps + 1):
+    for step in range(2, recipe.selection.steps + 1):
         kept = _kept(decision)
-        aim = 1 - (1 - target) * step / request.steps
+        aim = 1 - (1 - target) * step / recipe.selection.steps
         if kept <= aim:
             continue
-        so_far = realise(replace(decision, request=quiet))
-        between += [_named(done, f"{step - 1} of {request.steps}") for done in so_far.steps[1:]]
-        again = replace(_toward(request, aim / kept), drop_layers=False)
+        so_far = realise(replace(decision, recipe=quiet))
+        between += [_named(done, f"{step - 1} of {recipe.selection.steps}") for done in so_far.steps[1:]]
+        again = _toward(recipe, aim / kept).but(drop_layers=False)
         further = decide(so_far.model, example_inputs, again, example_kwargs=example_kwargs, progress=progress)
         decision = _joined(decision, further)
-    plan = replace(decision.choice.plan, budget=request.goal)
+    plan = replace(decision.choice.plan, budget=recipe.goal)
     return replace(
         decision,
         choice=replace(decision.choice, plan=plan),
-        request=replace(request, seen=decision.request.seen, between=tuple(between)),
+        recipe=recipe,
+        between=tuple(between),
     )
 
 
@@ -88,12 +72,12 @@ def _named(step: Step, which: str) -> Step:
     return replace(step, name=f"{step.name} {which}", notes=tuple(f"step {which}: {note}" for note in step.notes))
 
 
-def _toward(request: Request, fraction: float) -> Request:
-    return replace(request, steps=1, budget=Budget(**{request.goal.kind: min(fraction, 0.999)}))
+def _toward(recipe: Recipe, fraction: float) -> Recipe:
+    return recipe.but(steps=1, budget=Budget(**{recipe.goal.kind: min(fraction, 0.999)}))
 
 
 def _kept(decision: Decision) -> float:
-    dense, kept = decision.choice.costs[decision.request.goal.kind]
+    dense, kept = decision.choice.costs[decision.recipe.goal.kind]
     return kept / dense
 
 
@@ -114,8 +98,8 @@ def _joined(decision: Decision, further: Decision) -> Decision:
         notes=[*choice.plan.notes, *more.notes],
     )
     plan = replace(plan, dropped=choice.plan.dropped, arranged=choice.plan.arranged)
-    stages, program = stages_of(decision.request.tracer), choice.program
-    dense = stages.couple(program.dense, keep=decision.request.keep) if plan.dropped else choice.coupling
+    stages, program = stages_of(decision.recipe.selection.tracer), choice.program
+    dense = stages.couple(program.dense, keep=decision.recipe.selection.keep) if plan.dropped else choice.coupling
     before = stages.cost_functions(program.dense, dense)
     after = stages.cost_functions(program, choice.coupling)
     costs = kept_costs(dense, before, choice.coupling, after, plan)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from exporters.session import OnnxModel
-from surgery.core import Budget, Clock
+from surgery.config import DEPLOYED, MILDEST, Budget, Recipe
+from surgery.core import Clock
 from surgery.errors import BudgetUnreachable, InvalidInput
 from surgery.planning import Decision, refinement as race
 from surgery.recovery import Step, points_lost
-from surgery.request import DEPLOYED, MILDEST, Request
 
 FIRST = 0.5
 NEAR = 0.04
@@ -60,7 +60,7 @@ def lost_by(steps: tuple[Step, ...]) -> tuple[float, float, str]:
 
 
 def fastest(decision: Decision, realise: Callable[[Decision], Any], clock: Clock) -> Any:
-    """Return the result with the lowest measured latency among those that lose no more than `request.max_drop`.
+    """Return the result with the lowest measured latency among those that lose no more than `max_drop`.
 
     Args:
         decision: for a budget of time; its `replan` makes the plans.
@@ -70,20 +70,20 @@ def fastest(decision: Decision, realise: Callable[[Decision], Any], clock: Clock
     Raises:
         BudgetUnreachable: even the slowest model that was tried loses more.
     """
-    request, choice = decision.request, decision.choice
-    limit = request.max_drop
+    recipe, choice = decision.recipe, decision.choice
+    limit = recipe.selection.max_drop
     assert limit is not None and choice.replan is not None, "the caller makes sure"
     tried: list[Tried] = []
     best: tuple[float, Any] | None = None
     low, high, aim = 0.0, 1.0, FIRST
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        track = race.track_of(choice.program.dense, Path(folder), request, clock.progress, to_judge=True)
+        track = race.track_of(choice.program.dense, Path(folder), recipe, decision.seen, clock.progress, to_judge=True)
         while len(tried) < MOST and high - low > NEAR and aim <= MILDEST.amount:
             clock.progress(f"within {limit:g} points: {aim:.2f} of the latency", 0.0)
             found, measured = _at(decision, aim, realise), None
             if found is not None:
                 file = track.entry(found.compact.module)
-                lost, upper, _ = lost_by(_with_last(found, file, request))
+                lost, upper, _ = lost_by(_with_last(found, file, recipe))
                 if upper <= limit:
                     measured = track.time(file, processes=2).value
                 tried.append(Tried(round(aim, 4), round(lost, 3), round(upper, 3), measured))
@@ -112,18 +112,18 @@ def fastest(decision: Decision, realise: Callable[[Decision], Any], clock: Clock
     return replace(result, report={**result.report, "within": within, "latency": latency})
 
 
-def _with_last(found: Any, file: Path, request: Request) -> tuple[Step, ...]:
+def _with_last(found: Any, file: Path, recipe: Recipe) -> tuple[Step, ...]:
     """The result's steps; where the model will run in fewer bits, the last one as its file does.
 
     The file of a part does not take the images that the whole model is judged by: of those the float model counts.
     """
     steps: tuple[Step, ...] = found.steps
-    if request.deploy == DEPLOYED[0] or found.whole is not None:
+    if recipe.target.deploy == DEPLOYED[0] or found.whole is not None:
         return steps
     model, reference = OnnxModel(file), found.recovery.reference
     agreement = None if reference is None else reference.judge(lambda inputs: model(*inputs))
-    metrics = None if request.evaluate is None else request.evaluate(model)
-    return (*steps, replace(steps[-1], name=request.deploy, agreement=agreement, metrics=metrics))
+    metrics = None if recipe.data.metric is None else recipe.data.metric(model)
+    return (*steps, replace(steps[-1], name=recipe.target.deploy, agreement=agreement, metrics=metrics))
 
 
 def _at(decision: Decision, aim: float, realise: Callable[[Decision], Any]) -> Any:
@@ -135,5 +135,5 @@ def _at(decision: Decision, aim: float, realise: Callable[[Decision], Any]) -> A
         return None
     plan = replace(choice.plan, budget=Budget(latency=aim))
     loop = replace(choice.loop, target=aim) if choice.loop is not None else None
-    request: Request = replace(decision.request, budget=plan.budget, correct=False, max_drop=None)
-    return realise(replace(decision, choice=replace(choice, plan=plan, loop=loop), request=request))
+    recipe = decision.recipe.but(budget=plan.budget, correct=False, max_drop=None)
+    return realise(replace(decision, choice=replace(choice, plan=plan, loop=loop), recipe=recipe))

@@ -26,7 +26,8 @@ from scipy.sparse import csr_array
 
 from benchmarks.studies import data, record
 from surgery.capture import trace
-from surgery.core import Budget, Program
+from surgery.config import Budget
+from surgery.core import Program
 from surgery.coupling import couple, find_blocks
 from surgery.errors import InvalidInput
 from surgery.importance import score, signal_of, weights_of

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks.studies import data, record
 from exporters import onnx
 from surgery.capture import trace
-from surgery.core import Budget
+from surgery.config import Budget
 from surgery.coupling import cost_functions, couple
 from surgery.cutting import check, cut
 from surgery.importance import score

@@ -15,7 +15,8 @@ import surgery
 from benchmarks.studies.latency.bench import loop_of, tell
 from benchmarks.studies.latency.rivals import Subject
 from surgery.capture import trace
-from surgery.core import Budget, Plan
+from surgery.config import Budget
+from surgery.core import Plan
 from surgery.coupling import couple, drop
 from surgery.cutting import masked
 

@@ -19,7 +19,6 @@ from .ir import (
     KEPT as KEPT,
     Arrangement as Arrangement,
     Block as Block,
-    Budget as Budget,
     CheckResult as CheckResult,
     CompactModel as CompactModel,
     CostFn as CostFn,

@@ -13,10 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.config import Budget
 from surgery.errors import InvalidInput, PlanMismatch
 
 if TYPE_CHECKING:  # labels need numpy
@@ -205,57 +206,6 @@ Scores = Mapping[str, tuple[float, ...]]
 
 CostFn = Callable[[Mapping[str, Sequence[int]]], int]
 """Dead units per group name → cost of what is left."""
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """What to keep: a fraction of the dense model (0 < R < 1), or milliseconds. Exactly one is set.
-
-    Attributes:
-        macs: fraction of the multiply-adds.
-        params: fraction of the parameters.
-        channels: fraction of all removable units.
-        latency: fraction of the dense model's latency in ONNX Runtime.
-        latency_ms: latency in ONNX Runtime, in milliseconds.
-
-    Raises:
-        InvalidInput: none or several are set, or one is out of range.
-    """
-
-    macs: float | None = None
-    params: float | None = None
-    channels: float | None = None
-    latency: float | None = None
-    latency_ms: float | None = None
-
-    def __post_init__(self) -> None:
-        given = {k: v for k, v in asdict(self).items() if v is not None}
-        if len(given) != 1:
-            kinds = ", ".join(f.name for f in fields(self))
-            raise InvalidInput(f"a budget names exactly one of {kinds}; got {sorted(given) or 'none'}")
-        name, value = next(iter(given.items()))
-        if name == "latency_ms":
-            if not (isinstance(value, (int, float)) and 0.0 < value < float("inf")):
-                raise InvalidInput(f"budget latency_ms={value!r}: give a number of milliseconds above 0")
-        elif not (isinstance(value, (int, float)) and 0.0 < value < 1.0):
-            raise InvalidInput(
-                f"budget {name}={value!r}: the fraction of the dense model to keep must lie strictly between 0 and 1"
-            )
-
-    @property
-    def kind(self) -> str:
-        """`macs`, `params`, `channels`, `latency` or `latency_ms`."""
-        return next(k for k, v in asdict(self).items() if v is not None)
-
-    @property
-    def amount(self) -> float:
-        """The fraction of the dense model to keep, or milliseconds."""
-        return float(next(v for v in asdict(self).values() if v is not None))
-
-    @property
-    def is_latency(self) -> bool:
-        """Whether time decides."""
-        return self.latency is not None or self.latency_ms is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from surgery.core import Budget, Coupling, Cut, Group, InputSpec, Plan
+from surgery.config import Budget
+from surgery.core import Coupling, Cut, Group, InputSpec, Plan
 from surgery.errors import IllegalCut, PlanMismatch, SurgeryError
 
 NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.config import Recipe
 from surgery.errors import InvalidInput
-from surgery.request import Request
 
 SCHEMA = 1
 MOST = 0.999
@@ -106,19 +106,13 @@ def _above_zero(value: Any) -> float:
     return figure
 
 
-def acceptance_of(request: Request) -> Acceptance | None:
-    """Return the acceptance that a request brings, if any.
+def acceptance_of(recipe: Recipe) -> Acceptance | None:
+    """Return the acceptance that a recipe brings, if any.
 
     Raises:
         InvalidInput: it cannot be read, or comes without a latency table.
     """
-    if request.acceptance is None:
+    target = recipe.target
+    if target.acceptance is None:
         return None
-    if not isinstance(request.acceptance, (str, Path)):
-        raise InvalidInput(f"acceptance is of type {type(request.acceptance).__name__}: give the path of its file")
-    if request.latency_table is None:
-        raise InvalidInput(
-            f"acceptance {request.acceptance} corrects a latency by the table of its device; give that table too, with "
-            "--latency-table"
-        )
-    return Acceptance.load(request.acceptance)
+    return Acceptance.load(target.acceptance)

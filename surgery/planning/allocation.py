@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.core import KEPT, Budget, CostFn, Coupling, InputSpec, Plan, Scores
+from surgery.config import Budget
+from surgery.core import KEPT, CostFn, Coupling, InputSpec, Plan, Scores
 from surgery.coupling import NO_SETTINGS, plan_from_dead
 from surgery.errors import BudgetUnreachable, InvalidInput
 from surgery.planning.ladders import Ladder, Schedule, global_schedule, ladders_of, uniform_schedule

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
+from surgery.config import Recipe, validate
 from surgery.core import Arrangement, Block, Clock, CostFn, Coupling, Plan, Program, Progress, Scores
 from surgery.coupling import arranged, dead_blocks, drop, find_blocks, kept_costs, kept_names, moves_of, priced
 from surgery.cutting import Stages, stages_of, submodule as parts
 from surgery.errors import BudgetUnreachable, InvalidInput, UnsupportedModel
 from surgery.importance import PRICED, Signal, arrange, practised_worth, score, settled, signal_of, weights_of
-from surgery.inputs import seen_by
+from surgery.inputs import Calibration, seen_by
 from surgery.planning import refinement as race
 from surgery.planning.acceptance import acceptance_of
 from surgery.planning.allocation import allocate
@@ -25,9 +26,8 @@ from surgery.planning.latency_planner import Planner, Timed, carried
 from surgery.planning.lowering import lower
 from surgery.planning.refinement import Loop
 from surgery.planning.staircases import Staircase, staircases
-from surgery.recovery import refuse_lesson
+from surgery.recovery import Step, refuse_lesson
 from surgery.report import content as report
-from surgery.request import DEPLOYED, Request
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,16 +62,20 @@ class Decision:
     """What would be cut, and why.
 
     Attributes:
-        request: what was asked for.
+        recipe: what was asked for, with the data opened.
         choice: the plan, with the program that it is for, and its costs.
         stages_s: seconds each stage took.
         whole: where a part is shrunk, the dense model that it belongs to.
+        seen: the images of `data` that were looked at; None without data.
+        between: steps of recovery of the models on the way, where it is cut in several steps.
     """
 
-    request: Request
+    recipe: Recipe
     choice: Choice
     stages_s: Mapping[str, float]
     whole: parts.Whole | None
+    seen: Calibration | None = None
+    between: tuple[Step, ...] = ()
 
     @property
     def report(self) -> dict[str, Any]:
@@ -84,36 +88,54 @@ class Decision:
 def decide(
     model: torch.nn.Module,
     example_inputs: Any,
-    request: Request,
+    recipe: Recipe,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Decision:
     """Return what would be cut from the model, which stays as it is; arguments and errors are those of `shrink`."""
-    if request.goal.is_latency:
-        _refuse_what_the_clock_decides(request)
-    else:
-        _refuse_what_is_for_the_clock(request)
-    if request.deploy not in DEPLOYED:
-        raise InvalidInput(f"deploy={request.deploy!r}: there are {', '.join(DEPLOYED)}")
-    for name in ("threads", "batch"):
-        if getattr(request, name) < 1:
-            raise InvalidInput(f"{name}={getattr(request, name)}: give a whole number of 1 or more")
-    acceptance_of(request)  # refused before the long work
+    validate(recipe)
+    acceptance_of(recipe)  # refused before the long work
     run = Clock(progress)
-    stages = stages_of(request.tracer)
+    stages = stages_of(recipe.selection.tracer)
     with run("trace"):
-        whole = parts.reach(model, request.part, example_inputs, example_kwargs) if request.part is not None else None
+        part = recipe.selection.submodule
+        whole = parts.reach(model, part, example_inputs, example_kwargs) if part is not None else None
         program = stages.trace(*(whole.call if whole else (model, example_inputs, example_kwargs)))
-    if request.data is not None:
+    seen = None
+    if recipe.data.data is not None:
         with run("read images"):
-            request = replace(request, seen=seen_by(request.data, program, whole, request.images, request.seed))
-    refuse_lesson(program, whole, request)
-    choice = _chosen(stages, program, request, run)
-    while request.own_class and (module := _in_the_way(stages, choice, request, run)):
-        request = replace(request, keep=(*request.keep, module))
-        choice = _chosen(stages, program, request, run)
-    return Decision(request, choice, run.seconds, whole)
+            seen = seen_by(recipe.data.data, program, whole, recipe.data.max_images, recipe.selection.seed)
+    refuse_lesson(program, whole, recipe, seen)
+    choice = _chosen(stages, program, recipe, seen, run)
+    while recipe.selection.own_class and (module := _in_the_way(stages, choice, recipe, run)):
+        recipe = recipe.but(keep=(*recipe.selection.keep, module))
+        choice = _chosen(stages, program, recipe, seen, run)
+    return Decision(recipe, choice, run.seconds, whole, seen)
+
+
+def plan_settings(recipe: Recipe, seen: Calibration | None) -> dict[str, Any]:
+    """Return what a plan records, so that it can be applied again: JSON values, without the budget."""
+    selection, target, criterion = recipe.selection, recipe.target, recipe.criterion
+    found: dict[str, Any] = {
+        "criterion": criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "custom"),
+        "keep": list(selection.keep),
+        "part": selection.submodule,
+    }
+    for name in ("scope", "round_to", "inexact", "own_class", "tracer", "seed", "drop_layers", "steps"):
+        found[name] = getattr(selection, name)
+    if recipe.goal.is_latency:
+        found |= {"threads": target.threads, "batch": target.batch, "deploy": target.deploy}
+        if target.deploy == "int8":
+            output = recipe.output
+            found["int8"] = {
+                "method": output.int8_method,
+                "keep": list(output.int8_keep),
+                "reduce_range": output.int8_reduce_range,
+            }
+    if seen is not None:
+        found["data"] = seen.described()
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,12 +154,12 @@ class _Ground:
         return self.scored()
 
 
-def _prepared(stages: Stages, program: Program, request: Request, run: Clock) -> _Ground:
+def _prepared(stages: Stages, program: Program, recipe: Recipe, seen: Calibration | None, run: Clock) -> _Ground:
     with run("couple"):
-        coupling = stages.couple(program, keep=request.keep)
+        coupling = stages.couple(program, keep=recipe.selection.keep)
     with run("score"):
         orders, costs = (
-            arrange(program, coupling, request.ranking, seed=request.seed),
+            arrange(program, coupling, recipe.criterion, seed=recipe.selection.seed),
             stages.cost_functions(program, coupling),
         )
         moves = moves_of(coupling, orders)
@@ -148,41 +170,41 @@ def _prepared(stages: Stages, program: Program, request: Request, run: Clock) ->
             found = score(
                 program,
                 coupling,
-                request.ranking,
-                seed=request.seed,
+                recipe.criterion,
+                seed=recipe.selection.seed,
                 prepare=lambda weights: arranged(weights, moves),
-                images=request.seen.batches if request.seen is not None else None,
+                images=seen.batches if seen is not None else None,
                 macs=costs["macs"]({}),
                 progress=lambda fraction: run.progress("score", fraction),
             )
-            if request.ranking in PRICED and request.goal.kind in costs:
-                return priced(found, coupling, costs[request.goal.kind])
+            if recipe.criterion in PRICED and recipe.goal.kind in costs:
+                return priced(found, coupling, costs[recipe.goal.kind])
             return found
 
     return _Ground(program, coupling, scored, orders, costs)
 
 
-def _chosen(stages: Stages, program: Program, request: Request, run: Clock) -> Choice:
-    blocks = _droppable(program, request)
+def _chosen(stages: Stages, program: Program, recipe: Recipe, seen: Calibration | None, run: Clock) -> Choice:
+    blocks = _droppable(program, recipe)
     dead, notes = _dead(program, blocks)
-    ground = _prepared(stages, drop(program, dead, blocks), request, run)
-    settings = {**request.settings(), **parts.plain_arguments(program)}
-    if request.goal.is_latency:
-        return _Clockwork(stages, program, request, run, ground, blocks, dead, settings).choice(notes)
-    whole = ground if not dead else _prepared(stages, program, request, run)
-    cost = ground.costs.get(request.goal.kind)
+    ground = _prepared(stages, drop(program, dead, blocks), recipe, seen, run)
+    settings = {**plan_settings(recipe, seen), **parts.plain_arguments(program)}
+    if recipe.goal.is_latency:
+        return _Clockwork(stages, program, recipe, seen, run, ground, blocks, dead, settings).choice(notes)
+    whole = ground if not dead else _prepared(stages, program, recipe, seen, run)
+    cost = ground.costs.get(recipe.goal.kind)
     with run("allocate"):
         plan = allocate(
             ground.coupling,
             ground.scores,
-            request.goal,
+            recipe.goal,
             cost=cost,
-            dense=whole.costs[request.goal.kind]({}) if cost and dead else None,
+            dense=whole.costs[recipe.goal.kind]({}) if cost and dead else None,
             fingerprint=program.fingerprint,
             inputs=program.inputs,
-            scope=request.scope,
-            round_to=request.round_to,
-            inexact=request.inexact,
+            scope=recipe.selection.scope,
+            round_to=recipe.selection.round_to,
+            inexact=recipe.selection.inexact,
             settings=settings,
         )
     plan = settled(plan, ground.orders)
@@ -190,11 +212,11 @@ def _chosen(stages: Stages, program: Program, request: Request, run: Clock) -> C
     return Choice(ground.program, ground.coupling, plan, _kept(whole, ground, plan))
 
 
-def _droppable(program: Program, request: Request) -> tuple[Block, ...]:
+def _droppable(program: Program, recipe: Recipe) -> tuple[Block, ...]:
     """The blocks that may go: none of whose tensors is to be kept."""
-    if not request.drop_layers or program.graph is None:
+    if not recipe.selection.drop_layers or program.graph is None:
         return ()
-    kept = kept_names(program, request.keep)
+    kept = kept_names(program, recipe.selection.keep)
     return tuple(block for block in find_blocks(program) if not kept.keys() & set(block.tensors))
 
 
@@ -219,22 +241,23 @@ class _Clockwork:
         self,
         stages: Stages,
         program: Program,
-        request: Request,
+        recipe: Recipe,
+        seen: Calibration | None,
         run: Clock,
         ground: _Ground,
         blocks: Sequence[Block],
         dead: Mapping[str, tuple[float, ...]],
         settings: Mapping[str, Any],
     ) -> None:
-        self._stages, self._program, self._request, self._run = stages, program, request, run
-        self._blocks, self._dead, self._settings = blocks, dict(dead), settings
+        self._stages, self._program, self._recipe, self._run = stages, program, recipe, run
+        self._seen, self._blocks, self._dead, self._settings = seen, blocks, dict(dead), settings
         self._grounds = {frozenset(dead): ground}
         self._warnings: list[str] = []
         self._worth: Mapping[str, float] | None = None
         self._source = race.source_of(
-            request.latency_table,
-            race.conditions_of(program, request),
-            seed=request.seed,
+            recipe.target.latency_table,
+            race.conditions_of(program, recipe),
+            seed=recipe.selection.seed,
             progress=run.progress,
             warn=self._warn,
         )
@@ -243,8 +266,8 @@ class _Clockwork:
         self._warnings.append(sentence)
 
     def choice(self, notes: Sequence[str]) -> Choice:
-        """Return the plan for the request, with what it takes to make others."""
-        request = self._request
+        """Return the plan for the recipe, with what it takes to make others."""
+        recipe = self._recipe
         whole = self._ground(frozenset())
         with self._run("measure kernels"):
             predicted = self._planner(whole, ()).dense_ms()
@@ -253,13 +276,13 @@ class _Clockwork:
                 "the latency table tells no time at all for this model; make it anew with surgery profile"
             )
         measured = predicted
-        if request.goal.latency_ms is not None and request.correct and self._source.live:
-            measured = _timed_dense(self._program, request, self._run)
-        accepted = acceptance_of(request)
+        if recipe.goal.latency_ms is not None and recipe.target.correct and self._source.live:
+            measured = _timed_dense(self._program, recipe, self._seen, self._run)
+        accepted = acceptance_of(recipe)
         if accepted is not None:
-            accepted.refuse_others(self._source.device, self._program.fingerprint, request.batch)
+            accepted.refuse_others(self._source.device, self._program.fingerprint, recipe.target.batch)
             measured = accepted.dense_ms
-        target = race.target_of(request.goal, measured)
+        target = race.target_of(recipe.goal, measured)
 
         def replan(fraction: float) -> Choice:
             with self._run("allocate"):
@@ -279,7 +302,7 @@ class _Clockwork:
                 self._stairs(ground, plan),
             )
 
-        if accepted is None and request.max_drop is None:
+        if accepted is None and recipe.selection.max_drop is None:
             return replan(target)
         if accepted is None:
             try:
@@ -291,7 +314,7 @@ class _Clockwork:
         return replan(aim)
 
     def _stairs(self, ground: _Ground, plan: Plan) -> tuple[Staircase, ...]:
-        lowered, labelled = lower(ground.program, ground.coupling, batch=self._request.batch), ground.coupling.labelled
+        lowered, labelled = lower(ground.program, ground.coupling, batch=self._recipe.target.batch), ground.coupling.labelled
         table = self._source.cover(widths_of(lowered, labelled, {}))
         return staircases(lowered, labelled, table, plan.dead)
 
@@ -315,20 +338,20 @@ class _Clockwork:
         if dropped not in self._grounds:
             constants = {b.name: self._dead.get(b.name, ()) for b in self._blocks if b.name in dropped}
             program = drop(self._program, constants, self._blocks)
-            self._grounds[dropped] = _prepared(self._stages, program, self._request, self._run)
+            self._grounds[dropped] = _prepared(self._stages, program, self._recipe, self._seen, self._run)
         return self._grounds[dropped]
 
     def _planner(self, ground: _Ground, blocks: tuple[Block, ...]) -> Planner:
         return Planner(
             coupling=ground.coupling,
             scores=ground.scores,
-            lowered=lower(ground.program, ground.coupling, batch=self._request.batch),
+            lowered=lower(ground.program, ground.coupling, batch=self._recipe.target.batch),
             source=self._source,
-            inexact=self._request.inexact,
+            inexact=self._recipe.selection.inexact,
             fingerprint=self._program.fingerprint,
             inputs=self._program.inputs,
             settings=self._settings,
-            budget=self._request.goal,
+            budget=self._recipe.goal,
             blocks=blocks,
             signal=self._signal(ground, blocks),
         )
@@ -337,61 +360,30 @@ class _Clockwork:
         """Who reads the units; how much a unit counts among its like is the criterion's to tell."""
         parameters = arranged(weights_of(ground.program, ground.coupling), moves_of(ground.coupling, ground.orders))
         signal = signal_of(ground.program, ground.coupling, parameters, blocks)
-        if self._request.seen is not None and blocks:
+        if self._seen is not None and blocks:
             signal = replace(signal, blocks=self._practised(ground.program, blocks))
-        if self._request.ranking in PRICED:
+        if self._recipe.criterion in PRICED:
             return replace(signal, losses=ground.scores)
-        return signal if self._request.ranking == "signal" else signal.ranked(ground.scores)
+        return signal if self._recipe.criterion == "signal" else signal.ranked(ground.scores)
 
     def _practised(self, program: Program, blocks: tuple[Block, ...]) -> Mapping[str, float]:
         """What is lost with blocks as seen on images, once for all plans."""
-        assert self._request.seen is not None
+        assert self._seen is not None
         if self._worth is None:
             with self._run("calibrate"):
                 macs = self._grounds[frozenset(self._dead)].costs["macs"]({})
                 self._worth = practised_worth(
-                    program, blocks, self._request.seen.batches, macs=macs, compensated=self._request.ranking in PRICED
+                    program, blocks, self._seen.batches, macs=macs, compensated=self._recipe.criterion in PRICED
                 )
         return self._worth
 
 
-def _timed_dense(program: Program, request: Request, run: Clock) -> float:
+def _timed_dense(program: Program, recipe: Recipe, seen: Calibration | None, run: Clock) -> float:
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        return race.track_of(program, Path(folder), request, run.progress).dense_ms()
+        return race.track_of(program, Path(folder), recipe, seen, run.progress).dense_ms()
 
 
-def _refuse_what_the_clock_decides(request: Request) -> None:
-    if request.tracer == "torch-pruning":
-        raise InvalidInput(
-            "a latency budget needs the operators that torch.export captures; with tracer torch-pruning give a budget "
-            "of macs, params or channels"
-        )
-    if request.round_to != 1:
-        raise InvalidInput(
-            "round_to does not go with a latency budget: widths go by the device's own steps; give a budget of "
-            "macs, params or channels with it"
-        )
-    if request.scope != "global":
-        raise InvalidInput(
-            f"scope={request.scope!r} does not go with a latency budget: the clock weighs all groups; give a budget of "
-            "macs, params or channels with it"
-        )
-
-
-def _refuse_what_is_for_the_clock(request: Request) -> None:
-    given = {
-        "--latency-table": request.latency_table is not None,
-        "--acceptance": request.acceptance is not None,
-        "--no-correct": not request.correct,
-        f"--deploy {request.deploy}": request.deploy != DEPLOYED[0],
-    }
-    for name in (name for name, is_given in given.items() if is_given):
-        raise InvalidInput(
-            f"{name} is for budgets of time, this one is of {request.goal.kind}: leave it out, or give --latency"
-        )
-
-
-def _in_the_way(stages: Stages, choice: Choice, request: Request, run: Clock) -> str:
+def _in_the_way(stages: Stages, choice: Choice, recipe: Recipe, run: Clock) -> str:
     """Return the submodule that has to stay whole for the model's own class to fit, or "" where the class fits."""
     program = choice.program
     with run("fit"):
@@ -399,7 +391,7 @@ def _in_the_way(stages: Stages, choice: Choice, request: Request, run: Clock) ->
     if compact.kind == "module":
         return ""
     module = compact.stuck
-    while module and module in request.keep:
+    while module and module in recipe.selection.keep:
         module = module.rpartition(".")[0]
     if not module:
         raise UnsupportedModel(

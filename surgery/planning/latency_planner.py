@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from surgery.core import Block, Budget, Coupling, InputSpec, Kernel, Plan, Scores, Widths
+from surgery.config import Budget
+from surgery.core import Block, Coupling, InputSpec, Kernel, Plan, Scores, Widths
 from surgery.coupling import plan_from_dead
 from surgery.errors import BudgetUnreachable
 from surgery.importance import Signal

@@ -24,6 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from surgery import __version__
+from surgery.config import Recipe
 from surgery.core import Clock, Program, Progress
 from surgery.coupling import blocks_within, dead_blocks, drop, find_blocks, kept_names
 from surgery.cutting import stages_of, submodule as parts
@@ -32,7 +33,6 @@ from surgery.latency import LatencyTable, Measured, Point, device
 from surgery.planning import refinement as race
 from surgery.planning.forecast import predicted_ms, widths_of
 from surgery.planning.lowering import lower
-from surgery.request import Request
 
 DEVICE_FILES = (
     *("surgery/errors.py", "surgery/core/kernels.py", "surgery/latency/tables.py"),
@@ -77,13 +77,13 @@ class Survey:
 
     Attributes:
         program: as it was traced.
-        request: what was asked for.
+        recipe: what was asked for.
         dense: the program's kernels with their widths, in order.
         others: those that come up where blocks are gone.
     """
 
     program: Program
-    request: Request
+    recipe: Recipe
     dense: tuple[Point, ...]
     others: tuple[Point, ...]
 
@@ -99,32 +99,33 @@ class Survey:
 def survey(
     model: torch.nn.Module,
     example_inputs: Any,
-    request: Request,
+    recipe: Recipe,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Survey:
-    """Return what there is to time of a model, which stays as it is; of the request, the budget does not count.
+    """Return what there is to time of a model, which stays as it is; of the recipe, the budget does not count.
 
     Raises:
         InvalidInput: inputs that the model does not take, a part that it does not have.
         UnsupportedModel: the model cannot be traced.
     """
     run = Clock(progress)
-    stages = stages_of(request.tracer)
+    stages = stages_of(recipe.selection.tracer)
     with run("trace"):
-        whole = parts.reach(model, request.part, example_inputs, example_kwargs) if request.part is not None else None
+        part = recipe.selection.submodule
+        whole = parts.reach(model, part, example_inputs, example_kwargs) if part is not None else None
         program = stages.trace(*(whole.call if whole else (model, example_inputs, example_kwargs)))
 
     def points(subject: Program) -> list[Point]:
-        coupling = stages.couple(subject, keep=request.keep)
-        return widths_of(lower(subject, coupling, batch=request.batch), coupling.labelled, {})
+        coupling = stages.couple(subject, keep=recipe.selection.keep)
+        return widths_of(lower(subject, coupling, batch=recipe.target.batch), coupling.labelled, {})
 
     with run("couple"):
         dense = points(program)
     with run("couple without blocks"):
         found = find_blocks(program)
-        blocks = list(blocks_within(found, kept_names(program, request.keep)))
+        blocks = list(blocks_within(found, kept_names(program, recipe.selection.keep)))
         dead = dead_blocks(program, blocks)
         names = [block.name for block in blocks]
         gone = {frozenset(chosen).union(dead) for chosen in (names[::2], names[1::2], names, ())} - {frozenset()}
@@ -133,7 +134,7 @@ def survey(
             for chosen in sorted(gone, key=sorted)
             for point in points(drop(program, {name: dead.get(name, ()) for name in sorted(chosen)}, found))
         ]
-    return Survey(program, request, tuple(dense), tuple(others))
+    return Survey(program, recipe, tuple(dense), tuple(others))
 
 
 # Here. ---------------------------------------------------------------------------------------------------------------
@@ -159,10 +160,10 @@ class Profile:
 def measure(subject: Survey, *, progress: Progress | None = None) -> Profile:
     """Time on this machine what its table lacks, the dense widths themselves included."""
     warnings: list[str] = []
-    request = subject.request
+    recipe = subject.recipe
     source = Measured(
-        race.conditions_of(subject.program, request),
-        seed=request.seed,
+        race.conditions_of(subject.program, recipe),
+        seed=recipe.selection.seed,
         progress=progress,
         warn=warnings.append,
     )
@@ -184,7 +185,7 @@ def describe(profile: Profile, *, name: str) -> dict[str, Any]:
         rows.append(row)
     return {
         "model": name,
-        "batch": profile.survey.request.batch,
+        "batch": profile.survey.recipe.target.batch,
         "device": dict(table.device),
         "predicted_ms": total,
         "overhead_ms": table.overhead_ms,
@@ -239,7 +240,7 @@ def pack(subject: Survey, path: str | Path, *, name: str, progress: Progress | N
     target = Path(path)
     partial = target.with_name(target.name + ".partial")
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        track = race.track_of(subject.program, Path(folder), subject.request, progress)
+        track = race.track_of(subject.program, Path(folder), subject.recipe, None, progress)
         texts = {
             **PACK_TEXTS,
             **{file: _own(file) for file in DEVICE_FILES},
@@ -267,16 +268,16 @@ def _entry(model: Path) -> zipfile.ZipInfo:
 
 def _asked(subject: Survey, track: race.Track, name: str) -> dict[str, Any]:
     """What the device reads."""
-    request = subject.request
-    told = asdict(race.conditions_of(subject.program, request))
+    recipe = subject.recipe
+    told = asdict(race.conditions_of(subject.program, recipe))
     return {
         "model": name,
         **{key: told[key] for key in ("flush_mib", "precision", "threads")},
-        "part": request.part,
+        "part": recipe.selection.submodule,
         "tool_version": __version__,
         "fingerprint": subject.program.fingerprint,
-        "batch": request.batch,
-        "seed": request.seed,
+        "batch": recipe.target.batch,
+        "seed": recipe.selection.seed,
         "shapes": track.shapes,
         "kernels": subject.keys,
     }

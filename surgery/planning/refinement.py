@@ -15,15 +15,16 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from exporters import onnx
-from exporters.quantize import FEWEST, to_int8
+from exporters.quantize import FEWEST, Int8, to_int8
 from exporters.session import feeds
 from exporters.signature import bind
-from surgery.core import Budget, Plan, Program
+from surgery.config import Budget, Recipe
+from surgery.core import Plan, Program
 from surgery.coupling import flush_mib
 from surgery.errors import BudgetUnreachable, InvalidInput
+from surgery.inputs import Calibration
 from surgery.latency import FP32, INT8, Conditions, Given, LatencyTable, Measured, ratio as timer
 from surgery.planning.latency_planner import Source
-from surgery.request import Request
 
 ROUNDS = 4
 LOWEST, HIGHEST = 0.92, 1.03
@@ -97,9 +98,15 @@ class Loop:
         return LOWEST <= self.rounds[self.taken].measured / self.target <= HIGHEST
 
 
-def conditions_of(program: Program, request: Request) -> Conditions:
-    """Return what a request's kernels are timed under."""
-    return Conditions(request.threads, flush_mib(program, request.deploy), request.deploy)
+def int8_of(recipe: Recipe) -> Int8:
+    """Return how files in int8 are made."""
+    output = recipe.output
+    return Int8(output.int8_method, output.int8_keep, output.int8_reduce_range)
+
+
+def conditions_of(program: Program, recipe: Recipe) -> Conditions:
+    """Return what a recipe's kernels are timed under."""
+    return Conditions(recipe.target.threads, flush_mib(program, recipe.target.deploy), recipe.target.deploy)
 
 
 def source_of(
@@ -147,15 +154,22 @@ class Track:
     """The dense model as an ONNX file, and compact ones to be timed against it."""
 
     def __init__(
-        self, program: Program, folder: Path, request: Request, progress: Progress | None, *, to_judge: bool = False
+        self,
+        program: Program,
+        folder: Path,
+        recipe: Recipe,
+        seen: Calibration | None,
+        progress: Progress | None,
+        *,
+        to_judge: bool = False,
     ):
-        self._program, self._folder, self._request, self._to_judge = program, folder, request, to_judge
-        self._threads, self._seed, self._progress = request.threads, request.seed, progress
+        self._program, self._folder, self._recipe, self._seen, self._to_judge = program, folder, recipe, seen, to_judge
+        self._threads, self._seed, self._progress = recipe.target.threads, recipe.selection.seed, progress
         tensors = bind(program.model, program.example_args, program.example_kwargs).tensors
         self._shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         self._axes = {name: spec.dynamic for name, spec in zip(tensors, program.inputs, strict=True)}
         free = any(0 in axes for axes in self._axes.values())
-        self._batch = request.batch if free else next(iter(self._shapes.values()))[0]
+        self._batch = recipe.target.batch if free else next(iter(self._shapes.values()))[0]
         self._dense = self._export(program.model, "dense")
 
     def _export(self, module: torch.nn.Module, name: str) -> Path:
@@ -170,8 +184,8 @@ class Track:
             dynamic_axes=self._axes,
             check=False,
         )
-        if self._request.deploy == INT8:
-            to_int8(result.path, result.path, self._calibration(result.path), self._request.int8, check=False)
+        if self._recipe.target.deploy == INT8:
+            to_int8(result.path, result.path, self._calibration(result.path), int8_of(self._recipe), check=False)
         return result.path
 
     def _calibration(self, path: Path) -> list[dict[str, Any]]:
@@ -180,7 +194,7 @@ class Track:
         Ranges change what comes out of a file, and not how long it takes.
         """
         args = bind(self._program.model, self._program.example_args, self._program.example_kwargs).tensors.values()
-        seen = self._request.seen
+        seen = self._seen
         batches = seen.batches if seen is not None else [tuple(args)] * FEWEST
         found, count = list[dict[str, Any]](), 0
         for feed in feeds(path, batches):
@@ -230,10 +244,16 @@ class Track:
 
 
 def track_of(
-    program: Program, folder: Path, request: Request, progress: Progress | None, *, to_judge: bool = False
+    program: Program,
+    folder: Path,
+    recipe: Recipe,
+    seen: Calibration | None,
+    progress: Progress | None,
+    *,
+    to_judge: bool = False,
 ) -> Track:
-    """Return the track for a request; files go into `folder`, and may be judged as well if that is said."""
-    return Track(program, folder, request, progress, to_judge=to_judge)
+    """Return the track for a recipe; files go into `folder`, and may be judged as well if that is said."""
+    return Track(program, folder, recipe, seen, progress, to_judge=to_judge)
 
 
 def open_loop(kept_ms: float, dense_ms: float, target: float, device: Mapping[str, Any]) -> Loop:

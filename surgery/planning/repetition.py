@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from surgery.config import Budget, Recipe
 from surgery.core import Clock, Plan, Program, Progress
 from surgery.coupling import drop, kept_costs, require_own_cuts
 from surgery.cutting import stages_of, submodule as parts
 from surgery.errors import InvalidInput, PlanMismatch
 from surgery.planning.decision import Choice, Decision
-from surgery.request import Request
 
 
 def traced(
@@ -42,6 +42,13 @@ def traced(
     return program, whole
 
 
+def as_planned(recipe: Recipe, plan: Plan) -> Recipe:
+    """Return the recipe with what the plan was made by."""
+    names = ("keep", "tracer", "seed", "deploy")
+    settings = {name: plan.settings[name] for name in names if name in plan.settings}
+    return recipe.but(budget=plan.budget or Budget(), submodule=plan.settings.get("part"), **settings)
+
+
 def repeat(
     plan: Plan,
     dense_model: torch.nn.Module,
@@ -52,17 +59,15 @@ def repeat(
 ) -> Decision:
     """Return a plan as a decision on this model, to be realised; arguments and errors are those of `surgery.apply`."""
     run = Clock(progress)
-    names = ("part", "tracer", "seed", "deploy")
-    settings = {name: plan.settings[name] for name in names if name in plan.settings}
-    request = Request(budget=plan.budget, keep=tuple(plan.settings.get("keep", ())), **settings)
-    stages = stages_of(request.tracer)
+    recipe = as_planned(Recipe(), plan)
+    stages = stages_of(recipe.selection.tracer)
     with run("trace"):
         dense, whole = traced(plan, dense_model, example_inputs, example_kwargs)
     with run("couple"):
         program = drop(dense, plan.dropped)
-        coupling = stages.couple(program, keep=request.keep)
+        coupling = stages.couple(program, keep=recipe.selection.keep)
         require_own_cuts(plan, coupling)
-        dense_coupling = stages.couple(dense, keep=request.keep) if plan.dropped else coupling
+        dense_coupling = stages.couple(dense, keep=recipe.selection.keep) if plan.dropped else coupling
     before, after = stages.cost_functions(dense, dense_coupling), stages.cost_functions(program, coupling)
     costs = kept_costs(dense_coupling, before, coupling, after, plan)
-    return Decision(request, Choice(program, coupling, plan, costs), run.seconds, whole)
+    return Decision(recipe, Choice(program, coupling, plan, costs), run.seconds, whole)

@@ -7,12 +7,11 @@ from .evaluation import (
     points_lost as points_lost,
 )
 from .run import (
-    TAUGHT as TAUGHT,
     Recovery as Recovery,
     level_of as level_of,
     recovered as recovered,
-    refuse_drop as refuse_drop,
     refuse_lesson as refuse_lesson,
+    training_of as training_of,
     twin as twin,
     verdict_on as verdict_on,
     with_recovery as with_recovery,

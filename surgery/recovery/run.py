@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset
 
 from surgery.capture import evaluating
+from surgery.config import TAUGHT, Recipe, validate
 from surgery.core import Callee, CompactModel, Coupling, InputSpec, Plan, Program, Progress
 from surgery.coupling import flat_outputs
 from surgery.cutting import Whole
@@ -23,7 +25,6 @@ from surgery.inputs import Calibration, Images, as_dataset, classes_of, mixed, o
 from surgery.recovery.agreement import Agreement, Judged, Reference
 from surgery.recovery.judging import Pairs
 from surgery.recovery.steps import (
-    LEVELS,
     Judge,
     Step,
     Subject,
@@ -34,10 +35,7 @@ from surgery.recovery.steps import (
     without_data,
 )
 from surgery.recovery.teaching import NO_CLASSES, Training, out_of_range
-from surgery.request import Request
 
-NEEDS_DATA = ("bn", "reconstruct", "distill", "finetune")
-TAUGHT = ("distill", "finetune")
 SAMPLED = 32
 """Images of what is learnt from that tell it from others."""
 
@@ -75,40 +73,9 @@ class Recovery:
         }
 
 
-def level_of(request: Request) -> str:
-    """Return the level that is asked for: by default `reconstruct` with data, else `none`.
-
-    Raises:
-        InvalidInput: there is no such level, or it needs data.
-    """
-    level = request.recover or ("reconstruct" if request.data is not None else "none")
-    if level not in LEVELS:
-        raise InvalidInput(f"recover={level!r}: there are {', '.join(LEVELS)}")
-    if request.training is not None and not isinstance(request.training, Training):
-        raise InvalidInput(f"training={request.training!r:.60}: give a surgery.Training, such as Training(epochs=5)")
-    if not isinstance(request.images, int) or request.images < 1:
-        raise InvalidInput(f"images={request.images!r}: give a whole number of at least 1")
-    if level in NEEDS_DATA and request.data is None:
-        raise InvalidInput(f"--recover {level} learns from images: give them with --data; fold does without any")
-    return level
-
-
-def refuse_drop(request: Request) -> None:
-    """Raise InvalidInput where `max_drop` does not go with the rest."""
-    if request.max_drop is None:
-        return
-    if not isinstance(request.max_drop, (int, float)) or not 0 < request.max_drop < 100:
-        raise InvalidInput(
-            f"max_drop={request.max_drop!r}: give points that may be lost, more than 0 and less than 100"
-        )
-    if request.budget is not None:
-        raise InvalidInput("--max-drop looks for the lowest latency: give no budget with it")
-    if request.deploy != "fp32" and request.data is None:
-        raise InvalidInput(f"--max-drop judges files in {request.deploy}: give images to calibrate them on with --data")
-    if request.data is None and request.val is None and request.evaluate is None:
-        raise InvalidInput("--max-drop needs something to judge by: give --val with labels, --eval, or --data")
-    if request.latency_table is not None or request.tracer == "torch-pruning":
-        raise InvalidInput("--max-drop times models on this machine: leave --latency-table and --tracer out")
+def level_of(recipe: Recipe) -> str:
+    """Return the level that is asked for: by default `reconstruct` with data, else `none`."""
+    return recipe.recovery.recover or ("reconstruct" if recipe.data.data is not None else "none")
 
 
 def recovered(
@@ -118,8 +85,12 @@ def recovered(
     compact: CompactModel,
     model: torch.nn.Module,
     whole: Whole | None,
-    request: Request,
+    recipe: Recipe,
     progress: Progress,
+    *,
+    seen: Calibration | None = None,
+    between: Sequence[Step] = (),
+    share: Callable[[Plan, torch.nn.Module], None] | None = None,
 ) -> Recovery | None:
     """Recover a compact model in place; None where nothing was asked for, and there is nothing to judge by.
 
@@ -130,34 +101,38 @@ def recovered(
         compact: the compact model; `model` holds it, or is it.
         model: the compact model, the whole one where a part was shrunk.
         whole: where a part was shrunk, the dense model that it belongs to.
-        request: with the data.
+        recipe: with the data opened.
         progress: told each step.
+        seen: the images of `data` that were looked at; None: not yet.
+        between: steps of the models on the way, where it was cut in several steps.
+        share: is given the plan and the compact model before that is trained, where other processes take part.
     """
-    level = level_of(request)
-    seen = request.seen
-    if seen is None and request.data is not None:
-        seen = seen_by(request.data, program, whole, request.images, request.seed)
-    refuse_lesson(program, whole, dataclasses.replace(request, recover=level, seen=seen))
+    validate(recipe)
+    level = level_of(recipe)
+    if seen is None and recipe.data.data is not None:
+        seen = seen_by(recipe.data.data, program, whole, recipe.data.max_images, recipe.selection.seed)
+    refuse_lesson(program, whole, recipe.but(recover=level), seen)
     subject = _subject(program, plan, coupling, compact, model, whole)
-    reference, notes = _reference(subject, request, seen), list[str]()
+    reference, notes = _reference(subject, recipe, seen), list[str]()
     steps = list[Step]()
-    alike = reference is not None and request.val is None and whole is None
-    judge = Judge(reference, request.evaluate, seen.batches if seen is not None and alike else None)
-    if reference is not None or request.evaluate is not None:
+    alike = reference is not None and recipe.data.val is None and whole is None
+    judge = Judge(reference, recipe.data.metric, seen.batches if seen is not None and alike else None)
+    if reference is not None or recipe.data.metric is not None:
         for name, (agreement, metrics) in (("dense", judge.dense(subject)), ("cut", judge.compact(subject))):
             steps.append(Step(name, 0.0, peak_memory(), agreement, metrics=metrics))
-        steps[1:1] = request.between
+        steps[1:1] = between
     if level == "fold":
-        steps += without_data(subject, judge, seed=request.seed, progress=progress)
+        steps += without_data(subject, judge, seed=recipe.selection.seed, progress=progress)
     elif level != "none":
         assert seen is not None, "levels that need data have some"
         before = steps[-1].agreement if steps else None
-        steps += with_data(subject, level, seen.batches, judge, before=before, seed=request.seed, progress=progress)
+        seed = recipe.selection.seed
+        steps += with_data(subject, level, seen.batches, judge, before=before, seed=seed, progress=progress)
         if level in TAUGHT:
-            if request.share is not None:
-                request.share(plan, compact.module)
-            steps.append(_taught(subject, level, request, seen, judge, steps[-1].agreement, progress))
-    for given in (request.data, request.val):
+            if share is not None:
+                share(plan, compact.module)
+            steps.append(_taught(subject, level, recipe, seen, judge, steps[-1].agreement, progress))
+    for given in (recipe.data.data, recipe.data.val):
         notes += given.notes() if isinstance(given, Images) else []
     if reference is not None:
         notes += [*reference.notes, *(reference.batches.notes if isinstance(reference.batches, Pairs) else ())]
@@ -171,15 +146,37 @@ def recovered(
 def _taught(
     subject: Subject,
     level: str,
-    request: Request,
+    recipe: Recipe,
     seen: Calibration,
     judge: Judge,
     before: Agreement | None,
     progress: Progress,
 ) -> Step:
-    training, data = request.training or Training(seed=request.seed), as_dataset(request.data)
+    training, data = training_of(recipe), as_dataset(recipe.data.data)
     key = f"{subject.plan.digest} {seen.digest} {level} {training} {_identity(data, subject, training.seed)}"
     return taught(subject, level, data, training, judge, seen=seen.batches, before=before, key=key, progress=progress)
+
+
+def training_of(recipe: Recipe) -> Training:
+    """Return how to train."""
+    how = recipe.recovery
+    return Training(
+        epochs=how.epochs,
+        batch=how.train_batch,
+        lr=how.lr,
+        weight_decay=how.weight_decay,
+        temperature=how.temperature,
+        ema=how.ema,
+        mixed_precision=how.mixed_precision,
+        held_out=how.held_out,
+        patience=how.patience,
+        shift=how.shift,
+        flip=how.flip,
+        mix=how.mix,
+        every=how.checkpoint_steps,
+        checkpoint=None if how.checkpoint is None else Path(how.checkpoint),
+        seed=recipe.selection.seed,
+    )
 
 
 def _classes_of(data: Any, inputs: int) -> Tensor | None:
@@ -189,22 +186,22 @@ def _classes_of(data: Any, inputs: int) -> Tensor | None:
     return data.tensors[inputs] if isinstance(data, TensorDataset) and len(data.tensors) > inputs else None
 
 
-def refuse_lesson(program: Program, whole: Whole | None, request: Request) -> None:
+def refuse_lesson(program: Program, whole: Whole | None, recipe: Recipe, seen: Calibration | None) -> None:
     """Raise InvalidInput before the work where training would fail, or judging; arguments are those of `recovered`.
 
     The batch may be fixed, a label be none of the model's classes, as far as that can be told without reading all
     images, or there be none to learn.
     """
     first = _specs(whole, program)[0]
-    if request.recover in TAUGHT and 0 not in first.dynamic:
+    if recipe.recovery.recover in TAUGHT and 0 not in first.dynamic:
         raise InvalidInput(
-            f"--recover {request.recover} needs a model that takes any number of images, and this one takes "
+            f"--recover {recipe.recovery.recover} needs a model that takes any number of images, and this one takes "
             f"{first.shape[0]} at a time, as traced; --recover reconstruct does without"
         )
-    given = {"val": request.val} | ({"data": request.data} if request.recover == "finetune" else {})
+    given = {"val": recipe.data.val} | ({"data": recipe.data.data} if recipe.recovery.recover == "finetune" else {})
     inputs = len(_specs(whole, program))
-    seen = {"data": request.seen}
-    known = {k: _range_of(as_dataset(x, option=k), inputs, seen.get(k)) for k, x in given.items()}
+    read = {"data": seen}
+    known = {k: _range_of(as_dataset(x, option=k), inputs, read.get(k)) for k, x in given.items()}
     if "data" in known and known["data"] is None:
         raise InvalidInput(NO_CLASSES)
     if not any(known.values()):
@@ -257,12 +254,12 @@ def follow(
     compact: CompactModel,
     model: torch.nn.Module,
     whole: Whole | None,
-    request: Request,
+    recipe: Recipe,
 ) -> None:
     """Take part in the training that the first process leads; arguments are those of `recovered`."""
     subject = _subject(program, plan, coupling, compact, model, whole)
-    seen = seen_by(request.data, program, whole, request.images, request.seed)
-    _taught(subject, level_of(request), request, seen, Judge(), None, lambda step, fraction: None)
+    seen = seen_by(recipe.data.data, program, whole, recipe.data.max_images, recipe.selection.seed)
+    _taught(subject, level_of(recipe), recipe, seen, Judge(), None, lambda step, fraction: None)
 
 
 def _subject(
@@ -282,10 +279,10 @@ def _subject(
     return Subject(program, plan, coupling, compact, dense, ours, part, _specs(whole, program))
 
 
-def _reference(subject: Subject, request: Request, seen: Calibration | None) -> Reference | None:
+def _reference(subject: Subject, recipe: Recipe, seen: Calibration | None) -> Reference | None:
     """The dense model on what is judged by: the user's own images to validate on, else those to calibrate on."""
-    if request.val is not None:
-        pairs = Pairs(request.val, subject.inputs, request.seed)
+    if recipe.data.val is not None:
+        pairs = Pairs(recipe.data.val, subject.inputs, recipe.selection.seed)
         found = Reference.of(in_eval_mode(subject.dense), pairs, "--val")
         return dataclasses.replace(found, named=f"{pairs.count} images of --val")
     if seen is None:

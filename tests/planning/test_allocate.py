@@ -9,7 +9,8 @@ from random import Random
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from surgery.core.ir import Budget, CostFn, Coupling, Cut, Frozen, Group, InputSpec, Plan, Scores, Site
+from surgery.config import Budget
+from surgery.core.ir import CostFn, Coupling, Cut, Frozen, Group, InputSpec, Plan, Scores, Site
 from surgery.coupling.plans import plan_from_dead
 from surgery.errors import BudgetUnreachable, IllegalCut, InvalidInput, PlanMismatch, SurgeryError
 from surgery.planning.allocation import allocate

@@ -41,7 +41,6 @@ from surgery.planning.decision import decide
 from surgery.planning.forecast import widths_of
 from surgery.planning.lowering import lower
 from surgery.recovery.steps import Step
-from surgery.request import Request
 
 ROOT = Path(__file__).resolve().parents[2]
 MOVED = {"QuantizeLinear", "DequantizeLinear", "Transpose"}
@@ -195,7 +194,7 @@ def test_the_timed_files_are_in_int8(tmp_path: Path) -> None:
     program = trace(net(), IMAGE)
     (tmp_path / "a").mkdir()
     for deploy, expected in (("fp32", False), ("int8", True)):
-        track = race.track_of(program, tmp_path / "a", Request(deploy=deploy), None)
+        track = race.track_of(program, tmp_path / "a", surgery.recipe(deploy=deploy), None, None)
         ops = {node.op_type for node in onnx.load(track.dense).graph.node}
         assert ("QuantizeLinear" in ops) is expected
         assert list(track.shapes.values()) == [(1, 3, 16, 16)]
@@ -205,8 +204,8 @@ def test_the_drop_is_that_of_the_int8_file(
     table: LatencyTable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     images, classes = torch.randn(64, 3, 16, 16), torch.arange(64) % 10
-    asked = Request(surgery.Budget(latency=0.9), latency_table=table, data=images, val=(images, classes), deploy="int8")
-    decision = decide(net(), IMAGE, replace(asked, max_drop=100.0))
+    asked = surgery.recipe(latency=0.9, latency_table=table, data=images, val=(images, classes), deploy="int8")
+    decision = decide(net(), IMAGE, asked)
     judged: list[str] = []
     lost_by = within.lost_by
 
@@ -217,7 +216,7 @@ def test_the_drop_is_that_of_the_int8_file(
     monkeypatch.setattr(within, "lost_by", noted)
     monkeypatch.setattr(race.Track, "time", lambda *given, **named: type("R", (), {"value": 0.5})())
     monkeypatch.setattr(within, "MOST", 1)
-    result = within.fastest(replace(decision, request=replace(decision.request, max_drop=100.0)), realise, Clock(None))
+    result = within.fastest(replace(decision, recipe=decision.recipe.but(max_drop=100.0)), realise, Clock(None))
     assert judged[0] == "int8"
     assert "of the dense int8 latency" in result.report["latency"]["verdict"]
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from surgery.config import recipe, validate
 from torch import nn
 
 import surgery
@@ -27,7 +28,6 @@ from surgery.latency.cache import Given
 from surgery.latency.tables import LatencyTable
 from surgery.planning import profiling as profile
 from surgery.planning.acceptance import Acceptance, acceptance_of
-from surgery.request import Request
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -350,20 +350,20 @@ def test_files_that_are_no_acceptance_are_refused(tmp_path: Path, changed: dict[
     path = tmp_path / "acceptance.json"
     path.write_text(json.dumps({**ACCEPTANCE, **changed}))
     with pytest.raises(InvalidInput, match=said):
-        acceptance_of(Request(latency_table="table.json", acceptance=path))
+        acceptance_of(recipe(latency_table="table.json", acceptance=path))
 
 
 def test_an_acceptance_needs_its_devices_table_and_a_budget_of_latency(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="--latency-table"):
-        acceptance_of(Request(acceptance="acceptance.json"))
+        validate(recipe(latency=0.5, acceptance="acceptance.json"))
     with pytest.raises(InvalidInput, match="--acceptance is for budgets of time"):
         surgery.shrink(
             nn.Conv2d(3, 8, 1), torch.zeros(1, 3, 8, 8), budget=surgery.Budget(macs=0.5), acceptance="a.json"
         )
     with pytest.raises(InvalidInput, match="cannot read acceptance"):
-        acceptance_of(Request(latency_table="table.json", acceptance=tmp_path / "absent.json"))
-    with pytest.raises(InvalidInput, match="of type int"):
-        acceptance_of(Request(latency_table="table.json", acceptance=3))
+        acceptance_of(recipe(latency_table="table.json", acceptance=tmp_path / "absent.json"))
+    with pytest.raises(InvalidInput, match="acceptance=3"):
+        recipe(latency_table="table.json", acceptance=3)
 
 
 # Python 3.8. ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from surgery.config import MILDEST, recipe
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -25,7 +26,6 @@ from surgery.inputs.datasets import open_images
 from surgery.inputs.preprocessing import Preprocessing
 from surgery.recovery import agreement, judging
 from surgery.recovery.agreement import Reference, paired_drop, score_interval
-from surgery.request import MILDEST, Request
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = Preprocessing((0.0,) * 3, (1.0,) * 3)
@@ -440,8 +440,8 @@ def test_a_checkpoint_of_another_run_is_not_taken_up(
 
 
 def test_a_drop_without_a_budget_begins_with_the_mildest_cut() -> None:
-    assert Request(max_drop=1.0, data=1).goal == MILDEST
-    assert Request(budget=surgery.Budget(macs=0.5)).goal == surgery.Budget(macs=0.5)
+    assert recipe(max_drop=1.0, data=1).goal == MILDEST
+    assert recipe(macs=0.5).goal == surgery.Budget(macs=0.5)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,6 @@ from surgery.recovery.checkpoint import Checkpoint
 from surgery.recovery.random_images import drawn_images
 from surgery.recovery.teaching import loss_of
 from surgery.report.tables import step_notes
-from surgery.request import Request
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -644,12 +643,12 @@ def test_the_lowest_latency_within_a_drop(
 
     program = trace(trained, images[0][:2])
     table = table_of(program, couple(program))
-    asked = Request(surgery.Budget(latency=0.9), latency_table=table, data=images, val=unseen, images=128)
+    asked = surgery.recipe(latency=0.9, latency_table=table, data=images, val=unseen, images=128)
     decision = decide(trained, images[0][:2], asked)
     monkeypatch.setattr("surgery.planning.refinement.track_of", lambda *args, **more: Track())
 
     def fastest(points: float) -> surgery.Result:
-        limited = replace(decision, request=replace(decision.request, max_drop=points))
+        limited = replace(decision, recipe=decision.recipe.but(max_drop=points))
         found: surgery.Result = within.fastest(limited, realise, Clock(None))
         return found
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from benchmarks.studies.coverage.tools import output_layers, products
 from benchmarks.studies.latency.search import MOST, Point, reach
 from surgery.capture import trace
-from surgery.core import Budget, Program
+from surgery.config import Budget
+from surgery.core import Program
 from surgery.coupling import cost_functions, couple
 from surgery.cutting import cut
 from surgery.errors import SurgeryError

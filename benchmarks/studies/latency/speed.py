@@ -24,7 +24,6 @@ from surgery.cutting import cut, masked
 from surgery.errors import BudgetUnreachable
 from surgery.inputs import load_model
 from surgery.planning import Choice, decide
-from surgery.request import Request
 
 Entry = dict[str, Any]
 """`share` is of the channels that go, of the MACs for uniform width. `to`: what was made equal, MACs or latency."""
@@ -166,8 +165,8 @@ def channels(job: Job, options: Options, folder: Path) -> Entry:
 
 def ours_of_macs(subject: Subject, wanted: float, *, threads: int) -> tuple[Choice, float]:
     """Return the plan of a budget of time that leaves about these MACs, and the budget."""
-    request = Request(budget=surgery.Budget(latency=0.5), threads=threads, correct=False)
-    replan = decide(subject.module, subject.inputs, request).choice.replan
+    recipe = surgery.recipe(latency=0.5, threads=threads, correct=False)
+    replan = decide(subject.module, subject.inputs, recipe).choice.replan
     assert replan is not None, "budgets of time have one"
     plans: dict[float, Choice] = {}
 
