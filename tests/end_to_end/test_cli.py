@@ -65,8 +65,8 @@ def not_a_number():
 # Faults planted in the compiler itself, which runs in the same process.
 
 def wrong_cut():
-    from surgery import request
-    cut = request.cut
+    from surgery.cutting import tracers
+    cut = tracers.cut
 
     def wrong(program, plan, *, coupling=None):
         compact = cut(program, plan, coupling=coupling)
@@ -74,24 +74,24 @@ def wrong_cut():
         weight.data = weight.data.flip(1)
         return compact
 
-    request.cut = wrong
+    tracers.cut = wrong
     return net()
 
 
 def bug():
-    from surgery import request
-    request.couple = lambda program, keep=(): {}["no such key"]
+    from surgery.cutting import tracers
+    tracers.couple = lambda program, keep=(): {}["no such key"]
     return net()
 
 
 def slow():
-    from surgery import request
+    from surgery.cutting import tracers
 
     def couple(program, keep=()):
         print("in the middle", flush=True)
         time.sleep(60)
 
-    request.couple = couple
+    tracers.couple = couple
     return net()
 """
 
