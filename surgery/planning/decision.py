@@ -314,7 +314,8 @@ class _Clockwork:
         return replan(aim)
 
     def _stairs(self, ground: _Ground, plan: Plan) -> tuple[Staircase, ...]:
-        lowered, labelled = lower(ground.program, ground.coupling, batch=self._recipe.target.batch), ground.coupling.labelled
+        lowered = lower(ground.program, ground.coupling, batch=self._recipe.target.batch)
+        labelled = ground.coupling.labelled
         table = self._source.cover(widths_of(lowered, labelled, {}))
         return staircases(lowered, labelled, table, plan.dead)
 

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from surgery.config import recipe, validate
 from torch import nn
 
 import surgery
+from surgery.config import recipe, validate
 from surgery.core.kernels import Kernel
 from surgery.errors import InvalidInput
 from surgery.latency.cache import Given

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from surgery.config import MILDEST, recipe
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import surgery
+from surgery.config import MILDEST, recipe
 from surgery.core.ir import InputSpec
 from surgery.errors import InvalidInput
 from surgery.inputs.datasets import open_images
