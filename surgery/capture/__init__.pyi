@@ -1,4 +1,3 @@
-from .cleaning import mutates as mutates
 from .tracing import (
     describe_graph as describe_graph,
     evaluating as evaluating,

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.capture import einsum
 from surgery.capture.unlifting import flat_inputs, plain_containers
-from surgery.core import UNKNOWN, hint, is_symbolic, last_own_line
+from surgery.core import UNKNOWN, Executor, Frontier, attribute, hint, is_symbolic, last_own_line, mutates
 from surgery.errors import UnsupportedModel
 from surgery.ops import rules
 
@@ -74,7 +74,7 @@ def _inline_regions(graph: torch.fx.GraphModule) -> None:
             device, _, enabled, _, body, *operands = node.args
             if enabled and device == "cpu":
                 raise UnsupportedModel(
-                    f"forward turns autocast on for the processor{_line_of(_attribute(graph, str(body.target)))}; "
+                    f"forward turns autocast on for the processor{_line_of(attribute(graph, str(body.target)))}; "
                     "take that out, and cast the model itself"
                 )
         elif node.target is wrap_with_set_grad_enabled:
@@ -87,7 +87,7 @@ def _inline_regions(graph: torch.fx.GraphModule) -> None:
             )
         else:
             continue
-        inner = _attribute(graph, str(body.target)).graph
+        inner = attribute(graph, str(body.target)).graph
         made = dict(zip((n for n in inner.nodes if n.op == "placeholder"), operands, strict=True))
         with graph.graph.inserting_before(node):
             for step in inner.nodes:
@@ -150,11 +150,11 @@ def _materialise(graph: torch.fx.GraphModule) -> dict[str, tuple[str, ...]]:
     named: dict[str, tuple[str, ...]] = {}
     for node in list(graph.graph.nodes):
         for weight in _computed_weights(node, sources):
-            learned = [s for s in sources[weight] if isinstance(_attribute(graph, s), nn.Parameter)]
+            learned = [s for s in sources[weight] if isinstance(attribute(graph, s), nn.Parameter)]
             if not learned:
                 continue
             origin, value = tuple(dict.fromkeys(sources[weight])), _computed(graph, _region(weight, sources), weight)
-            same = (n for n, o in named.items() if o == origin and torch.equal(_attribute(graph, n), value))
+            same = (n for n, o in named.items() if o == origin and torch.equal(attribute(graph, n), value))
             name = next(same, None) or _free_name(graph, learned, named)  # a module called twice computes it twice
             if name not in named:
                 _set(graph, name, value)
@@ -202,9 +202,9 @@ def _fold_scalars(graph: torch.fx.GraphModule) -> None:
     for node in list(graph.graph.nodes):
         if node.target not in _SCALARS or node not in sources:
             continue
-        if any(isinstance(_attribute(graph, s), nn.Parameter) for s in sources[node]):
+        if any(isinstance(attribute(graph, s), nn.Parameter) for s in sources[node]):
             continue
-        number = _evaluated(graph, _region(node, sources), node)
+        number = _evaluated(graph, node)
         _replace_by_number(node, number)
         graph.graph.erase_node(node)
 
@@ -242,22 +242,15 @@ def _region(weight: torch.fx.Node, constants: Mapping[torch.fx.Node, Any]) -> li
 
 
 def _computed(graph: torch.fx.GraphModule, region: list[torch.fx.Node], weight: torch.fx.Node) -> nn.Parameter:
-    read = [_attribute(graph, str(n.target)) for n in region if n.op == "get_attr"]
-    value = _evaluated(graph, region, weight).detach().clone()
+    read = [attribute(graph, str(n.target)) for n in region if n.op == "get_attr"]
+    value = _evaluated(graph, weight).detach().clone()
     return nn.Parameter(value, requires_grad=any(getattr(x, "requires_grad", False) for x in read))
 
 
-def _evaluated(graph: torch.fx.GraphModule, region: list[torch.fx.Node], wanted: torch.fx.Node) -> Any:
-    """Run a part of the graph that needs no inputs."""
-    values: dict[torch.fx.Node, Any] = {}
+def _evaluated(graph: torch.fx.GraphModule, wanted: torch.fx.Node) -> Any:
+    """The value of a node that needs no inputs."""
     with torch.no_grad():
-        for node in region:
-            if node.op == "get_attr":
-                values[node] = _attribute(graph, str(node.target))
-            else:
-                args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return values[wanted]
+        return Executor(graph, {}, device=None).only(Frontier(0, {}), wanted.name)
 
 
 def _free_name(graph: torch.fx.GraphModule, sources: list[str], taken: Container[str]) -> str:
@@ -266,7 +259,7 @@ def _free_name(graph: torch.fx.GraphModule, sources: list[str], taken: Container
     A parameter from which several weights are computed lends its name to each, with a number from the second one on.
     """
     owner, _, leaf = sources[0].partition(".parametrizations.")
-    largest = max(sources, key=lambda s: _attribute(graph, s).numel())
+    largest = max(sources, key=lambda s: attribute(graph, s).numel())
     name = f"{owner}.{leaf.partition('.')[0]}" if leaf else f"{largest}_computed"
     numbered = (name if k == 1 else f"{name}_{k}" for k in count(1))
     return next(candidate for candidate in numbered if candidate not in taken)
@@ -372,12 +365,6 @@ def _join(family: dict[torch.fx.Node, list[torch.fx.Node]], old: torch.fx.Node, 
     family[new] = family[old]
 
 
-def mutates(node: torch.fx.Node) -> bool:
-    """Whether a call may change its arguments."""
-    schema = getattr(node.target, "_schema", None)
-    return node.op == "call_function" and schema is not None and schema.is_mutable
-
-
 def _plain_overload(op: Any) -> Any:
     packet, overload = op.name().removeprefix("aten::"), op._overloadname
     name = packet.split(".")[0]
@@ -399,9 +386,3 @@ def _alias_families(graph: torch.fx.GraphModule) -> dict[torch.fx.Node, list[tor
                 for member in merged:
                     family[member] = merged
     return family
-
-
-def _attribute(module: Any, path: str) -> Any:
-    for part in path.split("."):
-        module = getattr(module, part)
-    return module

@@ -34,6 +34,7 @@ from surgery.core import (
     Node,
     Program,
     ReshapeCount,
+    attribute,
     buffers_kept,
     first_line,
     fresh,
@@ -390,15 +391,9 @@ def _fingerprint(graph: torch.fx.GraphModule) -> str:
     digest = hashlib.sha256()
     for node in graph.graph.nodes:
         if node.op == "get_attr":
-            value = _attribute(graph, node.target)
+            value = attribute(graph, node.target)
             digest.update(f"{node.target} {tuple(getattr(value, 'shape', ()))}\n".encode())
         elif node.op == "call_function":
             literals = [str(a) for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, (int, float))]
             digest.update(f"{node.target} {' '.join(literals)}\n".encode())
     return digest.hexdigest()
-
-
-def _attribute(module: Any, path: str) -> Any:
-    for part in path.split("."):
-        module = getattr(module, part)
-    return module

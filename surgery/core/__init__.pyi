@@ -6,6 +6,13 @@ from .blame import (
     where_raised as where_raised,
 )
 from .callee import Callee as Callee
+from .conditioning import (
+    conditioned as conditioned,
+    elsewhere as elsewhere,
+    other_sizes as other_sizes,
+    sample_inputs as sample_inputs,
+    well_conditioned as well_conditioned,
+)
 from .copies import (
     buffers_kept as buffers_kept,
     copied as copied,
@@ -14,7 +21,21 @@ from .copies import (
     traceable as traceable,
 )
 from .counting import count_macs as count_macs, count_params as count_params
+from .executor import Compute as Compute, Executor as Executor, Frontier as Frontier, interpret as interpret
 from .formatting import figure as figure, plain_table as plain_table, ratio as ratio, si as si, size as size
+from .graphs import (
+    Bound as Bound,
+    all_tensors as all_tensors,
+    arguments_of as arguments_of,
+    attribute as attribute,
+    bind as bind,
+    flat_outputs as flat_outputs,
+    mutates as mutates,
+    names_dtype as names_dtype,
+    narrowest as narrowest,
+    shapes_of as shapes_of,
+    state_of as state_of,
+)
 from .ir import (
     KEPT as KEPT,
     Arrangement as Arrangement,

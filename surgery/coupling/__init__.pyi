@@ -12,20 +12,6 @@ from .cost import (
 from .coupler import couple as couple, frozen_axes as frozen_axes, groups_of as groups_of, kept_names as kept_names
 from .dead import dead_blocks as dead_blocks
 from .depthwise import likeness as likeness
-from .execution import (
-    InDouble as InDouble,
-    Run as Run,
-    conditioned as conditioned,
-    elsewhere as elsewhere,
-    flat_outputs as flat_outputs,
-    masked_run as masked_run,
-    names_dtype as names_dtype,
-    narrowest as narrowest,
-    other_sizes as other_sizes,
-    sample_inputs as sample_inputs,
-    state_of as state_of,
-    well_conditioned as well_conditioned,
-)
 from .head_order import (
     Held as Held,
     Layout as Layout,
@@ -38,11 +24,9 @@ from .head_order import (
     positions as positions,
 )
 from .labelled_graph import (
-    all_tensors as all_tensors,
-    bind as bind,
     index_table as index_table,
+    propagate_labels as propagate_labels,
     rewrite_view as rewrite_view,
-    run as run,
-    shapes_of as shapes_of,
 )
+from .masking import InDouble as InDouble, masked_run as masked_run
 from .plans import NO_SETTINGS as NO_SETTINGS, plan_from_dead as plan_from_dead, require_own_cuts as require_own_cuts

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from surgery.capture import describe_graph, module_of, source_of
-from surgery.core import Block, Program, hint
+from surgery.core import Block, Program, all_tensors, bind, hint
 from surgery.coupling.compact_graph import CompactGraph, hold
 from surgery.coupling.constants import Leftovers, channel_axes, fold, spread
 from surgery.coupling.depthwise import depthwise_layers
-from surgery.coupling.labelled_graph import all_tensors, bind
 from surgery.coupling.placeholders import model_without, shared_path
 from surgery.errors import PlanMismatch
 from surgery.ops import rules

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from surgery.core import hint, is_symbolic
-from surgery.coupling.labelled_graph import bind
+from surgery.core import bind, hint, is_symbolic
 
 _SUM = "aten.add.Tensor"
 _CHANNELS_FIRST = (

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from surgery.core import KEPT, Coupling, Frozen, Group, LabelledGraph, LabelSet, Mask, Program, Site, Value
-from surgery.coupling.labelled_graph import all_tensors, dense_shapes, index_table, run
+from surgery.core import KEPT, Coupling, Frozen, Group, LabelledGraph, LabelSet, Mask, Program, Site, Value, all_tensors
+from surgery.coupling.labelled_graph import dense_shapes, index_table, propagate_labels
 from surgery.coupling.pieces import equal_pieces, required_units
 from surgery.coupling.zeros import counted
 from surgery.errors import InvalidInput
@@ -58,7 +58,7 @@ def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
                     labels.freeze(layers, f"{KEPT} {kept[name]}")
         return params[name]
 
-    values, calls = run(program.graph, labels_of, dense_shapes, labels)
+    values, calls = propagate_labels(program.graph, labels_of, dense_shapes, labels)
     params |= {n: replace(tied[id(t)], param=n) for n, t in tensors.items() if id(t) in tied and n not in params}
     labels.settle()
     groups = groups_of(labels, params)

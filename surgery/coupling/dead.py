@@ -8,14 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.core import TOLERANCE, Block, Program, hint
+from surgery.core import (
+    TOLERANCE,
+    Block,
+    Executor,
+    Program,
+    all_tensors,
+    arguments_of,
+    elsewhere,
+    interpret,
+    shapes_of,
+    state_of,
+)
 from surgery.coupling.constants import channel_axes, spread
-from surgery.coupling.execution import Run, elsewhere, state_of
-from surgery.coupling.labelled_graph import all_tensors, bind
 from surgery.ops import rules
 
-Known = Mapping[str, Tensor]
-"""What values are whatever the input, by node name."""
+Known = Mapping[str, Tensor | None]
+"""Node name → its value whatever the input is; None where it depends on the input."""
 
 
 def dead_blocks(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[float, ...]]:
@@ -68,7 +77,7 @@ def _also_elsewhere(
             return seen[node.name]
 
         with torch.no_grad():
-            Run(program.graph, state, record, torch.float64).run(*inputs)
+            Executor(program.graph, state, record, torch.float64).run(*inputs)
         return seen
 
     found = elsewhere(program, values, seed=77)
@@ -86,46 +95,42 @@ def _also_elsewhere(
 def _known(program: Program) -> Known:
     """Values that are the same for every input, by node name."""
     tensors = {name: t.detach().cpu() for name, t in all_tensors(program).items()}
-    known: dict[str, Any] = {}
-    for node in program.graph.graph.nodes:
-        if node.op == "get_attr":
-            value = tensors[str(node.target)]
-            known[node.name] = value.double() if value.is_floating_point() else value
-        elif node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
-            arguments = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-            if arguments and (_stops(node, known) or all(n.name in known for n in arguments)):
-                result = _result(node, known)
-                if result is not None:
-                    known[node.name] = result
-    return known
+
+    def call(node: torch.fx.Node, known: Known) -> Tensor | None:
+        arguments = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+        if not arguments or not isinstance(node.meta.get("val"), Tensor):
+            return None
+        constant = all(known[n.name] is not None for n in arguments)
+        return _result(node, known) if constant or _stops(node, known) else None
+
+    return interpret(
+        program.graph.graph,
+        placeholder=lambda node: None,
+        parameter=lambda name: tensors[name].double() if tensors[name].is_floating_point() else tensors[name],
+        call=call,
+    )
 
 
 def _stops(node: torch.fx.Node, known: Known) -> bool:
     """Whether nothing of its unknown operands gets through: its weight, or the factor, is all zero."""
-    raw = bind(node, lambda n: n).raw
-    rule = rules().get(str(node.target))
-    names = rule.factors if rule is not None else ()
-    factors = [known.get(raw[name].name) for name in names if isinstance(raw.get(name), torch.fx.Node)]
-    return any(value is not None and not bool(value.any()) for value in factors)
+    arguments, rule = arguments_of(node), rules().get(str(node.target))
+    factors = [arguments.get(name) for name in rule.factors] if rule is not None else []
+    values = [known[factor.name] for factor in factors if isinstance(factor, torch.fx.Node)]
+    return any(value is not None and not bool(value.any()) for value in values)
 
 
 def _result(node: torch.fx.Node, known: Known) -> Tensor | None:
-    """Run an operator on what is known, and on zeros where nothing gets through."""
+    """Run an operator on what is known, and on zeros where nothing gets through; None where it does not run so."""
 
     def value(n: torch.fx.Node) -> Any:
-        meta = n.meta.get("val")
-        if isinstance(meta, Tensor):
-            shape = tuple(hint(s) for s in meta.shape)
-            return known[n.name] if n.name in known else torch.zeros(shape, dtype=torch.float64)
-        return hint(meta)
+        if (constant := known[n.name]) is not None:
+            return constant
+        shape = shapes_of(n.meta.get("val"))
+        return torch.zeros(shape, dtype=torch.float64) if isinstance(shape, tuple) else shape
 
     try:
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value)
         result = node.target(*args, **kwargs)  # type: ignore[operator]
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ):  # an operator that takes no float64, or sizes that it works out itself
+    except (RuntimeError, TypeError, ValueError):  # an operator that takes no float64, or computes sizes itself
         return None
     return result if isinstance(result, Tensor) else None

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from surgery.capture import module_of, source_of
-from surgery.core import Block, Program, hint
-from surgery.coupling.labelled_graph import all_tensors, bind
+from surgery.core import Block, Program, all_tensors, bind, hint
 from surgery.coupling.placeholders import shared_path
 from surgery.ops import rules
 

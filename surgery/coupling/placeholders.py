@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery.capture import evaluating, module_of
-from surgery.core import Block, Program, buffers_kept, copied, fresh
+from surgery.core import Block, Program, buffers_kept, copied, flat_outputs, fresh
 from surgery.coupling.compact_graph import CompactGraph
-from surgery.coupling.execution import flat_outputs
 
 
 class Shifted(nn.Module):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from surgery.capture import source_of
-from surgery.core import TOLERANCE, LabelledGraph, Masks, Program, Value
-from surgery.coupling.execution import Run, masking, sample_inputs, well_conditioned
+from surgery.core import TOLERANCE, Executor, LabelledGraph, Masks, Program, Value, sample_inputs, well_conditioned
+from surgery.coupling.masking import masking
 from surgery.ops import rules
 
 
@@ -55,7 +55,7 @@ def counted(program: Program, labelled: LabelledGraph, *, seed: int = 0) -> dict
     state = _zeroed(well_conditioned(program, seed=seed), labelled, masks)
     inputs = sample_inputs(program, seed=seed + 100, dtype=torch.float64)
     with torch.no_grad():
-        Run(program.graph, state, compare, torch.float64).run(*inputs)
+        Executor(program.graph, state, compare, torch.float64).run(*inputs)
     return found
 
 

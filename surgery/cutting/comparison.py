@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from surgery.core import BLIND, ROUNDINGS, TOLERANCE, Program, is_symbolic
-from surgery.coupling import Run, flat_outputs, sample_inputs
+from surgery.core import BLIND, ROUNDINGS, TOLERANCE, Executor, Program, flat_outputs, is_symbolic, sample_inputs
 from surgery.errors import CheckFailed, InvalidInput
 
 
@@ -21,11 +20,11 @@ def outputs_of(program: Program, state: Mapping[str, Tensor], seed: int) -> list
     """Return what the dense program gives with these weights, in float64, on random inputs: outputs by run."""
     rounds = [sample_inputs(program, seed=seed + 100 + k, dtype=torch.float64) for k in range(rounds_of(program))]
     with torch.no_grad():
-        return [flat_outputs(Run(program.graph, state, dtype=torch.float64).run(*inputs)) for inputs in rounds]
+        return [flat_outputs(Executor(program.graph, state, dtype=torch.float64).run(*inputs)) for inputs in rounds]
 
 
 def within_rounding(
-    reference: Run,
+    reference: Executor,
     rounds: list[list[Tensor]],
     state: Mapping[str, Tensor],
     error: float,

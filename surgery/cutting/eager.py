@@ -31,12 +31,14 @@ from surgery.core import (
     InputSpec,
     Plan,
     Program,
+    conditioned,
     copied,
     count_macs,
     first_line,
+    sample_inputs,
     where_raised,
 )
-from surgery.coupling import conditioned, plan_from_dead, require_own_cuts, sample_inputs
+from surgery.coupling import plan_from_dead, require_own_cuts
 from surgery.cutting.comparison import relative_error
 from surgery.cutting.own_class import transplant
 from surgery.cutting.rewrite import compact_state, slice_tensors

@@ -27,31 +27,31 @@ from surgery.core import (
     CompactModel,
     Coupling,
     Cut,
+    Executor,
     LabelledGraph,
     Masks,
     Plan,
     Program,
+    all_tensors,
+    bind,
     copied,
     first_line,
+    flat_outputs,
+    other_sizes,
+    sample_inputs,
+    well_conditioned,
 )
 from surgery.coupling import (
     CompactGraph,
     InDouble,
     Move,
-    Run,
-    all_tensors,
     arranged,
-    bind,
     couple,
-    flat_outputs,
     hold,
     moved,
     moves_of,
-    other_sizes,
     require_own_cuts,
     rewrite_view,
-    sample_inputs,
-    well_conditioned,
 )
 from surgery.cutting.own_class import Literal, raised_in, transplant
 from surgery.errors import IllegalCut, PlanMismatch
@@ -332,7 +332,7 @@ def _runs(
 
     def outputs(inputs: list[Tensor]) -> list[Tensor]:
         with torch.no_grad(), evaluating(graph):
-            return flat_outputs(Run(graph, state, dtype=torch.float64).run(*inputs))
+            return flat_outputs(Executor(graph, state, dtype=torch.float64).run(*inputs))
 
     inputs = sample_inputs(program, seed=7, dtype=torch.float64)
     yield "the new sizes", inputs, outputs(inputs)

@@ -29,9 +29,12 @@ from surgery.core import (
     count_params,
     first_line,
     fresh,
+    names_dtype,
+    narrowest,
+    state_of,
     where_raised,
 )
-from surgery.coupling import arranged, masked_run, moves_of, names_dtype, narrowest, state_of
+from surgery.coupling import arranged, masked_run, moves_of
 from surgery.cutting.rewrite import masks_of
 from surgery.errors import CheckFailed, InvalidInput, PlanMismatch, SurgeryError
 

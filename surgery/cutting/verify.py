@@ -25,6 +25,7 @@ from surgery.core import (
     CheckResult,
     CompactModel,
     Coupling,
+    Executor,
     LabelledGraph,
     LabelMismatch,
     Layers,
@@ -33,27 +34,17 @@ from surgery.core import (
     Program,
     Value,
     first_line,
+    flat_outputs,
     gather,
     is_constant,
-)
-from surgery.coupling import (
-    InDouble,
-    Move,
-    Run,
-    arranged,
-    couple,
-    flat_outputs,
-    index_table,
-    masked_run,
-    moves_of,
     narrowest,
     other_sizes,
-    run,
     sample_inputs,
     shapes_of,
     state_of,
     well_conditioned,
 )
+from surgery.coupling import InDouble, Move, arranged, couple, index_table, masked_run, moves_of, propagate_labels
 from surgery.cutting.comparison import apart, relative_error, require, rounds_of, within_rounding
 from surgery.cutting.rewrite import compact_state, masks_of, slice_tensors
 from surgery.errors import CheckFailed
@@ -137,7 +128,7 @@ def _require_unchanged(
     if error <= TOLERANCE[torch.float64]:
         return ()
     rounds = [sample_inputs(program, seed=seed + 100 + k, dtype=torch.float64) for k in range(rounds_of(program))]
-    reference = Run(program.graph, unmoved, dtype=torch.float64)
+    reference = Executor(program.graph, unmoved, dtype=torch.float64)
     return (within_rounding(reference, rounds, unmoved, error, torch.float64, what),)
 
 
@@ -160,7 +151,7 @@ def _require_slices(program: Program, plan: Plan, moves: Sequence[Move], compact
 
 def _require_elsewhere(
     program: Program,
-    masked_dense: Callable[..., Run],
+    masked_dense: Callable[..., Executor],
     cut_state: Mapping[str, Tensor],
     compact: CompactModel,
     rounds: list[list[Tensor]],
@@ -180,7 +171,7 @@ def _require_elsewhere(
         wanted = _given(reference, batches)
         if wanted is None and by:
             return None
-        if wanted is None and _given(Run(program.graph, reference.state, dtype=torch.float64), batches) is None:
+        if wanted is None and _given(Executor(program.graph, reference.state, dtype=torch.float64), batches) is None:
             return None
         what = " and ".join(["another height and width"] * bool(by) + [f"a batch of {batch}"] * bool(batch))
         try:
@@ -229,7 +220,7 @@ def _shaped(tensors: list[Tensor], like: list[Tensor]) -> list[Tensor]:
     return [x.reshape(y.shape) if x.numel() == y.numel() else x for x, y in pairs]
 
 
-def _given(run: Run, rounds: list[list[Tensor]]) -> list[list[Tensor]] | None:
+def _given(run: Executor, rounds: list[list[Tensor]]) -> list[list[Tensor]] | None:
     """Outputs by round; None where it does not run."""
     try:
         with torch.no_grad():
@@ -293,7 +284,7 @@ def replay(
             compared.append(len(verified))
             return value if not verified else tuple(verified) if isinstance(value, (tuple, list)) else verified[0]
 
-        run(compact.graph, labels_of, lambda node: shapes[node.name], labels, settled)
+        propagate_labels(compact.graph, labels_of, lambda node: shapes[node.name], labels, settled)
         return sum(compared)
     except LabelMismatch as error:
         raise _mismatch(error) from error
@@ -364,7 +355,7 @@ def _tensors_of(graph: torch.nn.Module) -> dict[str, Tensor]:
 # -- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def _compare(reference: Run, rounds: list[list[Tensor]], found: list[list[list[Tensor]]]) -> tuple[float, float]:
+def _compare(reference: Executor, rounds: list[list[Tensor]], found: list[list[list[Tensor]]]) -> tuple[float, float]:
     """Largest relative error of several ways to compute the compact model's outputs by round, and the varying share."""
     with torch.no_grad():
         wanted = [flat_outputs(reference.run(*inputs)) for inputs in rounds]
@@ -396,7 +387,7 @@ def _of_graph(
 ) -> list[list[Tensor]]:
     """Outputs of the rewritten program by round, in float64 on a given state; `state` None: on its own weights."""
     tensors = state if state is not None else _tensors_of(compact.graph)
-    run = Run(compact.graph, tensors, override, torch.float64 if state is not None else None)
+    run = Executor(compact.graph, tensors, override, torch.float64 if state is not None else None)
     with torch.no_grad(), evaluating(compact.graph):
         return [flat_outputs(run.run(*inputs)) for inputs in rounds]
 

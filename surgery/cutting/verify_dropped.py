@@ -8,20 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.core import Plan, Program
-from surgery.coupling import (
-    Leftovers,
-    Run,
-    dead_blocks,
-    elsewhere,
-    find_blocks,
-    flat_outputs,
-    left_behind,
-    sample_inputs,
-    spread,
-    state_of,
-    well_conditioned,
-)
+from surgery.core import Executor, Plan, Program, elsewhere, flat_outputs, sample_inputs, state_of, well_conditioned
+from surgery.coupling import Leftovers, dead_blocks, find_blocks, left_behind, spread
 from surgery.cutting.comparison import relative_error, require
 from surgery.errors import CheckFailed
 
@@ -98,13 +86,13 @@ def _apart(
 
     def reference(inputs: list[Tensor]) -> list[Tensor]:
         with torch.no_grad():
-            return flat_outputs(Run(whole.graph, state, constant, dtype=torch.float64).run(*inputs))
+            return flat_outputs(Executor(whole.graph, state, constant, dtype=torch.float64).run(*inputs))
 
     inputs = sample_inputs(whole, seed=seed + 31, dtype=torch.float64)
     worst = 0.0
     for given, wanted in [(inputs, reference(inputs)), *(elsewhere(whole, reference, seed=seed + 32) or ())]:
         with torch.no_grad():
-            found = flat_outputs(Run(program.graph, left, dtype=torch.float64).run(*given))
+            found = flat_outputs(Executor(program.graph, left, dtype=torch.float64).run(*given))
         if [x.shape for x in wanted] != [x.shape for x in found] or not wanted:
             raise CheckFailed("the model without its blocks returns other outputs; please report it")
         worst = max(worst, relative_error([wanted], [found])[0])

@@ -6,6 +6,7 @@ from .contractions import (
     Contraction as Contraction,
     find_contractions as find_contractions,
 )
+from .folding import Folded as Folded
 from .head_selection import arrange as arrange, settled as settled
 from .least_squares import Moments as Moments, Solution as Solution, folds_for as folds_for, solve as solve
 from .rows import Window as Window, convolution_rows as convolution_rows, drawn as drawn, value_rows as value_rows
@@ -18,4 +19,3 @@ from .signal import (
     loss_of as loss_of,
     signal_of as signal_of,
 )
-from .tape import Folded as Folded, Frontier as Frontier, Tape as Tape

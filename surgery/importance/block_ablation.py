@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.core import Block, Program, hint
-from surgery.coupling import all_tensors, flat_outputs, state_of
-from surgery.importance.tape import Folded
+from surgery.core import Block, Program, all_tensors, flat_outputs, hint, state_of
+from surgery.importance.folding import Folded
 
 Batches = Sequence[Sequence[Tensor]]
 LOST = 1.0

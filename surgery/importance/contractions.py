@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from surgery.coupling import bind
+from surgery.core import bind
 
 aten = torch.ops.aten
 

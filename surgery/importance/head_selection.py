@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surgery.core import TOLERANCE, Arrangement, Coupling, Group, Plan, Program, Site, Value
-from surgery.coupling import Held, Layout, Places, arranged, layouts, moves_of, positions, well_conditioned
+from surgery.core import TOLERANCE, Arrangement, Coupling, Group, Plan, Program, Site, Value, well_conditioned
+from surgery.coupling import Held, Layout, Places, arranged, layouts, moves_of, positions
 from surgery.cutting import outputs_of, relative_error
 from surgery.errors import PlanMismatch
 from surgery.importance.scoring import score_group, weights_of

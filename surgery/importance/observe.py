@@ -14,12 +14,11 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from surgery.core import Coupling, Group, Program, Site
-from surgery.coupling import bind, flat_outputs
+from surgery.core import Coupling, Executor, Group, Program, Site, bind, flat_outputs
 from surgery.importance.contractions import CONVOLUTIONS, LINEAR, Contraction, find_contractions
+from surgery.importance.folding import Folded
 from surgery.importance.least_squares import Moments
 from surgery.importance.rows import Window, convolution_rows, drawn, value_rows
-from surgery.importance.tape import Folded, Tape
 
 Batches = Sequence[Sequence[Tensor]]
 WIDEST = 6_000
@@ -75,7 +74,7 @@ def observed(
 
 
 class _Look:
-    def __init__(self, layer: Contraction, tape: Tape, images: int, seed: int) -> None:
+    def __init__(self, layer: Contraction, tape: Executor, images: int, seed: int) -> None:
         self.layer, self._images = layer, images
         self.node = tape.nodes[tape.place[layer.node]]
         self._raw = bind(self.node, lambda n: n).raw
@@ -151,7 +150,7 @@ def taylor(
         for name, t in state.items()
         if t.is_floating_point()
     }
-    tape = Tape(program.graph, {**state, **learnt})
+    tape = Executor(program.graph, {**state, **learnt})
     wanted = {name: t for name, t in learnt.items() if t.requires_grad}
     sums = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in coupling.groups}
     generator, images = torch.Generator().manual_seed(seed), 0

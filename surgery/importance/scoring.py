@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from surgery.core import Coupling, Group, Program, Scores, Site, first_line, user_line
-from surgery.coupling import all_tensors, state_of
+from surgery.core import Coupling, Group, Program, Scores, Site, all_tensors, first_line, state_of, user_line
 from surgery.errors import InvalidInput, PlanMismatch
 from surgery.importance import second_order
 from surgery.importance.signal import signal_of

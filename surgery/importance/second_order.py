@@ -18,11 +18,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from surgery.core import Coupling, Group, Masks, Program, Scores, Site
-from surgery.coupling import flat_outputs, masked_run
+from surgery.core import Coupling, Executor, Group, Masks, Program, Scores, Site, flat_outputs
+from surgery.coupling import masked_run
 from surgery.errors import InvalidInput
+from surgery.importance.folding import Folded
 from surgery.importance.observe import Batches, Reader, by_activation, observed, read_by, share, taylor
-from surgery.importance.tape import Folded, Tape
 
 Progress = Callable[[float], None]
 
@@ -243,7 +243,7 @@ def _measured(
                             given = tape.output(run)
                     else:
                         masks = Masks(labelled, labelled.dead_roots({name: order.units[:cut]}))
-                        given = masked_run(program, labelled, masks, state).run(*batch, enable_io_processing=False)
+                        given = masked_run(program, labelled, masks, state).run(*batch)
                     wrong[name][cut] += _apart(flat_outputs(given), wanted)
     varies = _variation(outputs) or 1.0
     out = {}
@@ -284,7 +284,7 @@ def _first(batches: Batches, most: int | None) -> list[Sequence[Tensor]]:
 
 
 @contextmanager
-def _fitted(tape: Tape, found: Sequence[tuple[Reader, Site]], weights: Sequence[Tensor]) -> Iterator[None]:
+def _fitted(tape: Executor, found: Sequence[tuple[Reader, Site]], weights: Sequence[Tensor]) -> Iterator[None]:
     """The tape with these weights in the place of the readers' own."""
     state = dict(tape.state)
     changed = dict(state)

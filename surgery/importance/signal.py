@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.core import Block, Coupling, Group, Program, Site
-from surgery.coupling import all_tensors, bind, likeness, shapes_of
+from surgery.core import Block, Coupling, Group, Program, Site, all_tensors, bind, interpret, shapes_of
+from surgery.coupling import likeness
 from surgery.ops import Moments, Rule, compressed, rules, through
 
 _LEAST = 1e-9
@@ -119,16 +119,16 @@ def _block_lost(program: Program, known: Mapping[str, Any], block: Block) -> flo
 def moments_of(program: Program) -> dict[str, Any]:
     """Return the moments of every value of a program by node name; of several outputs, a tuple of them."""
     tensors, table = all_tensors(program), rules()
-    known: dict[str, Any] = {}
-    for node in program.graph.graph.nodes:
-        shape = shapes_of(node.meta.get("val"))
-        if node.op == "get_attr":
-            known[node.name] = Moments.of(tensors[str(node.target)])
-        elif node.op == "placeholder":
-            known[node.name] = _standard(shape)
-        elif node.op == "call_function":
-            known[node.name] = _result(node, shape, known, table.get(str(node.target)))
-    return known
+
+    def call(node: torch.fx.Node, known: Mapping[str, Any]) -> Any:
+        return _result(node, shapes_of(node.meta.get("val")), known, table.get(str(node.target)))
+
+    return interpret(
+        program.graph.graph,
+        placeholder=lambda node: _standard(shapes_of(node.meta.get("val"))),
+        parameter=lambda name: Moments.of(tensors[name]),
+        call=call,
+    )
 
 
 def _standard(shape: Any) -> Any:

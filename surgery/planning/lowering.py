@@ -14,8 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.core import Coupling, Kernel, LabelledGraph, Operand, Placed, Program, Size, Step, Value, hint, is_symbolic
-from surgery.coupling import Sizes, bind
+from surgery.core import (
+    Coupling,
+    Kernel,
+    LabelledGraph,
+    Operand,
+    Placed,
+    Program,
+    Size,
+    Step,
+    Value,
+    bind,
+    hint,
+    is_symbolic,
+)
+from surgery.coupling import Sizes
 from surgery.ops import Rule, rules
 
 _BLOCKED = {"Conv", "MaxPool", "AveragePool", "GlobalAveragePool", "BatchNormalization", "Resize"}

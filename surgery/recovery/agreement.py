@@ -13,7 +13,7 @@ from scipy.optimize import brentq
 from scipy.stats import bootstrap, norm
 from torch import Tensor
 
-from surgery.coupling import flat_outputs
+from surgery.core import flat_outputs
 from surgery.errors import InvalidInput
 
 Model = Callable[[Sequence[Tensor]], Any]

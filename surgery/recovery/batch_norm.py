@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from surgery.capture import evaluating
-from surgery.core import CompactModel
-from surgery.coupling import bind
-from surgery.importance import NORM, Tape
+from surgery.core import CompactModel, Executor, bind
+from surgery.importance import NORM
 from surgery.recovery.reconstruction import tensors_of
 
 Batches = Sequence[Sequence[Tensor]]
@@ -46,7 +45,7 @@ def estimate_norms(
     return len(tape.sums)
 
 
-class _Estimating(Tape):
+class _Estimating(Executor):
     """Norms go by the batch's statistics, which are summed up."""
 
     def __init__(self, graph: torch.fx.GraphModule, state: Mapping[str, Tensor]) -> None:

@@ -19,8 +19,20 @@ import torch
 from torch import Tensor
 
 from surgery.capture import evaluating
-from surgery.core import CompactModel, Coupling, LabelledGraph, Masks, Plan, Program, Value
-from surgery.coupling import arranged, bind, moves_of, state_of
+from surgery.core import (
+    CompactModel,
+    Coupling,
+    Executor,
+    Frontier,
+    LabelledGraph,
+    Masks,
+    Plan,
+    Program,
+    Value,
+    bind,
+    state_of,
+)
+from surgery.coupling import arranged, moves_of
 from surgery.cutting import masks_of
 from surgery.errors import InvalidInput
 from surgery.importance import (
@@ -28,10 +40,8 @@ from surgery.importance import (
     LINEAR,
     Contraction,
     Folded,
-    Frontier,
     Moments,
     Solution,
-    Tape,
     Window,
     convolution_rows,
     drawn,
@@ -163,8 +173,8 @@ def _fitting(found: Contraction, labelled: LabelledGraph) -> Contraction:
 
 
 def _march(
-    dense: Tape,
-    cut: Tape,
+    dense: Executor,
+    cut: Executor,
     runs: list[tuple[Frontier, Frontier]],
     to: tuple[int, int],
     fit: _Fit,
@@ -224,8 +234,8 @@ class _Fit:
     def __init__(
         self,
         layer: Contraction,
-        dense: Tape,
-        cut: Tape,
+        dense: Executor,
+        cut: Executor,
         aim: Value,
         masks: Masks,
         sizes: Sequence[int],

@@ -17,8 +17,7 @@ from torch.utils.data import TensorDataset
 
 from surgery.capture import evaluating
 from surgery.config import TAUGHT, Recipe, validate
-from surgery.core import Callee, CompactModel, Coupling, InputSpec, Plan, Program, Progress
-from surgery.coupling import flat_outputs
+from surgery.core import Callee, CompactModel, Coupling, InputSpec, Plan, Program, Progress, flat_outputs
 from surgery.cutting import Whole
 from surgery.errors import InvalidInput
 from surgery.inputs import Calibration, Images, as_dataset, classes_of, mixed, one, seen_by, spaced

@@ -21,8 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
 from surgery.capture import evaluating
-from surgery.core import Callee, InputSpec, first_line
-from surgery.coupling import flat_outputs
+from surgery.core import Callee, InputSpec, first_line, flat_outputs
 from surgery.errors import InvalidInput
 from surgery.inputs import UNKNOWN, alike, classes_of, fitting, mixed, parted, read
 from surgery.recovery.augmentation import Look, Order, Views

@@ -17,7 +17,7 @@ from conftest import Cutting, cut_model
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from surgery.coupling.execution import well_conditioned
+from surgery.core import well_conditioned
 from surgery.errors import CheckFailed
 from surgery.inputs.compat import import_torchvision
 

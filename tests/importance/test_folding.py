@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery.capture.tracing import trace
-from surgery.coupling.execution import state_of
-from surgery.importance.tape import Folded, Tape
+from surgery.core import Executor, state_of
+from surgery.importance.folding import Folded
 
 
 class _Norms(nn.Module):
@@ -34,8 +34,8 @@ class _Norms(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("kind", [Tape, Folded])
-def test_a_run_in_stretches_gives_what_the_model_gives(kind: type[Tape]) -> None:
+@pytest.mark.parametrize("kind", [Executor, Folded])
+def test_a_run_in_stretches_gives_what_the_model_gives(kind: type[Executor]) -> None:
     torch.manual_seed(0)
     model, x = _Norms().eval(), torch.randn(4, 3, 9, 9)
     program = trace(model, x)
@@ -80,7 +80,7 @@ def test_an_input_that_the_model_writes_into_stays() -> None:
     x = torch.randn(2, 3)
     program = trace(Writes().eval(), x.clone())
     before = x.clone()
-    tape = Tape(program.graph, state_of(program))
+    tape = Executor(program.graph, state_of(program))
     assert torch.equal(tape.output(tape.start([x])), 2 * before + 1)
     assert torch.equal(x, before)
     run = tape.start([x])

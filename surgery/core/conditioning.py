@@ -1,0 +1,180 @@
+"""Values and inputs that comparisons can trust: distinct, of sane size, at other batches and image sizes too.
+
+A vision transformer's default head is all zero, and permuting channels of a deep net with default weights may move its
+output by one part in a million: on such values a comparison is blind. So every parameter gets distinct values
+of sane size, and the running statistics of batch norms are those of the signal that arrives there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod, sqrt
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from surgery.core.executor import Compute, Executor
+from surgery.core.graphs import all_tensors, state_of
+from surgery.core.ir import Program
+
+aten = torch.ops.aten
+
+
+def sample_inputs(program: Program, *, seed: int, dtype: torch.dtype | None = None, by: int = 0) -> list[Tensor]:
+    """Random inputs in the order of the graph's placeholders; integer inputs keep the example's values.
+
+    White noise looks the same everywhere, and deep networks map it to the same output; so each sample gets a contrast,
+    an offset per channel and a coarse pattern of its own. `by`: pixels more, or less, where height and width are free.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    leaves = pytree.tree_leaves((program.example_args, dict(program.example_kwargs)))
+    if by:
+        leaves = _resized(leaves, program, by)
+    return [
+        _textured(leaf, generator).to(dtype or leaf.dtype)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        else (leaf.cpu() if isinstance(leaf, Tensor) else leaf)
+        for leaf in leaves
+    ]
+
+
+def other_sizes(program: Program) -> list[int]:
+    """Changes of height and width to compare at, by preference, in pixels: where these are free.
+
+    Multiples of 32, the stride of most networks; about half the size is the cheapest.
+    """
+    free = [spec.shape[a] for spec in program.inputs for a in (2, 3) if a in spec.dynamic and "float" in spec.dtype]
+    if not free:
+        return []
+    smaller = min(free) // 64 * 32
+    return [-smaller, 32] if smaller else [32]
+
+
+T = TypeVar("T")
+
+
+def elsewhere(program: Program, run: Callable[[list[Tensor]], T], *, seed: int) -> list[tuple[list[Tensor], T]] | None:
+    """Run something at another batch and another height and width, where these are free.
+
+    Args:
+        program: whose inputs they are.
+        run: what is done with them, float64; it may raise where a network does not take them.
+        seed: of the inputs.
+
+    Returns:
+        Each input with what came of it; nothing where no size is free, None where there is one and nothing ran.
+    """
+
+    def attempt(batch: bool, by: int) -> list[tuple[list[Tensor], T]] | None:
+        inputs = sample_inputs(program, seed=seed, dtype=torch.float64, by=by)
+        inputs = [torch.cat([x, x[:1]]) if batch and isinstance(x, Tensor) else x for x in inputs]
+        try:
+            return [(inputs, run(inputs))]
+        except Exception:  # whatever operators raise at a size that they do not take
+            return None
+
+    batch = bool(program.inputs) and all(0 in spec.dynamic for spec in program.inputs)
+    changes = other_sizes(program)
+    if batch and changes and (both := attempt(True, changes[0])) is not None:
+        return both
+    ways = [[(True, 0)]] * batch + [[(False, by) for by in changes]] * bool(changes)
+    found = [next((x for way in each if (x := attempt(*way)) is not None), None) for each in ways]
+    return None if any(x is None for x in found) else [pair for x in found for pair in x or ()]
+
+
+def _resized(leaves: list[Any], program: Program, by: int) -> list[Any]:
+    specs = iter(program.inputs)
+    out = []
+    for leaf in leaves:
+        spec = next(specs) if isinstance(leaf, Tensor) else None
+        if spec is not None and {2, 3} & set(spec.dynamic) and leaf.is_floating_point():
+            shape = [size + by if a in (2, 3) and a in spec.dynamic else size for a, size in enumerate(leaf.shape)]
+            leaf = leaf.new_zeros(shape)
+        out.append(leaf)
+    return out
+
+
+def _textured(like: Tensor, generator: torch.Generator) -> Tensor:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    noise = normal(*like.shape)
+    if like.dim() < 2:
+        return noise
+    lead = (*like.shape[:2], *[1] * (like.dim() - 2))
+    contrast = torch.exp(0.7 * normal(like.shape[0], *[1] * (like.dim() - 1)))
+    if like.dim() == 4:
+        coarse = normal(*like.shape[:2], min(4, like.shape[2]), min(4, like.shape[3]))
+        noise = 0.5 * noise + torch.nn.functional.interpolate(coarse, like.shape[2:], mode="bilinear")
+    return contrast * noise + normal(*lead)
+
+
+def well_conditioned(program: Program, *, seed: int = 0) -> dict[str, Tensor]:
+    """Return distinct float64 values for every floating parameter and buffer the graph reads.
+
+    Matrices and kernels are normal with variance 2 / fan-in, scales uniform in [0.5, 1.5], shifts normal with deviation
+    0.1; batch-norm statistics are then taken from a run over two random samples (as in data-dependent initialisation,
+    Mishkin 2016, arXiv:1511.06422), so that no signal dies or explodes on its way.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = all_tensors(program)
+    made: dict[int, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, tensor in state_of(program).items():
+        tied = id(tensors[name])
+        if tied not in made:
+            made[tied] = conditioned(name, tensors[name], generator) if tensor.is_floating_point() else tensor
+        state[name] = made[tied]
+    return state | _settled(program, state, seed)
+
+
+def _settled(program: Program, state: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Running statistics of the batch norms, by name: small, and remembered as long as the program is."""
+    known = _SETTLED.setdefault(program.graph, {})
+    if seed not in known:
+        own = dict(state)
+        if any(n.target is aten.batch_norm.default for n in program.graph.graph.nodes):
+            inputs = sample_inputs(program, seed=seed + 1, dtype=torch.float64)
+            with torch.no_grad():
+                Executor(program.graph, own, _settle_statistics(own), torch.float64).run(*inputs)
+        known[seed] = {name: tensor for name, tensor in own.items() if tensor is not state[name]}
+    return known[seed]
+
+
+_SETTLED: WeakKeyDictionary[torch.fx.GraphModule, dict[int, dict[str, Tensor]]] = WeakKeyDictionary()
+
+
+def conditioned(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Float64 values for one parameter or buffer, by its name and shape."""
+
+    def normal(scale: float) -> Tensor:
+        return torch.randn(tensor.shape, generator=generator).double() * scale
+
+    leaf = name.rpartition(".")[2]
+    if leaf == "running_mean" or leaf.endswith("bias"):
+        return normal(0.1)
+    parameter, table = isinstance(tensor, torch.nn.Parameter), tensor.dim() >= 2 and max(tensor.shape) != tensor.numel()
+    if table and (parameter or not bool((tensor > 0).all())):
+        return normal(sqrt(2.0 / max(1, prod(tensor.shape[1:]))))
+    if parameter or leaf == "running_var" or table:  # a table of positive numbers may be one of variances
+        return torch.rand(tensor.shape, generator=generator).double() + 0.5
+    return tensor.double()
+
+
+def _settle_statistics(state: dict[str, Tensor]) -> Compute:
+    def override(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.target is aten.batch_norm.default and args[3] is not None:
+            x: Tensor = args[0]
+            dims = [a for a in range(x.dim()) if a != 1]
+            mean, var = x.mean(dims), x.var(dims, unbiased=False)
+            names = [str(n.target) for n in node.args[3:5]]  # type: ignore[union-attr]
+            state[names[0]] = mean + 0.1 * var.sqrt() * state[names[0]]
+            state[names[1]] = var * state[names[1]] + 0.1 * var.mean() + 1e-6  # no channel is blown up by chance
+            args = (*args[:3], state[names[0]], state[names[1]], *args[5:])
+            return node.target(*args, **kwargs)
+        return NotImplemented
+
+    return override

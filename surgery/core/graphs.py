@@ -1,0 +1,109 @@
+"""What a traced graph holds: parameters, shapes, and the arguments of its calls by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from surgery.core.ir import Program
+from surgery.core.sizes import hint
+from surgery.core.tolerances import TOLERANCE
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """An operator call with its arguments by name: `raw` as in the graph, `concrete` with values instead of nodes."""
+
+    raw: Mapping[str, Any]
+    concrete: Mapping[str, Any]
+
+
+def bind(node: torch.fx.Node, lookup: Callable[[torch.fx.Node], Any]) -> Bound:
+    """Name a call's arguments by the operator's schema; `lookup` gives the value of an argument node."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        raw: dict[str, Any] = {str(k): a for k, a in enumerate(node.args)} | dict(node.kwargs)
+    else:
+        raw = {}
+        for k, argument in enumerate(schema.arguments):
+            if k < len(node.args):
+                raw[argument.name] = node.args[k]
+            elif argument.name in node.kwargs:
+                raw[argument.name] = node.kwargs[argument.name]
+            elif argument.has_default_value():
+                raw[argument.name] = argument.default_value
+    return Bound(raw, {k: torch.fx.map_arg(v, lookup) for k, v in raw.items()})
+
+
+def arguments_of(node: torch.fx.Node) -> Mapping[str, Any]:
+    """Return a call's arguments by name, as they stand in the graph."""
+    return bind(node, lambda n: n).raw
+
+
+def mutates(node: torch.fx.Node) -> bool:
+    """Whether a call may change its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and schema.is_mutable
+
+
+def attribute(module: Any, path: str) -> Any:
+    """Follow a dotted path."""
+    for part in path.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def shapes_of(value: Any) -> Any:
+    """A tensor's shape, a list of them, or a plain number; symbolic sizes at the example's value."""
+    if isinstance(value, Tensor):
+        return tuple(hint(s) for s in value.shape)
+    if isinstance(value, (tuple, list)):
+        return [shapes_of(v) for v in value]
+    if isinstance(value, (torch.SymInt, int)) and not isinstance(value, bool):
+        return hint(value)
+    return value
+
+
+def flat_outputs(result: Any) -> list[Tensor]:
+    """Floating tensors among a model's outputs, in order."""
+    return [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def all_tensors(program: Program) -> dict[str, Tensor]:
+    """Every parameter and buffer of the model, and every constant of the graph, by name; tied ones under each name.
+
+    Materialised weights replace the parameters that they are computed from.
+    """
+    model: nn.Module = program.model
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    for node in program.graph.graph.nodes if program.graph is not None else ():
+        if node.op == "get_attr" and node.target not in tensors:
+            tensors[node.target] = attribute(program.graph, node.target)
+    replaced = {name for sources in program.materialised.values() for name in sources}
+    return {name: tensor for name, tensor in tensors.items() if name not in replaced}
+
+
+def state_of(program: Program) -> dict[str, Tensor]:
+    """Parameters and buffers that the graph reads, by name (tied ones under each name), on the CPU."""
+    tensors = all_tensors(program)
+    read = {id(tensors[str(n.target)]) for n in program.graph.graph.nodes if n.op == "get_attr"}
+    return {name: tensor.detach().cpu() for name, tensor in sorted(tensors.items()) if id(tensor) in read}
+
+
+def narrowest(program: Program) -> torch.dtype:
+    """Return the floating dtype of least precision among the program's weights and values."""
+    values = pytree.tree_leaves([n.meta.get("val") for n in program.graph.graph.nodes])
+    found = {x.dtype for x in (*values, *state_of(program).values()) if isinstance(x, Tensor)} & TOLERANCE.keys()
+    return max(found, key=lambda dtype: TOLERANCE[dtype], default=torch.float32)
+
+
+def names_dtype(program: Program) -> bool:
+    """Whether forward casts to a floating dtype of its own choice: it then has that precision whatever the weights."""
+    given = pytree.tree_leaves([(n.args, dict(n.kwargs)) for n in program.graph.graph.nodes])
+    return any(isinstance(x, torch.dtype) and x.is_floating_point for x in given)
