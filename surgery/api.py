@@ -45,7 +45,7 @@ from surgery.recovery import (
     twin,
     with_recovery,
 )
-from surgery.report import content as report
+from surgery.report import as_json, describe, layer_shapes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,14 +123,14 @@ def realise(decision: Decision, *, progress: Progress | None = None, share: Shar
         between=decision.between,
         share=share,
     )
-    data = report.describe(program, coupling, plan, compact=compact, verdict=verdict, costs=costs, loop=choice.loop)
+    data = describe(program, coupling, plan, compact=compact, verdict=verdict, costs=costs, loop=choice.loop)
     if whole is not None:
         data["part"] = parts.describe(whole, model, verdict)
         notes = [*notes, *parts.notes(data["part"])]
     data = {
         **data,
-        "layers": report.layers(program.dense.model, compact.module),
-        "stairs": [report.plain(stair) for stair in choice.stairs],
+        "layers": layer_shapes(program.dense.model, compact.module),
+        "stairs": [as_json(stair) for stair in choice.stairs],
         "notes": [*data["notes"], *choice.warnings, *notes],
         "stages_s": {**decision.stages_s, **run.seconds},
     }

@@ -41,10 +41,11 @@ from surgery.screen import PLAIN_WIDTH, Terminated, print_found, print_profile, 
 if TYPE_CHECKING:
     from exporters.quantize import Int8
     from surgery.config import Recipe
-    from surgery.core import Progress, Report
+    from surgery.core import Progress
     from surgery.delivery import Measurement
     from surgery.inputs import LoadedModel
     from surgery.planning import Decision
+    from surgery.report import Report
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -182,10 +183,10 @@ def show(session: Session, /, model: str, as_json: bool, quiet: bool, **given: A
     """
     _one_budget(given)
     with work(session, quiet=quiet) as progress:
-        from surgery.report import content as report
+        from surgery.report import with_origin
 
         loaded = _load(model, given, progress)
-        data = report.named(
+        data = with_origin(
             _decide(loaded, given, progress).report,
             name=loaded.name,
             weights=loaded.weights,
@@ -201,20 +202,19 @@ def show(session: Session, /, model: str, as_json: bool, quiet: bool, **given: A
 def ops(markdown: bool, as_json: bool) -> None:
     """List the operators that can be cut through, and what each does to the channels of its arguments.
 
-    What meets any other operator is left whole, and the report says so.
+    Layers that meet any other operator are left untouched and reported.
     """
     from rich.console import Console
 
-    from surgery.report import operator_table as optable
+    from surgery.report import operators_as_json, operators_as_markdown, print_operators
 
-    table = optable.listed()
     if as_json:
-        click.echo(optable.as_json(table))
+        click.echo(operators_as_json())
     elif markdown:
-        click.echo(optable.as_markdown(table), nl=False)
+        click.echo(operators_as_markdown(), nl=False)
     else:
         console = Console()
-        optable.print_table(table, console if console.is_terminal else Console(width=PLAIN_WIDTH))
+        print_operators(console if console.is_terminal else Console(width=PLAIN_WIDTH))
 
 
 def _one_budget(given: Mapping[str, Any]) -> None:
@@ -277,7 +277,7 @@ def _deliver(
     from surgery import api as pipeline
     from surgery.delivery import artifacts as artefacts, saving as deliver
     from surgery.recovery import open_evaluation
-    from surgery.report import content as report
+    from surgery.report import with_origin
 
     _refuse_huge_batch(loaded, given["batch"])
     out = out if out is not None else Path("shrunk", typed_next.folder_name(loaded.name))
@@ -290,7 +290,7 @@ def _deliver(
     session.writing = True
     artefacts.prepare(out)
     result = pipeline.realise(decided(), progress=progress, share=share)
-    data = report.named(
+    data = with_origin(
         result.report,
         name=loaded.name,
         weights=loaded.weights,

@@ -76,14 +76,13 @@ def print_report(data: Mapping[str, Any], *, as_json: bool) -> None:
     """Print the report as a table or as JSON, the last thing that standard output gets."""
     from rich.console import Console
 
-    from surgery.core import Report
-    from surgery.report import content as report
+    from surgery.report import Report
 
     if as_json:
         click.echo(Report(data).to_json(), nl=False)
     else:
         console = Console()
-        report.render_terminal(data, console if console.is_terminal else Console(width=PLAIN_WIDTH))
+        Report(data).print(console if console.is_terminal else Console(width=PLAIN_WIDTH))
     sys.stdout.flush()
     os.dup2(2, 1)  # what the user's file prints at exit is no part of the result
 

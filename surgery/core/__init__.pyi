@@ -22,7 +22,6 @@ from .copies import (
 )
 from .counting import count_macs as count_macs, count_params as count_params
 from .executor import Compute as Compute, Executor as Executor, Frontier as Frontier, interpret as interpret
-from .formatting import figure as figure, plain_table as plain_table, ratio as ratio, si as si, size as size
 from .graphs import (
     Bound as Bound,
     all_tensors as all_tensors,
@@ -51,7 +50,6 @@ from .ir import (
     Node as Node,
     Plan as Plan,
     Program as Program,
-    Report as Report,
     Scores as Scores,
     Site as Site,
 )

@@ -366,17 +366,6 @@ class CheckResult:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """The contents of report.json: plain JSON, versioned by `data["schema"]`; see docs/reference/report.md."""
-
-    data: Mapping[str, Any]
-
-    def to_json(self) -> str:
-        """Return JSON text with sorted keys."""
-        return json.dumps(self.data, sort_keys=True, indent=1) + "\n"
-
-
 def _fields_of(value: Any) -> dict[str, Any]:
     """The fields of a dataclass by name, not copied."""
     return {f.name: getattr(value, f.name) for f in fields(value)}

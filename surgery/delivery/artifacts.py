@@ -19,24 +19,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from surgery.errors import InvalidInput
+from surgery.report import REPORT_FILES
 
 DENSE_ONNX = "dense.onnx"
 COMPACT_ONNX = "compact.onnx"
 COMPACT_PT2 = "compact.pt2"
 COMPACT_WEIGHTS = "compact.safetensors"
 PLAN = "plan.json"
-REPORT = "report.json"
-REPORT_TEXT = "report.md"
-REPORT_PAGE = "report.html"
-NAMES = (DENSE_ONNX, COMPACT_ONNX, COMPACT_PT2, COMPACT_WEIGHTS, PLAN, REPORT, REPORT_TEXT, REPORT_PAGE)
+NAMES = (DENSE_ONNX, COMPACT_ONNX, COMPACT_PT2, COMPACT_WEIGHTS, PLAN, *REPORT_FILES[:3])
 """What a finished set consists of; models above 2 GB bring a ``.data`` file beside their ``.onnx``."""
 
-RECOVERY = "recovery.svg"
-"""Accuracy by step of recovery, in a set that was recovered and judged."""
 FEWER_BITS = tuple(f"{name}.{precision}.onnx" for name in ("dense", "compact") for precision in ("fp16", "int8"))
 ORT_FORMAT = tuple(f"compact{bits}.ort" for bits in ("", ".fp16", ".int8"))
 """Where they are asked for."""
-_OURS = {*NAMES, *FEWER_BITS, *ORT_FORMAT, RECOVERY, f"{DENSE_ONNX}.data", f"{COMPACT_ONNX}.data"}
+_OURS = {*NAMES, *FEWER_BITS, *ORT_FORMAT, *REPORT_FILES, f"{DENSE_ONNX}.data", f"{COMPACT_ONNX}.data"}
 _USERS_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EBUSY}
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

@@ -27,13 +27,13 @@ from exporters.session import OnnxModel
 from exporters.signature import bind
 from surgery.api import Result, apply
 from surgery.capture import evaluating, quiet
-from surgery.core import Clock, Plan, Progress, Report
+from surgery.core import Clock, Plan, Progress
 from surgery.delivery import artifacts as artefacts, exporting as exports, precisions
 from surgery.delivery.precisions import Precisions
 from surgery.errors import InvalidInput
 from surgery.latency import Settings, by_operator, ort
 from surgery.recovery import Agreement, Evaluate, verdict_on
-from surgery.report import charts, content as report, page
+from surgery.report import Report, deployed_precision, with_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +110,12 @@ def save(
         digests = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
         notes = [*files.notes, *exports.notes_of(files.written)]
         notes += [*exports.fixed_sizes(result, files.subject, files.written["compact"]), *doubts, *without]
-        notes += precisions.notes(files.fewer, timing, report.deployed(result.report))
+        notes += precisions.notes(files.fewer, timing, deployed_precision(result.report))
         data = _measured(result, files, timing, digests, notes, how, clock)
         if evaluate is not None:
             with clock("evaluate"):
                 data["evaluation"] = _evaluated(files, evaluate, how.threads)
-        return _write_report(data, folder)
+        return Report(data).write(folder)
 
 
 def weights_bytes(module: torch.nn.Module) -> bytes:
@@ -177,7 +177,7 @@ def _as_planned(made: Any) -> Int8:
 
 def _of_deployed(result: Result, judged: Mapping[str, Agreement]) -> dict[str, Any]:
     """The verdict on the file that the plan is for, where that is not the float one."""
-    found = judged.get(f"compact {report.deployed(result.report)}")
+    found = judged.get(f"compact {deployed_precision(result.report)}")
     if found is None or result.recovery is None:
         return {}
     return verdict_on(result.recovery, found, "compact int8")
@@ -226,7 +226,7 @@ def _measured(
     clock: Clock,
 ) -> dict[str, Any]:
     """The report's values, with what was found of the files."""
-    data = report.measured(
+    data = with_files(
         {
             **result.report,
             **exports.whole_figures(result, files.subject),
@@ -248,17 +248,6 @@ def _measured(
 def _evaluated(files: _Files, evaluate: Evaluate, threads: int) -> dict[str, Any]:
     models = (name for name in files.paths if name != "masked")
     return {name: evaluate(OnnxModel(files.paths[name], threads=threads)) for name in models}
-
-
-def _write_report(data: dict[str, Any], folder: Path) -> Report:
-    if (drawing := charts.recovery(data)) is not None:
-        (folder / artefacts.RECOVERY).write_text(drawing, encoding="utf-8")
-        data["files"][artefacts.RECOVERY] = _sha256(folder / artefacts.RECOVERY)
-    told = Report(data)
-    (folder / artefacts.REPORT).write_text(told.to_json(), encoding="utf-8")
-    (folder / artefacts.REPORT_TEXT).write_text(report.render_markdown(data), encoding="utf-8")
-    (folder / artefacts.REPORT_PAGE).write_text(page.render(data), encoding="utf-8")
-    return told
 
 
 def _save_program(result: Result, path: Path) -> list[str]:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.core import figure, plain_table, ratio, size
 from surgery.errors import InvalidInput
+from surgery.report import Table, figure, print_parts, ratio, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -145,14 +145,13 @@ def render_terminal(found: Mapping[str, Any], console: Console) -> None:
     aa = found["aa"]
     if aa is not None:
         rows.append((f"{found['baseline']}, again", *("",) * 4, *_ratio(aa), *("",) * 3))
-    console.print(plain_table(COLUMNS, rows))
     where, settings = found["environment"], found["settings"]
     verdict = "reliable" if found["reliable"] else "UNRELIABLE"
     told = (
         f"times: {verdict}: {found['why']}; ONNX Runtime {where['onnxruntime']}, {settings['provider']}, on "
         f"{where['cpu']}, threads {settings['threads']}, batch {settings['batch']}, {found['rounds']} rounds"
     )
-    console.print("", told, sep="\n", markup=False, highlight=False)
+    print_parts([Table(COLUMNS, rows), told], console)
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:

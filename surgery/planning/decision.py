@@ -27,7 +27,7 @@ from surgery.planning.lowering import lower
 from surgery.planning.refinement import Loop
 from surgery.planning.staircases import Staircase, staircases
 from surgery.recovery import Step, refuse_lesson
-from surgery.report import content as report
+from surgery.report import describe
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,7 +81,7 @@ class Decision:
     def report(self) -> dict[str, Any]:
         """What report.json would hold, before anything is cut."""
         choice = self.choice
-        data = report.describe(choice.program, choice.coupling, choice.plan, costs=choice.costs, loop=choice.loop)
+        data = describe(choice.program, choice.coupling, choice.plan, costs=choice.costs, loop=choice.loop)
         return {**data, "notes": [*data["notes"], *choice.warnings], "stages_s": dict(self.stages_s)}
 
 

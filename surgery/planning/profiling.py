@@ -18,10 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from surgery import __version__
 from surgery.config import Recipe
@@ -33,6 +30,7 @@ from surgery.latency import LatencyTable, Measured, Point, device
 from surgery.planning import refinement as race
 from surgery.planning.forecast import predicted_ms, widths_of
 from surgery.planning.lowering import lower
+from surgery.report import Part, Table, print_parts
 
 DEVICE_FILES = (
     *("surgery/errors.py", "surgery/core/kernels.py", "surgery/latency/tables.py"),
@@ -199,26 +197,26 @@ def describe(profile: Profile, *, name: str) -> dict[str, Any]:
 def render_terminal(data: Mapping[str, Any], console: Console) -> None:
     """Print what `describe` returned: the costliest kernels, and the device's stairs."""
     where = data["device"]
-    console.print(
+    rows = [
+        (
+            row["title"],
+            "x".join(map(str, row["widths"])) or "-",
+            str(row["count"]),
+            f"{row['ms']:.3g}",
+            f"{row['share']:.1%}",
+        )
+        for row in data["kernels"]
+    ]
+    parts: list[Part] = [
         f"{data['model']}, batch {data['batch']}: {data['predicted_ms']:.4g} ms by the sum of its kernels; "
         f"{where['precision']}, ONNX Runtime {where['onnxruntime']} on {where['cpu']}, threads {where['threads']}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-    for header in ("kernel", "widths", "count", "ms", "share"):
-        table.add_column(header, justify="left" if header == "kernel" else "right")
-    for row in data["kernels"][:_SHOWN]:
-        widths = "x".join(map(str, row["widths"])) or "-"
-        table.add_row(escape(row["title"]), widths, str(row["count"]), f"{row['ms']:.3g}", f"{row['share']:.1%}")
-    console.print("", table, sep="\n")
-    if len(data["kernels"]) > _SHOWN:
-        console.print(f"… and {len(data['kernels']) - _SHOWN} more (--json)", highlight=False)
-    steps = ", ".join(f"{kind} {step}" for kind, step in sorted(data["stairs"].items()))
-    console.print(f"\nwidths are paid in steps of: {steps}", highlight=False, soft_wrap=True)
-    for note in data["notes"]:
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        Table(("kernel", "widths", "count", "ms", "share"), rows[:_SHOWN]),
+        f"hardware steps in channels: {', '.join(f'{kind} {step}' for kind, step in sorted(data['stairs'].items()))}",
+        *(f"note: {note}" for note in data["notes"]),
+    ]
+    if len(rows) > _SHOWN:
+        parts.insert(2, f"… and {len(rows) - _SHOWN} more (--json)")
+    print_parts(parts, console)
 
 
 # On a device. --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The report: as data, as text, as Markdown, as a page.
+"""What a run found: as data, and as sections that a terminal, Markdown and an HTML page show.
 
 Its public names are listed in `__init__.pyi` and loaded on first use.
 """

@@ -1,1 +1,30 @@
-from . import charts as charts, content as content, operator_table as operator_table, page as page
+from .charts import Chart as Chart
+from .data import (
+    as_json as as_json,
+    deployed_precision as deployed_precision,
+    describe as describe,
+    layer_shapes as layer_shapes,
+    with_files as with_files,
+    with_origin as with_origin,
+)
+from .formatting import figure as figure, percent as percent, ratio as ratio, si as si, size as size
+from .operator_table import (
+    operators_as_json as operators_as_json,
+    operators_as_markdown as operators_as_markdown,
+    print_operators as print_operators,
+)
+from .rendering import (
+    REPORT_FILES as REPORT_FILES,
+    Report as Report,
+    print_parts as print_parts,
+    rich_table as rich_table,
+)
+from .sections import (
+    Code as Code,
+    Figure as Figure,
+    Items as Items,
+    Part as Part,
+    Section as Section,
+    Table as Table,
+    section as section,
+)

@@ -1,10 +1,11 @@
-"""Charts of a report as SVG: text in the colour of what surrounds it, no background, the same bytes each time."""
+"""Charts of a report as SVG: text in the colour of the page, no background, the same bytes for the same data."""
 
 from __future__ import annotations
 
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 INK = "#010203"
@@ -13,6 +14,7 @@ DENSE, COMPACT, OTHER, LIGHT = "#8a97a6", "#2f7fd0", "#d9822b", "#b9c2cc"
 _STYLE = {
     "svg.hashsalt": "surgery",
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names of layers may hold dollar signs
     "font.family": "sans-serif",
     "font.size": 9,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
@@ -22,40 +24,54 @@ _STYLE = {
     "savefig.transparent": True,
 }
 _MOST_OPERATORS = 8
-_PIXELS = 1.6
-"""Of a screen, for each point of a figure, at most."""
+_PIXELS_PER_POINT = 1.6
 
 
-def drawn(size: tuple[float, float], draw: Callable[..., None], *, columns: int = 1) -> str:
-    """Return an SVG of a figure of this size in inches, whose axes `draw` gets."""
-    import matplotlib as mpl
+@dataclass(frozen=True, slots=True, eq=False)
+class Chart:
+    """A drawing that is made when it is rendered.
 
-    with mpl.rc_context(_STYLE):
-        from matplotlib.figure import Figure
+    Attributes:
+        description: in words, for readers who cannot see it.
+        size: width and height in inches.
+        draw: draws on as many matplotlib axes as there are `columns`.
+        columns: number of axes side by side.
+        file: name of the SVG file of its own that it gets in a finished set; None for none.
+    """
 
-        figure = Figure(figsize=size, layout="constrained")
-        draw(*figure.subplots(1, columns, squeeze=False)[0])
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    return stream.getvalue().replace(INK, "currentColor")
+    description: str
+    size: tuple[float, float]
+    draw: Callable[..., None]
+    columns: int = 1
+    file: str | None = None
+
+    def to_svg(self) -> str:
+        """Return an SVG document."""
+        import matplotlib as mpl  # takes a second, which `surgery --help` need not wait for
+
+        with mpl.rc_context(_STYLE):
+            from matplotlib.figure import Figure
+
+            figure = Figure(figsize=self.size, layout="constrained")
+            self.draw(*figure.subplots(1, self.columns, squeeze=False)[0])
+            stream = io.StringIO()
+            figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+        return stream.getvalue().replace(INK, "currentColor")
+
+    def to_inline_svg(self) -> str:
+        """Return an SVG element for a page: as wide as there is room, and with the description."""
+        from markupsafe import escape
+
+        svg = self.to_svg()
+        head, body = svg[svg.index("<svg") :].split(">", 1)
+        attributes = re.findall(r'[\w:]+="[^"]*"', head)
+        kept = " ".join(part for part in attributes if not part.startswith(("width=", "height=")))
+        width = _PIXELS_PER_POINT * 72 * self.size[0]
+        return f'<svg role="img" aria-label="{escape(self.description)}" style="max-width:{width:.0f}px" {kept}>{body}'
 
 
-def inline(svg: str, told: str) -> str:
-    """Return an SVG for the middle of a page: as wide as there is room, and with words for who cannot see it."""
-    start = svg.index("<svg")
-    head, body = svg[start:].split(">", 1)
-    kept = " ".join(part for part in _attributes(head) if not part.startswith(("width=", "height=")))
-    label = told.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    width = float(re.findall(r'width="([\d.]+)pt"', head)[0])
-    return f'<svg role="img" aria-label="{label}" style="max-width:{_PIXELS * width:.0f}px" {kept}>{body}'
-
-
-def _attributes(head: str) -> list[str]:
-    return re.findall(r'[\w:]+="[^"]*"', head)
-
-
-def times(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Each file's run times: from a twentieth to nineteen, half of them as the thick part, the median as a dot."""
+def run_times(rows: Sequence[Mapping[str, Any]]) -> Chart:
+    """Each file's run times: 5th to 95th percentile, the middle half as the thick part, the median as a dot."""
 
     def draw(axes: Any) -> None:
         for k, row in enumerate(rows):
@@ -67,17 +83,17 @@ def times(rows: Sequence[Mapping[str, Any]]) -> str:
         axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
         axes.invert_yaxis()
         axes.set_xlim(left=0)
-        axes.set_xlabel("milliseconds a run")
+        axes.set_xlabel("milliseconds per run")
 
-    return inline(drawn((4.8, 0.7 + 0.32 * len(rows)), draw), "distribution of run times by file")
+    return Chart("distribution of run times by file", (4.8, 0.7 + 0.32 * len(rows)), draw)
 
 
-def operators(before: Mapping[str, float], after: Mapping[str, float], name: str) -> str:
+def operator_times(before: Mapping[str, float], after: Mapping[str, float], name: str) -> Chart:
     """Milliseconds by operator of a compact file of this name and of the dense one in the same precision."""
     names = sorted({*before, *after}, key=lambda op: -max(before.get(op, 0.0), after.get(op, 0.0)))[:_MOST_OPERATORS]
+    dense = name.replace("compact", "dense")
 
     def draw(axes: Any) -> None:
-        dense = name.replace("compact", "dense")
         for shift, colour, found, label in ((-0.2, DENSE, before, dense), (0.2, COMPACT, after, name)):
             places = [k + shift for k in range(len(names))]
             axes.barh(places, [found.get(op, 0.0) for op in names], height=0.38, color=colour, label=label)
@@ -86,64 +102,59 @@ def operators(before: Mapping[str, float], after: Mapping[str, float], name: str
         axes.set_xlabel("milliseconds, by ONNX Runtime's profiler")
         axes.legend()
 
-    return inline(
-        drawn((4.8, 0.9 + 0.36 * len(names)), draw), f"time by operator, {name.replace('compact', 'dense')} and {name}"
-    )
+    return Chart(f"time by operator, {dense} and {name}", (4.8, 0.9 + 0.36 * len(names)), draw)
 
 
-def widths(layers: Sequence[Mapping[str, Any]]) -> str:
-    """Output widths of layers before and after."""
+def layer_widths(layers: Sequence[Mapping[str, Any]]) -> Chart:
+    """Output channels of layers before and after."""
 
     def draw(axes: Any) -> None:
         for k, layer in enumerate(layers):
-            after = layer["compact"][0] if layer["compact"] else 0
-            axes.barh(k, layer["dense"][0], height=0.72, color=LIGHT)
+            before, after = layer["dense"][0], layer["compact"][0] if layer["compact"] else 0
+            axes.barh(k, before, height=0.72, color=LIGHT)
             axes.barh(k, after, height=0.72, color=COMPACT)
-            axes.text(layer["dense"][0], k, f" {layer['dense'][0]} → {after or 'gone'}", va="center", fontsize=7.5)
+            axes.text(before, k, f" {before} → {after or 'removed'}", va="center", fontsize=7.5)
         axes.set_yticks(range(len(layers)), [layer["name"].removesuffix(".weight") for layer in layers], fontsize=7.5)
         axes.set_ylim(len(layers) - 0.4, -0.6)
         axes.margins(x=0.12)
-        axes.set_xlabel("units that come out")
+        axes.set_xlabel("output channels")
 
-    return inline(drawn((4.8, 0.6 + 0.18 * len(layers)), draw), "widths of layers before and after")
+    return Chart("output channels of layers before and after", (4.8, 0.6 + 0.18 * len(layers)), draw)
 
 
-def staircase(stair: Mapping[str, Any]) -> str:
+def staircase(stair: Mapping[str, Any]) -> Chart:
     """One kernel's time over its width, with the dense and the chosen width marked."""
 
     def draw(axes: Any) -> None:
         axes.step(stair["widths"], stair["ms"], where="mid", color=DENSE, linewidth=1.4)
         at = dict(zip(stair["widths"], stair["ms"], strict=True))
-        axes.plot(stair["dense"], at[stair["dense"]], "o", color=DENSE, label=f"dense, {stair['dense']}")
-        axes.plot(stair["kept"], at[stair["kept"]], "o", color=COMPACT, label=f"chosen, {stair['kept']}")
+        for width, colour, label in ((stair["dense"], DENSE, "dense"), (stair["kept"], COMPACT, "chosen")):
+            axes.plot(width, at[width], "o", color=colour, label=f"{label}, {width}")
         axes.set_ylim(0, 1.12 * max(stair["ms"]))
         axes.set_xlim(0, 1.05 * stair["dense"])
         axes.set_title(stair["title"], fontsize=8)
-        axes.set_xlabel("width")
+        axes.set_xlabel("channels")
         axes.set_ylabel("ms")
         axes.legend(fontsize=7.5)
 
-    return inline(drawn((3.1, 2.3), draw), f"time over width of {stair['title']}")
+    return Chart(f"time over channels of {stair['title']}", (3.1, 2.3), draw)
 
 
-def recovery(data: Mapping[str, Any]) -> str | None:
-    """Accuracy, or agreement, by step, and the loss where something was trained; None where there are no steps."""
-    found = data.get("recovery") or {"steps": ()}
-    steps = [step for step in found["steps"] if step["agreement"]]
-    taught = [step for step in found["steps"] if step.get("history")]
-    if len(steps) < 2:
-        return None
+def recovery_steps(steps: Sequence[Mapping[str, Any]]) -> Chart:
+    """Accuracy, or agreement with the dense model, after each step, and the loss of the last training run."""
+    trained = [step for step in steps if step.get("history")]
 
     def draw(*axes: Any) -> None:
-        _by_step(axes[0], steps)
-        if taught:
-            _loss(axes[1], taught[-1])
+        _draw_steps(axes[0], steps)
+        if trained:
+            _draw_loss(axes[1], trained[-1])
 
-    columns = 1 + bool(taught)
-    return drawn((max(4.2, 0.8 * len(steps)) * columns, 2.8), draw, columns=columns)
+    columns = 1 + bool(trained)
+    size = max(4.2, 0.8 * len(steps)) * columns, 2.8
+    return Chart("accuracy or agreement after each recovery step", size, draw, columns, "recovery.svg")
 
 
-def _by_step(axes: Any, steps: list[Any]) -> None:
+def _draw_steps(axes: Any, steps: Sequence[Mapping[str, Any]]) -> None:
     known = [("accuracy", "accuracy, %"), ("top1_match", "top-1 match with the dense model, %")]
     key, label = next(((k, t) for k, t in known if steps[0]["agreement"].get(k) is not None), ("cosine", "cosine, %"))
     names = [step["name"].replace(" ", "\n", 1) + ("" if step["kept"] else "\nundone") for step in steps]
@@ -155,9 +166,9 @@ def _by_step(axes: Any, steps: list[Any]) -> None:
     axes.set_ylabel(label)
 
 
-def _loss(axes: Any, step: Mapping[str, Any]) -> None:
+def _draw_loss(axes: Any, step: Mapping[str, Any]) -> None:
     marks = step["history"]["marks"]
-    for key, label, colour in (("loss", "learnt from", COMPACT), ("held_out", "held out", OTHER)):
+    for key, label, colour in (("loss", "training", COMPACT), ("held_out", "held out", OTHER)):
         points = [(mark["epoch"], mark[key]) for mark in marks if mark[key] is not None]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label, color=colour)

@@ -31,7 +31,7 @@ def child_in_the_middle(out: Path) -> subprocess.Popen[str]:
     """Start a run that has written half of its files and waits."""
     code = f"""
         import sys, time
-        from surgery import artefacts
+        from surgery.delivery import artifacts as artefacts
         with artefacts.output_set({str(out)!r}) as folder:
             (folder / artefacts.PLAN).write_text("half")
             print("ready", flush=True)
@@ -53,7 +53,7 @@ def test_a_second_set_replaces_the_first_as_a_whole(tmp_path: Path) -> None:
     out = tmp_path / "net"
     write_set(out, "first")
     with artefacts.output_set(out) as folder:
-        (folder / artefacts.REPORT).write_text("second")
+        (folder / "report.json").write_text("second")
         assert contents(out) == {"plan.json": "first"}
     assert contents(out) == {"report.json": "second"}
     assert neighbours(out) == []

@@ -186,4 +186,4 @@ def test_the_installed_wheel_shrinks_a_network(installed: Path, tmp_path: Path) 
 def test_the_wheel_says_that_it_is_typed_and_carries_its_templates(installed: Path) -> None:
     (package,) = installed.parent.rglob("surgery/errors.py")
     assert (package.parent / "py.typed").is_file()
-    assert (package.parent / "report" / "templates" / "report.md.j2").is_file()
+    assert (package.parent / "report" / "templates" / "report.html.j2").is_file()

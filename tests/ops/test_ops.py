@@ -15,7 +15,7 @@ from surgery.coupling.coupler import couple
 from surgery.cutting.rewrite import cut
 from surgery.cutting.verify import check
 from surgery.ops.registry import _RULES as TABLE, Call, Rule, register, rules
-from surgery.report import operator_table as optable
+from surgery.report import operators_as_json, operators_as_markdown
 
 ALIKE = ("element-wise", "pooling and resizing", "reduction")  # families whose members share one rule
 
@@ -91,7 +91,7 @@ def test_a_rule_from_outside_the_package_makes_its_operator_cuttable(monkeypatch
 
 def test_the_table_of_operators_in_the_documents_is_the_registrys() -> None:
     document = Path(__file__).parents[2] / "docs" / "reference" / "operators.md"
-    assert document.read_text(encoding="utf-8") == optable.as_markdown(optable.listed()), "surgery ops --markdown"
-    listed = json.loads(optable.as_json(optable.listed()))
+    assert document.read_text(encoding="utf-8") == operators_as_markdown(), "surgery ops --markdown"
+    listed = json.loads(operators_as_json())
     assert {entry["operator"] for entry in listed} == set(rules())
     assert all(entry["means"] and entry["family"] for entry in listed)

@@ -281,7 +281,7 @@ def test_a_budget_for_int8_is_of_the_int8_files(folder: Path) -> None:
     assert {"dense int8", "compact int8"} <= {model["name"] for model in data["models"]}
     assert (folder / "out" / "compact.int8.onnx").is_file()
     page = (folder / "out" / "report.html").read_text()
-    assert "compact int8, against dense int8" in page
+    assert "compact int8 against dense int8" in page
     again = run(
         folder, "apply", "out/plan.json", "nets.py:net", "--weights", "random", "--out", "again", "--runs", "50",
     )  # fmt: skip

@@ -109,7 +109,7 @@ def test_a_profile_tells_the_costliest_kernels_and_the_stairs(here: dict[str, An
     text = console.export_text()
     assert "Conv 3x3 on 16x16 + Add + Relu" in text
     assert f"{block['share']:.1%}" in text
-    assert "widths are paid in steps of" in text
+    assert "hardware steps in channels" in text
 
 
 def test_its_table_holds_this_model_alone_and_plans_for_it(

@@ -35,7 +35,7 @@ from surgery.recovery.augmentation import Look, Order, Views
 from surgery.recovery.checkpoint import Checkpoint
 from surgery.recovery.random_images import drawn_images
 from surgery.recovery.teaching import loss_of
-from surgery.report.tables import step_notes
+from surgery.report import Report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -536,7 +536,7 @@ def test_one_command_from_images_to_accuracy(place: Path) -> None:
         told["evaluation"]["compact"]["spread"], rel=1e-3
     )
     text = (place / "out" / "report.md").read_text()
-    assert "| reconstruct |" in text and "![by step of recovery](recovery.svg)" in text
+    assert "| reconstruct |" in text and "](recovery.svg)" in text
     assert "<svg" in (place / "out" / "recovery.svg").read_text()
     compact = surgery.load(place / "out", SPACE["Net"]().eval())
     with np.load(place / "val.npz") as data:
@@ -658,7 +658,7 @@ def test_the_lowest_latency_within_a_drop(
     assert found.steps[-1].agreement.drop[2] <= 4.0
     assert told["measured"] == min(t["measured"] for t in told["tried"] if t["measured"] is not None)
     assert all((t["measured"] is not None) == (t["upper"] <= 4.0) for t in told["tried"])
-    assert f" (measured {told['measured']:.3f}) lost up to " in step_notes(found.report)[-1]
+    assert f" (measured {100 * told['measured']:.1f} %) loses up to " in Report(found.report).to_markdown()
     with pytest.raises(BudgetUnreachable, match="no model within --max-drop"):
         monkeypatch.setattr(within, "lost_by", lambda steps: (9.0, 10.0, "accuracy"))
         fastest(1.0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from surgery import report
 from surgery.core.ir import (
     Budget,
     CheckResult,
@@ -23,7 +25,8 @@ from surgery.core.ir import (
     Program,
     Site,
 )
-from surgery.report import content as report
+from surgery.report import sections
+from surgery.report.data import SCHEMA
 
 
 @dataclass
@@ -73,27 +76,30 @@ def interval(value: float) -> dict[str, float]:
 def timed(data: dict[str, Any], *, reliable: bool = True) -> dict[str, Any]:
     rows = [
         {"name": name, "p50_ms": p50, "p90_ms": p50 * 1.1, "p99_ms": None, "throughput_per_s": 1000 / p50,
-         "speedup": interval(10 / p50), "peak_memory_bytes": 123_000_000}
+         "ratio": interval(p50 / 10),
+         "speedup": interval(10 / p50), "peak_memory_bytes": 123_000_000, "quantiles_ms": [p50] * 21}
         for name, p50 in (("dense", 10.0), ("masked", 10.0), ("compact", 5.0))
     ]  # fmt: skip
     timing = {
         "rows": rows, "aa": interval(1.0), "reliable": reliable, "why": "the baseline came out at 1.000", "rounds": 12,
-        "environment": {"onnxruntime": "1.31", "cpu": "a processor"}, "settings": {"threads": 1, "batch": 1},
+        "environment": {"onnxruntime": "1.31", "cpu": "a processor", "cores": 2, "instruction_sets": ["AVX2"],
+                        "system": "Linux", "python": "3.11", "provider": "CPU"},
+        "settings": {"threads": 1, "batch": 1},
     }  # fmt: skip
     sizes = {"dense": 4000, "masked": 4000, "compact": 2000}
-    return report.measured(data, onnx_bytes=sizes, timing=timing, files_sha256={"plan.json": "ab"}, notes=["a note"])
+    return report.with_files(data, onnx_bytes=sizes, timing=timing, files_sha256={"plan.json": "ab"}, notes=["a note"])
 
 
 def terminal(data: dict[str, Any], width: int = 110) -> str:
     stream = io.StringIO()
-    report.render_terminal(data, Console(file=stream, width=width))
+    report.Report(data).print(Console(file=stream, width=width))
     return stream.getvalue()
 
 
 def test_the_report_is_json_and_comes_back_equal(data: dict[str, Any]) -> None:
     full = timed(data)
     assert json.loads(json.dumps(full)) == full
-    assert full["schema"] == report.SCHEMA
+    assert full["schema"] == SCHEMA
 
 
 def test_the_budget_is_reported_with_what_was_kept(data: dict[str, Any]) -> None:
@@ -115,9 +121,10 @@ def test_every_group_is_listed_cut_or_not(data: dict[str, Any]) -> None:
 
 def test_the_first_line_everywhere_is_the_verdict_and_the_next_command(data: dict[str, Any]) -> None:
     command = "python -i -c 'import surgery [not markup]'"
-    full = timed(report.named(data, name="net", weights="random", next_command=command))
-    for text in (terminal(full, width=60), report.render_markdown(full)):
-        assert text.splitlines()[0] == f"accuracy unknown: not fit to deploy; next: {command}"
+    full = timed(report.with_origin(data, name="net", weights="random", next_command=command))
+    verdict = "accuracy unknown: not fit to deploy"
+    assert terminal(full, width=60).splitlines()[0] == f"{verdict}; next: {command}"
+    assert report.Report(full).to_markdown().splitlines()[0] == f"{verdict}; next: `{command}`"
 
 
 def test_the_terminal_names_what_was_cut_what_is_frozen_and_what_is_inexact(data: dict[str, Any]) -> None:
@@ -131,7 +138,8 @@ def test_the_terminal_names_what_was_cut_what_is_frozen_and_what_is_inexact(data
 
 
 def test_the_table_has_the_four_rows_and_leaves_out_what_nobody_measured(data: dict[str, Any]) -> None:
-    rows = {row[0]: dict(zip(report.COLUMNS, row, strict=True)) for row in report.cells(timed(data))}
+    (table,) = (part for part in sections.models(timed(data)) if isinstance(part, report.Table))
+    rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
     assert list(rows) == ["dense", "masked", "compact", "A/A"]
     assert rows["compact"]["speedup"] == "2.00x"
     assert rows["compact"]["95% interval"] == "1.99-2.01"
@@ -152,12 +160,56 @@ def test_long_lists_are_summarised_on_the_terminal_and_complete_in_markdown(data
     full = {**data, "groups": extra}
     assert "block39.weight:0" not in terminal(full)
     assert "and 16 more" in terminal(full)
-    assert "block39.weight:0" in report.render_markdown(full)
+    assert "block39.weight:0" in report.Report(full).to_markdown()
 
 
 def test_markdown_holds_the_table_and_the_notes(data: dict[str, Any]) -> None:
-    text = report.render_markdown(timed(data))
+    text = report.Report(timed(data)).to_markdown()
     assert "| compact | 480 | 990 k | 2 kB | 5 | 5.5 | - | 200 | 2.00x | 1.99-2.01 | 123 MB |" in text
     assert "- height and width are fixed" in text
     assert "- a note" in text
-    assert "- `plan.json`: SHA-256 `ab`" in text
+    assert "| plan.json | ab |" in text
+
+
+def test_targets_are_reported_in_percent_with_what_was_reached(data: dict[str, Any]) -> None:
+    assert "target 50 % of the macs: reached 49.50 % (990 k of 2 M)" in terminal(data)
+    latency = {
+        "target": 0.6, "taken": 0, "rounds": [{"measured": 0.601}], "met": True, "verdict": "", "device": {},
+        "predicted_ms": 5.9, "predicted_dense_ms": 10.0,
+    }  # fmt: skip
+    text = terminal({**data, "budget": None, "latency": latency})
+    assert "target 60 % of the dense latency: reached 60.1 %; latency table: 5.9 of 10 ms" in text
+
+
+def test_a_section_from_outside_the_package_is_in_every_rendering(
+    data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sections, "_REGISTRY", dict(sections._REGISTRY))
+
+    @report.section("Energy")
+    def energy(found: sections.Data) -> Iterator[report.Part]:
+        yield f"{found['schema']} mJ per image"
+        yield report.Table(("model", "mJ"), [("dense", "3.25")])
+        yield report.Chart("energy by model", (3, 2), lambda axes: axes.bar(["dense"], [3.25]))
+
+    full = report.Report(data)
+    for text in (terminal(data), full.to_markdown(), full.to_html()):
+        assert all(wanted in text for wanted in ("Energy", "1 mJ per image", "3.25"))
+    assert 'aria-label="energy by model"' in full.to_html()
+    with pytest.raises(ValueError, match="'Energy' already"):
+        report.section("Energy")(energy)
+
+
+def test_names_are_neither_markup_nor_control_characters_in_any_rendering(data: dict[str, Any]) -> None:
+    evil = "[red]<script>alert(1)</script>|`*x*\x1b[2J\u202e\nend $a$"
+    data["groups"][0]["name"] = data["groups"][1]["name"] = data["frozen"][0]["reason"] = evil
+    data["settings"][evil] = data["model"]["name"] = data["model"]["weights"] = evil
+    data["layers"] = [{"name": evil, "dense": [4, 1], "compact": [2, 1]}]
+    data["notes"] = [evil, "a < b & 'c'"]
+    full = report.Report(timed(report.with_origin(data, name=evil, weights=evil, next_command=evil, command=evil)))
+    html, markdown = full.to_html(), full.to_markdown()
+    for text in (terminal(dict(full.data), width=200), markdown, html):
+        assert "\x1b" not in text and "\u202e" not in text and "\\x1b[2J" in text.replace("\\[", "[")
+    assert "<script" not in html and "a &lt; b &amp;" in html
+    assert "[red]<script>" in terminal(dict(full.data), width=200)
+    assert r"- \[red]\<script>alert(1)\</script>\|\`\*x\*".replace("]", "\\]") in markdown

@@ -22,9 +22,9 @@ from benchmarks.studies.stacked.__main__ import keep
 from benchmarks.studies.stacked.rows import Ask, measured
 from benchmarks.studies.stacked.subjects import Case, known, named
 from benchmarks.studies.stacked.table import HEADS, WITH_VNNI, WITHOUT_VNNI, lines
-from surgery.core import plain_table
 from surgery.errors import InvalidInput, SurgeryError
 from surgery.latency import available_cores
+from surgery.report import Table, rich_table
 
 MODEL, SMALLER, LATENCY = "mobilenet_v2", 192, 0.72
 CALIBRATED = 128
@@ -111,7 +111,7 @@ _MMAP_MAX, _TRIM_THRESHOLD = -4, -1
 
 def _show(found: dict[str, Any]) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
-    console.print(plain_table(HEADS, list(lines(found["rows"]))))
+    console.print(rich_table(Table(HEADS, list(lines(found["rows"])))))
     by = found["judged_by"][0]
     told = (
         f"judged on {by['images']} images: {by['name']}; {found['photos']} photos without labels, int8 calibrated on "

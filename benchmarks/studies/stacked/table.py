@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.studies.latency.table import table
 from benchmarks.studies.record import sentence
 from benchmarks.studies.recovery.subjects import goal_of
-from surgery.core import size
+from surgery.report import size
 
 Row = Mapping[str, Any]
 HEADS = (

@@ -1,0 +1,186 @@
+"""What a run found, as plain data: the dictionary that report.json holds.
+
+`describe` says what was decided and verified, `with_files` adds the files and their times, `with_origin` the model's
+origin. The schema is documented in docs/reference/report.md. Costs and times are arguments, so that a report can be rendered
+again from its JSON, without torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from surgery import __version__
+from surgery.core import CheckResult, CompactModel, Coupling, Plan, Program
+
+if TYPE_CHECKING:
+    import torch
+
+SCHEMA = 1
+VERDICT = "accuracy unknown: not fit to deploy"
+
+
+def describe(
+    program: Program,
+    coupling: Coupling,
+    plan: Plan,
+    *,
+    compact: CompactModel | None = None,
+    verdict: CheckResult | None = None,
+    costs: Mapping[str, tuple[int, int]],
+    loop: Any = None,
+) -> dict[str, Any]:
+    """Return the report on a decision: what is cut, what stays and why, and what the check found.
+
+    Args:
+        program: the traced dense model.
+        coupling: its groups.
+        plan: the units to remove.
+        compact: the smaller model, or None where nothing was cut yet (`surgery show`).
+        verdict: what the check found, or None where nothing was checked.
+        costs: ``params``, ``macs`` and ``channels`` → (dense, kept), in parameters, MACs per batch element, units.
+        loop: for a latency budget, how the plan was found; None for other budgets.
+
+    Returns:
+        JSON-ready data of schema `SCHEMA`, without files and times.
+    """
+    rows = (("dense", 0), ("masked", 0), ("compact", 1))
+    return {
+        "schema": SCHEMA,
+        "tool": {"name": "model-surgery", "version": __version__},
+        "accuracy": {"status": "unknown", "verdict": VERDICT, "next_command": None},
+        "model": {
+            "name": type(program.dense.model).__name__,
+            "weights": None,
+            "fingerprint": program.fingerprint,
+            "tracer": program.tracer,
+            "inputs": [as_json(spec) for spec in program.inputs],
+        },
+        "budget": _budget(plan, costs),
+        "latency": json.loads(json.dumps(loop.to_dict())) if loop is not None else None,
+        "settings": json.loads(json.dumps(dict(plan.settings))),
+        "plan": {"digest": plan.digest, "notes": list(plan.notes), "reasons": dict(plan.reasons)},
+        "compact": None
+        if compact is None
+        else {"kind": compact.kind, "why": compact.why, "lost_in_training": list(compact.lost_in_training)},
+        "models": [
+            {"name": name, "parameters": costs["params"][k], "macs": costs["macs"][k], "onnx_bytes": None}
+            for name, k in rows
+        ],
+        "groups": _groups(coupling, plan),
+        "dropped": [
+            {"name": name, "constant": bool(left), "reason": plan.reasons.get(name)}
+            for name, left in plan.dropped.items()
+        ],
+        "frozen": [as_json(frozen) for frozen in coupling.frozen],
+        "check": as_json(verdict) if verdict else None,
+        "timing": None,
+        "command": None,
+        "files": {},
+        "stages_s": {},
+        "notes": list(program.notes),
+    }
+
+
+def with_files(
+    data: Mapping[str, Any],
+    *,
+    onnx_bytes: Mapping[str, int],
+    timing: Mapping[str, Any] | None,
+    files_sha256: Mapping[str, str],
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Return the report with the files that were written and the times that were measured.
+
+    Args:
+        data: what `describe` returned; left unchanged.
+        onnx_bytes: row name → size of its ONNX file, weights included.
+        timing: the timer's own dictionary, or None where nothing was timed.
+        files_sha256: file name → SHA-256, hexadecimal.
+        notes: from exporting and timing.
+    """
+    return {
+        **data,
+        "models": [{**row, "onnx_bytes": onnx_bytes.get(row["name"])} for row in data["models"]],
+        "timing": timing,
+        "files": dict(files_sha256),
+        "notes": [*data["notes"], *notes],
+    }
+
+
+def with_origin(
+    data: Mapping[str, Any],
+    *,
+    name: str,
+    weights: str,
+    next_command: str,
+    command: str | None = None,
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Return the report with the model's origin, and what to do next.
+
+    Args:
+        data: what `describe` returned; left unchanged.
+        name: of the model.
+        weights: where they came from.
+        next_command: a complete command line.
+        command: the one that was typed.
+        notes: from loading the model; they come first.
+    """
+    return {
+        **data,
+        "accuracy": {**data["accuracy"], "next_command": next_command},
+        "model": {**data["model"], "name": name, "weights": weights},
+        "command": command,
+        "notes": [*notes, *data["notes"]],
+    }
+
+
+def as_json(value: Any) -> Any:
+    """Return a dataclass as JSON values: tuples become lists, as when the report is read back."""
+    return json.loads(json.dumps(asdict(value)))
+
+
+def layer_shapes(dense: torch.nn.Module, compact: torch.nn.Module) -> list[dict[str, Any]]:
+    """Return the shape of each weight of two axes or more, before and after (None for a removed one).
+
+    Args:
+        dense: the dense module.
+        compact: the compact one, whose parameters bear the same names.
+    """
+    kept = {name: list(x.shape) for name, x in compact.named_parameters()}
+    shapes = {name: list(x.shape) for name, x in dense.named_parameters() if x.dim() > 1}
+    return [{"name": name, "dense": shape, "compact": kept.get(name)} for name, shape in shapes.items()]
+
+
+def deployed_precision(data: Mapping[str, Any]) -> str:
+    """Return the precision that a latency budget refers to; `fp32` for other budgets."""
+    return str(((data["latency"] or {}).get("device") or {}).get("precision", "fp32"))
+
+
+def _budget(plan: Plan, costs: Mapping[str, tuple[int, int]]) -> dict[str, Any] | None:
+    if plan.budget is None or plan.budget.is_latency:
+        return None
+    dense, kept = costs[plan.budget.kind]
+    return {
+        "kind": plan.budget.kind,
+        "fraction": plan.budget.amount,
+        "dense": dense,
+        "kept": kept,
+        "kept_fraction": kept / dense if dense else 1.0,
+    }
+
+
+def _groups(coupling: Coupling, plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": group.name,
+            "from": group.size,
+            "to": group.size - len(plan.dead.get(group.name, ())),
+            "inexact": group.inexact,
+            "sites": [f"{site.tensor}:{site.axis}" for site in group.sites],
+        }
+        for group in coupling.groups
+    ]
