@@ -1,8 +1,7 @@
-"""What a run found, as plain data: the dictionary that report.json holds.
+"""What a run found, as plain data: the dictionary that report.json holds, documented in docs/reference/report.md.
 
 `describe` says what was decided and verified, `with_files` adds the files and their times, `with_origin` the model's
-origin. The schema is documented in docs/reference/report.md. Costs and times are arguments, so that a report can be rendered
-again from its JSON, without torch.
+origin. Costs and times are arguments, so that a report can be rendered again from its JSON, without torch.
 """
 
 from __future__ import annotations
