@@ -1,4 +1,4 @@
-"""Networks of ours, kept in a folder from one step to the next: planned on one machine, taught maybe on another."""
+"""Networks of ours, kept in a folder from one step to the next: planned on one machine, distilled maybe on another."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Ours:
     Attributes:
         module: in eval mode.
         plan: what was cut.
-        facts: MACs, how a budget of time was met, how it was taught.
+        facts: MACs, how a budget of time was met, how it was distilled.
     """
 
     module: nn.Module

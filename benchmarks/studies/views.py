@@ -1,4 +1,4 @@
-"""Batches of images as a student sees them, made where it is taught: shifted, zoomed, flipped and mixed there.
+"""Batches of images as a student sees them, made where it is distilled: shifted, zoomed, flipped and mixed there.
 
 `surgery` makes such views image by image, on the processor, which a network on an accelerator would wait for.
 """

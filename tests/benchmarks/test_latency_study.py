@@ -193,7 +193,7 @@ def made_up() -> dict[str, dict[str, Any]]:
         },
         Job("channels", "resnet18", 0.3): {"entries": {"torch-pruning": rivals[0], "ours": ours}, "gain": 1.4},
         Job("profile", "resnet18"): {
-            "runs": {"cold": {"seconds": 100.0, "measured": 0.5, "stages_s": {"close the loop": 60.0, "cut": 0.1}}},
+            "runs": {"cold": {"seconds": 100.0, "measured": 0.5, "stages_s": {"refine plan": 60.0, "cut": 0.1}}},
             "apart": 0.012,
         },
         Job("speed", "vgg16_bn", 0.5): {"failed": "limit", "message": "over 900 s"},
@@ -205,12 +205,12 @@ def test_tables_say_what_the_rows_hold() -> None:
     text = table.render(made_up())
     assert "| resnet20, 0.5 (dense 90.0%) | ours |  | 0.500 [0.490, 0.510] | 0.500 | 80.0% |" in text
     assert "|  | torch-pruning | plain, l1 | 0.500" in text and "+10.0 [+5.0, +15.0]" in text
-    assert "plain, l1: nearest, does not get down to ours" in text
+    assert "plain, l1: nearest, does not reach our latency" in text
     assert "1.40x | yes" in text
     assert "met: 0.510" in text and "DoesNotRun: a \\| b" in text
     assert "| resnet18 | 1.0 |  | 17.00 ms | 18.00 ms | -5.6% | yes |" in text
-    assert "| resnet18 | 0.5 | first plan, 1 processes | 8.00 ms | 10.00 ms | -20.0% | no |" in text
-    assert "close the loop 60" in text and "1.2%" in text
+    assert "| resnet18 | 0.5 | first plan, 1 process | 8.00 ms | 10.00 ms | -20.0% | no |" in text
+    assert "refine plan 60" in text and "1.2%" in text
     assert "speed vgg16_bn 0.5 1 | limit: over 900 s" in text and "only 3 rounds" in text
     widths = {line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("| resnet20")}
     assert widths == {12}

@@ -177,15 +177,15 @@ def test_a_network_that_does_not_go_to_another_process_is_written_in_this_one(
     assert "own is written in this process" in capsys.readouterr().err
 
 
-def test_how_a_network_was_taught_is_told() -> None:
-    told = {"epochs": 28.0, "images": 57728, "seconds": 204, "trained_on": "a card", "lr": 0.001, "tried": []}
-    text = table.lesson({"rows": [row("dense", 1, (0, 0, 0)), row("taught", 0.5, (0, 0, 0), **told)]})
+def test_distillation_is_described() -> None:
+    facts = {"epochs": 28.0, "images": 57728, "seconds": 204, "trained_on": "a card", "lr": 0.001, "tried": []}
+    text = table.distillation({"rows": [row("dense", 1, (0, 0, 0)), row("distilled", 0.5, (0, 0, 0), **facts)]})
     assert "28 epochs of 57,728 images, 204 seconds by" in text and "on a card; learning rate 0.001." in text
     tried = [{"divergence": 0.5}, {"lr": 0.001, "divergence": 0.25}, {"lr": 0.01, "divergence": 0.75}]
-    assert "0.001 (0.25), 0.01 (0.75)" in table.lesson(
-        {"rows": [row("taught", 0.5, (0, 0, 0), **told | {"tried": tried})]}
+    assert "0.001 (0.25), 0.01 (0.75)" in table.distillation(
+        {"rows": [row("distilled", 0.5, (0, 0, 0), **facts | {"tried": tried})]}
     )
-    assert table.lesson({"rows": [row("dense", 1, (0, 0, 0))]}) == ""
+    assert table.distillation({"rows": [row("dense", 1, (0, 0, 0))]}) == ""
 
 
 def test_the_page_is_what_was_measured() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 import surgery
 from benchmarks.studies import allocation, blocks, cifar, record
+from benchmarks.studies.latency import table as latency
 from benchmarks.studies.recovery.table import tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +62,10 @@ def test_tables_in_the_documents_match_the_results_files() -> None:
     assert cifar.markdown(results) in page("results/cifar.md")
     assert results["command"] in page("results/cifar.md")
     assert record.sentence(results["machine"]) in page("results/cifar.md")
+    drop = record.read("recovery")["rows"]["without labels resnet56 0.476 second-order"]["rows"][-1]["judged"][0]
+    assert f"{drop['drop']:.2f} points [{drop['low']:.2f}, {drop['high']:.2f}]" in page("results/cifar.md")
     assert tables(record.read("recovery")).rstrip() in page("results/recovery.md")
+    assert latency.render(record.read("latency")["rows"]) in page("results/latency.md")
     assert blocks.markdown(record.read("blocks")["rows"]) in page("explanation/latency-budgets.md")
     assert allocation.markdown(record.read("allocation")["rows"]) in page("explanation/latency-budgets.md")
 

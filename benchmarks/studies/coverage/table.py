@@ -1,4 +1,4 @@
-"""docs/results/coverage.md from the results file: counts first, then every model."""
+"""docs/results/coverage.md from the results file: totals, then every model."""
 
 from __future__ import annotations
 
@@ -67,26 +67,25 @@ def render(data: Mapping[str, Any], models: Iterable[Model]) -> str:
     lines = [
         "# Coverage",
         "",
-        f"What becomes of {len(models)} models at half of their multiply-adds, in float64 on well-conditioned random",
-        "weights: cut, then judged by an oracle that shares no code with any of the tools. Every weight has a value of",
-        "its own, so the cut tensors tell which dense elements they are, and the dense model without the others must",
-        "compute the same. For this compiler the result is then cast to float32, exported, and compared in ONNX",
-        f"Runtime (largest difference {PARITY:.0e}, or what torch's own float32 rounding explains on the same inputs).",
+        f"{len(models)} models are pruned to half of their multiply-adds, in float64 with well-conditioned random weights,",
+        "and checked by an oracle that shares no code with any of the tools. Every weight has a distinct value, so the",
+        "compact tensors identify the dense elements they contain, and the dense model without the others must compute the",
+        "same. For this compiler, the result is also cast to float32, exported, and compared in ONNX Runtime (largest",
+        f"difference {PARITY:.0e}, or what torch's own float32 rounding explains on the same inputs).",
         "",
-        "torch-pruning is given the attention heads, an output transform and the classifier to spare, and steps",
-        "until half is gone: by one global L1 ranking, or, where that fails, by the same ratio in every layer (said",
-        "so). onnxsim prunes ONNX files, of torch's TorchScript exporter where that works, at its defaults, sparsity",
-        "0.5, of models whose weights are distinct; what it returns is run, not judged. Models are loaded, and MACs of",
-        "torch-pruning counted, by this package.",
+        "torch-pruning is told to ignore attention heads, an output transform and the classifier, and prunes in steps until",
+        "half of the MACs is left: with global L1 ranking or, if that fails, with the same ratio in every layer (marked as",
+        "such). onnxsim prunes ONNX files (from torch's TorchScript exporter if possible) with its defaults and sparsity 0.5;",
+        "its weights are distinct, and its output is run but not judged. Models are loaded, and torch-pruning's MACs counted,",
+        "by this package.",
         "",
         "Written by `python -m benchmarks.studies.coverage --table` from",
         "`benchmarks/studies/results/coverage.json`, measured",
         f"on {record.sentence(data['machine'])},",
-        "with one thread, at most 120 s of processor time and 8 GiB per model and tool. Seconds are of the cut with",
-        "the counts of MACs it goes by, without oracle and ONNX: processor time, in older rows wall time. Rows were",
-        "measured while the code was worked on, with other work on the machine, which slows its two cores down by up",
-        "to a half: a row over the limit of time may be under it alone. Rows with a day in the results file are of",
-        "that day's code, those without of the days before.",
+        "with one thread, at most 120 s of CPU time and 8 GiB per model and tool. Seconds are for pruning including its MAC",
+        "counts, without oracle and ONNX, in CPU time (older rows: wall-clock time). Rows were measured during development,",
+        "next to other work that slows the two cores down by up to a half; a row over the time limit could be within it on",
+        "an idle machine. Rows with a date in the results file are of that day's code, rows without of earlier days.",
         "",
         "| tool | " + " | ".join(_OUTCOMES.values()) + " |",
         "|---" * (len(_OUTCOMES) + 1) + "|",
@@ -107,21 +106,21 @@ def _comparison(rows: Rows, models: tuple[Model, ...]) -> list[str]:
         if outcome(theirs.get(m.name)) in ("sound", "missed") and outcome(ours.get(m.name)) in ("sound", "missed")
     ]
     if not both:
-        return ["No model has yet been found sound with both this compiler and torch-pruning."]
+        return ["No model is sound with both this compiler and torch-pruning."]
     more = [f"{name} ({mine:.1%} against {other:.1%})" for name, mine, other in both if mine > other + 1e-6]
     text = (
-        f"Both this compiler and torch-pruning are sound on {len(both)} models. The share of parameters that lie in no "
-        f"removable unit is larger here on {len(more)} of them"
+        f"Both this compiler and torch-pruning are sound on {len(both)} models. The share of parameters outside any "
+        f"removable unit is larger with this compiler on {len(more)} of them"
     )
     return [text + (": " + ", ".join(more) + "." if more else ".")]
 
 
 def _refusals(rows: Rows, models: tuple[Model, ...]) -> list[str]:
     lines = [
-        "## What is not cut, and why",
+        "## Models that are not pruned, and why",
         "",
-        "Over the limit of time: with the stages that had begun, each after how many seconds of processor time. What",
-        "has come to the oracle was cut, and has passed this compiler's own check.",
+        "Models over the time limit are listed with the stages that had started, and after how many seconds of CPU time. A",
+        "model that reached the oracle was pruned and has passed this compiler's own verification.",
         "",
     ]
     for model in models:
@@ -136,14 +135,14 @@ def _refusals(rows: Rows, models: tuple[Model, ...]) -> list[str]:
 
 
 _MUCH = 0.02
-"""Share of the parameters that is worth a word where it can not be cut."""
+"""Share of parameters outside any removable unit from which a model is listed."""
 _WHOLE = (
-    "## What stays whole in models that are cut",
+    "## Parameters that cannot be pruned",
     "",
-    f"More than {_MUCH:.0%} of the parameters of these lie in no removable unit, with what holds most of them.",
-    "Some axes are no choice: classes and boxes are the network's output; a layer over tokens has as many as",
-    "the image has patches; a convolution along the channels themselves (efficient channel attention) knows its",
-    "neighbours by their distance. Layers that forward does not run in eval mode are left as they are.",
+    f"In these models, more than {_MUCH:.0%} of the parameters are in no removable unit. The main reasons are listed.",
+    "Some axes cannot be pruned in principle: classes and boxes are the network's output; a layer over tokens has as many",
+    "as the image has patches; a convolution along the channels (efficient channel attention) depends on their order.",
+    "Layers that forward does not run in eval mode are left unchanged.",
     "",
 )
 
@@ -154,8 +153,8 @@ def _whole(rows: Rows, models: tuple[Model, ...]) -> list[str]:
         row = rows.get("surgery", {}).get(model.name, {})
         if row.get("frozen_share", 0.0) > _MUCH:
             most = list(row["frozen"].items())[:2]
-            said = "; ".join(f"{why.replace('|', '/')} ({count / row['parameters']:.1%})" for why, count in most)
-            lines.append(f"- **{model.name}** {row['frozen_share']:.1%}: {said}")
+            reasons = "; ".join(f"{why.replace('|', '/')} ({count / row['parameters']:.1%})" for why, count in most)
+            lines.append(f"- **{model.name}** {row['frozen_share']:.1%}: {reasons}")
     return [*_WHOLE, *lines] if lines else []
 
 

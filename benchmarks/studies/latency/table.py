@@ -10,9 +10,9 @@ from benchmarks.studies.latency.jobs import PREDICTED
 
 Row = Mapping[str, Any]
 _GOAL = 1.3
-"""Torch-pruning's latency over ours at the same MACs."""
+"""Goal: torch-pruning's latency over ours at the same MACs."""
 _NEAR = 0.10
-"""A prediction is good that is within this of what is measured."""
+"""Goal for the relative error of a prediction."""
 _RIVALS = ("torch-pruning", "uniform")
 
 
@@ -21,11 +21,11 @@ def render(rows: Mapping[str, Row]) -> str:
     tables = (
         ("On trained networks, at equal measured latency", trained(rows)),
         ("torch-pruning's default and ours at the same MACs", at_same_macs(rows)),
-        ("Budgets of time and other tools, random weights", speeds(rows)),
+        ("Latency budgets and other tools, random weights", speeds(rows)),
         ("Predicted and measured", predictions(rows)),
         ("The command line, cold and warm", profiles(rows)),
         ("Rows that failed", failures(rows)),
-        ("What the clock says of itself", clocks(rows)),
+        ("Unreliable measurements", clocks(rows)),
     )
     return "\n".join(f"## {title}\n\n{table}" for title, table in tables if table.count("\n") > 2)
 
@@ -46,7 +46,7 @@ def table(heads: Sequence[str], lines: Iterator[Sequence[str]]) -> str:
 
 
 def trained(rows: Mapping[str, Row]) -> str:
-    """Accuracy and agreement: ours, then the best that each rival has at our latency."""
+    """Accuracy and agreement of ours, and of the best setting of each rival at our latency."""
 
     def lines() -> Iterator[Sequence[str]]:
         for row in of(rows, "accuracy"):
@@ -56,8 +56,8 @@ def trained(rows: Mapping[str, Row]) -> str:
             for rival in _RIVALS:
                 yield from _of_rival(row, rival)
 
-    heads = ("network, target", "by", "setting", "latency", "MACs", "top-1", "agrees", "top-1, norms again", "agrees")
-    return table((*heads, "ours − theirs, before", "after"), lines())
+    heads = ("network, target", "by", "setting", "latency", "MACs", "top-1", "agreement", "top-1, BN re-estimated", "agreement")
+    return table((*heads, "ours − theirs", "ours − theirs, BN re-estimated"), lines())
 
 
 def _of_rival(row: Row, rival: str) -> Iterator[Sequence[str]]:
@@ -74,14 +74,14 @@ def _of_rival(row: Row, rival: str) -> Iterator[Sequence[str]]:
         if near is None:
             yield "", rival, _why(entries), *[""] * 8
             return
-        chosen = [(f"{_setting(near)}: nearest, does not get down to ours", near)]
+        chosen = [(f"{_setting(near)}: nearest, does not reach our latency", near)]
     for name, entry in chosen:
         gaps = [_gap(entry[when]["top1_gap"]) for when in ("before", "after")]
         yield "", rival, name, *_figures(entry), *_scores(entry), *gaps
 
 
 def at_same_macs(rows: Mapping[str, Row]) -> str:
-    """Latencies of torch-pruning's default and ours, at a share of the channels and the MACs that it leaves."""
+    """Latency of torch-pruning's default at a share of the channels, and ours at the same MACs."""
 
     def lines() -> Iterator[Sequence[str]]:
         for row in of(rows, "channels"):
@@ -97,7 +97,7 @@ def at_same_macs(rows: Mapping[str, Row]) -> str:
                 met,
             )
 
-    heads = ("network", "MACs, theirs", "latency, theirs", "MACs, ours", "latency, ours", "ours is faster by")
+    heads = ("network", "MACs, torch-pruning", "latency, torch-pruning", "MACs, ours", "latency, ours", "speedup over torch-pruning")
     return table((*heads, f"{_GOAL}x or more"), lines())
 
 
@@ -108,24 +108,24 @@ def speeds(rows: Mapping[str, Row]) -> str:
         for row in of(rows, "speed"):
             threads = f", {row['threads']} threads" if row["threads"] > 1 else ""
             loop, name = row["loop"], f"{row['network']}, {row['amount']:g}{threads}"
-            said = f"{'met' if row['entries']['ours']['met'] else 'NOT met'}: {loop['measured']:.3f}"
+            verdict = f"{'met' if row['entries']['ours']['met'] else 'NOT met'}: {loop['measured']:.3f}"
             for tool, entry in sorted(row["entries"].items(), key=lambda kv: (kv[0] != "ours", kv[0])):
                 if "failed" in entry:
                     yield name, tool, f"{entry['failed']}: {entry['message'][:60]}", "", "", ""
                     continue
-                told = said if tool == "ours" else _short_of(entry)
-                yield name, tool, *_figures(entry), f"{entry['efficiency']:.2f}", told
+                remark = verdict if tool == "ours" else _short_of(entry)
+                yield name, tool, *_figures(entry), f"{entry['efficiency']:.2f}", remark
                 name = ""
 
     return table(("network, target", "by", "latency", "MACs", "efficiency", "in fresh processes"), lines())
 
 
 def _short_of(entry: Row) -> str:
-    return "does not get down to ours" if entry.get("to") == "latency" and not entry["reached"] else ""
+    return "does not reach our latency" if entry.get("to") == "latency" and not entry["reached"] else ""
 
 
 def predictions(rows: Mapping[str, Row]) -> str:
-    """The table's word and the clock's, on dense networks, on first plans and on the plans that were taken."""
+    """Predicted and measured latency of dense networks, first plans and chosen plans."""
 
     def lines() -> Iterator[Sequence[str]]:
         for network in PREDICTED:
@@ -136,25 +136,25 @@ def predictions(rows: Mapping[str, Row]) -> str:
                     yield network, "1.0", "", *_pair(loop["predicted_dense_ms"], loop["dense_ms"])
                 for k in sorted({0, loop["taken"]}):
                     found = loop["rounds"][k]
-                    which = "taken" if k == loop["taken"] else "first plan"
+                    which = "final plan" if k == loop["taken"] else "first plan"
                     figures = _pair(found["predicted_ms"], found["measured_ms"])
-                    yield network, f"{row['amount']:g}", f"{which}, {found['processes']} processes", *figures
+                    yield network, f"{row['amount']:g}", f"{which}, {found['processes']} process{'es' * (found['processes'] > 1)}", *figures
 
-    return table(("network", "target", "plan", "predicted", "measured", "off by", "within 10 %"), lines())
+    return table(("network", "target", "plan", "predicted", "measured", "error", "within 10 %"), lines())
 
 
 def profiles(rows: Mapping[str, Row]) -> str:
-    """Where the time of a run of the command line goes."""
+    """Time per stage of a command-line run."""
 
     def lines() -> Iterator[Sequence[str]]:
         for row in of(rows, "profile"):
             for name, run in row["runs"].items():
                 stages = sorted(run["stages_s"].items(), key=lambda kv: -kv[1])
-                told = ", ".join(f"{stage} {s:.0f}" for stage, s in stages if s >= 0.5)
-                yield row["network"], name, f"{run['seconds']:.0f} s", f"{run['measured']:.3f}", told
-            yield row["network"], "two cold runs apart", f"{row['apart']:.1%}", "", ""
+                longest = ", ".join(f"{stage} {s:.0f}" for stage, s in stages if s >= 0.5)
+                yield row["network"], name, f"{run['seconds']:.0f} s", f"{run['measured']:.3f}", longest
+            yield row["network"], "difference between the cold runs", f"{row['apart']:.1%}", "", ""
 
-    return table(("network", "run", "in all", "measured ratio", "stages, s"), lines())
+    return table(("network", "run", "total", "measured ratio", "stages, s"), lines())
 
 
 def failures(rows: Mapping[str, Row]) -> str:
@@ -164,7 +164,7 @@ def failures(rows: Mapping[str, Row]) -> str:
 
 
 def clocks(rows: Mapping[str, Row]) -> str:
-    """Rows whose timer says that its figures cannot be relied on; and by which code rows were measured."""
+    """Rows with an unreliable timer, and the versions of the code that rows were measured with."""
 
     def lines() -> Iterator[Sequence[str]]:
         for key, row in sorted(rows.items()):
@@ -172,9 +172,9 @@ def clocks(rows: Mapping[str, Row]) -> str:
                 yield key, row["timer"]["why"]
         sources = sorted({str(row["source"]) for row in rows.values()})
         if len(sources) > 1:
-            yield "all", f"measured by different states of the code: {', '.join(sources)}"
+            yield "all", f"measured with different versions of the code: {', '.join(sources)}"
 
-    return table(("row", "says"), lines())
+    return table(("row", "reason"), lines())
 
 
 # Cells. --------------------------------------------------------------------------------------------------------------

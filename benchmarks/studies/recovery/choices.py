@@ -32,7 +32,7 @@ def by_steps(known: Network, macs: float) -> list[dict[str, Any]]:
 
 
 def by_repair(known: Network, macs: float, criterion: str) -> list[dict[str, Any]]:
-    """Reconstruction whose channels get back none, half or all of the variance that least squares takes from them."""
+    """Reconstruction that restores none, half or all of the variance that least squares removes from a channel."""
 
     def made(images: Tensor, seed: int, repair: float) -> nn.Module:
         subject = known.subject
@@ -46,7 +46,7 @@ def by_repair(known: Network, macs: float, criterion: str) -> list[dict[str, Any
                 seed=seed,
             ).model
 
-    return _rows(known, criterion, {f"{100 * r:.0f} % of the variance": _with(made, r) for r in REPAIRS})
+    return _rows(known, criterion, {f"{100 * r:.0f} % of the variance restored": _with(made, r) for r in REPAIRS})
 
 
 def _with(call: Callable[..., Any], last: Any) -> Callable[..., Any]:

@@ -14,9 +14,9 @@ import surgery
 from benchmarks.studies import record
 from benchmarks.studies.latency.rivals import Setting, to_macs
 from benchmarks.studies.recovery.choices import by_repair, by_steps
+from benchmarks.studies.recovery.distilled import to_latency_of, to_macs as distilled_to_macs
 from benchmarks.studies.recovery.published import at_published
 from benchmarks.studies.recovery.subjects import SEEDS, Network, judged_all, network
-from benchmarks.studies.recovery.taught import to_latency_of, to_macs as taught_to_macs
 from benchmarks.studies.recovery.timed import (
     at_latency,
     rivals,
@@ -83,8 +83,8 @@ def every_job() -> Iterator[Job]:
     """Yield all rows, the most important ones first."""
     for name, macs in GOALS:
         yield Job(LABEL_FREE, name, macs, "second-order")
-    yield Job("taught", "resnet56", 0.476, "second-order")
-    yield Job("taught", "resnet56", 0.0, SMALLER)
+    yield Job("distilled", "resnet56", 0.476, "second-order")
+    yield Job("distilled", "resnet56", 0.0, SMALLER)
     yield Job(PUBLISHED, "resnet56", 0.38, "with labels")
     yield Job("smaller images", "mobilenet_v2", 1.0, "dense")
     for name, macs in GOALS:
@@ -176,10 +176,10 @@ def _earlier(row: Job, job: Job) -> list[dict[str, Any]]:
     return list(rows[row.key]["rows"])
 
 
-def _taught(known: Network, job: Job, root: Path) -> list[dict[str, Any]]:
+def _distilled(known: Network, job: Job, root: Path) -> list[dict[str, Any]]:
     if job.method == SMALLER:
         return to_latency_of(known, SMALLER, root)
-    return taught_to_macs(known, job.amount, root)
+    return distilled_to_macs(known, job.amount, root)
 
 
 def _choices(known: Network, job: Job, root: Path) -> list[dict[str, Any]]:
@@ -191,7 +191,7 @@ _WORK: Mapping[str, Callable[[Network, Job, Path], list[dict[str, Any]]]] = Mapp
     {
         LABEL_FREE: _without_labels,
         RIVAL: _rivals,
-        "taught": _taught,
+        "distilled": _distilled,
         PUBLISHED: lambda known, job, root: at_published(root),
         "smaller images": lambda known, job, root: smaller_images(root),
         "equal latency": _at_latency,

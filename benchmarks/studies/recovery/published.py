@@ -1,7 +1,7 @@
-"""ResNet-56 at torch-pruning's own published compression, with labels and all training images: for an accelerator.
+"""ResNet-56 at torch-pruning's published compression, with labels and all training images; needs an accelerator.
 
-torch-pruning's network was cut 2.55 times and fine-tuned by its authors. The images here are JPEG files, so the dense
-network learns them first; then ours is cut from it, and both compact networks are taught by it, with labels, alike.
+torch-pruning's network was pruned 2.55 times and finetuned by its authors. The images here are JPEG files, so the dense
+network is finetuned on them first. Then ours is pruned from it, and both compact networks are finetuned in the same way.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgery
+from benchmarks.studies.distillation import learn
 from benchmarks.studies.latency.bench import tell
 from benchmarks.studies.latency.rivals import Subject
-from benchmarks.studies.lessons import learn
 from benchmarks.studies.networks import projected_resnet
 from benchmarks.studies.recovery.subjects import LOSSLESS, Judged, Network, judged_all, packed_jpegs
 from benchmarks.studies.views import Sight, accelerator, batches
@@ -33,33 +33,33 @@ RATE_DENSE, RATE = 0.02, 1e-3
 
 
 def at_published(root: Path, steps_dense: int = STEPS_DENSE, steps: int = STEPS) -> list[dict[str, Any]]:
-    """Return the rows: dense as it is and with the images learnt, ours on the way, torch-pruning's as it is and taught.
+    """Return the rows of the dense network, ours and torch-pruning's, each before and after finetuning.
 
-    Points are lost against the dense network that has learnt the images.
+    Points lost are relative to the dense network finetuned on the images.
     """
     images, labels = _pixels(*packed_jpegs(root / "cifar10" / "train_jpeg_packed.npz"))
     raw, theirs = (_network(root / "cifar10_weights" / name) for name in (DENSE, CUT))
-    tell("the dense network learns the images")
-    dense = _learnt(copy.deepcopy(raw), images, labels, steps_dense)
+    tell("finetune the dense network")
+    dense = _finetuned_dense(copy.deepcopy(raw), images, labels, steps_dense)
     example = torch.zeros(1, 3, 32, 32)
     subject = Subject(dense, (example,))
     known = Network("resnet56", subject, (images, labels), _judged(root, dense))
     wanted = subject.kept(theirs)
-    tell(f"ours is cut to {wanted:.3f} of the MACs")
+    tell(f"prune ours to {wanted:.3f} of the MACs")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:512]
     cut = surgery.shrink(
         dense, (example,), budget=surgery.Budget(macs=wanted), data=images[order], recover="reconstruct"
     )
     rows = [
         {"tool": "dense", "recovery": "none", "macs": 1.0, "judged": judged_all(known, [raw])},
-        {"tool": "dense", "recovery": "the images learnt", "macs": 1.0, "judged": judged_all(known, [dense])},
+        {"tool": "dense", "recovery": "finetuned on JPEG images", "macs": 1.0, "judged": judged_all(known, [dense])},
     ]
-    for tool, module, before in (("ours", cut.model, "reconstruct"), ("torch-pruning", theirs, "its authors'")):
+    for tool, module, before in (("ours", cut.model, "reconstruct"), ("torch-pruning", theirs, "published weights")):
         told = {"tool": tool, "macs": round(subject.kept(module), 4)}
         rows.append({**told, "recovery": before, "judged": judged_all(known, [module])})
-        tell(f"{tool} is taught")
+        tell(f"finetune {tool}")
         begun = time.monotonic()
-        taught = _taught(copy.deepcopy(module), subject, images, labels, steps)
+        finetuned = _finetuned(copy.deepcopy(module), subject, images, labels, steps)
         rows.append({
             **told,
             "recovery": "finetune",
@@ -67,7 +67,7 @@ def at_published(root: Path, steps_dense: int = STEPS_DENSE, steps: int = STEPS)
             "epochs": round(steps * BATCH / len(images), 1),
             "seconds": round(time.monotonic() - begun),
             "trained_on": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-            "judged": judged_all(known, [taught]),
+            "judged": judged_all(known, [finetuned]),
         })  # fmt: skip
     return [{**row, "criterion": "second-order" if row["tool"] == "ours" else DENSE} for row in rows]
 
@@ -89,8 +89,8 @@ def _judged(root: Path, dense: nn.Module) -> tuple[Judged, ...]:
     return Judged.of(LOSSLESS, *exact, dense), Judged.of("JPEG 10,000", *jpeg, dense)
 
 
-def _learnt(module: nn.Module, images: Tensor, labels: Tensor, steps: int) -> nn.Module:
-    """Fine-tune a dense network by classes alone, its norms as well, with SGD and a cosine schedule."""
+def _finetuned_dense(module: nn.Module, images: Tensor, labels: Tensor, steps: int) -> nn.Module:
+    """Finetune a dense network, batch norms included, with SGD and a one-cycle schedule."""
     module = module.to(accelerator(), memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(module.parameters(), lr=RATE_DENSE, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE_DENSE, total_steps=steps, pct_start=0.1)
@@ -105,8 +105,8 @@ def _learnt(module: nn.Module, images: Tensor, labels: Tensor, steps: int) -> nn
     return module.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload, no-any-return]
 
 
-def _taught(module: nn.Module, dense: Subject, images: Tensor, labels: Tensor, steps: int) -> nn.Module:
-    """Let the dense network and the classes teach a compact one."""
+def _finetuned(module: nn.Module, dense: Subject, images: Tensor, labels: Tensor, steps: int) -> nn.Module:
+    """Finetune a compact network with the classes and the dense network as a teacher."""
     training = Training(epochs=MARKS, lr=RATE, ema=0.999, weight_decay=5e-4, mixed_precision="bf16", patience=MARKS)
     learn(dense, module, batches(images, SIGHT, BATCH, steps // MARKS, labels), training, labels=True)
     return module.eval()

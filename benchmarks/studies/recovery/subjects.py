@@ -101,7 +101,7 @@ def rows_of(root: Path, size: int, *, odd: bool) -> tuple[Tensor, Tensor]:
 
 
 def to_learn_from(known: Network, root: Path) -> Tensor:
-    """Return all images that a network may be taught with, without their labels."""
+    """Return all images that a network may be distilled with, without their labels."""
     if known.name == "mobilenet_v2":
         return known.learnable[0]
     pixels, _ = packed_jpegs(root / "cifar10" / "train_jpeg_packed.npz")

@@ -1,4 +1,4 @@
-"""Markdown tables of what recovery brings back, from the results file."""
+"""Markdown tables of the recovery study, from the results file."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from benchmarks.studies.recovery.subjects import goal_of
 from benchmarks.studies.recovery.timed import best_of
 
 Row = dict[str, Any]
-TAUGHT_GOAL = 1.0
-"""Points that ResNet-56 may lose at 0.476 of its MACs once the dense network has taught it."""
+DISTILLED_GOAL = 1.0
+"""Points that ResNet-56 may lose at 0.476 of its MACs after distillation."""
 
 PUBLISHED_GOAL = 0.3
-"""Points that it may lose at torch-pruning's own compression, with labels, an accelerator and all JPEG images."""
+"""Points that it may lose at torch-pruning's published compression, finetuned on all JPEG images."""
 
 
 def tables(results: Mapping[str, Any]) -> str:
@@ -28,15 +28,15 @@ def tables(results: Mapping[str, Any]) -> str:
             (f"{name} at {macs:g} of the MACs ({1 / macs:.1f}x fewer)", at_macs(rows, name, macs))
             for name, macs in GOALS
         ),
-        ("At torch-pruning's own published compression, with labels", published(rows)),
+        ("At torch-pruning's published compression, with labels", published(rows)),
         ("At the same measured latency", at_latency(rows)),
-        ("Instead of surgery: a smaller network, or smaller images", instead(rows)),
-        ("What settings were chosen by", choices(rows)),
+        ("Alternatives to pruning: a smaller network, or smaller images", instead(rows)),
+        ("Comparisons that settings were chosen by", choices(rows)),
     ]
     machine = sentence(results["machine"])
     elsewhere = dict.fromkeys(r["machine"] for r in rows if r.get("machine", machine) != machine)
     written = f"Written by `{results['command']}` on {machine}.\n" + "".join(
-        f"\nOn {other}: {', '.join(_named(r) for r in rows if r.get('machine') == other)}.\n" for other in elsewhere
+        f"\nOn {other}: {'; '.join(_named(r) for r in rows if r.get('machine') == other)}.\n" for other in elsewhere
     )
     return "\n".join([written, *(f"## {title}\n\n{text}" for title, text in parts if text.count("\n") > 2)])
 
@@ -46,41 +46,41 @@ def _named(row: Row) -> str:
 
 
 def _of(rows: Sequence[Row], part: str, network: str = "", amount: float | None = None) -> list[Row]:
-    """What the rows of a part hold, of one network and amount where they are given."""
+    """Return the rows of a part, for one network and amount if given."""
     wanted = [r for r in rows if r["part"] == part and network in ("", r["network"])]
     return [x | {"threads": r["threads"]} for r in wanted if amount in (None, r["amount"]) for x in r["rows"]]
 
 
 def goals(rows: Sequence[Row]) -> str:
-    """Each goal, what came out, and whether the interval meets it."""
-    heads = ("goal", "points that may be lost", "lost", "95 %", "by the interval", "seconds (threads)", "peak")
+    """Each goal, the result, and whether the whole interval meets it."""
+    heads = ("goal", "allowed points lost", "points lost", "95 %", "verdict", "seconds (threads)", "peak memory")
 
     def lines() -> Iterator[Sequence[str]]:
         for (name, macs), goal in GOALS.items():
             for row in _of(rows, LABEL_FREE, name, macs):
                 if (row["criterion"], row["recovery"]) == ("second-order", "reconstruct"):
                     for found in row["judged"]:
-                        told = f"{name} at {macs:g} of the MACs, no labels, no gradient, {found['images']}"
-                        yield _goal(told, found, goal, row)
-        for row in _of(rows, "taught", "resnet56", 0.476):
+                        title = f"{name} at {macs:g} of the MACs, no labels, no gradients, {found['images']}"
+                        yield _goal(title, found, goal, row)
+        for row in _of(rows, "distilled", "resnet56", 0.476):
             for found in row["judged"]:
-                yield _goal(f"resnet56 at 0.476 of the MACs, taught, {found['images']}", found, TAUGHT_GOAL, row)
+                yield _goal(f"resnet56 at 0.476 of the MACs, distilled, {found['images']}", found, DISTILLED_GOAL, row)
         for row in _of(rows, PUBLISHED):
             if row["tool"] == "ours" and row["recovery"] == "finetune":
-                told = f"resnet56 at {row['macs']:.3f} of the MACs, with labels and all JPEG images"
+                title = f"resnet56 at {row['macs']:.3f} of the MACs, finetuned on all JPEG images"
                 for found in row["judged"]:
-                    yield _goal(f"{told}, {found['images']}", found, PUBLISHED_GOAL, row)
-        for row in _of(rows, "taught", "resnet56", 0.0):
+                    yield _goal(f"{title}, {found['images']}", found, PUBLISHED_GOAL, row)
+        for row in _of(rows, "distilled", "resnet56", 0.0):
             for other, found in row.get("against", {}).items():
                 for drop in found:
-                    told = f"resnet56 in the time of {SMALLER} loses less than {other}, {drop['images']}"
-                    yield _goal(told, drop, 0.0, row)
+                    title = f"resnet56 at the latency of {SMALLER} loses less than {other}, {drop['images']}"
+                    yield _goal(title, drop, 0.0, row)
 
     return table(heads, lines())
 
 
-def _goal(told: str, drop: Row, goal: float, row: Row) -> tuple[str, ...]:
-    return (told, f"{goal:g}", f"{drop['drop']:.2f}", _interval(drop), f"**{goal_of(drop, goal)}**", *_cost(row))
+def _goal(title: str, drop: Row, goal: float, row: Row) -> tuple[str, ...]:
+    return (title, f"{goal:g}", f"{drop['drop']:.2f}", _interval(drop), f"**{goal_of(drop, goal)}**", *_cost(row))
 
 
 def _interval(drop: Row) -> str:
@@ -96,22 +96,22 @@ def _cost(row: Row) -> tuple[str, str]:
 
 
 def _where(row: Row) -> str:
-    """Threads of torch, or the accelerator that the row was taught on."""
+    """Threads of torch, or the accelerator used for training."""
     name = str(row.get("trained_on", "CPU"))
     return str(row["threads"]) if name == "CPU" else name
 
 
 def published(rows: Sequence[Row]) -> str:
-    """ResNet-56 at torch-pruning's own compression, with labels and all JPEG training images."""
-    heads = ("on", "network", "recovery", "MACs", *_JUDGED, "seconds (threads)", "peak")
+    """ResNet-56 at torch-pruning's published compression, finetuned on all JPEG training images."""
+    heads = ("images", "network", "recovery", "MACs", *_JUDGED, "seconds (threads)", "peak memory")
     found = _of(rows, PUBLISHED)
 
     def lines() -> Iterator[Sequence[str]]:
         for images in _sets(found):
             for row in found:
                 if (judged := _on(row, images)) is not None:
-                    told = (images, row["tool"], _recovery(row), f"{row['macs']:.3f}")
-                    yield (*told, *_cells(judged), *_cost(row))
+                    named = (images, row["tool"], _recovery(row), f"{row['macs']:.3f}")
+                    yield (*named, *_cells(judged), *_cost(row))
 
     return table(heads, lines())
 
@@ -119,10 +119,10 @@ def published(rows: Sequence[Row]) -> str:
 def at_macs(rows: Sequence[Row], network: str, macs: float) -> str:
     """One network at one fraction of its MACs."""
     ours = _of(rows, LABEL_FREE, network, macs)
-    taught = _of(rows, "taught", network, macs)
+    distilled = _of(rows, "distilled", network, macs)
     theirs = _of(rows, RIVAL, network, macs)
-    heads = ("on", "way to choose", "recovery", "MACs", *_JUDGED, "seconds (threads)", "peak")
-    shown = [*ours, *taught, *best_of(theirs)]
+    heads = ("images", "criterion", "recovery", "MACs", *_JUDGED, "seconds (threads)", "peak memory")
+    shown = [*ours, *distilled, *best_of(theirs)]
 
     def lines() -> Iterator[Sequence[str]]:
         for images in _sets(shown):
@@ -133,7 +133,7 @@ def at_macs(rows: Sequence[Row], network: str, macs: float) -> str:
     return _with_failures(table(heads, lines()), theirs)
 
 
-_JUDGED = ("accuracy", "points lost", "95 %", "top-1 match", "KL")
+_JUDGED = ("accuracy", "points lost", "95 %", "agreement", "KL divergence")
 
 
 def _cells(judged: Row) -> tuple[str, ...]:
@@ -171,12 +171,12 @@ def _with_failures(text: str, theirs: Sequence[Row]) -> str:
     if not failed:
         return text
     named = ", ".join(_chosen(r).removeprefix("torch-pruning ") for r in failed)
-    return f"{text}\ntorch-pruning left no network that runs by: {named} ({failed[0]['failed']})\n"
+    return f"{text}\ntorch-pruning's network does not run with: {named} ({failed[0]['failed']})\n"
 
 
 def at_latency(rows: Sequence[Row]) -> str:
-    """Ours and torch-pruning's, timed beside the dense network: in one race, or torch-pruning alone in another."""
-    heads = ("network", "by", "recovery", "latency", "MACs", "on", *_JUDGED)
+    """Ours and torch-pruning's, timed together with the dense network."""
+    heads = ("network", "tool", "recovery", "latency", "MACs", "images", *_JUDGED)
     places = dict.fromkeys((network, ratio) for network, ratio, _ in AT_LATENCY)
 
     def lines() -> Iterator[Sequence[str]]:
@@ -195,11 +195,11 @@ def at_latency(rows: Sequence[Row]) -> str:
 
 
 def instead(rows: Sequence[Row]) -> str:
-    """What a user could load in place of a compact network, with its time."""
-    heads = ("network", "recovery", "latency", "ms", "MACs", "on", *_JUDGED)
+    """What could be used instead of a pruned network, with its latency."""
+    heads = ("network", "recovery", "latency", "ms", "MACs", "images", *_JUDGED)
 
     def lines() -> Iterator[Sequence[str]]:
-        found = [*_of(rows, "taught", "resnet56", 0.0), *_of(rows, "smaller images")]
+        found = [*_of(rows, "distilled", "resnet56", 0.0), *_of(rows, "smaller images")]
         for row in found:
             for judged in row["judged"]:
                 name = "resnet56, compact" if row["tool"] == "ours" else row["criterion"]
@@ -211,8 +211,8 @@ def instead(rows: Sequence[Row]) -> str:
 
 
 def choices(rows: Sequence[Row]) -> str:
-    """Ways that were compared on training images."""
-    heads = ("network", "MACs", "way to choose", "way", *_JUDGED)
+    """Settings that were compared on training images."""
+    heads = ("network", "MACs", "criterion", "setting", *_JUDGED)
 
     def lines() -> Iterator[Sequence[str]]:
         for whole in (r for r in rows if r["part"] == "choices"):

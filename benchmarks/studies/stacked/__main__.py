@@ -25,7 +25,7 @@ ASKS = {
 
 @click.command()
 @click.option("--only", type=click.Choice(list(ASKS)), help="This network alone.")
-@click.option("--work", type=click.Path(path_type=Path), help="Folder that keeps networks planned and taught.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder that keeps networks planned and distilled.")
 @click.option("--threads", default=2, show_default=True, help="Of torch.")
 @click.option("--data-root", type=click.Path(), help="Folder of checkpoints and images.")
 @click.option("--table", is_flag=True, help="Run nothing; print docs/results/demonstration.md from the results file.")

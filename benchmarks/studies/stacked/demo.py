@@ -127,7 +127,7 @@ def _case(model: str, weights: str, photos: str | None, val: str | None) -> Case
     if (model, weights, val) != (MODEL, "auto", None):
         raise InvalidInput("give a folder of photos with --photos; without it the data folder's own network is shown")
     try:
-        return known(MODEL, data.find_root(), teach=False)
+        return known(MODEL, data.find_root(), distill=False)
     except InvalidInput as error:
         raise InvalidInput(f"give a folder of photos with --photos ({error})") from error
 

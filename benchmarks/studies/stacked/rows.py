@@ -43,7 +43,7 @@ STEP = 16
 
 
 Facts = Mapping[str, Any]
-"""What is known of a file beside time and loss: MACs, what it was planned for, how it was taught."""
+"""What is known of a file beside time and loss: MACs, what it was planned for, how it was distilled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ def measured(case: Case, ask: Ask, folder: Path, work: Path | None = None) -> di
         case: the network and its images.
         ask: what is made of it.
         folder: an empty one, for files.
-        work: folder of networks that are planned or taught already, and where new ones are kept; None: `folder`.
+        work: folder of networks that are planned or distilled already, and where new ones are kept; None: `folder`.
     """
     begun = time.monotonic()
     files = Files(case, folder, ask.calibrated)
@@ -207,9 +207,9 @@ def _ours(files: Files, ask: Ask, deploy: str, work: Path) -> Ours:
     if last:
         files.add("masked", zeroed(case.subject, ours.plan), {"macs": 1.0})
     files.add(f"compact{told}", ours.module, shown(ours.facts), int8=f"compact int8{told}")
-    if last and case.taught is not None:
-        module, facts = case.taught(name, work)
-        files.add(f"compact{told}, taught", module, shown(facts), int8=f"compact int8{told}, taught")
+    if last and case.distilled is not None:
+        module, facts = case.distilled(name, work)
+        files.add(f"compact{told}, distilled", module, shown(facts), int8=f"compact int8{told}, distilled")
     return ours
 
 

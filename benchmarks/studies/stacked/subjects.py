@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.studies import lessons
+from benchmarks.studies import distillation
 from benchmarks.studies.latency.rivals import Subject
 from benchmarks.studies.recovery.subjects import network, rows_of
 from surgery.errors import InvalidInput
@@ -43,8 +43,8 @@ class Case:
         weights: what they are, and their licence.
         subject: the network, and what torch-pruning has to leave alone.
         photos: unlabelled images (N, C, H, W) at the network's own size, to calibrate on and to recover with.
-        taught: returns ours, planned under a name in a folder, after the dense network has taught it, and how; None:
-            it is not taught.
+        distilled: returns our network planned under a name in a folder, after distillation, and a description; None: no
+            distillation.
         judged: sets to judge by, none of whose images is among the photos.
         at: size in pixels → photos and sets of that size; None where images come in one size.
     """
@@ -55,11 +55,11 @@ class Case:
     photos: Tensor
     judged: tuple[Judges, ...]
     at: Callable[[int], tuple[Tensor, tuple[Judges, ...]]] | None = None
-    taught: Callable[[str, Path], tuple[nn.Module, dict[str, Any]]] | None = None
+    distilled: Callable[[str, Path], tuple[nn.Module, dict[str, Any]]] | None = None
 
 
-def known(name: str, root: Path, *, teach: bool = True) -> Case:
-    """Return a network of the data folder, which may be taught or not; raises InvalidInput where a file is missing."""
+def known(name: str, root: Path, *, distill: bool = True) -> Case:
+    """Return a network of the data folder, distilled or not; raises InvalidInput if a file is missing."""
     found = network(name, root)
     judged = tuple(Judges(by.name, by.images, by.labels) for by in found.judged)
 
@@ -67,12 +67,13 @@ def known(name: str, root: Path, *, teach: bool = True) -> Case:
         images, labels = rows_of(root, size, odd=True)
         return rows_of(root, size, odd=False)[0], (Judges(judged[0].name, images, labels),)
 
-    def taught(planned: str, work: Path) -> tuple[nn.Module, dict[str, Any]]:
-        return lessons.taught(planned, work, root)
+    def distilled(planned: str, work: Path) -> tuple[nn.Module, dict[str, Any]]:
+        return distillation.distilled(planned, work, root)
 
     sized = name == "mobilenet_v2"
     photos = found.learnable[0] if sized else found.calibration(0)
-    return Case(name, LICENCES[name], found.subject, photos, judged, at if sized else None, taught if teach else None)
+    resized = at if sized else None
+    return Case(name, LICENCES[name], found.subject, photos, judged, resized, distilled if distill else None)
 
 
 def named(model: str, weights: str, photos: str, val: str | None) -> Case:

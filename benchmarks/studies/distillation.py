@@ -1,4 +1,4 @@
-"""Lessons without labels: run ``python -m benchmarks.studies.lessons --work FOLDER`` where that is fast.
+"""Distillation without labels: run ``python -m benchmarks.studies.distillation --work FOLDER`` where that is fast.
 
 The studies plan and time networks on the machine that they are for, and keep them in a folder. This teaches what is in
 it, on an accelerator where there is one, and puts the weights beside; the studies go on from there. A study that finds
@@ -50,7 +50,7 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class DistillationRun:
     """A network and its teacher.
 
     Attributes:
@@ -81,9 +81,9 @@ class Lesson:
         )
 
 
-LESSONS = {
-    "resnet56.int8": Lesson("resnet56", steps=3160, batch=512, settings=(Setting(1e-3),)),
-    "mobilenet_v2.int8": Lesson(
+RUNS = {
+    "resnet56.int8": DistillationRun("resnet56", steps=3160, batch=512, settings=(Setting(1e-3),)),
+    "mobilenet_v2.int8": DistillationRun(
         "mobilenet_v2",
         steps=4650,
         batch=128,
@@ -91,65 +91,65 @@ LESSONS = {
         tried=400,
     ),
 }
-"""Name of a planned network → how it is taught."""
+"""Name of a planned network → how it is distilled."""
 
 
 @click.command()
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Folder of planned networks.")
-@click.option("--only", type=click.Choice(list(LESSONS)), help="This one alone.")
-@click.option("--steps", type=click.IntRange(min=MARKS), help="In the place of the lesson's own number.")
+@click.option("--only", type=click.Choice(list(RUNS)), help="This one alone.")
+@click.option("--steps", type=click.IntRange(min=MARKS), help="In the place of the run's own number.")
 @click.option("--minutes", type=float, help="For each; where it would take longer, steps are fewer.")
 @click.option("--data-root", type=click.Path(), help="Folder of checkpoints and images.")
 def main(work: Path, only: str | None, steps: int | None, minutes: float | None, data_root: str | None) -> None:
-    """Teach what the folder holds."""
+    """Distill what the folder holds."""
     root = data.find_root(data_root)
-    for name, lesson in LESSONS.items():
+    for name, run in RUNS.items():
         if only in (None, name) and holds(work, name):
-            teach(name, lesson if steps is None else replace(lesson, steps=steps), work, root, minutes)
+            distill(name, run if steps is None else replace(run, steps=steps), work, root, minutes)
 
 
-def taught(name: str, folder: Path, root: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a taught network and its facts; taught here and now where the folder does not hold it."""
-    if not holds(folder, f"{name}.taught"):
-        teach(name, LESSONS[name], folder, root)
-    known = network(LESSONS[name].teacher, root, jpeg=False)
+def distilled(name: str, folder: Path, root: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a distilled network and its facts; distilled here and now where the folder does not hold it."""
+    if not holds(folder, f"{name}.distilled"):
+        distill(name, RUNS[name], folder, root)
+    known = network(RUNS[name].teacher, root, jpeg=False)
     module = kept(folder, name, known.subject).module
-    return module, with_weights(folder, f"{name}.taught", module)
+    return module, with_weights(folder, f"{name}.distilled", module)
 
 
-def teach(name: str, lesson: Lesson, folder: Path, root: Path, minutes: float | None = None) -> None:
-    """Teach a network, and keep its weights and how it went in the folder."""
+def distill(name: str, run: DistillationRun, folder: Path, root: Path, minutes: float | None = None) -> None:
+    """Distill a network, and keep its weights and how it went in the folder."""
     begun = time.monotonic()
     if not holds(folder, name):
         raise InvalidInput(f"{folder} holds no network {name}: a study plans it first")
-    known = network(lesson.teacher, root, jpeg=False)
+    known = network(run.teacher, root, jpeg=False)
     ours = kept(folder, name, known.subject)
     module = ours.module
     images, sight = _images(known, root)
-    tried = _tried(name, lesson, known, module, images, sight) if len(lesson.settings) > 1 else []
-    chosen = min(range(len(lesson.settings)), key=lambda k: float(tried[k + 1]["divergence"]) if tried else k)
-    lesson = replace(lesson, settings=(lesson.settings[chosen],))
+    tried = _tried(name, run, known, module, images, sight) if len(run.settings) > 1 else []
+    chosen = min(range(len(run.settings)), key=lambda k: float(tried[k + 1]["divergence"]) if tried else k)
+    run = replace(run, settings=(run.settings[chosen],))
     if minutes is not None:
-        short = replace(lesson, steps=TIMED)
+        short = replace(run, steps=TIMED)
         before = time.monotonic()
         _learn(f"{name}, timed", known, copy.deepcopy(module), images, sight, short)
         now = time.monotonic()
         fitting = int((60 * minutes - (now - begun)) / (now - before) * TIMED)
-        lesson = replace(lesson, steps=max(MARKS, min(lesson.steps, fitting // MARKS * MARKS)))
-    marks = _learn(name, known, module, images, sight, lesson, folder / f"{name}.checkpoint")
+        run = replace(run, steps=max(MARKS, min(run.steps, fitting // MARKS * MARKS)))
+    marks = _learn(name, known, module, images, sight, run, folder / f"{name}.checkpoint")
     told = {
         **ours.facts,
-        "steps": lesson.steps,
-        "batch": lesson.batch,
-        "epochs": round(lesson.steps * lesson.batch / len(images), 1),
+        "steps": run.steps,
+        "batch": run.batch,
+        "epochs": round(run.steps * run.batch / len(images), 1),
         "images": len(images),
-        **asdict(lesson.settings[0]),
+        **asdict(run.settings[0]),
         "tried": tried,
         "marks": marks,
         "seconds": round(time.monotonic() - begun),
         "trained_on": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     }
-    keep_weights(folder, f"{name}.taught", module, told)
+    keep_weights(folder, f"{name}.distilled", module, told)
 
 
 def _images(known: Network, root: Path) -> tuple[Tensor, Sight]:
@@ -176,7 +176,7 @@ def canvases(root: Path) -> Tensor:
 
 
 def _tried(
-    name: str, lesson: Lesson, known: Network, module: nn.Module, images: Tensor, sight: Sight
+    name: str, run: DistillationRun, known: Network, module: nn.Module, images: Tensor, sight: Sight
 ) -> list[dict[str, Any]]:
     """How near each setting comes to the teacher on images that were not learnt from, first of all none."""
     order = torch.randperm(len(known.learnable[0]), generator=torch.Generator().manual_seed(0))
@@ -184,10 +184,10 @@ def _tried(
     judged = known.learnable[0][apart]
     dense = logits(known.subject.module, judged).double()
     found = []
-    for setting in (None, *lesson.settings):
+    for setting in (None, *run.settings):
         copied = copy.deepcopy(module)
         if setting is not None:
-            short = replace(lesson, steps=lesson.tried, settings=(setting,))
+            short = replace(run, steps=run.tried, settings=(setting,))
             part = sight if sight.often is None else replace(sight, often=sight.often[learnt])
             _learn(f"{name} by {setting}", known, copied, images[learnt], part, short)
         ours = logits(copied, judged).double()
@@ -206,10 +206,10 @@ def _learn(
     module: nn.Module,
     images: Tensor,
     sight: Sight,
-    lesson: Lesson,
+    run: DistillationRun,
     checkpoint: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Teach in place; returns the marks."""
+    """Distill in place; returns the marks."""
     told, begun = [0.0], time.monotonic()
 
     def tell(fraction: float) -> None:
@@ -217,15 +217,15 @@ def _learn(
             told[0] = fraction
             print(f"    {name}: {100 * fraction:.0f} %, {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
 
-    part = replace(sight, area=lesson.settings[0].area)
-    views = batches(images.contiguous(memory_format=LAYOUT), part, lesson.batch, lesson.steps // MARKS)
-    training, key = lesson.training(checkpoint), f"{name} {lesson}"
+    part = replace(sight, area=run.settings[0].area)
+    views = batches(images.contiguous(memory_format=LAYOUT), part, run.batch, run.steps // MARKS)
+    training, key = run.training(checkpoint), f"{name} {run}"
     history = learn(known.subject, module, views, training, key=key, progress=tell)
     return [asdict(mark) for mark in history.marks]
 
 
 LAYOUT = torch.channels_last
-"""Of weights and images while a network is taught: what accelerators compute in."""
+"""Of weights and images while a network is distilled: what accelerators compute in."""
 
 
 def learn(
@@ -238,7 +238,7 @@ def learn(
     key: str = "",
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> History:
-    """Teach a network in place, all of its parameters; the teacher stays as it is. Arguments are those of `train`."""
+    """Distill a network in place, all of its parameters; the teacher stays as it is. Arguments are those of `train`."""
     program, dense = trace(teacher.module, teacher.inputs), copy.deepcopy(teacher.module)
     for each in (module, dense):
         each.to(memory_format=LAYOUT)  # type: ignore[call-overload]

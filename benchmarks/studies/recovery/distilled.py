@@ -1,4 +1,4 @@
-"""Rows of networks that the dense one has taught: without labels, on all images that there are to learn from."""
+"""Rows of distilled networks: without labels, on all available images."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import torch
 from torch import nn
 
 import surgery
+from benchmarks.studies.distillation import learn
 from benchmarks.studies.latency.bench import Bench, loop_of
-from benchmarks.studies.lessons import learn
 from benchmarks.studies.recovery.subjects import SEEDS, Network, against, judged_all, network, to_learn_from
 from surgery.recovery import Training
 
 TO_MACS = Training(epochs=4, batch=128, lr=5e-4, mixed_precision="bf16")
 TO_LATENCY = replace(TO_MACS, epochs=8, lr=1e-3)
-"""Of 57,728 images. Learning rates of 0.0005 and 0.0015 were compared by the loss on held-out training images,
-on 10,240 images: the lower won, by much after two epochs at 0.476 of the MACs, by little after four at 0.35; for the
-longer lesson one between them was taken."""
+"""For 57,728 images. Learning rates of 0.0005 and 0.0015 were compared by the loss on held-out training images, on 10,240
+images: the lower one was better, by much after two epochs at 0.476 of the MACs, by little after four at 0.35. The longer
+run uses one in between."""
 _RACE_S = 40.0
 
 
 def to_macs(known: Network, macs: float, root: Path) -> list[dict[str, Any]]:
-    """Cut to a fraction of the MACs by 512 images, reconstructed with them, then taught."""
+    """Prune to a fraction of the MACs with 512 images, reconstruct with the same images, then distill."""
     images = known.calibration(SEEDS[0])
     budget = surgery.Budget(macs=macs)
     cut = surgery.shrink(known.subject.module, known.subject.inputs, budget=budget, data=images, recover="none")
@@ -37,9 +37,9 @@ def to_macs(known: Network, macs: float, root: Path) -> list[dict[str, Any]]:
 
 
 def to_latency_of(known: Network, smaller: str, root: Path) -> list[dict[str, Any]]:
-    """Cut to the time that a smaller network takes, taught, and set against that network, as it is and taught as well.
+    """Prune to the latency of a smaller network, distill, and compare with that network, as published and distilled.
 
-    All of them are timed in one race at the end.
+    All of them are timed together at the end.
     """
     other = network(smaller, root)
     with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +53,7 @@ def to_latency_of(known: Network, smaller: str, root: Path) -> list[dict[str, An
         result, told = _distilled(cut, known, root, TO_LATENCY)
         bench.add("ours", result.model)
         figures = bench.race()
-    taught, seconds = _peer(known, other.subject.module, root)
+    distilled, seconds = _peer(known, other.subject.module, root)
     theirs = judged_all(known, [other.subject.module])
     rows: list[dict[str, Any]] = [
         {
@@ -66,10 +66,10 @@ def to_latency_of(known: Network, smaller: str, root: Path) -> list[dict[str, An
         {
             "tool": "dense",
             "criterion": smaller,
-            "recovery": f"taught by {known.name}",
+            "recovery": f"distilled from {known.name}",
             "epochs": TO_LATENCY.epochs,
             "seconds": seconds,
-            "judged": judged_all(known, [taught]),
+            "judged": judged_all(known, [distilled]),
         },
         {**told, "tool": "ours", "judged": judged_all(known, [result.model])},
     ]
@@ -81,7 +81,7 @@ def to_latency_of(known: Network, smaller: str, root: Path) -> list[dict[str, An
         "loop": loop_of(cut.report),
         "against": {
             smaller: against(known, result.model, other.subject.module),
-            f"{smaller}, taught": against(known, result.model, taught),
+            f"{smaller}, distilled": against(known, result.model, distilled),
         },
     }
     return rows
@@ -90,7 +90,7 @@ def to_latency_of(known: Network, smaller: str, root: Path) -> list[dict[str, An
 def _distilled(
     cut: surgery.Result, known: Network, root: Path, training: Training
 ) -> tuple[surgery.Result, dict[str, Any]]:
-    """Reconstruct by the first seed's images, then teach by all."""
+    """Reconstruct with the images of the first seed, then distill with all images."""
     fitted = surgery.recover(cut, known.calibration(SEEDS[0]), level="reconstruct")
     before = judged_all(known, [fitted.model])
     pixels = to_learn_from(known, root)
@@ -109,7 +109,7 @@ def _distilled(
 
 
 def _peer(known: Network, smaller: nn.Module, root: Path) -> tuple[nn.Module, float]:
-    """Teach the smaller network on the same images in the same way."""
+    """Distill the smaller network on the same images in the same way."""
     module, begun = copy.deepcopy(smaller), time.monotonic()
     pixels = to_learn_from(known, root)
     unknown = torch.full((len(pixels),), -1)

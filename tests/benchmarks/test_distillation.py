@@ -1,4 +1,4 @@
-"""Teaching in the studies: views made where a network is taught, and weights that go from one machine to another."""
+"""Distillation in the studies: augmented views on the accelerator, and weights moved between machines."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from benchmarks.studies import lessons
+from benchmarks.studies import distillation
+from benchmarks.studies.distillation import RUNS, DistillationRun, Setting
 from benchmarks.studies.latency.rivals import Subject
-from benchmarks.studies.lessons import LESSONS, Lesson, Setting
 from benchmarks.studies.ours import holds, keep, kept, planned, zeroed
 from benchmarks.studies.views import Sight, batches, seen
 from surgery.errors import InvalidInput
@@ -111,13 +111,13 @@ def test_a_lesson_brings_outputs_nearer_and_is_taken_up_again(
             p.mul_(1 + 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     keep(tmp_path, "net.macs", ours)
     settings = Setting(1e-5), Setting(1e-3, temperature=4)
-    lesson = Lesson("net", steps=80, batch=16, settings=settings, tried=40, ema=0.9)
-    monkeypatch.setitem(LESSONS, "net.macs", lesson)
-    monkeypatch.setattr(lessons, "network", lambda name, root, jpeg: copy.deepcopy(known))
-    monkeypatch.setattr(lessons, "_images", lambda known, root: (images, Sight(12)))
+    run = DistillationRun("net", steps=80, batch=16, settings=settings, tried=40, ema=0.9)
+    monkeypatch.setitem(RUNS, "net.macs", run)
+    monkeypatch.setattr(distillation, "network", lambda name, root, jpeg: copy.deepcopy(known))
+    monkeypatch.setattr(distillation, "_images", lambda known, root: (images, Sight(12)))
     before = kept(tmp_path, "net.macs", known.subject).module
-    after, facts = lessons.taught("net.macs", tmp_path, tmp_path)
-    assert holds(tmp_path, "net.macs.taught")
+    after, facts = distillation.distilled("net.macs", tmp_path, tmp_path)
+    assert holds(tmp_path, "net.macs.distilled")
     assert [t.get("lr") for t in facts["tried"]] == [None, 1e-5, 1e-3]
     assert facts["lr"] == min(facts["tried"][1:], key=lambda t: float(t["divergence"]))["lr"]
     assert (facts["steps"], facts["epochs"]) == (80, 20.0)
@@ -125,13 +125,13 @@ def test_a_lesson_brings_outputs_nearer_and_is_taken_up_again(
         dense, *found = (m(images).log_softmax(1) for m in (known.subject.module, before, after))
     apart = [float((dense.exp() * (dense - x)).sum(1).mean()) for x in found]
     assert apart[1] < apart[0]
-    monkeypatch.setattr(lessons, "teach", lambda *arguments: pytest.fail("was taught before"))
-    assert torch.equal(lessons.taught("net.macs", tmp_path, tmp_path)[0](images), after(images))
+    monkeypatch.setattr(distillation, "distill", lambda *arguments: pytest.fail("was distilled before"))
+    assert torch.equal(distillation.distilled("net.macs", tmp_path, tmp_path)[0](images), after(images))
 
 
 def test_a_lesson_of_what_was_not_planned_is_refused(
     known: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lessons, "network", lambda name, root, jpeg: known)
+    monkeypatch.setattr(distillation, "network", lambda name, root, jpeg: known)
     with pytest.raises(InvalidInput, match="holds no network gone"):
-        lessons.teach("gone", replace(LESSONS["resnet56.int8"], teacher="net"), tmp_path, tmp_path)
+        distillation.distill("gone", replace(RUNS["resnet56.int8"], teacher="net"), tmp_path, tmp_path)
