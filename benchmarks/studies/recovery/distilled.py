@@ -20,9 +20,9 @@ from surgery.recovery import Training
 
 TO_MACS = Training(epochs=4, batch=128, lr=5e-4, mixed_precision="bf16")
 TO_LATENCY = replace(TO_MACS, epochs=8, lr=1e-3)
-"""For 57,728 images. Learning rates of 0.0005 and 0.0015 were compared by the loss on held-out training images, on 10,240
-images: the lower one was better, by much after two epochs at 0.476 of the MACs, by little after four at 0.35. The longer
-run uses one in between."""
+"""For 57,728 images. Learning rates of 0.0005 and 0.0015 were compared by the loss on held-out training images, on
+10,240 images: the lower one was better, by much after two epochs at 0.476 of the MACs, by little after four at 0.35.
+The longer run uses one in between."""
 _RACE_S = 40.0
 
 

@@ -1,7 +1,8 @@
 """ResNet-56 at torch-pruning's published compression, with labels and all training images; needs an accelerator.
 
-torch-pruning's network was pruned 2.55 times and finetuned by its authors. The images here are JPEG files, so the dense
-network is finetuned on them first. Then ours is pruned from it, and both compact networks are finetuned in the same way.
+torch-pruning's network was pruned 2.55 times and finetuned by its authors. The images here are JPEG files, so the
+dense network is finetuned on them first. Then ours is pruned from it, and both compact networks are finetuned in the
+same way.
 """
 
 from __future__ import annotations

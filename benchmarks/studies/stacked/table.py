@@ -113,7 +113,8 @@ def distillation(found: Mapping[str, Any]) -> str:
     chosen = f", chosen by the divergence after a few hundred steps on held-out photos: {rates}" if rates else ""
     return (
         f"\n\nDistilled without labels: {row['epochs']:.0f} epochs of {row['images']:,} images, {row['seconds']} "
-        f"seconds with `python -m benchmarks.studies.distillation` on {row['trained_on']}; learning rate {row['lr']:g}{chosen}."
+        f"seconds with `python -m benchmarks.studies.distillation` on {row['trained_on']}; "
+        f"learning rate {row['lr']:g}{chosen}."
     )
 
 
@@ -176,6 +177,6 @@ round; "ratio to dense int8" is the quotient of two medians. The data are in `be
 the setting closest to the dense network on the photos after batch-norm re-estimation on other photos, among five
 criteria that need no labels, per layer and global, with channel counts in multiples of 16, which suits the machines.
 Closest means the lowest divergence on 64 photos; in the older tables (all but the first two), the highest agreement on
-128. The pruning ratio is the one at which L1 matches the latency of our float file; with global ranking, other criteria give
-other channel counts at that ratio, and their measured latency is in the table.
+128. The pruning ratio is the one at which L1 matches the latency of our float file; with global ranking, other criteria
+give other channel counts at that ratio, and their measured latency is in the table.
 """
