@@ -61,32 +61,35 @@ def summary(rows: Rows, models: Iterable[Model]) -> dict[str, dict[str, int]]:
     return counts
 
 
+_HEAD = """# Coverage
+
+{models} models are pruned to half of their multiply-adds, in float64 with well-conditioned random weights, and
+checked by an oracle that shares no code with any of the tools. Every weight has a distinct value, so the compact
+tensors identify the dense elements they contain, and the dense model without the others must compute the same. For
+this compiler, the result is also cast to float32, exported, and compared in ONNX Runtime (largest difference
+{parity}, or what torch's own float32 rounding explains on the same inputs).
+
+torch-pruning is told to ignore attention heads, an output transform and the classifier, and prunes in steps until
+half of the MACs is left: with global L1 ranking or, if that fails, with the same ratio in every layer (marked as
+such). onnxsim prunes ONNX files (from torch's TorchScript exporter if possible) with its defaults and sparsity 0.5;
+the weights are distinct, and its output is run but not judged. Models are loaded, and torch-pruning's MACs counted,
+by this package.
+
+Written by `python -m benchmarks.studies.coverage --table` from
+`benchmarks/studies/results/coverage.json`, measured
+on {machine},
+with one thread, at most 120 s of CPU time and 8 GiB per model and tool. Seconds are for pruning including its MAC
+counts, without oracle and ONNX, in CPU time (older rows: wall-clock time). Rows were measured during development,
+next to other work that slows the two cores down by up to a half; a row over the time limit could be within it on an
+idle machine. Rows with a date in the results file are of that day's code, rows without of earlier days.
+"""
+
+
 def render(data: Mapping[str, Any], models: Iterable[Model]) -> str:
     """Return the document."""
     models, rows = tuple(models), data["rows"]
     lines = [
-        "# Coverage",
-        "",
-        f"{len(models)} models are pruned to half of their multiply-adds, in float64 with well-conditioned random weights,",
-        "and checked by an oracle that shares no code with any of the tools. Every weight has a distinct value, so the",
-        "compact tensors identify the dense elements they contain, and the dense model without the others must compute the",
-        "same. For this compiler, the result is also cast to float32, exported, and compared in ONNX Runtime (largest",
-        f"difference {PARITY:.0e}, or what torch's own float32 rounding explains on the same inputs).",
-        "",
-        "torch-pruning is told to ignore attention heads, an output transform and the classifier, and prunes in steps until",
-        "half of the MACs is left: with global L1 ranking or, if that fails, with the same ratio in every layer (marked as",
-        "such). onnxsim prunes ONNX files (from torch's TorchScript exporter if possible) with its defaults and sparsity 0.5;",
-        "its weights are distinct, and its output is run but not judged. Models are loaded, and torch-pruning's MACs counted,",
-        "by this package.",
-        "",
-        "Written by `python -m benchmarks.studies.coverage --table` from",
-        "`benchmarks/studies/results/coverage.json`, measured",
-        f"on {record.sentence(data['machine'])},",
-        "with one thread, at most 120 s of CPU time and 8 GiB per model and tool. Seconds are for pruning including its MAC",
-        "counts, without oracle and ONNX, in CPU time (older rows: wall-clock time). Rows were measured during development,",
-        "next to other work that slows the two cores down by up to a half; a row over the time limit could be within it on",
-        "an idle machine. Rows with a date in the results file are of that day's code, rows without of earlier days.",
-        "",
+        _HEAD.format(models=len(models), parity=f"{PARITY:.0e}", machine=record.sentence(data["machine"])),
         "| tool | " + " | ".join(_OUTCOMES.values()) + " |",
         "|---" * (len(_OUTCOMES) + 1) + "|",
     ]
@@ -119,8 +122,8 @@ def _refusals(rows: Rows, models: tuple[Model, ...]) -> list[str]:
     lines = [
         "## Models that are not pruned, and why",
         "",
-        "Models over the time limit are listed with the stages that had started, and after how many seconds of CPU time. A",
-        "model that reached the oracle was pruned and has passed this compiler's own verification.",
+        "Models over the time limit are listed with the stages that had started, and after how many seconds of CPU",
+        "time. A model that reached the oracle was pruned and has passed this compiler's own verification.",
         "",
     ]
     for model in models:
@@ -139,10 +142,10 @@ _MUCH = 0.02
 _WHOLE = (
     "## Parameters that cannot be pruned",
     "",
-    f"In these models, more than {_MUCH:.0%} of the parameters are in no removable unit. The main reasons are listed.",
-    "Some axes cannot be pruned in principle: classes and boxes are the network's output; a layer over tokens has as many",
-    "as the image has patches; a convolution along the channels (efficient channel attention) depends on their order.",
-    "Layers that forward does not run in eval mode are left unchanged.",
+    f"In these models, more than {_MUCH:.0%} of the parameters are in no removable unit, for the given reasons.",
+    "Some axes cannot be pruned in principle: classes and boxes are the network's output; a layer over tokens has as",
+    "many as the image has patches; a convolution along the channels (efficient channel attention) depends on their",
+    "order. Layers that forward does not run in eval mode are left unchanged.",
     "",
 )
 
