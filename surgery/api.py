@@ -30,8 +30,8 @@ from surgery.core import (
     count_macs,
     count_params,
 )
-from surgery.coupling import batch_size, drop
-from surgery.cutting import check_dropped, stages_of, submodule as parts
+from surgery.coupling import Cut, batch_size, drop
+from surgery.cutting import submodule as parts, tracer_of
 from surgery.errors import InvalidInput, UnsupportedModel
 from surgery.inputs import read
 from surgery.planning import Decision, decide, refinement as race, traced
@@ -77,6 +77,11 @@ class Result:
     recovery: Recovery | None = field(default=None, repr=False)
 
     @property
+    def cut(self) -> Cut:
+        """The plan applied to the traced program."""
+        return Cut(self.program, self.coupling, self.plan)
+
+    @property
     def steps(self) -> tuple[Step, ...]:
         """Of recovery: the dense model, the one as cut, and what was done."""
         return self.recovery.steps if self.recovery is not None else ()
@@ -96,24 +101,19 @@ def realise(decision: Decision, *, progress: Progress | None = None, share: Shar
         return result
     decision = _corrected(decision, run)
     choice = decision.choice
-    program, coupling, plan = choice.program, choice.coupling, choice.plan
-    stages, whole = stages_of(program.tracer), decision.whole
+    cut, program, coupling, plan = choice.cut, choice.program, choice.coupling, choice.plan
+    tracer, whole = tracer_of(program.tracer), decision.whole
     with run("cut"):
-        compact = stages.cut(program, plan, coupling=coupling)
+        compact = tracer.cut(cut)
         model = whole.around(compact.module) if whole else compact.module
     with run("check"):
-        verdict = stages.check(program, plan, compact, coupling=coupling, seed=decision.recipe.selection.seed)
-        if program.whole is not None:
-            told = check_dropped(program, plan, seed=decision.recipe.selection.seed)
-            verdict = replace(verdict, notes=(*verdict.notes, *told))
+        verdict = tracer.check(cut, compact, seed=decision.recipe.selection.seed)
         if whole is not None:
-            verdict = parts.check(whole, stages.reference(program, plan, coupling), model, verdict, program)
+            verdict = parts.check(whole, tracer.reference(cut), model, verdict, program)
     with run("count"), buffers_kept(compact.module):
         costs, notes = _counted(decision, compact)
     regained = recovered(
-        program,
-        plan,
-        coupling,
+        cut,
         compact,
         model,
         whole,
@@ -154,13 +154,13 @@ def _corrected(decision: Decision, run: Clock) -> Decision:
     choice, recipe = decision.choice, decision.recipe
     if choice.replan is None or choice.loop is None or not (recipe.target.correct and choice.live):
         return decision
-    stages = stages_of(recipe.selection.tracer)
+    tracer = tracer_of(recipe.selection.tracer)
     with run("close the loop"), tempfile.TemporaryDirectory(prefix="surgery-") as folder:
         track = race.track_of(choice.program.dense, Path(folder), recipe, decision.seen, run.progress)
         plans, loop = race.close(
             choice,
             choice.replan,
-            lambda c: stages.cut(c.program, c.plan, coupling=c.coupling).module,
+            lambda c: tracer.cut(c.cut).module,
             track,
         )
     return replace(decision, choice=replace(plans, loop=loop))
@@ -174,11 +174,11 @@ def follow(decision: Decision, tensors: Mapping[str, torch.Tensor]) -> None:
         tensors: of its compact model, by name.
     """
     choice, whole = decision.choice, decision.whole
-    stages = stages_of(choice.program.tracer)
-    compact = stages.cut(choice.program, choice.plan, coupling=choice.coupling)
+    tracer = tracer_of(choice.program.tracer)
+    compact = tracer.cut(choice.cut)
     compact.module.load_state_dict(tensors)
     model = whole.around(compact.module) if whole else compact.module
-    recovery.follow(choice.program, choice.plan, choice.coupling, compact, model, whole, decision.recipe)
+    recovery.follow(choice.cut, compact, model, whole, decision.recipe)
 
 
 def shrink(
@@ -291,9 +291,7 @@ def recover(
         compact = twin(result.compact)
         model = result.whole.around(compact.module) if result.whole else compact.module
         found = recovered(
-            result.program,
-            result.plan,
-            result.coupling,
+            result.cut,
             compact,
             model,
             result.whole,
@@ -324,9 +322,8 @@ def apply(
         InvalidInput: the plan's inputs cannot be rebuilt; pass `example_inputs`.
     """
     program, whole = traced(plan, dense_model, example_inputs, example_kwargs)
-    program, stages = drop(program, plan.dropped), stages_of(program.tracer)
-    coupling = stages.couple(program, keep=tuple(plan.settings.get("keep", ())))
-    module: torch.nn.Module = stages.cut(program, plan, coupling=coupling).module
+    program, tracer = drop(program, plan.dropped), tracer_of(program.tracer)
+    module: torch.nn.Module = tracer.cut(tracer.cut_of(program, plan)).module
     return whole.around(module) if whole else module
 
 

@@ -15,7 +15,7 @@ import torch
 from surgery.config import Budget, Recipe
 from surgery.core import Plan, Progress
 from surgery.coupling import kept_costs, plan_from_dead
-from surgery.cutting import stages_of
+from surgery.cutting import tracer_of
 from surgery.errors import SurgeryError
 from surgery.planning import Decision, decide
 from surgery.recovery import Step
@@ -98,10 +98,10 @@ def _joined(decision: Decision, further: Decision) -> Decision:
         notes=[*choice.plan.notes, *more.notes],
     )
     plan = replace(plan, dropped=choice.plan.dropped, arranged=choice.plan.arranged)
-    stages, program = stages_of(decision.recipe.selection.tracer), choice.program
-    dense = stages.couple(program.dense, keep=decision.recipe.selection.keep) if plan.dropped else choice.coupling
-    before = stages.cost_functions(program.dense, dense)
-    after = stages.cost_functions(program, choice.coupling)
+    tracer, program = tracer_of(decision.recipe.selection.tracer), choice.program
+    dense = tracer.couple(program.dense, keep=decision.recipe.selection.keep) if plan.dropped else choice.coupling
+    before = tracer.cost_functions(program.dense, dense)
+    after = tracer.cost_functions(program, choice.coupling)
     costs = kept_costs(dense, before, choice.coupling, after, plan)
     return replace(decision, choice=replace(choice, plan=plan, costs=costs))
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from surgery.capture.tracing import trace
 from surgery.core.ir import Arrangement, CheckResult, CompactModel, Coupling, Plan, Program
 from surgery.coupling.coupler import couple
-from surgery.coupling.plans import plan_from_dead
-from surgery.cutting.rewrite import cut
-from surgery.cutting.verify import check
+from surgery.coupling.plans import Cut, plan_from_dead
+from surgery.cutting import check, cut
 from surgery.importance.head_selection import arrange, settled
 
 torch.set_num_threads(1)  # the networks here are tiny: more threads only wait for each other
@@ -29,6 +28,11 @@ class Cutting:
     coupling: Coupling
     plan: Plan
     compact: CompactModel
+
+    @property
+    def cut(self) -> Cut:
+        """The plan applied to the program."""
+        return Cut(self.program, self.coupling, self.plan)
 
     def check(self) -> CheckResult:
         """Let the oracle compare; raises CheckFailed."""

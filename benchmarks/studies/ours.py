@@ -17,7 +17,7 @@ from benchmarks.studies.latency.rivals import Subject
 from surgery.capture import trace
 from surgery.config import Budget
 from surgery.core import Plan
-from surgery.coupling import couple, drop
+from surgery.coupling import Cut, couple, drop
 from surgery.cutting import masked
 
 
@@ -63,7 +63,7 @@ def planned(
 def zeroed(subject: Subject, plan: Plan) -> nn.Module:
     """Return the dense network with zeros in the place of what the plan cuts."""
     program = drop(trace(subject.module, subject.inputs), plan.dropped)
-    return masked(program, plan, couple(program, keep=tuple(plan.settings.get("keep", ()))))
+    return masked(Cut(program, couple(program, keep=tuple(plan.settings.get("keep", ()))), plan))
 
 
 def shown(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,12 +38,12 @@ from .graphs import (
 from .ir import (
     KEPT as KEPT,
     Arrangement as Arrangement,
+    AxisCut as AxisCut,
     Block as Block,
     CheckResult as CheckResult,
     CompactModel as CompactModel,
     CostFn as CostFn,
     Coupling as Coupling,
-    Cut as Cut,
     Frozen as Frozen,
     Group as Group,
     InputSpec as InputSpec,

@@ -209,7 +209,7 @@ CostFn = Callable[[Mapping[str, Sequence[int]]], int]
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class AxisCut:
     """Along `axis` of `tensor` (dense length `size`) the positions `dead` are removed, in increasing order."""
 
     tensor: str
@@ -252,7 +252,7 @@ class Plan:
 
     dead: Mapping[str, tuple[int, ...]]
     sizes: Mapping[str, int]
-    cuts: tuple[Cut, ...]
+    cuts: tuple[AxisCut, ...]
     fingerprint: str
     inputs: tuple[InputSpec, ...]
     budget: Budget | None = None
@@ -295,7 +295,7 @@ class Plan:
             return cls(
                 dead={k: tuple(v) for k, v in data["dead"].items()},
                 sizes=dict(data["sizes"]),
-                cuts=tuple(Cut(c["tensor"], c["axis"], c["size"], tuple(c["dead"])) for c in data["cuts"]),
+                cuts=tuple(AxisCut(c["tensor"], c["axis"], c["size"], tuple(c["dead"])) for c in data["cuts"]),
                 fingerprint=data["fingerprint"],
                 inputs=tuple(
                     InputSpec(i["name"], tuple(i["shape"]), i["dtype"], tuple(i["dynamic"])) for i in data["inputs"]

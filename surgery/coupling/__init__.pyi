@@ -1,6 +1,11 @@
-from .blocks import blocks_within as blocks_within, drop as drop, find_blocks as find_blocks, left_behind as left_behind
+from .blocks import (
+    blocks_within as blocks_within,
+    branch_constants as branch_constants,
+    drop as drop,
+    find_blocks as find_blocks,
+)
 from .compact_graph import CompactGraph as CompactGraph, hold as hold
-from .constants import Leftovers as Leftovers, spread as spread
+from .constants import BranchConstants as BranchConstants, spread as spread
 from .cost import (
     Sizes as Sizes,
     batch_size as batch_size,
@@ -15,13 +20,13 @@ from .depthwise import likeness as likeness
 from .head_order import (
     Held as Held,
     Layout as Layout,
-    Move as Move,
     Places as Places,
-    arranged as arranged,
+    Reordering as Reordering,
     layouts as layouts,
-    moved as moved,
-    moves_of as moves_of,
     positions as positions,
+    reorder as reorder,
+    reordered as reordered,
+    reorderings as reorderings,
 )
 from .labelled_graph import (
     index_table as index_table,
@@ -29,4 +34,9 @@ from .labelled_graph import (
     rewrite_view as rewrite_view,
 )
 from .masking import InDouble as InDouble, masked_run as masked_run
-from .plans import NO_SETTINGS as NO_SETTINGS, plan_from_dead as plan_from_dead, require_own_cuts as require_own_cuts
+from .plans import (
+    NO_SETTINGS as NO_SETTINGS,
+    Cut as Cut,
+    plan_from_dead as plan_from_dead,
+    require_own_cuts as require_own_cuts,
+)

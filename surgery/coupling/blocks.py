@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from surgery.capture import describe_graph, module_of, source_of
 from surgery.core import Block, Program, all_tensors, bind, hint
 from surgery.coupling.compact_graph import CompactGraph, hold
-from surgery.coupling.constants import Leftovers, channel_axes, fold, spread
+from surgery.coupling.constants import BranchConstants, channel_axes, fold, spread
 from surgery.coupling.depthwise import depthwise_layers
 from surgery.coupling.placeholders import model_without, shared_path
 from surgery.errors import PlanMismatch
@@ -211,14 +211,14 @@ def _require_constants(program: Program, gone: Sequence[Block], constants: Mappi
             )
 
 
-def left_behind(program: Program, constants: Mapping[str, Sequence[float]]) -> Leftovers:
+def branch_constants(program: Program, constants: Mapping[str, Sequence[float]]) -> BranchConstants:
     """Return where `drop` puts the constants of blocks; arguments and errors are the same."""
     return _without(program, _named_blocks(program, constants), constants)[1]
 
 
 def _without(
     program: Program, gone: Sequence[Block], constants: Mapping[str, Sequence[float]]
-) -> tuple[torch.fx.Graph, Leftovers]:
+) -> tuple[torch.fx.Graph, BranchConstants]:
     """Copy the graph: each sum becomes what stays, plus what a branch leaves and no bias takes up."""
     skipped = {name for block in gone for name in block.nodes}
     sums = {block.sum: block for block in gone}

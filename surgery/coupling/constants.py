@@ -31,7 +31,7 @@ _VIEWS = ("aten.view.default", "aten.reshape.default")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Leftovers:
+class BranchConstants:
     """Where the constants went, in float64.
 
     Attributes:
@@ -59,7 +59,7 @@ def spread(values: Sequence[float], shape: Sequence[Any]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).reshape(sizes)
 
 
-def fold(graph: torch.fx.Graph, added: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Leftovers:
+def fold(graph: torch.fx.Graph, added: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> BranchConstants:
     """Take sums with constants out of a graph, in place, wherever a tensor of the graph can take the constant up.
 
     Args:
@@ -87,7 +87,7 @@ def fold(graph: torch.fx.Graph, added: Mapping[str, Tensor], tensors: Mapping[st
         node.replace_all_uses_with(stays)
         graph.erase_node(node)
         graph.erase_node(attribute)
-    return Leftovers(shifts, left)
+    return BranchConstants(shifts, left)
 
 
 def _adds(node: torch.fx.Node, added: Collection[str]) -> bool:

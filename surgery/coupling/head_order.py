@@ -43,7 +43,7 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class Reordering:
     """Along `axis` of `tensor` position p takes what is at `orders[which[q]][p]`, q being the position along `by`."""
 
     tensor: str
@@ -119,10 +119,12 @@ def layouts(places: Places, inner: str, outer: str) -> Iterator[Layout]:
                 yield Layout(name, members.axis, unit, other.axis, other.unit)
 
 
-# From arrangements to moves. -----------------------------------------------------------------------------------------
+# From arrangements to reorderings. -----------------------------------------------------------------------------------
 
 
-def moves_of(coupling: Coupling, arranged: Sequence[Arrangement], places: Places | None = None) -> tuple[Move, ...]:
+def reorderings(
+    coupling: Coupling, arranged: Sequence[Arrangement], places: Places | None = None
+) -> tuple[Reordering, ...]:
     """Return what the arrangements do to each tensor; `places` of the coupling spares finding them again.
 
     Raises:
@@ -137,23 +139,23 @@ def moves_of(coupling: Coupling, arranged: Sequence[Arrangement], places: Places
         if len(a.orders) != outer.size or any(sorted(order) != list(range(inner.size)) for order in a.orders):
             raise PlanMismatch(f"the arrangement of '{a.group}' is no order of its members in each unit of '{a.outer}'")
         orders = np.asarray(a.orders, dtype=np.int64)
-        out += [_move(layout, orders) for layout in layouts(places, a.group, a.outer)]
+        out += [_reordering(layout, orders) for layout in layouts(places, a.group, a.outer)]
     return tuple(out)
 
 
-def _move(layout: Layout, orders: Index) -> Move:
+def _reordering(layout: Layout, orders: Index) -> Reordering:
     """Positions of member m of a head take those of member `orders[head][m]`, first to first and so on."""
     if layout.by is not None:
         owned = positions(layout.inner, orders.shape[1])  # (members, positions of one)
         rows = np.tile(np.arange(len(layout.inner)), (len(orders), 1))
         rows[:, owned.reshape(-1)] = owned[orders].reshape(len(orders), -1)
-        return Move(layout.tensor, layout.axis, rows, layout.by, layout.outer)
+        return Reordering(layout.tensor, layout.axis, rows, layout.by, layout.outer)
     heads, members = orders.shape
     joint = np.where(layout.inner >= 0, layout.outer * members + layout.inner, -1)
     owned = positions(joint, heads * members).reshape(heads, members, -1)
     row = np.arange(len(layout.inner))
     row[owned.reshape(-1)] = np.take_along_axis(owned, orders[:, :, None], axis=1).reshape(-1)
-    return Move(layout.tensor, layout.axis, row[None])
+    return Reordering(layout.tensor, layout.axis, row[None])
 
 
 def positions(owner: Index, count: int) -> Index:
@@ -171,21 +173,21 @@ def positions(owner: Index, count: int) -> Index:
 # Applying them. ------------------------------------------------------------------------------------------------------
 
 
-def moved(tensor: Tensor, move: Move) -> Tensor:
+def reorder(tensor: Tensor, by: Reordering) -> Tensor:
     """Return the tensor with the positions of one axis in their new order."""
-    if move.by is None or move.which is None:
-        return tensor.index_select(move.axis, torch.from_numpy(move.orders[0]).to(tensor.device))
-    index = torch.from_numpy(move.orders[move.which]).to(tensor.device)  # (size of `by`, size of `axis`)
-    if move.by > move.axis:
+    if by.by is None or by.which is None:
+        return tensor.index_select(by.axis, torch.from_numpy(by.orders[0]).to(tensor.device))
+    index = torch.from_numpy(by.orders[by.which]).to(tensor.device)  # (size of `by`, size of `axis`)
+    if by.by > by.axis:
         index = index.T
-    shape = [size if a in (move.by, move.axis) else 1 for a, size in enumerate(tensor.shape)]
-    return torch.take_along_dim(tensor, index.reshape(shape), dim=move.axis)
+    shape = [size if a in (by.by, by.axis) else 1 for a, size in enumerate(tensor.shape)]
+    return torch.take_along_dim(tensor, index.reshape(shape), dim=by.axis)
 
 
-def arranged(state: Mapping[str, Tensor], moves: Sequence[Move]) -> dict[str, Tensor]:
-    """Return the tensors by name, moved; the given ones stay as they are."""
+def reordered(state: Mapping[str, Tensor], orders: Sequence[Reordering]) -> dict[str, Tensor]:
+    """Return the tensors by name, reordered; the given ones stay as they are."""
     out = dict(state)
-    for move in moves:
-        if move.tensor in out:
-            out[move.tensor] = moved(out[move.tensor].detach(), move)
+    for order in orders:
+        if order.tensor in out:
+            out[order.tensor] = reorder(out[order.tensor].detach(), order)
     return out

@@ -1,15 +1,22 @@
-"""Dead units make a plan: the one place where dead units become dead positions of tensors."""
+"""From dead units to a plan, and from a plan and its program to a cut: which positions of which tensor survive."""
 
 from __future__ import annotations
 
 import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from surgery.config import Budget
-from surgery.core import Coupling, Cut, Group, InputSpec, Plan
+from surgery.core import AxisCut, Coupling, Executor, Group, InputSpec, Masks, Plan, Program, all_tensors
+from surgery.coupling.head_order import Reordering, reorder, reordered, reorderings
+from surgery.coupling.masking import masked_run
 from surgery.errors import IllegalCut, PlanMismatch, SurgeryError
 
 NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
@@ -70,6 +77,101 @@ def require_own_cuts(plan: Plan, coupling: Coupling) -> None:
         raise PlanMismatch("the plan's cuts do not follow from its dead units: the file was edited; make a new plan")
 
 
+# Plan and program. --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A plan, the program that it was made for, and what follows from both.
+
+    Attributes:
+        program: the dense model, traced; without the blocks that the plan drops.
+        coupling: its groups.
+        plan: what is removed.
+
+    Raises:
+        PlanMismatch: the plan was made for another architecture, or contradicts itself.
+    """
+
+    program: Program
+    coupling: Coupling
+    plan: Plan
+
+    def __post_init__(self) -> None:
+        if self.plan.fingerprint != self.program.fingerprint:
+            raise PlanMismatch(
+                "the plan was made for another architecture (its fingerprint differs from this model's); "
+                "use the model it was made for, or make a new plan"
+            )
+        require_own_cuts(self.plan, self.coupling)
+
+    @cached_property
+    def masks(self) -> Masks:
+        """Which indices of every value survive."""
+        labelled = self.coupling.labelled
+        return Masks(labelled, labelled.dead_roots(self.plan.dead))
+
+    @cached_property
+    def head_order(self) -> tuple[Reordering, ...]:
+        """In what order each tensor holds the members of heads before its dead positions are removed."""
+        return reorderings(self.coupling, self.plan.arranged)
+
+    def reordered(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return dense tensors by name in the plan's head order."""
+        return reordered(state, self.head_order)
+
+    def kept(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors by name without the plan's dead positions."""
+        out = dict(state)
+        for c in self.plan.cuts:
+            if c.tensor in out:
+                out[c.tensor] = out[c.tensor].detach().index_select(c.axis, survivors(c))
+        return out
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return a copy of every parameter and buffer of model and graph, in head order, without dead positions.
+
+        Parameters stay parameters, with their `requires_grad`; tied ones stay one object.
+        """
+        tensors = all_tensors(self.program)
+        moving = {(id(tensors[x.tensor]), x.axis, x.orders.tobytes()): x for x in self.head_order}  # tied ones once
+        cuts: dict[int, dict[int, Tensor]] = {}
+        for c in self.plan.cuts:
+            cuts.setdefault(id(tensors[c.tensor]), {})[c.axis] = survivors(c)
+        copies: dict[int, Tensor] = {}
+        for tensor in tensors.values():
+            if id(tensor) in copies:
+                continue
+            value = tensor.detach()
+            for key, reordering in moving.items():
+                value = reorder(value, reordering) if key[0] == id(tensor) else value
+            for axis, index in cuts.get(id(tensor), {}).items():
+                value = value.index_select(axis, index.to(value.device))
+            value = value.clone(memory_format=torch.contiguous_format)
+            if isinstance(tensor, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=tensor.requires_grad)
+            copies[id(tensor)] = value
+        return {name: copies[id(tensor)] for name, tensor in tensors.items()}
+
+    def masked_run(
+        self, state: Mapping[str, Tensor], dtype: torch.dtype | None = None, *, batch: int | None = None
+    ) -> Executor:
+        """Return the masked dense program on these tensors in head order; see `coupling.masked_run`."""
+        return masked_run(self.program, self.coupling.labelled, self.masks, state, dtype, batch=batch)
+
+
+def survivors(cut: AxisCut) -> Tensor:
+    """Return the positions along an axis that are left."""
+    return _others(cut.size, cut.dead)
+
+
+@lru_cache(maxsize=256)  # the cuts of one group, which follow each other, have the same
+def _others(size: int, dead: tuple[int, ...]) -> Tensor:
+    alive = torch.ones(size, dtype=torch.bool)
+    alive[list(dead)] = False
+    return alive.nonzero().squeeze(1)
+
+
 # From units to positions. --------------------------------------------------------------------------------------------
 
 
@@ -86,7 +188,7 @@ def _valid_units(group: Group, indices: Iterable[int]) -> tuple[int, ...]:
     return units
 
 
-def _cuts(coupling: Coupling, units: Mapping[str, Sequence[int]]) -> tuple[Cut, ...]:
+def _cuts(coupling: Coupling, units: Mapping[str, Sequence[int]]) -> tuple[AxisCut, ...]:
     """One cut per axis; a position that several units own (a head and a head dimension) dies with the first of them."""
     positions: dict[tuple[str, int], set[int]] = {}
     for group in coupling.groups:
@@ -101,8 +203,5 @@ def _cuts(coupling: Coupling, units: Mapping[str, Sequence[int]]) -> tuple[Cut, 
                 f"the plan would leave nothing of axis {axis} of {tensor}, {size} long: remove fewer units"
             )
         if owned:
-            cuts.append(Cut(tensor, axis, size, tuple(sorted(owned))))
+            cuts.append(AxisCut(tensor, axis, size, tuple(sorted(owned))))
     return tuple(cuts)
-
-
-# The budget. ---------------------------------------------------------------------------------------------------------

@@ -29,7 +29,6 @@ from surgery.core import (
     CostFn,
     Coupling,
     InputSpec,
-    Plan,
     Program,
     conditioned,
     copied,
@@ -38,11 +37,13 @@ from surgery.core import (
     sample_inputs,
     where_raised,
 )
-from surgery.coupling import plan_from_dead, require_own_cuts
+from surgery.coupling import (
+    Cut,
+    plan_from_dead,
+)
 from surgery.cutting.comparison import relative_error
 from surgery.cutting.own_class import transplant
-from surgery.cutting.rewrite import compact_state, slice_tensors
-from surgery.errors import CheckFailed, PlanMismatch, UnsupportedModel
+from surgery.errors import CheckFailed, UnsupportedModel
 
 ONE_PATH = "no label replay, one path exported: the one that the example input takes through the model's forward"
 
@@ -157,39 +158,24 @@ def _fingerprint(model: nn.Module) -> str:
 # -- cutting ---------------------------------------------------------------------------------------------------------
 
 
-def cut(program: Program, plan: Plan, *, coupling: Coupling | None = None) -> CompactModel:
+def slice_module(cut: Cut) -> CompactModel:
     """Return a copy of the user's module without the plan's dead units.
 
-    Args:
-        program: what `trace` returned; left unchanged.
-        plan: what to remove.
-        coupling: its groups; None trusts the plan's cuts as they stand.
-
     Raises:
-        PlanMismatch: the plan was made for another architecture, or contradicts itself.
         UnsupportedModel: the forward does not run at the new sizes; names the user's own source line.
     """
-    if plan.fingerprint != program.fingerprint:
-        raise PlanMismatch(
-            "the plan was made for another architecture (its fingerprint differs from this model's); "
-            "use the model it was made for, or make a new plan"
-        )
-    if coupling is not None:
-        require_own_cuts(plan, coupling)
-    module = _sliced(program, plan)
+    module = _sliced(cut)
     with evaluating(module):
-        _run_at_new_sizes(module, program)
+        _run_at_new_sizes(module, cut.program)
     return CompactModel(module, "module", "the forward as it stands runs at the new sizes", None)
 
 
-def _sliced(program: Program, plan: Plan) -> nn.Module:
-    tensors = slice_tensors(program, plan, ())
-    convolutions = {f"{n}.weight": m for n, m in program.model.named_modules() if isinstance(m, _ConvNd)}
+def _sliced(cut: Cut) -> nn.Module:
+    tensors, model = cut.tensors(), cut.program.model
+    grouped = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, _ConvNd) and m.groups > 1}
     # Of the grouped convolutions only depthwise ones are ever cut: as many groups as channels.
-    depthwise = {
-        c.tensor: tensors[c.tensor].shape[0] for c in plan.cuts if getattr(convolutions.get(c.tensor), "groups", 1) > 1
-    }
-    module, _ = transplant(program.model, tensors, [], None, groups=depthwise)
+    depthwise = {c.tensor: tensors[c.tensor].shape[0] for c in cut.plan.cuts if c.tensor in grouped}
+    module, _ = transplant(model, tensors, [], None, groups=depthwise)
     return module
 
 
@@ -214,20 +200,21 @@ def cost_functions(program: Program, coupling: Coupling) -> Mapping[str, CostFn]
     """
     known: dict[tuple[Any, ...], int] = {}
 
-    def plan(dead: Mapping[str, Sequence[int]]) -> Plan:
-        return plan_from_dead(coupling, dead, fingerprint=program.fingerprint, inputs=program.inputs)
+    def cut(dead: Mapping[str, Sequence[int]]) -> Cut:
+        plan = plan_from_dead(coupling, dead, fingerprint=program.fingerprint, inputs=program.inputs)
+        return Cut(program, coupling, plan)
 
     def macs(dead: Mapping[str, Sequence[int]]) -> int:
         key = tuple(sorted((name, tuple(units)) for name, units in dead.items() if units))
         if key not in known:
-            module = cut(program, plan(dead)).module
+            module = slice_module(cut(dead)).module
             batch = program.inputs[0].shape[0] if program.inputs and program.inputs[0].shape else 1
             known[key] = count_macs(module, program.example_args, program.example_kwargs, batch=batch)
         return known[key]
 
     def params(dead: Mapping[str, Sequence[int]]) -> int:
         shapes = {name: list(parameter.shape) for name, parameter in program.model.named_parameters()}
-        for c in plan(dead).cuts:
+        for c in cut(dead).plan.cuts:
             if c.tensor in shapes:
                 shapes[c.tensor][c.axis] -= len(c.dead)
         return sum(prod(shape) for shape in shapes.values())
@@ -242,22 +229,21 @@ _TRIES = 40
 _SEEDS = 3
 
 
-def check(program: Program, plan: Plan, compact: CompactModel, *, coupling: Coupling, seed: int = 0) -> CheckResult:
+def check_module(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResult:
     """Verify a compact module against the dense one with consumers' dead input slices zeroed, on several inputs.
 
     Args:
-        program: the dense model.
-        plan: what was removed.
-        compact: what `cut` returned.
-        coupling: says which axes layers sum over.
+        cut: the dense model and what was removed.
+        compact: what `slice_module` returned.
         seed: of values and inputs.
 
     Raises:
         CheckFailed: numbers differ by more than 1e-10 in float64 or 1e-4 in float32, or the check cannot tell.
     """
+    program = cut.program
     with evaluating(program.model):
         path, _ = trail(program.model, program.example_args, program.example_kwargs)
-    error64, varying, doubts = _on_distinct_values(program, plan, compact.module, coupling, path, seed=seed)
+    error64, varying, doubts = _on_distinct_values(cut, compact.module, path, seed=seed)
     notes = [ONE_PATH, *doubts]
     if varying < BLIND:
         raise CheckFailed(
@@ -266,7 +252,7 @@ def check(program: Program, plan: Plan, compact: CompactModel, *, coupling: Coup
         )
     _require(error64, torch.float64, "distinct, well-conditioned values")
     real = copied(program.model)
-    found = _compare(program, masked_module(real, plan, coupling), compact.module, path, seed=seed, dtype=None)
+    found = _compare(program, _mask(real, cut), compact.module, path, seed=seed, dtype=None)
     if found is None:
         raise CheckFailed(f"cannot tell on the real weights: {_OFF_PATH}")
     error, varying = found
@@ -278,9 +264,9 @@ def check(program: Program, plan: Plan, compact: CompactModel, *, coupling: Coup
     return CheckResult(0, error64, None if varying < BLIND else error, varying, reference, tuple(notes))
 
 
-def reference_module(program: Program, plan: Plan, coupling: Coupling) -> nn.Module:
+def masked_copy(cut: Cut) -> nn.Module:
     """Return a copy of the dense module in which removed units count as removed."""
-    return masked_module(copied(program.model), plan, coupling)
+    return _mask(copied(cut.program.model), cut)
 
 
 def _require(error: float, dtype: torch.dtype, what: str) -> None:
@@ -296,30 +282,31 @@ def _require(error: float, dtype: torch.dtype, what: str) -> None:
 _OFF_PATH = f"fewer than {_ROUNDS} of {_TRIES} inputs take the example's path through the model"
 
 
-def masked_module(dense: nn.Module, plan: Plan, coupling: Coupling) -> nn.Module:
+def _mask(dense: nn.Module, cut: Cut) -> nn.Module:
     """Zero, in place, the dead slices along the axes that layers sum over; returns the module."""
     tensors = dict(dense.named_parameters())
     with torch.no_grad():
-        for c in plan.cuts:
-            if (c.tensor, c.axis) in coupling.contracted:
+        for c in cut.plan.cuts:
+            if (c.tensor, c.axis) in cut.coupling.contracted:
                 tensors[c.tensor].index_fill_(c.axis, torch.tensor(c.dead, device=tensors[c.tensor].device), 0.0)
     return dense
 
 
 def _on_distinct_values(
-    program: Program, plan: Plan, compact: nn.Module, coupling: Coupling, path: list[str], *, seed: int
+    cut: Cut, compact: nn.Module, path: list[str], *, seed: int
 ) -> tuple[float, float, tuple[str, ...]]:
     """Compare in float64 on well-conditioned values, or on the real ones where no such values take the path."""
+    program = cut.program
     for attempt in range(_SEEDS + 1):
         dense = copied(program.model).double()
         if attempt < _SEEDS:
             _condition(program, dense, path, seed=seed + attempt)
-        state = compact_state({**dict(dense.named_parameters()), **dict(dense.named_buffers())}, plan)
+        state = cut.kept({**dict(dense.named_parameters()), **dict(dense.named_buffers())})
         small = copied(compact).double()
         with torch.no_grad():
             for name, tensor in (*small.named_parameters(), *small.named_buffers()):
                 tensor.copy_(state[name])
-        found = _compare(program, masked_module(dense, plan, coupling), small, path, seed=seed, dtype=torch.float64)
+        found = _compare(program, _mask(dense, cut), small, path, seed=seed, dtype=torch.float64)
         if found is not None:
             elsewhere = ("well-conditioned values take another path: float64 was compared on the real weights",)
             return *found, elsewhere if attempt == _SEEDS else ()

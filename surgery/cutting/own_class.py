@@ -1,26 +1,45 @@
-"""Slice the user's own module: its tensors, and the attributes that repeat their sizes.
+"""The user's own class at the new sizes: its tensors sliced, and the attributes that repeat their sizes updated.
 
-Standard torch modules are brought up to date from their tensors. A class of the user's own may keep sizes that the
-program has baked in, such as `self.num_heads`: where a literal of a call that ran in that module changed and an
-integer attribute of the module equals it, the attribute follows. That is a guess, and a safe one, because the result
-is only used if it computes what the rewritten program computes.
+Standard torch modules are updated from their tensors. A user's class may keep sizes that the program has baked in, such
+as `self.num_heads`: if a literal of a call that ran in that module changed and an integer attribute of the module
+equals it, the attribute is changed too. That is a guess, and a safe one: the class is only used if it computes what the
+rewritten program computes; then trainers, `isinstance` checks and methods go on working.
 """
 
 from __future__ import annotations
 
+import inspect
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from surgery.core import copied, empty_caches
-
-aten = torch.ops.aten
+from surgery.capture import evaluating, module_of
+from surgery.core import (
+    TOLERANCE,
+    Callee,
+    Executor,
+    Program,
+    copied,
+    empty_caches,
+    first_line,
+    flat_outputs,
+    other_sizes,
+    sample_inputs,
+    well_conditioned,
+)
+from surgery.coupling import (
+    CompactGraph,
+    Cut,
+    InDouble,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +50,147 @@ class Literal:
     before: int | None
     after: int | None
     where: str
+
+
+def own_class(
+    cut: Cut, graph: CompactGraph, sliced: Mapping[str, Tensor], literals: list[Literal]
+) -> tuple[nn.Module | None, str, str]:
+    """Return the user's class with sliced submodules if it computes what the rewritten program does.
+
+    Returns:
+        The module, or None; why; and the submodule whose forward does not run at the new sizes, "" if none.
+    """
+    program = cut.program
+    if isinstance(program.model, torch.fx.GraphModule):
+        without = (
+            "without its blocks forward is another" if program.whole is not None else "the model is a graph already"
+        )
+        return None, without, ""
+    if program.materialised:
+        weight = next(iter(program.materialised))
+        return None, f"forward computes the weight '{weight}' from others, at its old size", ""
+    named = _named(program.model)
+    stray = [c.tensor for c in cut.plan.cuts if c.tensor not in named]
+    if stray:
+        return None, f"forward builds the tensor '{stray[0]}' itself, at a size that would have to change", ""
+    module, repaired = transplant(program.model, sliced, literals, graph)
+    why, stuck = _differs(cut, graph, module)
+    why, stuck = why or _fails_in_training(program, module), stuck or next(iter(repaired), "")
+    return (None, why, stuck) if why else (module, "its forward computes the same at the new sizes", "")
+
+
+def _named(model: nn.Module) -> set[str]:
+    return {n for n, _ in model.named_parameters(remove_duplicate=False)} | {n for n, _ in model.named_buffers()}
+
+
+def _differs(cut: Cut, graph: CompactGraph, module: nn.Module) -> tuple[str | None, str]:
+    """Why the user's class does not compute what the rewritten program computes (None where it does), and in which."""
+    program = cut.program
+    state = cut.kept(well_conditioned(program))
+    named = {k: state[k] for k, _ in module.named_parameters() if k in state}
+    callee = Callee.of(program, module)
+    for sizes, inputs, wanted in _runs(program, graph, state):
+        args, kwargs = callee.arguments(inputs)
+        # forward may write into its buffers
+        named |= {k: state.get(k, buffer).clone() for k, buffer in module.named_buffers()}
+        try:
+            with torch.no_grad(), evaluating(module), InDouble():
+                got = flat_outputs(torch.func.functional_call(module, named, args, kwargs))
+        except Exception as error:  # whatever the user's forward raises at sizes it was not written for
+            return f"its forward does not run at {sizes}: {first_line(error)}", raised_in(error, module)
+        if [t.shape for t in got] != [t.shape for t in wanted]:
+            return f"its forward returns other shapes at {sizes}", ""
+        worst = max((_apart(a, b) for a, b in zip(got, wanted, strict=True)), default=0.0)
+        if not worst <= TOLERANCE[torch.float64]:
+            return f"its forward computes something else at {sizes} (relative difference {worst:.1e})", ""
+    return None, ""
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) if a.numel() else 0.0
+
+
+def _runs(
+    program: Program, graph: CompactGraph, state: Mapping[str, Tensor]
+) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
+    """What the rewritten program gives for the example's sizes, and a single sample of other ones where they are free.
+
+    Yields:
+        What the sizes are, the inputs, the outputs.
+    """
+
+    def outputs(inputs: list[Tensor]) -> list[Tensor]:
+        with torch.no_grad(), evaluating(graph):
+            return flat_outputs(Executor(graph, state, dtype=torch.float64).run(*inputs))
+
+    inputs = sample_inputs(program, seed=7, dtype=torch.float64)
+    yield "the new sizes", inputs, outputs(inputs)
+    batched = all(0 in spec.dynamic for spec in program.inputs)
+    for by in (*other_sizes(program), 0):
+        given = sample_inputs(program, seed=7, dtype=torch.float64, by=by)
+        single = [x[:1] if batched and isinstance(x, Tensor) else x for x in given]
+        if any(isinstance(x, Tensor) and x.shape != y.shape for x, y in zip(single, inputs, strict=True)):
+            with suppress(Exception):  # whatever its operators raise: the dense model may take no such size either
+                yield "the new sizes, for another batch or image", single, outputs(single)
+                return
+
+
+def _fails_in_training(program: Program, module: nn.Module) -> str | None:
+    """Branches that only run in training were not traced: they must still fit."""
+    unseen = _unseen(program)
+    if not unseen:
+        return None
+    trial = copied(module)
+    for m in trial.modules():
+        m.training = True
+    try:
+        with torch.no_grad():
+            trial(*program.example_args, **program.example_kwargs)
+    except Exception as error:  # whatever the user's forward raises
+        return f"its forward in training mode also runs '{unseen[0]}', which was not traced: {first_line(error)}"
+    return None
+
+
+def _unseen(program: Program) -> list[str]:
+    seen = {str(n.target) for n in program.graph.graph.nodes if n.op == "get_attr"}
+    seen |= {name for sources in program.materialised.values() for name in sources}
+    return [n for n, _ in program.model.named_parameters() if n not in seen]
+
+
+@lru_cache(maxsize=256)
+def _reads_training(kind: type[nn.Module]) -> bool:
+    """Whether the source of forward mentions the mode; branches on it were traced in evaluation mode only."""
+    try:
+        return "self.training" in inspect.getsource(kind.forward)
+    except (OSError, TypeError):
+        return False
+
+
+def lost_in_training(program: Program) -> tuple[str, ...]:
+    """Return what the traced program no longer does in training: what eval mode skips without a trace."""
+    lost = []
+    traced = {module_of(n) for n in program.graph.graph.nodes if "dropout" in str(n.target)}
+    for name, module in program.model.named_modules():
+        kind = type(module).__name__
+        rate = next(
+            (float(r) for a in ("p", "drop_prob") if isinstance(r := getattr(module, a, None), (int, float))), 0.0
+        )
+        if ("Drop" in kind or "StochasticDepth" in kind) and rate > 0 and name not in traced:
+            lost.append(f"{kind} '{name}'")
+        if isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
+            lost.append(f"attention dropout of '{name}'")
+        if isinstance(module, _BatchNorm) and module.momentum is None and module.track_running_stats:
+            lost.append(f"cumulative statistics of '{name}' (momentum None)")
+        if not type(module).__module__.startswith("torch.nn.") and _reads_training(type(module)):  # type: ignore[arg-type]
+            lost.append(f"what forward of '{name or type(module).__name__}' does only where self.training is set")
+    if any(isinstance(m, _BatchNorm) for m in program.model.modules()):
+        lost.append("num_batches_tracked, which batch norms count up")
+    lost += [f"the computation of '{name}' from {', '.join(s)}" for name, s in program.materialised.items()]
+    heads = dict.fromkeys(name.split(".")[0] for name in _unseen(program))
+    return (*lost, *(f"'{head}', which evaluation mode does not run" for head in heads))
+
+
+# -- slicing a module -------------------------------------------------------------------------------------------------
 
 
 def transplant(

@@ -21,7 +21,6 @@ from surgery.capture import evaluating
 from surgery.core import (
     TOLERANCE,
     CheckResult,
-    Coupling,
     Plan,
     Program,
     copied,
@@ -34,8 +33,9 @@ from surgery.core import (
     state_of,
     where_raised,
 )
-from surgery.coupling import arranged, masked_run, moves_of
-from surgery.cutting.rewrite import masks_of
+from surgery.coupling import (
+    Cut,
+)
 from surgery.errors import CheckFailed, InvalidInput, PlanMismatch, SurgeryError
 
 
@@ -171,26 +171,23 @@ def inputs_of(plan: Plan, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, 
 class _Masked(nn.Module):
     """The dense part, run so that removed units count as removed, in the precision of its inputs."""
 
-    def __init__(self, program: Program, plan: Plan, coupling: Coupling) -> None:
+    def __init__(self, cut: Cut) -> None:
         super().__init__()
-        self._facts = program, plan, coupling
+        self._cut = cut
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Masked:
         return self  # holds the dense model's own tensors, and changes nothing
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        program, plan, coupling = self._facts
-        labelled = coupling.labelled
         leaves = pytree.tree_leaves((args, kwargs))
         dtype = next((x.dtype for x in leaves if isinstance(x, Tensor) and x.is_floating_point()), torch.float32)
-        state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in state_of(program).items()}
-        state = arranged(state, moves_of(coupling, plan.arranged))
-        return masked_run(program, labelled, masks_of(program, plan, coupling), state).run(*leaves)
+        state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in state_of(self._cut.program).items()}
+        return self._cut.masked_run(self._cut.reordered(state)).run(*leaves)
 
 
-def reference_module(program: Program, plan: Plan, coupling: Coupling) -> nn.Module:
+def masked_part(cut: Cut) -> nn.Module:
     """Return a module that computes what the dense part computes when removed units count as removed."""
-    return _Masked(program, plan, coupling)
+    return _Masked(cut)
 
 
 def check(

@@ -8,9 +8,9 @@ real weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,14 +24,9 @@ from surgery.core import (
     Callee,
     CheckResult,
     CompactModel,
-    Coupling,
     Executor,
-    LabelledGraph,
     LabelMismatch,
     Layers,
-    Masks,
-    Plan,
-    Program,
     Value,
     first_line,
     flat_outputs,
@@ -44,54 +39,32 @@ from surgery.core import (
     state_of,
     well_conditioned,
 )
-from surgery.coupling import InDouble, Move, arranged, couple, index_table, masked_run, moves_of, propagate_labels
+from surgery.coupling import (
+    Cut,
+    InDouble,
+    index_table,
+    propagate_labels,
+)
 from surgery.cutting.comparison import apart, relative_error, require, rounds_of, within_rounding
-from surgery.cutting.rewrite import compact_state, masks_of, slice_tensors
 from surgery.errors import CheckFailed
 
 _DRAWS = 4
 """Of well-conditioned values, before giving up on seeing the output vary."""
+_REPORT = "nothing was written; please report this model"
 
 
-def check(
-    program: Program, plan: Plan, compact: CompactModel, *, coupling: Coupling | None = None, seed: int = 0
-) -> CheckResult:
-    """Verify a compact model against the dense program.
-
-    Args:
-        program: the dense model, traced.
-        plan: what was removed.
-        compact: what `cut` returned; its weights must still be slices of the dense ones.
-        coupling: what `couple` returned, where it is at hand.
-        seed: of the values and inputs.
-
-    Returns:
-        Errors relative to the part of the output that varies with the input.
-
-    Raises:
-        CheckFailed: labels do not match, numbers differ by more than 1e-10 in float64 or 1e-4 in float32 (on the real
-            weights: and by more than rounding explains), or the output varies too little with the input to tell.
-    """
-    coupling = coupling or couple(program, keep=tuple(plan.settings.get("keep", ())))
-    masks = masks_of(program, plan, coupling)
-    labelled = coupling.labelled
-    moves = moves_of(coupling, plan.arranged)
-    _require_slices(program, plan, moves, compact)
-    for drawn in range(seed, seed + _DRAWS):
-        unmoved = well_conditioned(program, seed=drawn)
-        dense = arranged(unmoved, moves)
-        cut_state = compact_state(dense, plan)
-        rounds = [sample_inputs(program, seed=drawn + 100 + k, dtype=torch.float64) for k in range(rounds_of(program))]
-        outputs, shapes = _recorded(compact, cut_state, rounds)
-        replayed = replay(program, compact, labelled, masks, plan, shapes)
-        notes = _require_unchanged(program, unmoved, dense, drawn) if moves else ()
-        found = [outputs, *_of_module(program, compact, cut_state, rounds)]
-        masked_dense = partial(masked_run, program, labelled, masks, dense, torch.float64)
-        reference = masked_dense()
-        error64, varying = _compare(reference, rounds, found)
-        if varying >= BLIND or not outputs[0]:
+def check_cut(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResult:
+    """Verify a compact model against the dense program; arguments, result and errors are those of `surgery.check`."""
+    _require_slices(cut, compact)
+    for k in range(seed, seed + _DRAWS):
+        drawn, shapes = _draw(cut, compact, k)
+        replayed = replay(cut, compact, shapes)
+        notes = _require_order_exact(cut, drawn, k) if cut.head_order else ()
+        found = [drawn.outputs, *_of_module(cut, compact, drawn.kept, drawn.rounds)]
+        error64, varying = _compare(drawn.reference(), drawn.rounds, found)
+        if varying >= BLIND or not drawn.outputs[0]:
             break  # else one unit that is left may happen to be dead on these values
-    if not outputs[0]:
+    if not drawn.outputs[0]:
         raise CheckFailed(
             "cannot tell: the model returns no floating-point tensor; shrink what comes before its last step, with "
             "--part or as a module of its own"
@@ -102,44 +75,88 @@ def check(
             "with the input; cut less, or use an example input that reaches the output"
         )
     require(error64, torch.float64, "distinct, well-conditioned values")
-    notes += _require_elsewhere(program, masked_dense, cut_state, compact, rounds, outputs)
-    real = arranged(state_of(program), moves)
-    rounds = [sample_inputs(program, seed=seed + 100 + k) for k in range(rounds_of(program))]
-    reference = masked_run(program, labelled, masks, real)
-    found = [_of_graph(compact, None, rounds), *_of_module(program, compact, None, rounds)]
+    notes += _require_other_sizes(drawn)
+    error, varying, more = _on_real_weights(cut, compact, seed)
+    return CheckResult(replayed, error64, error, varying, _meaning(cut), notes + more)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Drawn:
+    """Well-conditioned values, and what the rewritten program gives on them.
+
+    Attributes:
+        cut: what is checked.
+        compact: its model.
+        dense: values of the dense program's tensors, in head order.
+        kept: those of the compact model's tensors.
+        rounds: inputs of each run.
+        outputs: of the rewritten program, by run.
+    """
+
+    cut: Cut
+    compact: CompactModel
+    dense: Mapping[str, Tensor]
+    kept: Mapping[str, Tensor]
+    rounds: list[list[Tensor]]
+    outputs: list[list[Tensor]]
+
+    def reference(self, batch: int | None = None) -> Executor:
+        """The masked dense program."""
+        return self.cut.masked_run(self.dense, torch.float64, batch=batch)
+
+
+def _draw(cut: Cut, compact: CompactModel, seed: int) -> tuple[_Drawn, Mapping[str, Any]]:
+    """Well-conditioned values, and the shapes of all values of the rewritten program."""
+    dense = cut.reordered(well_conditioned(cut.program, seed=seed))
+    kept, rounds = cut.kept(dense), _rounds(cut, seed, torch.float64)
+    outputs, shapes = _recorded(compact, kept, rounds)
+    return _Drawn(cut, compact, dense, kept, rounds, outputs), shapes
+
+
+def _rounds(cut: Cut, seed: int, dtype: torch.dtype | None = None) -> list[list[Tensor]]:
+    count = rounds_of(cut.program)
+    return [sample_inputs(cut.program, seed=seed + 100 + k, dtype=dtype) for k in range(count)]
+
+
+def _on_real_weights(cut: Cut, compact: CompactModel, seed: int) -> tuple[float | None, float, tuple[str, ...]]:
+    """Error in the weights' own precision (None where the check is blind), the varying share, and notes."""
+    state, rounds = cut.reordered(state_of(cut.program)), _rounds(cut, seed)
+    reference, precision = cut.masked_run(state), narrowest(cut.program)
+    found = [_of_graph(compact, None, rounds), *_of_module(cut, compact, None, rounds)]
     error, varying = _compare(reference, rounds, found)
-    told: float | None = error
     if varying < BLIND:
-        told = None
-        notes += (
-            f"cannot tell on the real weights: only {varying:.1e} of their output varies with the input "
-            "(a zero head, or untrained layer scales); equality was shown on well-conditioned values",
+        return (
+            None,
+            varying,
+            (
+                f"cannot tell on the real weights: only {varying:.1e} of their output varies with the input "
+                "(a zero head, or untrained layer scales); equality was shown on well-conditioned values",
+            ),
         )
-    elif not error <= TOLERANCE[narrowest(program)]:
-        notes += (within_rounding(reference, rounds, real, error, narrowest(program), "the real weights"),)
-    return CheckResult(replayed, error64, told, varying, _meaning(coupling, plan), notes)
+    if error <= TOLERANCE[precision]:
+        return error, varying, ()
+    return error, varying, (within_rounding(reference, rounds, state, error, precision, "the real weights"),)
 
 
-def _require_unchanged(
-    program: Program, unmoved: Mapping[str, Tensor], moved: Mapping[str, Tensor], seed: int
-) -> tuple[str, ...]:
+def _require_order_exact(cut: Cut, drawn: _Drawn, seed: int) -> tuple[str, ...]:
     """The dense network has to compute the same with its heads' members in another order."""
-    error, what = apart(program, unmoved, moved, seed), "members in another order"
+    own, what = well_conditioned(cut.program, seed=seed), "members in another order"
+    error = apart(cut.program, own, drawn.dense, seed)
     if error <= TOLERANCE[torch.float64]:
         return ()
-    rounds = [sample_inputs(program, seed=seed + 100 + k, dtype=torch.float64) for k in range(rounds_of(program))]
-    reference = Executor(program.graph, unmoved, dtype=torch.float64)
-    return (within_rounding(reference, rounds, unmoved, error, torch.float64, what),)
+    reference = Executor(cut.program.graph, own, dtype=torch.float64)
+    return (within_rounding(reference, drawn.rounds, own, error, torch.float64, what),)
 
 
-def _require_slices(program: Program, plan: Plan, moves: Sequence[Move], compact: CompactModel) -> None:
+def _require_slices(cut: Cut, compact: CompactModel) -> None:
     """Every tensor of the compact model has to be the slice of the dense one that the plan says."""
+    program = cut.program
     replaced = {name for sources in program.materialised.values() for name in sources}
     wanted = (program.model.state_dict().keys() - replaced) | program.materialised.keys()
     strange = wanted ^ compact.module.state_dict().keys()
     if strange:
         raise CheckFailed(f"'{min(strange)}' is in the state of only one of the dense and the compact model")
-    slices = slice_tensors(program, plan, moves)
+    slices = cut.tensors()
     for module in (compact.graph, compact.module):
         for name, tensor in _tensors_of(module).items():
             if name in slices and not torch.equal(tensor, slices[name].detach().cpu()):
@@ -149,60 +166,56 @@ def _require_slices(program: Program, plan: Plan, moves: Sequence[Move], compact
                 )
 
 
-def _require_elsewhere(
-    program: Program,
-    masked_dense: Callable[..., Executor],
-    cut_state: Mapping[str, Tensor],
-    compact: CompactModel,
-    rounds: list[list[Tensor]],
-    outputs: list[list[Tensor]],
-) -> tuple[str, ...]:
-    """Compare at other batches and sizes, where these are dynamic; return notes on what could not be compared.
+# -- other sizes of the inputs ---------------------------------------------------------------------------------------
+
+
+def _require_other_sizes(drawn: _Drawn) -> tuple[str, ...]:
+    """Compare at other batches and image sizes, where these are dynamic; return notes on what could not be compared.
 
     A batch of three (also of a model that mixes samples) and another height and width go into one run where the dense
     model takes both; then a batch of one.
     """
-
-    def same(batch: int | None, by: int = 0) -> tuple[str, ...] | None:
-        """Notes; None where the dense model does not run on such inputs."""
-        sized = [sample_inputs(program, seed=55 + k, dtype=torch.float64, by=by) for k in range(len(rounds))]
-        batches = _batched(sized if by else rounds, batch)
-        reference = masked_dense(batch=batch)
-        wanted = _given(reference, batches)
-        if wanted is None and by:
-            return None
-        if wanted is None and _given(Executor(program.graph, reference.state, dtype=torch.float64), batches) is None:
-            return None
-        what = " and ".join(["another height and width"] * bool(by) + [f"a batch of {batch}"] * bool(batch))
-        try:
-            found = [_of_graph(compact, cut_state, batches)]
-            if batch != 1:  # the cut has tried the class with a single sample
-                found += _of_module(program, compact, cut_state, batches)
-            # masks do not fit axes that are other ones at this batch
-            wanted = wanted or _batched(outputs, batch)
-        except Exception as raised:  # whatever an operator raises at a size that it does not expect
-            raise CheckFailed(
-                f"the compact model does not do what the dense one does on {what}, though it does on the example's: "
-                f"{first_line(raised)}; {_REPORT}"
-            ) from raised
-        error = max(relative_error(wanted, [_shaped(y, wanted[0]) for y in got])[0] for got in found)
-        if error <= TOLERANCE[torch.float64]:
-            return ()
-        return (within_rounding(reference, batches, reference.state, error, torch.float64, what),)
-
-    batch = 3 if all(0 in spec.dynamic for spec in program.inputs) else None
-    changes = other_sizes(program)
-    notes = next((x for by in changes[:1] if batch and (x := same(batch, by)) is not None), None)
+    program = drawn.cut.program
+    batched, changes = all(0 in spec.dynamic for spec in program.inputs), other_sizes(program)
+    notes = _compare_at(drawn, 3, changes[0]) if batched and changes else None
     if notes is None:
-        notes = (same(batch) or ()) if batch else ()
-        alone = next((x for by in changes if (x := same(None, by)) is not None), None)
-        if changes and alone is None:  # there is nothing to compare with
+        notes = (_compare_at(drawn, 3) or ()) if batched else ()
+        found = next((x for by in changes if (x := _compare_at(drawn, None, by)) is not None), None)
+        if changes and found is None:  # there is nothing to compare with
             notes += (
                 "not compared at another height and width: the dense model, though traced for free ones, takes "
                 f"none of those tried ({', '.join(f'{by:+d} pixels' for by in changes)})",
             )
-        notes += alone or ()
-    return notes + ((same(1) or ()) if batch else ())
+        notes += found or ()
+    return notes + ((_compare_at(drawn, 1) or ()) if batched else ())
+
+
+def _compare_at(drawn: _Drawn, batch: int | None, by: int = 0) -> tuple[str, ...] | None:
+    """Compare at another batch, and at images larger `by` so many pixels; None where the dense model does not run."""
+    cut, compact = drawn.cut, drawn.compact
+    count = len(drawn.rounds)
+    sized = [sample_inputs(cut.program, seed=55 + k, dtype=torch.float64, by=by) for k in range(count)]
+    rounds, reference = _batched(sized if by else drawn.rounds, batch), drawn.reference(batch)
+    wanted = _outputs_or_none(reference, rounds)
+    if wanted is None:
+        plain = Executor(cut.program.graph, reference.state, dtype=torch.float64)
+        if by or _outputs_or_none(plain, rounds) is None:
+            return None
+    what = " and ".join(["another height and width"] * bool(by) + [f"a batch of {batch}"] * bool(batch))
+    try:
+        found = [_of_graph(compact, drawn.kept, rounds)]
+        if batch != 1:  # the cut has tried the class with a single sample
+            found += _of_module(cut, compact, drawn.kept, rounds)
+        wanted = wanted or _batched(drawn.outputs, batch)  # masks do not fit axes that are other ones at this batch
+    except Exception as raised:  # whatever an operator raises at a size that it does not expect
+        raise CheckFailed(
+            f"the compact model does not do what the dense one does on {what}, though it does on the example's: "
+            f"{first_line(raised)}; {_REPORT}"
+        ) from raised
+    error = max(relative_error(wanted, [_shaped(y, wanted[0]) for y in got])[0] for got in found)
+    if error <= TOLERANCE[torch.float64]:
+        return ()
+    return (within_rounding(reference, rounds, reference.state, error, torch.float64, what),)
 
 
 def _batched(rounds: list[list[Tensor]], batch: int | None) -> list[list[Tensor]]:
@@ -210,8 +223,8 @@ def _batched(rounds: list[list[Tensor]], batch: int | None) -> list[list[Tensor]
     if batch is None:
         return rounds
     if batch == 1:
-        return [[x[k : k + 1] if _is_tensor(x) else x for x in rounds[0]] for k in range(2)]
-    return [[torch.cat([x, x[:1]]) if _is_tensor(x) else x for x in inputs] for inputs in rounds]
+        return [[x[k : k + 1] if isinstance(x, Tensor) else x for x in rounds[0]] for k in range(2)]
+    return [[torch.cat([x, x[:1]]) if isinstance(x, Tensor) else x for x in inputs] for inputs in rounds]
 
 
 def _shaped(tensors: list[Tensor], like: list[Tensor]) -> list[Tensor]:
@@ -220,7 +233,7 @@ def _shaped(tensors: list[Tensor], like: list[Tensor]) -> list[Tensor]:
     return [x.reshape(y.shape) if x.numel() == y.numel() else x for x, y in pairs]
 
 
-def _given(run: Executor, rounds: list[list[Tensor]]) -> list[list[Tensor]] | None:
+def _outputs_or_none(run: Executor, rounds: list[list[Tensor]]) -> list[list[Tensor]] | None:
     """Outputs by round; None where it does not run."""
     try:
         with torch.no_grad():
@@ -229,12 +242,8 @@ def _given(run: Executor, rounds: list[list[Tensor]]) -> list[list[Tensor]] | No
         return None
 
 
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, Tensor)
-
-
-def _meaning(coupling: Coupling, plan: Plan) -> str:
-    inexact = [g.name for g in coupling.groups if g.inexact and plan.dead.get(g.name)]
+def _meaning(cut: Cut) -> str:
+    inexact = any(group.inexact and cut.plan.dead.get(group.name) for group in cut.coupling.groups)
     zeroed = "dense model with the dead input slices of every contraction zeroed"
     return f"{zeroed}, norms, means and sums over the survivors" if inexact else zeroed
 
@@ -242,60 +251,48 @@ def _meaning(coupling: Coupling, plan: Plan) -> str:
 # -- label replay ----------------------------------------------------------------------------------------------------
 
 
-def replay(
-    program: Program,
-    compact: CompactModel,
-    labelled: LabelledGraph,
-    masks: Masks,
-    plan: Plan,
-    shapes: Mapping[str, Any],
-) -> int:
+def replay(cut: Cut, compact: CompactModel, shapes: Mapping[str, Any]) -> int:
     """Run the rewritten program on the survivors' labels; return how many values were compared.
 
     Args:
-        program: the dense model, traced.
+        cut: the dense program, and what was removed.
         compact: the model to verify.
-        labelled: labels of the dense program's values.
-        masks: which indices of them survive.
-        plan: what was removed.
         shapes: of the values of the rewritten program in a run, by node.
 
     Raises:
         CheckFailed: an operator joins units that the dense program keeps apart, or a value has other survivors.
     """
-    dead = labelled.dead_roots(plan.dead)
-    labels = labelled.labels.locked(dead)
+    labelled = cut.coupling.labelled
+    locked = labelled.labels.locked(labelled.dead_roots(cut.plan.dead))
+    compared: list[int] = []
 
-    def labels_of(name: str, tensor: Tensor) -> Value:
+    def labels(name: str, tensor: Tensor) -> Value:
         value = labelled.params.get(name)
         if value is None:
             return Value(tuple(tensor.shape), ((),) * tensor.dim(), name, index_table(tensor))
-        expected = _survivors(value, labelled, masks)
+        expected = _survivors(value, cut)
         if expected.shape != tuple(tensor.shape):
             raise LabelMismatch(f"'{name}' has shape {tuple(tensor.shape)}, its survivors {expected.shape}")
         return expected
 
+    def settled(name: str, value: Any) -> Any:
+        verified = [_verified(name, *pair, cut) for pair in _pairs(name, labelled.values.get(name), value)]
+        compared.append(len(verified))
+        return value if not verified else tuple(verified) if isinstance(value, (tuple, list)) else verified[0]
+
     try:
-        compared: list[int] = []
-
-        def settled(name: str, value: Any) -> Any:
-            pairs = _pairs(name, labelled.values.get(name), value)
-            verified = [_verified(name, *pair, labelled, masks) for pair in pairs]
-            compared.append(len(verified))
-            return value if not verified else tuple(verified) if isinstance(value, (tuple, list)) else verified[0]
-
-        propagate_labels(compact.graph, labels_of, lambda node: shapes[node.name], labels, settled)
-        return sum(compared)
+        propagate_labels(compact.graph, labels, lambda node: shapes[node.name], locked, settled)
     except LabelMismatch as error:
         raise _mismatch(error) from error
+    return sum(compared)
 
 
-def _survivors(value: Value, labelled: LabelledGraph, masks: Masks) -> Value:
-    axes = []
+def _survivors(value: Value, cut: Cut) -> Value:
+    labels, axes = cut.coupling.labelled.labels, []
     for a, layers in enumerate(value.axes):
-        index = np.flatnonzero(masks(value, a)) if layers else None
-        axes.append(gather(labelled.labels.canon(layers), index) if index is not None else ())
-    return Value(masks.shape(value), tuple(axes), value.param, value.table)
+        index = np.flatnonzero(cut.masks(value, a)) if layers else None
+        axes.append(gather(labels.canon(layers), index) if index is not None else ())
+    return Value(cut.masks.shape(value), tuple(axes), value.param, value.table)
 
 
 def _pairs(name: str, dense: Any, compact: Any) -> list[tuple[Value, Value]]:
@@ -311,16 +308,16 @@ def _tensors(value: Any) -> list[Value]:
     return [v for v in items if isinstance(v, Value)]
 
 
-def _verified(name: str, dense: Value, compact: Value, labelled: LabelledGraph, masks: Masks) -> Value:
+def _verified(name: str, dense: Value, compact: Value, cut: Cut) -> Value:
     """The survivors of the dense value of this name, which the computed one has to equal.
 
     Operators lose the labels of an axis that shrank to one index; going on with the survivors restores them.
     """
-    expected = _survivors(dense, labelled, masks)
+    expected = _survivors(dense, cut)
     if expected.shape != compact.shape:
         raise LabelMismatch(f"value '{name}' has shape {compact.shape}, its survivors {expected.shape}")
     for a in range(len(compact.shape)):
-        if not _equal(expected.axes[a], labelled.labels.canon(compact.axes[a])):
+        if not _equal(expected.axes[a], cut.coupling.labelled.labels.canon(compact.axes[a])):
             raise LabelMismatch(f"axis {a} of value '{name}' holds other units than the dense program's survivors")
     return expected
 
@@ -341,9 +338,6 @@ def _equal(wanted: Layers, found: Layers) -> bool:
 
 def _mismatch(what: Any) -> CheckFailed:
     return CheckFailed(f"label replay: {what}; {_REPORT}")
-
-
-_REPORT = "nothing was written; please report this model"
 
 
 def _tensors_of(graph: torch.nn.Module) -> dict[str, Tensor]:
@@ -393,12 +387,12 @@ def _of_graph(
 
 
 def _of_module(
-    program: Program, compact: CompactModel, state: Mapping[str, Tensor] | None, rounds: list[list[Tensor]]
+    cut: Cut, compact: CompactModel, state: Mapping[str, Tensor] | None, rounds: list[list[Tensor]]
 ) -> list[list[list[Tensor]]]:
     """Likewise those of the user's class, where it runs smaller: the only item, if any."""
     if compact.kind != "module":
         return []
-    module, callee = compact.module, Callee.of(program, compact.module)
+    module, callee = compact.module, Callee.of(cut.program, compact.module)
     own = {k: v.detach().cpu() for k, v in (*module.named_parameters(), *module.named_buffers())}
     values = own if state is None else {k: state.get(k, v) for k, v in own.items()}
     written = [name for name, _ in module.named_buffers()]

@@ -77,7 +77,7 @@ def _three(
     program, plan = result.program, result.plan
     models: dict[str, tuple[Callable[[], Any], Path]] = {
         "dense": (lambda: subject.dense, folder / artefacts.DENSE_ONNX),
-        "masked": (lambda: subject.around(masked(program, plan, result.coupling)), scratch / "masked.onnx"),
+        "masked": (lambda: subject.around(masked(result.cut)), scratch / "masked.onnx"),
         "compact": (lambda: subject.around(result.compact.module), folder / artefacts.COMPACT_ONNX),
     }
     origin = {

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from surgery.core import TOLERANCE, Arrangement, Coupling, Group, Plan, Program, Site, Value, well_conditioned
-from surgery.coupling import Held, Layout, Places, arranged, layouts, moves_of, positions
+from surgery.coupling import Held, Layout, Places, layouts, positions, reordered, reorderings
 from surgery.cutting import outputs_of, relative_error
 from surgery.errors import PlanMismatch
 from surgery.importance.scoring import score_group, weights_of
@@ -145,7 +145,7 @@ def _unchanging(program: Program, places: Places, coupling: Coupling, pairs: Seq
                 for i, o in some
                 if k < _draws(i.size)
             ]
-            other = arranged(state, moves_of(coupling, shuffled, places))
+            other = reordered(state, reorderings(coupling, shuffled, places))
             error, _ = relative_error(wanted, outputs_of(program, other, seed))
             if not error <= TOLERANCE[torch.float64]:
                 return False

@@ -13,8 +13,8 @@ import torch
 
 from surgery.config import Recipe, validate
 from surgery.core import Arrangement, Block, Clock, CostFn, Coupling, Plan, Program, Progress, Scores
-from surgery.coupling import arranged, dead_blocks, drop, find_blocks, kept_costs, kept_names, moves_of, priced
-from surgery.cutting import Stages, stages_of, submodule as parts
+from surgery.coupling import Cut, dead_blocks, drop, find_blocks, kept_costs, kept_names, priced, reordered, reorderings
+from surgery.cutting import Tracer, submodule as parts, tracer_of
 from surgery.errors import BudgetUnreachable, InvalidInput, UnsupportedModel
 from surgery.importance import PRICED, Signal, arrange, practised_worth, score, settled, signal_of, weights_of
 from surgery.inputs import Calibration, seen_by
@@ -55,6 +55,11 @@ class Choice:
     live: bool = False
     warnings: tuple[str, ...] = ()
     stairs: tuple[Staircase, ...] = ()
+
+    @property
+    def cut(self) -> Cut:
+        """The plan applied to its program."""
+        return Cut(self.program, self.coupling, self.plan)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,20 +102,20 @@ def decide(
     validate(recipe)
     acceptance_of(recipe)  # refused before the long work
     run = Clock(progress)
-    stages = stages_of(recipe.selection.tracer)
+    tracer = tracer_of(recipe.selection.tracer)
     with run("trace"):
         part = recipe.selection.submodule
         whole = parts.reach(model, part, example_inputs, example_kwargs) if part is not None else None
-        program = stages.trace(*(whole.call if whole else (model, example_inputs, example_kwargs)))
+        program = tracer.trace(*(whole.call if whole else (model, example_inputs, example_kwargs)))
     seen = None
     if recipe.data.data is not None:
         with run("read images"):
             seen = seen_by(recipe.data.data, program, whole, recipe.data.max_images, recipe.selection.seed)
     refuse_lesson(program, whole, recipe, seen)
-    choice = _chosen(stages, program, recipe, seen, run)
-    while recipe.selection.own_class and (module := _in_the_way(stages, choice, recipe, run)):
+    choice = _chosen(tracer, program, recipe, seen, run)
+    while recipe.selection.own_class and (module := _in_the_way(tracer, choice, recipe, run)):
         recipe = recipe.but(keep=(*recipe.selection.keep, module))
-        choice = _chosen(stages, program, recipe, seen, run)
+        choice = _chosen(tracer, program, recipe, seen, run)
     return Decision(recipe, choice, run.seconds, whole, seen)
 
 
@@ -154,15 +159,15 @@ class _Ground:
         return self.scored()
 
 
-def _prepared(stages: Stages, program: Program, recipe: Recipe, seen: Calibration | None, run: Clock) -> _Ground:
+def _prepared(tracer: Tracer, program: Program, recipe: Recipe, seen: Calibration | None, run: Clock) -> _Ground:
     with run("couple"):
-        coupling = stages.couple(program, keep=recipe.selection.keep)
+        coupling = tracer.couple(program, keep=recipe.selection.keep)
     with run("score"):
         orders, costs = (
             arrange(program, coupling, recipe.criterion, seed=recipe.selection.seed),
-            stages.cost_functions(program, coupling),
+            tracer.cost_functions(program, coupling),
         )
-        moves = moves_of(coupling, orders)
+        order = reorderings(coupling, orders)
 
     @cache
     def scored() -> Scores:
@@ -172,7 +177,7 @@ def _prepared(stages: Stages, program: Program, recipe: Recipe, seen: Calibratio
                 coupling,
                 recipe.criterion,
                 seed=recipe.selection.seed,
-                prepare=lambda weights: arranged(weights, moves),
+                prepare=lambda weights: reordered(weights, order),
                 images=seen.batches if seen is not None else None,
                 macs=costs["macs"]({}),
                 progress=lambda fraction: run.progress("score", fraction),
@@ -184,14 +189,14 @@ def _prepared(stages: Stages, program: Program, recipe: Recipe, seen: Calibratio
     return _Ground(program, coupling, scored, orders, costs)
 
 
-def _chosen(stages: Stages, program: Program, recipe: Recipe, seen: Calibration | None, run: Clock) -> Choice:
+def _chosen(tracer: Tracer, program: Program, recipe: Recipe, seen: Calibration | None, run: Clock) -> Choice:
     blocks = _droppable(program, recipe)
     dead, notes = _dead(program, blocks)
-    ground = _prepared(stages, drop(program, dead, blocks), recipe, seen, run)
+    ground = _prepared(tracer, drop(program, dead, blocks), recipe, seen, run)
     settings = {**plan_settings(recipe, seen), **parts.plain_arguments(program)}
     if recipe.goal.is_latency:
-        return _Clockwork(stages, program, recipe, seen, run, ground, blocks, dead, settings).choice(notes)
-    whole = ground if not dead else _prepared(stages, program, recipe, seen, run)
+        return _Clockwork(tracer, program, recipe, seen, run, ground, blocks, dead, settings).choice(notes)
+    whole = ground if not dead else _prepared(tracer, program, recipe, seen, run)
     cost = ground.costs.get(recipe.goal.kind)
     with run("allocate"):
         plan = allocate(
@@ -239,7 +244,7 @@ class _Clockwork:
 
     def __init__(
         self,
-        stages: Stages,
+        tracer: Tracer,
         program: Program,
         recipe: Recipe,
         seen: Calibration | None,
@@ -249,7 +254,7 @@ class _Clockwork:
         dead: Mapping[str, tuple[float, ...]],
         settings: Mapping[str, Any],
     ) -> None:
-        self._stages, self._program, self._recipe, self._run = stages, program, recipe, run
+        self._tracer, self._program, self._recipe, self._run = tracer, program, recipe, run
         self._seen, self._blocks, self._dead, self._settings = seen, blocks, dict(dead), settings
         self._grounds = {frozenset(dead): ground}
         self._warnings: list[str] = []
@@ -339,7 +344,7 @@ class _Clockwork:
         if dropped not in self._grounds:
             constants = {b.name: self._dead.get(b.name, ()) for b in self._blocks if b.name in dropped}
             program = drop(self._program, constants, self._blocks)
-            self._grounds[dropped] = _prepared(self._stages, program, self._recipe, self._seen, self._run)
+            self._grounds[dropped] = _prepared(self._tracer, program, self._recipe, self._seen, self._run)
         return self._grounds[dropped]
 
     def _planner(self, ground: _Ground, blocks: tuple[Block, ...]) -> Planner:
@@ -359,7 +364,8 @@ class _Clockwork:
 
     def _signal(self, ground: _Ground, blocks: tuple[Block, ...]) -> Signal:
         """Who reads the units; how much a unit counts among its like is the criterion's to tell."""
-        parameters = arranged(weights_of(ground.program, ground.coupling), moves_of(ground.coupling, ground.orders))
+        order = reorderings(ground.coupling, ground.orders)
+        parameters = reordered(weights_of(ground.program, ground.coupling), order)
         signal = signal_of(ground.program, ground.coupling, parameters, blocks)
         if self._seen is not None and blocks:
             signal = replace(signal, blocks=self._practised(ground.program, blocks))
@@ -384,11 +390,11 @@ def _timed_dense(program: Program, recipe: Recipe, seen: Calibration | None, run
         return race.track_of(program, Path(folder), recipe, seen, run.progress).dense_ms()
 
 
-def _in_the_way(stages: Stages, choice: Choice, recipe: Recipe, run: Clock) -> str:
+def _in_the_way(tracer: Tracer, choice: Choice, recipe: Recipe, run: Clock) -> str:
     """Return the submodule that has to stay whole for the model's own class to fit, or "" where the class fits."""
     program = choice.program
     with run("fit"):
-        compact = stages.cut(program, choice.plan, coupling=choice.coupling)
+        compact = tracer.cut(choice.cut)
     if compact.kind == "module":
         return ""
     module = compact.stuck

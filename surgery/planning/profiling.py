@@ -24,7 +24,7 @@ from surgery import __version__
 from surgery.config import Recipe
 from surgery.core import Clock, Program, Progress
 from surgery.coupling import blocks_within, dead_blocks, drop, find_blocks, kept_names
-from surgery.cutting import stages_of, submodule as parts
+from surgery.cutting import submodule as parts, tracer_of
 from surgery.errors import InvalidInput
 from surgery.latency import LatencyTable, Measured, Point, device
 from surgery.planning import refinement as race
@@ -109,14 +109,14 @@ def survey(
         UnsupportedModel: the model cannot be traced.
     """
     run = Clock(progress)
-    stages = stages_of(recipe.selection.tracer)
+    tracer = tracer_of(recipe.selection.tracer)
     with run("trace"):
         part = recipe.selection.submodule
         whole = parts.reach(model, part, example_inputs, example_kwargs) if part is not None else None
-        program = stages.trace(*(whole.call if whole else (model, example_inputs, example_kwargs)))
+        program = tracer.trace(*(whole.call if whole else (model, example_inputs, example_kwargs)))
 
     def points(subject: Program) -> list[Point]:
-        coupling = stages.couple(subject, keep=recipe.selection.keep)
+        coupling = tracer.couple(subject, keep=recipe.selection.keep)
         return widths_of(lower(subject, coupling, batch=recipe.target.batch), coupling.labelled, {})
 
     with run("couple"):

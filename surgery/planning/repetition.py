@@ -10,7 +10,7 @@ import torch
 from surgery.config import Budget, Recipe
 from surgery.core import Clock, Plan, Program, Progress
 from surgery.coupling import drop, kept_costs, require_own_cuts
-from surgery.cutting import stages_of, submodule as parts
+from surgery.cutting import submodule as parts, tracer_of
 from surgery.errors import InvalidInput, PlanMismatch
 from surgery.planning.decision import Choice, Decision
 
@@ -33,7 +33,7 @@ def traced(
         call = dense_model, example_inputs, {**plan.settings.get("arguments", {}), **(example_kwargs or {})}
     else:
         call = dense_model, *parts.inputs_of(plan, dense_model)
-    program = stages_of(plan.settings.get("tracer", "export")).trace(*call)
+    program = tracer_of(plan.settings.get("tracer", "export")).trace(*call)
     if program.fingerprint != plan.fingerprint:
         raise PlanMismatch(
             f"the plan was made for another architecture than this {type(dense_model).__name__} "
@@ -60,14 +60,14 @@ def repeat(
     """Return a plan as a decision on this model, to be realised; arguments and errors are those of `surgery.apply`."""
     run = Clock(progress)
     recipe = as_planned(Recipe(), plan)
-    stages = stages_of(recipe.selection.tracer)
+    tracer = tracer_of(recipe.selection.tracer)
     with run("trace"):
         dense, whole = traced(plan, dense_model, example_inputs, example_kwargs)
     with run("couple"):
         program = drop(dense, plan.dropped)
-        coupling = stages.couple(program, keep=recipe.selection.keep)
+        coupling = tracer.couple(program, keep=recipe.selection.keep)
         require_own_cuts(plan, coupling)
-        dense_coupling = stages.couple(dense, keep=recipe.selection.keep) if plan.dropped else coupling
-    before, after = stages.cost_functions(dense, dense_coupling), stages.cost_functions(program, coupling)
+        dense_coupling = tracer.couple(dense, keep=recipe.selection.keep) if plan.dropped else coupling
+    before, after = tracer.cost_functions(dense, dense_coupling), tracer.cost_functions(program, coupling)
     costs = kept_costs(dense_coupling, before, coupling, after, plan)
     return Decision(recipe, Choice(program, coupling, plan, costs), run.seconds, whole)

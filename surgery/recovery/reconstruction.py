@@ -21,19 +21,15 @@ from torch import Tensor
 from surgery.capture import evaluating
 from surgery.core import (
     CompactModel,
-    Coupling,
     Executor,
     Frontier,
     LabelledGraph,
     Masks,
-    Plan,
-    Program,
     Value,
     bind,
     state_of,
 )
-from surgery.coupling import arranged, moves_of
-from surgery.cutting import masks_of
+from surgery.coupling import Cut
 from surgery.errors import InvalidInput
 from surgery.importance import (
     CONVOLUTIONS,
@@ -95,9 +91,7 @@ class Fitted:
 
 
 def reconstruct(
-    program: Program,
-    plan: Plan,
-    coupling: Coupling,
+    cut: Cut,
     compact: CompactModel,
     batches: Batches,
     *,
@@ -108,9 +102,7 @@ def reconstruct(
     """Fit the compact model's weights in place; the dense model stays as it is.
 
     Args:
-        program: what the plan was made for, its blocks dropped.
-        plan: what was cut.
-        coupling: its groups.
+        cut: what was cut, and from which program.
         compact: the compact model; its graph and module share their tensors.
         batches: of the model's inputs, on the CPU.
         seed: of the positions that are drawn.
@@ -124,34 +116,31 @@ def reconstruct(
         InvalidInput: values within either model are not finite.
     """
     with evaluating(compact.graph):  # its operators hold flags of their own
-        return _each(program, plan, coupling, compact, batches, seed, memory, progress)
+        return _each(cut, compact, batches, seed, memory, progress)
 
 
 def _each(
-    program: Program,
-    plan: Plan,
-    coupling: Coupling,
+    cut: Cut,
     compact: CompactModel,
     batches: Batches,
     seed: int,
     memory: int,
     progress: Callable[[float], None],
 ) -> list[Fitted]:
-    labelled = coupling.labelled
-    masks, whole = masks_of(program, plan, coupling), program.dense
-    dense = Folded(whole.graph, arranged(state_of(whole), moves_of(coupling, plan.arranged)))
-    cut = Folded(compact.graph, tensors_of(compact.graph))
+    labelled, whole = cut.coupling.labelled, cut.program.dense
+    dense = Folded(whole.graph, cut.reordered(state_of(whole)))
+    small = Folded(compact.graph, tensors_of(compact.graph))
     found, sizes = [], [len(batch[0]) for batch in batches]
-    runs = [(dense.start(batch), cut.start(batch)) for batch in batches]
+    runs = [(dense.start(batch), small.start(batch)) for batch in batches]
     layers = [
         _fitting(c, labelled) for c in find_contractions(compact.graph, dense.place.keys()) if c.node in labelled.values
     ]
     ends = [dense.place[layer.aim] + 1 for layer in layers]
     for k, layer in enumerate(layers):
         progress(k / len(layers))
-        fit = _Fit(layer, dense, cut, labelled.values[layer.aim], masks, sizes, seed + k)
-        to = min(ends[k:]), cut.place[layer.node]
-        runs = _march(dense, cut, runs, to, fit, memory)
+        fit = _Fit(layer, dense, small, labelled.values[layer.aim], cut.masks, sizes, seed + k)
+        to = min(ends[k:]), small.place[layer.node]
+        runs = _march(dense, small, runs, to, fit, memory)
         if (done := fit.finish()) is not None:
             found.append(done)
     progress(1.0)

@@ -17,7 +17,8 @@ from torch.utils.data import TensorDataset
 
 from surgery.capture import evaluating
 from surgery.config import TAUGHT, Recipe, validate
-from surgery.core import Callee, CompactModel, Coupling, InputSpec, Plan, Program, Progress, flat_outputs
+from surgery.core import Callee, CompactModel, InputSpec, Plan, Program, Progress, flat_outputs
+from surgery.coupling import Cut
 from surgery.cutting import Whole
 from surgery.errors import InvalidInput
 from surgery.inputs import Calibration, Images, as_dataset, classes_of, mixed, one, seen_by, spaced
@@ -78,9 +79,7 @@ def level_of(recipe: Recipe) -> str:
 
 
 def recovered(
-    program: Program,
-    plan: Plan,
-    coupling: Coupling,
+    cut: Cut,
     compact: CompactModel,
     model: torch.nn.Module,
     whole: Whole | None,
@@ -94,9 +93,7 @@ def recovered(
     """Recover a compact model in place; None where nothing was asked for, and there is nothing to judge by.
 
     Args:
-        program: what is left of the traced one without the blocks that went.
-        plan: what was cut.
-        coupling: the groups.
+        cut: what was cut, and from which program.
         compact: the compact model; `model` holds it, or is it.
         model: the compact model, the whole one where a part was shrunk.
         whole: where a part was shrunk, the dense model that it belongs to.
@@ -109,9 +106,9 @@ def recovered(
     validate(recipe)
     level = level_of(recipe)
     if seen is None and recipe.data.data is not None:
-        seen = seen_by(recipe.data.data, program, whole, recipe.data.max_images, recipe.selection.seed)
-    refuse_lesson(program, whole, recipe.but(recover=level), seen)
-    subject = _subject(program, plan, coupling, compact, model, whole)
+        seen = seen_by(recipe.data.data, cut.program, whole, recipe.data.max_images, recipe.selection.seed)
+    refuse_lesson(cut.program, whole, recipe.but(recover=level), seen)
+    subject = _subject(cut, compact, model, whole)
     reference, notes = _reference(subject, recipe, seen), list[str]()
     steps = list[Step]()
     alike = reference is not None and recipe.data.val is None and whole is None
@@ -129,7 +126,7 @@ def recovered(
         steps += with_data(subject, level, seen.batches, judge, before=before, seed=seed, progress=progress)
         if level in TAUGHT:
             if share is not None:
-                share(plan, compact.module)
+                share(cut.plan, compact.module)
             steps.append(_taught(subject, level, recipe, seen, judge, steps[-1].agreement, progress))
     for given in (recipe.data.data, recipe.data.val):
         notes += given.notes() if isinstance(given, Images) else []
@@ -152,7 +149,7 @@ def _taught(
     progress: Progress,
 ) -> Step:
     training, data = training_of(recipe), as_dataset(recipe.data.data)
-    key = f"{subject.plan.digest} {seen.digest} {level} {training} {_identity(data, subject, training.seed)}"
+    key = f"{subject.cut.plan.digest} {seen.digest} {level} {training} {_identity(data, subject, training.seed)}"
     return taught(subject, level, data, training, judge, seen=seen.batches, before=before, key=key, progress=progress)
 
 
@@ -247,35 +244,32 @@ def _identity(data: Any, subject: Subject, seed: int) -> str:
 
 
 def follow(
-    program: Program,
-    plan: Plan,
-    coupling: Coupling,
+    cut: Cut,
     compact: CompactModel,
     model: torch.nn.Module,
     whole: Whole | None,
     recipe: Recipe,
 ) -> None:
     """Take part in the training that the first process leads; arguments are those of `recovered`."""
-    subject = _subject(program, plan, coupling, compact, model, whole)
-    seen = seen_by(recipe.data.data, program, whole, recipe.data.max_images, recipe.selection.seed)
+    subject = _subject(cut, compact, model, whole)
+    seen = seen_by(recipe.data.data, cut.program, whole, recipe.data.max_images, recipe.selection.seed)
     _taught(subject, level_of(recipe), recipe, seen, Judge(), None, lambda step, fraction: None)
 
 
 def _subject(
-    program: Program,
-    plan: Plan,
-    coupling: Coupling,
+    cut: Cut,
     compact: CompactModel,
     model: torch.nn.Module,
     whole: Whole | None,
 ) -> Subject:
+    program = cut.program
     part = Callee.of(program, compact.module)
     if whole is None or whole.example_args is None:
         dense, ours = part.on(program.dense.model), part
     else:
         dense = Callee(whole.model, whole.example_args, whole.example_kwargs)
         ours = dense.on(model)
-    return Subject(program, plan, coupling, compact, dense, ours, part, _specs(whole, program))
+    return Subject(cut, compact, dense, ours, part, _specs(whole, program))
 
 
 def _reference(subject: Subject, recipe: Recipe, seen: Calibration | None) -> Reference | None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from surgery.capture import evaluating
-from surgery.core import Callee, CompactModel, Coupling, InputSpec, Plan, Program
+from surgery.core import Callee, CompactModel, InputSpec
+from surgery.coupling import Cut
 from surgery.errors import InvalidInput
 from surgery.recovery.agreement import Agreement, Model, Reference
 from surgery.recovery.batch_norm import estimate_norms
@@ -38,9 +39,7 @@ class Subject:
     """A compact model and what it was cut from.
 
     Attributes:
-        program: what is left of the traced program without the blocks that went.
-        plan: what was cut.
-        coupling: the groups.
+        cut: what was cut.
         compact: the compact model, whose tensors are written into.
         dense: the dense model, the whole one where a part was shrunk.
         model: the compact model likewise.
@@ -48,9 +47,7 @@ class Subject:
         inputs: of `dense` and `model`.
     """
 
-    program: Program
-    plan: Plan
-    coupling: Coupling
+    cut: Cut
     compact: CompactModel
     dense: Callee
     model: Callee
@@ -91,7 +88,7 @@ class Judge:
         if self.reference is not None and batches is self.learnt:
             return self.reference
         judged = [(batch, None) for batch in batches]
-        return Reference.of(in_eval_mode(subject.part.on(subject.program.dense.model)), judged, "")
+        return Reference.of(in_eval_mode(subject.part.on(subject.cut.program.dense.model)), judged, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +136,8 @@ def without_data(subject: Subject, judge: Judge, *, seed: int, progress: Progres
     Raises:
         InvalidInput: the model does not take images.
     """
-    specs = subject.program.inputs
-    if subject.program.graph is None:
+    specs = subject.cut.program.inputs
+    if subject.cut.program.graph is None:
         raise InvalidInput(
             "recover='fold' needs the operators that torch.export captures; give images with --data, and --recover bn"
         )
@@ -180,7 +177,7 @@ def with_data(
         seed: of all that is drawn.
         progress: told each step.
     """
-    if level != "bn" and subject.program.graph is not None:
+    if level != "bn" and subject.cut.program.graph is not None:
         return [_reconstructed("reconstruct", subject, batches, batches, judge, before, seed, progress)]
     notes: tuple[str, ...] = () if level == "bn" else ("no reconstruction: torch.export cannot capture this model",)
     with _timed("bn", progress) as (told, clock), _undone_if_worse(subject, judge, batches, before) as judged:
@@ -253,9 +250,7 @@ def _reconstructed(
     progress: Progress,
 ) -> Step:
     with _timed(name, progress) as (told, clock), _undone_if_worse(subject, judge, judged_on, before) as judged:
-        layers = reconstruct(
-            subject.program, subject.plan, subject.coupling, subject.compact, batches, seed=seed, progress=told
-        )
+        layers = reconstruct(subject.cut, subject.compact, batches, seed=seed, progress=told)
     scarce = [layer for layer in layers if layer.scarce]
     notes: tuple[str, ...] = ()
     if scarce:

@@ -13,7 +13,7 @@ import surgery
 from exporters import onnx as exporter
 from surgery.capture.tracing import trace
 from surgery.core.ir import Program
-from surgery.coupling.blocks import drop, find_blocks, left_behind
+from surgery.coupling.blocks import branch_constants, drop, find_blocks
 from surgery.coupling.dead import dead_blocks
 from surgery.coupling.placeholders import Shifted
 from surgery.cutting.verify_dropped import check_dropped
@@ -127,7 +127,7 @@ def test_constants_in_a_row_add_up_into_one() -> None:
     model = sequence(stem(bias=False), Dead(), Dead(), Dead(), nn.ReLU())
     program, left = without(model)
     assert sum(node.op == "aten.add.Tensor" for node in left.nodes) == 1
-    found = left_behind(program, dead_blocks(program, find_blocks(program)))
+    found = branch_constants(program, dead_blocks(program, find_blocks(program)))
     assert not found.shifts
     assert len(found.added) == 1
     assert type(left.model) is nn.Sequential
@@ -145,7 +145,7 @@ def test_a_bias_that_is_read_twice_is_left_alone() -> None:
             return self.dead(self.first(x)) * self.first(x)
 
     program = trace(sequence(Twice()), IMAGE)
-    found = left_behind(program, dead_blocks(program, find_blocks(program)))
+    found = branch_constants(program, dead_blocks(program, find_blocks(program)))
     assert not found.shifts
     assert len(found.added) == 1
     without(sequence(Twice()))
@@ -172,7 +172,7 @@ def test_constants_along_the_last_axis_are_taken_up_behind_views_and_transposes(
     nn.init.zeros_(block.mlp[2].weight)
     model = nn.Sequential(nn.Linear(6, WIDTH), block, nn.Linear(WIDTH, 3)).double().eval()
     program, left = without(model, torch.randn(2, 7, 6, dtype=torch.float64))
-    found = left_behind(program, dead_blocks(program, find_blocks(program)))
+    found = branch_constants(program, dead_blocks(program, find_blocks(program)))
     assert not found.added
     assert set(found.shifts) == {"1.attention.out_proj.bias"}
     assert not [n for n, _ in left.model.named_parameters() if "mlp" in n]

@@ -150,13 +150,13 @@ def test_swapped_channels_are_found(nets) -> None:
         fingerprint=program.fingerprint,
         inputs=program.inputs,
     )
-    compact = eager.cut(program, plan, coupling=coupling)
-    assert eager.check(program, plan, compact, coupling=coupling).error_float64 <= 1e-10
+    compact = surgery.cut(program, plan, coupling=coupling)
+    assert surgery.check(program, plan, compact, coupling=coupling).error_float64 <= 1e-10
     with torch.no_grad():
         weight = compact.module.wide[0].weight
         weight.copy_(weight.flip(0).clone())
     with pytest.raises(CheckFailed, match="real weights"):
-        eager.check(program, plan, compact, coupling=coupling)
+        surgery.check(program, plan, compact, coupling=coupling)
 
 
 def test_the_command_line_writes_onnx_along_the_example_path(tmp_path: Path, nets, capsys) -> None:

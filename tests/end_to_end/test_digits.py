@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from exporters.onnx import export
 from surgery.capture.tracing import trace
 from surgery.coupling.coupler import couple
-from surgery.cutting.rewrite import cut
-from surgery.cutting.verify import check
+from surgery.cutting import check, cut
 
 CHANCE = 0.1
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery.cutting.verify import check
+from surgery.cutting import check
 from surgery.delivery.saving import Measurement, save
 from surgery.errors import CheckFailed
 

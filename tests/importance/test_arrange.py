@@ -18,8 +18,7 @@ import surgery
 from surgery.capture.tracing import trace
 from surgery.core.ir import Arrangement, Plan
 from surgery.coupling.coupler import couple
-from surgery.cutting.rewrite import cut
-from surgery.cutting.verify import check
+from surgery.cutting import check, cut
 from surgery.errors import CheckFailed, PlanMismatch
 from surgery.importance.head_selection import arrange, settled
 

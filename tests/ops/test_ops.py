@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from surgery.capture.tracing import trace
 from surgery.coupling.coupler import couple
-from surgery.cutting.rewrite import cut
-from surgery.cutting.verify import check
+from surgery.cutting import check, cut
 from surgery.ops.registry import _RULES as TABLE, Call, Rule, register, rules
 from surgery.report import operators_as_json, operators_as_markdown
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from surgery.config import Budget
-from surgery.core.ir import CostFn, Coupling, Cut, Frozen, Group, InputSpec, Plan, Scores, Site
+from surgery.core.ir import AxisCut, CostFn, Coupling, Frozen, Group, InputSpec, Plan, Scores, Site
 from surgery.coupling.plans import plan_from_dead
 from surgery.errors import BudgetUnreachable, IllegalCut, InvalidInput, PlanMismatch, SurgeryError
 from surgery.planning.allocation import allocate
@@ -168,8 +168,8 @@ def test_rounding_counts_positions_of_the_widest_first_axis() -> None:
     scores = {"q:0": (0.0, 1.0, 2.0, 3.0, 4.0, 5.0), "conv:0": tuple(float(k) for k in range(10))}
     plan = plan_for(coupling, Budget(channels=0.8), scores, round_to=4)
     assert sizes_left(plan) == [4, 8]  # single heads (eight positions each), and channels two then four at a time
-    assert Cut("q", 0, 48, tuple(range(16))) in plan.cuts
-    assert Cut("fc", 1, 160, tuple(range(32))) in plan.cuts
+    assert AxisCut("q", 0, 48, tuple(range(16))) in plan.cuts
+    assert AxisCut("fc", 1, 160, tuple(range(32))) in plan.cuts
 
 
 # Inexact groups. -----------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def test_units_become_positions_of_every_tensor_the_group_touches() -> None:
     plan = plan_from_dead(coupling, {"l1.weight:0": [3, 1, 3], "l0.weight:0": []}, fingerprint="f", inputs=INPUTS)
     assert plan.dead == {"l1.weight:0": (1, 3)}
     assert plan.sizes == {"l0.weight:0": 3, "l1.weight:0": 4}
-    assert plan.cuts == (Cut("l1.weight", 0, 4, (1, 3)), Cut("l2.weight", 1, 4, (1, 3)))
+    assert plan.cuts == (AxisCut("l1.weight", 0, 4, (1, 3)), AxisCut("l2.weight", 1, 4, (1, 3)))
     assert plan_from_dead(coupling, {}, fingerprint="f", inputs=INPUTS).cuts == ()
 
 
@@ -284,7 +284,7 @@ def heads_by_dimensions() -> Coupling:
 
 def test_a_position_with_two_owners_dies_with_either() -> None:
     plan = plan_from_dead(heads_by_dimensions(), {"q:0": [1], "k:0": [0]}, fingerprint="f", inputs=INPUTS)
-    assert plan.cuts == (Cut("q", 0, 12, (0, 4, 5, 6, 7, 8)),)
+    assert plan.cuts == (AxisCut("q", 0, 12, (0, 4, 5, 6, 7, 8)),)
 
 
 def test_an_axis_is_never_emptied() -> None:

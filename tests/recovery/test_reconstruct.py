@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from surgery.capture.tracing import trace
 from surgery.coupling.coupler import couple
-from surgery.cutting.rewrite import cut
+from surgery.coupling.plans import Cut
+from surgery.cutting import cut
 from surgery.errors import InvalidInput
 from surgery.recovery import reconstruction as module
 from surgery.recovery.batch_norm import estimate_norms
@@ -99,7 +100,7 @@ def test_what_others_say_too_is_taken_over(name: str) -> None:
             depthwise.bias.zero_()
     found = without(model, {group: list(range(half, 2 * half))}, torch.zeros(2, 3, 8, 8))
     before = error(model, found.compact.module, images())
-    reconstruct(found.program, found.plan, found.coupling, found.compact, images())
+    reconstruct(found.cut, found.compact, images())
     assert before > 1e-3
     assert error(model, found.compact.module, images(seed=1)) < 1e-5
 
@@ -130,7 +131,7 @@ def residual(seed: int = 0) -> Cutting:
 
 def test_a_branch_makes_up_for_what_the_stream_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     aimed, plain = residual(), residual()
-    reconstruct(aimed.program, aimed.plan, aimed.coupling, aimed.compact, images())
+    reconstruct(aimed.cut, aimed.compact, images())
     real = module._fitting
 
     def at_itself(found: Any, wiring: Any) -> Any:
@@ -138,7 +139,7 @@ def test_a_branch_makes_up_for_what_the_stream_lacks(monkeypatch: pytest.MonkeyP
         return type(site)(site.node, site.weight, site.bias, site.norm, site.norm_names, site.norm or site.node)
 
     monkeypatch.setattr(module, "_fitting", at_itself)
-    reconstruct(plain.program, plain.plan, plain.coupling, plain.compact, images())
+    reconstruct(plain.cut, plain.compact, images())
     errors = [error(c.program.dense.model, c.compact.module, images(seed=1)) for c in (aimed, plain)]
     assert errors[0] < errors[1]
 
@@ -153,9 +154,9 @@ def test_what_a_rectifier_cuts_off_need_not_be_met(monkeypatch: pytest.MonkeyPat
         return without(model, {"0.weight:0": list(range(5))}, torch.zeros(2, 3, 8, 8))
 
     rectified, plain = shrunk(), shrunk()
-    reconstruct(rectified.program, rectified.plan, rectified.coupling, rectified.compact, images())
+    reconstruct(rectified.cut, rectified.compact, images())
     monkeypatch.setattr(module, "_rails", lambda node: (-inf, inf))
-    reconstruct(plain.program, plain.plan, plain.coupling, plain.compact, images())
+    reconstruct(plain.cut, plain.compact, images())
     errors = [error(c.program.dense.model, c.compact.module, images(seed=1)) for c in (rectified, plain)]
     assert errors[0] < 0.9 * errors[1]
 
@@ -164,7 +165,7 @@ def test_the_dense_model_stays_and_the_graph_has_the_same_weights() -> None:
     found = residual()
     dense = found.program.dense.model
     state = {k: v.clone() for k, v in dense.state_dict().items()}
-    reconstruct(found.program, found.plan, found.coupling, found.compact, images())
+    reconstruct(found.cut, found.compact, images())
     assert all(torch.equal(v, state[k]) for k, v in dense.state_dict().items())
     x = images()[0][0]
     assert torch.allclose(found.compact.module(x), found.compact.graph(x), atol=1e-6)
@@ -173,7 +174,7 @@ def test_the_dense_model_stays_and_the_graph_has_the_same_weights() -> None:
 def test_a_layer_with_nothing_amiss_stays_bit_by_bit() -> None:
     found = residual()
     stem = found.compact.module.stem.weight.clone()
-    fitted = reconstruct(found.program, found.plan, found.coupling, found.compact, images())
+    fitted = reconstruct(found.cut, found.compact, images())
     assert torch.equal(found.compact.module.stem.weight, stem)
     assert "stem.weight" not in {f.name for f in fitted}
     assert all(f.after <= f.before + 1e-9 for f in fitted)
@@ -183,7 +184,7 @@ def test_memory_between_layers_changes_nothing() -> None:
     """Without any, every layer is reached from the inputs."""
     held, not_held = residual(), residual()
     for found, memory in ((held, 2**31), (not_held, 0)):
-        reconstruct(found.program, found.plan, found.coupling, found.compact, images(), memory=memory)
+        reconstruct(found.cut, found.compact, images(), memory=memory)
     for a, b in zip(held.compact.module.parameters(), not_held.compact.module.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -206,7 +207,7 @@ def test_rows_are_no_more_where_positions_are_among_the_images(monkeypatch: pyte
     torch.manual_seed(0)
     found = without(Tokens(), {"patches.weight:0": [0, 1, 2]}, torch.zeros(2, 3, 8, 8))
     before = error(found.program.dense.model, found.compact.module, images(seed=1))
-    fitted = reconstruct(found.program, found.plan, found.coupling, found.compact, images())
+    fitted = reconstruct(found.cut, found.compact, images())
     assert {f.name for f in fitted} >= {"a.weight"}
     assert all(f.rows <= 300 + 96 for f in fitted)
     assert error(found.program.dense.model, found.compact.module, images(seed=1)) < before
@@ -216,7 +217,7 @@ def test_statistics_of_a_fitted_norm_are_those_of_what_it_reads() -> None:
     torch.manual_seed(0)
     build, _, group = REDUNDANT["norm"]
     found = without(build(), {group: [0, 1]}, torch.zeros(2, 3, 8, 8))
-    reconstruct(found.program, found.plan, found.coupling, found.compact, images())
+    reconstruct(found.cut, found.compact, images())
     seen: list[Tensor] = []
     norm = found.compact.module[3]
     norm.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
@@ -242,7 +243,7 @@ def test_outputs_are_no_further_from_the_dense_ones(seed: int, share: float, nor
     plan = make_plan(program, coupling, dead)
     compact = cut(program, plan, coupling=coupling)
     before = error(model, compact.module, images(seed=seed))
-    reconstruct(program, plan, coupling, compact, images(seed=seed))
+    reconstruct(Cut(program, coupling, plan), compact, images(seed=seed))
     assert error(model, compact.module, images(seed=seed)) <= before * 1.05 + 1e-6
 
 
@@ -254,7 +255,7 @@ def test_values_that_are_not_finite_are_said() -> None:
         model[2].weight.fill_(1e30)  # type: ignore[union-attr, operator]
     found = without(model, {"0.weight:0": [0]}, torch.zeros(2, 3, 8, 8))
     with pytest.raises(InvalidInput, match=r"2\.weight reads or gives is not finite"):
-        reconstruct(found.program, found.plan, found.coupling, found.compact, images())
+        reconstruct(found.cut, found.compact, images())
 
 
 def test_norms_are_estimated_anew_and_parameters_stay() -> None:

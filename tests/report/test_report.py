@@ -13,11 +13,11 @@ from rich.console import Console
 
 from surgery import report
 from surgery.core.ir import (
+    AxisCut,
     Budget,
     CheckResult,
     CompactModel,
     Coupling,
-    Cut,
     Frozen,
     Group,
     InputSpec,
@@ -52,7 +52,7 @@ def data() -> dict[str, Any]:
     plan = Plan(
         dead={"conv1.weight:0": (0, 3), "fc.weight:0": (1,)},
         sizes={g.name: g.size for g in groups},
-        cuts=(Cut("conv1.weight", 0, 16, (0, 3)),),
+        cuts=(AxisCut("conv1.weight", 0, 16, (0, 3)),),
         fingerprint="f" * 64,
         inputs=inputs,
         budget=Budget(macs=0.5),

@@ -49,7 +49,7 @@ def speed(job: Job, options: Options, folder: Path) -> Entry:
     entries: dict[str, Entry] = {"ours": {"macs": subject.kept(result.model)}}
     bench.add("ours", result.model)
     with _explained(entries, "masked"):
-        bench.add("masked", masked(result.program, result.plan, result.coupling))
+        bench.add("masked", masked(result.cut))
         entries["masked"] = {"macs": 1.0}
     _at_our_macs(bench, entries, entries["ours"]["macs"], options)
     if job.amount in options.equal_latency and job.threads == 1:
