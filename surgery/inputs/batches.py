@@ -1,12 +1,11 @@
-"""What a batch of the user's holds: a model's inputs, then perhaps classes; and how data of the user's are read.
+"""The user's batches: a model's inputs, then perhaps classes.
 
-Whatever a data set or a loader draws at random while it is read here follows from a seed: two runs see the same, and
-one that was killed goes on with what it would have seen. The user's own generators stay as they are.
+Whatever a data set or a loader draws at random while it is read here follows from a seed, so that two runs, or a
+resumed one, see the same. The user's own generators are left unchanged.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Number
@@ -20,12 +19,13 @@ from torch.utils.data import TensorDataset
 
 from surgery.core import InputSpec
 from surgery.errors import InvalidInput
+from surgery.inputs import random_state
 from surgery.inputs.datasets import UNKNOWN, Images
 from surgery.inputs.usercode import guarded
 
 _END = object()
 _HOLDERS = ("base_dataloader", "batch_sampler", "sampler")
-"""What a DataLoader, and Accelerate's, keep samplers and their generators in."""
+"""Attributes of a DataLoader, or Accelerate's, that hold samplers and their generators."""
 
 
 def read(loader: Iterable[Any], seed: int, named: str = "data") -> Iterator[Any]:
@@ -47,7 +47,7 @@ def read(loader: Iterable[Any], seed: int, named: str = "data") -> Iterator[Any]
 
 @contextmanager
 def alike(loader: Any, seed: int) -> Iterator[None]:
-    """Let the block draw, and let it find in a loader, generators that follow from the seed."""
+    """Seed what the block draws, the generators in a loader included; the states are restored after it."""
     with _Draws(seed, loader).ours():
         yield
 
@@ -80,7 +80,7 @@ def parted(batch: Any, specs: Sequence[InputSpec], named: str = "data") -> tuple
     Args:
         batch: the input, or a tuple, list or dictionary.
         specs: the model's inputs.
-        named: what the batch is of, for messages.
+        named: what to call the data in messages.
 
     Raises:
         InvalidInput: there are fewer tensors than inputs.
@@ -141,54 +141,33 @@ def unknown(classes: Tensor) -> bool:
 
 
 class _Draws:
-    """Random states of our own: torch's, numpy's and Python's, and generators in the place of a loader's."""
+    """Random states of our own: of the global generators, and of generators that replace a loader's."""
 
     def __init__(self, seed: int, loader: Any = None) -> None:
         self._generators = [(x, torch.Generator().manual_seed(seed)) for x in _holders(loader)]
-        with _as_before():
-            torch.default_generator.manual_seed(seed)
-            np.random.seed(seed % 2**32)
-            random.seed(seed)
-            self._states = _states()
+        with random_state.states_kept():
+            random_state.seed_all(seed)
+            self._states = random_state.states()
 
     @contextmanager
     def ours(self) -> Iterator[None]:
         """Let the block draw from them."""
         theirs = [(x, x.generator) for x, _ in self._generators]
-        with _as_before():
-            _put(self._states)
+        with random_state.states_kept():
+            random_state.restore(self._states)
             for x, generator in self._generators:
                 x.generator = generator
             try:
                 yield
             finally:
-                self._states = _states()
+                self._states = random_state.states()
                 for x, generator in theirs:
                     x.generator = generator
 
 
 def _holders(loader: Any) -> list[Any]:
-    """A loader and the samplers in it that keep a generator of torch's, or have the place for one."""
+    """The loader and its samplers, as far as they have an attribute for a torch generator."""
     held = getattr(loader, "__dict__", {})
     found = [x for name in _HOLDERS if name in held for x in _holders(held[name])]
     own = "generator" in held and isinstance(held["generator"], (torch.Generator, type(None)))
     return list({id(x): x for x in [*found, *([loader] if own else [])]}.values())
-
-
-def _states() -> tuple[Tensor, Any, Any]:
-    return torch.default_generator.get_state(), np.random.get_state(), random.getstate()
-
-
-def _put(states: tuple[Tensor, Any, Any]) -> None:
-    torch.default_generator.set_state(states[0])
-    np.random.set_state(states[1])
-    random.setstate(states[2])
-
-
-@contextmanager
-def _as_before() -> Iterator[None]:
-    states = _states()
-    try:
-        yield
-    finally:
-        _put(states)

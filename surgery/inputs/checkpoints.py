@@ -1,8 +1,8 @@
 """Read state dicts from files and fit them to a model, without ever unpickling foreign objects.
 
-A checkpoint in the wild is a state dict under some wrapper (`state_dict`, `model`, `ema`, ...), its keys behind some
-prefix (`module.` of data parallel, `_orig_mod.` of `torch.compile`, `model.` of training frameworks), for some number
-of classes. This room undoes the first two, tells the third, and says in one sentence what does not fit.
+A checkpoint is often a state dict inside a wrapper (`state_dict`, `model`, `ema`, ...), whose keys have a prefix
+(`module.` of data parallel, `_orig_mod.` of `torch.compile`, `model.` of training frameworks). Both are removed here;
+what does not fit is reported in one sentence.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from surgery.errors import InvalidInput
 _AVERAGED = ("state_dict_ema", "model_ema", "ema")
 _WRAPPERS = (*_AVERAGED, "state_dict", "model_state_dict", "model", "module")
 _PREFIXES = ("module.", "model.", "_orig_mod.")
-_PREFIX_PAIRS = tuple((outer, inner) for outer in _PREFIXES for inner in _PREFIXES)
 _STATISTICS = ("running_mean", "running_var")
 _DEPTH = 4
 _LISTED = 3
@@ -46,7 +45,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """How a state dict differs from what a model wants; false where it fits.
+    """How a state dict differs from a model's; false where it fits.
 
     Attributes:
         missing: the model's keys that the file lacks.
@@ -69,8 +68,8 @@ class Mismatch:
         if self.unexpected:
             parts.append(f"{len(self.unexpected)} unexpected ({_some(self.unexpected)})")
         if self.shapes:
-            told = [f"{key}: expected {want}, found {found}" for key, (want, found) in self.shapes.items()]
-            parts.append(f"{len(self.shapes)} of another shape ({_some(told, '; ')})")
+            shapes = [f"{key}: expected {want}, found {found}" for key, (want, found) in self.shapes.items()]
+            parts.append(f"{len(self.shapes)} of another shape ({_some(shapes, '; ')})")
         return ", ".join(parts)
 
 
@@ -113,9 +112,12 @@ def without_prefixes(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> 
     best = dict(tensors)
     while True:
         variants = [{_strip(key, prefix): value for key, value in best.items()} for prefix in _PREFIXES]
-        variants += [{_strip(_strip(k, outer), inner): v for k, v in best.items()} for outer, inner in _PREFIX_PAIRS]
-        better = max(variants, key=lambda variant: _overlap(variant, wanted))
-        if _overlap(better, wanted) <= _overlap(best, wanted) or len(better) < len(best):
+        variants += [
+            {_strip(key, prefix): value for key, value in one.items()} for one in variants for prefix in _PREFIXES
+        ]
+        better = max(variants, key=lambda variant: len(variant.keys() & set(wanted)))
+        gained = len(better.keys() & set(wanted)) - len(best.keys() & set(wanted))
+        if gained <= 0 or len(better) < len(best):
             return best
         best = better
 
@@ -148,25 +150,18 @@ def fit(module: nn.Module, checkpoint: Checkpoint, *, label: str) -> None:
 
 def check_finite(module: nn.Module, *, origin: str) -> None:
     """Raise InvalidInput, naming the tensor, where a parameter or norm statistic is not finite, or a buffer is NaN."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
     for name, value in module.state_dict().items():
         if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
             continue
         # Attention masks are buffers in which minus infinity is meant.
-        strict = isinstance(_find(module, name), nn.Parameter) or name.endswith(_STATISTICS)
+        strict = name in parameters or name.endswith(_STATISTICS)
         bad = ~torch.isfinite(value) if strict else torch.isnan(value)
         if bool(bad.any()):
             raise InvalidInput(
                 f"{origin}: {name} holds {int(bad.sum())} NaN or infinite values out of {value.numel()}; "
                 "use a checkpoint from before training diverged"
             )
-
-
-def _find(module: nn.Module, name: str) -> Any:
-    owner, _, leaf = name.rpartition(".")
-    try:
-        return getattr(module.get_submodule(owner), leaf, None)
-    except AttributeError:  # a module that renames its keys on saving
-        return None
 
 
 def _some(names: Collection[str], separator: str = ", ") -> str:
@@ -177,10 +172,6 @@ def _some(names: Collection[str], separator: str = ", ") -> str:
 def _strip(key: str, prefix: str) -> str:
     # `torch.compile` of a submodule leaves its prefix in the middle of the key.
     return key.replace(prefix, "") if prefix == "_orig_mod." else key.removeprefix(prefix)
-
-
-def _overlap(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> int:
-    return sum(key in wanted for key in tensors)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
-"""The one door through which torchvision and timm are imported.
+"""The import of torchvision and timm, also where torchvision's C++ operators do not load.
 
-torchvision's wheels carry C++ operators built for one exact build of torch; next to another build (a CPU torch beside a
-CUDA torchvision, say) the operators do not load and `import torchvision` stops at the missing schema of `nms`. Every
-classification and segmentation model works without those operators, and detectors need them only in post-processing,
-so the two schemas are declared here when, and only when, they are missing.
+torchvision's wheels carry operators built for one exact build of torch; next to another build (a CPU torch beside a
+CUDA torchvision, say) `import torchvision` stops at the missing schema of `nms`. Classification and segmentation
+models work without those operators, and detectors need them only in post-processing, so the two schemas are declared
+here when, and only when, they are missing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from types import ModuleType
 
 import torch
 
+from surgery.core import first_line
 from surgery.errors import InvalidInput
 
 _SCHEMAS = {
@@ -25,47 +26,38 @@ _SCHEMAS = {
 
 
 def import_torchvision() -> ModuleType:
-    """Import torchvision, also where its C++ operators do not load; a matching pair is left as it is.
-
-    Returns:
-        The module `torchvision`. Where the operators are missing, detectors build, but cannot post-process.
+    """Return torchvision; where its operators do not load, detectors build, but cannot post-process.
 
     Raises:
         InvalidInput: torchvision is not installed, or does not import for another reason.
     """
-    if importlib.util.find_spec("torchvision") is None:
-        raise InvalidInput("torchvision is not installed; install it with `pip install torchvision`")
     try:
-        return importlib.import_module("torchvision")
-    except RuntimeError as error:
+        return _imported("torchvision", "torchvision")
+    except InvalidInput as error:
         if "torchvision::" not in str(error):
-            raise _broken("torchvision", error) from error
-    except (ImportError, OSError, AttributeError) as error:
-        raise _broken("torchvision", error) from error
+            raise
     _declare_operators()
-    _forget("torchvision")
-    try:
-        return importlib.import_module("torchvision")
-    except (RuntimeError, ImportError, OSError, AttributeError) as error:
-        raise _broken("torchvision", error) from error
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]  # what the failed import left
+    return _imported("torchvision", "torchvision")
 
 
 def import_timm() -> ModuleType:
-    """Import timm, which itself needs torchvision.
-
-    Returns:
-        The module `timm`.
-
-    Raises:
-        InvalidInput: timm or torchvision is not installed, or does not import.
-    """
-    if importlib.util.find_spec("timm") is None:
-        raise InvalidInput("timm is not installed; install it with `pip install 'model-surgery[timm]'`")
+    """Return timm, which needs torchvision; errors as of `import_torchvision`."""
     import_torchvision()
+    return _imported("timm", "'model-surgery[timm]'")
+
+
+def _imported(package: str, requirement: str) -> ModuleType:
+    if importlib.util.find_spec(package) is None:
+        raise InvalidInput(f"{package} is not installed; install it with `pip install {requirement}`")
     try:
-        return importlib.import_module("timm")
+        return importlib.import_module(package)
     except (RuntimeError, ImportError, OSError, AttributeError) as error:
-        raise _broken("timm", error) from error
+        raise InvalidInput(
+            f"{package} is installed but does not import with torch {torch.__version__}: {first_line(error)}; "
+            f"install a {package} that matches this torch"
+        ) from error
 
 
 @functools.cache
@@ -76,17 +68,3 @@ def _declare_operators() -> torch.library.Library:
         if not hasattr(torch.ops.torchvision, name):
             library.define(schema)  # type: ignore[no-untyped-call]
     return library
-
-
-def _forget(package: str) -> None:
-    """Drop what a failed import left in `sys.modules`, so that the next one starts afresh."""
-    for name in [name for name in sys.modules if name == package or name.startswith(package + ".")]:
-        del sys.modules[name]
-
-
-def _broken(package: str, error: Exception) -> InvalidInput:
-    cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return InvalidInput(
-        f"{package} is installed but does not import with torch {torch.__version__}: {cause}; "
-        f"install a {package} that matches this torch"
-    )

@@ -1,12 +1,11 @@
-"""Images to look at, to teach with and to judge by: folders, archives, or what a callable of the user's returns.
+"""Images for calibration, training and evaluation: folders, archives, or what a callable of the user's returns.
 
 A data set here is what `torch.utils.data.DataLoader` takes: pairs of a normalised image (C, H, W) and its class, -1
-where there is none. Files are read as they are asked for; one that cannot be read is left out and counted.
+where there is none. Files are read on access; unreadable ones are left out and counted.
 """
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from surgery.errors import InvalidInput
+from surgery.inputs.compat import import_torchvision
 from surgery.inputs.preprocessing import Preprocessing
 from surgery.inputs.usercode import user_object
 
@@ -29,6 +30,8 @@ UNREADABLE = 0.01
 """More than this share of files that cannot be read is refused."""
 UNKNOWN = -1
 """The class of an image without one."""
+_NOT_AN_ARCHIVE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError)
+"""What numpy raises on damaged or foreign files, beside the errors of zip."""
 
 
 @dataclass(eq=False)
@@ -36,15 +39,15 @@ class Images(Dataset[tuple[Tensor, int]]):
     """Images of a folder or an archive, normalised.
 
     Attributes:
-        option: what the user gave them with, for messages.
+        option: the command-line option that named them, for messages.
         place: where they are.
         shape: (C, H, W) of each.
-        how: what is done to them.
+        how: their preprocessing.
         files: of a folder, by name.
         pixels: of an archive: (N, H, W, C) of uint8.
         classes: of each image; -1 for none.
         unreadable: files that turned out not to be images.
-        told: what the user should know of how the folder was read.
+        told: for the user: how the folder was read.
     """
 
     option: str
@@ -58,7 +61,7 @@ class Images(Dataset[tuple[Tensor, int]]):
     told: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        """Return how many there are, those that cannot be read among them."""
+        """Return the number of images, unreadable ones included."""
         return len(self.files) if self.pixels is None else len(self.pixels)
 
     @property
@@ -67,7 +70,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         return bool(self.classes) and min(self.classes) != UNKNOWN
 
     def __getitem__(self, k: int) -> tuple[Tensor, int]:
-        """Return an image and its class; the next one that can be read in the place of one that cannot."""
+        """Return an image and its class; for an unreadable one, the next that can be read."""
         for step in range(len(self)):
             at = (k + step) % len(self)
             if (image := self.image(at)) is not None:
@@ -76,8 +79,6 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def image(self, k: int) -> Tensor | None:
         """Return an image, (C, H, W); None where its file cannot be read."""
-        from PIL import Image
-
         if self.pixels is not None:
             grey = self.pixels[k].shape[-1] == 1
             return self._fitted(Image.fromarray(self.pixels[k][..., 0] if grey else self.pixels[k]))
@@ -92,19 +93,16 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def _fitted(self, image: Any) -> Tensor:
         """The middle of the image at the model's size, normalised."""
-        from PIL import Image, ImageOps
-
         _, height, width = self.shape
         if image.size != (width, height) or self.how.crop < 1:
-            filters = {name: getattr(Image.Resampling, name.upper()) for name in ("nearest", "bilinear", "bicubic")}
-            method = filters[self.how.interpolation]
+            method = Image.Resampling[self.how.interpolation.upper()]
             image = ImageOps.fit(image, (width, height), method, bleed=(1 - self.how.crop) / 2)
-        pixels = np.asarray(image, dtype=np.float32).reshape(height, width, self.shape[0]) / 255
-        mean, std = (np.asarray(values, dtype=np.float32) for values in (self.how.mean, self.how.std))
-        return torch.from_numpy(np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1)))
+        transforms = import_torchvision().transforms.functional
+        fitted: Tensor = transforms.normalize(transforms.to_tensor(image), self.how.mean, self.how.std)
+        return fitted
 
     def refuse_broken(self, looked: int) -> None:
-        """Raise InvalidInput where more of the files looked at than one in a hundred could not be read."""
+        """Raise InvalidInput where more than one in a hundred of the `looked` at files could not be read."""
         if len(self.unreadable) > UNREADABLE * looked:
             raise InvalidInput(
                 f"{self.option} {self.place}: at least {len(self.unreadable)} of {looked} images cannot be read, the "
@@ -112,7 +110,7 @@ class Images(Dataset[tuple[Tensor, int]]):
             )
 
     def some(self, most: int) -> Iterator[tuple[Tensor, int]]:
-        """Yield at most so many images, evenly spaced, with their classes; those that cannot be read are left out."""
+        """Yield at most so many images, evenly spaced, with their classes; unreadable ones are left out."""
         chosen = spaced(len(self), most)
         for k in chosen:
             if (image := self.image(k)) is not None:
@@ -120,7 +118,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         self.refuse_broken(len(chosen))
 
     def notes(self) -> list[str]:
-        """Return what the user should know."""
+        """Return notes for the user."""
         broken = [f"{self.option}: {len(self.unreadable)} files could not be read and were left out"]
         return [*self.told, *(broken if self.unreadable else ())]
 
@@ -137,14 +135,14 @@ def open_images(given: str, input_shape: Sequence[int], how: Preprocessing, *, o
         given: an .npz file with `images` (N, H, W, C) of uint8 and perhaps `labels` (N,); a folder of images, each
             class in a folder of its own or all in one; or `FILE.py:CALLABLE` that returns a DataLoader.
         input_shape: of the model's input, (N, C, H, W).
-        how: what is done to images; a callable's are taken as they come.
+        how: their preprocessing; a callable's images are used as they are.
         option: for messages.
 
     Returns:
         `Images`, or what the callable returned.
 
     Raises:
-        InvalidInput: there are no such images, or they do not fit.
+        InvalidInput: there are no such images, or they do not suit the model.
     """
     owner, colon, name = given.rpartition(":")
     if colon and owner and not Path(given).exists():
@@ -183,16 +181,7 @@ def _archive(place: Path, shape: tuple[int, int, int], how: Preprocessing, optio
         with np.load(place) as data:
             pixels = data["images"]
             labels = data.get("labels")
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except (*_NOT_AN_ARCHIVE, zipfile.BadZipFile, zlib.error) as error:
         missing = "no such file or folder" if not place.exists() else "this is none"
         damaged = "this one has no 'images'" if isinstance(error, KeyError) else "this one cannot be read: is it whole?"
         what = damaged if place.is_file() and place.suffix == ".npz" else missing
@@ -216,30 +205,22 @@ def _archive(place: Path, shape: tuple[int, int, int], how: Preprocessing, optio
 
 
 def _folder(place: Path, shape: tuple[int, int, int], how: Preprocessing, option: str) -> Images:
-    """As torchvision's ImageFolder reads it, where there are several folders: each is a class, by name."""
-    folders = sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
-    inside = {folder: _files(folder) for folder in folders}
+    """Read several folders as torchvision's ImageFolder does: each is a class, by name."""
+    names = sorted(path.name for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
     beside = [path for path in sorted(place.iterdir()) if path.is_file() and path.suffix.lower() in SUFFIXES]
-    if sum(map(bool, inside.values())) > 1:
-        files = [file for folder in folders for file in inside[folder]]
-        classes = tuple(k for k, folder in enumerate(folders) for _ in inside[folder])
+    known, folder = {name: k for k, name in enumerate(names)}, import_torchvision().datasets.DatasetFolder
+    found = folder.make_dataset(place, known, SUFFIXES, allow_empty=True) if known else []
+    files, classes = [Path(file) for file, _ in found], tuple(label for _, label in found)
+    if len(set(classes)) > 1:
         told = [f"{option}: {len(beside)} images beside the folders of classes are left out"] if beside else []
-        empty = [folder.name for folder in folders if not inside[folder]]
+        empty = [name for k, name in enumerate(names) if k not in classes]
         told += [f"{option}: folder '{name}' holds no images, and counts as a class" for name in empty]
     else:
-        files, classes = [*beside, *(file for folder in folders for file in inside[folder])], ()
-        told = [f"{option}: all images are in one folder: no classes are known"] if folders and files else []
+        files, classes = [*beside, *files], ()
+        told = [f"{option}: all images are in one folder: no classes are known"] if names and files else []
     if not files or shape[0] not in (1, 3):
         raise InvalidInput(f"{option} {place}: no images ({', '.join(SUFFIXES)}) for {shape[0]} channels")
     return Images(option, place, shape, how, files=files, classes=classes, told=tuple(told))
-
-
-def _files(folder: Path) -> list[Path]:
-    """Images in a folder and the folders below it, in torchvision's order; links are followed."""
-    found = []
-    for place, _, names in sorted(os.walk(folder, followlinks=True)):
-        found += [Path(place, name) for name in sorted(names) if Path(name).suffix.lower() in SUFFIXES]
-    return found
 
 
 def as_dataset(given: Any, *, option: str = "data") -> Any:

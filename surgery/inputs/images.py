@@ -1,7 +1,4 @@
-"""Calibration images: tensors, batches, files or folders → batches of a model's inputs, with the digest plans record.
-
-Nothing here needs labels. What is read from files is scaled to 0..1, brought to the model's input size and normalised.
-"""
+"""Calibration images: tensors, batches, files or folders → batches of a model's inputs, without labels."""
 
 from __future__ import annotations
 
@@ -37,7 +34,7 @@ class Calibration:
         batches: each a tuple of the model's tensor inputs in order, the batch along axis 0.
         count: number of images.
         digest: SHA-256 of shapes and values.
-        given: for a part of a model, the whole model's inputs that `batches` came of.
+        given: for a part of a model, the whole model's inputs from which `batches` follow.
         classes: the least and the greatest class that came with them in batches or items; None for none.
     """
 
@@ -52,7 +49,7 @@ class Calibration:
         return {"images": self.count, "sha256": self.digest}
 
     def through(self, function: Callable[[tuple[Tensor, ...]], Sequence[Tensor]]) -> Calibration:
-        """Return each batch as a function of it: what a part of the model is given, say."""
+        """Return the function of each batch, such as the inputs of a part of the model."""
         return replace(self, batches=tuple(tuple(function(batch)) for batch in self.batches), given=self.batches)
 
 

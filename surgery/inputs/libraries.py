@@ -1,8 +1,7 @@
 """Models of torchvision and timm: how each is built, which inputs it takes, and its pretrained weights.
 
-Downloads go through the libraries' own loaders and caches. Whether the network is there is found out first, by one
-short request, because the loaders themselves retry for minutes. Random models never touch the network, backbones
-included.
+Downloads go through the libraries' own loaders and caches, after one short request that tests the connection: the
+loaders themselves retry for minutes. Random models never touch the network, backbones included.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import http.client
 import inspect
 import os
 import socket
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -32,19 +30,18 @@ from surgery.inputs.preprocessing import Preprocessing
 PROBE_SECONDS = 4.0
 STALLED_SECONDS = 20.0
 _IMAGE = 224
-_DENSE_IMAGE = 256
-_FLOW_IMAGE = 128
+_SIZES = {"segmentation": 256, "detection": 256, "optical_flow": 128}
 _FRAMES = 16
 _AUXILIARY: tuple[Mapping[str, Any], ...] = ({"aux_loss": True}, {"aux_logits": True}, {"aux_logits": False})
 
 
 class Unavailable(Exception):
-    """Pretrained weights cannot be had; the message says why. Never leaves this package: random weights take over."""
+    """Pretrained weights are not available; the message says why. Caught in this room: random weights replace them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A module, and example inputs where whoever built it supplied some."""
+    """A module, and the example inputs that came with it, if any."""
 
     module: nn.Module
     args: tuple[Any, ...] | None = None
@@ -59,16 +56,16 @@ class Source:
         name: safe as a folder's name.
         label: what to call the model in messages.
         build: keyword arguments of the builder → the model with its initial weights; downloads nothing.
-        initial: what those initial weights are, for the report; `{seed}` is filled in.
+        initial: a description of those initial weights; `{seed}` is filled in.
         accepts: whether the builder takes a keyword argument of this name.
         pretrained: keyword arguments → (model, name of its weights), or raises Unavailable. None: has none of its own.
         shape: (model, builder arguments) → shape of an example input; None where nothing is known about it.
         wrap: example tensor → positional arguments.
         variants: builder arguments to try for a checkpoint that the default does not fit.
         runs: whether the whole model runs on its example inputs (detectors may not).
-        notes: what the user should know.
-        shape_notes: what the user should know where no input shape was given.
-        preprocessing: model → what its weights expect to have been done to images.
+        notes: for the user.
+        shape_notes: for the user, where no input shape was given.
+        preprocessing: model → the preprocessing that its weights expect.
     """
 
     name: str
@@ -177,25 +174,15 @@ def _timm_preprocessing(module: nn.Module) -> Preprocessing:
 
 
 def unreachable(url: str) -> str | None:
-    """Say why the host of `url` cannot be reached, or None where it answers; takes a few seconds at most."""
-    outcome: list[str | None] = []
-
-    def probe() -> None:
-        request = urllib.request.Request(url, method="HEAD")
-        try:
-            urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
-            outcome.append(None)
-        except urllib.error.HTTPError:
-            outcome.append(None)  # an answer, if only a refusal
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            outcome.append(str(getattr(error, "reason", "")) or first_line(error))
-
-    # A thread, because looking up a name has no timeout of its own.
-    thread = threading.Thread(target=probe, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS + 1.0)
-    reason = outcome[0] if outcome else "no answer"
-    return None if reason is None else f"no connection to {urlsplit(url).hostname}: {reason}"
+    """Return why the host of `url` cannot be reached within a few seconds; None where it answers."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return None  # an answer, if only a refusal
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = str(getattr(error, "reason", "")) or first_line(error)
+        return f"no connection to {urlsplit(url).hostname}: {reason}"
+    return None
 
 
 # torchvision ---------------------------------------------------------------------------------------------------------
@@ -209,7 +196,7 @@ _NOTES: Mapping[str, tuple[str, ...]] = {
     "detection": ("a detector's post-processing depends on its data: shrink a part of it, --part backbone",),
 }
 _SHAPE_NOTES: Mapping[str, tuple[str, ...]] = {
-    "segmentation": (f"example images are {_DENSE_IMAGE} x {_DENSE_IMAGE} unless --input-shape says otherwise",),
+    "segmentation": ("example images are 256 x 256 unless --input-shape says otherwise",),
 }
 
 
@@ -227,19 +214,13 @@ def _random(name: str, parameters: frozenset[str]) -> dict[str, Any]:
 
 
 def _torchvision_shape(family: str, module: nn.Module, default: Any) -> tuple[int, ...]:
-    crop = getattr(default, "transforms", None)
-    size = getattr(crop, "keywords", {}).get("crop_size", _IMAGE)
-    if family in ("segmentation", "detection"):
-        return (1, 3, _DENSE_IMAGE, _DENSE_IMAGE)
-    if family == "optical_flow":
-        return (1, 3, _FLOW_IMAGE, _FLOW_IMAGE)
-    if family == "video":
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        return (1, 3, _FRAMES, height, width)
-    fixed = getattr(module, "image_size", None)  # transformers: the default may differ from the weights' crop
-    size = fixed if isinstance(fixed, int) else size
-    size = size[0] if isinstance(size, (tuple, list)) else size
-    return (1, 3, size, size)
+    if family in _SIZES:
+        return (1, 3, _SIZES[family], _SIZES[family])
+    size = getattr(getattr(default, "transforms", None), "keywords", {}).get("crop_size", _IMAGE)
+    if family != "video":
+        size = getattr(module, "image_size", size)  # transformers: it may differ from the weights' crop
+    height, width = (size, size) if isinstance(size, int) else (size[0], size[-1])
+    return (1, 3, _FRAMES, height, width) if family == "video" else (1, 3, height, height)
 
 
 def _torchvision_pretrained(name: str, default: Any, args: Mapping[str, Any]) -> tuple[Built, str]:
@@ -271,36 +252,21 @@ def _timm_pretrained(name: str, args: Mapping[str, Any]) -> tuple[Built, str]:
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
         raise Unavailable(f"timm has no pretrained weights for {name}")
-    repository = config.hf_hub_id
-    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co") if repository else config.url
-    cached = _timm_cached(repository, config.url)
+    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co") if config.hf_hub_id else config.url
     reason = unreachable(url) if url else None
-    if reason and not cached:
-        raise Unavailable(reason)
-    with _downloading(f"timm:{name}", cached), _hub_offline(reason is not None):
-        module = _call(f"timm:{name}", timm.create_model, {"model_name": name, "pretrained": True, **args})
+    try:
+        with _downloading(f"timm:{name}", None), _hub_offline(reason is not None):
+            module = _call(f"timm:{name}", timm.create_model, {"model_name": name, "pretrained": True, **args})
+    except Unavailable as error:  # not in the cache either
+        raise Unavailable(reason or str(error)) from error
     classes = args.get("num_classes", config.num_classes)
     new_head = "" if classes == config.num_classes else f", with a random classifier of {classes} classes"
     return Built(module), f"{config.tag or 'pretrained'} (timm){new_head}"
 
 
-def _timm_cached(repository: str | None, url: str | None) -> Path | None:
-    """Return the file that the library would take from its cache, if there is one."""
-    if not repository:
-        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url or "").path).name
-        return file if file.is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        found = try_to_load_from_cache(repository, name)
-        if isinstance(found, str):
-            return Path(found)
-    return None
-
-
 @contextmanager
 def _hub_offline(offline: bool) -> Iterator[None]:
-    """Let the hub's client answer from its cache at once instead of retrying a network that is not there."""
+    """Let the hub's client answer from its cache at once instead of retrying without a network."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE

@@ -1,29 +1,26 @@
-"""Turn what the user typed into a module in eval mode with example inputs.
+"""Load a model, in eval mode and with example inputs, from what the user typed.
 
 A model is named (`resnet18`, `timm:NAME`), made by the user's own code (`FILE.py:CALLABLE`, `package.module:CALLABLE`)
-or read from a `.pt2` program; its weights are the library's, random from a seed, or a checkpoint's. Whatever is wrong
-with any of them is said here, in one sentence, before anything slow starts.
+or read from a `.pt2` program; its weights are the library's, random from a seed, or a checkpoint's. Errors in any of
+them are reported here, in one sentence each, before anything slow starts.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from surgery.core import first_line, user_line
 from surgery.errors import InvalidInput, SurgeryError
-from surgery.inputs import checkpoints
+from surgery.inputs import checkpoints, random_state
 from surgery.inputs.compat import import_timm, import_torchvision
 from surgery.inputs.libraries import (
     Built,
@@ -52,11 +49,10 @@ class LoadedModel:
         example_inputs: positional arguments of forward, usually one tensor of shape (1, C, H, W).
         example_kwargs: keyword arguments of forward.
         name: short, and safe as a folder's name.
-        weights: what the weights are, for the report: `IMAGENET1K_V1 (torchvision)`, `random`,
-            `checkpoint resnet.pt`.
-        notes: what the user should know.
-        warnings: what the user must know: that the weights are random although pretrained ones were asked for.
-        preprocessing: what the model expects to have been done to images.
+        weights: their name in the report: `IMAGENET1K_V1 (torchvision)`, `random`, `checkpoint resnet.pt`.
+        notes: for the user.
+        warnings: for the user: that the weights are random although pretrained ones were asked for.
+        preprocessing: the one that the model expects.
     """
 
     module: nn.Module
@@ -86,7 +82,7 @@ def load_model(
             of a checkpoint.
         input_shape: of the example input, such as (1, 3, 224, 224); None for the model's own.
         model_args: keyword arguments of the builder, such as num_classes.
-        seed: of random weights and example inputs. The global random states are as before afterwards.
+        seed: of random weights and example inputs; the global random states are restored afterwards.
         trust: load `.pt2` files that could run code.
 
     Raises:
@@ -97,7 +93,8 @@ def load_model(
         raise InvalidInput(f"input shape {input_shape}: every size must be a positive integer, such as 1,3,224,224")
     if weights == "random" and spec.endswith(".pt2"):
         raise InvalidInput(f"--weights random: {spec} comes with its weights; omit the option or give a checkpoint")
-    with _random_states_kept():
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    with random_state.states_kept(), torch.random.fork_rng(devices=devices):
         source = _find_source(spec, trust)
         loaded, built = _with_weights(source, weights, model_args, seed)
         built.module.eval()
@@ -210,7 +207,7 @@ def _shape(value: Any) -> str:
     return type(value).__name__
 
 
-# What the user typed -------------------------------------------------------------------------------------------------
+# From the name to a source -------------------------------------------------------------------------------------------
 
 
 def _find_source(spec: str, trust: bool) -> Source:
@@ -241,8 +238,8 @@ def _torchvision(name: str) -> Source:
 
 def _timm(name: str) -> Source:
     if not import_timm().is_model(name):
-        near = difflib.get_close_matches(name, timm_names(), n=3)
-        hint = f"did you mean {', '.join('timm:' + n for n in near)}?" if near else "see timm.list_models()"
+        similar = difflib.get_close_matches(name, timm_names(), n=3)
+        hint = f"did you mean {', '.join('timm:' + n for n in similar)}?" if similar else "see timm.list_models()"
         raise InvalidInput(f"no model '{name}' in timm; {hint}")
     return timm_source(name)
 
@@ -260,19 +257,5 @@ def _program(path: Path, trust: bool) -> Source:
 
 
 def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = list(range(torch.cuda.device_count())) if used else []
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
+    torch.manual_seed(seed)  # of all devices
+    random_state.seed_all(seed)

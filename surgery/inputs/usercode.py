@@ -1,6 +1,6 @@
 """Models made by the user's own code: `FILE.py:CALLABLE` and `package.module:CALLABLE`.
 
-The code is imported and called here, and whatever goes wrong in it comes back as one sentence with the user's own line.
+Whatever goes wrong in that code becomes one sentence with the user's own line.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def user_source(owner: str, name: str) -> Source:
     Raises:
         InvalidInput: nothing of that name, or the import fails.
     """
-    maker, folder, _ = _found(owner, name)
-    is_file, label = owner.endswith(".py"), f"{owner}:{name}"
+    maker, folder = _found(owner, name)
+    label = f"{owner}:{name}"
 
     def build(model_args: Mapping[str, Any]) -> Built:
         if isinstance(maker, nn.Module):
@@ -48,7 +48,7 @@ def user_source(owner: str, name: str) -> Source:
         with _on_path(folder):
             return _unpack(label, guarded(f"{label} failed", lambda: maker(**model_args)))
 
-    stem = Path(owner).stem if is_file else owner.rpartition(".")[2]
+    stem = Path(owner).stem if owner.endswith(".py") else owner.rpartition(".")[2]
     return Source(
         name=folder_name(f"{stem}_{name}"),
         label=label,
@@ -59,12 +59,12 @@ def user_source(owner: str, name: str) -> Source:
 
 
 def user_object(owner: str, name: str) -> Any:
-    """Return what a name of the user's own file or module stands for; a callable comes guarded: it is called likewise.
+    """Return the object of this name in the user's own file or module; a callable reports its errors as `guarded` does.
 
     Raises:
         InvalidInput: nothing of that name, or the import, or the call, fails.
     """
-    maker, folder, _ = _found(owner, name)
+    maker, folder = _found(owner, name)
     if not callable(maker):
         return maker
 
@@ -75,8 +75,8 @@ def user_object(owner: str, name: str) -> Any:
     return call
 
 
-def _found(owner: str, name: str) -> tuple[Any, Path, ModuleType]:
-    """The object, the folder that was on `sys.path`, and the module that it is of."""
+def _found(owner: str, name: str) -> tuple[Any, Path]:
+    """The object, and the folder that was on `sys.path`."""
     is_file = owner.endswith(".py")
     folder = Path(owner).expanduser().resolve().parent if is_file else Path.cwd()
     with _on_path(folder):
@@ -88,7 +88,7 @@ def _found(owner: str, name: str) -> tuple[Any, Path, ModuleType]:
             own = [key for key in names if getattr(vars(module)[key], "__module__", None) == module.__name__]
             raise InvalidInput(f"{owner} has no '{name}'; {near(name, names, own)}")
         maker = getattr(maker, part)
-    return maker, folder, module
+    return maker, folder
 
 
 def _unpack(label: str, result: Any) -> Built:
@@ -150,7 +150,7 @@ def guarded(what: str, action: Callable[[], Any]) -> Any:
     except SyntaxError as error:
         raise InvalidInput(f"{what} at {error.filename}:{error.lineno}: {error.msg}") from error
     except (Exception, SystemExit) as error:  # the user's code may raise anything
-        if "torchvision::" in str(error):  # torchvision's operators do not load: try again through our door
+        if "torchvision::" in str(error):  # torchvision's operators do not load
             import_torchvision()
             return action()
         raise InvalidInput(f"{what}{user_line(error)}: {type(error).__name__}: {first_line(error)}") from error
@@ -167,9 +167,9 @@ def _on_path(folder: Path) -> Iterator[None]:
 
 def near(name: str, names: Collection[str], otherwise: Collection[str] = ()) -> str:
     """Return a hint in words: names like `name`, else the first few of `otherwise`."""
-    alike = difflib.get_close_matches(name, names, n=3)
-    if alike:
-        return f"did you mean {' or '.join(alike)}?"
+    similar = difflib.get_close_matches(name, names, n=3)
+    if similar:
+        return f"did you mean {' or '.join(similar)}?"
     return f"it defines {', '.join(list(otherwise)[:5])}" if otherwise else "nothing there has a similar name"
 
 
