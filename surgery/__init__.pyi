@@ -7,6 +7,7 @@ from .cutting import check as check, cut as cut
 from .delivery import load as load, save as save
 from .errors import SurgeryError as SurgeryError
 from .importance import score as score
+from .inputs import load_model as load_model
 from .planning import allocate as allocate
 from .recovery import Training as Training
 

@@ -62,6 +62,7 @@ class Result:
         coupling: its groups.
         compact: the compact model, with the reason for its kind; where a part was shrunk, the part alone.
         whole: where a part was shrunk, the dense model that it belongs to; `model` is then the whole compact one.
+        recipe: what was asked for.
         recovery: its steps, each with how the compact model did after it, and the images; None for none.
     """
 
@@ -74,6 +75,7 @@ class Result:
     coupling: Coupling = field(repr=False)
     compact: CompactModel = field(repr=False)
     whole: parts.Whole | None = field(default=None, repr=False)
+    recipe: Recipe = field(default_factory=Recipe, repr=False)
     recovery: Recovery | None = field(default=None, repr=False)
 
     @property
@@ -145,6 +147,7 @@ def realise(decision: Decision, *, progress: Progress | None = None, share: Shar
         coupling=coupling,
         compact=compact,
         whole=whole,
+        recipe=decision.recipe,
         recovery=regained,
     )
 

@@ -19,118 +19,140 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery import __version__, together, typed_next
+from surgery import __version__, config, together, typed_next
+from surgery.config import Recipe
 from surgery.errors import INTERNAL, OK, InvalidInput, SurgeryError
 from surgery.options import (
-    DATA,
-    DELIVERY,
     EXIT_CODES,
-    FILES,
-    MODEL,
-    OUTPUT,
-    PLANNING,
-    PROFILE,
-    SELECTION,
-    TIMING,
-    TRAINING,
+    Commands,
     Session,
-    options,
+    given,
+    of_bench,
+    of_profile,
+    of_recipe,
+    of_run,
+    recipe_file,
+    with_options,
 )
 from surgery.screen import PLAIN_WIDTH, Terminated, print_found, print_profile, print_report, say, work
 
 if TYPE_CHECKING:
-    from exporters.quantize import Int8
-    from surgery.config import Recipe
     from surgery.core import Progress
-    from surgery.delivery import Measurement
     from surgery.inputs import LoadedModel
     from surgery.planning import Decision
     from surgery.report import Report
 
 INTERRUPTED = 130
 TERMINATED = 143
-INEXACT = {None: "if-needed", True: "never", False: "always"}
-BUDGETS = ("latency", "latency_ms", "macs", "params", "channels")
-ONE_OF = (*BUDGETS, "max_drop")
+
+EXAMPLES = """\
+surgery shrink resnet18 --latency 0.5 --data photos/
+surgery shrink net.py:build --macs 0.6 --weights net.pt --data photos/
+surgery shrink resnet18 --max-drop 1 --data photos/ --val labelled/"""
 
 
-@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Commands,
+    epilog=EXIT_CODES,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="surgery")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Make a PyTorch vision model physically smaller, verify it, and measure it in ONNX Runtime."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
-@cli.command(epilog=EXIT_CODES)
-@options(MODEL, SELECTION, TIMING, PLANNING, DATA, TRAINING, DELIVERY, OUTPUT)
+@cli.command(examples=EXAMPLES)
+@click.argument("model")
+@with_options(recipe_file(), of_recipe(*config.GROUPS, without=("checkpoint",)), of_run())
 @click.pass_obj
-def shrink(session: Session, /, model: str, as_json: bool, quiet: bool, out: Path | None, **given: Any) -> None:
+def shrink(session: Session, /, as_json: bool, quiet: bool, **parameters: Any) -> None:
     """Shrink MODEL: cut, check, export to ONNX, time, and write everything into --out.
 
     MODEL is a torchvision name (resnet18), timm:NAME, FILE.py:CALLABLE or package.module:CALLABLE that returns a module
     (or a module and its example inputs), or a .pt2 exported program.
     """
-    _one_budget(given)
-    if given["max_drop"] is not None and together.processes() > 1:
+    _shrink(session, _recipe(parameters), as_json=as_json, quiet=quiet)
+
+
+@cli.command(examples="surgery run edge.toml\nsurgery run edge.toml --latency 0.4 --out smaller")
+@click.argument("recipe_file", metavar="RECIPE.toml", type=click.Path(path_type=Path))
+@with_options(of_recipe(*config.GROUPS, without=("checkpoint",)), of_run())
+@click.pass_obj
+def run(session: Session, /, as_json: bool, quiet: bool, **parameters: Any) -> None:
+    """Shrink the model that RECIPE.toml names, with the options in it; those on the command line come first."""
+    recipe = _recipe(parameters)
+    if recipe.model.model is None:
+        raise InvalidInput(f'{parameters["recipe_file"]} names no model: add a line such as model = "resnet18"')
+    _shrink(session, recipe, as_json=as_json, quiet=quiet)
+
+
+def _shrink(session: Session, recipe: Recipe, *, as_json: bool, quiet: bool) -> None:
+    if recipe.selection.max_drop is not None and together.processes() > 1:
         raise InvalidInput("--max-drop judges one model after the other, in one process: leave torchrun out")
+    config.validate(recipe)
     with work(session, quiet=quiet or together.rank() > 0) as progress:
-        how = _measurement(given)
-        loaded = _load(model, given, progress)
+        _validate_output(recipe)
+        loaded = _load(recipe, progress)
         if together.rank() > 0:
             from surgery import company
 
-            return company.follow(loaded, _recipe(given))
-        written = _deliver(session, loaded, model, out, given, how, progress, lambda: _decide(loaded, given, progress))
+            return company.follow(loaded, recipe)
+        written = _deliver(session, loaded, recipe, progress, lambda asked: _decide(loaded, asked, progress))
     print_report(written.data, as_json=as_json)
 
 
-@cli.command(epilog=EXIT_CODES)
+@cli.command()
 @click.argument("plan", type=click.Path(path_type=Path))
-@options(MODEL, TIMING, DATA, TRAINING, DELIVERY, OUTPUT)
+@click.argument("model")
+@with_options(of_recipe("model", "threads", "batch", "data", "recovery", "output", without=("checkpoint",)), of_run())
 @click.pass_obj
-def apply(
-    session: Session, /, plan: Path, model: str, as_json: bool, quiet: bool, out: Path | None, **given: Any
-) -> None:
+def apply(session: Session, /, plan: Path, as_json: bool, quiet: bool, **parameters: Any) -> None:
     """Repeat PLAN, the plan.json of an earlier run, on MODEL: the same architecture, with any weights.
 
     MODEL, and what is written into --out, are as for `surgery shrink`; whatever is drawn at random is drawn as then.
     """
+    recipe = _recipe(parameters)
     with work(session, quiet=quiet or together.rank() > 0) as progress:
         from surgery.core import Plan
+        from surgery.planning import as_planned, repeat
 
         decided = Plan.load(plan)
-        given["seed"] = decided.settings.get("seed", 0)
-        how = _measurement(given)
-        loaded = _load(model, given, progress)
+        recipe = as_planned(recipe, decided)
+        _validate_output(recipe)
+        loaded = _load(recipe, progress)
         if together.rank() > 0:
             from surgery import company
 
-            return company.follow(loaded, _recipe(given))
+            return company.follow(loaded, recipe)
 
-        def again() -> Decision:
-            from surgery.data_options import with_data
-            from surgery.planning import as_planned, repeat
-
+        def again(asked: Recipe) -> Decision:
             inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
             again = repeat(decided, loaded.module, inputs, example_kwargs=kwargs, progress=progress)
-            return replace(again, recipe=with_data(as_planned(_recipe(given), decided), loaded))
+            return replace(again, recipe=asked)
 
-        written = _deliver(session, loaded, model, out, given, how, progress, again)
+        written = _deliver(session, loaded, recipe, progress, again)
     print_report(written.data, as_json=as_json)
 
 
-@cli.command(epilog=EXIT_CODES)
-@options(MODEL, PROFILE, TIMING, OUTPUT)
+@cli.command()
+@click.argument("model")
+@with_options(of_recipe("model", "deploy", "keep", "submodule", "seed", "threads", "batch"), of_profile(), of_run())
 @click.pass_obj
 def profile(
-    session: Session, /, model: str, as_json: bool, quiet: bool, out: Path | None, pack: Path | None, **given: Any
+    session: Session, /, as_json: bool, quiet: bool, out: Path | None, pack: Path | None, **parameters: Any
 ) -> None:
     """Measure what MODEL's kernels take on this machine, or pack them to be measured on a device.
 
     The latency table that --out writes, here or there, is what `surgery shrink MODEL --latency-table` plans by. Give
-    the same --keep, --part and --batch to both.
+    the same --keep, --submodule and --batch to both.
     """
     if out is not None and pack is not None:
         raise click.UsageError("--out measures here and --pack does not; choose one of them")
+    recipe = _recipe(parameters)
     with work(session, quiet=quiet) as progress:
         from surgery.latency import Settings
         from surgery.planning import profiling as profiles
@@ -139,11 +161,11 @@ def profile(
         if target is not None:
             profiles.refuse_unwritable("--pack" if pack else "--out", target)
         if pack is None:
-            Settings(threads=given["threads"])  # refuses more threads than there are cores, which a device may have
-        loaded = _load(model, given, progress)
-        _refuse_huge_batch(loaded, given["batch"])
+            Settings(threads=recipe.target.threads)  # refuses more threads than cores, which a device may have
+        loaded = _load(recipe, progress)
+        _refuse_huge_batch(loaded, recipe.target.batch)
         inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
-        found = profiles.survey(loaded.module, inputs, _recipe(given), example_kwargs=kwargs, progress=progress)
+        found = profiles.survey(loaded.module, inputs, recipe, example_kwargs=kwargs, progress=progress)
         session.writing = True
         if pack is not None:
             profiles.pack(found, pack, name=loaded.name, progress=progress)
@@ -156,10 +178,13 @@ def profile(
     print_profile(data, out=out, as_json=as_json)
 
 
-@cli.command(epilog=EXIT_CODES)
-@options(FILES, TIMING, OUTPUT)
+@cli.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@with_options(of_bench(), of_recipe("seed", "threads", "batch"), of_run())
 @click.pass_obj
-def bench(session: Session, /, files: tuple[Path, ...], as_json: bool, quiet: bool, **given: Any) -> None:
+def bench(
+    session: Session, /, files: tuple[Path, ...], as_json: bool, quiet: bool, shapes: Any, **parameters: Any
+) -> None:
     """Time ONNX FILES against each other: in blocks of shuffled order, beside a copy of the first.
 
     Each gets an equal share of the machine's quiet and busy moments. Times are relative to the first file's, with 95 %
@@ -168,26 +193,28 @@ def bench(session: Session, /, files: tuple[Path, ...], as_json: bool, quiet: bo
     with work(session, quiet=quiet) as progress:
         from surgery.latency import comparison as versus
 
-        given["shapes"] = dict(given["shapes"])
-        found = versus.compare(files, **given, progress=progress)
+        found = versus.compare(files, shapes=dict(shapes), progress=progress, **given(parameters))
     print_found(found, versus.render_terminal, as_json=as_json)
 
 
-@cli.command(epilog=EXIT_CODES)
-@options(MODEL, SELECTION, TIMING, PLANNING, DATA, OUTPUT)
+@cli.command()
+@click.argument("model")
+@with_options(recipe_file(), of_recipe("model", "budget", "selection", "target", "data"), of_run())
 @click.pass_obj
-def show(session: Session, /, model: str, as_json: bool, quiet: bool, **given: Any) -> None:
+def show(session: Session, /, as_json: bool, quiet: bool, **parameters: Any) -> None:
     """Show what would be cut from MODEL and why, without cutting, exporting or writing anything.
 
     MODEL and the options are those of `surgery shrink`.
     """
-    _one_budget(given)
+    recipe = _recipe(parameters)
+    config.validate(recipe)
     with work(session, quiet=quiet) as progress:
+        from surgery.data_options import with_data
         from surgery.report import with_origin
 
-        loaded = _load(model, given, progress)
+        loaded = _load(recipe, progress)
         data = with_origin(
-            _decide(loaded, given, progress).report,
+            _decide(loaded, with_data(recipe, loaded), progress).report,
             name=loaded.name,
             weights=loaded.weights,
             next_command=typed_next.shrink(session.arguments),
@@ -196,8 +223,8 @@ def show(session: Session, /, model: str, as_json: bool, quiet: bool, **given: A
     print_report(data, as_json=as_json)
 
 
-@cli.command(epilog=EXIT_CODES)
-@click.option("--markdown", is_flag=True, help="A Markdown table, as in docs/reference/operators.md.")
+@cli.command(cls=click.Command)
+@click.option("--markdown", is_flag=True, help="A Markdown table, as in the documentation.")
 @click.option("--json", "as_json", is_flag=True, help="JSON: operator, family, meaning.")
 def ops(markdown: bool, as_json: bool) -> None:
     """List the operators that can be cut through, and what each does to the channels of its arguments.
@@ -217,10 +244,23 @@ def ops(markdown: bool, as_json: bool) -> None:
         print_operators(console if console.is_terminal else Console(width=PLAIN_WIDTH))
 
 
-def _one_budget(given: Mapping[str, Any]) -> None:
-    budgets = [f"--{kind.replace('_', '-')}" for kind in ONE_OF if given[kind] is not None]
-    if len(budgets) > 1:
-        raise click.UsageError(f"{' and '.join(budgets)} are given, but a run has one budget; choose one of them")
+@cli.command(cls=click.Command)
+@click.option("--markdown", is_flag=True, help="Markdown, as in the documentation; the only format so far.")
+def options(markdown: bool) -> None:
+    """List all options with accepted values and defaults; they are the keys of a recipe too."""
+    click.echo(config.options_table(), nl=False)
+
+
+def _recipe(parameters: Mapping[str, Any]) -> Recipe:
+    """What the command line and the recipe that it names ask for."""
+    typed, said = config.current(given(parameters))
+    path = typed.pop("recipe_file", None)
+    read, of_file = config.read_recipe(path) if path is not None else ({}, [])
+    for sentence in (*said, *of_file):
+        say(f"warning: {sentence}")
+    if typed.keys() & set(config.ONE_OF):
+        read = {name: value for name, value in read.items() if name not in config.ONE_OF}
+    return config.recipe(**{**read, **typed})
 
 
 def _refuse_huge_batch(loaded: LoadedModel, batch: int) -> None:
@@ -237,100 +277,76 @@ def _refuse_huge_batch(loaded: LoadedModel, batch: int) -> None:
         raise InvalidInput(f"--batch {batch}: {what}; use a smaller batch")
 
 
-def _load(model: str, given: Mapping[str, Any], progress: Progress) -> LoadedModel:
+def _load(recipe: Recipe, progress: Progress) -> LoadedModel:
     from surgery.inputs import load_model
 
     progress("load", 0.0)
+    asked = recipe.model
     loaded = load_model(
-        model,
-        weights=given["weights"],
-        input_shape=given["input_shape"],
-        model_args=dict(given["model_args"]),
-        seed=given["seed"],
-        trust=given["trust"],
+        asked.model,
+        weights=asked.weights,
+        input_shape=asked.input_shape,
+        model_args=asked.model_arg,
+        seed=recipe.selection.seed,
+        trust=asked.trust,
     )
     for warning in loaded.warnings:
         say(f"warning: {warning}")
     return loaded
 
 
-def _decide(loaded: LoadedModel, given: Mapping[str, Any], progress: Progress) -> Decision:
+def _decide(loaded: LoadedModel, recipe: Recipe, progress: Progress) -> Decision:
     from surgery.api import decided
-    from surgery.data_options import with_data
 
     inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
-    recipe = with_data(_recipe(given), loaded)
     return decided(loaded.module, inputs, recipe, example_kwargs=kwargs, progress=progress)
 
 
 def _deliver(
     session: Session,
     loaded: LoadedModel,
-    model: str,
-    out: Path | None,
-    given: dict[str, Any],
-    how: Measurement,
+    recipe: Recipe,
     progress: Progress,
-    decided: Callable[[], Decision],
+    decide: Callable[[Recipe], Decision],
 ) -> Report:
     """Cut what is decided, check, export, time, and write everything into the output folder."""
     from surgery import api as pipeline
+    from surgery.data_options import with_data
     from surgery.delivery import artifacts as artefacts, saving as deliver
-    from surgery.recovery import open_evaluation
     from surgery.report import with_origin
 
-    _refuse_huge_batch(loaded, given["batch"])
-    out = out if out is not None else Path("shrunk", typed_next.folder_name(loaded.name))
+    _refuse_huge_batch(loaded, recipe.target.batch)
+    out = Path(recipe.output.out or Path("shrunk", typed_next.folder_name(loaded.name)))
     share = None
     if together.processes() > 1:
         from surgery import company
 
-        share = together.send if company.meet(loaded, _recipe(given)) else None
-    given["checkpoint"] = out.absolute().parent / f".{out.name}.training"
+        share = together.send if company.meet(loaded, recipe) else None
     session.writing = True
     artefacts.prepare(out)
-    result = pipeline.realise(decided(), progress=progress, share=share)
+    opened = with_data(recipe, loaded)
+    checkpoint = out.absolute().parent / f".{out.name}.training"
+    result = pipeline.realise(decide(opened.but(checkpoint=checkpoint)), progress=progress, share=share)
+    asked = config.resolved(recipe.but(out=out, recover=opened.recovery.recover))
     data = with_origin(
         result.report,
         name=loaded.name,
         weights=loaded.weights,
-        next_command=typed_next.evaluate(model, out, loaded, given),
+        next_command=typed_next.evaluate(out, loaded, recipe),
         command=typed_next.again(session.arguments),
         notes=(*loaded.warnings, *loaded.notes),
     )
-    evaluation = given.get("evaluation")
-    judge = open_evaluation(evaluation) if evaluation is not None else None
-    written = deliver.save(replace(result, report=data), out, how, evaluate=judge, progress=progress)
+    written = deliver.save(
+        replace(result, report=data, recipe=asked), out, evaluate=opened.data.metric, progress=progress
+    )
     together.part()
     return written
 
 
-def _measurement(given: Mapping[str, Any]) -> Measurement:
-    from surgery.delivery import Measurement, Precisions, with_deployed
+def _validate_output(recipe: Recipe) -> None:
+    from surgery.delivery import validate_output
 
-    chosen = with_deployed(Precisions(given["precision"], _int8(given)), given.get("deploy", "fp32"))
-    if chosen.fewer and given["data"] is None:
-        asked = "--deploy int8" if given["precision"] == ("fp32",) else f"--precision {','.join(chosen.fewer)}"
-        raise InvalidInput(f"{asked} needs images to calibrate on: give them with --data")
-    if given["int8_keep"] and "int8" not in chosen.names:
-        raise InvalidInput("--int8-keep is of files in int8: ask for them with --precision int8 or --deploy int8")
-    names = ("opset", "threads", "batch", "runs", "seed", "min_ort", "formats")
-    return Measurement(**{name: given[name] for name in names}, precisions=chosen)
-
-
-def _int8(given: Mapping[str, Any]) -> Int8:
-    from exporters.quantize import Int8
-
-    return Int8(given["int8_method"], given["int8_keep"], given["int8_reduce_range"])
-
-
-def _recipe(given: Mapping[str, Any]) -> Recipe:
-    from surgery.config import OPTIONS, Recipe
-
-    told = {"part": "submodule", "evaluation": "metric", "images": "max_images"}
-    found = {told.get(name, name): value for name, value in given.items() if value is not None}
-    found["inexact"] = INEXACT[given.get("exact")]
-    return Recipe().but(**{name: value for name, value in found.items() if name in OPTIONS})
+    validate_output(recipe)
 
 
 # What goes wrong. ----------------------------------------------------------------------------------------------------

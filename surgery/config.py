@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import ast
 import difflib
+import re
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
+
+import tomli_w
 
 from surgery.errors import InvalidInput
 
@@ -72,13 +76,13 @@ def whole(least: int, metavar: str = "N") -> Kind:
     return Kind(metavar, f"a whole number of at least {least}", check, int)
 
 
-def choice(*words: str, known: Callable[[Any], bool] = lambda value: False) -> Kind:
+def choice(*words: str, metavar: str = "", known: Callable[[Any], bool] = lambda value: False) -> Kind:
     """Accept one of the words, or another value that is `known`."""
 
     def check(value: Any) -> Any:
         return _require((isinstance(value, str) and value in words) or known(value), value)
 
-    return Kind("|".join(words), f"one of {', '.join(words)}", check, choices=words)
+    return Kind(metavar or "|".join(words), f"one of {', '.join(words)}", check, choices=words)
 
 
 def several(*words: str) -> Kind:
@@ -209,9 +213,8 @@ LEVELS = ("none", "fold", "bn", "reconstruct", "distill", "finetune")
 NEEDS_DATA = ("bn", "reconstruct", "distill", "finetune")
 TAUGHT = ("distill", "finetune")
 
-IMAGES = "FOLDER|FILE.npz|FILE.py:CALLABLE"
 _IMAGES = (
-    "a folder of images, an .npz file with 'images' (N,H,W,C) of uint8 and perhaps 'labels', or a callable that "
+    "a folder of images, an .npz file with 'images' (N,H,W,C) of uint8 and perhaps 'labels', or FILE.py:CALLABLE that "
     "returns a DataLoader"
 )
 
@@ -227,11 +230,12 @@ class Model(Group):
     )  # fmt: skip
     weights: str = option(
         "auto", text("auto|random|PATH", "auto, random, or the path of a checkpoint"),
-        "Pretrained if available, seeded random ones, or a safetensors or weights-only file.", "Model", common=True,
+        "Pretrained if available, random, or a file. The file is a safetensors or weights-only checkpoint.",
+        "Model", common=True,
     )  # fmt: skip
     input_shape: tuple[int, ...] | None = option(
         None, numbers("N,C,H,W", "a shape: positive whole numbers, as in 1,3,224,224", int),
-        "Shape of the example input, the batch first.", "Model", common=True, unset="the model's own",
+        "Shape of the example input.", "Model", common=True, unset="the model's own",
     )  # fmt: skip
     model_arg: Mapping[str, Any] = field(
         default_factory=dict,
@@ -260,7 +264,7 @@ class Budget(Group):
     """
 
     latency: float | None = option(
-        None, FRACTION, "Fraction of the dense model's latency in ONNX Runtime to keep.", "Budget", common=True,
+        None, FRACTION, "Fraction of the dense latency to keep.", "Budget", common=True,
         unset="0.5, without another budget",
     )  # fmt: skip
     latency_ms: float | None = option(
@@ -306,13 +310,14 @@ class Selection(Group):
 
     max_drop: float | None = option(
         None, number("P", above=0, below=100),
-        "Instead of a budget: the fastest model that loses at most P points, by the upper end of the 95 % interval on "
-        "labelled --val; else of --metric's first figure, else of agreement on --data.", "Budget", common=True,
+        "Instead of a budget: the fastest model that loses at most P points. They are the upper end of the 95 % "
+        "interval of the accuracy lost on labelled --val; else points of --metric's first figure, else of agreement "
+        "with the dense model on --data.", "Budget", common=True,
     )  # fmt: skip
     steps: int = option(1, whole(1), "Cut in N steps, with a recovery in between; not for latencies.", "Advanced")
     criterion: Any = option(
-        None, choice(*BY_WEIGHTS, *BY_IMAGES, known=callable),
-        f"Importance of a unit; {', '.join(BY_IMAGES)} need --data.", "Advanced",
+        None, choice(*BY_WEIGHTS, *BY_IMAGES, metavar="NAME", known=callable),
+        f"Importance of a unit: {', '.join(BY_WEIGHTS)}; with --data also {', '.join(BY_IMAGES)}.", "Advanced",
         unset="second-order with --data, else signal for a latency, else l1",
     )  # fmt: skip
     scope: str = option(
@@ -354,14 +359,14 @@ class Target(Group):
 
     deploy: str = option(
         "fp32", choice(*DEPLOYED),
-        "Precision that the latency refers to: with int8, that of the int8 file against the dense model in int8.",
+        "Precision that the latency refers to. With int8 it is that of the int8 file against the dense model in int8.",
         "Deployment", common=True,
     )  # fmt: skip
     threads: int = option(1, whole(1), "Intra-op threads of ONNX Runtime.", "Deployment", common=True)
-    batch: int = option(1, whole(1), "Items per timed run.", "Deployment", common=True)
+    batch: int = option(1, whole(1), "Items per timed run.", "Deployment")
     latency_table: Any = option(
         None, anything("FILE", "the path of a table that `surgery profile` wrote"),
-        "Plan by this table, of another device perhaps, and time nothing to plan.", "Deployment", common=True,
+        "Plan by this latency table. It may be another device's; nothing is timed to plan.", "Deployment", common=True,
         unset="this machine's",
     )  # fmt: skip
     acceptance: str | None = option(
@@ -378,12 +383,12 @@ class Data(Group):
     """Images to choose by, to recover with and to judge by."""
 
     data: Any = option(
-        None, anything(IMAGES, _IMAGES),
-        "Images to choose by and to recover with, no labels needed: " + _IMAGES + ".", "Data", common=True,
+        None, anything("IMAGES", _IMAGES),
+        "Images to choose by and to recover with, without labels. Accepted are " + _IMAGES + ".", "Data", common=True,
     )  # fmt: skip
     val: Any = option(
-        None, anything(IMAGES, _IMAGES),
-        "Images to judge by; with classes, the accuracy lost is measured.", "Data", common=True,
+        None, anything("IMAGES", _IMAGES),
+        "Images to judge by; if labelled, the accuracy lost is measured.", "Data", common=True,
     )  # fmt: skip
     metric: Any = option(
         None, anything("FILE.py:CALLABLE", "a function of a model that returns {metric: value}"),
@@ -417,11 +422,11 @@ class Recovery(Group):
     """How the compact model is brought back to the dense one."""
 
     recover: str | None = option(
-        None, choice(*LEVELS), "How to bring the compact model's outputs back to the dense model's.", "Recovery",
+        None, choice(*LEVELS, metavar="METHOD"), f"How to recover accuracy: {', '.join(LEVELS)}.", "Recovery",
         common=True, unset="reconstruct with --data, else fold for trained weights, else none",
     )  # fmt: skip
-    epochs: int = option(10, whole(1), "Epochs over --data, for distill and finetune.", "Recovery", common=True)
-    lr: float = option(3e-4, number("X", above=0, below=10), "Highest learning rate of AdamW.", "Recovery", common=True)
+    epochs: int = option(10, whole(1), "Of training, for distill and finetune.", "Recovery", common=True)
+    lr: float = option(3e-4, number("X", above=0, below=10), "Highest learning rate of AdamW.", "Recovery")
     train_batch: int = option(128, whole(1), "Images per step, over all processes together.", "Recovery")
     weight_decay: float = option(1e-4, number("X", least=0), "Of AdamW, on weights of two axes or more.", "Recovery")
     temperature: float = option(2.0, number("T", above=0), "Of the distributions that are compared.", "Recovery")
@@ -517,6 +522,11 @@ class Recipe:
             return "second-order"
         return "signal" if self.goal.is_latency else "l1"
 
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Precisions in which files are written, with the one that a latency refers to."""
+        return tuple(dict.fromkeys((*self.output.precision, self.target.deploy)))
+
     def but(self, **options: Any) -> Recipe:
         """Return the recipe with other values of these options; names and errors are those of `recipe`."""
         changes: dict[str, dict[str, Any]] = {}
@@ -533,6 +543,9 @@ MILDEST = Budget(latency=0.95)
 """Where a search over latencies gives up: what cannot be cut so little is not cut."""
 WITHOUT_PROGRAM = Budget(macs=0.5)
 """The default for models that `torch.export` cannot capture, whose operators at run time are not known."""
+
+ONE_OF = (*(f.name for f in fields(Budget)), "max_drop")
+"""Of these options a run has one at most."""
 
 GROUPS: Mapping[str, type[Any]] = {f.name: f.default_factory for f in fields(Recipe)}  # type: ignore[misc]
 OPTIONS: Mapping[str, tuple[str, Any]] = {f.name: (group, f) for group, kind in GROUPS.items() for f in fields(kind)}
@@ -561,7 +574,127 @@ def recipe(**options: Any) -> Recipe:
     return Recipe().but(**options)
 
 
-# Rules across options. -----------------------------------------------------------------------------------------------
+def current(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return options with those of earlier versions under their new names, and a sentence on each of these."""
+    found: dict[str, Any] = {}
+    said: list[str] = []
+    for name, value in options.items():
+        new = next((new for new, (_, declared) in OPTIONS.items() if name in option_of(declared).was), None)
+        if name in OPTIONS or new is None:
+            found[name] = value
+            continue
+        fixed = option_of(OPTIONS[new][1]).was[name]
+        found[new] = value if fixed is None else fixed
+        told = new if fixed is None else f"{new} {fixed}"
+        said.append(f"option '{name}' is now '{told}'; the old name will be removed in the next version")
+    return found, said
+
+
+# Recipes as files. ---------------------------------------------------------------------------------------------------
+
+
+def read_recipe(path: str | Path) -> tuple[dict[str, Any], list[str]]:
+    """Return the options that a TOML file gives, and a sentence on each that has another name by now.
+
+    Raises:
+        InvalidInput: the file cannot be read; or a key or value is not accepted: the message names its line.
+    """
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+        given = tomllib.loads(content)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"cannot read recipe {path}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidInput(f"{path}: not TOML: {error}") from error
+    lines = {name: _line_of(name, content) for name in given}
+    found, said = current(given)
+    for name, value in found.items():
+        where = f"{path}, line {lines.get(name, 0) or 1}"
+        if name not in OPTIONS:
+            raise InvalidInput(f"{where}: there is no key '{name}'{nearest(name)}")
+        found[name] = checked(OPTIONS[name][1], value, f"{where}: {name} = {value!r:.80}")
+    return found, [f"{path}: {sentence}" for sentence in said]
+
+
+def _line_of(key: str, content: str) -> int:
+    found = re.search(rf"""^\s*\[?["']?{re.escape(key)}["']?\s*[=.\]]""", content, re.MULTILINE)
+    return content.count("\n", 0, found.end()) + 1 if found else 0
+
+
+def to_toml(recipe: Recipe) -> str:
+    """Return the recipe as TOML, with the defaults written out; objects of Python stand there as comments."""
+    parts = []
+    for group in GROUPS:
+        values = {f.name: getattr(getattr(recipe, group), f.name) for f in fields(GROUPS[group])}
+        given = {name: value for name, value in values.items() if value is not None and value != {}}
+        plain = {name: value for name, value in given.items() if _is_plain(value)}
+        objects = [f"# {name}: an object of Python\n" for name in given if name not in plain]
+        if given:
+            parts.append(f"# {group}\n{tomli_w.dumps(plain)}{''.join(objects)}")
+    return "\n".join(parts)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    return isinstance(value, (str, int, float))
+
+
+# The table of options in the documentation. --------------------------------------------------------------------------
+
+HEADINGS = ("Model", "Budget", "Data", "Recovery", "Deployment", "Output", "Advanced")
+
+
+def options_table() -> str:
+    """Return all options as Markdown: a table for each heading."""
+    parts = []
+    for heading in HEADINGS:
+        rows = [
+            f"| `{flag(f.name)}` | {_cell(found.kind.accepts)} | {_cell(shown_default(f))} | {_cell(found.help)} |"
+            for _, f in OPTIONS.values()
+            if (found := option_of(f)).group == heading and f.name != "model"
+        ]
+        head = "| option | value | default | |\n| --- | --- | --- | --- |\n"
+        parts.append(f"### {heading}\n\n{head}" + "\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
+def flag(name: str) -> str:
+    """Return an option as it is typed on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def shown_default(declared: Any) -> str:
+    """Return the default of a field in words; empty for none."""
+    if option_of(declared).unset:
+        return option_of(declared).unset
+    default = declared.default
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if default is None or default == () or not isinstance(default, (str, int, float, tuple)):
+        return ""
+    return ",".join(default) if isinstance(default, tuple) else str(default)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+# Defaults that depend on other options, and rules across options. ---------------------------------------------------
+
+
+def resolved(recipe: Recipe, *, trained: bool = False) -> Recipe:
+    """Return the recipe with the defaults that depend on other options.
+
+    Args:
+        recipe: what is asked for.
+        trained: whether the weights are known to be trained, and images can be made up for them.
+    """
+    default = "reconstruct" if recipe.data.data is not None else "fold" if trained else "none"
+    budget = recipe.budget if recipe.selection.max_drop is not None else recipe.goal
+    return recipe.but(budget=budget, criterion=recipe.criterion, recover=recipe.recovery.recover or default)
 
 
 def validate(recipe: Recipe) -> None:

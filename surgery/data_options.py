@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from surgery.config import Recipe, validate
-from surgery.delivery import Precisions, refuse_too_few, with_deployed
+from surgery.config import Recipe
+from surgery.delivery import Precisions, refuse_too_few
 from surgery.inputs import Images, LoadedModel, open_images
 from surgery.recovery import open_evaluation
 
@@ -17,7 +17,6 @@ def with_data(recipe: Recipe, loaded: LoadedModel) -> Recipe:
 
     Without any, models that were trained are folded.
     """
-    validate(recipe)
     given = recipe.data
     changes = {name: x for name in ("mean", "std", "crop", "size") if (x := getattr(given, name)) is not None}
     if "size" in changes:
@@ -28,8 +27,7 @@ def with_data(recipe: Recipe, loaded: LoadedModel) -> Recipe:
     named = {name: x for name in ("data", "val") if isinstance(x := getattr(given, name), str)}
     opened: dict[str, Any] = {name: open_images(x, shape, how, option=f"--{name}") for name, x in named.items()}
     if isinstance(opened.get("data"), Images):  # before the long work; how many a loader has is known after it
-        chosen = with_deployed(Precisions(recipe.output.precision), recipe.target.deploy)
-        refuse_too_few(chosen, min(len(opened["data"]), given.max_images))
+        refuse_too_few(Precisions(recipe.precisions), min(len(opened["data"]), given.max_images))
     level = recipe.recovery.recover
     if level is None and given.data is None:
         level = "fold" if _can_fold(loaded, recipe, shape) else "none"

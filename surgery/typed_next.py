@@ -6,23 +6,31 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from surgery.config import Recipe
 
 if TYPE_CHECKING:
     from surgery.inputs import LoadedModel
 
 
-def evaluate(model: str, out: Path, loaded: LoadedModel, given: Mapping[str, Any]) -> str:
+def evaluate(out: Path, loaded: LoadedModel, recipe: Recipe) -> str:
     """Return the command that leaves `dense` and `compact` at a Python prompt, to be evaluated or trained."""
-    weights = "random" if loaded.weights.startswith("random") else given["weights"]
-    known = {"weights": weights, "input_shape": given["input_shape"], "model_args": dict(given["model_args"])}
-    arguments = [repr(model), *(f"{key}={value!r}" for key, value in known.items() if value)]
-    arguments += [f"{key}={given[key]!r}" for key in ("seed", "trust") if given[key]]
+    asked = recipe.model
+    weights = "random" if loaded.weights.startswith("random") else asked.weights
+    known: dict[str, object] = {
+        "weights": weights,
+        "input_shape": asked.input_shape,
+        "model_args": dict(asked.model_arg),
+        "seed": recipe.selection.seed,
+        "trust": asked.trust,
+    }
+    arguments = [repr(asked.model), *(f"{key}={value!r}" for key, value in known.items() if value)]
     code = (
-        "import surgery; from surgery.inputs.models import load_model; "
-        f"dense = load_model({', '.join(arguments)}).module; compact = surgery.load({str(out)!r}, dense)"
+        f"import surgery; dense = surgery.load_model({', '.join(arguments)}).module; "
+        f"compact = surgery.load({str(out)!r}, dense)"
     )
     # Double quotes inside, so that the shell's single ones need no escaping; names with quotes keep Python's choice.
     code = code if '"' in code or "\\" in code else code.replace("'", '"')

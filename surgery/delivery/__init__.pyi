@@ -6,4 +6,4 @@ from .precisions import (
     standing as standing,
     with_deployed as with_deployed,
 )
-from .saving import Measurement as Measurement, load as load, save as save
+from .saving import Measurement as Measurement, load as load, save as save, validate_output as validate_output

@@ -26,7 +26,8 @@ COMPACT_ONNX = "compact.onnx"
 COMPACT_PT2 = "compact.pt2"
 COMPACT_WEIGHTS = "compact.safetensors"
 PLAN = "plan.json"
-NAMES = (DENSE_ONNX, COMPACT_ONNX, COMPACT_PT2, COMPACT_WEIGHTS, PLAN, *REPORT_FILES[:3])
+RECIPE = "recipe.toml"
+NAMES = (DENSE_ONNX, COMPACT_ONNX, COMPACT_PT2, COMPACT_WEIGHTS, PLAN, RECIPE, *REPORT_FILES[:3])
 """What a finished set consists of; models above 2 GB bring a ``.data`` file beside their ``.onnx``."""
 
 FEWER_BITS = tuple(f"{name}.{precision}.onnx" for name in ("dense", "compact") for precision in ("fp16", "int8"))

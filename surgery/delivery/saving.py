@@ -27,11 +27,13 @@ from exporters.session import OnnxModel
 from exporters.signature import bind
 from surgery.api import Result, apply
 from surgery.capture import evaluating, quiet
+from surgery.config import Recipe, to_toml
 from surgery.core import Clock, Plan, Progress
 from surgery.delivery import artifacts as artefacts, exporting as exports, precisions
 from surgery.delivery.precisions import Precisions
 from surgery.errors import InvalidInput
 from surgery.latency import Settings, by_operator, ort
+from surgery.planning import int8_of
 from surgery.recovery import Agreement, Evaluate, verdict_on
 from surgery.report import Report, deployed_precision, with_files
 
@@ -63,6 +65,21 @@ class Measurement:
     min_ort: str | None = None
     formats: tuple[str, ...] = ("onnx",)
 
+    @classmethod
+    def of(cls, recipe: Recipe) -> Measurement:
+        """Return what a recipe says of it."""
+        output, target = recipe.output, recipe.target
+        return cls(
+            output.opset,
+            target.threads,
+            target.batch,
+            output.runs,
+            recipe.selection.seed,
+            Precisions(recipe.precisions, int8_of(recipe)),
+            output.min_ort,
+            output.format,
+        )
+
     def __post_init__(self) -> None:
         # Said before the long work: more threads than there are cores, a negative seed.
         Settings(batch=self.batch, threads=self.threads, seed=self.seed)
@@ -74,7 +91,7 @@ class Measurement:
 def save(
     result: Result,
     out: str | Path,
-    measurement: Measurement | None = None,
+    recipe: Recipe | None = None,
     *,
     evaluate: Evaluate | None = None,
     progress: Progress | None = None,
@@ -84,7 +101,7 @@ def save(
     Args:
         result: what `shrink` returned.
         out: the folder to be; one that holds files of yours is refused.
-        measurement: how to export and time.
+        recipe: how to export and time; None: as the result's.
         evaluate: a function of a model that returns figures by name; it judges the files in ONNX Runtime.
         progress: told each step.
 
@@ -98,14 +115,16 @@ def save(
     """
     if not isinstance(result, Result):
         raise InvalidInput(f"save takes what surgery.shrink returned, not an object of type {type(result).__name__}")
-    how = measurement or Measurement()
-    if not isinstance(how, Measurement):
-        raise InvalidInput(f"measurement is of type {type(how).__name__}; give a surgery.delivery.saving.Measurement")
+    asked = recipe or result.recipe
+    if not isinstance(asked, Recipe):
+        raise InvalidInput(f"recipe is of type {type(asked).__name__}; make one with surgery.recipe(...)")
+    how = Measurement.of(asked)
     clock, regained = Clock(progress), result.recovery
     how, without = _deployed(how, result)
     precisions.refuse_without_images(how.precisions, regained.seen if regained is not None else None)
     with artefacts.output_set(out) as folder, tempfile.TemporaryDirectory(prefix="surgery-") as scratch:
         files = _write_models(result, folder, Path(scratch), how, clock)
+        (folder / artefacts.RECIPE).write_text(to_toml(replace(result.recipe, output=asked.output)), encoding="utf-8")
         timing, doubts = _time(files, how, clock)
         digests = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
         notes = [*files.notes, *exports.notes_of(files.written)]
@@ -116,6 +135,17 @@ def save(
             with clock("evaluate"):
                 data["evaluation"] = _evaluated(files, evaluate, how.threads)
         return Report(data).write(folder)
+
+
+def validate_output(recipe: Recipe) -> None:
+    """Raise InvalidInput, before the long work, where files cannot be written as asked, or need images."""
+    how = Measurement.of(recipe)
+    if how.precisions.fewer and recipe.data.data is None:
+        asked = ",".join(how.precisions.fewer)
+        option = f"--precision {asked}" if recipe.output.precision != ("fp32",) else f"--deploy {asked}"
+        raise InvalidInput(f"{option} needs images to calibrate on: give them with --data")
+    if recipe.output.int8_keep and "int8" not in recipe.precisions:
+        raise InvalidInput("--int8-keep is of files in int8: ask for them with --precision int8 or --deploy int8")
 
 
 def weights_bytes(module: torch.nn.Module) -> bytes:

@@ -132,9 +132,8 @@ def test_the_backbone_of_a_detector() -> None:
 def test_files_hold_the_whole_model_where_it_can_be_exported(tmp_path: Path, whole: type[Whole], noted: str) -> None:
     model, x = whole(), torch.randn(2, 3, 16, 16)
     result = surgery.shrink(model, x, part="body", budget=surgery.Budget(channels=0.5))
-    from surgery.delivery.saving import Measurement
 
-    written = surgery.save(result, tmp_path / "out", Measurement(runs=3))
+    written = surgery.save(result, tmp_path / "out", surgery.recipe(runs=3))
     assert any(noted in note for note in written.data["notes"] if note.startswith("ONNX"))
     session = onnxruntime.InferenceSession(tmp_path / "out" / "compact.onnx", providers=["CPUExecutionProvider"])
     feeds = {"image": x.numpy(), "scale": np.full((2, 1, 1, 1), 2.0, np.float32)}

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery.delivery.saving import Measurement, weights_bytes
+from surgery.delivery import validate_output
+from surgery.delivery.saving import weights_bytes
 from surgery.errors import InvalidInput, PlanMismatch, UnsupportedModel
 
 
@@ -50,7 +51,7 @@ def result() -> Any:
 @pytest.fixture(scope="module")
 def saved(result: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("api") / "net"
-    surgery.save(result, out, Measurement(runs=3))
+    surgery.save(result, out, surgery.recipe(runs=3))
     return out
 
 
@@ -150,7 +151,8 @@ def test_the_digests_in_the_report_are_those_of_the_files(saved: Path) -> None:
 
     listed = json.loads((saved / "report.json").read_text())["files"]
     assert {name: hashlib.sha256((saved / name).read_bytes()).hexdigest() for name in listed} == listed
-    assert set(listed) == {"dense.onnx", "compact.onnx", "compact.pt2", "compact.safetensors", "plan.json"}
+    files = {"dense.onnx", "compact.onnx", "compact.pt2", "compact.safetensors", "plan.json", "recipe.toml"}
+    assert set(listed) == files
 
 
 def test_weights_that_are_missing_or_of_another_plan_are_one_sentence(result: Any, tmp_path: Path) -> None:
@@ -164,7 +166,7 @@ def test_weights_that_are_missing_or_of_another_plan_are_one_sentence(result: An
 
 def test_more_threads_than_cores_are_refused_before_any_work() -> None:
     with pytest.raises(InvalidInput, match="threads"):
-        Measurement(threads=100_000)
+        validate_output(surgery.recipe(threads=100_000))
 
 
 @pytest.mark.parametrize("asked", [{"tracer": "no-such-tracer"}])

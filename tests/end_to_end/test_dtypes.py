@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.cutting import check
-from surgery.delivery.saving import Measurement, save
+from surgery.delivery.saving import save
 from surgery.errors import CheckFailed
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -62,7 +62,7 @@ def test_a_wrong_weight_shows_where_forward_casts() -> None:
 def test_files_are_float32_and_say_so(tmp_path: Path, dtype: torch.dtype) -> None:
     model = Gated(casts=True).eval().to(dtype)
     result = surgery.shrink(model, torch.randn(1, 3, 12, 12, dtype=dtype), budget=surgery.Budget(macs=0.5))
-    report = save(result, tmp_path / "out", Measurement(runs=20))
+    report = save(result, tmp_path / "out", surgery.recipe(runs=20))
     session = onnxruntime.InferenceSession(tmp_path / "out" / "compact.onnx", providers=["CPUExecutionProvider"])
     assert [i.type for i in session.get_inputs()] == ["tensor(float)"]
     said = f"exported as float32 (the model is {str(dtype).removeprefix('torch.')})"

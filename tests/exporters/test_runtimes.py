@@ -14,10 +14,11 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
+import surgery
 from exporters import onnx as exporter
 from exporters.quantize import Int8, saturates, to_fp16, to_int8
 from exporters.runtimes import READ, Reader, format_of, refuse_newer, require_readable
-from surgery.delivery.saving import Measurement
+from surgery.delivery import validate_output
 from surgery.errors import InvalidInput, UnsupportedModel
 
 OLD = "1.16.3"
@@ -114,14 +115,14 @@ def test_sampling_volumes_needs_a_newer_runtime(axes: int, version: str, tmp_pat
 )
 def test_a_version_that_is_none_is_refused_before_any_work(version: str, said: str) -> None:
     with pytest.raises(InvalidInput, match=said):
-        Measurement(min_ort=version)
+        validate_output(surgery.recipe(min_ort=version))
 
 
 def test_an_operator_set_beyond_the_runtime_is_refused(net: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"1\.16 reads operator sets up to 19, not 20"):
         exporter.export(net, torch.randn(1, 3, 16, 16), tmp_path / "a.onnx", min_ort="1.16", opset=20)
     with pytest.raises(InvalidInput, match=r"1\.16 reads operator sets up to 19, not 20"):  # before any work
-        Measurement(min_ort="1.16", opset=20)
+        validate_output(surgery.recipe(min_ort="1.16", opset=20))
 
 
 def test_an_old_runtime_runs_the_files(net: nn.Module, tmp_path: Path) -> None:

@@ -28,7 +28,6 @@ from surgery.capture.tracing import trace
 from surgery.core.kernels import Kernel, Operand, Widths, step
 from surgery.core.progress import Clock
 from surgery.coupling.coupler import couple
-from surgery.delivery.saving import Measurement
 from surgery.errors import InvalidInput
 from surgery.latency import cache, fill, probe
 from surgery.latency.fill import REFERENCE
@@ -226,12 +225,12 @@ def test_files_are_made_as_the_plan_was_timed(table: LatencyTable, tmp_path: Pat
     asked = {"data": images, "recover": "none", "latency_table": table, "deploy": "int8"}
     result = surgery.shrink(net(), IMAGE, budget=surgery.Budget(latency=0.5), int8=Int8(keep=("last",)), **asked)  # type: ignore[arg-type]
     assert result.plan.settings["int8"]["keep"] == ["last"]
-    data = surgery.save(result, tmp_path / "out", Measurement(runs=12)).data
+    data = surgery.save(result, tmp_path / "out", surgery.recipe(runs=12)).data
     assert any("3 of 4 layers are in 8 bits" in note for note in data["notes"])
     assert "compact int8: " in data["accuracy"]["verdict"]
     damaged = replace(result.plan, settings={**result.plan.settings, "int8": {"keep": ["last"], "bits": 4}})
     with pytest.raises(InvalidInput, match="the plan's setting int8="):
-        surgery.save(replace(result, plan=damaged), tmp_path / "out", Measurement(runs=12))
+        surgery.save(replace(result, plan=damaged), tmp_path / "out", surgery.recipe(runs=12))
 
 
 def test_a_drop_of_int8_files_needs_images_to_make_them_by() -> None:

@@ -223,12 +223,11 @@ def planned(
     device: Device, folder: Path, table: LatencyTable, network: tuple[nn.Module, tuple[torch.Tensor, ...]]
 ) -> surgery.Result:
     """A cut planned by that table, its files in `small`."""
-    from surgery.delivery.saving import Measurement
 
     model, images = network
     budget = surgery.Budget(latency=0.4)
     result = surgery.shrink(model, images, budget=budget, latency_table=device.folder / "table.json")
-    surgery.save(result, folder / "small", Measurement(runs=3))
+    surgery.save(result, folder / "small", surgery.recipe(runs=3))
     return result
 
 

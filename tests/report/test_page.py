@@ -18,8 +18,6 @@ from torch import nn
 import surgery
 from surgery.capture.tracing import trace
 from surgery.coupling.coupler import couple
-from surgery.delivery.precisions import Precisions
-from surgery.delivery.saving import Measurement
 from surgery.report import Report
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -43,7 +41,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
         model, x, budget=surgery.Budget(latency=0.6), latency_table=table, data=images,
         val=(images, torch.arange(48) % 4),
     )  # fmt: skip
-    report = surgery.save(result, folder, Measurement(runs=9, precisions=Precisions(("fp32", "int8"))))
+    report = surgery.save(result, folder, surgery.recipe(runs=9, precision=("fp32", "int8")))
     return folder / "report.html", copy.deepcopy(dict(report.data))
 
 
@@ -113,7 +111,7 @@ def test_the_same_report_gives_the_same_page(written: tuple[Path, dict[str, Any]
 
 def test_a_page_without_images_or_a_latency_says_what_it_can(tmp_path: Path) -> None:
     result = surgery.shrink(net(), torch.randn(1, 3, 16, 16), budget=surgery.Budget(macs=0.6))
-    surgery.save(result, tmp_path / "out", Measurement(runs=3))
+    surgery.save(result, tmp_path / "out", surgery.recipe(runs=3))
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "accuracy unknown" in text
     assert "Recovery steps" not in text
