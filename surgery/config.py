@@ -205,6 +205,8 @@ def checked(declared: Any, value: Any, told: str) -> Any:
 
 # The groups. ---------------------------------------------------------------------------------------------------------
 
+TRACERS = {"export": True, "torch-pruning": False}
+"""How a model is captured → whether that gives a graph of its operators."""
 DEPLOYED = ("fp32", "int8")
 """Precisions that a latency budget may refer to."""
 BY_WEIGHTS = ("l1", "l2", "bn-gamma", "lamp", "fpgm", "signal", "random")
@@ -347,10 +349,15 @@ class Selection(Group):
         "for their importance.", "Advanced",
     )  # fmt: skip
     tracer: str = option(
-        "export", choice("export", "torch-pruning"),
+        "export", choice(*TRACERS),
         "How the model is captured; torch-pruning for models that torch.export cannot capture.", "Advanced",
     )  # fmt: skip
     seed: int = option(0, whole(0), "Of everything drawn at random.", "Advanced")
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether the operators of the model are known."""
+        return TRACERS[self.tracer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -511,14 +518,14 @@ class Recipe:
             return self.budget
         if self.selection.max_drop is not None:
             return MILDEST
-        return WITHOUT_PROGRAM if self.selection.tracer == "torch-pruning" else DEFAULT_BUDGET
+        return WITHOUT_PROGRAM if not self.selection.has_graph else DEFAULT_BUDGET
 
     @property
     def criterion(self) -> Any:
         """The criterion, or the default one: by images if there are any."""
         if self.selection.criterion is not None:
             return self.selection.criterion
-        if self.data.data is not None and self.selection.tracer == "export":
+        if self.data.data is not None and self.selection.has_graph:
             return "second-order"
         return "signal" if self.goal.is_latency else "l1"
 
@@ -708,7 +715,7 @@ def _budget_rules(recipe: Recipe) -> Iterator[str]:
     selection = recipe.selection
     if recipe.goal.is_latency:
         give = "give a budget of macs, params or channels with it"
-        if selection.tracer == "torch-pruning":
+        if not selection.has_graph:
             yield f"a latency budget needs the operators that torch.export captures; {give}: tracer torch-pruning"
         if selection.round_to != 1:
             yield f"round_to does not go with a latency budget: widths go by the device's own steps; {give}"
@@ -744,7 +751,7 @@ def _max_drop_rules(recipe: Recipe) -> Iterator[str]:
         yield f"--max-drop judges files in {target.deploy}: give images to calibrate them on with --data"
     if data.data is None and data.val is None and data.metric is None:
         yield "--max-drop needs something to judge by: give --val with labels, --metric, or --data"
-    if target.latency_table is not None or selection.tracer == "torch-pruning":
+    if target.latency_table is not None or not selection.has_graph:
         yield "--max-drop times models on this machine: leave --latency-table and --tracer out"
 
 
@@ -756,7 +763,7 @@ def _steps_rules(recipe: Recipe) -> Iterator[str]:
         yield "--steps goes with --macs, --params or --channels: a latency is corrected by measuring instead"
     if recipe.data.data is None:
         yield "--steps recovers in between: give images with --data"
-    if selection.tracer != "export" or selection.submodule is not None:
+    if not selection.has_graph or selection.submodule is not None:
         yield "--steps goes with whole models that torch.export captures: leave --tracer and --submodule out"
 
 

@@ -38,4 +38,4 @@ def with_data(recipe: Recipe, loaded: LoadedModel) -> Recipe:
 
 def _can_fold(loaded: LoadedModel, recipe: Recipe, shape: Sequence[int]) -> bool:
     """Whether there is something to recover, weights that were trained, and images can be drawn."""
-    return not loaded.weights.startswith("random") and recipe.selection.tracer == "export" and len(shape) == 4
+    return not loaded.weights.startswith("random") and recipe.selection.has_graph and len(shape) == 4

@@ -82,7 +82,7 @@ def all_tensors(program: Program) -> dict[str, Tensor]:
     model: nn.Module = program.model
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
-    for node in program.graph.graph.nodes if program.graph is not None else ():
+    for node in program.graph.graph.nodes if program.has_graph else ():
         if node.op == "get_attr" and node.target not in tensors:
             tensors[node.target] = attribute(program.graph, node.target)
     replaced = {name for sources in program.materialised.values() for name in sources}

@@ -80,6 +80,11 @@ class Program:
     whole: Program | None = None
 
     @property
+    def has_graph(self) -> bool:
+        """Whether the operators are known: labels can be replayed, blocks dropped, layers timed and reconstructed."""
+        return self.graph is not None
+
+    @property
     def dense(self) -> Program:
         """The program as it was traced."""
         return self.whole or self
@@ -343,6 +348,11 @@ class CompactModel:
     graph: Any
     lost_in_training: tuple[str, ...] = ()
     stuck: str = ""
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether there is a rewritten program."""
+        return self.graph is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from surgery.ops import rules
 
 def find_blocks(program: Program) -> tuple[Block, ...]:
     """Return the residual branches and depthwise layers of a program, in order."""
-    if program.graph is None:
+    if not program.has_graph:
         return ()
     order = {node: k for k, node in enumerate(program.graph.graph.nodes)}
     layers = {layer.sum: layer for layer in depthwise_layers(program)}

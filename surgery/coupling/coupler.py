@@ -75,10 +75,10 @@ def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
 
 def kept_names(program: Program, patterns: Sequence[str]) -> dict[str, str]:
     """Parameter or buffer name → the pattern that keeps it."""
-    if program.graph is None:
-        names = list(all_tensors(program))
-    else:
+    if program.has_graph:
         names = [str(n.target) for n in program.graph.graph.nodes if n.op == "get_attr"]
+    else:
+        names = list(all_tensors(program))
     modules = [name for name, _ in program.model.named_modules() if name]
     kept: dict[str, str] = {}
     for pattern in patterns:

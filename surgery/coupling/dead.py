@@ -36,7 +36,7 @@ def dead_blocks(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[fl
     Returns:
         Block name → the constant of each channel (axis 1, or the last); empty where it is zero.
     """
-    if not blocks or program.graph is None:
+    if not blocks or not program.has_graph:
         return {}
     known = _known(program)
     values = {node.name: node.meta.get("val") for node in program.graph.graph.nodes}

@@ -24,7 +24,7 @@ _CONVOLUTIONS = ("aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.defa
 
 def depthwise_layers(program: Program) -> Iterator[Block]:
     """Yield, without names, depthwise convolutions that keep their shape, each with its norm and activation."""
-    if program.graph is None:
+    if not program.has_graph:
         return
     for node in program.graph.graph.nodes:
         if _keeps_shape(node):

@@ -175,7 +175,7 @@ def _sliced(cut: Cut) -> nn.Module:
     grouped = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, _ConvNd) and m.groups > 1}
     # Of the grouped convolutions only depthwise ones are ever cut: as many groups as channels.
     depthwise = {c.tensor: tensors[c.tensor].shape[0] for c in cut.plan.cuts if c.tensor in grouped}
-    module, _ = transplant(model, tensors, [], None, groups=depthwise)
+    module, _ = transplant(model, tensors, [], depthwise)
     return module
 
 

@@ -73,7 +73,7 @@ def own_class(
     stray = [c.tensor for c in cut.plan.cuts if c.tensor not in named]
     if stray:
         return None, f"forward builds the tensor '{stray[0]}' itself, at a size that would have to change", ""
-    module, repaired = transplant(program.model, sliced, literals, graph)
+    module, repaired = transplant(program.model, sliced, literals, _group_counts(graph))
     why, stuck = _differs(cut, graph, module)
     why, stuck = why or _fails_in_training(program, module), stuck or next(iter(repaired), "")
     return (None, why, stuck) if why else (module, "its forward computes the same at the new sizes", "")
@@ -197,9 +197,7 @@ def transplant(
     model: nn.Module,
     sliced: Mapping[str, Tensor],
     literals: Sequence[Literal],
-    graph: torch.fx.GraphModule | None,
-    *,
-    groups: Mapping[str, int] | None = None,
+    groups: Mapping[str, int],
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """Return a copy of `model` that holds the sliced tensors, and in which submodules a size was guessed.
 
@@ -207,11 +205,9 @@ def transplant(
         model: the dense module, left unchanged.
         sliced: every parameter and buffer, at its new size.
         literals: the sizes that changed in calls.
-        graph: the rewritten program, which knows how many groups each convolution is left with.
-        groups: weight name → groups, where there is no program.
+        groups: weight name → how many groups its convolution or normalisation is left with.
     """
     with_tensors = _copy_around(model, sliced)
-    groups = {**(_group_counts(graph) if graph is not None else {}), **(groups or {})}
     for name, module in with_tensors.named_modules():
         _update(module, groups.get(f"{name}.weight"))
     return with_tensors, _repair(with_tensors, literals)

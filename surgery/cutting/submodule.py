@@ -223,7 +223,7 @@ def check(
             f"the whole model does not run around the compact part '{whole.name}': {where_raised(error)}: "
             f"{first_line(error)}; nothing was written"
         ) from error
-    inside = narrowest(program) if program.tracer == "export" and names_dtype(program) else dtype
+    inside = narrowest(program) if program.has_graph and names_dtype(program) else dtype
     difference, allowed = _difference(wanted, got), max(TOLERANCE[dtype], TOLERANCE[inside])
     if not difference <= allowed:
         raise CheckFailed(

@@ -100,7 +100,7 @@ def _three(
                 min_ort=min_ort,
                 dynamic_axes=subject.axes(),
                 metadata={**origin, "model": name},
-                dynamo=program.tracer == "export",
+                dynamo=program.has_graph,
             )
     return exports
 
@@ -125,7 +125,7 @@ def whole_figures(result: Result, subject: Subject) -> dict[str, Any]:
 
 def fixed_sizes(result: Result, subject: Subject, export: onnx.ExportResult) -> list[str]:
     """Return which images' height and width the file fixes, where the program's own notes do not say so already."""
-    if subject.dynamic is not None and result.program.tracer == "export":
+    if subject.dynamic is not None and result.program.has_graph:
         return []
     tensors = bind(subject.dense, subject.args, subject.kwargs).tensors
     images = [n for n, t in tensors.items() if t.dim() == 4 and not {2, 3} & set(export.dynamic.get(n, {}))]

@@ -283,7 +283,7 @@ def _evaluated(files: _Files, evaluate: Evaluate, threads: int) -> dict[str, Any
 def _save_program(result: Result, path: Path) -> list[str]:
     """Write the compact model as an exported program with a dynamic batch; returns why there is none, if so."""
     program = result.program
-    if program.tracer != "export":
+    if not program.has_graph:
         return [f"no {path.name}: torch.export cannot capture this model"]
     args, kwargs = program.example_args, dict(program.example_kwargs)
     specs = iter(program.inputs)

@@ -37,7 +37,7 @@ def arrange(program: Program, coupling: Coupling, criterion: Any = "l1", *, seed
     Returns:
         An arrangement of each group whose members may differ from head to head.
     """
-    if not isinstance(criterion, str) or coupling.graph_labels is None:
+    if not isinstance(criterion, str) or not program.has_graph:
         return ()
     places = Places(coupling)
     pairs = _pairs(places, coupling)

@@ -65,7 +65,7 @@ def score(
             criterion,
             program,
             coupling,
-            prepare(state_of(program)) if program.graph is not None else {},
+            prepare(state_of(program)) if program.has_graph else {},
             images,
             heard={reader.name: reader.heard for readers in known.readers.values() for reader in readers},
             order={group.name: known.scores(group) for group in coupling.groups},

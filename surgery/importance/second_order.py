@@ -73,7 +73,7 @@ def scored(
     Raises:
         InvalidInput: there is no graph to look at.
     """
-    if program.graph is None:
+    if not program.has_graph:
         raise InvalidInput(
             f"criterion {criterion} looks at the operators that torch.export captures; with tracer torch-pruning "
             "choose l1, l2, bn-gamma, lamp or fpgm"

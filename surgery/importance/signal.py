@@ -89,8 +89,8 @@ def signal_of(
         blocks: to be judged.
     """
     with torch.no_grad():
-        known = moments_of(program) if program.graph is not None else {}
-        heard = _heard(program, known) if program.graph is not None else {}
+        known = moments_of(program) if program.has_graph else {}
+        heard = _heard(program, known) if program.has_graph else {}
         layers = _layers(program, known) if known else {}
         readers = {group.name: _readers(group, parameters, layers, heard) for group in coupling.groups}
         return Signal(readers, {block.name: _block_lost(program, known, block) for block in blocks})

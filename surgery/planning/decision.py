@@ -219,7 +219,7 @@ def _chosen(tracer: Tracer, program: Program, recipe: Recipe, seen: Calibration 
 
 def _droppable(program: Program, recipe: Recipe) -> tuple[Block, ...]:
     """The blocks that may go: none of whose tensors is to be kept."""
-    if not recipe.selection.drop_layers or program.graph is None:
+    if not recipe.selection.drop_layers or not program.has_graph:
         return ()
     kept = kept_names(program, recipe.selection.keep)
     return tuple(block for block in find_blocks(program) if not kept.keys() & set(block.tensors))

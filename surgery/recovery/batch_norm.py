@@ -33,7 +33,7 @@ def estimate_norms(
         call: runs the module on a batch, where there is no graph.
         progress: told the fraction that is done.
     """
-    if compact.graph is None:
+    if not compact.has_graph:
         return _of_module(compact.module, batches, call, progress)
     tape = _Estimating(compact.graph, tensors_of(compact.graph))
     with torch.no_grad(), evaluating(compact.graph):  # dropouts are off

@@ -137,7 +137,7 @@ def without_data(subject: Subject, judge: Judge, *, seed: int, progress: Progres
         InvalidInput: the model does not take images.
     """
     specs = subject.cut.program.inputs
-    if subject.cut.program.graph is None:
+    if not subject.cut.program.has_graph:
         raise InvalidInput(
             "recover='fold' needs the operators that torch.export captures; give images with --data, and --recover bn"
         )
@@ -177,7 +177,7 @@ def with_data(
         seed: of all that is drawn.
         progress: told each step.
     """
-    if level != "bn" and subject.cut.program.graph is not None:
+    if level != "bn" and subject.cut.program.has_graph:
         return [_reconstructed("reconstruct", subject, batches, batches, judge, before, seed, progress)]
     notes: tuple[str, ...] = () if level == "bn" else ("no reconstruction: torch.export cannot capture this model",)
     with _timed("bn", progress) as (told, clock), _undone_if_worse(subject, judge, batches, before) as judged:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -54,6 +55,12 @@ def rooms_entered(module: str, path: Path) -> Iterator[str]:
         for package, room, *private in (name.split(".") for name in names if name.count(".")):
             if package == "surgery" and room in ROOMS and private and not module.startswith(f"surgery.{room}"):
                 yield ".".join((package, room, *private))
+
+
+def test_only_tracers_ask_how_a_model_was_captured() -> None:
+    asked = re.compile(r"graph is (not )?None|tracer (==|!=|in) ")
+    allowed = {"surgery.core.ir", "surgery.cutting.tracers"}
+    assert not {m for m, path in modules().items() if asked.search(path.read_text("utf-8")) and m not in allowed}
 
 
 def test_rooms_are_entered_by_their_public_names() -> None:
