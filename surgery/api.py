@@ -8,10 +8,8 @@ timing and writing files, is in `deliver`.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +32,7 @@ from surgery.coupling import Cut, batch_size, drop
 from surgery.cutting import submodule as parts, tracer_of
 from surgery.errors import InvalidInput, UnsupportedModel
 from surgery.inputs import read
-from surgery.planning import Decision, decide, refinement as race, traced
+from surgery.planning import Decision, decide, refined, traced
 from surgery.recovery import (
     Recovery,
     Step,
@@ -101,7 +99,7 @@ def realise(decision: Decision, *, progress: Progress | None = None, share: Shar
     if decision.recipe.selection.max_drop is not None:
         result: Result = within.fastest(decision, lambda chosen: realise(chosen, progress=progress), run)
         return result
-    decision = _corrected(decision, run)
+    decision = refined(decision, run)
     choice = decision.choice
     cut, program, coupling, plan = choice.cut, choice.program, choice.coupling, choice.plan
     tracer, whole = tracer_of(program.tracer), decision.whole
@@ -125,7 +123,7 @@ def realise(decision: Decision, *, progress: Progress | None = None, share: Shar
         between=decision.between,
         share=share,
     )
-    data = describe(program, coupling, plan, compact=compact, verdict=verdict, costs=costs, loop=choice.loop)
+    data = describe(program, coupling, plan, compact=compact, verdict=verdict, costs=costs, loop=choice.refinement)
     if whole is not None:
         data["part"] = parts.describe(whole, model, verdict)
         notes = [*notes, *parts.notes(data["part"])]
@@ -150,23 +148,6 @@ def realise(decision: Decision, *, progress: Progress | None = None, share: Shar
         recipe=decision.recipe,
         recovery=regained,
     )
-
-
-def _corrected(decision: Decision, run: Clock) -> Decision:
-    """Time the compact model against the dense one and correct the plan, where the budget is time on this machine."""
-    choice, recipe = decision.choice, decision.recipe
-    if choice.replan is None or choice.loop is None or not (recipe.target.correct and choice.live):
-        return decision
-    tracer = tracer_of(recipe.selection.tracer)
-    with run("close the loop"), tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        track = race.track_of(choice.program.dense, Path(folder), recipe, decision.seen, run.progress)
-        plans, loop = race.close(
-            choice,
-            choice.replan,
-            lambda c: tracer.cut(c.cut).module,
-            track,
-        )
-    return replace(decision, choice=replace(plans, loop=loop))
 
 
 def follow(decision: Decision, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -16,7 +16,7 @@ from exporters.session import OnnxModel
 from surgery.config import DEPLOYED, MILDEST, Budget, Recipe
 from surgery.core import Clock
 from surgery.errors import BudgetUnreachable, InvalidInput
-from surgery.planning import Decision, refinement as race
+from surgery.planning import Decision, LatencyBench
 from surgery.recovery import Step, points_lost
 
 FIRST = 0.5
@@ -63,7 +63,7 @@ def fastest(decision: Decision, realise: Callable[[Decision], Any], clock: Clock
     """Return the result with the lowest measured latency among those that lose no more than `max_drop`.
 
     Args:
-        decision: for a budget of time; its `replan` makes the plans.
+        decision: for a latency budget; its `planner` makes the plans.
         realise: decision → checked and recovered result, with its `steps`.
         clock: told progress.
 
@@ -72,20 +72,21 @@ def fastest(decision: Decision, realise: Callable[[Decision], Any], clock: Clock
     """
     recipe, choice = decision.recipe, decision.choice
     limit = recipe.selection.max_drop
-    assert limit is not None and choice.replan is not None, "the caller makes sure"
+    assert limit is not None and choice.refinement is not None, "the caller makes sure"
     tried: list[Tried] = []
     best: tuple[float, Any] | None = None
     low, high, aim = 0.0, 1.0, FIRST
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        track = race.track_of(choice.program.dense, Path(folder), recipe, decision.seen, clock.progress, to_judge=True)
+        dense, seen = choice.program.dense, decision.seen
+        bench = LatencyBench(dense, Path(folder), recipe, seen, clock.progress, for_accuracy=True)
         while len(tried) < MOST and high - low > NEAR and aim <= MILDEST.amount:
             clock.progress(f"within {limit:g} points: {aim:.2f} of the latency", 0.0)
             found, measured = _at(decision, aim, realise), None
             if found is not None:
-                file = track.entry(found.compact.module)
+                file = bench.export(found.compact.module)
                 lost, upper, _ = lost_by(_with_last(found, file, recipe))
                 if upper <= limit:
-                    measured = track.time(file, processes=2).value
+                    measured = bench.ratio(file, processes=2).value
                 tried.append(Tried(round(aim, 4), round(lost, 3), round(upper, 3), measured))
             if measured is not None and (best is None or measured < best[0]):
                 best = measured, found
@@ -99,15 +100,14 @@ def fastest(decision: Decision, realise: Callable[[Decision], Any], clock: Clock
             "(--recover distill), or judge by more images: the bound is that of the 95 % interval"
         )
     result = best[1]
-    dense = choice.loop.dense if choice.loop is not None else "the dense"
     within = {
         "max_drop": limit,
-        "dense": dense,
+        "dense": choice.refinement.dense,
         "of": lost_by(result.steps)[2],
         "measured": best[0],
         "tried": [asdict(t) for t in tried],
     }
-    verdict = f"measured {best[0]:.4f} of {dense} latency, the lowest found within {limit:g} points"
+    verdict = f"measured {best[0]:.4f} of {choice.refinement.dense} latency, the lowest found within {limit:g} points"
     latency = {**result.report["latency"], "target": best[0], "verdict": verdict}
     return replace(result, report={**result.report, "within": within, "latency": latency})
 
@@ -128,12 +128,12 @@ def _with_last(found: Any, file: Path, recipe: Recipe) -> tuple[Step, ...]:
 
 def _at(decision: Decision, aim: float, realise: Callable[[Decision], Any]) -> Any:
     """The result for one latency; None where it cannot be reached."""
-    assert decision.choice.replan is not None
+    assert decision.planner is not None
     try:
-        choice = decision.choice.replan(aim)
+        choice = decision.planner.plan(aim)
     except BudgetUnreachable:
         return None
     plan = replace(choice.plan, budget=Budget(latency=aim))
-    loop = replace(choice.loop, target=aim) if choice.loop is not None else None
+    refinement = replace(choice.refinement, target=aim) if choice.refinement is not None else None
     recipe = decision.recipe.but(budget=plan.budget, correct=False, max_drop=None)
-    return realise(replace(decision, choice=replace(choice, plan=plan, loop=loop), recipe=recipe))
+    return realise(replace(decision, choice=replace(choice, plan=plan, refinement=refinement), recipe=recipe))

@@ -1,7 +1,7 @@
 """The search of `surgery.planning.latency_search` against an exact solver, on the same problems.
 
 A problem is what a plan by the clock solves: one level per ladder of widths, a set of residual blocks to drop, the
-least importance lost within a time. Times of kernels hang on one ladder, or on two together; a mixed-integer program
+least importance lost within a time. Times of kernels depend on one ladder, or on two together; a mixed-integer program
 with one variable per pair of levels holds them as they are (Sun et al. 2024, MDP, arXiv:2406.12079). It is solved by
 HiGHS, as SciPy has it, which also tells how much better any solution could be at most.
 
@@ -26,14 +26,13 @@ from scipy.sparse import csr_array
 
 from benchmarks.studies import data, record
 from surgery.capture import trace
-from surgery.config import Budget
 from surgery.core import Program
 from surgery.coupling import couple, find_blocks
 from surgery.errors import InvalidInput
 from surgery.importance import score, signal_of, weights_of
 from surgery.inputs import load_model
-from surgery.latency import Conditions
-from surgery.planning import Forecast, Planner, State, Worth, lower, refinement as race, spend
+from surgery.latency import Conditions, table_source
+from surgery.planning import Forecast, ImportanceLoss, State, WidthSearch, lower, predicted_ms, search, widths_of
 
 NETWORKS = ("resnet18", "vgg16_bn", "mobilenet_v2", "resnet50")
 TRAINED = ("resnet20", "resnet56")
@@ -48,7 +47,7 @@ class Row:
     """One problem: what was lost and how long it took, by the search and by the solver.
 
     Attributes:
-        variables: of the mixed-integer program; 0 where it was not written: kernels hang on too many ladders at once.
+        variables: of the mixed-integer program; 0 where it was not written: kernels depend on too many ladders at once.
         bound: no solution loses less, by the solver.
         solved: whether the solver proved its solution the best, to a thousandth.
     """
@@ -103,21 +102,21 @@ class Mixed:
 
 
 class Exact:
-    """A problem of `spend`, written out. Raises InvalidInput where kernels hang on too many ladders at once."""
+    """A problem of `search`, written out. Raises InvalidInput where kernels depend on too many ladders at once."""
 
-    def __init__(self, forecast: Forecast, worth: Worth, target_ms: float) -> None:
+    def __init__(self, forecast: Forecast, loss: ImportanceLoss, target_ms: float) -> None:
         self.program = Mixed()
-        self._dense = [0] * len(worth.ladders)
+        self._dense = [0] * len(loss.ladders)
         self._times: list[tuple[int, float]] = []
-        self._gone = [self.program.variable(lost, whole=True) for lost in worth.blocks]
-        self._levels = [[self.program.variable(whole=True) for _ in lost] for lost in worth.ladders]
+        self._gone = [self.program.variable(lost, whole=True) for lost in loss.blocks]
+        self._levels = [[self.program.variable(whole=True) for _ in lost] for lost in loss.ladders]
         for levels in self._levels:
             self.program.constrain([(v, 1.0) for v in levels], 1.0, 1.0)
-        for k, lost in enumerate(worth.ladders):
-            inside = [b for b, ladders in enumerate(worth.inside) if k in ladders]
+        for k, lost in enumerate(loss.ladders):
+            inside = [b for b, ladders in enumerate(loss.inside) if k in ladders]
             for (level,), variable in self._together((k,), inside).items():
                 self.program.cost[variable] += lost[level]
-        for b, parts in enumerate(worth.within):
+        for b, parts in enumerate(loss.within):
             for part in parts:
                 self.program.constrain([(self._gone[b], 1.0), (self._gone[part], 1.0)], -np.inf, 1.0)
         self._kernels(forecast)
@@ -133,14 +132,14 @@ class Exact:
 
     def _kernels(self, forecast: Forecast) -> None:
         alike: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = defaultdict(list)
-        for k, hangs_on in enumerate(forecast.hangs_on):
-            alike[hangs_on].append(k)
+        for k, depends_on in enumerate(forecast.dependencies):
+            alike[depends_on].append(k)
         for (ladders, blocks), kernels in alike.items():
             for combination, variable in self._together(ladders, blocks).items():
                 levels = list(self._dense)
                 for ladder, level in zip(ladders, combination, strict=True):
                     levels[ladder] = level
-                self._times.append((variable, sum(forecast.kernel(k, levels) for k in kernels)))
+                self._times.append((variable, sum(forecast.kernel(k, State(tuple(levels))) for k in kernels)))
 
     def _together(self, ladders: Sequence[int], blocks: Sequence[int]) -> dict[tuple[int, ...], int]:
         """Variables that say which combination of levels there is, none of them where a block is gone."""
@@ -148,7 +147,7 @@ class Exact:
         if len(own) == 1 and not blocks:
             return {(level,): variable for level, variable in enumerate(own[0])}
         if prod(len(levels) for levels in own) > MOST_PAIRS:
-            raise InvalidInput(f"kernels hang on {len(own)} ladders at once")
+            raise InvalidInput(f"kernels depend on {len(own)} ladders at once")
         found = {c: self.program.variable() for c in product(*(range(len(levels)) for levels in own))}
         there = [(variable, 1.0) for variable in found.values()]
         gone = [(self._gone[b], 1.0) for b in blocks]
@@ -166,36 +165,31 @@ class Exact:
 def compared(network: str, program: Program, seconds: float) -> Iterator[Row]:
     """Yield a row per target: the search and the solver on one problem, by this machine's table."""
     coupling, blocks = couple(program), find_blocks(program)
-    planner = Planner(
-        coupling=coupling,
-        scores=score(program, coupling, "signal"),
-        lowered=lower(program, coupling),
-        source=race.source_of(None, Conditions(1, 24), seed=0, progress=None, warn=lambda sentence: None),
-        inexact="if-needed",
-        fingerprint=program.fingerprint,
-        inputs=program.inputs,
-        settings={},
-        budget=Budget(latency=0.5),
-        signal=signal_of(program, coupling, weights_of(program, coupling), blocks),
+    searched = WidthSearch(
+        coupling,
+        score(program, coupling, "signal"),
+        lower(program, coupling),
+        table_source(None, Conditions(1, 24)),
+        signal_of(program, coupling, weights_of(program, coupling), blocks),
         blocks=blocks,
     )
-    dense_ms = planner.dense_ms()
-    table = planner.source.cover([])
+    table = searched.table()
+    dense_ms = predicted_ms(widths_of(searched.lowered, coupling.labelled, {}), table)
     for target in TARGETS:
-        problem = next(planner.problems(table))
+        problem = next(searched.problems(table))
         started = time.perf_counter()
-        state = spend(problem.forecast, problem.worth, target * dense_ms)
+        state = search(problem.forecast, problem.loss, target * dense_ms)
         took = time.perf_counter() - started
         if state is None:
             continue
-        ms = problem.forecast.total(state.levels, state.dropped)
-        row = Row(network, target, problem.worth.lost(state), ms, took)
-        yield Row(**{**asdict(row), **_solved(problem.forecast, problem.worth, target * dense_ms, seconds)})
+        ms = problem.forecast.total(state)
+        row = Row(network, target, problem.loss.of(state), ms, took)
+        yield Row(**{**asdict(row), **_solved(problem.forecast, problem.loss, target * dense_ms, seconds)})
 
 
-def _solved(forecast: Forecast, worth: Worth, target_ms: float, seconds: float) -> Mapping[str, Any]:
+def _solved(forecast: Forecast, loss: ImportanceLoss, target_ms: float, seconds: float) -> Mapping[str, Any]:
     try:
-        exact = Exact(forecast, worth, target_ms)
+        exact = Exact(forecast, loss, target_ms)
     except InvalidInput:
         return {}
     started = time.perf_counter()
@@ -206,8 +200,8 @@ def _solved(forecast: Forecast, worth: Worth, target_ms: float, seconds: float) 
         return {**took, "bound": bound}
     return {
         **took,
-        "solver_lost": worth.lost(state),
-        "solver_ms": forecast.total(state.levels, state.dropped),
+        "solver_lost": loss.of(state),
+        "solver_ms": forecast.total(state),
         "bound": bound,
         "solved": found.status == 0,
     }

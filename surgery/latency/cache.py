@@ -20,6 +20,7 @@ import platformdirs
 from surgery.errors import InvalidInput
 from surgery.latency import fill, probe
 from surgery.latency.fill import Point, Progress
+from surgery.latency.micro import FP32
 from surgery.latency.probe import Conditions
 from surgery.latency.tables import LatencyTable
 
@@ -172,3 +173,36 @@ class Given:
     def refine(self, points: Iterable[Point]) -> LatencyTable | None:
         """Return None: the table is what it is."""
         return None
+
+
+Source = Measured | Given
+
+
+def table_source(
+    table: LatencyTable | str | Path | None,
+    conditions: Conditions,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+    warn: Callable[[str], None] = lambda sentence: None,
+) -> Source:
+    """Return where kernels' times come from: the table that is given, or this machine if None.
+
+    Raises:
+        InvalidInput: the table cannot be read, or is of another precision.
+    """
+    if table is None:
+        return Measured(conditions, seed=seed, progress=progress, warn=warn)
+    if not isinstance(table, (LatencyTable, str, Path)):
+        raise InvalidInput(f"latency_table is of type {type(table).__name__}: give a path, or a LatencyTable")
+    given, origin = (table, "table.json") if isinstance(table, LatencyTable) else (LatencyTable.load(table), str(table))
+    threads, theirs = conditions.threads, given.device.get("threads", conditions.threads)
+    if theirs != threads:
+        warn(f"the plan is for --threads {theirs}, as latency table {origin} is; times here are of --threads {threads}")
+    precision = given.device.get("precision", FP32)
+    if precision != conditions.precision:
+        raise InvalidInput(
+            f"latency table {origin} is of {precision}, and the plan is for {conditions.precision}: give --deploy "
+            f"{precision}, or a table that `surgery profile --deploy {conditions.precision}` wrote"
+        )
+    return Given(given, origin, warn=warn)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -18,6 +18,8 @@ from typing import Any
 
 from surgery.errors import InvalidInput
 from surgery.latency import ort
+from surgery.latency.blocks import Progress
+from surgery.latency.session import Settings
 from surgery.latency.worker import TimerFailed, answer_of, environment
 
 PROCESSES = 3
@@ -61,14 +63,11 @@ class Ratio:
 def measure(
     dense: Path,
     compact: Path,
+    settings: Settings,
     *,
-    threads: int,
-    batch: int,
-    shapes: Mapping[str, tuple[int, ...]],
-    seed: int = 0,
     processes: int = PROCESSES,
     seconds: float = SECONDS,
-    progress: Callable[[str, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> Ratio:
     """Return the latency of `compact` relative to `dense`, the median over fresh processes.
 
@@ -81,22 +80,13 @@ def measure(
         if progress is not None:
             progress("time compact against dense", k / processes)
         request = {
-            "dense": str(dense.resolve()),
-            "compact": str(compact.resolve()),
-            "threads": threads,
-            "batch": batch,
-            "input_shapes": dict(shapes),
-            "max_seconds": seconds,
-            "seed": seed + k,
+            **{"dense": str(dense.resolve()), "compact": str(compact.resolve())},
+            **{"max_seconds": seconds, **asdict(settings), "seed": settings.seed + k},
         }
         answers.append(_ask(request))
-    ratios = tuple(float(a["ratio"]) for a in answers)
-    return Ratio(
-        median(ratios),
-        ratios,
-        median(float(a["dense_ms"]) for a in answers),
-        median(float(a["compact_ms"]) for a in answers),
-    )
+    keys = ("ratio", "dense_ms", "compact_ms")
+    ratios, dense_ms, compact_ms = (tuple(float(answer[key]) for answer in answers) for key in keys)
+    return Ratio(median(ratios), ratios, median(dense_ms), median(compact_ms))
 
 
 def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +111,7 @@ def main(request: str) -> int:
     """Serve one request, as JSON on standard output; returns the exit code."""
     fields = json.loads(request)
     files = {name: Path(fields.pop(name)) for name in ("dense", "compact")}
-    shapes = {name: tuple(shape) for name, shape in fields.pop("input_shapes").items()}
+    shapes = {name: tuple(shape) for name, shape in fields.pop("shapes").items()}
     try:
         timing = ort.time(files, baseline="dense", input_shapes=shapes, aa=False, fresh=False, width=0.02, **fields)
     except InvalidInput as error:

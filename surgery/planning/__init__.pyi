@@ -1,9 +1,16 @@
-from . import profiling as profiling, refinement as refinement
+from . import profiling as profiling
 from .allocation import SCOPES as SCOPES, allocate as allocate
-from .decision import Choice as Choice, Decision as Decision, decide as decide
-from .forecast import Forecast as Forecast
-from .latency_planner import Planner as Planner
-from .latency_search import State as State, Worth as Worth, spend as spend
+from .choice import Choice as Choice, RefinementLog as RefinementLog
+from .decision import (
+    Decision as Decision,
+    as_planned as as_planned,
+    decide as decide,
+    repeat as repeat,
+    traced as traced,
+)
+from .forecast import Forecast as Forecast, State as State, predicted_ms as predicted_ms, widths_of as widths_of
+from .latency_bench import LatencyBench as LatencyBench, int8_of as int8_of
+from .latency_planner import LatencyPlanner as LatencyPlanner, WidthSearch as WidthSearch
+from .latency_search import ImportanceLoss as ImportanceLoss, search as search
 from .lowering import lower as lower
-from .refinement import int8_of as int8_of
-from .repetition import as_planned as as_planned, repeat as repeat, traced as traced
+from .refinement import refined as refined

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from surgery.config import Budget
 from surgery.core import KEPT, CostFn, Coupling, InputSpec, Plan, Scores
 from surgery.coupling import NO_SETTINGS, plan_from_dead
 from surgery.errors import BudgetUnreachable, InvalidInput
-from surgery.planning.ladders import Ladder, Schedule, global_schedule, ladders_of, uniform_schedule
+from surgery.planning.ladders import Ladder, ladders_of
 
 SCOPES = ("global", "uniform")
 INEXACT = ("never", "if-needed", "always")
@@ -90,6 +92,46 @@ def allocate(
     return plan_from_dead(
         coupling, dead, fingerprint=fingerprint, inputs=inputs, budget=budget, settings=settings, notes=notes
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """States 0 (dense) to `length`; `taken(state)` is the number of steps taken on each ladder."""
+
+    ladders: Sequence[Ladder]
+    length: int
+    taken: Callable[[int], Sequence[int]]
+
+    def dead(self, state: int) -> dict[str, tuple[int, ...]]:
+        """Group name → dead units, for the groups that are cut."""
+        dead: dict[str, list[int]] = {}
+        for ladder, steps in zip(self.ladders, self.taken(state), strict=True):
+            for name, unit in ladder.order[: ladder.ends[steps - 1]] if steps else ():
+                dead.setdefault(name, []).append(unit)
+        return {name: tuple(sorted(units)) for name, units in dead.items()}
+
+
+def global_schedule(ladders: Sequence[Ladder]) -> Schedule:
+    """Take steps one at a time, least important first; ties in the order of groups, then of steps."""
+    owners = np.array([k for k, ladder in enumerate(ladders) for _ in ladder.ends], dtype=np.int64)
+    keys = np.array([key for ladder in ladders for key in ladder.keys], dtype=np.float64)
+    ranked = owners[np.argsort(keys, kind="stable")]
+
+    def taken(state: int) -> list[int]:
+        return [int(steps) for steps in np.bincount(ranked[:state], minlength=len(ladders))]
+
+    return Schedule(ladders, len(ranked), taken)
+
+
+def uniform_schedule(ladders: Sequence[Ladder]) -> Schedule:
+    """Take all groups down together: at level f each keeps the smallest size it may have that is at least f of it."""
+    fractions = [np.array(ladder.fractions) for ladder in ladders]
+    levels = sorted({fraction for ladder in ladders for fraction in ladder.fractions}, reverse=True)
+
+    def taken(state: int) -> list[int]:
+        return [int((kept >= levels[state - 1]).sum()) if state else 0 for kept in fractions]
+
+    return Schedule(ladders, len(levels), taken)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,13 @@
-"""What a state of the search takes by a latency table: kernels at the widths that the surviving units make.
+"""The latency of a state of the search, by a latency table: kernels at the widths that the surviving units leave.
 
-A state says how many steps each ladder has taken, and which blocks are gone. Only what a move touches is worked out
-again, so that a search may look at thousands of moves a second.
+A state says how many steps each ladder has taken, and which blocks are dropped. A move changes few kernels, and only
+those are computed again, so that a search may look at thousands of moves a second.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,25 @@ from surgery.latency import LatencyTable, kind_of
 from surgery.planning.ladders import Ladder
 from surgery.planning.lowering import Lowered
 
-Levels = Sequence[int]
-"""Steps taken on each ladder."""
 _REMEMBERED = 200_000
 """Changes of a forecast that are kept at most: some hundred bytes each."""
+SHOWN = 4
+"""Staircases at most."""
+_POINTS = 96
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Steps taken on each ladder, and the blocks that are dropped."""
+
+    levels: tuple[int, ...]
+    dropped: frozenset[int] = frozenset()
+
+    def moved(self, ladder: int, to: int) -> State:
+        """Return the state with one ladder at another level."""
+        levels = list(self.levels)
+        levels[ladder] = to
+        return replace(self, levels=tuple(levels))
 
 
 def widths_of(
@@ -85,7 +100,7 @@ class Forecast:
         ladders: Sequence[Ladder],
         blocks: Sequence[Collection[str]] = (),
     ) -> None:
-        self._table, self._ladders = table, ladders
+        self.table, self._ladders = table, ladders
         self._placed = list(lowered.placed)
         self._axes = [_axis(layers, ladders, coupling.labelled) for layers in lowered.sizes.axes]
         self._blocks = [frozenset(nodes) for nodes in blocks]
@@ -103,38 +118,46 @@ class Forecast:
         self._near = [self._around(kernels) for kernels in self._touched]
         self._changes: dict[tuple[Any, ...], float] = {}
 
-    def total(self, levels: Levels, dropped: Collection[int] = ()) -> float:
+    def total(self, state: State) -> float:
         """Return the predicted milliseconds of a state."""
-        gone = self._missing(dropped)
-        return sum(self._ms(k, levels) for k in range(len(self._placed)) if k not in gone)
+        return sum(self._ms(k, state) for k in self._there(range(len(self._placed)), state))
 
-    def change(self, levels: Levels, ladder: int, to: int, dropped: Collection[int] = ()) -> float:
-        """Return by how many milliseconds a state changes when one ladder goes to another level."""
+    def change(self, state: State, ladder: int, to: int) -> float:
+        """Return by how many milliseconds a state changes if one ladder goes to another level."""
         ladders, blocks = self._near[ladder]
-        key = (ladder, to, tuple(levels[k] for k in ladders), tuple(b for b in blocks if b in dropped))
+        key = (ladder, to, tuple(state.levels[k] for k in ladders), tuple(b for b in blocks if b in state.dropped))
         if key not in self._changes:
             if len(self._changes) > _REMEMBERED:
                 self._changes.clear()
-            moved = list(levels)
-            moved[ladder] = to
-            gone = self._missing(dropped)
-            touched = [k for k in self._touched[ladder] if k not in gone]
-            self._changes[key] = sum(self._ms(k, moved) - self._ms(k, levels) for k in touched)
+            moved = state.moved(ladder, to)
+            touched = self._there(self._touched[ladder], state)
+            self._changes[key] = sum(self._ms(k, moved) - self._ms(k, state) for k in touched)
         return self._changes[key]
 
-    def cost(self, levels: Levels, ladder: int, dropped: Collection[int] = ()) -> float:
+    def cost(self, state: State, ladder: int) -> float:
         """Return the milliseconds of all kernels that one ladder's units reach."""
-        gone = self._missing(dropped)
-        return sum(self._ms(k, levels) for k in self._touched[ladder] if k not in gone)
+        return sum(self._ms(k, state) for k in self._there(self._touched[ladder], state))
 
-    def block(self, levels: Levels, block: int, dropped: Collection[int] = ()) -> float:
+    def block(self, state: State, block: int) -> float:
         """Return the milliseconds that a block takes in a state in which it is still there."""
-        gone = self._missing(dropped)
-        return sum(self._ms(k, levels) for k in self._gone[block] if k not in gone)
+        return sum(self._ms(k, state) for k in self._there(self._gone[block], state))
+
+    def kernel(self, k: int, state: State) -> float:
+        """Return the milliseconds of one kernel in a state in which it is still there."""
+        return self._ms(k, state)
+
+    def points(self, state: State) -> list[tuple[Kernel, Widths]]:
+        """Return the kernels of a state with their widths."""
+        there = self._there(range(len(self._placed)), state)
+        return [(self._placed[k].kernel, self._widths(self._placed[k], state)) for k in there]
+
+    def kinds(self, ladder: int) -> list[str]:
+        """Return the kinds of kernels that one ladder's units reach."""
+        return sorted({kind_of(self._placed[k].kernel) for k in self._touched[ladder]})
 
     @property
-    def hangs_on(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """For each kernel the ladders that its widths hang on, and the blocks that it goes with."""
+    def dependencies(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """For each kernel the ladders that its widths depend on, and the blocks that it goes with."""
         return [
             (
                 tuple(ladder for ladder, touched in enumerate(self._touched) if k in touched),
@@ -143,51 +166,40 @@ class Forecast:
             for k in range(len(self._placed))
         ]
 
-    def kernel(self, k: int, levels: Levels) -> float:
-        """Return the milliseconds of one kernel in a state in which it is still there."""
-        return self._ms(k, levels)
-
-    def kinds(self, ladder: int) -> list[str]:
-        """Return the kinds of kernels that one ladder's units reach."""
-        return sorted({kind_of(self._placed[k].kernel) for k in self._touched[ladder]})
-
-    def points(self, levels: Levels, dropped: Collection[int] = ()) -> list[tuple[Kernel, Widths]]:
-        """Return the kernels of a state with their widths."""
-        gone = self._missing(dropped)
-        return [(p.kernel, self._widths(p, levels)) for k, p in enumerate(self._placed) if k not in gone]
-
     def _around(self, kernels: Collection[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The ladders that widths of these kernels hang on, and the blocks that some of them go with."""
+        """The ladders that widths of these kernels depend on, and the blocks that some of them go with."""
         ladders = {ladder for k in kernels for slot in self._placed[k].slots for ladder in self._axes[slot].ladders}
         return tuple(sorted(ladders)), tuple(b for b, gone in enumerate(self._gone) if not gone.isdisjoint(kernels))
 
-    def _missing(self, dropped: Collection[int]) -> Collection[int]:
-        return frozenset().union(*(self._gone[b] for b in dropped)) if dropped else frozenset()
+    def _there(self, kernels: Iterable[int], state: State) -> list[int]:
+        """Those of the kernels that no dropped block has taken away."""
+        gone = frozenset[int]().union(*(self._gone[b] for b in state.dropped))
+        return [k for k in kernels if k not in gone]
 
-    def _ms(self, k: int, levels: Levels) -> float:
+    def _ms(self, k: int, state: State) -> float:
         placed = self._placed[k]
-        widths = self._widths(placed, levels)
+        widths = self._widths(placed, state)
         if (k, widths) not in self._times:
-            ms = self._table.ms(placed.kernel, widths)
-            self._times[k, widths] = (ms or 0.0) + self._table.overhead_ms
+            self._times[k, widths] = predicted_ms([(placed.kernel, widths)], self.table)
         return self._times[k, widths]
 
-    def _widths(self, placed: Placed, levels: Levels) -> Widths:
-        return tuple(self._length(slot, levels) for slot in placed.slots)
+    def _widths(self, placed: Placed, state: State) -> Widths:
+        return tuple(self._length(slot, state) for slot in placed.slots)
 
-    def _length(self, slot: int, levels: Levels) -> int:
+    def _length(self, slot: int, state: State) -> int:
         axis = self._axes[slot]
-        key = (slot, *(levels[ladder] for ladder in axis.ladders))
+        key = (slot, *(state.levels[ladder] for ladder in axis.ladders))
         if key not in self._lengths:
+            removed = np.array([self._removed(k, state) for k in range(len(self._ladders))] + [0])
             alive: Any = True
             for owner, rank in axis.layers:
-                removed = np.array([self._removed(k, levels) for k in range(len(self._ladders))] + [0])
                 alive = alive & (rank >= removed[owner])
             self._lengths[key] = int(np.sum(alive))
         return self._lengths[key]
 
-    def _removed(self, ladder: int, levels: Levels) -> int:
-        return self._ladders[ladder].ends[levels[ladder] - 1] if levels[ladder] else 0
+    def _removed(self, ladder: int, state: State) -> int:
+        level = state.levels[ladder]
+        return self._ladders[ladder].ends[level - 1] if level else 0
 
 
 def _axis(layers: Layers, ladders: Sequence[Ladder], labelled: LabelledGraph) -> _Axis:
@@ -208,3 +220,62 @@ def _places(ladders: Sequence[Ladder], labelled: LabelledGraph) -> dict[int, tup
         for k, ladder in enumerate(ladders)
         for rank, (name, unit) in enumerate(ladder.order)
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Staircase:
+    """A kernel's time over its last width, that of its result as a rule; the others are such as the plan leaves them.
+
+    Attributes:
+        title: what kernel it is.
+        nodes: the operations that it stands for.
+        widths: at which the table was read.
+        ms: its milliseconds there.
+        dense: the width before.
+        kept: the width after.
+    """
+
+    title: str
+    nodes: tuple[str, ...]
+    widths: tuple[int, ...]
+    ms: tuple[float, ...]
+    dense: int
+    kept: int
+
+
+def staircases(
+    lowered: Lowered, labelled: LabelledGraph, table: LatencyTable, dead: Mapping[str, Sequence[int]]
+) -> tuple[Staircase, ...]:
+    """Return the curves of the kernels that take most of the dense network's time, one of each sort, cut ones first.
+
+    Args:
+        lowered: the network's kernels, without the blocks that are gone.
+        labelled: of the same program.
+        table: of the device.
+        dead: the plan's.
+    """
+    dense, kept = (widths_of(lowered, labelled, gone) for gone in ({}, dead))
+    rows = list(zip(lowered.placed, dense, kept, strict=True))
+    rows = [row for row in rows if row[1][0].letters]
+    rows.sort(key=lambda row: (row[1][1][-1] == row[2][1][-1], -(table.ms(*row[1]) or 0.0)))
+    found: dict[str, Staircase] = {}
+    for placed, (kernel, before), (_, after) in rows:
+        if len(found) == SHOWN:
+            break
+        if kernel.title not in found and (curve := _curve(kernel, table, before, after, placed.nodes)) is not None:
+            found[kernel.title] = curve
+    return tuple(found.values())
+
+
+def _curve(
+    kernel: Kernel, table: LatencyTable, before: Widths, after: Widths, nodes: Sequence[str]
+) -> Staircase | None:
+    """Over the last width; None where the table does not tell."""
+    dense = before[-1]
+    step = max(1, dense // _POINTS)
+    widths = sorted({*range(step, dense + 1, step), dense, max(1, after[-1])})
+    times = [table.ms(kernel, (*after[:-1], width)) for width in widths]
+    if any(t is None for t in times) or not any(times):
+        return None
+    ms = tuple(round(t or 0.0, 6) for t in times)
+    return Staircase(kernel.title, tuple(nodes), tuple(widths), ms, dense, after[-1])

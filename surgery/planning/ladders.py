@@ -1,12 +1,11 @@
 """By which steps groups may shrink, and in which order: plain arithmetic, no torch.
 
-A *ladder* is the steps by which one group may shrink, or several that must stay alike; a *schedule* is the order in
-which the steps of all ladders are taken, from the dense model (state 0) to the smallest one.
+A *ladder* is the steps by which one group may shrink, or several that must stay alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -39,23 +38,6 @@ class Ladder:
         """The fraction of the units kept after each step."""
         size = len(self.order)
         return tuple((size - end) / size for end in self.ends)
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """States 0 (dense) to `length`; `taken(state)` is the number of steps taken on each ladder."""
-
-    ladders: Sequence[Ladder]
-    length: int
-    taken: Callable[[int], Sequence[int]]
-
-    def dead(self, state: int) -> dict[str, tuple[int, ...]]:
-        """Group name → dead units, for the groups that are cut."""
-        dead: dict[str, list[int]] = {}
-        for ladder, steps in zip(self.ladders, self.taken(state), strict=True):
-            for name, unit in ladder.order[: ladder.ends[steps - 1]] if steps else ():
-                dead.setdefault(name, []).append(unit)
-        return {name: tuple(sorted(units)) for name, units in dead.items()}
 
 
 def ladders_of(coupling: Coupling, scores: Scores, round_to: int | Mapping[str, int]) -> list[Ladder]:
@@ -136,30 +118,3 @@ def _widths(group: Group) -> list[int]:
     first = [site for site in group.sites if site.axis == 0]
     widest = max(first or group.sites, key=stretch, default=None)
     return [len(owned) for owned in widest.index] if widest else [1] * group.size
-
-
-def global_schedule(ladders: Sequence[Ladder]) -> Schedule:
-    """Take steps one at a time, least important first; ties in the order of groups, then of steps."""
-    owners = np.array([k for k, ladder in enumerate(ladders) for _ in ladder.ends], dtype=np.int64)
-    keys = np.array([key for ladder in ladders for key in ladder.keys], dtype=np.float64)
-    ranked = owners[np.argsort(keys, kind="stable")]
-
-    def taken(state: int) -> list[int]:
-        return [int(steps) for steps in np.bincount(ranked[:state], minlength=len(ladders))]
-
-    return Schedule(ladders, len(ranked), taken)
-
-
-def uniform_schedule(ladders: Sequence[Ladder]) -> Schedule:
-    """Take all groups down together: at level f each keeps the smallest size it may have that is at least f of it."""
-    fractions = [np.array(ladder.fractions) for ladder in ladders]
-    levels = sorted(_distinct(ladders), reverse=True)
-
-    def taken(state: int) -> list[int]:
-        return [int((kept >= levels[state - 1]).sum()) if state else 0 for kept in fractions]
-
-    return Schedule(ladders, len(levels), taken)
-
-
-def _distinct(ladders: Sequence[Ladder]) -> Iterator[float]:
-    yield from {fraction for ladder in ladders for fraction in ladder.fractions}

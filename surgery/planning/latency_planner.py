@@ -1,226 +1,239 @@
-"""Plans by the clock: a latency table and scores become a plan that meets a time, with the reason for every width."""
+"""Plans for a latency budget: a latency table and scores become a plan that meets it, with a reason for every width."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from functools import cached_property
+from pathlib import Path
 
-from surgery.config import Budget
-from surgery.core import Block, Coupling, InputSpec, Kernel, Plan, Scores, Widths
-from surgery.coupling import plan_from_dead
-from surgery.errors import BudgetUnreachable
-from surgery.importance import Signal
-from surgery.latency import LatencyTable
+from surgery.config import Budget, Recipe
+from surgery.core import Block, Clock, Coupling, Kernel, Plan, Program, Scores, Widths
+from surgery.coupling import find_blocks, flush_mib, kept_costs, plan_from_dead, reordered, reorderings
+from surgery.cutting import submodule as parts
+from surgery.errors import BudgetUnreachable, InvalidInput
+from surgery.importance import PRICED, Signal, practised_worth, settled, signal_of, weights_of
+from surgery.inputs import Calibration
+from surgery.latency import Conditions, LatencyTable, Source, Stairs, table_source
+from surgery.planning.acceptance import Acceptance, acceptance_of
 from surgery.planning.allocation import attempts
-from surgery.planning.forecast import Forecast, group_steps, predicted_ms, widths_of
+from surgery.planning.candidate import Candidate, DroppableBlocks, candidate_of
+from surgery.planning.choice import Choice, RefinementLog, plan_settings
+from surgery.planning.forecast import Forecast, State, group_steps, predicted_ms, staircases, widths_of
 from surgery.planning.ladders import Ladder, ladders_of
-from surgery.planning.latency_search import State, Worth, spend, worth_of
-from surgery.planning.lowering import Lowered
+from surgery.planning.latency_bench import LatencyBench
+from surgery.planning.latency_search import ImportanceLoss, ladder_losses, search
+from surgery.planning.lowering import Lowered, lower
 
 FINEST = 32
-"""Steps of a group where the device shows no stairs."""
+"""Steps of a group if the device shows no stairs."""
 REFINEMENTS = 4
+"""How often the points that a plan uses are measured, and the plan made again."""
 
 
-class Source(Protocol):
-    """Where a latency table comes from: measured here where it has gaps, or given."""
-
-    live: bool
-
-    @property
-    def device(self) -> Mapping[str, Any]:
-        """What the table was measured on."""
-
-    def cover(self, placed: Sequence[tuple[Kernel, Widths]]) -> LatencyTable:
-        """Return a table that holds all these kernels, up to these widths."""
-
-    def refine(self, points: Iterable[tuple[Kernel, Widths]]) -> LatencyTable | None:
-        """Return a table in which these points were measured themselves, or None where there is nothing to add."""
+def conditions_of(program: Program, recipe: Recipe) -> Conditions:
+    """Return the conditions under which a recipe's kernels are timed."""
+    return Conditions(recipe.target.threads, flush_mib(program, recipe.target.deploy), recipe.target.deploy)
 
 
-@dataclass(frozen=True, slots=True)
-class Timed:
-    """A plan, and the milliseconds that the table tells for what it leaves.
+class LatencyPlanner:
+    """Makes plans for a latency budget, by a latency table that is given or measured on this machine.
+
+    Blocks and widths are searched together, on the program without its dead blocks; the plan is then carried over to
+    the program without the blocks that it drops.
+
+    Args:
+        recipe: what was asked for.
+        seen: images that the importance of units is measured on, if any.
+        droppable: the blocks that may go, of the traced program.
+        clock: told progress.
 
     Attributes:
-        plan: which units die.
-        kept_ms: by the table.
-        dropped: blocks that had best go as well; to be taken out of the program, and planned for again.
+        source: of the latency table.
+        warnings: what the user should know about the table; grows as it is read.
     """
 
-    plan: Plan
-    kept_ms: float
-    dropped: tuple[str, ...] = ()
+    def __init__(self, recipe: Recipe, seen: Calibration | None, droppable: DroppableBlocks, clock: Clock) -> None:
+        self._recipe, self._seen, self._clock = recipe, seen, clock
+        self._droppable, self._program = droppable, droppable.program
+        self._candidates: dict[frozenset[str], Candidate] = {}
+        self.warnings: list[str] = []
+        self.source: Source = table_source(
+            recipe.target.latency_table,
+            conditions_of(self._program, recipe),
+            seed=recipe.selection.seed,
+            progress=clock.progress,
+            warn=self.warnings.append,
+        )
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Problem:
-    """What `spend` searches: steps of ladders and blocks, what they save and what is lost with them."""
-
-    ladders: Sequence[Ladder]
-    forecast: Forecast
-    worth: Worth
-
-
-@dataclass(frozen=True, eq=False)
-class Planner:
-    """Makes plans for one network and one device; the table grows as plans ask for points.
-
-    Attributes:
-        coupling: the groups.
-        scores: importance per unit.
-        lowered: the network's kernels.
-        source: of the table.
-        inexact: as for `allocate`.
-        fingerprint: of the program, for plans.
-        inputs: of the program, for plans.
-        settings: kept in plans as given.
-        budget: what was asked for, kept in plans.
-        signal: who reads the units, and what is lost with them and with blocks.
-        blocks: those that may be dropped.
-    """
-
-    coupling: Coupling
-    scores: Scores
-    lowered: Lowered
-    source: Source
-    inexact: str
-    fingerprint: str
-    inputs: tuple[InputSpec, ...]
-    settings: Mapping[str, Any]
-    budget: Budget
-    signal: Signal
-    blocks: tuple[Block, ...] = ()
-
+    @cached_property
     def dense_ms(self) -> float:
-        """Return the dense model's milliseconds by the table, which is filled where it has gaps."""
-        dense = widths_of(self.lowered, self.coupling.labelled, {})
-        table = self.source.cover(dense)
-        return predicted_ms(dense, self.source.refine(dense) or table)
+        """The dense model's latency by the table; raises InvalidInput if the table has none."""
+        dense = self._candidate(frozenset())
+        points = widths_of(self._lowered(dense), dense.coupling.labelled, {})
+        with self._clock("measure kernels"):
+            found = predicted_ms(points, covered(self.source, points))
+        if found <= 0:
+            raise InvalidInput("the latency table has no time for this model; make it again with surgery profile")
+        return found
 
-    def plan(self, target_ms: float) -> Timed:
-        """Return a plan that is predicted to take at most so many milliseconds.
+    @cached_property
+    def calibration(self) -> Acceptance | None:
+        """A measurement of an earlier plan from the table's device; raises InvalidInput if it is of another device."""
+        found = acceptance_of(self._recipe)
+        if found is not None:
+            found.refuse_others(self.source.device, self._program.fingerprint, self._recipe.target.batch)
+        return found
+
+    @cached_property
+    def target(self) -> float:
+        """The fraction of the dense latency that is asked for.
+
+        Milliseconds are taken of the dense model's measured latency; if it is not measured, of that by the table.
+        """
+        recipe, dense_ms = self._recipe, self.dense_ms
+        if self.calibration is not None:
+            dense_ms = self.calibration.dense_ms
+        elif recipe.goal.latency_ms is not None and recipe.target.correct and self.source.live:
+            with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
+                dense_ms = LatencyBench(self._program, Path(folder), recipe, self._seen, self._clock.progress).dense_ms()
+        return fraction_of(recipe.goal, dense_ms)
+
+    def first_plan(self) -> Choice:
+        """Return the plan for the target, calibrated with a measurement from the device if there is one."""
+        if self.calibration is not None:
+            return self.plan(self.calibration.aim(self.target))
+        try:
+            return self.plan(self.target)
+        except BudgetUnreachable as error:
+            if self._recipe.selection.max_drop is None:
+                raise
+            raise BudgetUnreachable(f"--max-drop: nothing can be cut that takes time ({error})") from error
+
+    def plan(self, fraction: float) -> Choice:
+        """Return a plan that is predicted to take at most this fraction of the dense model's latency.
 
         Raises:
             BudgetUnreachable: the smallest model is predicted to take longer.
         """
-        dense = widths_of(self.lowered, self.coupling.labelled, {})
-        table = self.source.cover(dense)
-        table = self.source.refine(dense) or table
-        timed, points = self._once(table, target_ms)
-        for _ in range(REFINEMENTS):
-            finer = self.source.refine(points)
-            if finer is None:
-                break
-            table = finer
-            timed, points = self._once(table, target_ms)
-        return timed
-
-    def _once(self, table: LatencyTable, target_ms: float) -> tuple[Timed, list[tuple[Kernel, Widths]]]:
-        least = float("inf")
-        for problem in self.problems(table):
-            forecast = problem.forecast
-            state = spend(forecast, problem.worth, target_ms)
-            if state is not None:
-                timed = self._timed(forecast, problem.worth, problem.ladders, state, table, target_ms)
-                return timed, forecast.points(state.levels, state.dropped)
-            everything = range(len(self.blocks))
-            least = min(least, forecast.total([len(ladder.ends) for ladder in problem.ladders], everything))
-        steps = group_steps(self.lowered, self.coupling, table, most=FINEST)
-        raise BudgetUnreachable(self._unreachable(target_ms, least, steps))
-
-    def problems(self, table: LatencyTable) -> Iterator[Problem]:
-        """Yield what is to be searched by a table; first without groups whose removal is inexact, where that is so."""
-        steps = group_steps(self.lowered, self.coupling, table, most=FINEST)
-        ladders = ladders_of(self.coupling, self.scores, steps)
-        taken = [{*block.nodes, block.sum} for block in self.blocks]
-        for chosen in attempts(self.coupling, self.inexact):
-            allowed = [ladder for ladder in ladders if chosen.issuperset(ladder.groups)]
-            forecast = Forecast(self.lowered, table, self.coupling, allowed, taken)
-            yield Problem(allowed, forecast, self._worth(allowed))
-
-    def _worth(self, ladders: Sequence[Ladder]) -> Worth:
-        sites = {group.name: {site.tensor for site in group.sites} for group in self.coupling.groups}
-        held = [set(block.tensors) for block in self.blocks]
-        inside = tuple(
-            frozenset(k for k, ladder in enumerate(ladders) if all(sites[name] <= own for name in ladder.groups))
-            for own in held
-        )
-        within = tuple(
-            frozenset(k for k, part in enumerate(self.blocks) if part.sum in block.nodes) for block in self.blocks
-        )
-        return Worth(
-            worth_of(ladders, self.signal),
-            tuple(self.signal.blocks[block.name] for block in self.blocks),
-            inside,
-            within,
+        with self._clock("allocate"):
+            found = self._search.solve(fraction * self.dense_ms)
+            candidate, plan = self._carried(found)
+        predicted = found.ms / self.dense_ms
+        notes = [*plan.notes, *self._droppable.notes]
+        if self.calibration is not None:
+            notes.append(self.calibration.told(self.calibration.aim(self.target)))
+        settings = {**plan.settings, "predicted_latency_ratio": round(predicted, 6)}
+        plan = replace(plan, notes=tuple(notes), settings=settings)
+        lowered, labelled = self._lowered(candidate), candidate.coupling.labelled
+        table = self.source.cover(widths_of(lowered, labelled, {}))
+        dense = self._candidate(frozenset())
+        return Choice(
+            candidate.program,
+            candidate.coupling,
+            plan,
+            kept_costs(dense.coupling, dense.costs, candidate.coupling, candidate.costs, plan),
+            RefinementLog(
+                self.target,
+                dense_ms=None,
+                predicted_dense_ms=self.dense_ms,
+                predicted_ms=found.ms,
+                verdict="not timed: the latencies are the table's",
+                device=self.source.device,
+            ),
+            tuple(self.warnings),
+            staircases(lowered, labelled, table, plan.dead),
         )
 
-    def _unreachable(self, target_ms: float, least: float, steps: Mapping[str, int]) -> str:
-        if not steps and not self.blocks:
-            return (
-                f"cannot get down to {target_ms:.4g} ms: nothing of the model may be cut, all of it is frozen or kept"
-            )
-        step = max(steps.values(), default=1)
-        why = f" (widths go in steps of {step} on this device)" if step > 1 else ""
-        return (
-            f"cannot get down to {target_ms:.4g} ms: with every group at its smallest{why}, {least:.4g} ms are "
-            "predicted; raise the budget, or set it in --macs, which takes any width"
-        )
-
-    def _timed(
-        self,
-        forecast: Forecast,
-        worth: Worth,
-        ladders: Sequence[Ladder],
-        state: State,
-        table: LatencyTable,
-        target_ms: float,
-    ) -> Timed:
-        kept_ms = forecast.total(state.levels, state.dropped)
-        dead: dict[str, list[int]] = {}
-        for ladder, level in zip(ladders, state.levels, strict=True):
-            for name, unit in ladder.order[: ladder.ends[level - 1]] if level else ():
-                dead.setdefault(name, []).append(unit)
-        reasons = {
-            name: reason
-            for k, ladder in enumerate(ladders)
-            for name, reason in _reasons(k, ladder, forecast, worth, state, table)
-        }
-        for gone in state.dropped:
-            names = [name for k in worth.inside[gone] for name in ladders[k].groups]
-            reasons.update(dict.fromkeys(names, f"goes with '{self.blocks[gone].name}', which is dropped"))
-        for b, block in enumerate(self.blocks):
-            reasons[block.name] = self._why_block(b, forecast, worth, state)
+    def _carried(self, found: Solution) -> tuple[Candidate, Plan]:
+        """The solution as a plan, and the program without the blocks that it drops."""
+        base = self._base
         plan = plan_from_dead(
-            self.coupling,
-            dead,
-            fingerprint=self.fingerprint,
-            inputs=self.inputs,
-            budget=self.budget,
-            settings=self.settings,
-            notes=[
-                f"predicted by the latency table: {kept_ms:.4g} ms, aimed at {target_ms:.4g}",
-                *_untimed(self.lowered, table),
-            ],
-            reasons=reasons,
+            base.coupling,
+            found.dead,
+            fingerprint=self._program.fingerprint,
+            inputs=self._program.inputs,
+            budget=self._recipe.goal,
+            settings={**plan_settings(self._recipe, self._seen), **parts.plain_arguments(self._program)},
+            notes=found.notes,
+            reasons=found.reasons,
         )
-        return Timed(plan, kept_ms, tuple(self.blocks[b].name for b in sorted(state.dropped)))
+        constants = {**self._droppable.dead, **dict.fromkeys(found.dropped, ())}
+        if found.dropped:
+            base = self._candidate(frozenset(constants))
+            plan = carried_over(plan, base.coupling)
+        return base, replace(settled(plan, base.orders), dropped=constants)
 
-    def _why_block(self, b: int, forecast: Forecast, worth: Worth, state: State) -> str:
-        others = replace(state, dropped=state.dropped - {b})
-        without = worth.without(others, b)
-        if without is None:
-            return "goes with the block that it is in"
-        ms = forecast.block(state.levels, b, others.dropped)
-        lost = worth.lost(without) - worth.lost(others)
-        rate = f"{1e3 * ms / lost:.3g} us for each unit of importance" if lost > 0 else "at no importance"
-        return f"{'dropped' if b in state.dropped else 'stays'}: without it {ms:.3g} ms less, {rate}"
+    def _candidate(self, dropped: frozenset[str]) -> Candidate:
+        if dropped not in self._candidates:
+            program = self._droppable.program_without(dropped)
+            self._candidates[dropped] = candidate_of(program, self._recipe, self._seen, self._clock)
+        return self._candidates[dropped]
+
+    def _lowered(self, candidate: Candidate) -> Lowered:
+        return lower(candidate.program, candidate.coupling, batch=self._recipe.target.batch)
+
+    @property
+    def _base(self) -> Candidate:
+        """The program without its dead blocks, on which plans are searched."""
+        return self._candidate(frozenset(self._droppable.dead))
+
+    @cached_property
+    def _search(self) -> WidthSearch:
+        base = self._base
+        blocks = self._blocks_left(base.program)
+        return WidthSearch(
+            base.coupling,
+            base.scores,
+            self._lowered(base),
+            self.source,
+            signal=self._signal(base, blocks),
+            inexact=self._recipe.selection.inexact,
+            blocks=blocks,
+        )
+
+    def _blocks_left(self, program: Program) -> tuple[Block, ...]:
+        """The blocks that may go of what is left, under their first names: dropping others may have changed them."""
+        droppable = self._droppable
+        left = {block.sum: block for block in (find_blocks(program) if droppable.blocks else ())}
+        alive = (block for block in droppable.blocks if block.name not in droppable.dead and block.sum in left)
+        return tuple(replace(left[block.sum], name=block.name) for block in alive)
+
+    def _signal(self, base: Candidate, blocks: tuple[Block, ...]) -> Signal:
+        """Which layers read the units, and what is lost with units and blocks, by the criterion that was asked for."""
+        recipe, seen = self._recipe, self._seen
+        order = reorderings(base.coupling, base.orders)
+        parameters = reordered(weights_of(base.program, base.coupling), order)
+        signal = signal_of(base.program, base.coupling, parameters, blocks)
+        if seen is not None and blocks:
+            macs, compensated = base.costs["macs"]({}), recipe.criterion in PRICED
+            with self._clock("calibrate"):
+                lost = practised_worth(base.program, blocks, seen.batches, macs=macs, compensated=compensated)
+            signal = replace(signal, blocks=lost)
+        if recipe.criterion in PRICED:
+            return replace(signal, losses=base.scores)
+        return signal if recipe.criterion == "signal" else signal.ranked(base.scores)
 
 
-def carried(plan: Plan, coupling: Coupling) -> Plan:
-    """Return the plan for what is left of its program without some blocks: units go whose positions all go in it.
+def fraction_of(budget: Budget, dense_ms: float) -> float:
+    """Return the fraction of the dense latency that a budget asks for.
+
+    Raises:
+        InvalidInput: the milliseconds are no less than what the dense model takes already.
+    """
+    if budget.latency is not None:
+        return budget.latency
+    fraction = budget.amount / dense_ms
+    if fraction >= 1:
+        raise InvalidInput(
+            f"latency_ms={budget.amount:g}: the dense model takes {dense_ms:.4g} ms already; ask for fewer milliseconds"
+        )
+    return fraction
+
+
+def carried_over(plan: Plan, coupling: Coupling) -> Plan:
+    """Return the plan for its program without some blocks: units go if all their positions go in the plan.
 
     Without a block fewer axes are tied to each other, never more; so what lived and died together still can.
     """
@@ -234,6 +247,159 @@ def carried(plan: Plan, coupling: Coupling) -> Plan:
     return replace(plan, dead=made.dead, sizes=made.sizes, cuts=made.cuts)
 
 
+# The search on one program. ------------------------------------------------------------------------------------------
+
+
+def covered(source: Source, points: Sequence[tuple[Kernel, Widths]]) -> LatencyTable:
+    """Return a table that holds a dense program's kernels, measured at these widths themselves."""
+    table = source.cover(points)
+    return source.refine(points) or table
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """What `WidthSearch` found.
+
+    Attributes:
+        dead: group name → dead units.
+        dropped: names of the blocks that are dropped; the units inside are not among the dead ones of necessity.
+        ms: predicted by the table.
+        notes: what the plan should say.
+        reasons: group or block name → why it is as large as it is.
+    """
+
+    dead: Mapping[str, Sequence[int]]
+    dropped: tuple[str, ...]
+    ms: float
+    notes: tuple[str, ...]
+    reasons: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Problem:
+    """What `search` solves: ladders and blocks, what they save and what is lost with them."""
+
+    ladders: Sequence[Ladder]
+    forecast: Forecast
+    loss: ImportanceLoss
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WidthSearch:
+    """Chooses widths of groups and blocks to drop, for one program and one device.
+
+    Attributes:
+        coupling: the groups.
+        scores: importance per unit.
+        lowered: the program's kernels.
+        source: of the latency table, which grows as more points are asked for.
+        signal: which layers read the units, and what is lost with them and with blocks.
+        inexact: as for `allocate`.
+        blocks: those that may be dropped.
+    """
+
+    coupling: Coupling
+    scores: Scores
+    lowered: Lowered
+    source: Source
+    signal: Signal
+    inexact: str = "if-needed"
+    blocks: tuple[Block, ...] = ()
+
+    def table(self) -> LatencyTable:
+        """Return the table with all kernels of the program."""
+        return covered(self.source, widths_of(self.lowered, self.coupling.labelled, {}))
+
+    def solve(self, target_ms: float) -> Solution:
+        """Return widths and blocks that are predicted to take at most so many milliseconds.
+
+        Raises:
+            BudgetUnreachable: the smallest model is predicted to take longer.
+        """
+        problem, state = self._searched(self.table(), target_ms)
+        for _ in range(REFINEMENTS):
+            table = self.source.refine(problem.forecast.points(state))
+            if table is None:
+                break
+            problem, state = self._searched(table, target_ms)
+        return self._solution(problem, state, target_ms)
+
+    def problems(self, table: LatencyTable) -> Iterator[Problem]:
+        """Yield what is to be searched; if inexact cuts are a last resort, first without them."""
+        steps = group_steps(self.lowered, self.coupling, table, most=FINEST)
+        ladders = ladders_of(self.coupling, self.scores, steps)
+        taken = [{*block.nodes, block.sum} for block in self.blocks]
+        for chosen in attempts(self.coupling, self.inexact):
+            allowed = [ladder for ladder in ladders if chosen.issuperset(ladder.groups)]
+            yield Problem(allowed, Forecast(self.lowered, table, self.coupling, allowed, taken), self._loss(allowed))
+
+    def _loss(self, ladders: Sequence[Ladder]) -> ImportanceLoss:
+        tensors = {group.name: {site.tensor for site in group.sites} for group in self.coupling.groups}
+
+        def inside(block: Block) -> frozenset[int]:
+            own = set(block.tensors)
+            return frozenset(k for k, x in enumerate(ladders) if all(tensors[name] <= own for name in x.groups))
+
+        return ImportanceLoss(
+            ladder_losses(ladders, self.signal),
+            tuple(self.signal.blocks[block.name] for block in self.blocks),
+            tuple(inside(block) for block in self.blocks),
+            tuple(frozenset(k for k, b in enumerate(self.blocks) if b.sum in block.nodes) for block in self.blocks),
+        )
+
+    def _searched(self, table: LatencyTable, target_ms: float) -> tuple[Problem, State]:
+        least = float("inf")
+        for problem in self.problems(table):
+            state = search(problem.forecast, problem.loss, target_ms)
+            if state is not None:
+                return problem, state
+            smallest = State(tuple(len(x.ends) for x in problem.ladders), frozenset(range(len(self.blocks))))
+            least = min(least, problem.forecast.total(smallest))
+        steps = group_steps(self.lowered, self.coupling, table, most=FINEST)
+        raise BudgetUnreachable(f"cannot get down to {target_ms:.4g} ms: {self._obstacle(least, steps)}")
+
+    def _obstacle(self, least: float, steps: Mapping[str, int]) -> str:
+        if not steps and not self.blocks:
+            return "nothing of the model may be cut, all of it is frozen or kept"
+        step = max(steps.values(), default=1)
+        why = f" (widths go in steps of {step} on this device)" if step > 1 else ""
+        return (
+            f"with every group at its smallest{why}, {least:.4g} ms are predicted; raise the budget, or set it in "
+            "--macs, which takes any width"
+        )
+
+    def _solution(self, problem: Problem, state: State, target_ms: float) -> Solution:
+        ms = problem.forecast.total(state)
+        dead: dict[str, list[int]] = {}
+        for ladder, level in zip(problem.ladders, state.levels, strict=True):
+            for name, unit in ladder.order[: ladder.ends[level - 1]] if level else ():
+                dead.setdefault(name, []).append(unit)
+        return Solution(
+            dead,
+            tuple(self.blocks[b].name for b in sorted(state.dropped)),
+            ms,
+            (
+                f"predicted by the latency table: {ms:.4g} ms, aimed at {target_ms:.4g}",
+                *_untimed(self.lowered, problem.forecast.table),
+            ),
+            self._reasons(problem, state),
+        )
+
+    def _reasons(self, problem: Problem, state: State) -> dict[str, str]:
+        reasons: dict[str, str] = {}
+        for k, ladder in enumerate(problem.ladders):
+            reasons.update(dict.fromkeys(ladder.groups, _why_width(problem, state, k)))
+        for gone in state.dropped:
+            names = [name for k in problem.loss.inside[gone] for name in problem.ladders[k].groups]
+            reasons.update(dict.fromkeys(names, f"goes with '{self.blocks[gone].name}', which is dropped"))
+        for b, block in enumerate(self.blocks):
+            reasons[block.name] = _why_block(problem, state, b)
+        return reasons
+
+
+# Reasons. ------------------------------------------------------------------------------------------------------------
+
+
 def _untimed(lowered: Lowered, table: LatencyTable) -> list[str]:
     """What counts as nothing: operators without a timed form, and kernels that do not run by themselves."""
     idle = [p for p in lowered.placed if (entry := table.entries.get(p.kernel.key)) and not any(entry.grid)]
@@ -244,45 +410,50 @@ def _untimed(lowered: Lowered, table: LatencyTable) -> list[str]:
     return [f"the latency table does not time {len(names)} operations: {', '.join(names[:3])}{more}"]
 
 
-def _reasons(
-    k: int, ladder: Ladder, forecast: Forecast, worth: Worth, state: State, table: LatencyTable
-) -> list[tuple[str, str]]:
-    """For each group of a ladder: what it costs, what it saves, and why it stands where it stands."""
-    level, sizes = state.levels[k], [len(ladder.order), *(len(ladder.order) - end for end in ladder.ends)]
-    here, size = forecast.cost(state.levels, k, state.dropped), sizes[level]
-    dense = here + forecast.change(state.levels, k, 0, state.dropped)
-    words = [
-        f"{size} of {sizes[0]}: its kernels take {here:.3g} ms" + (f", with all of them {dense:.3g}" if level else "")
-    ]
+def _rate(ms: float, lost: float) -> str:
+    return f"{1e3 * ms / lost:.3g} us for each unit of importance" if lost > 0 else "at no importance"
+
+
+def _why_block(problem: Problem, state: State, b: int) -> str:
+    others = replace(state, dropped=state.dropped - {b})
+    without = problem.loss.without(others, b)
+    if without is None:
+        return "goes with the block that it is in"
+    ms = problem.forecast.block(others, b)
+    lost = problem.loss.of(without) - problem.loss.of(others)
+    return f"{'dropped' if b in state.dropped else 'stays'}: without it {ms:.3g} ms less, {_rate(ms, lost)}"
+
+
+def _why_width(problem: Problem, state: State, k: int) -> str:
+    """What the groups of a ladder cost, what a smaller width would save, and why they are as wide as they are."""
+    ladder, forecast, level = problem.ladders[k], problem.forecast, state.levels[k]
+    sizes = [len(ladder.order), *(len(ladder.order) - end for end in ladder.ends)]
+    here, size = forecast.cost(state, k), sizes[level]
+    cost = f"{size} of {sizes[0]}: its kernels take {here:.3g} ms"
+    words = [cost + (f", with all of them {here + forecast.change(state, k, 0):.3g}" if level else "")]
     if level:
-        back = forecast.change(state.levels, k, level - 1, state.dropped)
-        words.append(f"{sizes[level - 1]} would add {back:.3g} ms")
+        words.append(f"{sizes[level - 1]} would add {forecast.change(state, k, level - 1):.3g} ms")
     if level < len(ladder.ends):
-        saves = -forecast.change(state.levels, k, level + 1, state.dropped)
-        lost = worth.ladders[k][level + 1] - worth.ladders[k][level]
-        rate = f"{1e3 * saves / lost:.3g} us for each unit of importance" if lost > 0 else "at no importance"
-        words.append(
-            f"{sizes[level + 1]} would save {saves:.3g} ms, {rate}"
-            if saves > 0
-            else f"{sizes[level + 1]} would save nothing"
-        )
+        saves = -forecast.change(state, k, level + 1)
+        lost = problem.loss.ladders[k][level + 1] - problem.loss.ladders[k][level]
+        gain = f"{saves:.3g} ms, {_rate(saves, lost)}" if saves > 0 else "nothing"
+        words.append(f"{sizes[level + 1]} would save {gain}")
     else:
         words.append("no smaller width is on a stair edge" if ladder.ends else "no width below is on a stair edge")
-    if told := _stair(size, forecast.kinds(k), table):
-        words.append(told)
-    return [(name, "; ".join(words)) for name in ladder.groups]
+    return "; ".join([*words, *_why_stair(size, forecast.kinds(k), forecast.table)])
 
 
-def _stair(size: int, kinds: Sequence[str], table: LatencyTable) -> str:
+def _why_stair(size: int, kinds: Sequence[str], table: LatencyTable) -> list[str]:
     """What one unit less would cost, by the curve of the kind of kernel that pays in the widest steps."""
-    stairs = max((table.stairs[kind] for kind in kinds if kind in table.stairs), key=lambda s: s.step, default=None)
+    found = [table.stairs[kind] for kind in kinds if kind in table.stairs]
+    stairs: Stairs | None = max(found, key=lambda s: s.step, default=None)
     if stairs is None or stairs.step == 1 or size % stairs.step:
-        return ""
+        return []
     edges = [w for w in stairs.curve if w % stairs.step == 0 and w - 1 in stairs.curve]
     edge = min(edges, key=lambda w: abs(w - size), default=None)
     if edge is None:
-        return ""
+        return []
     ratio = stairs.curve[edge - 1] / stairs.curve[edge]
     if ratio > 1.03:
-        return f"{size} → {size - 1} would be slower ({ratio:.2f}x at {edge} → {edge - 1} on this device)"
-    return f"{size} → {size - 1} would save nothing (the device pays in steps of {stairs.step})"
+        return [f"{size} → {size - 1} would be slower ({ratio:.2f}x at {edge} → {edge - 1} on this device)"]
+    return [f"{size} → {size - 1} would save nothing (the device pays in steps of {stairs.step})"]

@@ -27,8 +27,9 @@ from surgery.coupling import blocks_within, dead_blocks, drop, find_blocks, kept
 from surgery.cutting import submodule as parts, tracer_of
 from surgery.errors import InvalidInput
 from surgery.latency import LatencyTable, Measured, Point, device
-from surgery.planning import refinement as race
 from surgery.planning.forecast import predicted_ms, widths_of
+from surgery.planning.latency_bench import LatencyBench
+from surgery.planning.latency_planner import conditions_of
 from surgery.planning.lowering import lower
 from surgery.report import Part, Table, print_parts
 
@@ -160,7 +161,7 @@ def measure(subject: Survey, *, progress: Progress | None = None) -> Profile:
     warnings: list[str] = []
     recipe = subject.recipe
     source = Measured(
-        race.conditions_of(subject.program, recipe),
+        conditions_of(subject.program, recipe),
         seed=recipe.selection.seed,
         progress=progress,
         warn=warnings.append,
@@ -238,11 +239,11 @@ def pack(subject: Survey, path: str | Path, *, name: str, progress: Progress | N
     target = Path(path)
     partial = target.with_name(target.name + ".partial")
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        track = race.track_of(subject.program, Path(folder), subject.recipe, None, progress)
+        bench = LatencyBench(subject.program, Path(folder), subject.recipe, progress=progress)
         texts = {
             **PACK_TEXTS,
             **{file: _own(file) for file in DEVICE_FILES},
-            device.REQUEST: json.dumps(_asked(subject, track, name), indent=1) + "\n",
+            device.REQUEST: json.dumps(_asked(subject, bench, name), indent=1) + "\n",
         }
         try:
             with zipfile.ZipFile(partial, "w") as archive:
@@ -264,10 +265,10 @@ def _entry(model: Path) -> zipfile.ZipInfo:
     return entry
 
 
-def _asked(subject: Survey, track: race.Track, name: str) -> dict[str, Any]:
+def _asked(subject: Survey, bench: LatencyBench, name: str) -> dict[str, Any]:
     """What the device reads."""
     recipe = subject.recipe
-    told = asdict(race.conditions_of(subject.program, recipe))
+    told = asdict(conditions_of(subject.program, recipe))
     return {
         "model": name,
         **{key: told[key] for key in ("flush_mib", "precision", "threads")},
@@ -276,7 +277,7 @@ def _asked(subject: Survey, track: race.Track, name: str) -> dict[str, Any]:
         "fingerprint": subject.program.fingerprint,
         "batch": recipe.target.batch,
         "seed": recipe.selection.seed,
-        "shapes": track.shapes,
+        "shapes": bench.shapes,
         "kernels": subject.keys,
     }
 

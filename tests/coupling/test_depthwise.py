@@ -21,7 +21,8 @@ from surgery.cutting.verify_dropped import check_dropped
 from surgery.errors import CheckFailed
 from surgery.importance.block_ablation import Trial
 from surgery.importance.signal import block_worth
-from surgery.planning.latency_search import State, Worth
+from surgery.planning.forecast import State
+from surgery.planning.latency_search import ImportanceLoss
 
 IMAGE = torch.randn(2, 3, 16, 16)
 
@@ -117,12 +118,12 @@ def test_near_identities_go_for_time_and_may_be_forbidden_to(tmp_path: Path) -> 
 
 
 def test_a_layer_within_a_branch_goes_with_it_once() -> None:
-    worth = Worth(((0.0, 1.0),), (3.0, 2.0), (frozenset(), frozenset()), (frozenset(), frozenset({0})))
+    loss = ImportanceLoss(((0.0, 1.0),), (3.0, 2.0), (frozenset(), frozenset()), (frozenset(), frozenset({0})))
     inner = State((0,), frozenset({0}))
-    both = worth.without(inner, 1)
+    both = loss.without(inner, 1)
     assert both == State((0,), frozenset({1}))
-    assert worth.lost(both) == 2.0
-    assert worth.without(both, 0) is None
+    assert loss.of(both) == 2.0
+    assert loss.without(both, 0) is None
 
 
 class Inverted(nn.Module):

@@ -35,9 +35,9 @@ from surgery.latency.micro import BY_RANGE, FP32, IN_8_BITS, INT8, model_bytes
 from surgery.latency.probe import Conditions
 from surgery.latency.tables import LatencyTable
 from surgery.ops.registry import rules
-from surgery.planning import refinement as race
 from surgery.planning.decision import decide
 from surgery.planning.forecast import widths_of
+from surgery.planning.latency_bench import LatencyBench
 from surgery.planning.lowering import lower
 from surgery.recovery.steps import Step
 
@@ -193,10 +193,10 @@ def test_the_timed_files_are_in_int8(tmp_path: Path) -> None:
     program = trace(net(), IMAGE)
     (tmp_path / "a").mkdir()
     for deploy, expected in (("fp32", False), ("int8", True)):
-        track = race.track_of(program, tmp_path / "a", surgery.recipe(deploy=deploy), None, None)
-        ops = {node.op_type for node in onnx.load(track.dense).graph.node}
+        bench = LatencyBench(program, tmp_path / "a", surgery.recipe(deploy=deploy))
+        ops = {node.op_type for node in onnx.load(bench.dense).graph.node}
         assert ("QuantizeLinear" in ops) is expected
-        assert list(track.shapes.values()) == [(1, 3, 16, 16)]
+        assert list(bench.shapes.values()) == [(1, 3, 16, 16)]
 
 
 def test_the_drop_is_that_of_the_int8_file(
@@ -213,7 +213,7 @@ def test_the_drop_is_that_of_the_int8_file(
         return lost_by(steps)
 
     monkeypatch.setattr(within, "lost_by", noted)
-    monkeypatch.setattr(race.Track, "time", lambda *given, **named: type("R", (), {"value": 0.5})())
+    monkeypatch.setattr(LatencyBench, "ratio", lambda *given, **named: type("R", (), {"value": 0.5})())
     monkeypatch.setattr(within, "MOST", 1)
     result = within.fastest(replace(decision, recipe=decision.recipe.but(max_drop=100.0)), realise, Clock(None))
     assert judged[0] == "int8"

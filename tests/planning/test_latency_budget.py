@@ -23,10 +23,10 @@ from surgery.errors import BudgetUnreachable, InvalidInput
 from surgery.importance.scoring import CRITERIA
 from surgery.latency.ratio import PROCESSES, Ratio
 from surgery.latency.tables import LatencyTable
-from surgery.planning import refinement as race
+from surgery.planning.choice import RefinementLog
 from surgery.planning.forecast import predicted_ms, widths_of
 from surgery.planning.lowering import lower
-from surgery.planning.refinement import Loop
+from surgery.planning.refinement import CLOSE, ITERATIONS, refine
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = torch.randn(2, 3, 16, 16)
@@ -152,19 +152,26 @@ class Aimed:
     """A plan that does nothing but remember what it aimed at."""
 
     plan: Plan
-    loop: Loop
+    refinement: RefinementLog
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Makes a plan for a fraction of the latency."""
+
+    plan: Callable[[float], Aimed]
 
 
 class Machine:
-    """A made-up track: what a plan takes is a function of what it aimed at."""
+    """A made-up bench: what a plan takes is a function of what it aimed at."""
 
     def __init__(self, truth: Callable[[float], float]) -> None:
         self.truth, self.processes = truth, list[int]()
 
-    def entry(self, module: object, name: str) -> float:
+    def export(self, module: object, name: str) -> float:
         return float(module)  # type: ignore[arg-type]
 
-    def time(self, compact: float, *, processes: int, after: Ratio | None = None) -> Ratio:
+    def ratio(self, compact: float, *, processes: int, after: Ratio | None = None) -> Ratio:
         self.processes.append(processes)
         ratio = self.truth(compact)
         found = Ratio(ratio, (ratio,) * (processes - (len(after.ratios) if after else 0)), 10.0, 10.0 * ratio)
@@ -174,65 +181,65 @@ class Machine:
 def aimed(fraction: float, step: float = 0.0) -> Aimed:
     fraction = round(fraction / step) * step if step else fraction
     plan = Plan({"g": (round(1e6 * fraction),)}, {}, (), "", ())
-    return Aimed(plan, Loop(0.5, None, 1.0, fraction))
+    return Aimed(plan, RefinementLog(0.5, None, 1.0, fraction))
 
 
-def close(truth: Callable[[float], float], *, step: float = 0.0) -> tuple[Aimed, Loop, Machine]:
+def refined(plan: Callable[[float], Aimed], machine: Machine, first: Aimed | None = None) -> RefinementLog:
+    taken = refine(first or plan(0.5), Planner(plan), lambda a: a.refinement.predicted_ms, machine)  # type: ignore[arg-type, return-value]
+    assert taken.refinement is not None
+    return taken.refinement
+
+
+def close(truth: Callable[[float], float], *, step: float = 0.0) -> tuple[RefinementLog, Machine]:
     machine = Machine(truth)
-    taken, loop = race.close(
-        aimed(0.5, step),
-        lambda f: aimed(f, step),
-        lambda a: a.loop.predicted_ms,
-        machine,  # type: ignore[arg-type, return-value]
-    )
-    return taken, loop, machine
+    return refined(lambda fraction: aimed(fraction, step), machine), machine
+
+
+def unreachable(fraction: float) -> Aimed:
+    raise BudgetUnreachable("smallest")
 
 
 @pytest.mark.parametrize("bias", [0.8, 1.0, 1.3])
 def test_a_plan_is_corrected_until_the_measured_time_is_met(bias: float) -> None:
-    taken, loop, machine = close(lambda aim: bias * aim)
-    assert loop.met
-    assert abs(loop.rounds[loop.taken].measured / 0.5 - 1) <= race.CLOSE
-    assert len(loop.rounds) <= race.ROUNDS
-    assert len(loop.rounds[loop.taken].ratios) == PROCESSES
-    assert taken.loop.predicted_ms == pytest.approx(0.5 / bias)
-    assert loop.verdict.startswith("met: ")
+    log, machine = close(lambda aim: bias * aim)
+    assert log.met
+    assert abs(log.iterations[log.taken].measured / 0.5 - 1) <= CLOSE
+    assert len(log.iterations) <= ITERATIONS
+    assert len(log.iterations[log.taken].ratios) == PROCESSES
+    assert log.predicted_ms == pytest.approx(0.5 / bias)
+    assert log.verdict.startswith("met: ")
     assert max(machine.processes) == PROCESSES
 
 
 def test_what_stays_out_of_reach_is_said() -> None:
-    def unreachable(fraction: float) -> Aimed:
-        raise BudgetUnreachable("smallest")
-
-    machine = Machine(lambda aim: 0.7)
-    _, loop = race.close(aimed(0.5), unreachable, lambda a: a.loop.predicted_ms, machine)  # type: ignore[arg-type, return-value]
-    assert loop.met is False
-    assert "every group is at its smallest" in loop.verdict
-    assert len(loop.rounds[0].ratios) == PROCESSES
+    log = refined(unreachable, Machine(lambda aim: 0.7), first=aimed(0.5))
+    assert log.met is False
+    assert "every group is at its smallest" in log.verdict
+    assert len(log.iterations[0].ratios) == PROCESSES
 
 
 def test_coarse_steps_end_the_loop_at_the_nearest_plan() -> None:
-    taken, loop, _ = close(lambda aim: 1.1 * aim, step=0.1)
-    assert len(loop.rounds) <= race.ROUNDS
-    assert taken.loop.predicted_ms == pytest.approx(0.5)
-    assert loop.met is False
-    assert "no other widths" in loop.verdict
-    assert sorted(r.measured for r in loop.rounds) == pytest.approx([0.44, 0.55])
+    log, _ = close(lambda aim: 1.1 * aim, step=0.1)
+    assert len(log.iterations) <= ITERATIONS
+    assert log.predicted_ms == pytest.approx(0.5)
+    assert log.met is False
+    assert "no other widths" in log.verdict
+    assert sorted(r.measured for r in log.iterations) == pytest.approx([0.44, 0.55])
 
 
 def test_a_correction_across_a_stair_is_followed_by_one_between() -> None:
     """Taken in proportion, it would go back and forth between the two sides."""
-    taken, loop, _ = close(lambda aim: 0.7 if aim > 0.45 else 0.5 if aim > 0.4 else 0.29)
-    assert loop.met
-    assert [r.measured for r in loop.rounds] == [0.7, 0.29, 0.5]
-    assert 0.4 < taken.loop.predicted_ms <= 0.45
+    log, _ = close(lambda aim: 0.7 if aim > 0.45 else 0.5 if aim > 0.4 else 0.29)
+    assert log.met
+    assert [r.measured for r in log.iterations] == [0.7, 0.29, 0.5]
+    assert 0.4 < log.predicted_ms <= 0.45
 
 
 def test_what_is_faster_than_asked_for_is_told() -> None:
-    _, loop, _ = close(lambda aim: 0.8 if aim > 0.4 else 0.4)
-    assert loop.met is False
-    assert loop.verdict.startswith("NOT met: measured 0.4000")
-    assert "more was cut than had to be" in loop.verdict
+    log, _ = close(lambda aim: 0.8 if aim > 0.4 else 0.4)
+    assert log.met is False
+    assert log.verdict.startswith("NOT met: measured 0.4000")
+    assert "more was cut than had to be" in log.verdict
 
 
 @pytest.mark.parametrize(
@@ -252,17 +259,16 @@ def test_where_few_widths_can_be_had_the_reason_is_told(
             raise BudgetUnreachable("smallest")
         return aimed(max(below))
 
-    machine = Machine(lambda width: bias * width)
-    _, loop = race.close(plan(0.5), plan, lambda a: a.loop.predicted_ms, machine)  # type: ignore[arg-type, return-value]
-    assert loop.met is False
-    assert why in loop.verdict
-    assert [r.aim for r in loop.rounds] == aims
+    log = refined(plan, Machine(lambda width: bias * width))
+    assert log.met is False
+    assert why in log.verdict
+    assert [r.aim for r in log.iterations] == aims
 
 
-def test_a_loop_is_plain_json() -> None:
-    _, loop, _ = close(lambda aim: aim)
-    assert json.loads(json.dumps(loop.to_dict()))["met"] is True
-    assert replace(loop, taken=-1).met is None
+def test_a_log_is_plain_json() -> None:
+    log, _ = close(lambda aim: aim)
+    assert json.loads(json.dumps(log.to_dict()))["met"] is True
+    assert replace(log, taken=-1).met is None
 
 
 # The command line. ---------------------------------------------------------------------------------------------------

@@ -489,7 +489,7 @@ def test_a_plan_that_drops_blocks_is_repeated_with_the_same_figures(
     folder: Path, here: dict[str, Any], network: tuple[nn.Module, tuple[torch.Tensor, ...]]
 ) -> None:
     from surgery import api as pipeline
-    from surgery.planning.repetition import repeat
+    from surgery.planning.decision import repeat
 
     model, images = network
     first = surgery.shrink(model, images, budget=surgery.Budget(latency=0.1), latency_table=folder / "here.json")

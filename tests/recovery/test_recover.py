@@ -634,18 +634,18 @@ def test_the_lowest_latency_within_a_drop(
 ) -> None:
     """The clock has tests of its own; here a network takes as long as it has parameters."""
 
-    class Track:
-        def entry(self, module: nn.Module) -> nn.Module:
+    class Bench:
+        def export(self, module: nn.Module) -> nn.Module:
             return module
 
-        def time(self, module: nn.Module, *, processes: int) -> Any:
+        def ratio(self, module: nn.Module, *, processes: int) -> Any:
             return type("Ratio", (), {"value": sum(p.numel() for p in module.parameters()) / 1e4})
 
     program = trace(trained, images[0][:2])
     table = table_of(program, couple(program))
     asked = surgery.recipe(latency=0.9, latency_table=table, data=images, val=unseen, images=128)
     decision = decide(trained, images[0][:2], asked)
-    monkeypatch.setattr("surgery.planning.refinement.track_of", lambda *args, **more: Track())
+    monkeypatch.setattr(within, "LatencyBench", lambda *args, **more: Bench())
 
     def fastest(points: float) -> surgery.Result:
         limited = replace(decision, recipe=decision.recipe.but(max_drop=points))

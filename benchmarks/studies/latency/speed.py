@@ -166,13 +166,13 @@ def channels(job: Job, options: Options, folder: Path) -> Entry:
 def ours_of_macs(subject: Subject, wanted: float, *, threads: int) -> tuple[Choice, float]:
     """Return the plan of a budget of time that leaves about these MACs, and the budget."""
     recipe = surgery.recipe(latency=0.5, threads=threads, correct=False)
-    replan = decide(subject.module, subject.inputs, recipe).choice.replan
-    assert replan is not None, "budgets of time have one"
+    planner = decide(subject.module, subject.inputs, recipe).planner
+    assert planner is not None, "latency budgets have one"
     plans: dict[float, Choice] = {}
 
     def ratio_of(share: float) -> float:
         try:
-            plans[share] = replan(1 - share)
+            plans[share] = planner.plan(1 - share)
         except BudgetUnreachable:
             return 0.0
         return _macs(plans[share])
