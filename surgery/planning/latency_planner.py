@@ -97,7 +97,8 @@ class LatencyPlanner:
             dense_ms = self.calibration.dense_ms
         elif recipe.goal.latency_ms is not None and recipe.target.correct and self.source.live:
             with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-                dense_ms = LatencyBench(self._program, Path(folder), recipe, self._seen, self._clock.progress).dense_ms()
+                bench = LatencyBench(self._program, Path(folder), recipe, self._seen, self._clock.progress)
+                dense_ms = bench.dense_ms()
         return fraction_of(recipe.goal, dense_ms)
 
     def first_plan(self) -> Choice:
