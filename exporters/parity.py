@@ -11,13 +11,16 @@ import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime
 import torch
+from torch.overrides import TorchFunctionMode
 
-from exporters.signature import BATCH, HEIGHT, WIDTH, Call, bind, name_outputs
+from exporters.session import open_session, session_options
+from exporters.signature import BATCH, HEIGHT, WIDTH, Call, name_outputs
+from surgery.core import conditioned, explained
 from surgery.errors import CheckFailed, InvalidInput
 
 TOLERANCE = 1e-4
@@ -37,7 +40,6 @@ DRAWS = 3
 _Run = Callable[[Mapping[str, torch.Tensor]], dict[str, np.ndarray]]
 _NEAR = 0.05
 _TINY = 1e-30
-_FATAL_ONLY = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +101,7 @@ class Parity:
 
 
 def parity(
-    path: str | os.PathLike[str],
-    model: torch.nn.Module,
-    args: Any,
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    near_example: bool = False,
-    seed: int = 0,
+    path: str | os.PathLike[str], model: torch.nn.Module, call: Call, *, near_example: bool = False, seed: int = 0
 ) -> Parity:
     """Compare an ONNX file in ONNX Runtime with the torch model, on random inputs like the example.
 
@@ -116,8 +112,7 @@ def parity(
     Args:
         path: the ONNX file.
         model: in eval mode, on the CPU; left unchanged.
-        args: example inputs, a tensor or a tuple.
-        kwargs: keyword example inputs.
+        call: an example call, as `bind` returns it.
         near_example: stay within 5 % of the example, for a file that holds only the example's way through the code.
         seed: of the inputs.
 
@@ -129,55 +124,59 @@ def parity(
         InvalidInput: the model does not run on these inputs.
     """
     session = _session(path)
-    return _compare_runs(
-        session, model, bind(model, args, kwargs), lambda draw: _run_onnx(session, draw, path), path, near_example, seed
-    )
+    draws = _Draws(tuple(_sizes(session, call)), near_example, seed)
+    return _compared(model, call, lambda draw: _run_onnx(session, draw, path), draws, path)
 
 
 def rounding(
-    path: str | os.PathLike[str],
-    model: torch.nn.Module,
-    args: Any,
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    near_example: bool = False,
-    seed: int = 0,
+    path: str | os.PathLike[str], model: torch.nn.Module, call: Call, *, near_example: bool = False, seed: int = 0
 ) -> Mapping[str, OutputParity]:
     """Compare the torch model with itself in float64, on the inputs on which `parity` compares the file with it.
 
     Returns:
         By output; nothing where the model does not run in float64.
     """
-    call, double = bind(model, args, kwargs), copy.deepcopy(model).double()
+    double = copy.deepcopy(model).double()
+    draws = _Draws(tuple(_sizes(_session(path), call)), near_example, seed)
 
     def exact(draw: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
         return _run_torch(double, call, {n: t.double() if t.is_floating_point() else t for n, t in draw.items()})
 
     try:
-        return _compare_runs(_session(path), model, call, exact, "the torch model", near_example, seed).outputs
+        return _compared(model, call, exact, draws, "the torch model").outputs
     except Exception:  # a model may insist on its own precision, in any way
         return {}
 
 
-def _compare_runs(
-    session: Any, model: torch.nn.Module, call: Call, other: _Run, whose: Any, near: bool, seed: int
-) -> Parity:
+def _compared(model: torch.nn.Module, call: Call, other: _Run, draws: _Draws, whose: Any) -> Parity:
     """Compare the torch model with another way to compute the same, at every size that the file takes."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(draws.seed)
     found: list[dict[str, _Magnitudes]] = []
     batches: list[int] = []
-    for size in _sizes(session, call):
-        draws = [_draw(call.tensors, size, generator, near=near) for _ in range(DRAWS)]
+    for size in draws.sizes:
+        inputs = [_draw(call.tensors, size, generator, near=draws.near) for _ in range(DRAWS)]
         try:
-            expected = [_run_torch(model, call, tensors) for tensors in draws]
+            expected = [_run_torch(model, call, tensors) for tensors in inputs]
         except Exception as error:
             if size.optional:  # the network itself does not take this size: nothing to compare
                 continue
             raise InvalidInput(f"{type(model).__name__} does not run on inputs like the example: {error}") from error
-        found.append(_compare_draws(expected, [other(tensors) for tensors in draws], whose))
+        found.append(_compare_draws(expected, [other(tensors) for tensors in inputs], whose))
         batches.append(size.batch)
     pooled = {name: _pool([case[name] for case in found]) for name in found[0]}
     return Parity(pooled, tuple(dict.fromkeys(batches)))
+
+
+# Inputs. ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Draws:
+    """Which inputs to draw: sizes, whether near the example, and the seed."""
+
+    sizes: tuple[_Shapes, ...]
+    near: bool
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,13 +189,7 @@ class _Shapes:
 
 
 def _session(path: str | os.PathLike[str]) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _FATAL_ONLY
-    options.intra_op_num_threads = torch.get_num_threads()
-    try:
-        return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the runtime's exceptions have no common base class
-        raise CheckFailed(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}") from error
+    return open_session(path, session_options(torch.get_num_threads()), kind=CheckFailed)
 
 
 def _sizes(session: Any, call: Call) -> Iterator[_Shapes]:
@@ -227,10 +220,10 @@ def _sizes(session: Any, call: Call) -> Iterator[_Shapes]:
 def _draw(
     tensors: Mapping[str, torch.Tensor], size: _Shapes, generator: torch.Generator, *, near: bool
 ) -> dict[str, torch.Tensor]:
-    return {name: _draw_one(tensor, size.shapes[name], generator, near=near) for name, tensor in tensors.items()}
+    return {name: _draw_one(tensor, size.shapes[name], generator, near) for name, tensor in tensors.items()}
 
 
-def _draw_one(example: torch.Tensor, shape: Sequence[int], generator: torch.Generator, *, near: bool) -> torch.Tensor:
+def _draw_one(example: torch.Tensor, shape: Sequence[int], generator: torch.Generator, near: bool) -> torch.Tensor:
     if not example.is_floating_point():
         if near or not example.numel():
             return _tiled(example, shape)
@@ -263,11 +256,9 @@ def _run_onnx(session: Any, tensors: Mapping[str, torch.Tensor], path: Any) -> d
     if missing:
         raise CheckFailed(f"{path} asks for the input '{missing[0]}', which the model's forward does not have")
     names = [o.name for o in session.get_outputs()]
-    try:
+    sizes = {name: tuple(tensors[name].shape) for name in wanted}
+    with explained(f"ONNX Runtime cannot run {path} on inputs of shape {sizes}", CheckFailed):
         values = session.run(names, {name: tensors[name].numpy(force=True) for name in wanted})
-    except Exception as error:  # the runtime's exceptions have no common base class
-        sizes = {name: tuple(tensors[name].shape) for name in wanted}
-        raise CheckFailed(f"ONNX Runtime cannot run {path} on inputs of shape {sizes}: {error}") from error
     return dict(zip(names, values, strict=True))
 
 
@@ -330,3 +321,57 @@ def _pool(runs: Sequence[_Magnitudes]) -> OutputParity:
         difference=max(differences) / max(scale, _TINY),
         errors=tuple(difference / max(varying, _TINY) for difference in differences),
     )
+
+
+# Well-conditioned values. -------------------------------------------------------------------------------------------
+
+
+def well_conditioned(
+    model: torch.nn.Module, *, seed: int = 0, run: Callable[[torch.nn.Module], object] | None = None
+) -> torch.nn.Module:
+    """Return a deep copy whose parameters and norm statistics are random, distinct and of ordinary size.
+
+    Freshly initialised networks often have a head of zeros or layer scales of 1e-6: their output hardly depends on the
+    input, and a wrong program agrees with a right one. Batch norms take the statistics of what reaches them, so that no
+    signal dies or explodes in a deep network; other buffers (tables of indices, anchors) stay.
+
+    Args:
+        model: left unchanged.
+        seed: the same seed gives the same values.
+        run: calls the model on inputs like those that it will be compared on.
+    """
+    conditioned_copy = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    statistics = [(n, b) for n, b in conditioned_copy.named_buffers() if n.endswith(("running_mean", "running_var"))]
+    with torch.no_grad():
+        for name, tensor in (*conditioned_copy.named_parameters(), *statistics):
+            if tensor.is_floating_point() and tensor.numel():
+                tensor.copy_(conditioned(name, tensor, generator))
+        if run is not None:
+            with _BatchNormStatistics():
+                run(conditioned_copy)
+    return conditioned_copy
+
+
+_BATCH_NORMS: Mapping[Any, tuple[str, ...]] = MappingProxyType(
+    {
+        torch.nn.functional.batch_norm: ("input", "running_mean", "running_var"),
+        torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var"),
+        torch.ops.aten.batch_norm.default: ("input", "weight", "bias", "running_mean", "running_var"),
+    }
+)
+"""Names of their positional arguments."""
+
+
+class _BatchNormStatistics(TorchFunctionMode):
+    """Batch norms take the statistics of what reaches them; channels of small variance get more."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(zip(_BATCH_NORMS.get(func, ()), args, strict=False)) | (kwargs or {})
+        x, mean, variance = (given.get(name) for name in ("input", "running_mean", "running_var"))
+        if x is not None and mean is not None and variance is not None:
+            axes = [a for a in range(x.dim()) if a != 1]
+            mean.copy_(x.mean(axes))
+            spread = x.var(axes, correction=0)
+            variance.copy_(spread + 0.1 * spread.mean() + 1e-6)
+        return func(*args, **(kwargs or {}))

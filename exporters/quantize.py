@@ -1,4 +1,4 @@
-"""ONNX files in fewer bits: int8 by ONNX Runtime's static quantisation, fp16 by its converter.
+"""ONNX files in fewer bits: int8 by ONNX Runtime's static quantization, fp16 by its converter.
 
 Both take a float32 file and are compared with it, in ONNX Runtime and on the calibration images, before they take the
 place of an older file. Batch norms are folded first, so that a convolution and its norm are rounded once. Activations
@@ -8,11 +8,8 @@ three times slower on ResNet-56), on ARM both have.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -24,12 +21,14 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from exporters.place import move, workroom, writable
+from exporters.session import open_session
+from surgery.core import explained, quiet, replacing
 from surgery.errors import CheckFailed, InvalidInput
 
 __all__ = ["METHODS", "Int8", "Quantised", "to_fp16", "to_int8"]
 
-METHODS = ("minmax", "entropy", "percentile")
+METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
+"""How an activation's range follows from the calibration images → its name in ONNX Runtime."""
 FEWEST = 8
 """Images that a range is estimated from at least."""
 FIRST, LAST = "first", "last"
@@ -117,14 +116,13 @@ def to_int8(
     how = settings or Int8()
     seen, own = _calibration(source, batches, compare=check)
     kept = _kept(_read(source), how.keep)
-    with workroom(writable(Path(target))) as room, _silent():
-        folded, file = room / "folded.onnx", room / Path(target).name
+    with replacing(target) as file, quiet():
+        folded = file.with_name("folded.onnx")
         _fold(source, folded)
-        _quantise(folded, file, seen, how, [*kept, *_beyond_the_quantiser(folded)])
+        _quantise(folded, file, seen, how, [*kept, *_grouped_transposes(folded)])
         _carry_over(source, file)
         cosine, match = _agreement(own, file, seen) if check else (None, None)
         layers = _counted(file)
-        move(file, Path(target))
     notes = []
     if not how.reduce_range and saturates():
         notes.append(
@@ -151,18 +149,14 @@ def to_fp16(source: str | os.PathLike[str], target: str | os.PathLike[str], batc
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
     seen, own = _calibration(source, batches, least=1)
-    with workroom(writable(Path(target))) as room, _silent():
-        file = room / Path(target).name
-        try:
+    with replacing(target) as file, quiet():
+        with explained(f"{source} cannot be converted to fp16"):
             kept = [*DEFAULT_OP_BLOCK_LIST, *_SUMS]
             half = convert_float_to_float16(_read(source), keep_io_types=True, op_block_list=kept)
-        except Exception as error:  # the converter raises what it likes
-            raise InvalidInput(f"{source} cannot be converted to fp16: {_first_line(error)}") from error
         origin = {p.key: p.value for p in half.metadata_props}
         onnx.helper.set_model_props(half, origin | {"precision": "fp16"})
         onnx.save(half, file)
         cosine, match = _agreement(own, file, seen)
-        move(file, Path(target))
     return Quantised(Path(target), Path(target).stat().st_size, (0, 0), cosine, match)
 
 
@@ -170,10 +164,8 @@ def to_fp16(source: str | os.PathLike[str], target: str | os.PathLike[str], batc
 
 
 def _read(source: str | os.PathLike[str]) -> onnx.ModelProto:
-    try:
+    with explained(f"cannot read {source}, which is no ONNX file"):
         return onnx.load(os.fspath(source))
-    except Exception as error:  # protobuf's errors have no base of their own
-        raise InvalidInput(f"cannot read {source}: {_first_line(error)}; give an ONNX file") from error
 
 
 def _calibration(
@@ -184,7 +176,7 @@ def _calibration(
     Where nothing is compared with, the file is given one batch, to see whether it takes them.
     """
     seen: list[Batch] = [dict(batch) for batch in batches]
-    session = _session(source)
+    session = open_session(source)
     names = [x.name for x in session.get_inputs()]
     for batch in seen:
         if sorted(batch) != sorted(names):
@@ -195,25 +187,13 @@ def _calibration(
             f"{count} image{'s' * (count != 1)} to calibrate on: give at least {least}, better a few hundred, such as "
             "the model will see"
         )
-    try:
+    with explained(f"{source} does not take these images"):
         return seen, _outputs(session, seen if compare else seen[:1])
-    except Exception as error:  # as above
-        raise InvalidInput(f"{source} does not take these images: {_first_line(error)}") from error
-
-
-def _session(path: Any) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    try:
-        return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # as above
-        raise InvalidInput(f"ONNX Runtime cannot load {path}: {_first_line(error)}; give an ONNX file") from error
 
 
 def _kept(model: onnx.ModelProto, keep: Sequence[str]) -> list[str]:
     """Names of the nodes that stay in float32."""
-    layers = {node.name: (_module_of(node), node.name, node.op_type) for node in model.graph.node if _is_layer(node)}
+    layers = {n.name: (_module_of(n), n.name, n.op_type) for n in model.graph.node if n.op_type in _LAYERS}
     names, chosen = list(layers), list[str]()
     for pattern in keep:
         ends = {FIRST: names[:1], LAST: names[-1:]}
@@ -228,17 +208,10 @@ def _kept(model: onnx.ModelProto, keep: Sequence[str]) -> list[str]:
     return chosen
 
 
-def _is_layer(node: onnx.NodeProto) -> bool:
-    return node.op_type in _LAYERS
-
-
 def _module_of(node: onnx.NodeProto) -> str:
     """The name of the layer whose weight a node reads; its own where it reads none of a name."""
-    read = node.input[1] if len(node.input) > 1 else ""
-    return str(read[: -len(_WEIGHT)] if read.endswith(_WEIGHT) else node.name)
-
-
-_WEIGHT = ".weight"
+    read = str(node.input[1]) if len(node.input) > 1 else ""
+    return read.removesuffix(".weight") if read.endswith(".weight") else str(node.name)
 
 
 # What is done. ------------------------------------------------------------------------------------------------------
@@ -248,23 +221,18 @@ def _fold(source: Any, folded: Path) -> None:
     """Batch norms into convolutions, shapes filled in: ONNX Runtime's own preparation."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    try:
+    with explained(f"{source} cannot be prepared for quantization"):
         quant_pre_process(os.fspath(source), folded, skip_symbolic_shape=True)
-    except Exception as error:  # it raises plain exceptions
-        raise InvalidInput(f"{source} cannot be prepared for quantisation: {_first_line(error)}") from error
 
 
-def _beyond_the_quantiser(file: Path) -> list[str]:
-    """Names of transposed convolutions in groups, which the quantiser cannot give a scale for each channel."""
-    return [n.name for n in onnx.load(file).graph.node if n.op_type == "ConvTranspose" and _groups(n) > 1]
+def _grouped_transposes(file: Path) -> list[str]:
+    """Names of transposed convolutions in groups, for which the quantizer cannot make a scale for each channel."""
+    nodes = (node for node in onnx.load(file).graph.node if node.op_type == "ConvTranspose")
+    return [n.name for n in nodes if any(a.name == "group" and a.i > 1 for a in n.attribute)]
 
 
-def _groups(node: onnx.NodeProto) -> int:
-    return next((int(a.i) for a in node.attribute if a.name == "group"), 1)
-
-
-class _Reader:
-    """The batches, one after the other, as ONNX Runtime's calibrators ask for them."""
+class _CalibrationReader:
+    """The batches in order, as ONNX Runtime's calibrators ask for them."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self._batches = batches
@@ -284,23 +252,16 @@ def _quantise(folded: Path, file: Path, seen: Sequence[Batch], how: Int8, kept: 
     from onnxruntime import quantization as ort
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
-    ort.CalibrationDataReader.register(_Reader)
-    methods = dict(
-        zip(
-            METHODS,
-            (ort.CalibrationMethod.MinMax, ort.CalibrationMethod.Entropy, ort.CalibrationMethod.Percentile),
-            strict=True,
-        )
-    )
+    ort.CalibrationDataReader.register(_CalibrationReader)
     options: dict[str, Any] = {"CalibPercentile": _PERCENTILE} if how.method == "percentile" else {}
     if how.method != "minmax":
         # Histograms grow batch by batch: memory is one batch's, and batches may be of several sizes.
         options["CalibStridedMinMax"] = 1
-    try:
+    with explained(f"ONNX Runtime cannot quantize {folded.name}"):
         ort.quantize_static(
             folded,
             file,
-            _Reader(seen),
+            _CalibrationReader(seen),
             quant_format=ort.QuantFormat.QDQ,
             op_types_to_quantize=sorted({*QDQRegistry, *QLinearOpsRegistry}),
             per_channel=True,
@@ -308,11 +269,9 @@ def _quantise(folded: Path, file: Path, seen: Sequence[Batch], how: Int8, kept: 
             activation_type=ort.QuantType.QUInt8,
             weight_type=ort.QuantType.QInt8,
             nodes_to_exclude=list(kept),
-            calibrate_method=methods[how.method],
+            calibrate_method=getattr(ort.CalibrationMethod, METHODS[how.method]),
             extra_options=options,
         )
-    except Exception as error:  # it raises plain exceptions
-        raise InvalidInput(f"ONNX Runtime cannot quantise {folded.name}: {_first_line(error)}") from error
 
 
 def _carry_over(source: Any, file: Path) -> None:
@@ -342,10 +301,8 @@ def _counted(file: Path) -> tuple[int, int]:
 
 def _agreement(own: _Outputs, file: Path, seen: Sequence[Batch]) -> tuple[float, float | None]:
     """Mean cosine between the two files' outputs, where it is least, and the share of equal first places."""
-    try:
-        other = _outputs(_session(file), seen)
-    except Exception as error:  # as above
-        raise CheckFailed(f"{file.name} does not run: {_first_line(error)}") from error
+    with explained(f"{file.name} does not run", CheckFailed):
+        other = _outputs(open_session(file, kind=CheckFailed), seen)
     cosines = []
     for name, wanted in own.items():
         found = other[name]
@@ -387,19 +344,3 @@ def saturates() -> bool:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     return not {"avx512_vnni", "avx_vnni"} & set(cpuinfo.get_cpu_info().get("flags", ()))
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Keep what the calibrators print and log to themselves."""
-    root, level = logging.getLogger(), logging.getLogger().level
-    root.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        root.setLevel(level)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200].rstrip(".;")

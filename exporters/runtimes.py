@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 
@@ -47,7 +46,7 @@ class Reader:
         """Return what a release reads; one that is newer than all known ones reads what they read.
 
         Raises:
-            InvalidInput: that is no version, or older than any whose operators can be written.
+            InvalidInput: not a version, or older than the oldest whose operators can be written.
         """
         found = re.fullmatch(r"(\d+)\.(\d+)(?:\.\d+)*", str(version))
         if found is None:
@@ -66,41 +65,35 @@ def format_of(opset: int) -> int:
     return FORMAT_OF.get(opset, int(onnx.IR_VERSION))
 
 
-def require_readable(path: str | os.PathLike[str], reader: Reader) -> None:
-    """Make sure that a file's operators and format are such as a release loads.
+def require_readable(model: onnx.ModelProto, reader: Reader, name: str) -> None:
+    """Raise UnsupportedModel, with the operator's name, where a release does not load a model's operators or format.
 
-    Raises:
-        UnsupportedModel: they are not; the message names the operator.
+    Args:
+        model: its weights are not looked at.
+        reader: the release.
+        name: of the file, for the message.
     """
-    model = onnx.load(os.fspath(path), load_external_data=False)
-    refuse_newer(model, reader, os.path.basename(os.fspath(path)))
-
-
-def refuse_newer(model: onnx.ModelProto, reader: Reader, name: str) -> None:
-    """The same of a model; `name` is for the message."""
-    opsets = {x.domain: x.version for x in model.opset_import}
-    for node in model.graph.node:
-        if node.domain not in ("", "ai.onnx"):
-            continue
-        newest = opsets.get("", opsets.get("ai.onnx", 0))
-        since = onnx.defs.get_schema(node.op_type, newest, node.domain).since_version
-        if since > reader.opset:
-            raise UnsupportedModel(
-                f"{name}: operator {node.op_type} ('{node.name}') is of operator set {since}, and ONNX Runtime "
-                f"{reader.version} reads sets up to {reader.opset}; ask for a newer one, or replace what makes it"
-            )
-    if (node := _sampled_in_space(model)) is not None and reader.opset < SPATIAL_SAMPLES:
+    opset = next((x.version for x in model.opset_import if x.domain in _OWN_DOMAINS), 0)
+    nodes = [node for node in model.graph.node if node.domain in _OWN_DOMAINS]
+    since = {n.op_type: onnx.defs.get_schema(n.op_type, opset, n.domain).since_version for n in nodes}
+    newer = [(n, since[n.op_type]) for n in nodes if since[n.op_type] > reader.opset]
+    if reader.opset < SPATIAL_SAMPLES and (sample := _sampled_in_space(model)) is not None:
+        newer.append((sample, SPATIAL_SAMPLES))
+    if newer:
+        node, needed = newer[0]
+        axes = " of five axes" if node.op_type == "GridSample" else ""
         raise UnsupportedModel(
-            f"{name}: operator GridSample ('{node.name}') of five axes is of operator set {SPATIAL_SAMPLES}, and ONNX "
-            f"Runtime {reader.version} reads sets up to {reader.opset}; ask for a newer one, or replace what makes it"
+            f"{name}: operator {node.op_type} ('{node.name}'){axes} is of operator set {needed}, and ONNX Runtime "
+            f"{reader.version} reads sets up to {reader.opset}; ask for a newer one, or replace what makes it"
         )
-    if opsets.get("", 0) > reader.opset or model.ir_version > reader.ir_version:
+    if opset > reader.opset or model.ir_version > reader.ir_version:
         raise UnsupportedModel(
-            f"{name}: operator set {opsets.get('', 0)} in IR version {model.ir_version}, and ONNX Runtime "
-            f"{reader.version} reads sets up to {reader.opset} in IR versions up to {reader.ir_version}"
+            f"{name}: operator set {opset} in IR version {model.ir_version}, and ONNX Runtime {reader.version} reads "
+            f"sets up to {reader.opset} in IR versions up to {reader.ir_version}"
         )
 
 
+_OWN_DOMAINS = ("", "ai.onnx")
 SPATIAL_SAMPLES = 20
 """The operator set from which GridSample takes volumes; newer libraries read them in files of older sets as well."""
 

@@ -1,7 +1,8 @@
-"""An ONNX file as a callable model, for evaluation code that was written for a torch module."""
+"""Inference sessions on ONNX files, and a file as a callable model for evaluation code written for a torch module."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from surgery.errors import InvalidInput
+from surgery.core import explained
+from surgery.errors import InvalidInput, SurgeryError
+
+
+def open_session(
+    path: str | os.PathLike[str],
+    options: onnxruntime.SessionOptions | None = None,
+    *,
+    kind: type[SurgeryError] = InvalidInput,
+    **more: Any,
+) -> onnxruntime.InferenceSession:
+    """Return a session on the CPU, by default of one thread; raises `kind` where the file cannot be loaded."""
+    options = options or session_options()
+    with explained(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}", kind):
+        return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"], **more)
+
+
+def session_options(threads: int = 1) -> onnxruntime.SessionOptions:
+    """Return options that keep ONNX Runtime's log off the terminal."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    return options
 
 
 class OnnxModel:
@@ -29,13 +52,7 @@ class OnnxModel:
     training = False
 
     def __init__(self, path: str | Path, *, threads: int = 1) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions share no base of their own
-            raise InvalidInput(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0][:200]}") from error
+        self._session = open_session(path, session_options(threads))
         self.path = Path(path)
         self._inputs = [x.name for x in self._session.get_inputs()]
         firsts = {x.shape[0] for x in self._session.get_inputs() if x.shape}
@@ -44,7 +61,7 @@ class OnnxModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on tensors or arrays, by position or by name; returns a tensor, or a tuple of them.
 
-        Where the file fixes the batch, as many images as are given are run in pieces, the last one filled up.
+        Where the file fixes the batch, any number of images is run in pieces of that size, the last one filled up.
         """
         given = {**dict(zip(self._inputs, args, strict=False)), **kwargs}
         with torch.no_grad():
@@ -59,7 +76,7 @@ class OnnxModel:
         return found[0] if len(found) == 1 else found
 
     def pieces(self, tensors: Sequence[Tensor], names: Sequence[str] | None = None) -> Iterator[dict[str, Tensor]]:
-        """Yield inputs by name, in pieces of the file's own batch where it fixes one; what is left over is left out.
+        """Yield inputs by name, in pieces of the file's own batch where it fixes one; a smaller last piece is left out.
 
         Args:
             tensors: of the model's inputs in order, each (N, ...).
@@ -77,15 +94,15 @@ class OnnxModel:
         return tuple(torch.from_numpy(np.asarray(x)) for x in found)
 
     def eval(self) -> OnnxModel:
-        """Return the model: it is always evaluating."""
+        """Return the model, which is always in eval mode."""
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> OnnxModel:
-        """Return the model: it stays on the processor."""
+        """Return the model, which stays on the CPU."""
         return self
 
     def state_dict(self) -> Mapping[str, Tensor]:
-        """Return nothing: weights are in the file."""
+        """Return nothing, since the weights are in the file."""
         return {}
 
 

@@ -9,8 +9,32 @@ The public names are listed in `__init__.pyi` and loaded on first use: `import s
 any stage.
 """
 
+import importlib.util as _importing
+import sys as _sys
+from pathlib import Path as _Path
+
 import lazy_loader
 
 __version__ = "0.1.0"
 
+
+def _bind_exporters() -> None:
+    """Bind the name `exporters` to the package that lies beside this one: in a checkout, a wheel, editable or not.
+
+    A script's own folder comes first in `sys.path`, and may hold a folder `exporters` too. What lies in that one can
+    still be imported, since our package looks for its modules there as well.
+    """
+    file = _Path(__file__).resolve().parent.with_name("exporters") / "__init__.py"
+    found = getattr(_sys.modules.get("exporters"), "__file__", None)
+    if found is not None and _Path(found).resolve() == file:
+        return
+    for name in [name for name in _sys.modules if name.partition(".")[0] == "exporters"]:
+        del _sys.modules[name]
+    spec = _importing.spec_from_file_location("exporters", file, submodule_search_locations=[str(file.parent)])
+    assert spec is not None and spec.loader is not None
+    _sys.modules["exporters"] = _importing.module_from_spec(spec)
+    spec.loader.exec_module(_sys.modules["exporters"])
+
+
+_bind_exporters()
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -85,13 +85,13 @@ def choice(*words: str, metavar: str = "", known: Callable[[Any], bool] = lambda
     return Kind(metavar or "|".join(words), f"one of {', '.join(words)}", check, choices=words)
 
 
-def several(*words: str) -> Kind:
-    """Accept some of the words: a list, or text with commas."""
+def several(*words: str, others: bool = False) -> Kind:
+    """Accept some of the words: a list, or text with commas; with `others`, any words, checked where they are used."""
 
     def check(value: Any) -> tuple[str, ...]:
         parts = value.split(",") if isinstance(value, str) else value
         found = tuple(dict.fromkeys(part.strip() if isinstance(part, str) else part for part in parts))
-        return _require(bool(found) and all(part in words for part in found), found)  # type: ignore[no-any-return]
+        return _require(bool(found) and all(others or part in words for part in found), found)  # type: ignore[no-any-return]
 
     return Kind(",".join(words), f"some of {', '.join(words)}", check, choices=words)
 
@@ -483,7 +483,7 @@ class Output(Group):
     int8_reduce_range: bool = option(False, FLAG, "Weights of 7 bits, for x86 processors without VNNI.", "Deployment")
     opset: int | None = option(None, whole(18), "ONNX opset.", "Deployment", unset="the exporter's")
     format: tuple[str, ...] = option(
-        ("onnx",), several("onnx", "ort"),
+        ("onnx",), several("onnx", "ort", others=True),
         "Formats of the compact files: ort is what ONNX Runtime's builds for phones load; ONNX files are always "
         "written.", "Deployment",
     )  # fmt: skip

@@ -2,9 +2,8 @@ from .tracing import (
     describe_graph as describe_graph,
     evaluating as evaluating,
     module_of as module_of,
-    quiet as quiet,
-    refuse_wrong_inputs as refuse_wrong_inputs,
     require_finite as require_finite,
     source_of as source_of,
     trace as trace,
+    validate_inputs as validate_inputs,
 )

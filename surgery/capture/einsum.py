@@ -1,8 +1,8 @@
-"""Einstein sums as the products that they are: permute, merge, multiply, put back. Each of these has a rule."""
+"""Einstein sums as matrix products: permute, merge axes, multiply, permute back. Each of these operators has a rule."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,28 +12,35 @@ aten = torch.ops.aten
 _ELLIPSIS = "..."
 
 
-def spell_out(graph: fx.Graph) -> None:
-    """Replace every Einstein sum of two or more operands by matrix products; sums over diagonals stay as they are."""
-    for node in list(graph.nodes):
-        if node.target is not aten.einsum.default or len(node.args[1]) < 2:
-            continue
-        operands = list(node.args[1])
-        terms, out = letters(node.args[0], [operand.meta["val"].dim() for operand in operands])
-        if any(len(set(term)) < len(term) for term in terms):
-            continue
-        with graph.inserting_before(node):
-            builder = _Builder(graph, node)
+def einsums(graph: fx.GraphModule) -> Iterator[fx.Node]:
+    """Einstein sums of two or more operands that are products; sums over diagonals are not."""
+    for node in graph.graph.nodes:
+        if node.target is aten.einsum.default and len(node.args[1]) > 1:
+            terms, _ = letters(node)
+            if all(len(set(term)) == len(term) for term in terms):
+                yield node
+
+
+def expand_einsums(graph: fx.GraphModule) -> None:
+    """Replace Einstein sums by matrix products."""
+    for node in list(einsums(graph)):
+        operands: Any = node.args[1]
+        terms, out = letters(node)
+        with graph.graph.inserting_before(node):
+            builder = _Builder(graph.graph, node)
             value, term = operands[0], terms[0]
             for k in range(1, len(operands)):
                 wanted = set(out).union(*terms[k + 1 :])
                 value, term = builder.product(value, term, operands[k], terms[k], wanted)
             value = builder.call(aten.permute.default, value, [term.index(x) for x in out])
         node.replace_all_uses_with(value)
-        graph.erase_node(node)
+        graph.graph.erase_node(node)
 
 
-def letters(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
-    """The letters of every operand and of the output; an ellipsis is spelt out in letters that nobody uses."""
+def letters(node: fx.Node) -> tuple[list[str], str]:
+    """The letters of every operand and of the output; an ellipsis is written as letters that are not in use."""
+    equation: Any = node.args[0]
+    ranks = [operand.meta["val"].dim() for operand in node.args[1]]  # type: ignore[union-attr]
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     if not arrow:
@@ -52,20 +59,20 @@ def _is_one(size: Any) -> bool:
 
 
 class _Builder:
-    """Inserts operators with what `origin` knows about where they come from."""
+    """Inserts operators that carry the source line and module of `origin`."""
 
     def __init__(self, graph: fx.Graph, origin: fx.Node) -> None:
         self.graph, self.origin = graph, origin
 
     def call(self, op: Any, *args: Any) -> fx.Node:
-        """Insert a call, its value as the tracer would have noted it."""
+        """Insert a call with the value that the tracer would have recorded."""
         node = self.graph.call_function(op, args)
         node.meta = {k: v for k, v in self.origin.meta.items() if k in ("stack_trace", "nn_module_stack")}
         node.meta["val"] = op(*fx.map_arg(args, lambda n: n.meta["val"]))
         return node
 
     def product(self, a: fx.Node, a_term: str, b: fx.Node, b_term: str, wanted: set[str]) -> tuple[fx.Node, str]:
-        """Multiply two operands and sum over the letters that nobody wants any more."""
+        """Multiply two operands and sum over the letters that are not needed later."""
         a, a_term = self._narrowed(a, a_term, b, b_term)
         b, b_term = self._narrowed(b, b_term, a, a_term)
         a, a_term = self._summed(a, a_term, set(b_term) | wanted)

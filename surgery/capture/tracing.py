@@ -1,21 +1,18 @@
 """Turn a module into a `Program`: the only room that calls `torch.export`.
 
 The batch axis is traced as dynamic (inputs of batch 1 are repeated to 2, because 1 would be baked in), height and width
-where the model permits. The captured graph is cleaned of run-time assertions and of in-place operators, so that every
-later stage sees plain functions from values to values.
+where the model permits. The captured graph then goes through `passes.PASSES`, so that every later stage sees plain
+functions from values to values.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-import io
-import logging
 import re
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,17 +20,14 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from surgery.capture import guards
-from surgery.capture.cleaning import clean
-from surgery.capture.unlifting import unlift
+from surgery.capture.constants import sources_of_weights
+from surgery.capture.dynamic_sizes import LARGEST, Inputs, slow_to_capture, wrong_at_other_batch, wrong_at_other_space
+from surgery.capture.passes import normalise
 from surgery.core import (
-    ONE_AT_A_TIME,
-    TOLERANCE,
     UNKNOWN,
     InputSpec,
     Node,
     Program,
-    ReshapeCount,
     attribute,
     buffers_kept,
     first_line,
@@ -42,7 +36,7 @@ from surgery.core import (
     is_symbolic,
     last_own_line,
     lean,
-    sizes_spill,
+    quiet,
     traceable,
     where_raised,
 )
@@ -74,13 +68,12 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
     kwargs = _in_forward_order(model, example_kwargs or {})
     require_finite(model)
     with evaluating(model), buffers_kept(model), quiet():
-        captured, notes = _export(traceable(model), args, kwargs)
-        cleaned = clean(captured.exported, captured.graph)
+        captured = _capture(traceable(model), args, kwargs)
+        graph = normalise(captured.exported, captured.graph)
     args, kwargs = captured.inputs
-    graph = cleaned.graph
-    names = _input_names(graph)
-    inputs = _describe_inputs(graph, names)
-    notes = (*notes, *_fixed_axes(inputs), *_computed_weights(cleaned.materialised))
+    inputs = _input_specs(graph)
+    computed = sources_of_weights(graph.graph)
+    weights = (f"'{name}' holds the weight that forward computed from {', '.join(s)}" for name, s in computed.items())
     return Program(
         graph=graph,
         nodes=describe_graph(graph.graph),
@@ -88,17 +81,17 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
         example_args=args,
         example_kwargs=kwargs,
         fingerprint=_fingerprint(graph),
-        notes=notes,
+        notes=(*captured.notes, *_notes_on_space(inputs), *weights),
         model=model,
-        materialised=cleaned.materialised,
+        materialised=computed,
     )
 
 
-# -- inputs ----------------------------------------------------------------------------------------------------------
+# Inputs. ------------------------------------------------------------------------------------------------------------
 
 
 def require_module(model: Any) -> None:
-    """Raise where what was given for a model is none, or one without Python code or without values."""
+    """Raise unless the model is a Python module whose parameters have values."""
     if not isinstance(model, nn.Module):
         raise InvalidInput(f"not a torch.nn.Module but of type {type(model).__name__}: pass the module itself")
     if isinstance(model, torch.jit.ScriptModule):
@@ -114,7 +107,7 @@ def require_finite(model: nn.Module) -> None:
     """Raise InvalidInput where a weight is not a number or infinite."""
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InvalidInput(f"weight '{name}' holds NaN or infinite values; load a sound checkpoint")
+            raise InvalidInput(f"weight '{name}' holds NaN or infinite values; load an intact checkpoint")
 
 
 def _in_forward_order(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,9 +139,9 @@ def _at_batch_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every submodule in eval mode for the time of the block.
+    """Put every submodule in eval mode within the block.
 
-    Flags are set directly, so that no code of the user's runs; a graph is asked, since its operators hold flags too.
+    Flags are set directly, so that no code of the user's runs; `eval()` of a graph also sets its operators' flags.
     """
     modes = [(m, m.training) for m in model.modules()]
     graphs = [m for m, training in modes if training and isinstance(m, torch.fx.GraphModule)]
@@ -167,139 +160,80 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             m.training = mode
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the warnings and log lines of `torch.export` (whole graphs); its exceptions are not touched."""
-    nowhere = io.StringIO()
-    with ONE_AT_A_TIME, warnings.catch_warnings(), redirect_stdout(nowhere), redirect_stderr(nowhere):
-        warnings.simplefilter("ignore")
-        before = logging.root.manager.disable
-        try:
-            logging.disable(logging.CRITICAL)
-            yield
-        finally:
-            logging.disable(before)
-
-
-# -- capture ---------------------------------------------------------------------------------------------------------
-
-
-def _axes(batch: Any, space: Any) -> Any:
-    """Which axes of a tensor of rank r are dynamic."""
-
-    def of(x: Any) -> Any:
-        if not isinstance(x, Tensor) or x.dim() == 0:
-            return None
-        axes = {0: batch} if batch is not None else {}
-        if space is not None and x.dim() in (4, 5):
-            axes.update({x.dim() - 2: space, x.dim() - 1: space})
-        return axes or None
-
-    return of
+# Capture. -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Captured:
-    """What `torch.export` returned, the graph that reads its parameters by name, and the inputs used."""
+class _Capture:
+    """What `torch.export` returned, the same as a module, the inputs that it took, and what the user should know."""
 
     exported: Any
     graph: torch.fx.GraphModule
-    inputs: tuple[Args, dict[str, Any]]
+    inputs: Inputs
+    notes: tuple[str, ...] = ()
 
 
-def _export(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> tuple[_Captured, tuple[str, ...]]:
-    """Capture with dynamic batch, height and width where that holds; else with dynamic batch; else with none.
-
-    Also returns what to say.
-    """
+def _capture(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> _Capture:
+    """Capture with dynamic batch, height and width where that holds; else with dynamic batch; else with none."""
     twice = _at_batch_two(args, kwargs)
-    if not _slow_with_free_sizes(model, twice):
+    if not slow_to_capture(model, twice):
         with suppress(Exception):  # torch.export raises whatever the user's forward or its own passes raise
-            captured = _attempt(model, twice, Dim.DYNAMIC, Dim.AUTO)
-            exported = captured.exported
-            spills = sizes_spill(exported.graph) or guards.broken_by_space(exported, model, twice)
-            if not (spills or _broken_by_batch(captured, model, twice)):
-                return captured, ()
+            found = _export(model, twice, Dim.DYNAMIC, Dim.AUTO)
+            if not (wrong_at_other_space(found.exported, model, twice) or _wrong_at_other_batch(found, model, twice)):
+                return found
     try:
-        captured = _attempt(model, twice, Dim.DYNAMIC, None)
+        found = _export(model, twice, Dim.DYNAMIC, None)
     except Exception as error:  # likewise
-        return _export_fixed(model, args, kwargs, f"{where_raised(error)}: {first_line(error)}")
-    if guard := _broken_by_batch(captured, model, twice):
-        return _export_fixed(model, args, kwargs, f"forward takes another path unless {guard}")
-    return captured, ()
+        reason = f"{where_raised(error)}: {first_line(error)}".removeprefix(f"{UNKNOWN}: ")
+    else:
+        if not (condition := _wrong_at_other_batch(found, model, twice)):
+            return found
+        reason = f"forward takes another path unless {condition}"
+    note = f"batch is fixed at the example's: a dynamic one could not be traced ({reason})"
+    return replace(_export_fixed(model, args, kwargs), notes=(note,))
 
 
-def _slow_with_free_sizes(model: nn.Module, inputs: tuple[Args, dict[str, Any]]) -> bool:
-    with suppress(Exception), torch.no_grad(), ReshapeCount() as count:  # what it raises, the capture raises too
-        given = fresh(inputs)
-        model(*given[0], **given[1])
-        return bool(count.slow)
-    return True
+def _wrong_at_other_batch(found: _Capture, model: nn.Module, inputs: Inputs) -> str:
+    return wrong_at_other_batch(found.exported, found.graph, model, inputs)
 
 
-def _broken_by_batch(captured: _Captured, model: nn.Module, inputs: Any) -> str:
-    return guards.broken_by_batch(captured.exported, model, inputs) or _differs_at_one(captured, model)
+def _export(model: nn.Module, inputs: Inputs, batch: Any, space: Any) -> _Capture:
+    """Capture with these kinds of axis 0 and, of images and volumes, of height and width; None: as in the example."""
 
+    def axes(x: Any) -> dict[int, Any] | None:
+        if not isinstance(x, Tensor) or x.dim() == 0:
+            return None
+        found = {0: batch}
+        if space is not None and x.dim() in (4, 5):
+            found |= {x.dim() - 2: space, x.dim() - 1: space}
+        return found
 
-def _differs_at_one(captured: _Captured, model: nn.Module) -> str:
-    """A batch of one is never traced: what the graph makes of it has to be what the model makes of it."""
-    single = pytree.tree_map(lambda x: x[:1] if isinstance(x, Tensor) and x.dim() else x, captured.inputs)
-    with torch.no_grad():
-        try:
-            given = fresh(single)
-            wanted = [x for x in pytree.tree_leaves(model(*given[0], **given[1])) if isinstance(x, Tensor)]
-        except Exception:  # the model itself takes no batch of one
-            return ""
-        try:
-            run = torch.fx.Interpreter(captured.graph)  # the graph's own code would have to be written first
-            outputs = run.run(*pytree.tree_leaves(fresh(single)), enable_io_processing=False)
-            got = [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
-        except Exception as error:  # whatever the graph's operators raise
-            return f"the batch is larger than 1 ({first_line(error)})"
-    same = len(wanted) == len(got) and all(_close(a, b) for a, b in zip(wanted, got, strict=True))
-    return "" if same else "the batch is larger than 1"
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or not a.numel():
-        return a.shape == b.shape
-    a, b, allowed = a.double(), b.double(), TOLERANCE.get(a.dtype, 0.0)
-    return torch.allclose(a, b, rtol=0.0, atol=allowed * float(a.abs().nan_to_num(0.0).max()), equal_nan=True)
-
-
-def _attempt(model: nn.Module, inputs: tuple[Args, dict[str, Any]], batch: Any, space: Any) -> _Captured:
-    shapes = pytree.tree_map(_axes(batch, space), inputs) if batch is not None else None
+    shapes = None
+    if batch is not None:  # by the names of forward's parameters, `*args` and `**kwargs` in one entry each
+        by_position, by_name = pytree.tree_map(axes, inputs)
+        shapes = dict(inspect.signature(model.forward).bind(*by_position, **by_name).arguments)
     # A copy each time: torch.export takes one tensor given twice for one input, and marks tensors as dynamic.
-    positional, named = pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, inputs)
+    args, kwargs = fresh(inputs)
     with torch.no_grad(), lean():
-        exported = torch.export.export(model, positional, named, dynamic_shapes=_by_name(model, shapes), strict=False)
-        return _Captured(exported, unlift(exported), (positional, named))
+        exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        return _Capture(exported, exported.module(check_guards=False), (args, kwargs))
 
 
-def _export_fixed(model: nn.Module, args: Args, kwargs: dict[str, Any], why: str) -> tuple[_Captured, tuple[str, ...]]:
-    """Capture at the example's own sizes; `why` the batch cannot be dynamic."""
+def _export_fixed(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> _Capture:
+    """Capture at the example's own sizes."""
     try:
-        captured = _attempt(model, (args, kwargs), None, None)
+        return _export(model, (args, kwargs), None, None)
     except Exception as error:  # torch.export raises whatever the user's forward or its own passes raise
-        refuse_wrong_inputs(model, args, kwargs)
+        validate_inputs(model, args, kwargs)
         raise UnsupportedModel(
             f"torch.export cannot capture this model, at {where_raised(error)}: {first_line(error)}; rewrite that line "
             "without control flow on tensor values, or try --tracer torch-pruning, or --part for a submodule that can "
             "be captured"
         ) from error
-    why = why.removeprefix(f"{UNKNOWN}: ")
-    return captured, (f"batch is fixed at the example's: a dynamic one could not be traced ({why})",)
 
 
-def _by_name(model: nn.Module, shapes: Any) -> Any:
-    """Dynamic axes by the names of forward's parameters, those of `*args` and `**kwargs` in one entry each."""
-    if shapes is None:
-        return None
-    return dict(inspect.signature(model.forward).bind(*shapes[0], **shapes[1]).arguments)
-
-
-def refuse_wrong_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Where the model does not even run on the inputs, that is what to say."""
+def validate_inputs(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> None:
+    """Raise InvalidInput where the model itself does not run on inputs of this shape or type."""
     try:
         with torch.no_grad():
             given = fresh((args, kwargs))
@@ -314,14 +248,10 @@ def refuse_wrong_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         ) from error
 
 
-# -- describing ------------------------------------------------------------------------------------------------------
+# Description. -------------------------------------------------------------------------------------------------------
 
 
-def _input_names(graph: torch.fx.GraphModule) -> list[str]:
-    return [n.name for n in graph.graph.nodes if n.op == "placeholder"]
-
-
-def _describe_inputs(graph: torch.fx.GraphModule, names: list[str]) -> tuple[InputSpec, ...]:
+def _input_specs(graph: torch.fx.GraphModule) -> tuple[InputSpec, ...]:
     specs = []
     for node in graph.graph.nodes:
         value = node.meta.get("val")
@@ -332,36 +262,24 @@ def _describe_inputs(graph: torch.fx.GraphModule, names: list[str]) -> tuple[Inp
     return tuple(specs)
 
 
-def _fixed_axes(inputs: tuple[InputSpec, ...]) -> tuple[str, ...]:
-    notes = []
+def _notes_on_space(inputs: tuple[InputSpec, ...]) -> Iterator[str]:
+    """What to say of the height and width of images."""
     for spec in inputs:
-        free = [a for a in (2, 3) if len(spec.shape) == 4 and a in spec.dynamic]
+        if len(spec.shape) != 4:
+            continue
+        free, fixed = [a for a in (2, 3) if a in spec.dynamic], [a for a in (2, 3) if a not in spec.dynamic]
         if free:
-            low, high = (" x ".join(str(size(spec.shape[a])) for a in free) for size in (_half, _largest))
-            notes.append(f"input '{spec.name}': axes {free} may be {low} to {high}; other sizes were not examined")
-        fixed = [a for a in (2, 3) if len(spec.shape) == 4 and a not in spec.dynamic]
+            low, high = (
+                " x ".join(map(str, sizes))
+                for sizes in ([-(-spec.shape[a] // 2) for a in free], [LARGEST * spec.shape[a] for a in free])
+            )
+            yield f"input '{spec.name}': axes {free} may be {low} to {high}; other sizes were not examined"
         if fixed:
             size = " x ".join(str(spec.shape[a]) for a in fixed)
-            notes.append(
+            yield (
                 f"input '{spec.name}': the size of axes {fixed} is fixed at {size}, in the ONNX files too: the model "
                 "bakes it in, or other sizes could not be examined"
             )
-    return tuple(notes)
-
-
-def _half(size: int) -> int:
-    return size - size // 2
-
-
-def _largest(size: int) -> int:
-    return guards.LARGEST * size
-
-
-def _computed_weights(materialised: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
-    return tuple(
-        f"'{name}' holds the weight that forward computed from {', '.join(sources)}"
-        for name, sources in materialised.items()
-    )
 
 
 def source_of(node: torch.fx.Node) -> str:

@@ -1,5 +1,6 @@
 from .blame import (
     UNKNOWN as UNKNOWN,
+    explained as explained,
     first_line as first_line,
     last_own_line as last_own_line,
     user_line as user_line,
@@ -22,6 +23,7 @@ from .copies import (
 )
 from .counting import count_macs as count_macs, count_params as count_params
 from .executor import Compute as Compute, Executor as Executor, Frontier as Frontier, interpret as interpret
+from .files import replacing as replacing
 from .graphs import (
     Bound as Bound,
     all_tensors as all_tensors,
@@ -76,6 +78,7 @@ from .labels import (
     is_constant as is_constant,
 )
 from .progress import Clock as Clock, Progress as Progress
-from .sizes import ReshapeCount as ReshapeCount, hint as hint, is_symbolic as is_symbolic, sizes_spill as sizes_spill
+from .silence import quiet as quiet
+from .sizes import hint as hint, is_symbolic as is_symbolic
 from .tolerances import BLIND as BLIND, ROUNDINGS as ROUNDINGS, TOLERANCE as TOLERANCE
 from .torch_speed import ONE_AT_A_TIME as ONE_AT_A_TIME, instead as instead, lean as lean

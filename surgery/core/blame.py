@@ -5,26 +5,35 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import sysconfig
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from surgery.errors import InvalidInput, SurgeryError
 
 UNKNOWN = "an unknown line"
 
 
+_OURS = Path(__file__).parents[1]
+_STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
+
+
 def _foreign() -> tuple[str, ...]:
-    """Beginnings of file names that say nothing to the user: torch's, our own, and generated code."""
-    torch = importlib.util.find_spec("torch")
-    folders = [Path(__file__).parent, *([Path(torch.origin).parent] if torch and torch.origin else [])]
+    """Beginnings of names of files that are not the user's: torch's, those of exporters, our own, generated code."""
+    specs = (importlib.util.find_spec(name) for name in ("torch", "onnx", "onnx_ir", "onnxscript"))
+    folders = [_OURS, _OURS.with_name("exporters"), *(Path(s.origin).parent for s in specs if s and s.origin)]
     return (*(f"{folder}{os.sep}" for folder in folders), "<", "importlib")
 
 
 _FOREIGN = _foreign()
-_MENTIONED = re.compile(r'File "([^"]+)", line (\d+)')
+_MENTIONED = re.compile(r'File "([^"]+\.py)", line (\d+)|(/[^\s"()]+\.py)[:(](\d+)')
 
 
 def foreign(file: str) -> bool:
-    """Whether a file of code says nothing to the user: it is torch's, our own, or generated."""
-    return file.startswith(_FOREIGN)
+    """Whether a file of code is not the user's: of torch, of an exporter, of Python, our own, or generated."""
+    return file.startswith(_FOREIGN) or (file.startswith(_STDLIB) and "site-packages" not in file)
 
 
 def first_line(error: BaseException) -> str:
@@ -33,9 +42,21 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(" .:")[:300] if lines else type(error).__name__
 
 
+@contextmanager
+def explained(what: str, kind: type[SurgeryError] = InvalidInput) -> Iterator[None]:
+    """Raise what a library raises within the block as an error of ours: what failed, and the library's first line."""
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except Exception as error:  # those of ONNX, of its runtime and of converters have no base of their own
+        raise kind(f"{what}: {first_line(error)}") from error
+
+
 def last_own_line(text: str) -> str:
     """Return `file:line` of the last frame of the user's own that a traceback's text mentions, or an empty string."""
-    own = [f"{file}:{line}" for file, line in _MENTIONED.findall(text) if not foreign(file)]
+    found = [(a or c, b or d) for a, b, c, d in _MENTIONED.findall(text)]
+    own = [f"{file}:{line}" for file, line in found if not foreign(file)]
     return own[-1] if own else ""
 
 

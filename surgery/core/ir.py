@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.config import Budget
-from surgery.errors import InvalidInput, PlanMismatch
+from surgery.core.files import replacing
+from surgery.errors import PlanMismatch
 
 if TYPE_CHECKING:  # labels need numpy
     from surgery.core.labels import LabelledGraph
@@ -278,16 +279,9 @@ class Plan:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Write `to_json` to `path`, through a temporary file in the same folder; raises InvalidInput if it cannot."""
-        target = Path(path)
-        partial = target.with_name(target.name + ".partial")
-        try:
-            if target.is_dir():
-                raise IsADirectoryError(None, "is a folder; name a file in it, such as plan.json")
-            partial.write_text(self.to_json(), encoding="utf-8")
-            partial.replace(target)
-        except OSError as error:
-            raise InvalidInput(f"cannot write {target}: {error.strerror or error}") from error
+        """Write `to_json` to `path`; raises InvalidInput if it cannot."""
+        with replacing(path) as file:
+            file.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def from_json(cls, text: str, origin: str = "plan") -> Plan:

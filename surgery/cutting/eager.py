@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
-from surgery.capture import evaluating, refuse_wrong_inputs, require_finite
+from surgery.capture import evaluating, require_finite, validate_inputs
 from surgery.core import (
     BLIND,
     TOLERANCE,
@@ -65,7 +65,7 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
     kwargs = dict(example_kwargs or {})
     require_finite(model)
     with evaluating(model):
-        refuse_wrong_inputs(model, args, kwargs)
+        validate_inputs(model, args, kwargs)
         batched = _takes_any_batch(model, args, kwargs)
         unseen = _off_the_path(model, args, kwargs)
     notes = [ONE_PATH]

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from exporters.formats import FORMATS
 from surgery.errors import InvalidInput
 from surgery.report import REPORT_FILES
 
@@ -31,9 +32,8 @@ NAMES = (DENSE_ONNX, COMPACT_ONNX, COMPACT_PT2, COMPACT_WEIGHTS, PLAN, RECIPE, *
 """What a finished set consists of; models above 2 GB bring a ``.data`` file beside their ``.onnx``."""
 
 FEWER_BITS = tuple(f"{name}.{precision}.onnx" for name in ("dense", "compact") for precision in ("fp16", "int8"))
-ORT_FORMAT = tuple(f"compact{bits}.ort" for bits in ("", ".fp16", ".int8"))
 """Where they are asked for."""
-_OURS = {*NAMES, *FEWER_BITS, *ORT_FORMAT, *REPORT_FILES, f"{DENSE_ONNX}.data", f"{COMPACT_ONNX}.data"}
+_OURS = {*NAMES, *FEWER_BITS, *REPORT_FILES, f"{DENSE_ONNX}.data", f"{COMPACT_ONNX}.data"}
 _USERS_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EBUSY}
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -111,12 +111,18 @@ def _refuse_unsafe(target: Path) -> None:
         raise InvalidInput(f"--out {target}: cannot be replaced as a whole here; name a folder inside it")
     if not os.access(target, os.W_OK | os.X_OK):
         raise InvalidInput(f"--out {target}: cannot be written; change its permissions or name another folder")
-    foreign = sorted(entry.name for entry in target.iterdir() if entry.name not in _OURS)
+    foreign = sorted(entry.name for entry in target.iterdir() if not _is_ours(entry.name))
     if foreign:
         shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise InvalidInput(
             f"--out {target}: holds {shown}, which replacing the folder would remove; move them or name another folder"
         )
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file is of a set: one of those that are always there, or a compact file in another format."""
+    others = {f"compact{bits}{form.suffix}" for form in FORMATS.values() for bits in ("", ".fp16", ".int8")}
+    return name in _OURS or name in others
 
 
 def _tidy(target: Path) -> None:

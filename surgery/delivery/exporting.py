@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,25 +53,25 @@ class Subject:
 
 
 def export(
-    result: Result, folder: Path, scratch: Path, opset: int | None, min_ort: str | None, clock: Clock
+    result: Result, folder: Path, scratch: Path, settings: onnx.ExportSettings, clock: Clock
 ) -> tuple[dict[str, onnx.ExportResult], Subject, list[str]]:
     """Export the three models: around the part that was shrunk, if any and if possible, else what was shrunk."""
     if result.whole is None:
         subject = Subject.of(result, whole=False)
-        return _three(result, subject, folder, scratch, opset, min_ort, clock), subject, []
+        return _three(result, subject, folder, scratch, settings, clock), subject, []
     name = result.whole.name
     try:
         subject = Subject.of(result, whole=True)
-        exports = _three(result, subject, folder, scratch, opset, min_ort, clock)
+        exports = _three(result, subject, folder, scratch, settings, clock)
         return exports, subject, [f"ONNX and times: the whole model around part '{name}'"]
     except (UnsupportedModel, InvalidInput, CheckFailed) as error:
         subject = Subject.of(result, whole=False)
-        exports = _three(result, subject, folder, scratch, opset, min_ort, clock)
+        exports = _three(result, subject, folder, scratch, settings, clock)
         return exports, subject, [f"ONNX and times: the part alone, '{name}'; the whole model cannot be had: {error}"]
 
 
 def _three(
-    result: Result, subject: Subject, folder: Path, scratch: Path, opset: int | None, min_ort: str | None, clock: Clock
+    result: Result, subject: Subject, folder: Path, scratch: Path, settings: onnx.ExportSettings, clock: Clock
 ) -> dict[str, onnx.ExportResult]:
     """Export dense, masked and compact; the masked one is only there to be timed."""
     program, plan = result.program, result.plan
@@ -95,12 +95,10 @@ def _three(
                 model(),
                 subject.args,
                 path,
+                replace(settings, dynamo=program.has_graph),
                 example_kwargs=subject.kwargs,
-                opset=opset,
-                min_ort=min_ort,
                 dynamic_axes=subject.axes(),
                 metadata={**origin, "model": name},
-                dynamo=program.has_graph,
             )
     return exports
 

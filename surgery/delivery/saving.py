@@ -15,20 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from onnx import load as load_onnx
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save as to_safetensors
 from torch.utils import _pytree as pytree
 
 from exporters import onnx
-from exporters.ort_format import to_ort
+from exporters.formats import FORMATS, ONNX, Format, validate_formats
 from exporters.quantize import Int8, Quantised
 from exporters.runtimes import Reader, require_readable
 from exporters.session import OnnxModel
 from exporters.signature import bind
 from surgery.api import Result, apply
-from surgery.capture import evaluating, quiet
+from surgery.capture import evaluating
 from surgery.config import Recipe, to_toml
-from surgery.core import Clock, Plan, Progress
+from surgery.core import Clock, Plan, Progress, quiet
 from surgery.delivery import artifacts as artefacts, exporting as exports, precisions
 from surgery.delivery.precisions import Precisions
 from surgery.errors import InvalidInput
@@ -83,9 +84,13 @@ class Measurement:
     def __post_init__(self) -> None:
         # Said before the long work: more threads than there are cores, a negative seed.
         Settings(batch=self.batch, threads=self.threads, seed=self.seed)
-        if wrong := [name for name in self.formats if name not in ("onnx", "ort")]:
-            raise InvalidInput(f"format '{wrong[0]}': there are onnx and ort")
-        onnx.operator_set(self.opset, None if self.min_ort is None else Reader.of(self.min_ort))
+        validate_formats(self.formats)
+        _ = self.export_settings
+
+    @property
+    def export_settings(self) -> onnx.ExportSettings:
+        """How ONNX files are exported."""
+        return onnx.ExportSettings(self.opset, self.min_ort)
 
 
 def save(
@@ -237,12 +242,13 @@ def _write_models(result: Result, folder: Path, scratch: Path, how: Measurement,
     (folder / artefacts.COMPACT_WEIGHTS).write_bytes(weights_bytes(result.model))
     with clock("save"):
         notes = _save_program(result, folder / artefacts.COMPACT_PT2)
-    written, subject, where = exports.export(result, folder, scratch, how.opset, how.min_ort, clock)
+    written, subject, where = exports.export(result, folder, scratch, how.export_settings, clock)
     fewer = _in_fewer_bits(result, subject, written, folder, how, clock)
     files = _Files(written, fewer, subject, (*notes, *where))
-    if "ort" in how.formats:
-        with clock("ort format"):
-            _in_ort_format(subject, files.paths)
+    for name in dict.fromkeys(how.formats):
+        if name != ONNX:
+            with clock(f"{name} format"):
+                _in_format(FORMATS[name], subject, files.paths)
     return files
 
 
@@ -325,17 +331,19 @@ def _in_fewer_bits(
         found = precisions.write(sources, folder, how.precisions, result.recovery.seen, whole=whole)
     if how.min_ort is not None:
         for file in found.values():
-            require_readable(file.path, Reader.of(how.min_ort))
+            model = load_onnx(file.path, load_external_data=False)
+            require_readable(model, Reader.of(how.min_ort), file.path.name)
     return found
 
 
-def _in_ort_format(subject: exports.Subject, files: Mapping[str, Path]) -> None:
-    """Write the compact files in ONNX Runtime's own format beside them; fp16 would be larger than float32 there."""
+def _in_format(form: Format, subject: exports.Subject, files: Mapping[str, Path]) -> None:
+    """Write the compact files in another format beside them, in the precisions that it takes."""
     tensors = bind(subject.dense, subject.args, subject.kwargs).tensors
     inputs = {name: tensor.numpy(force=True) for name, tensor in tensors.items()}
     for name, path in files.items():
-        if name.startswith("compact") and not name.endswith("fp16"):
-            to_ort(path, path.with_suffix(".ort"), inputs)
+        model, _, precision = name.partition(" ")
+        if model == "compact" and (precision or "fp32") in form.precisions:
+            form.convert(path, path.with_suffix(form.suffix), inputs)
 
 
 def _judged(

@@ -22,7 +22,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 import onnxruntime
 
-from surgery.core import Kernel
+from surgery.core import Kernel, replacing
 from surgery.errors import InvalidInput, SurgeryError
 from surgery.latency import fill, probe
 from surgery.latency.tables import LatencyTable
@@ -333,12 +333,8 @@ def _inputs(session: Any, path: str, shapes: Mapping[str, Sequence[int]]) -> Dic
 
 
 def _write(path: str, data: Mapping[str, Any]) -> None:
-    partial = Path(path + ".partial")
-    try:
-        partial.write_text(json.dumps(data, sort_keys=True, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise InvalidInput(f"cannot write {path}: {error.strerror or error}") from error
+    with replacing(path) as file:
+        file.write_text(json.dumps(data, sort_keys=True, indent=1) + "\n", encoding="utf-8")
 
 
 def _first_line(error: Exception) -> str:

@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
-from surgery.core import Kernel, Size, Widths, resolved
+from surgery.core import Kernel, Size, Widths, replacing, resolved
 from surgery.errors import InvalidInput
 
 SCHEMA = 1
@@ -241,14 +241,9 @@ class LatencyTable:
         return cls.from_json(text, origin=str(path))
 
     def save(self, path: str | Path) -> None:
-        """Write `to_json` to `path`, through a temporary file beside it; raises InvalidInput if it cannot."""
-        target = Path(path)
-        partial = target.with_name(target.name + ".partial")
-        try:
-            partial.write_text(self.to_json(), encoding="utf-8")
-            partial.replace(target)
-        except OSError as error:
-            raise InvalidInput(f"cannot write {target}: {error.strerror or error}") from error
+        """Write `to_json` to `path`; raises InvalidInput if it cannot."""
+        with replacing(path) as file:
+            file.write_text(self.to_json(), encoding="utf-8")
 
 
 def _is_time(ms: float) -> bool:

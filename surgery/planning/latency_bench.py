@@ -69,9 +69,9 @@ class LatencyBench:
             module,
             program.example_args,
             self._folder / f"{name}.onnx",
+            onnx.ExportSettings(check=False),
             example_kwargs=program.example_kwargs,
             dynamic_axes=self._axes,
-            check=False,
         ).path
         if self._recipe.target.deploy == INT8:
             to_int8(path, path, self._calibration(path), int8_of(self._recipe), check=False)

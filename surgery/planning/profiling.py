@@ -22,7 +22,7 @@ from rich.console import Console
 
 from surgery import __version__
 from surgery.config import Recipe
-from surgery.core import Clock, Program, Progress
+from surgery.core import Clock, Program, Progress, replacing
 from surgery.coupling import blocks_within, dead_blocks, drop, find_blocks, kept_names
 from surgery.cutting import submodule as parts, tracer_of
 from surgery.errors import InvalidInput
@@ -34,7 +34,7 @@ from surgery.planning.lowering import lower
 from surgery.report import Part, Table, print_parts
 
 DEVICE_FILES = (
-    *("surgery/errors.py", "surgery/core/kernels.py", "surgery/latency/tables.py"),
+    *("surgery/errors.py", "surgery/core/files.py", "surgery/core/kernels.py", "surgery/latency/tables.py"),
     *("surgery/latency/micro.py", "surgery/latency/probe.py", "surgery/latency/fill.py", "surgery/latency/device.py"),
 )
 """What a pack holds of this package, as it stands."""
@@ -61,7 +61,7 @@ if __name__ == "__main__":
 PACK_TEXTS = {
     "__main__.py": PACK_MAIN,
     "surgery/__init__.py": "",
-    "surgery/core/__init__.py": "from surgery.core.kernels import *\n",
+    "surgery/core/__init__.py": "from surgery.core.files import replacing\nfrom surgery.core.kernels import *\n",
     "surgery/latency/__init__.py": "",
 }
 """What a pack holds beside those files: packages that load nothing else."""
@@ -236,27 +236,19 @@ def pack(subject: Survey, path: str | Path, *, name: str, progress: Progress | N
         InvalidInput: the file cannot be written.
         UnsupportedModel: the model cannot be exported.
     """
-    target = Path(path)
-    partial = target.with_name(target.name + ".partial")
-    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
+    with replacing(path) as file, tempfile.TemporaryDirectory(prefix="surgery-") as folder:
         bench = LatencyBench(subject.program, Path(folder), subject.recipe, progress=progress)
         texts = {
             **PACK_TEXTS,
-            **{file: _own(file) for file in DEVICE_FILES},
+            **{part: _own(part) for part in DEVICE_FILES},
             device.REQUEST: json.dumps(_asked(subject, bench, name), indent=1) + "\n",
         }
-        try:
-            with zipfile.ZipFile(partial, "w") as archive:
-                for file, text in texts.items():
-                    archive.writestr(zipfile.ZipInfo(file, _EPOCH), text, zipfile.ZIP_DEFLATED)
-                for model in sorted(Path(folder).glob(f"{device.DENSE}*")):
-                    with model.open("rb") as read, archive.open(_entry(model), "w") as write:
-                        shutil.copyfileobj(read, write)
-            partial.replace(target)
-        except OSError as error:
-            raise InvalidInput(f"cannot write {target}: {error.strerror or error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        with zipfile.ZipFile(file, "w") as archive:
+            for part, text in texts.items():
+                archive.writestr(zipfile.ZipInfo(part, _EPOCH), text, zipfile.ZIP_DEFLATED)
+            for model in sorted(Path(folder).glob(f"{device.DENSE}*")):
+                with model.open("rb") as read, archive.open(_entry(model), "w") as write:
+                    shutil.copyfileobj(read, write)
 
 
 def _entry(model: Path) -> zipfile.ZipInfo:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from surgery.core import replacing
 from surgery.errors import InvalidInput
 
 FILE = "training.safetensors"
@@ -41,11 +41,10 @@ class Checkpoint:
         content = save(plain, metadata={_TOLD: json.dumps(dict(told)), "key": self._key})
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".partial-", delete=False) as stream:
+            with replacing(self._folder / FILE) as file, file.open("wb") as stream:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.replace(stream.name, self._folder / FILE)
         except OSError as error:
             raise InvalidInput(f"{self._folder}: a checkpoint cannot be written ({error.strerror or error})") from error
 

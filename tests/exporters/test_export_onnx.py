@@ -14,10 +14,9 @@ import torch
 from torch import nn
 
 import exporters.onnx as onnx_export
-from exporters.onnx import bytes_of, export, parity
-from exporters.parity import BLIND, TOLERANCE, OutputParity, compare
+from exporters.onnx import ExportSettings, bytes_of, export, parity
+from exporters.parity import BLIND, TOLERANCE, OutputParity, compare, well_conditioned
 from exporters.signature import bind, name_outputs
-from exporters.twin import well_conditioned
 from surgery.errors import CheckFailed, InvalidInput, UnsupportedModel
 
 IMAGE = torch.randn(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -211,18 +210,18 @@ def test_fixed_batch_falls_back_to_static_and_says_so(tmp_path):
     assert shapes(onnx.load(result.path).graph.input) == {"x": [2, 3, 12, 12]}
 
 
-def test_blind_comparison_is_repeated_on_a_twin(tmp_path):
+def test_blind_comparison_is_repeated_on_well_conditioned_values(tmp_path):
     result = export(ConvNet(zero_head=True).double(), IMAGE.double(), tmp_path / "m.onnx")
     assert result.varying < BLIND and result.error <= TOLERANCE
     assert "exported as float32 (the model is float64)" in result.notes
-    assert any("does not vary with the input; parity shown on a twin" in note for note in result.notes)
+    assert any("does not vary with the input; parity shown on a copy" in note for note in result.notes)
     graph = onnx.load(result.path).graph
     assert {i.data_type for i in graph.initializer} <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
     head = next(onnx.numpy_helper.to_array(i) for i in graph.initializer if i.name == "head.weight")
-    assert not head.any()  # the user's weights are in the file, not the twin's
+    assert not head.any()  # the user's weights are in the file, not the copy's
 
 
-def test_twin_that_is_blind_too_is_refused_and_the_previous_file_stays(tmp_path):
+def test_copy_that_is_blind_too_is_refused_and_the_previous_file_stays(tmp_path):
     path = tmp_path / "m.onnx"
     path.write_bytes(b"previous")
     with pytest.raises(CheckFailed, match="cannot tell"):
@@ -232,7 +231,7 @@ def test_twin_that_is_blind_too_is_refused_and_the_previous_file_stays(tmp_path)
 
 
 def test_wrong_file_is_caught_and_not_kept(tmp_path, monkeypatch):
-    genuine = onnx_export.capture
+    genuine = onnx_export.convert
 
     def faulty(*args, **kwargs):
         graph = genuine(*args, **kwargs)
@@ -241,7 +240,7 @@ def test_wrong_file_is_caught_and_not_kept(tmp_path, monkeypatch):
         weight.const_value = onnx_export.ir.tensor(swapped, name="head.weight")
         return graph
 
-    monkeypatch.setattr(onnx_export, "capture", faulty)
+    monkeypatch.setattr(onnx_export, "convert", faulty)
     path = tmp_path / "m.onnx"
     path.write_bytes(b"previous")
     with pytest.raises(CheckFailed, match="1e-04"):
@@ -263,7 +262,7 @@ def test_control_flow_on_data_exports_one_path_by_torchscript(tmp_path):
     torch.manual_seed(0)
     inputs = torch.randn(1, 6) * 3
     model = Branch()
-    result = export(model, inputs, tmp_path / "m.onnx", dynamo=False)
+    result = export(model, inputs, tmp_path / "m.onnx", ExportSettings(dynamo=False))
     assert result.dynamic == {"x": {0: "batch"}} and result.error <= TOLERANCE
     assert any("one path" in note for note in result.notes)
     np.testing.assert_allclose(run(result.path, x=inputs)[0], model(inputs).detach().numpy(), atol=1e-5)
@@ -272,13 +271,13 @@ def test_control_flow_on_data_exports_one_path_by_torchscript(tmp_path):
 @pytest.mark.parametrize("dynamo", [True, False])
 def test_missing_operator_names_the_users_line(tmp_path, capfd, dynamo):
     with pytest.raises(UnsupportedModel, match="svd") as caught:
-        export(NoSuchOperator(), IMAGE, tmp_path / "m.onnx", dynamo=dynamo, dynamic_axes={})
+        export(NoSuchOperator(), IMAGE, tmp_path / "m.onnx", ExportSettings(dynamo=dynamo), dynamic_axes={})
     assert line_of("# no operator in ONNX") in str(caught.value)
     assert capfd.readouterr() == ("", "")
 
 
 def test_torchscript_has_the_same_names_and_clean_file(tmp_path):
-    result = export(ConvNet(), IMAGE, tmp_path / "m.onnx", dynamo=False)
+    result = export(ConvNet(), IMAGE, tmp_path / "m.onnx", ExportSettings(dynamo=False))
     model = onnx.load(result.path)
     assert shapes(model.graph.input) == {"image": ["batch", 3, 12, 12]}
     assert shapes(model.graph.output) == {"output": ["batch", 5]}
@@ -291,13 +290,13 @@ def test_torchscript_bakes_a_batch_in_and_falls_back_to_static(tmp_path):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x * len(list(x))  # a Python number the tracer takes for a constant
 
-    result = export(Baked(), IMAGE, tmp_path / "m.onnx", dynamo=False)
+    result = export(Baked(), IMAGE, tmp_path / "m.onnx", ExportSettings(dynamo=False))
     assert result.dynamic == {"x": {}} and "static" in result.notes[0]
 
 
 def test_weights_above_the_limit_go_beside_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_export, "_ONE_FILE_BYTES", 100)
-    result = export(ConvNet(), IMAGE, tmp_path / "m.onnx", dynamo=False)
+    result = export(ConvNet(), IMAGE, tmp_path / "m.onnx", ExportSettings(dynamo=False))
     assert {p.name for p in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
     assert result.bytes == bytes_of(result.path) == sum(p.stat().st_size for p in tmp_path.iterdir())
     assert run(result.path, image=IMAGE)[0].shape == (1, 5)
@@ -317,7 +316,6 @@ def test_resnet18(tmp_path):
     [
         ({"path": "missing/m.onnx"}, "no folder"),
         ({"path": "."}, "is a folder"),
-        ({"opset": 9}, "opset 9 is out of range"),
         ({"dynamic_axes": {"picture": (0,)}}, "'picture', which is no input; inputs: image"),
         ({"dynamic_axes": {"image": (4,)}}, "no axis 4"),
         ({"example_inputs": torch.randn(1, 5, 12, 12)}, "does not run on the example inputs at .*test_export_onnx.py"),
@@ -333,6 +331,11 @@ def test_bad_arguments(tmp_path, change, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_operator_set_out_of_range_is_refused():
+    with pytest.raises(InvalidInput, match="opset 9 is out of range"):
+        ExportSettings(opset=9)
+
+
 def test_nan_weights_are_refused(tmp_path):
     model = ConvNet()
     model.conv.weight.data[0, 0, 0, 0] = float("nan")
@@ -343,10 +346,10 @@ def test_nan_weights_are_refused(tmp_path):
 def test_parity_alone_measures_a_wrong_model(plain):
     model, result = plain
     other = copy.deepcopy(model).eval()
-    assert parity(result.path, other, IMAGE).error <= TOLERANCE
+    assert parity(result.path, other, bind(other, IMAGE)).error <= TOLERANCE
     with torch.no_grad():
         other.conv.weight[[0, 1]] = other.conv.weight[[1, 0]]
-    found = parity(result.path, other, IMAGE)
+    found = parity(result.path, other, bind(other, IMAGE))
     assert found.error > 100 * TOLERANCE and found.batches == (1, 2, 7)
 
 
@@ -453,5 +456,5 @@ class PaddedMaxima(nn.Module):
 
 @pytest.mark.parametrize("dynamo", [True, False])
 def test_zeros_take_part_in_a_maximum(tmp_path, dynamo):
-    result = export(PaddedMaxima(), torch.randn(2, 3, 8, 8), tmp_path / "m.onnx", dynamo=dynamo)
+    result = export(PaddedMaxima(), torch.randn(2, 3, 8, 8), tmp_path / "m.onnx", ExportSettings(dynamo=dynamo))
     assert result.error < 1e-5

@@ -16,8 +16,9 @@ from torch import nn
 
 import surgery
 from exporters import onnx as exporter
+from exporters.onnx import ExportSettings, export
 from exporters.quantize import Int8, saturates, to_fp16, to_int8
-from exporters.runtimes import READ, Reader, format_of, refuse_newer, require_readable
+from exporters.runtimes import READ, Reader, format_of, require_readable
 from surgery.delivery import validate_output
 from surgery.errors import InvalidInput, UnsupportedModel
 
@@ -39,7 +40,7 @@ def batches() -> list[dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]
 def test_files_carry_what_a_runtime_reads(
     net: nn.Module, tmp_path: Path, version: str, opset: int, ir_version: int
 ) -> None:
-    file = exporter.export(net, torch.randn(1, 3, 16, 16), tmp_path / "a.onnx", min_ort=version).path
+    file = export(net, torch.randn(1, 3, 16, 16), tmp_path / "a.onnx", ExportSettings(min_ort=version)).path
     made = [
         file,
         to_int8(file, tmp_path / "int8.onnx", batches()).path,
@@ -48,12 +49,12 @@ def test_files_carry_what_a_runtime_reads(
     for path in made:
         model = onnx.load(path)
         assert (model.ir_version, [(x.domain, x.version) for x in model.opset_import]) == (ir_version, [("", opset)])
-        require_readable(path, Reader.of(version))
+        require_readable(model, Reader.of(version), path.name)
 
 
 def test_a_newer_runtime_changes_nothing(net: nn.Module, tmp_path: Path) -> None:
     plain, newer = (
-        exporter.export(net, torch.randn(1, 3, 16, 16), tmp_path / f"{v}.onnx", min_ort=v).path.read_bytes()
+        export(net, torch.randn(1, 3, 16, 16), tmp_path / f"{v}.onnx", ExportSettings(min_ort=v)).path.read_bytes()
         for v in (None, "1.99")
     )
     assert plain == newer
@@ -74,23 +75,23 @@ def test_the_operator_to_blame_is_named() -> None:
     )
     model = helper.make_model(graph, ir_version=9, opset_imports=[helper.make_opsetid("", 20)])
     with pytest.raises(UnsupportedModel, match=r"net.onnx: operator Gelu \('two'\) is of operator set 20, .* 1.16"):
-        refuse_newer(model, Reader.of("1.16"), "net.onnx")
-    refuse_newer(model, Reader.of("1.17"), "net.onnx")
+        require_readable(model, Reader.of("1.16"), "net.onnx")
+    require_readable(model, Reader.of("1.17"), "net.onnx")
     model.ir_version = 10
     with pytest.raises(UnsupportedModel, match="IR version 10"):
-        refuse_newer(model, Reader.of("1.17"), "net.onnx")
+        require_readable(model, Reader.of("1.17"), "net.onnx")
 
 
 def test_an_export_that_ends_up_newer_is_refused_and_the_older_file_stays(
     net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A planted fault: the exporter keeps to its own operator set."""
-    real = exporter.capture
-    monkeypatch.setattr(exporter, "capture", lambda *args, **given: real(*args, **{**given, "opset": 20}))
+    real = exporter.convert
+    monkeypatch.setattr(exporter, "convert", lambda *args, **given: real(*args, **{**given, "opset": 20}))
     target = tmp_path / "a.onnx"
     target.write_bytes(b"before")
     with pytest.raises(UnsupportedModel, match=r"operator Gelu .* reads sets up to 19"):
-        exporter.export(net, torch.randn(1, 3, 16, 16), target, min_ort="1.16")
+        export(net, torch.randn(1, 3, 16, 16), target, ExportSettings(min_ort="1.16"))
     assert target.read_bytes() == b"before"
 
 
@@ -103,10 +104,10 @@ class Sampled(nn.Module):
 def test_sampling_volumes_needs_a_newer_runtime(axes: int, version: str, tmp_path: Path) -> None:
     example = torch.rand(1, 3, *[6] * axes), torch.rand(1, *[4] * axes, axes)
     if (axes, version) != (3, "1.16"):
-        assert exporter.export(Sampled(), example, tmp_path / "net.onnx", min_ort=version).path.is_file()
+        assert export(Sampled(), example, tmp_path / "net.onnx", ExportSettings(min_ort=version)).path.is_file()
         return
     with pytest.raises(UnsupportedModel, match="GridSample"):
-        exporter.export(Sampled(), example, tmp_path / "net.onnx", min_ort=version)
+        export(Sampled(), example, tmp_path / "net.onnx", ExportSettings(min_ort=version))
     assert not list(tmp_path.iterdir())
 
 
@@ -120,7 +121,7 @@ def test_a_version_that_is_none_is_refused_before_any_work(version: str, said: s
 
 def test_an_operator_set_beyond_the_runtime_is_refused(net: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"1\.16 reads operator sets up to 19, not 20"):
-        exporter.export(net, torch.randn(1, 3, 16, 16), tmp_path / "a.onnx", min_ort="1.16", opset=20)
+        export(net, torch.randn(1, 3, 16, 16), tmp_path / "a.onnx", ExportSettings(min_ort="1.16", opset=20))
     with pytest.raises(InvalidInput, match=r"1\.16 reads operator sets up to 19, not 20"):  # before any work
         validate_output(surgery.recipe(min_ort="1.16", opset=20))
 
@@ -133,7 +134,7 @@ def test_an_old_runtime_runs_the_files(net: nn.Module, tmp_path: Path) -> None:
     command = [python, "-m", "pip", "install", "-q", "--only-binary=:all:", f"onnxruntime=={OLD}", "numpy<2"]
     if subprocess.run(command, capture_output=True, check=False, timeout=300).returncode:
         pytest.skip(f"onnxruntime {OLD} cannot be installed here, for Python {sys.version_info[:2]}")
-    file = exporter.export(net, torch.randn(1, 3, 16, 16), tmp_path / "a.onnx", min_ort="1.16").path
+    file = export(net, torch.randn(1, 3, 16, 16), tmp_path / "a.onnx", ExportSettings(min_ort="1.16")).path
     how = Int8(reduce_range=saturates())  # or sums of products would be cut off here
     made = [
         file,

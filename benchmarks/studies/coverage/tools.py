@@ -329,12 +329,12 @@ def onnxsim_row(model: Model) -> Row:
 
 def exported(module: nn.Module, inputs: tuple[Any, ...], path: Path) -> str:
     """Write the ONNX file; returns by which of torch's exporters."""
-    from exporters.onnx import export
+    from exporters.onnx import ExportSettings, export
 
     try:
-        export(module, inputs, path, check=False, dynamic_axes={}, dynamo=False)
+        export(module, inputs, path, ExportSettings(check=False, dynamo=False), dynamic_axes={})
     except SurgeryError:
-        export(module, inputs, path, check=False, dynamic_axes={})
+        export(module, inputs, path, ExportSettings(check=False), dynamic_axes={})
         return "torch.export"
     return "torchscript"
 

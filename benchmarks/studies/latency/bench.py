@@ -42,7 +42,7 @@ class Bench:
     def add(self, name: str, module: nn.Module, *, quick: bool = False) -> Path:
         """Export a network under a name; `quick` by the TorchScript exporter, which is good for a search."""
         path = self.folder / f"{len(self._files)}.onnx"
-        onnx.export(module, self.subject.inputs, path, check=False, dynamo=not quick)
+        onnx.export(module, self.subject.inputs, path, onnx.ExportSettings(check=False, dynamo=not quick))
         return self.enter(name, path)
 
     def enter(self, name: str, path: Path) -> Path:

@@ -176,7 +176,7 @@ def smaller_images(root: Path, sizes: Sequence[int] = (224, 192, 160)) -> list[d
         files = {}
         for size in sizes:
             files[str(size)] = Path(folder) / f"{size}.onnx"
-            onnx.export(module, (torch.zeros(1, 3, size, size),), files[str(size)], check=False)
+            onnx.export(module, (torch.zeros(1, 3, size, size),), files[str(size)], onnx.ExportSettings(check=False))
             images, labels = rows_of(root, size, odd=True)
             by = Judged(ODD, images, labels, lambda: full.logits)
             row = {"tool": "dense", "criterion": f"mobilenet_v2 at {size} px", "recovery": "none", "macs": 1.0}

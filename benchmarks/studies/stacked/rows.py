@@ -85,7 +85,7 @@ class Job:
 
     def write(self) -> None:
         """Export, and quantise; what the files come to is judged later."""
-        onnx.export(self.module, (self.example,), self.path, check=False)
+        onnx.export(self.module, (self.example,), self.path, onnx.ExportSettings(check=False))
         if self.seen is not None:
             batches = [(part,) for part in torch.split(self.seen, BATCH)]
             to_int8(self.path, self.int8, feeds(self.path, batches), check=False)

@@ -1,4 +1,4 @@
-"""Graph cleaning: what writes in place, through views of all kinds, computes the same without doing so."""
+"""The passes from the captured graph to the normalised one: their claims hold, and the graph computes the same."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery.capture.tracing import trace
+from surgery.capture import passes
+from surgery.capture.passes import PASSES, Pass, normalise
+from surgery.capture.tracing import _capture
 from surgery.errors import UnsupportedModel
+
+
+def normalised(model: nn.Module, x: Tensor) -> torch.fx.GraphModule:
+    """The model's graph, the claims of every pass verified after each."""
+    captured = _capture(model, (x,), {})
+    return normalise(captured.exported, captured.graph, checked=True)
 
 
 def overlapping(y: Tensor) -> Tensor:
@@ -106,11 +114,59 @@ class Writes(nn.Module):
 @pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__)
 def test_in_place_writes_become_plain_operators(write: Callable[[Tensor], Tensor]) -> None:
     model, x = Writes(write).eval(), torch.randn(2, 3, 8, 8)
-    program = trace(model, x)
-    schemas = [n.target._schema for n in program.graph.graph.nodes if hasattr(n.target, "_schema")]
+    graph = normalised(model, x)
+    schemas = [n.target._schema for n in graph.graph.nodes if hasattr(n.target, "_schema")]
     assert schemas and not any(schema.is_mutable for schema in schemas)
     with torch.no_grad():
-        torch.testing.assert_close(program.graph(x), model(x))
+        torch.testing.assert_close(graph(x), model(x))
+
+
+class Everything(nn.Module):
+    """Something for each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 1))
+        self.mix = nn.Parameter(torch.randn(8, 8))
+        self.register_buffer("strides", torch.tensor([2.0, 4.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, 8, H, W)."""
+        with torch.autocast("cpu", enabled=False):
+            y = self.conv(x)
+        y.relu_()
+        torch._assert_async(y.isfinite().all())
+        self.conv(x).sum()  # nobody reads it
+        y = torch.einsum("nchw,cd->ndhw", y, self.mix).flatten(1).reshape_as(y)
+        return torch.add(y, y, alpha=self.strides[1].item())
+
+
+@pytest.mark.parametrize("step", PASSES, ids=lambda step: step.run.__name__)
+def test_each_pass_requires_what_earlier_ones_ensure_and_has_something_to_do(step: Pass) -> None:
+    model, x = Everything().eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(normalised(model, x)(x), model(x))
+    gone = {kind for earlier in PASSES[: PASSES.index(step)] for kind in earlier.ensures}
+    assert set(step.requires) <= gone
+    captured = _capture(model, (x,), {})
+    found = [node for kind in step.ensures for node in kind(captured.graph)]
+    assert found or step.run is passes.validate_sizes
+
+
+def test_a_pass_that_breaks_its_claim_or_an_earlier_one_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Everything().eval(), torch.randn(2, 3, 8, 8)
+    idle = [Pass(lambda graph: None, s.requires, s.ensures) if s.run is passes.expand_einsums else s for s in PASSES]
+    monkeypatch.setattr(passes, "PASSES", tuple(idle))
+    with pytest.raises(AssertionError, match=r"einsums are left: \[einsum\]"):
+        normalised(model, x)
+
+    def write_in_place(graph: torch.fx.GraphModule) -> None:
+        node = next(n for n in graph.graph.nodes if n.target is torch.ops.aten.add.Tensor)
+        node.target = torch.ops.aten.add_.Tensor
+
+    monkeypatch.setattr(passes, "PASSES", (*PASSES, Pass(write_in_place, requires=(), ensures=())))
+    with pytest.raises(AssertionError, match="after write_in_place: writes are left"):
+        normalised(model, x)
 
 
 class Region(nn.Module):
@@ -140,7 +196,7 @@ def test_regions_are_cut_like_the_rest(kind: str) -> None:
 
 
 def test_autocast_in_forward_is_refused_with_its_line() -> None:
-    with pytest.raises(UnsupportedModel, match=r"autocast.*test_clean\.py:\d+"):
+    with pytest.raises(UnsupportedModel, match=r"autocast.*test_passes\.py:\d+"):
         surgery.shrink(Region("on").eval(), torch.randn(2, 3, 12, 12))
 
 
@@ -159,5 +215,5 @@ class Conditional(nn.Module):
 
 
 def test_a_conditional_is_refused() -> None:
-    with pytest.raises(UnsupportedModel, match=r"'cond' at .*; write one way through forward"):
+    with pytest.raises(UnsupportedModel, match=r"'cond' at .*; write forward without it"):
         surgery.shrink(Conditional().eval(), torch.randn(2, 3, 12, 12))

@@ -1,4 +1,4 @@
-"""From a torch module to an ONNX graph in memory, by torch's own exporters and without a word on the terminal.
+"""From a torch module to an ONNX graph in memory, by torch's own exporters and without output on the terminal.
 
 Inputs, outputs and dynamic axes get their names, and everything the exporter noted about the machine it ran on is taken
 out (stack traces, file paths, class names). What cannot be exported is refused with the user's own source line.
@@ -8,43 +8,37 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
-import logging
+import math
 import os
 import re
 import sys
-import sysconfig
 import tempfile
 import traceback
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
-import onnxscript
 import torch
 from onnx_ir.passes import common as passes
+from onnxscript import opset18 as op
+from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention as attention_of_four_axes
+from onnxscript.optimizer import fold_constants_ir
+from onnxscript.rewriter import RewritePass
+from onnxscript.rewriter.rules import common as rules
 from torch.onnx._internal.exporter import _registration
 from torch.onnx._internal.exporter._dynamic_shapes import convert_str_to_export_dim
 
-from exporters.attention import translations
-from exporters.optimise import keep_zeros_in_maxima, optimise
 from exporters.signature import Axes, Call, axis_name
-from surgery.core import ONE_AT_A_TIME, instead, lean
+from surgery.core import UNKNOWN, instead, last_own_line, lean, where_raised
 from surgery.errors import UnsupportedModel
 
 _REASON_LENGTH = 300
-_LINE = re.compile(r'File "([^"]+\.py)", line (\d+)|(/[^\s"()]+\.py)[:(](\d+)')
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_PACKAGES = tuple(
-    str(Path(str(m)).parent) for m in (torch.__file__, onnx.__file__, ir.__file__, onnxscript.__file__, __file__)
-)
-_STDLIB = sysconfig.get_paths()["stdlib"]
 
 
-def capture(
+def convert(
     model: torch.nn.Module, call: Call, *, axes: Axes, outputs: Sequence[str], opset: int, dynamo: bool
 ) -> ir.Model:
     """Return the ONNX graph of `model`, named and cleaned.
@@ -70,24 +64,6 @@ def capture(
     except Exception as error:  # torch's exporters pass on whatever any line of the model raises
         raise UnsupportedModel(_refusal(model, error, dynamo=dynamo)) from error
     return _tidy(graph, list(call.tensors), outputs, axes)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep warnings, log records and prints of the block off the terminal (for the whole process, while it runs)."""
-    with (
-        ONE_AT_A_TIME,
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
-        before = logging.root.manager.disable
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(before)
 
 
 @contextlib.contextmanager
@@ -126,31 +102,6 @@ def _functions_once() -> Iterator[None]:
 _FILLED: dict[Any, Any] = {}
 
 
-def source_line(error: BaseException) -> str | None:
-    """Return the user's ``file:line`` that led to `error`: the deepest frame outside torch and its exporters."""
-    chain = list(_chain(error))
-    for link in reversed(chain):
-        frames = [f for f in traceback.extract_tb(link.__traceback__) if not _is_library(f.filename)]
-        if frames:
-            return f"{frames[-1].filename}:{frames[-1].lineno}"
-    # No frame: the graph was captured, and one of its nodes failed. The node remembers, else the message may.
-    texts = [text for link in chain for text in (*_node_traces(link), str(link))]
-    for text in texts:
-        found = [(a or c, b or d) for a, b, c, d in _LINE.findall(text) if not _is_library(a or c)]
-        if found:
-            return ":".join(found[-1])
-    return None
-
-
-def reason(error: BaseException) -> str:
-    """Return the first sentence of the innermost explicit cause of `error`, as one short line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in _ANSI.sub("", str(error)).splitlines() if line.strip()] or [type(error).__name__]
-    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return text if len(text) <= _REASON_LENGTH else text[: _REASON_LENGTH - 3] + "..."
-
-
 def _by_torch_export(model: torch.nn.Module, call: Call, axes: Axes, opset: int) -> ir.Model:
     args, kwargs = _arguments(call)
     shapes = call.dynamic_shapes(axes) if any(axes.values()) else None
@@ -164,7 +115,7 @@ def _by_torch_export(model: torch.nn.Module, call: Call, axes: Axes, opset: int)
             optimize=False,
             verbose=False,
             opset_version=opset,
-            custom_translation_table=dict(translations(opset)),
+            custom_translation_table=dict(_translations(opset)),
             dynamic_shapes=shapes,
         )
 
@@ -177,7 +128,7 @@ def _by_torch_export(model: torch.nn.Module, call: Call, axes: Axes, opset: int)
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
     graph: ir.Model = program.model
-    optimise(graph)
+    _simplify(graph)
     return graph
 
 
@@ -189,7 +140,7 @@ def _reshaping(
 ) -> torch.export.ExportedProgram:
     """Capture with reshapes for views, and the results of attention laid out in one way.
 
-    Whether a view is possible hangs on strides, and torch's decompositions lay attention out otherwise than its kernel.
+    Whether a view is possible depends on strides, and torch's decompositions lay attention out unlike its kernel.
     """
     dynamic, _ = convert_str_to_export_dim(shapes)
     program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
@@ -253,11 +204,10 @@ def _tidy(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str], axes: 
     _name_axes(model, dict(zip(inputs, model.graph.inputs, strict=True)), axes)
     for value, name in (*zip(model.graph.inputs, inputs, strict=True), *zip(model.graph.outputs, outputs, strict=True)):
         value.name = name
-    keep_zeros_in_maxima(model)
+    _keep_zeros_in_maxima(model)
     passes.RemoveUnusedNodesPass()(model)
     passes.RemoveUnusedOpsetsPass()(model)
     passes.NameFixPass()(model)  # an inner value may have had the name that an output has now
-    passes.ClearMetadataAndDocStringPass()(model)
     _clear_notes(model)
     return model
 
@@ -274,38 +224,152 @@ def _name_axes(model: ir.Model, inputs: Mapping[str, ir.Value], axes: Axes) -> N
     if not names:
         return
     symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
-    for value in _values(model):
-        if value.shape is None:
-            continue
+    for value in [part for part in _parts(model) if isinstance(part, ir.Value) and part.shape is not None]:
         value.shape = ir.Shape(
             symbol.sub(lambda match: names[match[1]], str(dim.value))
             if isinstance(dim, ir.SymbolicDim) and dim.value
             else dim
-            for dim in value.shape
+            for dim in value.shape or ()
         )
 
 
 def _clear_notes(model: ir.Model) -> None:
     model.doc_string = None
     model.metadata_props.clear()
-    holders: list[ir.Graph | ir.Function | ir.Value] = [*model.graphs(), *model.functions.values(), *_values(model)]
-    for holder in holders:
-        holder.metadata_props.clear()
-        holder.doc_string = None
-    for graph in model.graphs():
-        for initializer in graph.initializers.values():
-            if initializer.const_value is not None:
-                initializer.const_value.metadata_props.clear()
+    for part in _parts(model):
+        part.metadata_props.clear()
+        part.doc_string = None
+        if isinstance(part, ir.Value) and part.const_value is not None:
+            part.const_value.metadata_props.clear()
 
 
-def _values(model: ir.Model) -> Iterator[ir.Value]:
+def _parts(model: ir.Model) -> Iterator[ir.Graph | ir.Function | ir.Node | ir.Value]:
     graphs: list[ir.Graph | ir.Function] = [*model.graphs(), *model.functions.values()]
     for graph in graphs:
+        yield graph
         yield from graph.inputs
         for node in graph:
+            yield node
             yield from node.outputs
     for graph in model.graphs():
         yield from graph.initializers.values()
+
+
+# Attention. ---------------------------------------------------------------------------------------------------------
+
+_OWN_ATTENTION_SINCE = 23
+"""From this operator set on, torch translates to ONNX's own Attention."""
+
+
+def _translations(opset: int) -> Mapping[Callable[..., Any], Callable[..., Any]]:
+    """ATen operator → translation, for `torch.onnx.export`: attention over any number of leading axes, not just two."""
+    return {torch.ops.aten.scaled_dot_product_attention.default: _attention} if opset < _OWN_ATTENTION_SINCE else {}
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Softmax of the scaled product of (..., L, E) and (..., S, E) plus the mask, times (..., S, V)."""
+    if len(query.shape) == 4 or is_causal or enable_gqa:
+        return attention_of_four_axes(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    axes = list(range(len(key.shape)))
+    factor = op.CastLike(op.Constant(value_float=1.0 / math.sqrt(query.shape[-1]) if scale is None else scale), query)
+    scores = op.MatMul(op.Mul(query, factor), op.Transpose(key, perm=[*axes[:-2], axes[-1], axes[-2]]))
+    if attn_mask is not None and attn_mask.dtype == 9:  # onnx.TensorProto.BOOL
+        never = op.CastLike(op.Constant(value_float=-math.inf), query)
+        scores = op.Where(attn_mask, scores, never)
+    elif attn_mask is not None:
+        scores = op.Add(scores, attn_mask)
+    return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+# Simplification. ----------------------------------------------------------------------------------------------------
+
+_ROUNDS = 2
+_RULES = """
+    sub_0 div_by_1 mul_by_1 add_0 dropout_zero dropout_inference two_reshapes_matmul_reshape
+    one_reshape_matmul_reshape cast_constant_of_shape cast_constant_of_shape_without_value collapse_slice
+    collapse_slice2 materialize_reshape_shape min_min max_max min_max max_min successive_clip_relu
+    successive_relu_clip successive_relu successive_clip cast_cast no_op_cast no_op_expand flatten_to_reshape
+    reshape_reshape no_op_transpose transpose_transpose unsqueeze_unsqueeze squeeze_reshape_1d
+    no_op_dynamic_scatter_nd no_op_static_scatter_nd normalize_pad_format_conv fuse_pad_into_conv
+    fuse_batchnorm_into_conv fuse_batchnorm_into_conv_transpose fuse_batchnorm_into_gemm
+    remove_optional_bias_from_conv remove_optional_bias_from_conv_transpose remove_optional_bias_from_gemm
+"""
+"""Names of onnxscript's common rewrite rules, in the order in which they are tried."""
+
+
+def _simplify(model: ir.Model) -> None:
+    """Fold constants, fold batch norms into convolutions, and drop what nothing uses, in place.
+
+    torch's own `optimize=True` does the same, and also tries to turn pairs of slices into splits by looking at every
+    pair of nodes: more than a quarter of the time that exporting torchvision's swin_t takes.
+    """
+    passes.InlinePass()(model)
+    rewrite = RewritePass([getattr(rules, f"{name}_rule") for name in _RULES.split()])
+    for _ in range(_ROUNDS):
+        folded = fold_constants_ir(model).modified
+        changed = rewrite(model).modified
+        passes.RemoveUnusedNodesPass()(model)
+        passes.RemoveUnusedOpsetsPass()(model)
+        if not (folded or changed):
+            break
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.LiftSubgraphInitializersToMainGraphPass()(model)
+    passes.DeduplicateInitializersPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.OutputFixPass()(model)
+    passes.NameFixPass()(model)
+
+
+def _keep_zeros_in_maxima(model: ir.Model) -> None:
+    """Name the axes of every padding that a maximum is taken over.
+
+    ONNX Runtime makes one MaxPool of a Pad with zeros and a MaxPool, whose own padding is below any number: where all
+    of a window is negative the result differs (seen in 1.31). It leaves a Pad that names its axes alone.
+    """
+    for graph in model.graphs():
+        for node in [n for n in graph if n.op_type == "Pad" and len(n.inputs) < _PAD_INPUTS]:
+            maxima = [user for user, _ in node.outputs[0].uses() if user.op_type == "MaxPool"]
+            if not maxima:
+                continue
+            rank = 2 + len(maxima[0].attributes["kernel_shape"].as_ints())
+            axes = ir.tensor(list(range(rank)), name=f"{node.outputs[0].name}_axes")
+            value = ir.Value(name=axes.name, const_value=axes, shape=ir.Shape([rank]), type=ir.TensorType(axes.dtype))
+            graph.register_initializer(value)
+            node.resize_inputs(_PAD_INPUTS)
+            node.replace_input_with(_PAD_INPUTS - 1, value)
+
+
+_PAD_INPUTS = 4
+"""Data, pads, value, axes."""
+
+
+# Errors. ------------------------------------------------------------------------------------------------------------
+
+
+def source_line(error: BaseException) -> str | None:
+    """Return the user's ``file:line`` that led to `error`; None where neither a frame nor a graph's node knows it."""
+    if (found := where_raised(error)) != UNKNOWN:
+        return found
+    traces = (trace for link in _chain(error) for trace in _node_traces(link))
+    return next(filter(None, map(last_own_line, traces)), None)
+
+
+def reason(error: BaseException) -> str:
+    """Return the first sentence of the innermost explicit cause of `error`, as one short line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in _ANSI.sub("", str(error)).splitlines() if line.strip()] or [type(error).__name__]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return text if len(text) <= _REASON_LENGTH else text[: _REASON_LENGTH - 3] + "..."
 
 
 def _refusal(model: torch.nn.Module, error: BaseException, *, dynamo: bool) -> str:
@@ -315,7 +379,8 @@ def _refusal(model: torch.nn.Module, error: BaseException, *, dynamo: bool) -> s
     step = (
         "rewrite that code with operators that ONNX has"
         if captured or not dynamo
-        else "rewrite that code without control flow on data, or keep only the example's path with dynamo=False"
+        else "rewrite that code without control flow on data, or export only the example's path by "
+        "ExportSettings(dynamo=False)"
     )
     return f"{type(model).__name__} cannot be exported to ONNX{place}: {reason(error).rstrip('.')}; {step}"
 
@@ -337,9 +402,3 @@ def _node_traces(error: BaseException) -> Iterator[str]:
             yield node.stack_trace
         elif isinstance(node, torch.Node):  # of a TorchScript graph
             yield str(node.sourceRange()).split("\n", maxsplit=1)[0]  # innermost first
-
-
-def _is_library(filename: str) -> bool:
-    if filename.startswith("<") or filename.startswith(_PACKAGES):
-        return True
-    return filename.startswith(_STDLIB) and "site-packages" not in filename

@@ -1,0 +1,81 @@
+"""Formats of files besides ONNX, each made from an ONNX file. To add one, register a function that converts a file.
+
+    @register_format("ort", suffix=".ort", precisions=("fp32", "int8"))
+    def to_ort(source, target, inputs): ...
+
+`surgery shrink --format onnx,ort` and `surgery.save` then write `compact.ort` beside `compact.onnx`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Convert = Callable[[Path, Path, Mapping[str, "NDArray[Any]"]], object]
+"""From an ONNX file to a target path, with example inputs by name to compare the two on."""
+
+ONNX = "onnx"
+"""The format that is always written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A format of files.
+
+    Attributes:
+        name: as in `--format`.
+        suffix: of its files.
+        precisions: those of an ONNX file in which it is written: `fp32`, `fp16`, `int8`.
+        convert: writes a file; raises an error of `surgery.errors` where it cannot, or where the file computes
+            something else.
+    """
+
+    name: str
+    suffix: str
+    precisions: tuple[str, ...]
+    convert: Convert
+
+
+_FORMATS: dict[str, Format] = {}
+FORMATS: Mapping[str, Format] = MappingProxyType(_FORMATS)
+"""Name → format, of those that are registered."""
+
+
+def register_format(
+    name: str, *, suffix: str, precisions: tuple[str, ...] = ("fp32", "fp16", "int8")
+) -> Callable[[Convert], Convert]:
+    """Return a decorator that registers a function from an ONNX file to a file of another format.
+
+    Raises:
+        ValueError: a format of this name or suffix is registered.
+    """
+    if name == ONNX or name in FORMATS or suffix in (f.suffix for f in FORMATS.values()):
+        raise ValueError(f"a format '{name}', or one with the suffix {suffix}, is registered already")
+
+    def register(convert: Convert) -> Convert:
+        _FORMATS[name] = Format(name, suffix, precisions, convert)
+        return convert
+
+    return register
+
+
+def validate_formats(names: tuple[str, ...]) -> None:
+    """Raise InvalidInput where a name is neither `onnx` nor that of a registered format."""
+    known = (ONNX, *sorted(FORMATS))
+    if unknown := [name for name in names if name not in known]:
+        raise InvalidInput(f"format '{unknown[0]}' is none of {', '.join(known)}")
+
+
+@register_format("ort", suffix=".ort", precisions=("fp32", "int8"))  # fp16 weights would be stored as float32
+def _to_ort(source: Path, target: Path, inputs: Mapping[str, NDArray[Any]]) -> None:
+    from exporters.ort_format import to_ort  # here: ONNX Runtime takes a second, and `--help` needs the names alone
+
+    to_ort(source, target, inputs)
