@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from surgery import gradual, within
+from surgery.capture import Whole
 from surgery.config import OPTIONS, Recipe, option_of, validate
 from surgery.core import (
     CheckResult,
@@ -29,7 +30,7 @@ from surgery.core import (
     count_params,
 )
 from surgery.coupling import Cut, batch_size, drop
-from surgery.cutting import submodule as parts, tracer_of
+from surgery.cutting import check_whole, describe_whole, notes_on_whole, tracer_of
 from surgery.errors import InvalidInput, UnsupportedModel
 from surgery.inputs import read
 from surgery.planning import Decision, decide, refined, traced
@@ -72,7 +73,7 @@ class Result:
     program: Program = field(repr=False)
     coupling: Coupling = field(repr=False)
     compact: CompactModel = field(repr=False)
-    whole: parts.Whole | None = field(default=None, repr=False)
+    whole: Whole | None = field(default=None, repr=False)
     recipe: Recipe = field(default_factory=Recipe, repr=False)
     recovery: Recovery | None = field(default=None, repr=False)
 
@@ -109,7 +110,7 @@ def realise(decision: Decision, *, progress: Progress | None = None, share: Shar
     with run("check"):
         verdict = tracer.check(cut, compact, seed=decision.recipe.selection.seed)
         if whole is not None:
-            verdict = parts.check(whole, tracer.reference(cut), model, verdict, program)
+            verdict = check_whole(whole, tracer.reference(cut), model, verdict, program)
     with run("count"), buffers_kept(compact.module):
         costs, notes = _counted(decision, compact)
     regained = recovered(
@@ -125,8 +126,8 @@ def realise(decision: Decision, *, progress: Progress | None = None, share: Shar
     )
     data = describe(program, coupling, plan, compact=compact, verdict=verdict, costs=costs, loop=choice.refinement)
     if whole is not None:
-        data["part"] = parts.describe(whole, model, verdict)
-        notes = [*notes, *parts.notes(data["part"])]
+        data["part"] = describe_whole(whole, model, verdict)
+        notes = [*notes, *notes_on_whole(data["part"])]
     data = {
         **data,
         "layers": layer_shapes(program.dense.model, compact.module),

@@ -1,3 +1,5 @@
+from . import submodule as submodule
+from .submodule import Whole as Whole, reach as reach
 from .tracing import (
     describe_graph as describe_graph,
     evaluating as evaluating,

@@ -1,5 +1,8 @@
-from . import submodule as submodule
 from .comparison import outputs_of as outputs_of, relative_error as relative_error
 from .rewrite import masked as masked
-from .submodule import Whole as Whole, reach as reach
 from .tracers import Tracer as Tracer, check as check, cut as cut, tracer_of as tracer_of
+from .verify_whole import (
+    check_whole as check_whole,
+    describe_whole as describe_whole,
+    notes_on_whole as notes_on_whole,
+)

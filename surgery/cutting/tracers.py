@@ -15,9 +15,9 @@ from surgery.capture import trace
 from surgery.core import CheckResult, CompactModel, CostFn, Coupling, Plan, Program
 from surgery.coupling import Cut, cost_functions, couple
 from surgery.cutting.rewrite import rewrite_program
-from surgery.cutting.submodule import masked_part
 from surgery.cutting.verify import check_cut
 from surgery.cutting.verify_dropped import check_dropped
+from surgery.cutting.verify_whole import masked_part
 from surgery.errors import InvalidInput
 
 

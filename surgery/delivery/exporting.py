@@ -36,7 +36,7 @@ class Subject:
         """The whole model, of whose dynamic axes nothing is known but that the first may be the batch; or the part."""
         program = result.program
         if whole and result.whole is not None:
-            args, kwargs = result.whole.example_args or (), result.whole.example_kwargs or {}
+            args, kwargs = result.whole.example.example if result.whole.example is not None else ((), {})
             first = next((x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)), None)
             batch = first.shape[0] if first is not None and first.dim() else 1
             return cls(result.whole.model, result.whole.around, args, kwargs, None, batch)

@@ -352,7 +352,7 @@ def _judged(
     """What each row comes to: the float ones as torch models, which the files are known to equal."""
     found = precisions.of_steps(result.recovery)
     reference = result.recovery.reference if result.recovery is not None else None
-    known = result.whole is not None and result.whole.example_args is not None
+    known = result.whole is not None and result.whole.example is not None
     if fewer and reference is not None and known == (result.whole is not None and subject.dense is result.whole.model):
         with clock("judge files"):
             found |= precisions.judge({name: file.path for name, file in fewer.items()}, reference, how.threads)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
+from surgery.capture import Whole, reach
 from surgery.core import Callee, InputSpec, Program, first_line
-from surgery.cutting import Whole, reach
 from surgery.errors import InvalidInput
 from surgery.inputs.batches import classes_of, fitting, mixed, one, parted, read
 from surgery.inputs.datasets import Images, spaced
@@ -67,13 +67,13 @@ def seen_by(given: Any, program: Program, whole: Whole | None, most: int = MOST,
         return given
     if whole is None:
         return gather(given, program.inputs, most, seed)
-    call = Callee(whole.model, whole.example_args or (), whole.example_kwargs)
+    call = whole.example or Callee(whole.model, ())
     seen = gather(given, [_spec_of(x) for x in call.tensors], most, seed)
 
     def arriving(batch: tuple[Tensor, ...]) -> list[Tensor]:
         inputs = [x.to(example) for x, example in zip(batch, call.tensors, strict=True)]
         found = reach(whole.model, whole.name, *call.arguments(inputs))
-        return [x.cpu() for x in pytree.tree_leaves((found.args, dict(found.kwargs))) if isinstance(x, Tensor)]
+        return [x.cpu() for x in found.part.tensors]
 
     return seen.through(arriving)
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from surgery.capture import submodule as parts
 from surgery.config import Budget, Recipe, validate
 from surgery.core import Clock, Plan, Program, Progress
 from surgery.coupling import drop, kept_costs, require_own_cuts
-from surgery.cutting import submodule as parts, tracer_of
+from surgery.cutting import tracer_of
 from surgery.errors import InvalidInput, PlanMismatch, UnsupportedModel
 from surgery.importance import settled
 from surgery.inputs import Calibration, seen_by

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from surgery.capture import submodule as parts
 from surgery.config import Budget, Recipe
 from surgery.core import Block, Clock, Coupling, Kernel, Plan, Program, Scores, Widths
 from surgery.coupling import find_blocks, flush_mib, kept_costs, plan_from_dead, reordered, reorderings
-from surgery.cutting import submodule as parts
 from surgery.errors import BudgetUnreachable, InvalidInput
 from surgery.importance import PRICED, Signal, practised_worth, settled, signal_of, weights_of
 from surgery.inputs import Calibration

@@ -21,10 +21,11 @@ import torch
 from rich.console import Console
 
 from surgery import __version__
+from surgery.capture import submodule as parts
 from surgery.config import Recipe
 from surgery.core import Clock, Program, Progress, replacing
 from surgery.coupling import blocks_within, dead_blocks, drop, find_blocks, kept_names
-from surgery.cutting import submodule as parts, tracer_of
+from surgery.cutting import tracer_of
 from surgery.errors import InvalidInput
 from surgery.latency import LatencyTable, Measured, Point, device
 from surgery.planning.forecast import predicted_ms, widths_of

@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset
 
-from surgery.capture import evaluating
+from surgery.capture import Whole, evaluating
 from surgery.config import TAUGHT, Recipe, validate
 from surgery.core import Callee, CompactModel, InputSpec, Plan, Program, Progress, flat_outputs
 from surgery.coupling import Cut
-from surgery.cutting import Whole
 from surgery.errors import InvalidInput
 from surgery.inputs import Calibration, Images, as_dataset, classes_of, mixed, one, seen_by, spaced
 from surgery.recovery.agreement import Agreement, Judged, Reference
@@ -202,11 +201,9 @@ def refuse_lesson(program: Program, whole: Whole | None, recipe: Recipe, seen: C
         raise InvalidInput(NO_CLASSES)
     if not any(known.values()):
         return
-    model, args, kwargs = program.dense.model, program.example_args, program.example_kwargs
-    if whole is not None:
-        model, args, kwargs = whole.model, whole.example_args or (), whole.example_kwargs or {}
-    with evaluating(model), torch.no_grad():
-        outputs = flat_outputs(model(*args, **kwargs))
+    call = Callee.of(program, program.dense.model) if whole is None or whole.example is None else whole.example
+    with evaluating(call), torch.no_grad():
+        outputs = flat_outputs(call(*call.tensors))
     if len(outputs) != 1 or outputs[0].dim() != 2:
         return
     for name, ends in known.items():
@@ -264,11 +261,10 @@ def _subject(
 ) -> Subject:
     program = cut.program
     part = Callee.of(program, compact.module)
-    if whole is None or whole.example_args is None:
+    if whole is None or whole.example is None:
         dense, ours = part.on(program.dense.model), part
     else:
-        dense = Callee(whole.model, whole.example_args, whole.example_kwargs)
-        ours = dense.on(model)
+        dense, ours = whole.example, whole.example.on(model)
     return Subject(cut, compact, dense, ours, part, _specs(whole, program))
 
 
@@ -285,9 +281,9 @@ def _reference(subject: Subject, recipe: Recipe, seen: Calibration | None) -> Re
 
 
 def _specs(whole: Whole | None, program: Program) -> Sequence[InputSpec]:
-    if whole is None or whole.example_args is None:
+    if whole is None or whole.example is None:
         return program.inputs
-    tensors = Callee(whole.model, whole.example_args, whole.example_kwargs).tensors
+    tensors = whole.example.tensors
     names = [str(x.dtype).removeprefix("torch.") for x in tensors]
     return [InputSpec("input", tuple(x.shape), n, tuple(range(x.dim()))) for x, n in zip(tensors, names, strict=True)]
 

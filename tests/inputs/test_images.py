@@ -12,9 +12,9 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from surgery.capture import reach
 from surgery.capture.tracing import trace
 from surgery.core.ir import InputSpec
-from surgery.cutting.submodule import reach
 from surgery.errors import InvalidInput
 from surgery.inputs import images
 from surgery.inputs.datasets import Images, open_images

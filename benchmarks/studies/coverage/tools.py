@@ -22,8 +22,8 @@ from benchmarks.studies.coverage.conditioned import condition
 from benchmarks.studies.coverage.isolated import tell
 from benchmarks.studies.coverage.models import Model
 from benchmarks.studies.coverage.oracle import DOES_NOT_RUN, judge, said
+from surgery.capture import reach
 from surgery.core import count_macs, count_params
-from surgery.cutting import reach
 from surgery.errors import SurgeryError
 from surgery.inputs import load_model
 
@@ -78,7 +78,7 @@ def _loaded(model: Model) -> tuple[Any, nn.Module, tuple[Any, ...]]:
     if not model.part:
         return loaded, loaded.module, loaded.example_inputs
     reached = reach(loaded.module, model.part, loaded.example_inputs, loaded.example_kwargs)
-    return loaded, reached.module, reached.args
+    return loaded, reached.part.module, reached.part.example[0]
 
 
 def _as(tree: Any, dtype: torch.dtype) -> Any:

@@ -1,0 +1,140 @@
+"""Find one submodule of a larger model, and the inputs that it is called with.
+
+The whole model is run once, up to the point where it calls the submodule: nothing behind that point needs to run, so
+that a detector whose post-processing cannot be captured still has a backbone that can.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.capture.tracing import evaluating
+from surgery.core import Callee, Plan, Program, copied, first_line, fresh, where_raised
+from surgery.errors import InvalidInput, PlanMismatch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Whole:
+    """The whole model around the submodule that is shrunk.
+
+    Attributes:
+        model: the whole dense model, never changed.
+        name: dotted path of the submodule.
+        part: the submodule, and how the model calls it.
+        example: the whole model's call that led there; None where only the submodule's inputs are known.
+    """
+
+    model: nn.Module
+    name: str
+    part: Callee
+    example: Callee | None = None
+
+    @property
+    def call(self) -> tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]:
+        """What a tracer is given."""
+        return self.part.module, *self.part.example
+
+    def around(self, part: nn.Module) -> nn.Module:
+        """Return a copy of the whole model with another module instead of the submodule."""
+        around: nn.Module = copied(self.model, {id(self.part.module): part})
+        return around
+
+
+class _Reached(BaseException):
+    """Ends the run where the part is called; not an Exception, so that no handler of the user's takes it."""
+
+
+def find(model: nn.Module, name: str) -> nn.Module:
+    """Return the submodule called `name`; raises InvalidInput with near names where there is none."""
+    modules: dict[str, nn.Module] = {path: module for path, module in model.named_modules() if path}
+    if name not in modules:
+        near = difflib.get_close_matches(name, modules, n=3, cutoff=0.3)
+        raise InvalidInput(f"--part {name!r} names no submodule; near names: {', '.join(near) or 'none'}")
+    return modules[name]
+
+
+def reach(model: nn.Module, name: str, example_inputs: Any, example_kwargs: Mapping[str, Any] | None) -> Whole:
+    """Run the model until it calls the part, and return that call.
+
+    Args:
+        model: the whole model; left as it was, mode included.
+        name: dotted path of the part.
+        example_inputs: of the whole model: one argument, or a tuple of positional arguments.
+        example_kwargs: of the whole model.
+
+    Raises:
+        InvalidInput: there is no such part, it is never called, or the model fails before it is.
+    """
+    part = find(model, name)
+    args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    kwargs = dict(example_kwargs or {})
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def stop(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found.append((inputs, named))
+        raise _Reached
+
+    hook = part.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with evaluating(model), torch.no_grad():
+            model(*fresh(args), **fresh(kwargs))
+    except _Reached:
+        pass
+    except Exception as error:  # whatever the user's forward raises
+        raise InvalidInput(
+            f"the model does not run as far as part '{name}': {where_raised(error)}: {first_line(error)}"
+        ) from error
+    finally:
+        hook.remove()
+    if not found:
+        raise InvalidInput(f"part '{name}' is never called on these inputs; name a submodule that forward runs")
+    inputs, named = fresh(found[0])
+    return Whole(model, name, Callee(part, inputs, named), Callee(model, args, kwargs))
+
+
+def plain_arguments(program: Program) -> dict[str, Any]:
+    """Return what a plan records of keyword arguments that are no tensors: ``{"arguments": ...}``, or nothing."""
+    plain = {k: v for k, v in program.example_kwargs.items() if v is None or isinstance(v, (bool, int, float, str))}
+    return {"arguments": plain} if plain else {}
+
+
+def of_plan(
+    plan: Plan, dense_model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None
+) -> Whole | None:
+    """Return the part that the plan is for, with inputs from the plan where none of the whole model are given."""
+    name = plan.settings.get("part")
+    if name is None:
+        return None
+    if example_inputs is not None:
+        return reach(dense_model, name, example_inputs, example_kwargs)
+    module = find(dense_model, name)
+    return Whole(dense_model, name, Callee(module, *inputs_of(plan, module)))
+
+
+def inputs_of(plan: Plan, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return example inputs of the plan's signature, on the model's device: (args, kwargs)."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for spec in plan.inputs:
+        dtype = getattr(torch, spec.dtype.removeprefix("torch."))
+        values = torch.randn(spec.shape, generator=generator) if dtype.is_floating_point else torch.zeros(spec.shape)
+        tensors[spec.name] = values.to(device=device, dtype=dtype)
+    parameters, plain = inspect.signature(model.forward).parameters, dict(plan.settings.get("arguments", {}))
+    if list(tensors) == list(parameters)[: len(tensors)]:
+        keyword = {name for name in tensors if parameters[name].kind is inspect.Parameter.KEYWORD_ONLY}
+        args = tuple(value for name, value in tensors.items() if name not in keyword)
+        return args, {**{name: tensors[name] for name in keyword}, **plain}
+    if tensors.keys() <= parameters.keys():
+        return (), {**tensors, **plain}
+    raise PlanMismatch(
+        f"the plan's inputs ({', '.join(tensors)}) are not the parameters of this {type(model).__name__}'s forward "
+        f"({', '.join(parameters)}): it was made for another architecture; if not, pass example_inputs"
+    )
