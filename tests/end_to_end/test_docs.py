@@ -15,10 +15,12 @@ import surgery
 from benchmarks.studies import allocation, blocks, cifar, record
 from benchmarks.studies.latency import table as latency
 from benchmarks.studies.recovery.table import tables
+from surgery.config import options_table
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = (ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md"))
+RUNNABLE = [f"docs/how-to/{name}.md" for name in ("add-an-operator", "export-files", "use-recipes")]
 ROOMS = {path.parent.name for path in (ROOT / "surgery").glob("*/__init__.py")}
 
 
@@ -47,7 +49,7 @@ def test_links_lead_to_files(document: Path) -> None:
         assert target.startswith("http") or (document.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/how-to/add-an-operator.md", "docs/how-to/export-files.md"])
+@pytest.mark.parametrize("document", ["README.md", *RUNNABLE])
 def test_python_in_the_documents_runs(document: str, tmp_path: Path) -> None:
     code = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), flags=re.DOTALL)
     assert code
@@ -68,6 +70,10 @@ def test_tables_in_the_documents_match_the_results_files() -> None:
     assert latency.render(record.read("latency")["rows"]).rstrip() in page("results/latency.md")
     assert blocks.markdown(record.read("blocks")["rows"]) in page("explanation/latency-budgets.md")
     assert allocation.markdown(record.read("allocation")["rows"]) in page("explanation/latency-budgets.md")
+
+
+def test_options_reference_is_up_to_date() -> None:
+    assert page("reference/options.md").endswith(options_table()), "surgery options --markdown"
 
 
 def test_every_public_name_is_in_the_api_reference() -> None:

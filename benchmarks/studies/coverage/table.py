@@ -17,7 +17,7 @@ _TITLES = {
     "torchvision": "torchvision, classification",
     "segmentation": "torchvision, segmentation",
     "video": "torchvision, video",
-    "detection": "torchvision, backbones of detectors (`--part backbone`)",
+    "detection": "torchvision, backbones of detectors (`--submodule backbone`)",
     "timm": "timm",
 }
 
