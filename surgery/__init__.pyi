@@ -1,4 +1,4 @@
-from .api import Result as Result, apply as apply, recover as recover, shrink as shrink
+from .api import recover as recover, shrink as shrink
 from .capture import trace as trace
 from .config import Budget as Budget, Recipe as Recipe, recipe as recipe
 from .core import Plan as Plan
@@ -8,6 +8,7 @@ from .delivery import load as load, save as save
 from .errors import SurgeryError as SurgeryError
 from .importance import score as score
 from .inputs import load_model as load_model
+from .pipeline import Result as Result, apply as apply
 from .planning import allocate as allocate
 from .recovery import Training as Training
 

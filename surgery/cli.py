@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery import __version__, config, together, typed_next
+from surgery import __version__, config, distributed
 from surgery.config import Recipe
 from surgery.errors import INTERNAL, OK, InvalidInput, SurgeryError
 from surgery.options import (
@@ -34,7 +34,19 @@ from surgery.options import (
     recipe_file,
     with_options,
 )
-from surgery.screen import PLAIN_WIDTH, Terminated, print_found, print_profile, print_report, say, work
+from surgery.terminal import (
+    PLAIN_WIDTH,
+    Terminated,
+    command_again,
+    command_to_evaluate,
+    command_to_shrink,
+    folder_name,
+    print_found,
+    print_profile,
+    print_report,
+    say,
+    work,
+)
 
 if TYPE_CHECKING:
     from surgery.core import Progress
@@ -91,16 +103,14 @@ def run(session: Session, /, as_json: bool, quiet: bool, **parameters: Any) -> N
 
 
 def _shrink(session: Session, recipe: Recipe, *, as_json: bool, quiet: bool) -> None:
-    if recipe.selection.max_drop is not None and together.processes() > 1:
+    if recipe.selection.max_drop is not None and distributed.processes() > 1:
         raise InvalidInput("--max-drop judges one model after the other, in one process: leave torchrun out")
     config.validate(recipe)
-    with work(session, quiet=quiet or together.rank() > 0) as progress:
+    with work(session, quiet=quiet or distributed.rank() > 0) as progress:
         _validate_output(recipe)
         loaded = _load(recipe, progress)
-        if together.rank() > 0:
-            from surgery import company
-
-            return company.follow(loaded, recipe)
+        if distributed.rank() > 0:
+            return distributed.follow(loaded, recipe)
         written = _deliver(session, loaded, recipe, progress, lambda asked: _decide(loaded, asked, progress))
     print_report(written.data, as_json=as_json)
 
@@ -116,7 +126,7 @@ def apply(session: Session, /, plan: Path, as_json: bool, quiet: bool, **paramet
     MODEL, and what is written into --out, are as for `surgery shrink`; whatever is drawn at random is drawn as then.
     """
     recipe = _recipe(parameters)
-    with work(session, quiet=quiet or together.rank() > 0) as progress:
+    with work(session, quiet=quiet or distributed.rank() > 0) as progress:
         from surgery.core import Plan
         from surgery.planning import as_planned, repeat
 
@@ -124,10 +134,8 @@ def apply(session: Session, /, plan: Path, as_json: bool, quiet: bool, **paramet
         recipe = as_planned(recipe, decided)
         _validate_output(recipe)
         loaded = _load(recipe, progress)
-        if together.rank() > 0:
-            from surgery import company
-
-            return company.follow(loaded, recipe)
+        if distributed.rank() > 0:
+            return distributed.follow(loaded, recipe)
 
         def again(asked: Recipe) -> Decision:
             inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
@@ -209,15 +217,15 @@ def show(session: Session, /, as_json: bool, quiet: bool, **parameters: Any) -> 
     recipe = _recipe(parameters)
     config.validate(recipe)
     with work(session, quiet=quiet) as progress:
-        from surgery.data_options import with_data
+        from surgery.api import opened
         from surgery.report import with_origin
 
         loaded = _load(recipe, progress)
         data = with_origin(
-            _decide(loaded, with_data(recipe, loaded), progress).report,
+            _decide(loaded, opened(recipe, loaded, trained=loaded.is_trained), progress).report,
             name=loaded.name,
             weights=loaded.weights,
-            next_command=typed_next.shrink(session.arguments),
+            next_command=command_to_shrink(session.arguments),
             notes=(*loaded.warnings, *loaded.notes),
         )
     print_report(data, as_json=as_json)
@@ -296,10 +304,10 @@ def _load(recipe: Recipe, progress: Progress) -> LoadedModel:
 
 
 def _decide(loaded: LoadedModel, recipe: Recipe, progress: Progress) -> Decision:
-    from surgery.api import decided
+    from surgery import search
 
     inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
-    return decided(loaded.module, inputs, recipe, example_kwargs=kwargs, progress=progress)
+    return search.decide(loaded.module, inputs, recipe, example_kwargs=kwargs, progress=progress)
 
 
 def _deliver(
@@ -310,36 +318,32 @@ def _deliver(
     decide: Callable[[Recipe], Decision],
 ) -> Report:
     """Cut what is decided, check, export, time, and write everything into the output folder."""
-    from surgery import api as pipeline
-    from surgery.data_options import with_data
+    from surgery import search
+    from surgery.api import opened
     from surgery.delivery import artifacts as artefacts, saving as deliver
     from surgery.report import with_origin
 
     _refuse_huge_batch(loaded, recipe.target.batch)
-    out = Path(recipe.output.out or Path("shrunk", typed_next.folder_name(loaded.name)))
-    share = None
-    if together.processes() > 1:
-        from surgery import company
-
-        share = together.send if company.meet(loaded, recipe) else None
+    out = Path(recipe.output.out or Path("shrunk", folder_name(loaded.name)))
+    task = opened(recipe, loaded, trained=loaded.is_trained)
+    share = distributed.send if distributed.processes() > 1 and distributed.meet(task) else None
     session.writing = True
     artefacts.prepare(out)
-    opened = with_data(recipe, loaded)
     checkpoint = out.absolute().parent / f".{out.name}.training"
-    result = pipeline.realise(decide(opened.but(checkpoint=checkpoint)), progress=progress, share=share)
-    asked = config.resolved(recipe.but(out=out, recover=opened.recovery.recover))
+    result = search.realise(decide(task.but(checkpoint=checkpoint)), progress=progress, share=share)
+    asked = config.resolved(recipe.but(out=out, recover=task.recovery.recover))
     data = with_origin(
         result.report,
         name=loaded.name,
         weights=loaded.weights,
-        next_command=typed_next.evaluate(out, loaded, recipe),
-        command=typed_next.again(session.arguments),
+        next_command=command_to_evaluate(out, loaded, recipe),
+        command=command_again(session.arguments),
         notes=(*loaded.warnings, *loaded.notes),
     )
     written = deliver.save(
-        replace(result, report=data, recipe=asked), out, evaluate=opened.data.metric, progress=progress
+        replace(result, report=data, recipe=asked), out, evaluate=task.data.metric, progress=progress
     )
-    together.part()
+    distributed.part()
     return written
 
 
@@ -374,7 +378,7 @@ def _stop(session: Session, number: int) -> None:
     session.stopped = TERMINATED if number == signal.SIGTERM else INTERRUPTED
     signal.signal(number, signal.SIG_DFL)  # a second one ends the process; the previous files are whole in any case
     if not session.writing:
-        if together.rank() == 0:
+        if distributed.rank() == 0:
             say(_stopped(session.stopped))
         os._exit(session.stopped)
     raise Terminated
@@ -393,10 +397,10 @@ def _explain(error: BaseException, session: Session) -> int:
     if session.debug:
         traceback.print_exception(error)
     sentence, code = _told(error, session)
-    ended = together.lost(error) or bool(session.stopped)  # it may be for another process's sake
-    if together.rank() > 0 and (ended or together.leave_word(sentence) or together.follows()):
+    ended = distributed.lost(error) or bool(session.stopped)  # it may be for another process's sake
+    if distributed.rank() > 0 and (ended or distributed.leave_word(sentence) or distributed.follows()):
         return code
-    say((ended and together.word()) or sentence)
+    say((ended and distributed.word()) or sentence)
     return code
 
 
@@ -416,7 +420,7 @@ def _told(error: BaseException, session: Session) -> tuple[str, int]:
         return f"error: {error.format_message()}", InvalidInput.exit_code
     if isinstance(error, SurgeryError):
         return f"error: {error}", error.exit_code
-    if together.lost(error):
+    if distributed.lost(error):
         return "error: another process of this run has ended; look above, or on its host, for why", INTERNAL
     what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     told = f"internal error: {what}; this is a bug, please report it with what the same command prints with --debug"

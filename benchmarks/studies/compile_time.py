@@ -54,7 +54,7 @@ def measure(network: str, *, macs: float, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     model, inputs = _built(network)
     floor = peak_bytes()
-    result = surgery.shrink(model, inputs, budget=surgery.Budget(macs=macs))
+    result = surgery.shrink(model, inputs, surgery.recipe(macs=macs))
     stages = {stage: float(result.report["stages_s"][stage]) for stage in STAGES}
     return {
         "network": network,

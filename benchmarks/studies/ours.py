@@ -45,11 +45,7 @@ def planned(
         result = surgery.shrink(
             subject.module,
             subject.inputs,
-            budget=budget,
-            data=images,
-            recover="reconstruct",
-            deploy=deploy,
-            threads=threads,
+            surgery.recipe(budget=budget, data=images, recover="reconstruct", deploy=deploy, threads=threads),
         )
         facts: dict[str, Any] = {"macs": round(subject.kept(result.model), 4)}
         if budget.latency is not None:

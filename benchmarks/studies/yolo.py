@@ -51,7 +51,7 @@ def measure(network: str, folder: Path) -> dict[str, Any]:
     detector: Any = ultralytics.YOLO(f"{network}.yaml")
     dense: Any = detector.model.eval()
     example = torch.randn(1, 3, SIDE, SIDE)
-    result = surgery.shrink(dense, example, budget=surgery.Budget(macs=MACS), own_class=True)
+    result = surgery.shrink(dense, example, surgery.recipe(macs=MACS, own_class=True))
     exported = onnx.export(result.model, (example,), folder / "compact.onnx")
     macs = result.report["models"][0]["macs"], result.report["models"][2]["macs"]
     row = {

@@ -13,11 +13,11 @@ from torch.utils import _pytree as pytree
 from exporters import onnx
 from exporters.signature import bind
 from surgery import __version__
-from surgery.api import Result
 from surgery.core import Clock
 from surgery.cutting import masked
 from surgery.delivery import artifacts as artefacts
 from surgery.errors import CheckFailed, InvalidInput, UnsupportedModel
+from surgery.pipeline import Result
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -26,7 +26,6 @@ from exporters.quantize import Int8, Quantised
 from exporters.runtimes import Reader, require_readable
 from exporters.session import OnnxModel
 from exporters.signature import bind
-from surgery.api import Result, apply
 from surgery.capture import evaluating
 from surgery.config import Recipe, to_toml
 from surgery.core import Clock, Plan, Progress, quiet
@@ -34,6 +33,7 @@ from surgery.delivery import artifacts as artefacts, exporting as exports, preci
 from surgery.delivery.precisions import Precisions
 from surgery.errors import InvalidInput
 from surgery.latency import Settings, by_operator, ort
+from surgery.pipeline import Result, apply
 from surgery.planning import int8_of
 from surgery.recovery import Agreement, Evaluate, verdict_on
 from surgery.report import Report, deployed_precision, with_files

@@ -64,6 +64,11 @@ class LoadedModel:
     warnings: tuple[str, ...] = ()
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether the weights are known to be trained."""
+        return not self.weights.startswith("random")
+
 
 def load_model(
     spec: str,

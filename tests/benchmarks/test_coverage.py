@@ -46,7 +46,7 @@ def batches() -> list[tuple[Tensor]]:
 
 @pytest.mark.parametrize("inexact", ["never", "always"])
 def test_the_oracle_accepts_what_is_right(dense: nn.Module, batches: list[tuple[Tensor]], inexact: str) -> None:
-    result = surgery.shrink(dense, batches[0][0], budget=surgery.Budget(channels=0.6), inexact=inexact)
+    result = surgery.shrink(dense, batches[0][0], surgery.recipe(channels=0.6, inexact=inexact))
     verdict = judge(dense, result.model, batches)
     assert verdict.sound is True, verdict
     assert verdict.meaning == {"never": "zeroed", "always": "survivors"}[inexact]

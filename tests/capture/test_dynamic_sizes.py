@@ -288,7 +288,7 @@ class _SplitStage(nn.Module):
 def test_pieces_of_a_chunk_stay_alike_so_that_the_users_class_goes_on_fitting() -> None:
     for seed in range(3):
         torch.manual_seed(seed)
-        result = surgery.shrink(_SplitStage().eval(), torch.randn(1, 3, 12, 12), budget=surgery.Budget(macs=0.5))
+        result = surgery.shrink(_SplitStage().eval(), torch.randn(1, 3, 12, 12), surgery.recipe(macs=0.5))
         assert result.kind == "module"
         assert result.model.one.out_channels % 2 == 0 and result.model.one.out_channels < 16
 
@@ -306,6 +306,6 @@ def test_a_plan_of_ours_leaves_something_of_every_piece() -> None:
 
     for seed in range(4):
         torch.manual_seed(seed)
-        result = surgery.shrink(Uneven().eval(), torch.randn(1, 3, 12, 12), budget=surgery.Budget(channels=0.25))
+        result = surgery.shrink(Uneven().eval(), torch.randn(1, 3, 12, 12), surgery.recipe(channels=0.25))
         (dead,) = result.plan.dead.values()
         assert all(set(piece) - set(dead) for piece in (range(6), range(6, 12), range(12, 16)))

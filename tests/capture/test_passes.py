@@ -190,7 +190,7 @@ class Region(nn.Module):
 
 @pytest.mark.parametrize("kind", ["off", "no_grad", "nested"])
 def test_regions_are_cut_like_the_rest(kind: str) -> None:
-    result = surgery.shrink(Region(kind).eval(), torch.randn(2, 3, 12, 12), budget=surgery.Budget(macs=0.5))
+    result = surgery.shrink(Region(kind).eval(), torch.randn(2, 3, 12, 12), surgery.recipe(macs=0.5))
     assert result.kind == "module" and result.check.error_float64 <= 1e-10
     assert result.model.two.weight.shape[1] < 16
 

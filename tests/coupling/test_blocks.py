@@ -152,7 +152,7 @@ def test_a_dead_block_vanishes_and_its_constant_stays(dtype: torch.dtype, left: 
     model = net().to(dtype)
     kill(model, 3, left=left)
     image = IMAGE.to(dtype)
-    result = surgery.shrink(model, image, budget=surgery.Budget(macs=0.9))
+    result = surgery.shrink(model, image, surgery.recipe(macs=0.9))
     assert set(result.plan.dropped) == {"3"}
     assert bool(result.plan.dropped["3"]) == left
     assert any("dead" in note and "test_blocks.py" in note for note in result.plan.notes)
@@ -170,8 +170,8 @@ def test_a_dead_block_stays_where_layers_may_not_be_dropped_or_are_kept() -> Non
     model = net()
     kill(model, 3, left=False)
     half = surgery.Budget(macs=0.5)
-    assert not surgery.shrink(model, IMAGE, budget=half, drop_layers=False).plan.dropped
-    assert not surgery.shrink(model, IMAGE, budget=half, keep=("3.conv1",)).plan.dropped
+    assert not surgery.shrink(model, IMAGE, surgery.recipe(budget=half, drop_layers=False)).plan.dropped
+    assert not surgery.shrink(model, IMAGE, surgery.recipe(budget=half, keep=("3.conv1",))).plan.dropped
 
 
 def test_a_network_whose_branches_all_end_in_zero_is_one_before_training() -> None:
@@ -181,7 +181,7 @@ def test_a_network_whose_branches_all_end_in_zero_is_one_before_training() -> No
             nn.init.zeros_(module.weight)
     program = trace(model, IMAGE)
     assert len(dead_blocks(program, find_blocks(program))) == 4
-    result = surgery.shrink(model, IMAGE, budget=surgery.Budget(macs=0.5))
+    result = surgery.shrink(model, IMAGE, surgery.recipe(macs=0.5))
     assert not result.plan.dropped
     assert any("before training" in note for note in result.plan.notes)
 
@@ -203,11 +203,11 @@ def test_blocks_go_for_time_and_may_be_forbidden_to() -> None:
     program = trace(model, IMAGE)
     given = table_of(program, couple(program))
     budget = surgery.Budget(latency=0.7)
-    dropped = surgery.shrink(model, IMAGE, budget=budget, latency_table=given)
+    dropped = surgery.shrink(model, IMAGE, surgery.recipe(budget=budget, latency_table=given))
     assert {"4", "6"} <= set(dropped.plan.dropped)
     assert "importance" in dropped.plan.reasons["4"]
     assert dropped.kind == "module"
-    kept = surgery.shrink(model, IMAGE, budget=budget, latency_table=given, drop_layers=False)
+    kept = surgery.shrink(model, IMAGE, surgery.recipe(budget=budget, latency_table=given, drop_layers=False))
     assert not kept.plan.dropped
     assert kept.plan.dead
 
@@ -236,7 +236,7 @@ def test_the_dead_branches_of_a_trained_network_disappear(half_dead: nn.Module) 
     zero = [n for n, p in model.named_parameters() if p.dim() == 4 and not p.any()]
     assert len(zero) == 5
     image = torch.randn(4, 3, 32, 32, dtype=torch.float64)
-    result = surgery.shrink(model, image, budget=surgery.Budget(macs=0.95))
+    result = surgery.shrink(model, image, surgery.recipe(macs=0.95))
     assert set(result.plan.dropped) == {"layer1.0", "layer1.1", "layer2.2"}
     assert result.kind == "module"
     assert type(result.model) is type(model)
@@ -253,7 +253,7 @@ def test_a_projected_shortcut_stays_in_the_users_class(left: bool) -> None:
     if left:
         nn.init.normal_(model.layer3[0].bn2.bias)
     image = torch.randn(2, 3, 64, 64)
-    result = surgery.shrink(model, image, budget=surgery.Budget(macs=0.8))
+    result = surgery.shrink(model, image, surgery.recipe(macs=0.8))
     assert list(result.plan.dropped) == ["layer3.0"]
     assert result.kind == "module"
     assert type(result.model) is type(model)
@@ -301,7 +301,7 @@ def test_models_in_training_mode_lose_blocks_as_well(functional: bool, training:
     asked: dict[str, Any] = {"budget": surgery.Budget(macs=0.8)} if functional else by_time
     model.train(training)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    result = surgery.shrink(model, IMAGE, **asked)
+    result = surgery.shrink(model, IMAGE, surgery.recipe(**asked))
     assert "3.branch" in result.plan.dropped
     assert result.kind == ("graph" if functional else "module")
     assert result.model.training == training

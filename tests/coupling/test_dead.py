@@ -62,7 +62,7 @@ def net(*layers: nn.Module) -> nn.Module:
 
 def shrunk(model: nn.Module, image: Tensor = IMAGE) -> surgery.Result:
     """Without the dead blocks, and nothing else."""
-    result = surgery.shrink(model, image, budget=surgery.Budget(macs=0.992))
+    result = surgery.shrink(model, image, surgery.recipe(macs=0.992))
     assert not result.plan.dead
     return result
 
@@ -218,7 +218,7 @@ def test_a_depthwise_layer_in_a_dead_branch_goes_with_it_for_a_latency() -> None
     image = torch.randn(1, 3, 64, 64)
     program = trace(model, image)
     given = table_of(program, couple(program))
-    result = surgery.shrink(model, image, budget=surgery.Budget(latency=0.7), latency_table=given)
+    result = surgery.shrink(model, image, surgery.recipe(latency=0.7, latency_table=given))
     assert "features.3" in result.plan.dropped
 
 

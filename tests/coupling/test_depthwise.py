@@ -107,10 +107,12 @@ def test_near_identities_go_for_time_and_may_be_forbidden_to(tmp_path: Path) -> 
     model = net(layer(64, near=0.01), layer(64), layer(64, near=0.01), layer(64), width=64)
     program = trace(model, IMAGE)
     given, budget = table_of(program, couple(program)), surgery.Budget(latency=0.7)
-    result = surgery.shrink(model, IMAGE, budget=budget, latency_table=given)
+    result = surgery.shrink(model, IMAGE, surgery.recipe(budget=budget, latency_table=given))
     assert set(result.plan.dropped) == {"3", "5"}
     assert result.kind == "module"
-    assert not surgery.shrink(model, IMAGE, budget=budget, latency_table=given, drop_layers=False).plan.dropped
+    assert not surgery.shrink(
+        model, IMAGE, surgery.recipe(budget=budget, latency_table=given, drop_layers=False)
+    ).plan.dropped
     path = tmp_path / "compact.onnx"
     exporter.export(result.model, IMAGE, path)
     nodes = [node.op_type for node in onnx.load(path).graph.node]

@@ -195,7 +195,7 @@ def test_the_oracle_notices_a_constant_that_went_elsewhere() -> None:
 def test_the_whole_way_to_a_file(tmp_path: Path) -> None:
     model = sequence(stem(), nn.BatchNorm2d(WIDTH), Dead(), nn.ReLU(), Dead(rectified=True), Live()).float()
     image = IMAGE.float()
-    result = surgery.shrink(model, image, budget=surgery.Budget(macs=0.4))
+    result = surgery.shrink(model, image, surgery.recipe(macs=0.4))
     assert set(result.plan.dropped) == {"2", "4"}
     assert result.kind == "module"
     assert isinstance(result.model[4], Shifted)  # type: ignore[index]

@@ -78,7 +78,7 @@ def in_double(model: nn.Module) -> tuple[nn.Module, list[tuple[Tensor]]]:
 @pytest.mark.parametrize("name", NOTHING_OF_ZERO)
 def test_removed_units_are_zeros_where_nothing_is_made_of_zero(name: str) -> None:
     model, batches = in_double(NOTHING_OF_ZERO[name])
-    result = surgery.shrink(model, batches[0][0], budget=surgery.Budget(channels=0.6), inexact="never")
+    result = surgery.shrink(model, batches[0][0], surgery.recipe(channels=0.6, inexact="never"))
     assert any(result.plan.dead.values()) and not any(group.inexact for group in result.coupling.groups)
     assert judge(model, result.model, batches).sound
 
@@ -87,14 +87,12 @@ def test_removed_units_are_zeros_where_nothing_is_made_of_zero(name: str) -> Non
 def test_a_sum_in_which_zeros_would_count_makes_its_group_inexact(name: str) -> None:
     model, operator = SOMETHING_OF_ZERO[name]
     model, batches = in_double(model)
-    result = surgery.shrink(
-        model, batches[0][0], budget=surgery.Budget(channels=0.5), scope="uniform", inexact="always"
-    )
+    result = surgery.shrink(model, batches[0][0], surgery.recipe(channels=0.5, scope="uniform", inexact="always"))
     said = [group.inexact for group in result.coupling.groups if group.inexact and result.plan.dead.get(group.name)]
     assert any(operator in x and "test_zeros.py" in x and "goes over the survivors" in x for x in said)
     assert "sums over the survivors" in result.check.reference
     try:
-        exact = surgery.shrink(model, batches[0][0], budget=surgery.Budget(channels=0.6), inexact="never")
+        exact = surgery.shrink(model, batches[0][0], surgery.recipe(channels=0.6, inexact="never"))
     except BudgetUnreachable:
         return
     assert judge(model, exact.model, batches).sound

@@ -51,7 +51,7 @@ def _seed() -> Iterator[None]:
 def test_a_part_is_shrunk_put_back_and_checked_in_the_whole_model() -> None:
     model, x = Whole().train(), torch.randn(2, 3, 16, 16)
     before = copy.deepcopy(model.state_dict())
-    result = surgery.shrink(model, x, part="body", budget=surgery.Budget(macs=0.5))
+    result = surgery.shrink(model, x, surgery.recipe(submodule="body", macs=0.5))
     assert model.training and not model.body._forward_pre_hooks
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert result.model.state_dict().keys() == before.keys()
@@ -68,7 +68,7 @@ def test_a_part_is_shrunk_put_back_and_checked_in_the_whole_model() -> None:
 
 def test_a_plan_for_a_part_applies_to_another_copy() -> None:
     model, x = Whole(), torch.randn(2, 3, 16, 16)
-    result = surgery.shrink(model, x, part="body", budget=surgery.Budget(channels=0.5))
+    result = surgery.shrink(model, x, surgery.recipe(submodule="body", channels=0.5))
     plan = surgery.Plan.from_json(result.plan.to_json())
     assert plan.settings["part"] == "body"
     for inputs in (x, None):
@@ -79,7 +79,7 @@ def test_a_plan_for_a_part_applies_to_another_copy() -> None:
 
 
 def test_where_the_whole_model_does_not_run_the_part_is_checked_on_its_own() -> None:
-    result = surgery.shrink(Failing(), torch.randn(2, 3, 16, 16), part="body", budget=surgery.Budget(macs=0.5))
+    result = surgery.shrink(Failing(), torch.randn(2, 3, 16, 16), surgery.recipe(submodule="body", macs=0.5))
     assert result.report["part"]["checked"] == "on its own"
     assert any("on its own only" in note and "no such operator" in note for note in result.check.notes)
 
@@ -90,12 +90,12 @@ def test_where_the_whole_model_does_not_run_the_part_is_checked_on_its_own() -> 
 def test_a_part_that_is_not_there_or_not_reached(name: str, message: str) -> None:
     model = Whole()
     with pytest.raises(InvalidInput, match=message):
-        surgery.shrink(model, torch.randn(2, 3, 16, 16), part=name)
+        surgery.shrink(model, torch.randn(2, 3, 16, 16), surgery.recipe(submodule=name))
 
 
 def test_the_other_tracer_shrinks_a_part_too() -> None:
     x = torch.randn(2, 3, 16, 16)
-    result = surgery.shrink(Whole(), x, part="body", tracer="torch-pruning", budget=surgery.Budget(params=0.6))
+    result = surgery.shrink(Whole(), x, surgery.recipe(submodule="body", tracer="torch-pruning", params=0.6))
     assert result.model.body.first[0].out_channels < 16
     assert result.report["part"]["checked"] == "on its own and in the whole model"
 
@@ -104,7 +104,7 @@ def test_the_backbone_of_fcn_resnet50() -> None:
     models = import_torchvision().models
     model = models.get_model("fcn_resnet50", weights=None, weights_backbone=None)
     x = torch.randn(1, 3, 64, 64)
-    result = surgery.shrink(model, x, part="backbone", budget=surgery.Budget(channels=0.6))
+    result = surgery.shrink(model, x, surgery.recipe(submodule="backbone", channels=0.6))
     assert result.report["budget"]["kept_fraction"] <= 0.6
     assert result.report["part"]["checked"] == "on its own and in the whole model"
     assert result.model.state_dict().keys() == model.state_dict().keys()
@@ -116,9 +116,7 @@ def test_the_backbone_of_a_detector() -> None:
     model = detection.fasterrcnn_mobilenet_v3_large_320_fpn(
         weights=None, weights_backbone=None, min_size=64, max_size=96
     )
-    result = surgery.shrink(
-        model, ([torch.rand(3, 64, 96)],), part="backbone.body", budget=surgery.Budget(channels=0.7)
-    )
+    result = surgery.shrink(model, ([torch.rand(3, 64, 96)],), surgery.recipe(submodule="backbone.body", channels=0.7))
     dense, kept = result.report["part"]["whole"]["params"]
     assert kept < dense
     assert result.report["part"]["checked"].startswith("on its own")
@@ -131,7 +129,7 @@ def test_the_backbone_of_a_detector() -> None:
 @pytest.mark.parametrize(("whole", "noted"), [(Whole, "the whole model"), (Failing, "the part alone")])
 def test_files_hold_the_whole_model_where_it_can_be_exported(tmp_path: Path, whole: type[Whole], noted: str) -> None:
     model, x = whole(), torch.randn(2, 3, 16, 16)
-    result = surgery.shrink(model, x, part="body", budget=surgery.Budget(channels=0.5))
+    result = surgery.shrink(model, x, surgery.recipe(submodule="body", channels=0.5))
 
     written = surgery.save(result, tmp_path / "out", surgery.recipe(runs=3))
     assert any(noted in note for note in written.data["notes"] if note.startswith("ONNX"))

@@ -235,8 +235,8 @@ def reads_its_input() -> nn.Module:
 
 def test_own_class_keeps_whole_what_its_code_cannot_run_smaller() -> None:
     model, x = reads_its_input(), torch.randn(2, 3, 10, 10)
-    assert surgery.shrink(model, x, budget=surgery.Budget(macs=0.5)).kind == "graph"
-    result = surgery.shrink(model, x, budget=surgery.Budget(macs=0.6), own_class=True)
+    assert surgery.shrink(model, x, surgery.recipe(macs=0.5)).kind == "graph"
+    result = surgery.shrink(model, x, surgery.recipe(macs=0.6, own_class=True))
     assert result.kind == "module" and result.plan.settings["keep"] == ["0.3"]
     assert result.model.get_submodule("0.3").qkv.weight.shape == (48, 16, 1, 1)
     assert result.model.get_submodule("0.0").weight.shape[0] < 32
@@ -255,4 +255,4 @@ def test_own_class_that_holds_no_cut_is_refused() -> None:
             return y
 
     with pytest.raises(UnsupportedModel, match="own-class"):
-        surgery.shrink(Fixed().eval(), torch.randn(2, 3, 10, 10), own_class=True, budget=surgery.Budget(macs=0.5))
+        surgery.shrink(Fixed().eval(), torch.randn(2, 3, 10, 10), surgery.recipe(own_class=True, macs=0.5))

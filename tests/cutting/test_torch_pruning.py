@@ -100,7 +100,7 @@ def test_a_model_with_an_if_on_data_is_refused_by_export_and_shrunk_by_torch_pru
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(UnsupportedModel, match=r"nets\.py:16"):
         surgery.shrink(model, x)
-    result = surgery.shrink(model, x, tracer="torch-pruning", budget=surgery.Budget(macs=0.5))
+    result = surgery.shrink(model, x, surgery.recipe(tracer="torch-pruning", macs=0.5))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert type(result.model) is type(model)
     assert result.model.depthwise.groups == result.model.depthwise.out_channels < 24
@@ -115,7 +115,7 @@ def test_a_model_with_an_if_on_data_is_refused_by_export_and_shrunk_by_torch_pru
 
 def test_a_literal_view_is_refused_with_its_line(nets) -> None:
     with pytest.raises(UnsupportedModel, match=r"nets\.py:32") as refused:
-        surgery.shrink(nets["Literal"](), torch.randn(2, 1, 12, 12), tracer="torch-pruning")
+        surgery.shrink(nets["Literal"](), torch.randn(2, 1, 12, 12), surgery.recipe(tracer="torch-pruning"))
     assert "--keep" in str(refused.value)
 
 

@@ -419,14 +419,12 @@ def test_heads_that_mix_with_the_batch_are_never_cut_wrong(mixed: Any) -> None:
     """Samples mix: what holds for the batch of two that is traced does not for three."""
     model, x = three(mixed), torch.randn(2, 3, 6, 6)
     with pytest.raises(CheckFailed, match="batch of 3"):
-        surgery.shrink(model, x, budget=surgery.Budget(macs=0.75))
+        surgery.shrink(model, x, surgery.recipe(macs=0.75))
 
 
 def test_without_a_floating_output_nothing_is_shown() -> None:
     with pytest.raises(CheckFailed, match="no floating-point tensor"):
-        surgery.shrink(
-            three(lambda m, x: m.z(m.a(x)).argmax(1)), torch.randn(2, 3, 6, 6), budget=surgery.Budget(macs=0.5)
-        )
+        surgery.shrink(three(lambda m, x: m.z(m.a(x)).argmax(1)), torch.randn(2, 3, 6, 6), surgery.recipe(macs=0.5))
 
 
 def outputs_as_before(cutting: Cutting) -> bool:

@@ -45,7 +45,7 @@ IMAGE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module")
 def result() -> Any:
-    return surgery.shrink(net(), IMAGE, budget=HALF)
+    return surgery.shrink(net(), IMAGE, surgery.recipe(budget=HALF))
 
 
 @pytest.fixture(scope="module")
@@ -74,20 +74,22 @@ def test_the_report_counts_what_fvcore_counts_on_the_modules(result: Any) -> Non
 
 def test_every_stage_is_timed_and_told() -> None:
     told: list[str] = []
-    result = surgery.shrink(net(), IMAGE, budget=HALF, progress=lambda stage, fraction: told.append(stage))
+    result = surgery.shrink(
+        net(), IMAGE, surgery.recipe(budget=HALF), progress=lambda stage, fraction: told.append(stage)
+    )
     stages = ["trace", "couple", "score", "allocate", "cut", "check", "count"]
     assert list(dict.fromkeys(told)) == stages
     assert list(result.report["stages_s"]) == stages
 
 
 def test_the_same_seed_and_arguments_give_the_same_bytes(result: Any) -> None:
-    again = surgery.shrink(net(), IMAGE, budget=HALF)
+    again = surgery.shrink(net(), IMAGE, surgery.recipe(budget=HALF))
     assert again.plan.to_json() == result.plan.to_json()
     assert weights_bytes(again.model) == weights_bytes(result.model)
 
 
 def test_another_budget_gives_another_plan(result: Any) -> None:
-    smaller = surgery.shrink(net(), IMAGE, budget=surgery.Budget(params=0.25), criterion="l2", scope="uniform")
+    smaller = surgery.shrink(net(), IMAGE, surgery.recipe(params=0.25, criterion="l2", scope="uniform"))
     assert smaller.report["budget"]["kind"] == "params"
     assert smaller.report["budget"]["kept_fraction"] <= 0.25
     assert smaller.plan.digest != result.plan.digest
@@ -97,7 +99,7 @@ def test_a_users_criterion_is_named_in_the_plan() -> None:
     def first_units_go(group: Any, parameters: Any) -> list[float]:
         return [float(k) for k in range(group.size)]
 
-    made = surgery.shrink(net(), IMAGE, budget=HALF, criterion=first_units_go)
+    made = surgery.shrink(net(), IMAGE, surgery.recipe(budget=HALF, criterion=first_units_go))
     assert made.plan.settings["criterion"] == "first_units_go"
     assert all(dead == tuple(range(len(dead))) for dead in made.plan.dead.values())
 
@@ -115,7 +117,7 @@ def test_a_plan_travels_to_another_copy_of_the_dense_model(result: Any, tmp_path
 
 def test_keyword_inputs_are_made_again_from_the_plan() -> None:
     scaled = {"scale": torch.ones(1, 1)}
-    made = surgery.shrink(net(), IMAGE, budget=HALF, example_kwargs=scaled)
+    made = surgery.shrink(net(), IMAGE, surgery.recipe(budget=HALF), example_kwargs=scaled)
     compact = surgery.apply(made.plan, net())
     assert torch.equal(compact(IMAGE, **scaled), made.model(IMAGE, **scaled))
 
@@ -126,7 +128,7 @@ def test_a_plan_for_another_architecture_is_refused(result: Any) -> None:
 
 
 def test_what_keep_protects_stays_whole_when_the_plan_is_applied() -> None:
-    made = surgery.shrink(net(), IMAGE, budget=surgery.Budget(channels=0.9), keep="inner")
+    made = surgery.shrink(net(), IMAGE, surgery.recipe(channels=0.9, keep="inner"))
     assert made.model.inner.weight.shape == (12, 12, 3, 3)
     assert made.model.neck.weight.shape[0] < 10
     assert surgery.apply(made.plan, net()).inner.weight.shape == made.model.inner.weight.shape
@@ -172,7 +174,7 @@ def test_more_threads_than_cores_are_refused_before_any_work() -> None:
 @pytest.mark.parametrize("asked", [{"tracer": "no-such-tracer"}])
 def test_an_unknown_tracer_is_refused(asked: dict[str, str]) -> None:
     with pytest.raises((UnsupportedModel, InvalidInput), match="no-such-tracer"):
-        surgery.shrink(net(), IMAGE, **asked)
+        surgery.shrink(net(), IMAGE, surgery.recipe(**asked))
 
 
 class Told(nn.Module):
@@ -191,7 +193,7 @@ class Told(nn.Module):
 def test_arguments_that_are_no_tensors_are_in_the_plan(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Told().eval(), torch.randn(1, 3, 12, 12)
-    result = surgery.shrink(model, x, budget=HALF, example_kwargs={"scale": 2.0, "bent": False})
+    result = surgery.shrink(model, x, surgery.recipe(budget=HALF), example_kwargs={"scale": 2.0, "bent": False})
     assert result.check.error_float64 <= 1e-10
     result.plan.save(tmp_path / "plan.json")
     plan = surgery.Plan.load(tmp_path / "plan.json")

@@ -39,7 +39,7 @@ class Gated(nn.Module):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_model_is_cut_in_its_own_dtype_and_class(dtype: torch.dtype, casts: bool) -> None:
     model = Gated(casts).eval().to(dtype)
-    result = surgery.shrink(model, torch.randn(2, 3, 12, 12, dtype=dtype), budget=surgery.Budget(macs=0.5))
+    result = surgery.shrink(model, torch.randn(2, 3, 12, 12, dtype=dtype), surgery.recipe(macs=0.5))
     assert result.kind == "module" and type(result.model) is Gated
     assert {p.dtype for p in result.model.parameters()} == {dtype}
     assert result.check.error_float64 <= 1e-10
@@ -48,7 +48,7 @@ def test_a_model_is_cut_in_its_own_dtype_and_class(dtype: torch.dtype, casts: bo
 
 def test_a_wrong_weight_shows_where_forward_casts() -> None:
     model = Gated(casts=True).eval()
-    result = surgery.shrink(model, torch.randn(2, 3, 12, 12), budget=surgery.Budget(macs=0.5))
+    result = surgery.shrink(model, torch.randn(2, 3, 12, 12), surgery.recipe(macs=0.5))
     program, plan, compact, coupling = result.program, result.plan, result.compact, result.coupling
     assert compact.kind == "module"
     compact.module.casts = False  # the same at any precision: nothing to find
@@ -61,7 +61,7 @@ def test_a_wrong_weight_shows_where_forward_casts() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_files_are_float32_and_say_so(tmp_path: Path, dtype: torch.dtype) -> None:
     model = Gated(casts=True).eval().to(dtype)
-    result = surgery.shrink(model, torch.randn(1, 3, 12, 12, dtype=dtype), budget=surgery.Budget(macs=0.5))
+    result = surgery.shrink(model, torch.randn(1, 3, 12, 12, dtype=dtype), surgery.recipe(macs=0.5))
     report = save(result, tmp_path / "out", surgery.recipe(runs=20))
     session = onnxruntime.InferenceSession(tmp_path / "out" / "compact.onnx", providers=["CPUExecutionProvider"])
     assert [i.type for i in session.get_inputs()] == ["tensor(float)"]
@@ -83,6 +83,6 @@ class Sampling(nn.Module):
 
 
 def test_a_tensor_that_forward_makes_meets_the_others_in_any_dtype() -> None:
-    result = surgery.shrink(Sampling().eval(), torch.randn(2, 3, 12, 12), budget=surgery.Budget(macs=0.5))
+    result = surgery.shrink(Sampling().eval(), torch.randn(2, 3, 12, 12), surgery.recipe(macs=0.5))
     assert result.kind == "module"
     assert result.check.error_float64 <= 1e-10

@@ -43,7 +43,7 @@ def counting(net: Any, x: Tensor) -> Tensor:
 def test_inputs_and_buffers(between: Any) -> None:
     net, x = Net(between), torch.randn(2, 3, 8, 8)
     before = x.clone()
-    surgery.shrink(net, x, budget=surgery.Budget(macs=0.5))
+    surgery.shrink(net, x, surgery.recipe(macs=0.5))
     assert torch.equal(x, before)
     assert float(net.n) == 0
 
@@ -58,7 +58,7 @@ def test_the_process_after_several_threads() -> None:
 
     def work() -> None:
         net = Net(lambda net, x: net.first(x).relu())
-        results.append(surgery.shrink(net, torch.randn(2, 3, 8, 8), budget=surgery.Budget(macs=0.5)))
+        results.append(surgery.shrink(net, torch.randn(2, 3, 8, 8), surgery.recipe(macs=0.5)))
 
     threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads:

@@ -31,7 +31,7 @@ class Between(nn.Module):
 def cut_soundly(model: nn.Module, x: Tensor) -> surgery.Result:
     torch.manual_seed(0)
     model, x = model.double().eval(), x.double()
-    result = surgery.shrink(model, x, budget=surgery.Budget(channels=0.6))
+    result = surgery.shrink(model, x, surgery.recipe(channels=0.6))
     assert judge(model, result.model, [(torch.randn_like(x),) for _ in range(2)]).sound
     return result
 
@@ -78,7 +78,7 @@ def test_an_einstein_sum_broadcasts_axes_of_length_one() -> None:
 
 def test_an_in_place_sum_keeps_its_dtype() -> None:
     model = Between(lambda m, y: y.add_(m.shift.float()), shift=torch.randn(8, 1, 1)).bfloat16().eval()
-    result = surgery.shrink(model, IMAGE.bfloat16(), budget=surgery.Budget(channels=0.6))
+    result = surgery.shrink(model, IMAGE.bfloat16(), surgery.recipe(channels=0.6))
     assert result.model(IMAGE.bfloat16()).dtype == torch.bfloat16
     assert any(result.plan.dead.values())
 
@@ -163,7 +163,7 @@ class Counting(nn.Module):
 
 def test_a_model_that_writes_into_buffers_comes_back_as_it_was() -> None:
     model = Counting().eval()
-    result = surgery.shrink(model, IMAGE, budget=surgery.Budget(channels=0.5))
+    result = surgery.shrink(model, IMAGE, surgery.recipe(channels=0.5))
     assert result.plan.dead
     for state in (model.state_dict(), result.model.state_dict()):
         assert int(state["calls"]) == 0
@@ -175,7 +175,7 @@ def test_a_choice_by_a_constant_mask_has_a_size_and_one_by_values_is_refused() -
     model.last = nn.Conv2d(4, 4, 1)
     cut_soundly(model, IMAGE)
     with pytest.raises(UnsupportedModel, match=r"test_odd_calls\.py:\d+ returns a tensor whose size .*--part"):
-        surgery.shrink(Kept(), IMAGE, budget=surgery.Budget(macs=0.5))
+        surgery.shrink(Kept(), IMAGE, surgery.recipe(macs=0.5))
 
 
 class Kept(Between):
@@ -209,7 +209,7 @@ def test_a_weight_that_is_taken_apart_is_not_computed() -> None:
     model, inputs = Decoder().double().eval(), (torch.randn(2, 5, 6).double(), torch.randn(2, 4, 6).double())
     nn.init.normal_(model.attention.in_proj_bias)
     nn.init.normal_(model.attention.out_proj.bias)
-    result = surgery.shrink(model, inputs, budget=surgery.Budget(channels=0.5))
+    result = surgery.shrink(model, inputs, surgery.recipe(channels=0.5))
     assert not result.program.materialised
     assert result.model.state_dict()["attention.in_proj_weight"].shape[0] < 48
     assert judge(model, result.model, [inputs, tuple(torch.randn_like(x) for x in inputs)]).sound
@@ -228,7 +228,7 @@ GAINS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_a_gain_computed_over_the_channels_keeps_its_dense_values(name: str) -> None:
     gain = GAINS[name]
     model = Between(lambda m, y: y * gain(m.g)[:, None, None], g=torch.rand(8) + 0.5)
-    result = surgery.shrink(model.eval(), IMAGE, budget=surgery.Budget(channels=0.6), inexact="never")
+    result = surgery.shrink(model.eval(), IMAGE, surgery.recipe(channels=0.6, inexact="never"))
     kept = result.model.state_dict()["g_computed"]
     assert set(kept.flatten().tolist()) < set(gain(model.g).tolist())
 
@@ -244,5 +244,5 @@ def test_one_unit_that_is_left_may_be_dead_on_some_values(seed: int) -> None:
             return self.last(F.relu(self.first(x)).amin((2, 3)))
 
     torch.manual_seed(0)
-    result = surgery.shrink(Darkest().eval(), IMAGE, budget=surgery.Budget(channels=0.13), seed=seed)
+    result = surgery.shrink(Darkest().eval(), IMAGE, surgery.recipe(channels=0.13, seed=seed))
     assert [len(units) for units in result.plan.dead.values()] == [7]

@@ -30,7 +30,7 @@ from pathlib import Path
 import net, surgery
 from surgery.latency import ratio
 
-result = surgery.shrink(*net.net(), budget=surgery.Budget(macs=0.5))
+result = surgery.shrink(*net.net(), surgery.recipe(macs=0.5))
 report = surgery.save(result, "by_api", surgery.recipe(runs=3))  # peak memory comes from a worker process each
 assert report.data["timing"]["rows"][0]["peak_memory_bytes"] > 0
 files = "by_api/dense.onnx", "by_api/compact.onnx"

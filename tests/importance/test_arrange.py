@@ -217,7 +217,7 @@ def test_more_of_the_weights_is_kept_than_in_slabs(name: str) -> None:
 
 def test_each_weight_that_is_left_is_a_dense_one_in_the_row_it_was_in() -> None:
     model, x = built("grouped convolutions")
-    result = surgery.shrink(model, x, budget=surgery.Budget(macs=0.5))
+    result = surgery.shrink(model, x, surgery.recipe(macs=0.5))
     assert {a.group for a in result.plan.arranged}
     dense, compact = dict(model.named_parameters()), dict(result.model.named_parameters())
     rows = [(compact["b.bias"][:, None] == dense["b.bias"]).int().argmax(1)]
@@ -232,7 +232,7 @@ def test_each_weight_that_is_left_is_a_dense_one_in_the_row_it_was_in() -> None:
 
 def test_a_plan_goes_to_another_copy_through_a_file(tmp_path: Path) -> None:
     model, x = built("attention")
-    result = surgery.shrink(model, x, budget=surgery.Budget(macs=0.5))
+    result = surgery.shrink(model, x, surgery.recipe(macs=0.5))
     assert result.plan.arranged
     assert any("other members" in note for note in result.report["plan"]["notes"])
     result.plan.save(tmp_path / "plan.json")
@@ -258,7 +258,7 @@ def test_an_arrangement_of_what_is_tied_is_caught() -> None:
 
 def test_what_is_no_order_is_refused(tmp_path: Path) -> None:
     model, x = built("attention")
-    plan = surgery.shrink(model, x, budget=surgery.Budget(macs=0.5)).plan
+    plan = surgery.shrink(model, x, surgery.recipe(macs=0.5)).plan
     data = json.loads(plan.to_json())
     data["arranged"][0]["orders"][0][0] = data["arranged"][0]["orders"][0][1]
     (tmp_path / "plan.json").write_text(json.dumps(data))
@@ -269,6 +269,6 @@ def test_what_is_no_order_is_refused(tmp_path: Path) -> None:
 def test_a_callable_that_scores_units_gets_units() -> None:
     model, x = built("attention")
     result = surgery.shrink(
-        model, x, budget=surgery.Budget(macs=0.5), criterion=lambda group, parameters: list(range(group.size))
+        model, x, surgery.recipe(macs=0.5, criterion=lambda group, parameters: list(range(group.size)))
     )
     assert result.plan.arranged == ()

@@ -128,14 +128,14 @@ def test_a_plan_goes_by_what_the_images_show() -> None:
     assert max(by_weights, key=by_weights.__getitem__) == "2"
     given = table_of(program, couple(program))
     asked = {"budget": surgery.Budget(latency=0.8), "latency_table": given}
-    first_run, again = (surgery.shrink(model, IMAGES[:2], data=IMAGES, **asked) for _ in range(2))  # type: ignore[arg-type]
+    first_run, again = (surgery.shrink(model, IMAGES[:2], surgery.recipe(data=IMAGES, **asked)) for _ in range(2))  # type: ignore[arg-type]
     assert set(first_run.plan.dropped) == {"2"}
     assert first_run.plan.to_json() == again.plan.to_json()
     assert first_run.plan.settings["data"]["images"] == 24
     assert first_run.report["settings"]["data"] == first_run.plan.settings["data"]
-    other = surgery.shrink(model, IMAGES[:2], data=IMAGES.flip(0), **asked)  # type: ignore[arg-type]
+    other = surgery.shrink(model, IMAGES[:2], surgery.recipe(data=IMAGES.flip(0), **asked))  # type: ignore[arg-type]
     assert other.plan.settings != first_run.plan.settings
-    assert "2" not in surgery.shrink(model, IMAGES[:2], **asked).plan.dropped  # type: ignore[arg-type]
+    assert "2" not in surgery.shrink(model, IMAGES[:2], surgery.recipe(**asked)).plan.dropped  # type: ignore[arg-type]
 
 
 NETWORK = """

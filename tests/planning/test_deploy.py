@@ -21,12 +21,10 @@ from stairs import table_of
 from torch import nn
 
 import surgery
-from exporters.quantize import Int8, to_int8
-from surgery import within
-from surgery.api import realise
+from exporters.quantize import to_int8
+from surgery import search
 from surgery.capture.tracing import trace
 from surgery.core.kernels import Kernel, Operand, Widths, step
-from surgery.core.progress import Clock
 from surgery.coupling.coupler import couple
 from surgery.errors import InvalidInput
 from surgery.latency import cache, fill, probe
@@ -177,16 +175,16 @@ def table() -> LatencyTable:
 
 def test_a_plan_says_what_it_is_for_and_is_made_by_a_table_of_that(table: LatencyTable) -> None:
     half = surgery.Budget(latency=0.5)
-    result = surgery.shrink(net(), IMAGE, budget=half, latency_table=table, deploy="int8")
+    result = surgery.shrink(net(), IMAGE, surgery.recipe(budget=half, latency_table=table, deploy="int8"))
     assert result.plan.settings["deploy"] == "int8"
     assert result.report["latency"]["device"]["precision"] == "int8"
     assert result.check.error_float64 <= 1e-10
     with pytest.raises(InvalidInput, match=r"table.json is of int8, and the plan is for fp32: give --deploy int8"):
-        surgery.shrink(net(), IMAGE, budget=half, latency_table=table)
+        surgery.shrink(net(), IMAGE, surgery.recipe(budget=half, latency_table=table))
     with pytest.raises(InvalidInput, match="there are fp32, int8"):
-        surgery.shrink(net(), IMAGE, budget=half, latency_table=table, deploy="int4")
+        surgery.shrink(net(), IMAGE, surgery.recipe(budget=half, latency_table=table, deploy="int4"))
     with pytest.raises(InvalidInput, match="--deploy int8 is for budgets of time"):
-        surgery.shrink(net(), IMAGE, budget=surgery.Budget(macs=0.5), deploy="int8")
+        surgery.shrink(net(), IMAGE, surgery.recipe(macs=0.5, deploy="int8"))
 
 
 def test_the_timed_files_are_in_int8(tmp_path: Path) -> None:
@@ -206,16 +204,16 @@ def test_the_drop_is_that_of_the_int8_file(
     asked = surgery.recipe(latency=0.9, latency_table=table, data=images, val=(images, classes), deploy="int8")
     decision = decide(net(), IMAGE, asked)
     judged: list[str] = []
-    lost_by = within.lost_by
+    lost_by = search.lost_by
 
     def noted(steps: tuple[Step, ...]) -> tuple[float, float, str]:
         judged.append(steps[-1].name)
         return lost_by(steps)
 
-    monkeypatch.setattr(within, "lost_by", noted)
+    monkeypatch.setattr(search, "lost_by", noted)
     monkeypatch.setattr(LatencyBench, "ratio", lambda *given, **named: type("R", (), {"value": 0.5})())
-    monkeypatch.setattr(within, "MOST", 1)
-    result = within.fastest(replace(decision, recipe=decision.recipe.but(max_drop=100.0)), realise, Clock(None))
+    monkeypatch.setattr(search, "MOST", 1)
+    result = search.fastest(replace(decision, recipe=decision.recipe.but(max_drop=100.0)), None)
     assert judged[0] == "int8"
     assert "of the dense int8 latency" in result.report["latency"]["verdict"]
 
@@ -223,7 +221,7 @@ def test_the_drop_is_that_of_the_int8_file(
 def test_files_are_made_as_the_plan_was_timed(table: LatencyTable, tmp_path: Path) -> None:
     images = torch.randn(16, 3, 16, 16)
     asked = {"data": images, "recover": "none", "latency_table": table, "deploy": "int8"}
-    result = surgery.shrink(net(), IMAGE, budget=surgery.Budget(latency=0.5), int8=Int8(keep=("last",)), **asked)  # type: ignore[arg-type]
+    result = surgery.shrink(net(), IMAGE, surgery.recipe(latency=0.5, int8_keep=("last",), **asked))  # type: ignore[arg-type]
     assert result.plan.settings["int8"]["keep"] == ["last"]
     data = surgery.save(result, tmp_path / "out", surgery.recipe(runs=12)).data
     assert any("3 of 4 layers are in 8 bits" in note for note in data["notes"])
@@ -235,7 +233,7 @@ def test_files_are_made_as_the_plan_was_timed(table: LatencyTable, tmp_path: Pat
 
 def test_a_drop_of_int8_files_needs_images_to_make_them_by() -> None:
     with pytest.raises(InvalidInput, match="--max-drop judges files in int8"):
-        surgery.shrink(net(), IMAGE, max_drop=5.0, deploy="int8", evaluate=lambda model: {"top1": 0.5})
+        surgery.shrink(net(), IMAGE, surgery.recipe(max_drop=5.0, deploy="int8", metric=lambda model: {"top1": 0.5}))
 
 
 # The command line. ---------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def table() -> LatencyTable:
 
 
 def shrunk(table: LatencyTable, budget: surgery.Budget, **asked: object) -> surgery.Result:
-    return surgery.shrink(net(), IMAGE, budget=budget, latency_table=table, **asked)  # type: ignore[arg-type]
+    return surgery.shrink(net(), IMAGE, surgery.recipe(budget=budget, latency_table=table, **asked))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("fraction", [0.75, 0.5, 0.2])
@@ -75,9 +75,7 @@ def test_widths_stand_on_stair_edges_and_say_why(table: LatencyTable) -> None:
 def test_the_same_model_seed_and_table_give_the_same_plan_to_the_byte(table: LatencyTable, tmp_path: Path) -> None:
     table.save(tmp_path / "t.json")
     first = shrunk(table, surgery.Budget(latency=0.5), correct=False)
-    second = surgery.shrink(
-        net(), IMAGE, budget=surgery.Budget(latency=0.5), latency_table=tmp_path / "t.json", correct=False
-    )
+    second = surgery.shrink(net(), IMAGE, surgery.recipe(latency=0.5, latency_table=tmp_path / "t.json", correct=False))
     assert first.plan.to_json() == second.plan.to_json()
 
 
@@ -91,9 +89,7 @@ def test_what_is_kept_stays_and_a_part_is_planned_by_itself(table: LatencyTable)
     kept = shrunk(table, surgery.Budget(latency=0.75), keep=("3",))
     assert kept.model.get_submodule("3").weight.shape[0] == 128  # type: ignore[union-attr, index]
     whole = nn.Sequential(net(), nn.Softmax(1)).eval()
-    part = surgery.shrink(
-        whole, IMAGE, budget=surgery.Budget(latency=0.5), part="0", latency_table=table, correct=False
-    )
+    part = surgery.shrink(whole, IMAGE, surgery.recipe(latency=0.5, submodule="0", latency_table=table, correct=False))
     assert part.plan.dead
     assert part.report["part"]["name"] == "0"
 
@@ -133,7 +129,7 @@ def test_budgets_of_time_out_of_range_are_refused(budget: dict[str, float]) -> N
 
 
 def test_a_table_of_other_threads_is_said_to_be_one(table: LatencyTable) -> None:
-    planned = surgery.shrink(net(), IMAGE, budget=surgery.Budget(latency=0.5), latency_table=table, threads=2)
+    planned = surgery.shrink(net(), IMAGE, surgery.recipe(latency=0.5, latency_table=table, threads=2))
     assert any("--threads 1" in note and "--threads 2" in note for note in planned.report["notes"])
 
 

@@ -121,9 +121,7 @@ def test_its_table_holds_this_model_alone_and_plans_for_it(
     assert dict(table.device) == here["device"]
     model, images = network
     for latency in (0.5, 0.1):  # the second one takes blocks out, and meets kernels that the whole model has not
-        result = surgery.shrink(
-            model, images, budget=surgery.Budget(latency=latency), latency_table=folder / "here.json"
-        )
+        result = surgery.shrink(model, images, surgery.recipe(latency=latency, latency_table=folder / "here.json"))
         loop = result.report["latency"]
         assert loop["predicted_ms"] <= latency * loop["predicted_dense_ms"]
         assert loop["met"] is None
@@ -226,7 +224,7 @@ def planned(
 
     model, images = network
     budget = surgery.Budget(latency=0.4)
-    result = surgery.shrink(model, images, budget=budget, latency_table=device.folder / "table.json")
+    result = surgery.shrink(model, images, surgery.recipe(budget=budget, latency_table=device.folder / "table.json"))
     surgery.save(result, folder / "small", surgery.recipe(runs=3))
     return result
 
@@ -356,9 +354,7 @@ def test_an_acceptance_needs_its_devices_table_and_a_budget_of_latency(tmp_path:
     with pytest.raises(InvalidInput, match="--latency-table"):
         validate(recipe(latency=0.5, acceptance="acceptance.json"))
     with pytest.raises(InvalidInput, match="--acceptance is for budgets of time"):
-        surgery.shrink(
-            nn.Conv2d(3, 8, 1), torch.zeros(1, 3, 8, 8), budget=surgery.Budget(macs=0.5), acceptance="a.json"
-        )
+        surgery.shrink(nn.Conv2d(3, 8, 1), torch.zeros(1, 3, 8, 8), surgery.recipe(macs=0.5, acceptance="a.json"))
     with pytest.raises(InvalidInput, match="cannot read acceptance"):
         acceptance_of(recipe(latency_table="table.json", acceptance=tmp_path / "absent.json"))
     with pytest.raises(InvalidInput, match="acceptance=3"):
@@ -488,11 +484,11 @@ def test_a_plan_is_repeated_from_the_command_line(folder: Path) -> None:
 def test_a_plan_that_drops_blocks_is_repeated_with_the_same_figures(
     folder: Path, here: dict[str, Any], network: tuple[nn.Module, tuple[torch.Tensor, ...]]
 ) -> None:
-    from surgery import api as pipeline
+    from surgery import pipeline
     from surgery.planning.decision import repeat
 
     model, images = network
-    first = surgery.shrink(model, images, budget=surgery.Budget(latency=0.1), latency_table=folder / "here.json")
+    first = surgery.shrink(model, images, surgery.recipe(latency=0.1, latency_table=folder / "here.json"))
     plan = surgery.Plan.from_json(first.plan.to_json())
     assert plan.dropped
     again = pipeline.realise(repeat(plan, model, images))

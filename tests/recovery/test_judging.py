@@ -64,7 +64,7 @@ def images(model: nn.Module) -> tuple[Tensor, Tensor]:
 @pytest.fixture(scope="module")
 def cut(model: nn.Module, images: tuple[Tensor, Tensor]) -> surgery.Result:
     budget = surgery.Budget(macs=0.5)
-    return surgery.shrink(model, images[0][:1], budget=budget, data=images[0], recover="none")
+    return surgery.shrink(model, images[0][:1], surgery.recipe(budget=budget, data=images[0], recover="none"))
 
 
 # Images to judge by. -------------------------------------------------------------------------------------------------
@@ -72,7 +72,12 @@ def cut(model: nn.Module, images: tuple[Tensor, Tensor]) -> surgery.Result:
 
 def test_the_order_of_a_loader_changes_nothing(cut: surgery.Result, images: tuple[Tensor, Tensor]) -> None:
     found = [
-        surgery.recover(cut, images, level="bn", val=DataLoader(TensorDataset(*images), batch_size=32, shuffle=shuffle))
+        surgery.recover(
+            cut,
+            surgery.recipe(
+                data=images, recover="bn", val=DataLoader(TensorDataset(*images), batch_size=32, shuffle=shuffle)
+            ),
+        )
         for shuffle in (False, True)
     ]
     first, second = ([step.agreement for step in result.steps] for result in found)
@@ -105,10 +110,13 @@ def test_images_that_are_others_each_time_are_refused_where_they_cannot_be_held(
 ) -> None:
     monkeypatch.setattr(judging, "KEPT", 1000)
     with pytest.raises(InvalidInput, match="val gives other images each time"):
-        surgery.recover(cut, images, level="bn", val=DataLoader(_Noisy(images, torch.Generator()), batch_size=32))
+        surgery.recover(
+            cut,
+            surgery.recipe(data=images, recover="bn", val=DataLoader(_Noisy(images, torch.Generator()), batch_size=32)),
+        )
     for shuffle in (False, True):  # what is drawn from torch's generator is the same each time
         loader = DataLoader(_Noisy(images, None), batch_size=32, shuffle=shuffle)
-        result = surgery.recover(cut, images, level="bn", val=loader)
+        result = surgery.recover(cut, surgery.recipe(data=images, recover="bn", val=loader))
         assert result.steps[0].agreement is not None
         assert result.steps[0].agreement.accuracy is not None
         assert result.steps[0].agreement.accuracy > 0.9
@@ -218,13 +226,15 @@ def test_a_file_that_cannot_be_read_is_not_judged_by(tmp_path: Path) -> None:
 
 def test_classes_in_a_column_are_classes(cut: surgery.Result, images: tuple[Tensor, Tensor]) -> None:
     loader = DataLoader(TensorDataset(images[0], images[1][:, None]), batch_size=32)
-    result = surgery.recover(cut, images, level="bn", val=loader)
+    result = surgery.recover(cut, surgery.recipe(data=images, recover="bn", val=loader))
     assert result.report["accuracy"]["status"] == "measured"
 
 
 def test_classes_that_cannot_be_used_are_said(cut: surgery.Result, images: tuple[Tensor, Tensor]) -> None:
     hot = nn.functional.one_hot(images[1], 5)
-    result = surgery.recover(cut, images, level="bn", val=DataLoader(TensorDataset(images[0], hot), batch_size=32))
+    result = surgery.recover(
+        cut, surgery.recipe(data=images, recover="bn", val=DataLoader(TensorDataset(images[0], hot), batch_size=32))
+    )
     assert any("not one whole number for each image" in note for note in result.report["notes"])
 
 
@@ -235,7 +245,7 @@ def test_a_label_out_of_range_is_refused_before_the_work(
     labels = images[1].clone()
     labels[17] = wrong
     with pytest.raises(InvalidInput, match=f"a label is {wrong}, but the model has 5 classes"):
-        surgery.recover(cut, (images[0], labels), level="finetune", training=surgery.Training(epochs=1))
+        surgery.recover(cut, surgery.recipe(data=(images[0], labels), recover="finetune", epochs=1))
 
 
 def test_labels_of_a_loader_are_looked_at_before_the_work(
@@ -245,8 +255,10 @@ def test_labels_of_a_loader_are_looked_at_before_the_work(
         return {"data": DataLoader(TensorDataset(x, *classes), batch_size=32), "recover": "finetune"}
 
     budget, (x, y) = surgery.Budget(macs=0.5), images
-    training = surgery.Training(epochs=1)
-    wide = surgery.shrink(model, x[:1], budget=budget, training=training, **asked(x, y, nn.functional.one_hot(y, 9)))
+    training = {"epochs": 1}
+    wide = surgery.shrink(
+        model, x[:1], surgery.recipe(budget=budget, **training, **asked(x, y, nn.functional.one_hot(y, 9)))
+    )
     assert wide.steps[-1].name == "finetune"
     monkeypatch.setattr("surgery.planning.decision._chosen", None)
     pairs = {"val": (x, y + 5), "data": x, "recover": "none"}
@@ -256,7 +268,7 @@ def test_labels_of_a_loader_are_looked_at_before_the_work(
         (pairs, "val: a label is"),
     ):
         with pytest.raises(InvalidInput, match=said):
-            surgery.shrink(model, x[:1], budget=budget, training=training, **given)
+            surgery.shrink(model, x[:1], surgery.recipe(budget=budget, **training, **given))
 
 
 def test_a_model_of_a_fixed_batch_is_not_trained_and_that_is_said_before_the_work(
@@ -268,7 +280,7 @@ def test_a_model_of_a_fixed_batch_is_not_trained_and_that_is_said_before_the_wor
 
     monkeypatch.setattr("surgery.planning.decision._chosen", None)
     with pytest.raises(InvalidInput, match="this one takes 4 at a time"):
-        surgery.shrink(Fixed(), images[0][:4], budget=surgery.Budget(macs=0.5), data=images[0], recover="distill")
+        surgery.shrink(Fixed(), images[0][:4], surgery.recipe(macs=0.5, data=images[0], recover="distill"))
 
 
 def make(path: Path, colour: int = 0) -> None:
@@ -340,7 +352,7 @@ def test_files_that_cannot_be_read_are_refused_while_training_too(cut: surgery.R
         (tmp_path / f"{k:02}.png").write_text("no image")
     data = open_images(str(tmp_path), (1, 3, 10, 10), PLAIN)
     with pytest.raises(InvalidInput, match="images cannot be read"):
-        surgery.recover(cut, data, level="distill", images=2, training=surgery.Training(epochs=1, batch=8))
+        surgery.recover(cut, surgery.recipe(data=data, recover="distill", max_images=2, epochs=1, train_batch=8))
 
 
 def test_a_pixel_that_is_no_number_is_refused_where_it_is_held_out(
@@ -351,10 +363,10 @@ def test_a_pixel_that_is_no_number_is_refused_where_it_is_held_out(
         held = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[0]
         x[held] = float("nan")
         good = [k for k in range(len(x)) if k != int(held)][:8]
-        result = surgery.recover(cut, x[good], level="reconstruct")
+        result = surgery.recover(cut, surgery.recipe(data=x[good], recover="reconstruct"))
         with pytest.raises(InvalidInput, match=r"not a number|NaN"):
             surgery.recover(
-                result, _First(x, good), level="distill", images=8, training=surgery.Training(epochs=2, seed=seed)
+                result, surgery.recipe(data=_First(x, good), recover="distill", max_images=8, epochs=2, seed=seed)
             )
 
 
@@ -381,7 +393,7 @@ def test_reconstruction_is_the_same_whatever_mode_the_model_is_in(images: tuple[
         torch.manual_seed(0)
         model = Net().train(mode)
         budget = surgery.Budget(macs=0.5)
-        result = surgery.shrink(model, images[0][:1], budget=budget, data=images[0], criterion="l1")
+        result = surgery.shrink(model, images[0][:1], surgery.recipe(budget=budget, data=images[0], criterion="l1"))
         assert result.model.training is mode
         assert result.steps[-1].agreement is not None
         errors.append(result.steps[-1].agreement.error)
@@ -394,8 +406,8 @@ def test_fine_tuning_by_a_loader_never_ends_below_where_it_began(
     def loader() -> Any:
         return DataLoader(TensorDataset(*images), batch_size=32)
 
-    fitted = surgery.recover(cut, images, level="reconstruct", val=images)
-    found = surgery.recover(cut, loader(), level="finetune", val=images, training=surgery.Training(epochs=2, lr=1.0))
+    fitted = surgery.recover(cut, surgery.recipe(data=images, recover="reconstruct", val=images))
+    found = surgery.recover(cut, surgery.recipe(data=loader(), recover="finetune", val=images, epochs=2, lr=1.0))
     before, after = (result.steps[-1].agreement for result in (fitted, found))
     assert before is not None
     assert after is not None
@@ -416,9 +428,9 @@ def test_a_checkpoint_of_another_run_is_not_taken_up(
         if stage == "finetune" and fraction >= 0.5:
             raise Stopped
 
-    training = surgery.Training(epochs=4, batch=32, every=2, checkpoint=tmp_path / "training")
+    training = {"epochs": 4, "train_batch": 32, "checkpoint_steps": 2, "checkpoint": tmp_path / "training"}
     with pytest.raises(Stopped):
-        surgery.recover(cut, images, level="finetune", training=training, progress=stop)
+        surgery.recover(cut, surgery.recipe(data=images, recover="finetune", **training), progress=stop)
     assert (tmp_path / "training" / "training.safetensors").is_file()
     x, y, result = images[0], images[1], cut
     if other == "labels":
@@ -429,9 +441,9 @@ def test_a_checkpoint_of_another_run_is_not_taken_up(
         twin = copy.deepcopy(model)
         with torch.no_grad():
             twin.fc.bias += 0.5  # type: ignore[union-attr, operator]
-        result = surgery.shrink(twin, x[:1], budget=surgery.Budget(macs=0.5), data=x, recover="none")
+        result = surgery.shrink(twin, x[:1], surgery.recipe(macs=0.5, data=x, recover="none"))
         assert result.plan.digest == cut.plan.digest
-    found = surgery.recover(result, (x, y), level="finetune", training=training)
+    found = surgery.recover(result, surgery.recipe(data=(x, y), recover="finetune", **training))
     assert found.steps[-1].history is not None
     assert found.steps[-1].history.resumed == 0
 

@@ -22,11 +22,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import surgery
-from surgery import within
-from surgery.api import realise
+from surgery import search
 from surgery.capture.tracing import trace
 from surgery.core.ir import InputSpec
-from surgery.core.progress import Clock
 from surgery.coupling.coupler import couple
 from surgery.errors import BudgetUnreachable, InvalidInput
 from surgery.planning.decision import decide
@@ -96,7 +94,7 @@ def unseen(digits: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def cut(trained: nn.Module, images: tuple[Tensor, Tensor]) -> surgery.Result:
-    return surgery.shrink(trained, images[0][:2], budget=surgery.Budget(macs=0.35), criterion="l1")
+    return surgery.shrink(trained, images[0][:2], surgery.recipe(macs=0.35, criterion="l1"))
 
 
 def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
@@ -124,9 +122,9 @@ def test_every_level_helps(
 ) -> None:
     """A network of which a third is left: with the images it learns from, or with none."""
     before = [p.clone() for p in cut.model.parameters()]
-    training = surgery.Training(epochs=3, batch=64, lr=2e-3, flip=False, mix=False)
+    training = {"epochs": 3, "train_batch": 64, "lr": 2e-3, "flip": False, "mix": False}
     data = None if level == "fold" else images
-    found = surgery.recover(cut, data, level=level, val=unseen, images=256, training=training)
+    found = surgery.recover(cut, surgery.recipe(data=data, recover=level, val=unseen, max_images=256, **training))
     assert all(torch.equal(a, b) for a, b in zip(before, cut.model.parameters(), strict=True))
     steps = found.report["recovery"]["steps"]
     assert [s["name"] for s in steps[:2]] == ["dense", "cut"]
@@ -144,13 +142,13 @@ def test_shrink_recovers_by_default_where_there_are_data(
     trained: nn.Module, images: tuple[Tensor, Tensor], unseen: tuple[Tensor, Tensor]
 ) -> None:
     state = {k: v.clone() for k, v in trained.state_dict().items()}
-    found = surgery.shrink(trained, images[0][:2], budget=surgery.Budget(macs=0.5), data=images, val=unseen)
+    found = surgery.shrink(trained, images[0][:2], surgery.recipe(macs=0.5, data=images, val=unseen))
     assert found.plan.settings["criterion"] == "second-order"
     assert found.plan.settings["data"]["images"] == 512
     assert [s.name for s in found.steps] == ["dense", "cut", "reconstruct"]
     assert accuracy(found.model, unseen) > accuracy(trained, unseen) - 0.05
     assert all(torch.equal(v, state[k]) for k, v in trained.state_dict().items())
-    again = surgery.shrink(trained, images[0][:2], budget=surgery.Budget(macs=0.5), data=images, val=unseen)
+    again = surgery.shrink(trained, images[0][:2], surgery.recipe(macs=0.5, data=images, val=unseen))
     assert again.plan.to_json() == found.plan.to_json()
     assert all(torch.equal(a, b) for a, b in zip(found.model.parameters(), again.model.parameters(), strict=True))
 
@@ -160,7 +158,9 @@ def test_several_steps_come_to_one_plan(
 ) -> None:
     budget = surgery.Budget(macs=0.3)
     found = surgery.shrink(
-        trained, images[0][:2], budget=budget, data=iter([images]), images=256, val=iter([unseen]), steps=3
+        trained,
+        images[0][:2],
+        surgery.recipe(budget=budget, data=iter([images]), max_images=256, val=iter([unseen]), steps=3),
     )
     dense, kept = (found.report["models"][k]["macs"] for k in (0, 2))
     assert 0.2 < kept / dense <= 0.3
@@ -174,7 +174,9 @@ def test_several_steps_come_to_one_plan(
     assert judged[-1] == pytest.approx(accuracy(found.model, unseen))
     for wrong in ({"budget": surgery.Budget(latency=0.5)}, {"budget": budget, "data": None}, {"steps": 0}):
         with pytest.raises(InvalidInput, match="steps"):
-            surgery.shrink(trained, images[0][:2], **{"budget": budget, "data": images, "steps": 2, **wrong})  # type: ignore[arg-type]
+            surgery.shrink(
+                trained, images[0][:2], surgery.recipe(**{"budget": budget, "data": images, "steps": 2, **wrong})
+            )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("criterion", ["activation", "reconstruction", "taylor", "second-order"])
@@ -183,7 +185,9 @@ def test_criteria_that_look_at_images_beat_chance(
 ) -> None:
     def kept(by: str) -> float:
         budget = surgery.Budget(macs=0.4)
-        found = surgery.shrink(trained, images[0][:2], budget=budget, data=images, criterion=by, images=256)
+        found = surgery.shrink(
+            trained, images[0][:2], surgery.recipe(budget=budget, data=images, criterion=by, max_images=256)
+        )
         return accuracy(found.model, unseen)
 
     assert kept(criterion) >= kept("random") - 0.02
@@ -197,14 +201,14 @@ def test_a_step_that_makes_it_worse_is_undone(cut: surgery.Result, monkeypatch: 
         return []
 
     monkeypatch.setattr(sys.modules["surgery.recovery.steps"], "reconstruct", spoil)
-    found = surgery.recover(cut, torch.rand(32, 1, 8, 8))
+    found = surgery.recover(cut, surgery.recipe(data=torch.rand(32, 1, 8, 8)))
     assert not found.steps[-1].kept
     assert any("undone" in note for note in found.steps[-1].notes)
     assert all(torch.equal(a, b) for a, b in zip(cut.model.parameters(), found.model.parameters(), strict=True))
 
 
 def test_without_labels_agreement_is_measured_and_named_so(cut: surgery.Result, images: tuple[Tensor, Tensor]) -> None:
-    found = surgery.recover(cut, images[0][:100])
+    found = surgery.recover(cut, surgery.recipe(data=images[0][:100]))
     told = found.report["accuracy"]
     assert told["status"] == "agreement"
     assert told["verdict"].startswith("accuracy unknown; agreement with the dense model: top-1 match ")
@@ -216,9 +220,9 @@ def test_a_dense_model_in_training_mode_stays_as_it_is(trained: nn.Module) -> No
     model = copy.deepcopy(trained).train()
     state = {k: v.clone() for k, v in model.state_dict().items()}
     x = torch.rand(64, 1, 8, 8)
-    found = surgery.shrink(model, x[:2], budget=surgery.Budget(macs=0.5), data=x, val=(x, torch.zeros(64).long()))
+    found = surgery.shrink(model, x[:2], surgery.recipe(macs=0.5, data=x, val=(x, torch.zeros(64).long())))
     for level in ("bn", "distill"):
-        surgery.recover(found, x, level=level, training=surgery.Training(epochs=1, batch=16))
+        surgery.recover(found, surgery.recipe(data=x, recover=level, epochs=1, train_batch=16))
     assert model.training
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
@@ -226,10 +230,10 @@ def test_a_dense_model_in_training_mode_stays_as_it_is(trained: nn.Module) -> No
 def test_training_that_runs_away_is_undone(cut: surgery.Result, images: tuple[Tensor, Tensor]) -> None:
     """By what is held out of images; where they come as batches, by those that were looked at."""
     x = images[0][:128]
-    wild = surgery.Training(epochs=2, batch=16, lr=9.0, ema=0.0)
-    before = surgery.recover(cut, x, level="reconstruct").steps[-1].agreement
+    wild = {"epochs": 2, "train_batch": 16, "lr": 9.0, "ema": 0.0}
+    before = surgery.recover(cut, surgery.recipe(data=x, recover="reconstruct")).steps[-1].agreement
     for data in (x, DataLoader(TensorDataset(x), batch_size=16)):
-        after = surgery.recover(cut, data, level="distill", training=wild).steps[-1].agreement
+        after = surgery.recover(cut, surgery.recipe(data=data, recover="distill", **wild)).steps[-1].agreement
         assert before is not None and after is not None
         assert after.cosine > before.cosine - 0.05
 
@@ -240,8 +244,8 @@ def test_each_training_has_its_own_precision(cut: surgery.Result, images: tuple[
 
     before = Accelerator(cpu=True, mixed_precision="no").state.mixed_precision
     for precision in ("bf16", "no"):
-        training = surgery.Training(epochs=1, batch=32, mixed_precision=precision)
-        found = surgery.recover(cut, images[0][:128], level="distill", training=training)
+        training = {"epochs": 1, "train_batch": 32, "mixed_precision": precision}
+        found = surgery.recover(cut, surgery.recipe(data=images[0][:128], recover="distill", **training))
         assert found.steps[-1].history is not None and found.steps[-1].history.steps == 3
     assert Accelerator(cpu=True).state.mixed_precision == before
 
@@ -250,18 +254,18 @@ def test_each_training_has_its_own_precision(cut: surgery.Result, images: tuple[
 def test_an_evaluation_that_is_none_says_so(judge: Any, said: str, trained: nn.Module) -> None:
     x = torch.rand(16, 1, 8, 8)
     with pytest.raises(InvalidInput, match=said):
-        surgery.shrink(trained, x[:2], budget=surgery.Budget(macs=0.5), data=x, evaluate=judge)
+        surgery.shrink(trained, x[:2], surgery.recipe(macs=0.5, data=x, metric=judge))
 
 
 def test_few_images_are_said_to_be_few(cut: surgery.Result) -> None:
-    found = surgery.recover(cut, torch.rand(4, 1, 8, 8))
+    found = surgery.recover(cut, surgery.recipe(data=torch.rand(4, 1, 8, 8)))
     assert any("fewer positions than weights" in note for note in found.steps[-1].notes)
 
 
 def test_recovery_of_a_part_judges_the_whole(images: tuple[Tensor, Tensor], trained: nn.Module) -> None:
     whole = nn.Sequential(trained, nn.Identity())
     found = surgery.shrink(
-        whole, images[0][:2], budget=surgery.Budget(macs=0.5), part="0", data=images[0][:64], val=images
+        whole, images[0][:2], surgery.recipe(macs=0.5, submodule="0", data=images[0][:64], val=images)
     )
     assert found.steps[-1].agreement is not None
     assert found.steps[-1].agreement.accuracy == pytest.approx(accuracy(found.model, images))
@@ -270,30 +274,29 @@ def test_recovery_of_a_part_judges_the_whole(images: tuple[Tensor, Tensor], trai
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"level": "magic"}, "there are none, fold, bn"),
-        ({"level": "distill"}, "--recover distill learns from images"),
+        ({"recover": "magic"}, "one of none, fold, bn"),
+        ({"recover": "distill"}, "--recover distill learns from images"),
         ({"data": torch.rand(8, 3, 8, 8)}, r"takes \(N, 1, "),
         ({"data": torch.full((8, 1, 8, 8), float("nan"))}, "NaN"),
         ({"data": torch.rand(8, 1, 8, 8), "val": (torch.rand(3, 1, 8, 8), torch.tensor([1, 2, 10]))}, "a label is 10"),
         ({"data": torch.rand(8, 1, 8, 8), "val": (torch.rand(3, 1, 8, 8), torch.tensor([1]))}, "do not go together"),
-        ({"data": torch.rand(90, 1, 8, 8), "level": "finetune"}, "learns classes"),
-        ({"data": (torch.rand(90, 1, 8, 8), torch.full((90,), 99)), "level": "finetune"}, "a label is 99, but"),
-        ({"data": (torch.rand(90, 1, 8, 8), torch.rand(90)), "level": "finetune"}, "whole numbers"),
+        ({"data": torch.rand(90, 1, 8, 8), "recover": "finetune"}, "learns classes"),
+        ({"data": (torch.rand(90, 1, 8, 8), torch.full((90,), 99)), "recover": "finetune"}, "a label is 99, but"),
+        ({"data": (torch.rand(90, 1, 8, 8), torch.rand(90)), "recover": "finetune"}, "whole numbers"),
         ({"data": 3}, "is of type int"),
         ({"data": torch.rand(8, 1, 8, 8).numpy()}, "ndarray"),
-        ({"data": torch.rand(8, 1, 8, 8), "images": 0}, "images=0"),
-        ({"data": torch.rand(8, 1, 8, 8), "level": "distill", "training": 5}, "training=5"),
+        ({"data": torch.rand(8, 1, 8, 8), "max_images": 0}, "max_images=0"),
     ],
 )
 def test_what_cannot_be_used_says_so(asked: dict[str, Any], said: str, cut: surgery.Result) -> None:
     with pytest.raises(InvalidInput, match=said):
-        surgery.recover(cut, **asked)
+        surgery.recover(cut, surgery.recipe(**asked))
 
 
 def test_settings_out_of_range_say_so() -> None:
-    for wrong in ({"epochs": 0}, {"lr": 0.0}, {"ema": 1.0}, {"mixed_precision": "fp4"}, {"batch": 1.5}):
+    for wrong in ({"epochs": 0}, {"lr": 0.0}, {"ema": 1.0}, {"mixed_precision": "fp4"}, {"train_batch": 1.5}):
         with pytest.raises(InvalidInput):
-            surgery.Training(**wrong)  # type: ignore[arg-type]
+            surgery.recipe(**wrong)
 
 
 # What it is made of. -------------------------------------------------------------------------------------------------
@@ -371,8 +374,10 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     cut: surgery.Result, images: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
     def train(folder: Path, progress: Any = None) -> surgery.Result:
-        how = surgery.Training(epochs=3, batch=64, every=5, checkpoint=folder)
-        return surgery.recover(cut, images, level="distill", images=64, training=how, progress=progress)
+        how = {"epochs": 3, "train_batch": 64, "checkpoint_steps": 5, "checkpoint": folder}
+        return surgery.recover(
+            cut, surgery.recipe(data=images, recover="distill", max_images=64, **how), progress=progress
+        )
 
     whole = train(tmp_path / "whole")
     with pytest.raises(Killed):
@@ -405,7 +410,7 @@ class Jittered(Dataset[dict[str, Any]]):
 def test_what_a_loader_draws_is_the_same_for_a_killed_run(
     shuffled: str, cut: surgery.Result, images: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
-    how = surgery.Training(epochs=2, batch=32, every=2, held_out=0.0)
+    how = {"epochs": 2, "train_batch": 32, "checkpoint_steps": 2, "held_out": 0.0}
     generator = torch.Generator().manual_seed(7)
 
     def train(folder: Path, progress: Any = None) -> surgery.Result:
@@ -414,7 +419,9 @@ def test_what_a_loader_draws_is_the_same_for_a_killed_run(
             own = generator if shuffled == "by its own" else None
             data = DataLoader(data, batch_size=32, shuffle=True, generator=own)
         training = replace(how, checkpoint=folder)
-        return surgery.recover(cut, data, level="finetune", images=64, training=training, progress=progress)
+        return surgery.recover(
+            cut, surgery.recipe(data=data, recover="finetune", max_images=64, **training), progress=progress
+        )
 
     states = generator.get_state(), torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     whole = train(tmp_path / "whole")
@@ -433,11 +440,11 @@ def test_what_a_loader_draws_is_the_same_for_a_killed_run(
 def test_a_checkpoint_that_is_not_taken_up_is_said_to_be(
     cut: surgery.Result, images: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
-    how = surgery.Training(epochs=2, batch=32, every=2, checkpoint=tmp_path / "training")
+    how = {"epochs": 2, "train_batch": 32, "checkpoint_steps": 2, "checkpoint": tmp_path / "training"}
     with pytest.raises(Killed):
         progress = killing("distill", 0.6)
-        surgery.recover(cut, images[0][:192], level="distill", training=how, progress=progress)
-    found = surgery.recover(cut, images[0][:256], level="distill", training=how)
+        surgery.recover(cut, surgery.recipe(data=images[0][:192], recover="distill", **how), progress=progress)
+    found = surgery.recover(cut, surgery.recipe(data=images[0][:256], recover="distill", **how))
     assert any("of another run" in note for note in found.steps[-1].notes)
     assert found.steps[-1].history is not None and found.steps[-1].history.resumed == 0
 
@@ -457,8 +464,10 @@ def test_the_scale_of_losses_is_part_of_a_checkpoint(
             scalers.append(self.scaler)
 
     def train(folder: Path, progress: Any = None) -> None:
-        how = surgery.Training(epochs=3, batch=64, every=5, checkpoint=folder)
-        surgery.recover(cut, images[0][:300], level="distill", images=64, training=how, progress=progress)
+        how = {"epochs": 3, "train_batch": 64, "checkpoint_steps": 5, "checkpoint": folder}
+        surgery.recover(
+            cut, surgery.recipe(data=images[0][:300], recover="distill", max_images=64, **how), progress=progress
+        )
 
     monkeypatch.setattr(accelerate, "Accelerator", Scaling)
     train(tmp_path / "whole")
@@ -643,13 +652,13 @@ def test_the_lowest_latency_within_a_drop(
 
     program = trace(trained, images[0][:2])
     table = table_of(program, couple(program))
-    asked = surgery.recipe(latency=0.9, latency_table=table, data=images, val=unseen, images=128)
+    asked = surgery.recipe(latency=0.9, latency_table=table, data=images, val=unseen, max_images=128)
     decision = decide(trained, images[0][:2], asked)
-    monkeypatch.setattr(within, "LatencyBench", lambda *args, **more: Bench())
+    monkeypatch.setattr(search, "LatencyBench", lambda *args, **more: Bench())
 
     def fastest(points: float) -> surgery.Result:
         limited = replace(decision, recipe=decision.recipe.but(max_drop=points))
-        found: surgery.Result = within.fastest(limited, realise, Clock(None))
+        found: surgery.Result = search.fastest(limited, None)
         return found
 
     found = fastest(4.0)
@@ -660,14 +669,14 @@ def test_the_lowest_latency_within_a_drop(
     assert all((t["measured"] is not None) == (t["upper"] <= 4.0) for t in told["tried"])
     assert f" (measured {100 * told['measured']:.1f} %) loses up to " in Report(found.report).to_markdown()
     with pytest.raises(BudgetUnreachable, match="no model within --max-drop"):
-        monkeypatch.setattr(within, "lost_by", lambda steps: (9.0, 10.0, "accuracy"))
+        monkeypatch.setattr(search, "lost_by", lambda steps: (9.0, 10.0, "accuracy"))
         fastest(1.0)
 
 
 def test_a_loader_of_batches_teaches_too(cut: surgery.Result, images: tuple[Tensor, Tensor]) -> None:
     loader = DataLoader(TensorDataset(*images), batch_size=100)
-    how = surgery.Training(epochs=1)
-    found = surgery.recover(cut, loader, level="finetune", images=100, training=how)
+    how = {"epochs": 1}
+    found = surgery.recover(cut, surgery.recipe(data=loader, recover="finetune", max_images=100, **how))
     assert found.steps[-1].history is not None and found.steps[-1].history.steps == 13
 
 
@@ -678,18 +687,21 @@ def test_what_follows_the_images_in_a_batch_changes_no_distillation(
     x, y = images[0][:192], images[1][:192]
     hot = nn.functional.one_hot(y, 10)
     named = Listed([{"label": b, "image": a} for a, b in zip(x, y.tolist(), strict=True)])
-    how = surgery.Training(epochs=1, batch=64)
+    how = {"epochs": 1, "train_batch": 64}
     sets: list[Any] = [TensorDataset(x, *more) for more in ((), (y,), (hot,), (hot.float(),), (y, hot))]
     sets = [*sets, named, TensorDataset(x.double(), y)]
     loaders = [DataLoader(data, batch_size=32) for data in sets]
     for kind in (sets, loaders):
-        models = [surgery.recover(cut, data, level="distill", images=64, training=how).model for data in kind]
+        models = [
+            surgery.recover(cut, surgery.recipe(data=data, recover="distill", max_images=64, **how)).model
+            for data in kind
+        ]
         for model in models[1:]:
             assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), model.parameters(), strict=True))
     with pytest.raises(InvalidInput, match="finetune learns classes, whole numbers"):
-        surgery.recover(cut, loaders[2], level="finetune", training=how)
+        surgery.recover(cut, surgery.recipe(data=loaders[2], recover="finetune", **how))
     with pytest.raises(InvalidInput, match="the DataLoader has no batch_size"):
-        surgery.recover(cut, DataLoader([x[:64]], batch_size=None), level="distill", training=how)  # type: ignore[arg-type]
+        surgery.recover(cut, surgery.recipe(data=DataLoader([x[:64]], batch_size=None), recover="distill", **how))  # type: ignore[arg-type]
 
 
 class Listed(Dataset[Any]):
@@ -713,15 +725,15 @@ def test_what_goes_wrong_in_the_users_own_data_is_told_with_the_line(batched: bo
     data: Any = DataLoader(Listed(items), batch_size=20) if batched else Listed(items)
     for asked in (
         {"data": data},
-        {"data": data, "level": "distill", "images": 20},
+        {"data": data, "recover": "distill", "max_images": 20},
         {"data": items[0][None], "val": data},
     ):
         with pytest.raises(InvalidInput, match=r"failed at .*test_recover.py:\d+: OSError: the disk is gone"):
-            surgery.recover(cut, **asked)
+            surgery.recover(cut, surgery.recipe(**asked))
 
 
 def test_training_that_brings_nothing_says_so(cut: surgery.Result, images: tuple[Tensor, Tensor]) -> None:
-    wild = surgery.Training(epochs=1, batch=16, lr=9.0, ema=0.0)
-    found = surgery.recover(cut, images[0][:128], level="distill", training=wild)
+    wild = {"epochs": 1, "train_batch": 16, "lr": 9.0, "ema": 0.0}
+    found = surgery.recover(cut, surgery.recipe(data=images[0][:128], recover="distill", **wild))
     assert found.steps[-1].history is not None and found.steps[-1].history.best == 0
     assert any("the weights it began with stay" in note for note in found.steps[-1].notes)

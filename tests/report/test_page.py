@@ -37,10 +37,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     model, folder = net(), tmp_path_factory.mktemp("page") / "out"
     program = trace(model, x)
     table = table_of(program, couple(program))
-    result = surgery.shrink(
-        model, x, budget=surgery.Budget(latency=0.6), latency_table=table, data=images,
-        val=(images, torch.arange(48) % 4),
-    )  # fmt: skip
+    asked = surgery.recipe(latency=0.6, latency_table=table, data=images, val=(images, torch.arange(48) % 4))
+    result = surgery.shrink(model, x, asked)
     report = surgery.save(result, folder, surgery.recipe(runs=9, precision=("fp32", "int8")))
     return folder / "report.html", copy.deepcopy(dict(report.data))
 
@@ -110,7 +108,7 @@ def test_the_same_report_gives_the_same_page(written: tuple[Path, dict[str, Any]
 
 
 def test_a_page_without_images_or_a_latency_says_what_it_can(tmp_path: Path) -> None:
-    result = surgery.shrink(net(), torch.randn(1, 3, 16, 16), budget=surgery.Budget(macs=0.6))
+    result = surgery.shrink(net(), torch.randn(1, 3, 16, 16), surgery.recipe(macs=0.6))
     surgery.save(result, tmp_path / "out", surgery.recipe(runs=3))
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "accuracy unknown" in text

@@ -102,7 +102,7 @@ def surgery_row(model: Model) -> Row:
     started = time.process_time()
     with _explained(row):
         result = surgery.shrink(
-            subject.whole, subject.whole_inputs, budget=surgery.Budget(macs=MACS), part=subject.part, progress=tell
+            subject.whole, subject.whole_inputs, surgery.recipe(macs=MACS, submodule=subject.part), progress=tell
         )
         row["seconds"] = round(time.process_time() - started, 1)
         macs, params = result.report["models"][0], result.report["models"][2]

@@ -25,6 +25,6 @@ import timm  # noqa: E402, F401
 import torch_pruning  # noqa: E402, F401
 
 _tiny = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 4, 3)).eval()
-_result = surgery.shrink(_tiny, torch.zeros(1, 3, 8, 8), budget=surgery.Budget(macs=0.7))
+_result = surgery.shrink(_tiny, torch.zeros(1, 3, 8, 8), surgery.recipe(macs=0.7))
 with tempfile.TemporaryDirectory() as _folder:
     onnx.export(_result.model, (torch.zeros(1, 3, 8, 8),), Path(_folder, "tiny.onnx"), onnx.ExportSettings(check=False))

@@ -72,7 +72,7 @@ def accuracy(job: Job, options: Options, folder: Path) -> Entry:
     bench = Bench(subject, folder, job.threads, options.seconds)
     bench.add("dense", subject.module)
     started = time.perf_counter()
-    result = surgery.shrink(subject.module, subject.inputs, budget=surgery.Budget(latency=job.amount))
+    result = surgery.shrink(subject.module, subject.inputs, surgery.recipe(latency=job.amount))
     loop, seconds = loop_of(result.report), time.perf_counter() - started
     tell(f"ours in {seconds:.0f} s: {loop['verdict']}")
     bench.add("ours", result.model)

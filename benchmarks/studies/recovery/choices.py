@@ -26,7 +26,9 @@ def by_steps(known: Network, macs: float) -> list[dict[str, Any]]:
     def made(images: Tensor, seed: int, steps: int) -> nn.Module:
         budget = surgery.Budget(macs=macs)
         subject = known.subject
-        return surgery.shrink(subject.module, subject.inputs, budget=budget, data=images, seed=seed, steps=steps).model
+        return surgery.shrink(
+            subject.module, subject.inputs, surgery.recipe(budget=budget, data=images, seed=seed, steps=steps)
+        ).model
 
     return _rows(known, "second-order", {f"{n} steps" if n > 1 else "1 step": _with(made, n) for n in STEPS})
 
@@ -38,12 +40,7 @@ def by_repair(known: Network, macs: float, criterion: str) -> list[dict[str, Any
         subject = known.subject
         with patch.object(reconstruction, "solve", _with(_repaired, repair)):
             return surgery.shrink(
-                subject.module,
-                subject.inputs,
-                budget=surgery.Budget(macs=macs),
-                criterion=criterion,
-                data=images,
-                seed=seed,
+                subject.module, subject.inputs, surgery.recipe(macs=macs, criterion=criterion, data=images, seed=seed)
             ).model
 
     return _rows(known, criterion, {f"{100 * r:.0f} % of the variance restored": _with(made, r) for r in REPAIRS})

@@ -30,7 +30,9 @@ def to_macs(known: Network, macs: float, root: Path) -> list[dict[str, Any]]:
     """Prune to a fraction of the MACs with 512 images, reconstruct with the same images, then distill."""
     images = known.calibration(SEEDS[0])
     budget = surgery.Budget(macs=macs)
-    cut = surgery.shrink(known.subject.module, known.subject.inputs, budget=budget, data=images, recover="none")
+    cut = surgery.shrink(
+        known.subject.module, known.subject.inputs, surgery.recipe(budget=budget, data=images, recover="none")
+    )
     result, told = _distilled(cut, known, root, TO_MACS)
     kept = round(known.subject.kept(result.model), 4)
     return [{**told, "tool": "ours", "macs": kept, "judged": judged_all(known, [result.model])}]
@@ -49,7 +51,9 @@ def to_latency_of(known: Network, smaller: str, root: Path) -> list[dict[str, An
         wanted = bench.race()["latency"][smaller]["value"]
         images = known.calibration(SEEDS[0])
         budget = surgery.Budget(latency=wanted)
-        cut = surgery.shrink(known.subject.module, known.subject.inputs, budget=budget, data=images, recover="none")
+        cut = surgery.shrink(
+            known.subject.module, known.subject.inputs, surgery.recipe(budget=budget, data=images, recover="none")
+        )
         result, told = _distilled(cut, known, root, TO_LATENCY)
         bench.add("ours", result.model)
         figures = bench.race()
@@ -91,10 +95,16 @@ def _distilled(
     cut: surgery.Result, known: Network, root: Path, training: Training
 ) -> tuple[surgery.Result, dict[str, Any]]:
     """Reconstruct with the images of the first seed, then distill with all images."""
-    fitted = surgery.recover(cut, known.calibration(SEEDS[0]), level="reconstruct")
+    fitted = surgery.recover(cut, surgery.recipe(data=known.calibration(SEEDS[0]), recover="reconstruct"))
     before = judged_all(known, [fitted.model])
     pixels = to_learn_from(known, root)
-    result = surgery.recover(fitted, pixels, level="distill", training=training)
+    options = {
+        "epochs": training.epochs,
+        "train_batch": training.batch,
+        "lr": training.lr,
+        "mixed_precision": training.mixed_precision,
+    }
+    result = surgery.recover(fitted, surgery.recipe(data=pixels, recover="distill", **options))
     step = result.report["recovery"]["steps"][-1]
     return result, {
         "criterion": "second-order",

@@ -117,11 +117,7 @@ def _without_labels(known: Network, job: Job, root: Path) -> list[dict[str, Any]
         cut = surgery.shrink(
             known.subject.module,
             known.subject.inputs,
-            budget=surgery.Budget(macs=job.amount),
-            data=images,
-            criterion=job.method,
-            recover="none",
-            seed=seed,
+            surgery.recipe(macs=job.amount, data=images, criterion=job.method, recover="none", seed=seed),
         )
         kept.append(known.subject.kept(cut.model))
         for level in OURS[job.method]:
@@ -129,7 +125,9 @@ def _without_labels(known: Network, job: Job, root: Path) -> list[dict[str, Any]
             if level == "none":
                 found[level].append(cut.model)
                 continue
-            result = surgery.recover(cut, None if level == "fold" else images, level=level, seed=seed)
+            result = surgery.recover(
+                cut, surgery.recipe(data=None if level == "fold" else images, recover=level, seed=seed)
+            )
             step = result.report["recovery"]["steps"][-1]
             found[level].append(result.model)
             seconds.setdefault(level, []).append(step["seconds"])

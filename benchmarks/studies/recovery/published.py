@@ -48,9 +48,7 @@ def at_published(root: Path, steps_dense: int = STEPS_DENSE, steps: int = STEPS)
     wanted = subject.kept(theirs)
     tell(f"prune ours to {wanted:.3f} of the MACs")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:512]
-    cut = surgery.shrink(
-        dense, (example,), budget=surgery.Budget(macs=wanted), data=images[order], recover="reconstruct"
-    )
+    cut = surgery.shrink(dense, (example,), surgery.recipe(macs=wanted, data=images[order], recover="reconstruct"))
     rows = [
         {"tool": "dense", "recovery": "none", "macs": 1.0, "judged": judged_all(known, [raw])},
         {"tool": "dense", "recovery": "finetuned on JPEG images", "macs": 1.0, "judged": judged_all(known, [dense])},

@@ -71,7 +71,9 @@ def at_latency(known: Network, ratio: float, among: Sequence[Setting]) -> list[d
         for seed in SEEDS:
             images = known.calibration(seed)
             budget = surgery.Budget(latency=ratio)
-            results.append(surgery.shrink(subject.module, subject.inputs, budget=budget, data=images, seed=seed))
+            results.append(
+                surgery.shrink(subject.module, subject.inputs, surgery.recipe(budget=budget, data=images, seed=seed))
+            )
             bench.add(f"ours {seed}", results[-1].model)
         ours = {
             "tool": "ours",

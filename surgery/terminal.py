@@ -5,20 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shlex
+import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery.config import Recipe
 from surgery.options import Session
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from surgery.core import Progress
+    from surgery.inputs import LoadedModel
 
 PLAIN_WIDTH = 110
 """Columns of tables where standard output is a file or a pipe."""
@@ -122,3 +127,50 @@ def print_profile(data: Mapping[str, Any], *, out: Path | None, as_json: bool) -
 def say(sentence: str) -> None:
     """Print one sentence on standard error."""
     click.echo(f"surgery: {sentence}", err=True)
+
+
+# Commands that a report tells the user to type next. ------------------------------------------------------------------
+
+
+def command_to_evaluate(out: Path, loaded: LoadedModel, recipe: Recipe) -> str:
+    """Return the command that leaves `dense` and `compact` at a Python prompt, to be evaluated or trained."""
+    asked = recipe.model
+    weights = "random" if loaded.weights.startswith("random") else asked.weights
+    known: dict[str, object] = {
+        "weights": weights,
+        "input_shape": asked.input_shape,
+        "model_args": dict(asked.model_arg),
+        "seed": recipe.selection.seed,
+        "trust": asked.trust,
+    }
+    arguments = [repr(asked.model), *(f"{key}={value!r}" for key, value in known.items() if value)]
+    code = (
+        f"import surgery; dense = surgery.load_model({', '.join(arguments)}).module; "
+        f"compact = surgery.load({str(out)!r}, dense)"
+    )
+    # Double quotes inside, so that the shell's single ones need no escaping; names with quotes keep Python's choice.
+    code = code if '"' in code or "\\" in code else code.replace("'", '"')
+    return f"{_python()} -i -c {shlex.quote(code)}"
+
+
+def command_again(arguments: Sequence[str]) -> str:
+    """Return the command line of this run."""
+    return f"{_python()} -m surgery.cli {shlex.join(arguments)}"
+
+
+def command_to_shrink(arguments: Sequence[str]) -> str:
+    """Return the command line of `show` as one of `shrink`."""
+    return f"{_python()} -m surgery.cli shrink {shlex.join(arguments[1:])}"
+
+
+def _python() -> str:
+    """Return how the running interpreter is called from here: by name where that finds it, else by path."""
+    here, found = Path(sys.executable), shutil.which("python")
+    if found and Path(found).parent == here.parent:
+        return "python"
+    return shlex.quote(str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here))
+
+
+def folder_name(name: str) -> str:
+    """Return a name that is a plain folder name on every system."""
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "model"

@@ -1,17 +1,21 @@
-"""Several processes of one run: the first decides, exports, times and writes; all of them train."""
+"""Distributed training: the first process decides, exports, times and writes; all of them train."""
 
 from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from surgery.config import TAUGHT, Recipe
 from surgery.core import Plan
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from surgery.inputs import LoadedModel
 
 PATIENCE = timedelta(hours=24)
 """The others wait for the first as long as this: it may measure kernels and reconstruct meanwhile."""
@@ -34,7 +38,7 @@ def follows() -> bool:
     return 0 < rank() == int(os.environ.get("LOCAL_RANK", rank()))
 
 
-def meet() -> None:
+def _connect() -> None:
     """Set up communication between the processes: to be called by all of them."""
     import torch
     from accelerate import PartialState
@@ -105,3 +109,36 @@ def part() -> None:
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def meet(recipe: Recipe) -> bool:
+    """Set up communication with the other processes, where they are to train; return whether they are.
+
+    Args:
+        recipe: with the data opened.
+
+    Raises:
+        InvalidInput: the batch cannot be shared evenly.
+    """
+    if recipe.recovery.recover not in TAUGHT:
+        return False
+    from surgery.recovery import refuse_batch, training_of  # torch, seconds
+
+    refuse_batch(recipe.data.data, training_of(recipe), processes())
+    _connect()
+    return True
+
+
+def follow(loaded: LoadedModel, recipe: Recipe) -> None:
+    """Do what all processes but the first do: nothing, unless something is trained."""
+    from surgery import pipeline  # torch, seconds
+    from surgery.api import opened
+    from surgery.planning import as_planned, repeat
+
+    recipe = opened(recipe, loaded, trained=loaded.is_trained)
+    if not meet(recipe):
+        return
+    plan, tensors = receive()
+    decision = repeat(plan, loaded.module, loaded.example_inputs, example_kwargs=loaded.example_kwargs)
+    pipeline.follow(replace(decision, recipe=as_planned(recipe, plan)), tensors)
+    part()

@@ -1,0 +1,189 @@
+"""From a decision to a compact model: cut, checked, corrected by measurements, recovered, and described.
+
+Each stage is a function that can be called alone; nothing here knows how any of them works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from surgery.capture import Whole
+from surgery.config import Recipe
+from surgery.core import (
+    CheckResult,
+    Clock,
+    CompactModel,
+    Coupling,
+    Plan,
+    Program,
+    Progress,
+    buffers_kept,
+    count_macs,
+    count_params,
+)
+from surgery.coupling import Cut, batch_size, drop
+from surgery.cutting import check_whole, describe_whole, notes_on_whole, tracer_of
+from surgery.errors import UnsupportedModel
+from surgery.planning import Decision, refined, traced
+from surgery.recovery import Recovery, Step, recovered, run as recovery, with_recovery
+from surgery.report import as_json, describe, layer_shapes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Result:
+    """A checked compact model and everything that led to it.
+
+    Attributes:
+        model: the compact `nn.Module`: the dense model's call signature, trainable.
+        kind: `module` for the user's own class, `graph` for the rewritten program.
+        plan: which units died; `apply(plan, copy_of_the_dense_model)` does it again.
+        check: what the oracle found.
+        report: what report.json holds; without files and times, which `save` adds.
+        program: the traced dense model.
+        coupling: its groups.
+        compact: the compact model, with the reason for its kind; where a part was shrunk, the part alone.
+        whole: where a part was shrunk, the dense model that it belongs to; `model` is then the whole compact one.
+        recipe: what was asked for.
+        recovery: its steps, each with how the compact model did after it, and the images; None for none.
+    """
+
+    model: torch.nn.Module = field(repr=False)
+    kind: str
+    plan: Plan = field(repr=False)
+    check: CheckResult
+    report: Mapping[str, Any] = field(repr=False)
+    program: Program = field(repr=False)
+    coupling: Coupling = field(repr=False)
+    compact: CompactModel = field(repr=False)
+    whole: Whole | None = field(default=None, repr=False)
+    recipe: Recipe = field(default_factory=Recipe, repr=False)
+    recovery: Recovery | None = field(default=None, repr=False)
+
+    @property
+    def cut(self) -> Cut:
+        """The plan applied to the traced program."""
+        return Cut(self.program, self.coupling, self.plan)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Of recovery: the dense model, the one as cut, and what was done."""
+        return self.recovery.steps if self.recovery is not None else ()
+
+
+Share = Callable[[Plan, torch.nn.Module], None]
+
+
+def realise(decision: Decision, *, progress: Progress | None = None, share: Share | None = None) -> Result:
+    """Cut what was decided and check it; raises CheckFailed where the compact model is not the masked dense one.
+
+    `share` is given the plan and the compact model before that is trained, where other processes take part.
+    """
+    run = Clock(progress)
+    decision = refined(decision, run)
+    choice = decision.choice
+    cut, program, coupling, plan = choice.cut, choice.program, choice.coupling, choice.plan
+    tracer, whole = tracer_of(program.tracer), decision.whole
+    with run("cut"):
+        compact = tracer.cut(cut)
+        model = whole.around(compact.module) if whole else compact.module
+    with run("check"):
+        verdict = tracer.check(cut, compact, seed=decision.recipe.selection.seed)
+        if whole is not None:
+            verdict = check_whole(whole, tracer.reference(cut), model, verdict, program)
+    with run("count"), buffers_kept(compact.module):
+        costs, notes = _counted(decision, compact)
+    regained = recovered(
+        cut,
+        compact,
+        model,
+        whole,
+        decision.recipe,
+        run.progress,
+        seen=decision.seen,
+        between=decision.between,
+        share=share,
+    )
+    data = describe(program, coupling, plan, compact=compact, verdict=verdict, costs=costs, loop=choice.refinement)
+    if whole is not None:
+        data["part"] = describe_whole(whole, model, verdict)
+        notes = [*notes, *notes_on_whole(data["part"])]
+    data = {
+        **data,
+        "layers": layer_shapes(program.dense.model, compact.module),
+        "stairs": [as_json(stair) for stair in choice.stairs],
+        "notes": [*data["notes"], *choice.warnings, *notes],
+        "stages_s": {**decision.stages_s, **run.seconds},
+    }
+    data = with_recovery(data, regained)
+    return Result(
+        model=model,
+        kind=compact.kind,
+        plan=plan,
+        check=verdict,
+        report=data,
+        program=program,
+        coupling=coupling,
+        compact=compact,
+        whole=whole,
+        recipe=decision.recipe,
+        recovery=regained,
+    )
+
+
+def follow(decision: Decision, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Take part, as one of several processes, in the training that the first one leads.
+
+    Args:
+        decision: the first one's plan on this process's copy of the model.
+        tensors: of its compact model, by name.
+    """
+    choice, whole = decision.choice, decision.whole
+    tracer = tracer_of(choice.program.tracer)
+    compact = tracer.cut(choice.cut)
+    compact.module.load_state_dict(tensors)
+    model = whole.around(compact.module) if whole else compact.module
+    recovery.follow(choice.cut, compact, model, whole, decision.recipe)
+
+
+def apply(
+    plan: Plan,
+    dense_model: torch.nn.Module,
+    example_inputs: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> torch.nn.Module:
+    """Return the compact model of another copy of the dense model.
+
+    Args:
+        plan: what `shrink` decided, or `Plan.load` read.
+        dense_model: same architecture as the plan was made for, any weights; left unchanged.
+        example_inputs: as for `shrink`; None: made from the plan's input signature.
+        example_kwargs: as for `shrink`; numbers, strings and flags are in the plan.
+
+    Raises:
+        PlanMismatch: the plan was made for another architecture.
+        InvalidInput: the plan's inputs cannot be rebuilt; pass `example_inputs`.
+    """
+    program, whole = traced(plan, dense_model, example_inputs, example_kwargs)
+    program, tracer = drop(program, plan.dropped), tracer_of(program.tracer)
+    module: torch.nn.Module = tracer.cut(tracer.cut_of(program, plan)).module
+    return whole.around(module) if whole else module
+
+
+def _counted(decision: Decision, compact: CompactModel) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """Return the costs as counted on the two modules themselves, by fvcore, and a note where the plan's differ."""
+    program = decision.choice.program
+    args, kwargs, batch = program.example_args, program.example_kwargs, batch_size(program)
+    modules = (program.dense.model, compact.module)
+    try:
+        dense, kept = (count_macs(module, args, kwargs, batch=batch) for module in modules)
+    except UnsupportedModel as error:
+        return dict(decision.choice.costs), [f"MACs are the plan's own count, fvcore has none: {error}"]
+    macs, params = (dense, kept), (count_params(modules[0]), count_params(modules[1]))
+    planned = decision.choice.costs["macs"]
+    notes = [f"the plan was made with {planned[0]:,} → {planned[1]:,} MACs"] if macs != planned else []
+    return {**decision.choice.costs, "macs": macs, "params": params}, notes
