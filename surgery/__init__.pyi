@@ -6,7 +6,7 @@ from .coupling import couple as couple
 from .cutting import check as check, cut as cut
 from .delivery import load as load, save as save
 from .errors import SurgeryError as SurgeryError
-from .importance import score as score
+from .importance import criterion as criterion, score as score
 from .inputs import load_model as load_model
 from .pipeline import Result as Result, apply as apply
 from .planning import allocate as allocate

@@ -20,6 +20,7 @@ from typing import Any
 import tomli_w
 
 from surgery.errors import InvalidInput
+from surgery.registry import CRITERIA, Registry
 
 # Kinds of values. ----------------------------------------------------------------------------------------------------
 
@@ -83,6 +84,16 @@ def choice(*words: str, metavar: str = "", known: Callable[[Any], bool] = lambda
         return _require((isinstance(value, str) and value in words) or known(value), value)
 
     return Kind(metavar or "|".join(words), f"one of {', '.join(words)}", check, choices=words)
+
+
+def registered(registry: Registry[Any], known: Callable[[Any], bool] = lambda value: False) -> Kind:
+    """Accept the names of a registry, those that were added since included, or another value that is `known`."""
+
+    def check(value: Any) -> Any:
+        return _require((isinstance(value, str) and value in registry.names()) or known(value), value)
+
+    words = tuple(registry.names())
+    return Kind("NAME", f"one of {', '.join(words)}", check, choices=words)
 
 
 def several(*words: str, others: bool = False) -> Kind:
@@ -209,8 +220,6 @@ TRACERS = {"export": True, "torch-pruning": False}
 """How a model is captured → whether that gives a graph of its operators."""
 DEPLOYED = ("fp32", "int8")
 """Precisions that a latency budget may refer to."""
-BY_WEIGHTS = ("l1", "l2", "bn-gamma", "lamp", "fpgm", "signal", "random")
-BY_IMAGES = ("activation", "reconstruction", "taylor", "second-order")
 LEVELS = ("none", "fold", "bn", "reconstruct", "distill", "finetune")
 NEEDS_DATA = ("bn", "reconstruct", "distill", "finetune")
 TAUGHT = ("distill", "finetune")
@@ -318,8 +327,8 @@ class Selection(Group):
     )  # fmt: skip
     steps: int = option(1, whole(1), "Cut in N steps, with a recovery in between; not for latencies.", "Advanced")
     criterion: Any = option(
-        None, choice(*BY_WEIGHTS, *BY_IMAGES, metavar="NAME", known=callable),
-        f"Importance of a unit: {', '.join(BY_WEIGHTS)}; with --data also {', '.join(BY_IMAGES)}.", "Advanced",
+        None, registered(CRITERIA, known=callable),
+        f"Importance of a unit: {', '.join(CRITERIA.names())}.", "Advanced",
         unset="second-order with --data, else signal for a latency, else l1",
     )  # fmt: skip
     scope: str = option(
@@ -768,7 +777,9 @@ def _steps_rules(recipe: Recipe) -> Iterator[str]:
 
 
 def _data_rules(recipe: Recipe) -> Iterator[str]:
-    data, recovery = recipe.data, recipe.recovery
+    data, recovery, criterion = recipe.data, recipe.recovery, recipe.selection.criterion
+    if data.data is None and isinstance(criterion, str) and "images" in CRITERIA[criterion].needs:
+        yield f"criterion {criterion} looks at images: give some with --data"
     given = [name for name in ("mean", "std", "size", "crop") if getattr(data, name) is not None]
     if given and data.data is None and data.val is None:
         yield f"--{given[0]} is for images: give those with --data or --val, or leave it out"

@@ -26,7 +26,7 @@ from benchmarks.studies import data, record
 from surgery.capture import trace
 from surgery.core import Block, Program
 from surgery.coupling import drop, find_blocks
-from surgery.importance import Trial, block_worth
+from surgery.importance import BlockAblation, block_worth
 
 BATCH = 8
 NETWORK = "resnet56"
@@ -58,10 +58,10 @@ def orders(program: Program, blocks: Sequence[Block], images: Tensor) -> Iterato
     yield "weights alone", _rising(worth)
     for count, compensated in ((len(images), True), (len(images), False), (32, True)):
         batches = [(part,) for part in torch.split(images[:: len(images) // count], BATCH)]
-        trial = Trial(program, blocks, batches, compensated=compensated)
+        ablation = BlockAblation(program, blocks, batches, compensated=compensated)
         label = f"{count} images" + ("" if compensated else ", uncompensated")
-        yield f"{label}: individually", _rising(trial.alone)
-        yield f"{label}: greedy", [name for name, _ in trial.in_turn(float("inf"))]
+        yield f"{label}: individually", _rising(ablation.alone)
+        yield f"{label}: greedy", [name for name, _ in ablation.in_turn(float("inf"))]
     for draw in range(DRAWS):
         names = [block.name for block in blocks]
         random.Random(draw).shuffle(names)

@@ -1,4 +1,4 @@
-from .block_ablation import Trial as Trial, practised_worth as practised_worth
+from .block_ablation import BlockAblation as BlockAblation, block_losses as block_losses
 from .contractions import (
     CONVOLUTIONS as CONVOLUTIONS,
     LINEAR as LINEAR,
@@ -6,14 +6,14 @@ from .contractions import (
     Contraction as Contraction,
     find_contractions as find_contractions,
 )
+from .evidence import Evidence as Evidence, criterion as criterion
 from .folding import Folded as Folded
 from .head_selection import arrange as arrange, settled as settled
 from .least_squares import Moments as Moments, Solution as Solution, folds_for as folds_for, solve as solve
 from .rows import Window as Window, convolution_rows as convolution_rows, drawn as drawn, value_rows as value_rows
-from .scoring import score as score, weights_of as weights_of
-from .second_order import PRICED as PRICED
+from .scoring import measures_losses as measures_losses, score as score, weights_of as weights_of
 from .signal import (
-    Reader as Reader,
+    Consumer as Consumer,
     Signal as Signal,
     block_worth as block_worth,
     loss_of as loss_of,

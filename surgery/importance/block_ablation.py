@@ -1,10 +1,9 @@
-"""Which blocks the rest of the network can make up for, seen on calibration images.
+"""Block ablation: the error of the outputs on calibration images when blocks are removed.
 
-The network runs without a block; what is then missing from its outputs is what the block is worth. Blocks that
-make up for each other look superfluous one by one; so they are taken away in turn, each time the one without which
-least is missing given those that are gone. What a light recovery could give back may be given back first: a scale and
-a shift per channel of the stream behind the block, fitted by least squares. Plans do so where units are judged
-likewise, with their readers fitted anew; the order is no better for it (benchmarks/studies/blocks.py).
+Blocks that make up for each other each look superfluous alone; so they are removed in turn, each time the one that adds
+least to the error given those already removed. What a light recovery would restore can be restored first: a scale and a
+shift per channel of the stream behind the block, fitted by least squares. Plans do so if units are scored likewise,
+with refitted consumers; the order is no better for it (benchmarks/studies/blocks.py).
 
 Source: after Wang and Wu 2022, PRACTISE (arXiv:2202.07861), whose recoverability is the outputs' error after training
 inserted layers; here such a layer is a scale and a shift, its fit is closed, and the blocks are taken in turn.
@@ -13,8 +12,6 @@ inserted layers; here such a layer is a scale and a shift, its fit is closed, an
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
 from math import log1p
 from typing import Any
 
@@ -23,67 +20,61 @@ from torch import Tensor
 
 from surgery.core import Block, Program, all_tensors, flat_outputs, hint, state_of
 from surgery.importance.folding import Folded
+from surgery.importance.least_squares import Moments
+from surgery.importance.outputs import Batches, first, squared_errors, variations
 
-Batches = Sequence[Sequence[Tensor]]
-LOST = 1.0
-"""Blocks are taken in turn until as much of the outputs is missing as there is."""
+MOST_ERROR = 1.0
+"""Blocks are removed in turn until the error of the outputs is as large as their variance."""
 NEAR = 1.2
-"""A block is taken at once if no other can be better than it by more than this factor."""
-WORK_MACS = 1.5e12
-"""What all runs together may take; large networks run on fewer images,"""
-FEWEST = 8
-"""but on so many."""
+"""A block is removed at once if no other can be better by more than this factor."""
+WORK_MACS, FEWEST = 1.5e12, 8
+"""Multiply-adds that all runs together may take, and the least number of images they run on."""
 _LEAST = 1e-30
 
+Fit = tuple[Tensor, Tensor, int]
+"""The scale, the shift, and the axis of the channels."""
 
-def practised_worth(
+
+def block_losses(
     program: Program, blocks: Sequence[Block], batches: Batches, *, macs: int = 0, compensated: bool = False
 ) -> dict[str, float]:
-    """Return what is lost with each block, the worth of those that go before it not counted in.
+    """Return what is lost with each block, in addition to the blocks that are removed before it.
 
-    That is by how much the logarithm of one plus what is missing grows. Near zero it is ``-log(1 - missing)``, the
-    currency of `signal.loss_of`; it goes on where more is missing than there is.
+    The loss is the increase of the logarithm of one plus the error. Near zero it is ``-log(1 - error)``, the scale of
+    `signal.loss_of`; unlike that it is defined for errors above 1.
 
     Args:
         program: traced; its weights are those of `program.model`.
         blocks: of that program.
         batches: of its inputs.
-        macs: of one image through the network, by which the images are limited; 0 for all of them.
-        compensated: what a scale and a shift per channel give back is not lost: for models that will be recovered.
+        macs: of one image through the network, which limits the number of images; 0: no limit.
+        compensated: what a scale and a shift per channel restore is not lost: for models that will be recovered.
     """
     if not blocks:
         return {}
     most = max(FEWEST, int(WORK_MACS / (4 * len(blocks) * macs))) if macs else None
-    trial = Trial(program, blocks, first(batches, most), compensated=compensated)
-    worth: dict[str, float] = {}
+    ablation = BlockAblation(program, blocks, first(batches, most), compensated=compensated)
+    losses: dict[str, float] = {}
     before, least = 0.0, 0.0
-    for name, missing in trial.in_turn():
-        least = max(least, log1p(missing) - log1p(before), 1e-6)
-        worth[name], before = least, missing
-    rest = {name: max(least, log1p(trial.alone[name])) for name in trial.alone.keys() - worth.keys()}
-    found = {**worth, **rest}
+    for name, error in ablation.in_turn():
+        least = max(least, log1p(error) - log1p(before), 1e-6)
+        losses[name], before = least, error
+    rest = {name: max(least, log1p(ablation.alone[name])) for name in ablation.alone.keys() - losses.keys()}
+    found = {**losses, **rest}
     return {block.name: float(f"{found[block.name]:.6g}") for block in blocks}
 
 
-def first(batches: Batches, most: int | None) -> Batches:
-    """Return the first batches, all or as many as hold at most so many images, at least one: sizes may be fixed."""
-    ends = accumulate(len(batch[0]) for batch in batches)
-    return [
-        batch for k, (batch, end) in enumerate(zip(batches, ends, strict=True)) if not k or most is None or end <= most
-    ]
-
-
-class Trial:
-    """A network that runs without some of its blocks, and how much of its outputs is then missing.
+class BlockAblation:
+    """A network that runs without some of its blocks, and the error of its outputs: squared, over their variance.
 
     Attributes:
-        alone: block name → what is missing where only it is gone.
+        alone: block name → error with only that block removed.
 
     Args:
         program: traced; its weights are those of `program.model`.
         blocks: of that program.
         batches: of its inputs.
-        compensated: give back what a scale and a shift per channel of the stream can.
+        compensated: restore what a scale and a shift per channel of the stream can.
     """
 
     def __init__(
@@ -95,72 +86,61 @@ class Trial:
         whole = self._without(())
         with torch.no_grad():
             self._dense = [flat_outputs(whole.output(whole.start(batch))) for batch in batches]
-        self._variances = [_variance(outputs) for outputs in zip(*self._dense, strict=True)]
+        self._variations = variations(self._dense)
         self.alone = self._alone(whole)
 
-    def missing(self, gone: Collection[str]) -> float:
-        """Return how much is missing without these blocks: squared error over variance, the mean over outputs."""
-        tape, wrong = self._without(gone), self._nothing()
+    def error(self, removed: Collection[str]) -> float:
+        """Return the error without these blocks, the mean over outputs."""
+        tape = self._without(removed)
         with torch.no_grad():
-            for batch, dense in zip(self._batches, self._dense, strict=True):
-                wrong = _more(wrong, dense, flat_outputs(tape.output(tape.start(batch))))
-        return self._share(wrong)
+            outputs = (flat_outputs(tape.output(tape.start(batch))) for batch in self._batches)
+            errors = [squared_errors(found, dense) for found, dense in zip(outputs, self._dense, strict=True)]
+        return self._mean(errors)
+
+    def _mean(self, errors: Sequence[Tensor]) -> float:
+        return float((sum(errors) / self._variations).mean()) if len(self._variations) else 0.0
 
     def _alone(self, whole: Folded) -> dict[str, float]:
-        """What is missing without each block: up to where that begins, a batch runs once for all of them."""
+        """Errors without one block each; up to where that block begins, the run of a batch is shared."""
         starts = {name: min(whole.place[node] for node in (*b.nodes, b.sum)) for name, b in self._blocks.items()}
         tapes = {name: self._without((name,)) for name in sorted(starts, key=starts.__getitem__)}
-        wrong = dict.fromkeys(tapes, self._nothing())
+        errors: dict[str, list[Tensor]] = {name: [] for name in tapes}
         with torch.no_grad():
             for batch, dense in zip(self._batches, self._dense, strict=True):
                 run = whole.start(batch)
                 for name, tape in tapes.items():
                     run = whole.advance(run, starts[name])
-                    wrong[name] = _more(wrong[name], dense, flat_outputs(tape.output(run)))
-        return {name: self._share(wrong[name]) for name in self._blocks}
+                    errors[name].append(squared_errors(flat_outputs(tape.output(run)), dense))
+        return {name: self._mean(errors[name]) for name in self._blocks}
 
-    def _without(self, gone: Collection[str]) -> _Without:
-        return _Without(self._graph, self._state, [self._blocks[name] for name in gone], self._fits)
+    def _without(self, removed: Collection[str]) -> _Ablated:
+        return _Ablated(self._graph, self._state, [self._blocks[name] for name in removed], self._fits)
 
-    def _nothing(self) -> list[float]:
-        return [0.0 for _ in self._variances]
+    def in_turn(self, most: float = MOST_ERROR) -> Iterator[tuple[str, float]]:
+        """Yield blocks in the order in which they are removed, each with the error without it and all before it.
 
-    def _share(self, wrong: Sequence[float]) -> float:
-        return sum(e / v for e, v in zip(wrong, self._variances, strict=True)) / max(1, len(wrong))
-
-    def in_turn(self, most: float = LOST) -> Iterator[tuple[str, float]]:
-        """Yield block by block, the least missed first, and what is missing without it and all before it.
-
-        What a block adds to what is missing hardly falls as others go; so only blocks whose last figure is the lowest
-        are tried again (lazy greedy, Minoux 1978).
+        What a block adds to the error hardly falls as others are removed; so only blocks whose last known addition is
+        the lowest are measured again (lazy greedy, Minoux 1978).
         """
         adds, so_far = dict(self.alone), 0.0
-        gone: list[str] = []
+        removed: list[str] = []
         while adds and so_far < most:
-            tried: set[str] = set() if gone else set(adds)
-            while (name := min(adds, key=adds.__getitem__)) not in tried:
-                adds[name] = self.missing([*gone, name]) - so_far
-                tried.add(name)
+            measured: set[str] = set() if removed else set(adds)
+            while (name := min(adds, key=adds.__getitem__)) not in measured:
+                adds[name] = self.error([*removed, name]) - so_far
+                measured.add(name)
                 if adds[name] <= NEAR * min(adds.values()):
                     break
             so_far += adds.pop(name)
-            gone.append(name)
+            removed.append(name)
             yield name, so_far
 
 
-Fit = tuple[Tensor, Tensor, int]
-"""The scale, the shift, and the axis of the channels."""
-
-
-class _Without(Folded):
-    """The network without some blocks: branches are not run, sums are what stays, brought nearest to what they were."""
+class _Ablated(Folded):
+    """The network without some blocks: their branches do not run, and their sums return the other operand."""
 
     def __init__(
-        self,
-        graph: torch.fx.GraphModule,
-        state: Mapping[str, Tensor],
-        gone: Sequence[Block],
-        fits: Mapping[str, Fit],
+        self, graph: torch.fx.GraphModule, state: Mapping[str, Tensor], gone: Sequence[Block], fits: Mapping[str, Fit]
     ) -> None:
         super().__init__(graph, state)
         self._fits = fits
@@ -189,26 +169,26 @@ def _scaled(x: Tensor, fit: Fit) -> Tensor:
 
 
 def _fits(program: Program, state: Mapping[str, Tensor], blocks: Sequence[Block], batches: Batches) -> dict[str, Fit]:
-    """For each block what brings the stream without it nearest to the stream with it, in the dense network."""
-    tape = _Looking(program, state, blocks)
+    """For each block the scale and shift that bring the stream without it nearest to the stream with it."""
+    tape = _Observing(program, state, blocks)
     with torch.no_grad():
         for batch in batches:
             tape.output(tape.start(batch))
-    return {name: (*found.fit(), found.axis) for name, found in tape.moments.items()}
+    return {name: (*_scale_and_shift(found), tape.axes[name]) for name, found in tape.moments.items()}
 
 
-class _Looking(Folded):
-    """The dense network; each block's moments are gathered as it is run."""
+class _Observing(Folded):
+    """The dense network, which gathers for each block the moments of its stream: without it, and with it as target."""
 
     def __init__(self, program: Program, state: Mapping[str, Tensor], blocks: Sequence[Block]) -> None:
         super().__init__(program.graph, state)
         self._sums = {block.sum: block for block in blocks}
         self._first = {(*block.nodes, block.sum)[0]: block.name for block in blocks if block.is_layer}
         self._entered: dict[str, Tensor] = {}
-        totals = {block.name: (block, self.nodes[self.place[block.sum]]) for block in blocks}
-        self.moments = {
-            name: _Moments.none(total, _channels(program, block, total)) for name, (block, total) in totals.items()
-        }
+        totals = {block.name: self.nodes[self.place[block.sum]] for block in blocks}
+        self.axes = {block.name: _channel_axis(program, block, totals[block.name]) for block in blocks}
+        channels = {name: hint(totals[name].meta["val"].shape[axis]) for name, axis in self.axes.items()}
+        self.moments = {name: Moments.none(count, 1, 1) for name, count in channels.items()}
 
     def call(self, node: torch.fx.Node, values: Mapping[torch.fx.Node, Any], **changed: Any) -> Any:
         """Run one node."""
@@ -219,11 +199,12 @@ class _Looking(Folded):
         if block is not None:
             stays = self.nodes[self.place[block.stays]]
             kept = self._entered.pop(block.name) if block.is_layer else self.value(stays, values)
-            self.moments[block.name].add(kept, total)
+            rows = (x.movedim(self.axes[block.name], -1).flatten(0, -2).unsqueeze(2) for x in (kept, total))
+            self.moments[block.name].add(*rows)
         return total
 
 
-def _channels(program: Program, block: Block, total: torch.fx.Node) -> int:
+def _channel_axis(program: Program, block: Block, total: torch.fx.Node) -> int:
     """The axis that is as long as a bias or scale of the branch: the first after the batch, or the last."""
     tensors = all_tensors(program)
     lengths = {tensors[name].numel() for name in block.tensors if tensors[name].dim() == 1}
@@ -233,48 +214,11 @@ def _channels(program: Program, block: Block, total: torch.fx.Node) -> int:
     return last if tokens else min(1, last)
 
 
-@dataclass(slots=True)
-class _Moments:
-    """Per channel, over all images and positions: count, and sums of x, y, x², xy; (C,), float64."""
-
-    axis: int
-    count: int
-    x: Tensor
-    y: Tensor
-    xx: Tensor
-    xy: Tensor
-
-    @classmethod
-    def none(cls, node: torch.fx.Node, axis: int) -> _Moments:
-        channels = hint(node.meta["val"].shape[axis])
-        return cls(axis, 0, *(torch.zeros(channels, dtype=torch.float64) for _ in range(4)))
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        x, y = (t.movedim(self.axis, 0).flatten(1).double() for t in (x, y))
-        self.count += x.shape[1]
-        self.x += x.sum(1)
-        self.y += y.sum(1)
-        self.xx += (x * x).sum(1)
-        self.xy += (x * y).sum(1)
-
-    def fit(self) -> tuple[Tensor, Tensor]:
-        """The scale and the shift that bring x nearest to y."""
-        x, y = self.x / self.count, self.y / self.count
-        squares = self.xx / self.count
-        variance = squares - x * x
-        varies = variance > 1e-9 * squares
-        scale = torch.where(varies, (self.xy / self.count - x * y) / variance.clamp_min(_LEAST), torch.ones_like(x))
-        return scale, y - scale * x
-
-
-def _variance(outputs: Sequence[Tensor]) -> float:
-    """Sum of squared deviations from the mean over samples; of squares where there is one, or none varies."""
-    rows = torch.cat([x.double().reshape(len(x) if x.dim() else 1, -1) for x in outputs])
-    squares, deviations = float(rows.square().sum()), float((rows - rows.mean(0)).square().sum())
-    return max(_LEAST, deviations if deviations > 1e-9 * squares else squares)
-
-
-def _more(wrong: Sequence[float], dense: Sequence[Tensor], others: Sequence[Tensor]) -> list[float]:
-    """Squared errors with those of another batch, output by output."""
-    apart = (float((a.double() - b.double()).square().sum()) for a, b in zip(dense, others, strict=True))
-    return [e + more for e, more in zip(wrong, apart, strict=True)]
+def _scale_and_shift(found: Moments) -> tuple[Tensor, Tensor]:
+    """Per channel the scale and the shift that bring what is read nearest to what is wanted, (C,) each."""
+    squares, x = found.xx[:, 0, 0] / found.count, found.xx[:, 0, 1] / found.count
+    both, y = found.xy[:, 0, 0] / found.count, found.xy[:, 1, 0] / found.count
+    variance = squares - x * x
+    varies = variance > 1e-9 * squares
+    scale = torch.where(varies, (both - x * y) / variance.clamp_min(_LEAST), torch.ones_like(x))
+    return scale, y - scale * x

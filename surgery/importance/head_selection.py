@@ -1,8 +1,8 @@
-"""Which members each head, or convolution group, had best go without: arrangements that leave the network the same.
+"""Which members of each attention head, or convolution group, are least important: head orders.
 
-Members may be put in an order of each head's own where every value that holds members says which head each belongs to,
-and no operator joins the members of several heads. The first is read from labels. The second is shown by a run: with
-all members in random order the dense program has to compute what it computed before.
+Heads may each have an order of their own where every value that holds members also identifies their head, and no
+operator combines members of several heads. The first is read from labels. The second is tested by a run: with all
+members in random order the dense program has to compute the same outputs.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from surgery.core import TOLERANCE, Arrangement, Coupling, Group, Plan, Program,
 from surgery.coupling import Held, Layout, Places, layouts, positions, reordered, reorderings
 from surgery.cutting import outputs_of, relative_error
 from surgery.errors import PlanMismatch
-from surgery.importance.scoring import score_group, weights_of
-from surgery.importance.second_order import NAMES as IMAGES
+from surgery.importance.scoring import score_members, weights_of
 
 
 def arrange(program: Program, coupling: Coupling, criterion: Any = "l1", *, seed: int = 0) -> tuple[Arrangement, ...]:
@@ -32,7 +31,7 @@ def arrange(program: Program, coupling: Coupling, criterion: Any = "l1", *, seed
         program: of the dense model.
         coupling: its groups.
         criterion: name of a criterion; a callable, which scores the units as they are, leaves them in order.
-        seed: of criteria that draw at random, and of the run that shows the network unchanged.
+        seed: of criteria that draw at random, and of the run that tests whether the network is unchanged.
 
     Returns:
         An arrangement of each group whose members may differ from head to head.
@@ -43,10 +42,9 @@ def arrange(program: Program, coupling: Coupling, criterion: Any = "l1", *, seed
     pairs = _pairs(places, coupling)
     parameters = weights_of(program, coupling) if pairs else {}
     out = []
-    for inner, outer in _unchanging(program, places, coupling, pairs, seed):
+    for inner, outer in _reorderable(program, places, coupling, pairs, seed):
         joint, theirs = _joint(places, inner, outer, parameters)
-        by = "l1" if criterion in IMAGES else criterion  # within a head weights tell enough
-        scores = np.asarray(score_group(joint, theirs, by, seed=seed)).reshape(outer.size, inner.size)
+        scores = np.asarray(score_members(joint, theirs, criterion, seed=seed)).reshape(outer.size, inner.size)
         orders = np.argsort(-scores, axis=1, kind="stable")
         out.append(Arrangement(inner.name, outer.name, tuple(map(tuple, orders.tolist()))))
     return tuple(out)
@@ -75,7 +73,7 @@ def settled(plan: Plan, arrangements: Sequence[Arrangement]) -> Plan:
 
 
 Pair = tuple[Group, Group]
-"""Members, and heads."""
+"""Group of members, group of heads."""
 
 
 def _pairs(places: Places, coupling: Coupling) -> list[Pair]:
@@ -126,51 +124,64 @@ def _regular(places: Places, inner: Group, outer: Group) -> bool:
     return True
 
 
-def _unchanging(program: Program, places: Places, coupling: Coupling, pairs: Sequence[Pair], seed: int) -> list[Pair]:
-    """The pairs whose members may be put in any order: shown by random orders of all, or of ever fewer.
+def _reorderable(program: Program, places: Places, coupling: Coupling, pairs: Sequence[Pair], seed: int) -> list[Pair]:
+    """The pairs whose members may be put in any order.
 
-    Where two groups name each other, either may be the heads of the other; the run tells. What is not told apart in a
-    number of runs stays as it is.
+    Where two groups name each other, either may be the heads of the other: the pair with the earlier group as heads is
+    tested first.
     """
     if not pairs:
         return []
-    state = well_conditioned(program, seed=seed)
-    wanted = outputs_of(program, state, seed)
-    rng, runs = np.random.default_rng(seed), iter(range(_RUNS))
-
-    def same(some: Sequence[Pair]) -> bool:
-        for k in range(max(_draws(i.size) for i, _ in some)):
-            shuffled = [
-                Arrangement(i.name, o.name, tuple(tuple(rng.permutation(i.size).tolist()) for _ in range(o.size)))
-                for i, o in some
-                if k < _draws(i.size)
-            ]
-            other = reordered(state, reorderings(coupling, shuffled, places))
-            error, _ = relative_error(wanted, outputs_of(program, other, seed))
-            if not error <= TOLERANCE[torch.float64]:
-                return False
-        return True
-
-    def passing(some: Sequence[Pair]) -> list[Pair]:
-        if not some or next(runs, None) is None:
-            return []
-        return list(some) if same(some) else [pair for part in _parts(some) for pair in passing(part)]
-
+    shuffle = _Shuffle(program, places, coupling, seed)
     order = {group.name: k for k, group in enumerate(coupling.groups)}
-    turned = {(i.name, o.name) for i, o in pairs if (o, i) in pairs and order[i.name] < order[o.name]}
-    found = passing([pair for pair in pairs if (pair[0].name, pair[1].name) not in turned])
+    second = [(i, o) for i, o in pairs if (o, i) in pairs and order[i.name] < order[o.name]]
+    found = shuffle.passing([pair for pair in pairs if pair not in second])
     taken = {group.name for pair in found for group in pair}
-    found += passing([(i, o) for i, o in pairs if (i.name, o.name) in turned and not {i.name, o.name} & taken])
+    found += shuffle.passing([(i, o) for i, o in second if not {i.name, o.name} & taken])
     inner = {i.name for i, _ in found}
     return [(i, o) for i, o in found if o.name not in inner]
 
 
+class _Shuffle:
+    """Runs the dense program with members in random order, on well-conditioned weights; at most `_RUNS` sets of pairs.
+
+    Pairs that are still untested after that keep their order.
+    """
+
+    def __init__(self, program: Program, places: Places, coupling: Coupling, seed: int) -> None:
+        self._program, self._places, self._coupling, self._seed = program, places, coupling, seed
+        self._state = well_conditioned(program, seed=seed)
+        self._wanted = outputs_of(program, self._state, seed)
+        self._rng, self._runs = np.random.default_rng(seed), _RUNS
+
+    def passing(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """The pairs of which random orders leave the outputs the same, found by tests of all, then of ever fewer."""
+        if not pairs or not self._runs:
+            return []
+        self._runs -= 1
+        if self._same(pairs):
+            return list(pairs)
+        return [pair for part in _parts(pairs) for pair in self.passing(part)]
+
+    def _same(self, pairs: Sequence[Pair]) -> bool:
+        for k in range(max(_draws(inner.size) for inner, _ in pairs)):
+            orders = [self._random_order(*pair) for pair in pairs if k < _draws(pair[0].size)]
+            state = reordered(self._state, reorderings(self._coupling, orders, self._places))
+            error, _ = relative_error(self._wanted, outputs_of(self._program, state, self._seed))
+            if not error <= TOLERANCE[torch.float64]:
+                return False
+        return True
+
+    def _random_order(self, inner: Group, outer: Group) -> Arrangement:
+        rows = (tuple(self._rng.permutation(inner.size).tolist()) for _ in range(outer.size))
+        return Arrangement(inner.name, outer.name, tuple(rows))
+
+
 _RUNS = 10
-"""How many sets of groups are tried."""
 
 
 def _parts(some: Sequence[Pair]) -> list[list[Pair]]:
-    """By names without their numbers, since blocks of one kind do as the others; else in halves; of one nothing."""
+    """By names without their numbers, since blocks of one kind behave alike; else halves; nothing for a single pair."""
     kinds: dict[str, list[Pair]] = {}
     for pair in some:
         kinds.setdefault(re.sub(r"\d+", "", pair[0].name), []).append(pair)

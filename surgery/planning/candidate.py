@@ -19,7 +19,7 @@ from surgery.coupling import (
     reorderings,
 )
 from surgery.cutting import tracer_of
-from surgery.importance import PRICED, arrange, score
+from surgery.importance import arrange, measures_losses, score
 from surgery.inputs import Calibration
 
 
@@ -58,7 +58,7 @@ class Candidate:
                 macs=self.costs["macs"]({}),
                 progress=lambda fraction: clock.progress("score", fraction),
             )
-            if recipe.criterion in PRICED and recipe.goal.kind in self.costs:
+            if measures_losses(recipe.criterion) and recipe.goal.kind in self.costs:
                 return priced(found, self.coupling, self.costs[recipe.goal.kind])
             return found
 

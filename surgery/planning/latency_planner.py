@@ -13,7 +13,7 @@ from surgery.config import Budget, Recipe
 from surgery.core import Block, Clock, Coupling, Kernel, Plan, Program, Scores, Widths
 from surgery.coupling import find_blocks, flush_mib, kept_costs, plan_from_dead, reordered, reorderings
 from surgery.errors import BudgetUnreachable, InvalidInput
-from surgery.importance import PRICED, Signal, practised_worth, settled, signal_of, weights_of
+from surgery.importance import Signal, block_losses, measures_losses, settled, signal_of, weights_of
 from surgery.inputs import Calibration
 from surgery.latency import Conditions, LatencyTable, Source, Stairs, table_source
 from surgery.planning.acceptance import Acceptance, acceptance_of
@@ -208,11 +208,11 @@ class LatencyPlanner:
         parameters = reordered(weights_of(base.program, base.coupling), order)
         signal = signal_of(base.program, base.coupling, parameters, blocks)
         if seen is not None and blocks:
-            macs, compensated = base.costs["macs"]({}), recipe.criterion in PRICED
+            macs, compensated = base.costs["macs"]({}), measures_losses(recipe.criterion)
             with self._clock("calibrate"):
-                lost = practised_worth(base.program, blocks, seen.batches, macs=macs, compensated=compensated)
+                lost = block_losses(base.program, blocks, seen.batches, macs=macs, compensated=compensated)
             signal = replace(signal, blocks=lost)
-        if recipe.criterion in PRICED:
+        if measures_losses(recipe.criterion):
             return replace(signal, losses=base.scores)
         return signal if recipe.criterion == "signal" else signal.ranked(base.scores)
 

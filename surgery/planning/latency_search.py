@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from surgery.importance import Reader, Signal, loss_of
+from surgery.importance import Consumer, Signal, loss_of
 from surgery.planning.forecast import Forecast, State
 from surgery.planning.ladders import Ladder
 
@@ -76,7 +76,7 @@ def ladder_losses(ladders: Sequence[Ladder], signal: Signal) -> tuple[tuple[floa
     """
     if signal.losses is not None:
         return tuple(_summed(ladder, signal.losses) for ladder in ladders)
-    return tuple(_lost_to_readers(ladder, signal.readers) for ladder in ladders)
+    return tuple(_lost_to_consumers(ladder, signal.consumers) for ladder in ladders)
 
 
 def _summed(ladder: Ladder, losses: Mapping[str, Sequence[float]]) -> tuple[float, ...]:
@@ -84,17 +84,18 @@ def _summed(ladder: Ladder, losses: Mapping[str, Sequence[float]]) -> tuple[floa
     return tuple(float(sums[end]) for end in (0, *ladder.ends))
 
 
-def _lost_to_readers(ladder: Ladder, readers: Mapping[str, Sequence[Reader]]) -> tuple[float, ...]:
-    """A layer that reads several of the ladder's groups loses what it reads of all of them."""
-    heard = {reader.name: reader.heard for name in ladder.groups for reader in readers[name]}
+def _lost_to_consumers(ladder: Ladder, consumers: Mapping[str, Sequence[Consumer]]) -> tuple[float, ...]:
+    """A layer that consumes several of the ladder's groups loses its shares of all of them."""
+    relevance = {consumer.name: consumer.relevance for name in ladder.groups for consumer in consumers[name]}
     shares = {
-        layer: {name: r.shares for name in ladder.groups for r in readers[name] if r.name == layer} for layer in heard
+        layer: {name: c.shares for name in ladder.groups for c in consumers[name] if c.name == layer}
+        for layer in relevance
     }
     total = np.zeros(len(ladder.ends) + 1)
-    for layer, loudness in heard.items():
+    for layer in relevance:
         own = [shares[layer][name][unit] if name in shares[layer] else 0.0 for name, unit in ladder.order]
         sums = np.concatenate([[0.0], np.cumsum(own)])
-        total += [loss_of(loudness, float(sums[end])) for end in (0, *ladder.ends)]
+        total += [loss_of(relevance[layer], float(sums[end])) for end in (0, *ladder.ends)]
     return tuple(float(x) for x in np.maximum.accumulate(total))
 
 

@@ -19,7 +19,7 @@ from surgery.coupling.coupler import couple
 from surgery.coupling.dead import dead_blocks
 from surgery.cutting.verify_dropped import check_dropped
 from surgery.errors import CheckFailed
-from surgery.importance.block_ablation import Trial
+from surgery.importance.block_ablation import BlockAblation
 from surgery.importance.signal import block_worth
 from surgery.planning.forecast import State
 from surgery.planning.latency_search import ImportanceLoss
@@ -172,11 +172,11 @@ def test_what_is_missing_without_a_layer_is_seen_on_images() -> None:
     torch.manual_seed(0)
     model, images = net(layer(32, near=0.05), layer(32)), torch.randn(8, 3, 16, 16)
     program = trace(model, images)
-    trial = Trial(program, find_blocks(program), [(images,)])
+    ablation = BlockAblation(program, find_blocks(program), [(images,)])
     left = drop(program, {"4": ()}).model
     dense, without = (m(images).detach().double() for m in (model, left))
     wanted = (dense - without).square().sum() / (dense - dense.mean(0)).square().sum()
-    assert trial.missing(("4",)) == pytest.approx(float(wanted), rel=1e-4)
-    assert trial.alone["3"] < trial.alone["4"]
-    back = Trial(program, find_blocks(program), [(images,)], compensated=True)
-    assert back.missing(("4",)) < trial.missing(("4",))
+    assert ablation.error(("4",)) == pytest.approx(float(wanted), rel=1e-4)
+    assert ablation.alone["3"] < ablation.alone["4"]
+    back = BlockAblation(program, find_blocks(program), [(images,)], compensated=True)
+    assert back.error(("4",)) < ablation.error(("4",))

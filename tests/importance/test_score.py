@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import surgery
+from surgery.capture.tracing import trace
 from surgery.core.ir import Coupling, Group, Program, Site
+from surgery.coupling.coupler import couple
 from surgery.errors import InvalidInput, PlanMismatch
-from surgery.importance.scoring import CRITERIA, score
+from surgery.importance.evidence import Evidence
+from surgery.importance.scoring import score
+from surgery.registry import CRITERIA
+
+BY_WEIGHTS = [name for name in CRITERIA.names() if "images" not in CRITERIA[name].needs]
 
 
 class Net(nn.Module):
@@ -93,7 +101,7 @@ def test_the_default_makes_layers_of_any_scale_compare(model: nn.Module) -> None
 
 
 def test_biases_and_statistics_do_not_count(model: nn.Module) -> None:
-    names = set(CRITERIA) - {"signal"}  # which reads of the norms what passes through them
+    names = set(BY_WEIGHTS) - {"signal"}  # which reads of the norms what passes through them
     before = {name: score(program_of(model), coupling_of(model), name) for name in names}
     with torch.no_grad():
         for tensor in (model.conv1.bias, model.bn.bias, model.bn.running_mean, model.bn.running_var, model.conv2.bias):
@@ -157,7 +165,7 @@ def test_random_depends_on_seed_and_group_alone(model: nn.Module) -> None:
     assert all(0.0 <= value < 1.0 for values in first.values() for value in values)
 
 
-@pytest.mark.parametrize("criterion", list(CRITERIA))
+@pytest.mark.parametrize("criterion", BY_WEIGHTS)
 def test_every_criterion_is_finite_repeatable_and_leaves_the_model_alone(model: nn.Module, criterion: str) -> None:
     with torch.no_grad():
         model.conv2.weight.zero_()
@@ -223,7 +231,7 @@ def test_a_callable_that_returns_something_else_is_named(model: nn.Module, retur
 
 @pytest.mark.parametrize("criterion", ["hessian", 3])
 def test_an_unknown_criterion_lists_the_known_ones(model: nn.Module, criterion: str) -> None:
-    with pytest.raises(InvalidInput, match="l1, l2, bn-gamma, lamp, fpgm, signal, random"):
+    with pytest.raises(InvalidInput, match="activation, bn-gamma, fpgm, l1, l2, lamp, random"):
         score(program_of(model), coupling_of(model), criterion)
 
 
@@ -252,3 +260,41 @@ def test_a_coupling_of_another_model_is_refused(model: nn.Module) -> None:
         score(program_of(wider), coupling)
     with pytest.raises(PlanMismatch, match="touches no tensor of this model"):
         score(program_of(nn.Linear(2, 2)), coupling)
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    """Entries that a test registers are forgotten after it."""
+    before = dict(CRITERIA._entries)
+    yield
+    CRITERIA._entries.clear()
+    CRITERIA._entries.update(before)
+
+
+def test_a_criterion_registered_from_outside_is_chosen_by_name(registered: None) -> None:
+    @surgery.criterion("first-weight")
+    def first_weight(group: Group, weights: Mapping[str, Tensor]) -> Tensor:
+        return weights[group.sites[0].tensor].flatten(1)[:, 0]
+
+    @surgery.criterion("mean-input", needs=["images", "graph"])
+    def mean_input(evidence: Evidence) -> dict[str, list[float]]:
+        shift = float(torch.stack([batch[0].mean() for batch in evidence.images]).mean())
+        return {group.name: [shift + k for k in range(group.size)] for group in evidence.coupling.groups}
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    x = torch.ones(4, 3, 8, 8)
+    program = trace(model, x)
+    coupling = couple(program)
+    assert {"first-weight", "mean-input"} <= set(CRITERIA.names())
+    wanted = model[0].weight.detach()[:, 0, 0, 0]  # type: ignore[union-attr, index]
+    assert score(program, coupling, "first-weight")["0.weight:0"] == tuple(wanted.tolist())  # type: ignore[operator]
+    assert score(program, coupling, "mean-input", images=[(x,)])["0.weight:0"] == tuple(1.0 + k for k in range(8))
+    with pytest.raises(InvalidInput, match="criterion mean-input looks at images"):
+        score(program, coupling, "mean-input")
+    for name in ("first-weight", "mean-input"):
+        found = surgery.shrink(model, x, budget=surgery.Budget(channels=0.5), criterion=name, data=x, recover="none")
+        assert found.plan.settings["criterion"] == name
+    assert found.plan.dead["0.weight:0"] == (0, 1, 2, 3)
+    for name, needs in (("l1", []), ("first-weight", []), ("other", ["luck"])):
+        with pytest.raises(ValueError, match=r"already|luck"):
+            surgery.criterion(name, needs=needs)(lambda group, weights: [])

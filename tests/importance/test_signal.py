@@ -1,4 +1,4 @@
-"""How much of the signal units and blocks carry: moments against sampling, and what is heard of each layer."""
+"""How much of the signal units and blocks carry: moments against sampling, and the output relevance of each layer."""
 
 from __future__ import annotations
 
@@ -108,14 +108,14 @@ class Residual(nn.Module):
 
 
 @pytest.mark.parametrize("gain", [0.1, 1.0, 3.0])
-def test_a_branch_is_heard_as_much_as_it_brings(gain: float) -> None:
+def test_a_branch_is_as_relevant_as_its_share_of_the_sum(gain: float) -> None:
     known = signal(traced(Residual(gain), 2, 3, 8, 8))
     share = gain**2 / (1 + gain**2)
     block = next(iter(known.blocks))
     assert known.blocks[block] == pytest.approx(-math.log(1 - share), rel=1e-2)
-    (inner,) = known.readers["inner.weight:0"]
-    assert (inner.name, inner.heard) == ("outer.weight", pytest.approx(share, rel=1e-3))
-    stream = {reader.name: reader.heard for reader in known.readers["stem.weight:0"]}
+    (inner,) = known.consumers["inner.weight:0"]
+    assert (inner.name, inner.relevance) == ("outer.weight", pytest.approx(share, rel=1e-3))
+    stream = {consumer.name: consumer.relevance for consumer in known.consumers["stem.weight:0"]}
     assert stream == {"inner.weight": pytest.approx(share, rel=1e-3), "head.weight": 1.0}
 
 
@@ -135,14 +135,14 @@ def test_a_layer_cannot_lose_more_than_all() -> None:
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "vit_b_16"])
-def test_every_group_has_readers_whose_shares_are_shares(name: str) -> None:
+def test_every_group_has_consumers_whose_shares_are_shares(name: str) -> None:
     loaded = load_model(name, weights="random", input_shape=(1, 3, 224, 224) if name == "vit_b_16" else (1, 3, 64, 64))
     program = trace(loaded.module, loaded.example_inputs, loaded.example_kwargs)
     known = signal(program)
     for group in couple(program).groups:
-        readers = known.readers[group.name]
-        assert readers, group.name
-        for reader in readers:
-            assert len(reader.shares) == group.size and all(0.0 <= share <= 1.0 for share in reader.shares)
-            assert 0.0 <= reader.heard <= 1.0 and sum(reader.shares) <= 1.0 + 1e-9
+        consumers = known.consumers[group.name]
+        assert consumers, group.name
+        for consumer in consumers:
+            assert len(consumer.shares) == group.size and all(0.0 <= share <= 1.0 for share in consumer.shares)
+            assert 0.0 <= consumer.relevance <= 1.0 and sum(consumer.shares) <= 1.0 + 1e-9
     assert all(0.0 <= lost < 25.0 for lost in known.blocks.values())

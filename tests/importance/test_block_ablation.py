@@ -15,7 +15,8 @@ import surgery
 from surgery.capture.tracing import trace
 from surgery.coupling.blocks import drop, find_blocks
 from surgery.coupling.coupler import couple
-from surgery.importance.block_ablation import Trial, first, practised_worth
+from surgery.importance.block_ablation import BlockAblation, block_losses
+from surgery.importance.outputs import first
 from surgery.importance.signal import block_worth
 
 IMAGES = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -49,7 +50,7 @@ def test_what_is_missing_is_the_error_over_the_variance(gone: tuple[str, ...]) -
     blocks = find_blocks(program)
     dense, without = (m(IMAGES).detach().double() for m in (model, drop(program, dict.fromkeys(gone, ())).model))
     wanted = (dense - without).square().sum() / (dense - dense.mean(0)).square().sum()
-    assert Trial(program, blocks, BATCHES).missing(gone) == pytest.approx(float(wanted), rel=1e-4)
+    assert BlockAblation(program, blocks, BATCHES).error(gone) == pytest.approx(float(wanted), rel=1e-4)
     assert all(
         torch.equal(a, b)
         for a, b in zip(model.state_dict().values(), net(1.0, 0.3, 2.0, 0.5).state_dict().values(), strict=True)
@@ -59,13 +60,13 @@ def test_what_is_missing_is_the_error_over_the_variance(gone: tuple[str, ...]) -
 def test_blocks_go_in_turn_and_are_worth_what_each_adds() -> None:
     program = trace(net(1.0, 0.1, 2.0, 0.2), IMAGES[:2])
     blocks = find_blocks(program)
-    trial = Trial(program, blocks, BATCHES)
-    order = list(trial.in_turn(float("inf")))
+    ablation = BlockAblation(program, blocks, BATCHES)
+    order = list(ablation.in_turn(float("inf")))
     assert [name for name, _ in order][:2] == ["2", "4"]
     for count in range(1, 5):
         gone = [name for name, _ in order[:count]]
-        assert order[count - 1][1] == pytest.approx(trial.missing(gone), rel=1e-6)
-    worth = practised_worth(program, blocks, BATCHES)
+        assert order[count - 1][1] == pytest.approx(ablation.error(gone), rel=1e-6)
+    worth = block_losses(program, blocks, BATCHES)
     assert list(worth) == ["1", "2", "3", "4"]
     assert worth["2"] <= worth["4"] <= min(worth["1"], worth["3"])
     assert worth["2"] + worth["4"] == pytest.approx(float(np.log1p(order[1][1])), rel=1e-3)
@@ -81,10 +82,10 @@ def test_two_blocks_that_undo_each_other_are_told_apart_from_two_that_do_nothing
         model[1].bn.bias.copy_(torch.linspace(-1, 1, 32))  # type: ignore[index, union-attr]
         model[2].bn.bias.copy_(-torch.linspace(-1, 1, 32))  # type: ignore[index, union-attr]
     program = trace(model, IMAGES[:2])
-    trial = Trial(program, find_blocks(program), BATCHES)
-    assert min(trial.alone.values()) > 0.01
-    assert trial.missing(("1", "2")) == pytest.approx(0, abs=1e-9)
-    given_back = Trial(program, find_blocks(program), BATCHES, compensated=True)
+    ablation = BlockAblation(program, find_blocks(program), BATCHES)
+    assert min(ablation.alone.values()) > 0.01
+    assert ablation.error(("1", "2")) == pytest.approx(0, abs=1e-9)
+    given_back = BlockAblation(program, find_blocks(program), BATCHES, compensated=True)
     assert max(given_back.alone.values()) == pytest.approx(0, abs=1e-9)  # a shift per channel makes up for each
 
 
@@ -100,8 +101,8 @@ def test_channels_are_the_last_axis_of_tokens() -> None:
     model = nn.Sequential(Tokens(), nn.Flatten(), nn.Linear(30, 4)).eval()
     nn.init.zeros_(model[0].linear.weight)  # type: ignore[arg-type]
     program = trace(model, torch.randn(2, 5, 6))
-    trial = Trial(program, find_blocks(program), [(torch.randn(9, 5, 6),)], compensated=True)
-    assert trial.alone["0"] == pytest.approx(0, abs=1e-9)
+    ablation = BlockAblation(program, find_blocks(program), [(torch.randn(9, 5, 6),)], compensated=True)
+    assert ablation.alone["0"] == pytest.approx(0, abs=1e-9)
 
 
 def test_large_networks_run_on_fewer_images() -> None:
@@ -110,8 +111,8 @@ def test_large_networks_run_on_fewer_images() -> None:
     assert [len(x) for (x,) in first(BATCHES, 23)] == [16]
     assert [len(x) for (x,) in first(BATCHES, 8)] == [16]
     program = trace(net(1.0, 0.5), IMAGES[:2])
-    few = practised_worth(program, find_blocks(program), BATCHES, macs=10**15)
-    assert few == practised_worth(program, find_blocks(program), BATCHES[:1])
+    few = block_losses(program, find_blocks(program), BATCHES, macs=10**15)
+    assert few == block_losses(program, find_blocks(program), BATCHES[:1])
 
 
 def test_a_plan_goes_by_what_the_images_show() -> None:

@@ -1,0 +1,1 @@
+"""Criteria, one a module of the same name, each registered by `surgery.criterion`; see `surgery.registry.CRITERIA`."""

@@ -1,0 +1,56 @@
+"""The weights that a unit owns: slices of its producers, of the norms it passes and of its consumers.
+
+Biases are left out (they shift an output by a constant, whatever the input), and so are statistics such as
+`running_mean`. Scores are divided by their group's mean so that layers compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from surgery.core import Group, Site
+
+
+def owned_weights(group: Group, weights: Mapping[str, Tensor]) -> Iterator[tuple[Site, Tensor]]:
+    """Yield the sites of a group that are slices of weights, each with its tensor."""
+    for site in group.sites:
+        last = site.tensor.rpartition(".")[2]
+        if site.tensor in weights and not last.endswith("bias") and last != "beta":
+            yield site, weights[site.tensor]
+
+
+def positions_of(site: Site) -> tuple[Tensor, Tensor]:
+    """Return positions along the site's axis and the unit that owns each, both of shape (positions,)."""
+    lengths = torch.tensor([len(owned) for owned in site.index])
+    positions = torch.tensor([position for owned in site.index for position in owned], dtype=torch.long)
+    return positions, torch.repeat_interleave(torch.arange(len(site.index)), lengths)
+
+
+def power_sums(group: Group, weights: Mapping[str, Tensor], *, order: int) -> Tensor:
+    """Return per unit the sum of ``|w| ** order`` over all weights it owns: (units,), float64."""
+    total = torch.zeros(group.size, dtype=torch.float64)
+    for site, weight in owned_weights(group, weights):
+        total += power_sum(site, weight, order=order)
+    return total
+
+
+def power_sum(site: Site, weight: Tensor, *, order: int) -> Tensor:
+    """Return per unit the sum of ``|w| ** order`` over its slices of one weight: (units,), float64."""
+    others = [axis for axis in range(weight.ndim) if axis != site.axis]
+    if others:
+        per_position = torch.linalg.vector_norm(weight, ord=order, dim=others, dtype=torch.float64)
+    else:
+        per_position = weight.double().abs()
+    positions, units = positions_of(site)
+    total = torch.zeros(len(site.index), dtype=torch.float64)
+    return total.index_add_(0, units, per_position.pow(order)[positions])
+
+
+def over_mean(values: Tensor | Sequence[float]) -> Tensor:
+    """Return values over their mean; where all are zero, as they are."""
+    found = torch.as_tensor(values, dtype=torch.float64)
+    mean = found.mean()
+    return found / mean if mean > 0 else found

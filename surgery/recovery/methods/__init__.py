@@ -1,0 +1,1 @@
+"""Recovery methods, one a module of the same name."""
