@@ -199,9 +199,12 @@ def bench(
     intervals; load time and peak memory are a fresh process's.
     """
     with work(session, quiet=quiet) as progress:
-        from surgery.latency import comparison as versus
+        from surgery.latency import Limits, comparison as versus
 
-        found = versus.compare(files, shapes=dict(shapes), progress=progress, **given(parameters))
+        options = given(parameters)
+        baseline, limits = options.pop("baseline", None), Limits(0, options.pop("runs"), options.pop("seconds"))
+        settings = versus.settings_of(dict(shapes), **options)
+        found = versus.compare(files, settings, limits, baseline=baseline, progress=progress)
     print_found(found, versus.render_terminal, as_json=as_json)
 
 

@@ -28,7 +28,7 @@ from surgery.config import Budget
 from surgery.coupling import cost_functions, couple
 from surgery.cutting import check, cut
 from surgery.importance import score
-from surgery.latency import ort
+from surgery.latency import Limits, Settings, ort
 from surgery.planning import SCOPES, allocate
 
 CRITERIA = ("l1", "l2", "bn-gamma", "lamp", "fpgm", "random")
@@ -142,7 +142,9 @@ def timed(subjects: Sequence[Subject], *, threads: int, seconds: float) -> tuple
         for number, subject in enumerate(chosen):
             files[subject.label] = Path(folder, f"{number}.onnx")
             onnx.export(subject.module, torch.zeros(2, 3, 32, 32), files[subject.label])
-        timing = ort.time(files, threads=threads, baseline="dense", max_seconds=seconds, max_runs=20000)
+        timing = ort.time(
+            files, Settings(threads=threads), Limits(max_runs=20000, max_seconds=seconds), baseline="dense"
+        )
     figures = {
         row.name: {"p50_ms": row.p50_ms, "p90_ms": row.p90_ms, "speedup": asdict(row.speedup), "bytes": row.file_bytes}
         for row in timing.rows

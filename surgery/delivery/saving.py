@@ -32,7 +32,7 @@ from surgery.core import Clock, Plan, Progress, quiet
 from surgery.delivery import artifacts as artefacts, exporting as exports, precisions
 from surgery.delivery.precisions import Precisions
 from surgery.errors import InvalidInput
-from surgery.latency import Settings, by_operator, ort
+from surgery.latency import Limits, Settings, by_operator, ort
 from surgery.pipeline import Result, apply
 from surgery.planning import int8_of
 from surgery.recovery import Agreement, Evaluate, verdict_on
@@ -367,24 +367,15 @@ def _time(files: _Files, how: Measurement, clock: Clock) -> tuple[dict[str, Any]
     fixed = not all(any(0 in axes for axes in export.dynamic.values()) for export in files.written.values())
     batch = subject.batch if fixed else how.batch
     notes = [f"timed at batch {batch}, which the model fixes"] if batch != how.batch else []
-    timing = ort.time(
-        files.paths,
-        batch=batch,
-        threads=how.threads,
-        max_runs=how.runs,
-        baseline="dense",
-        seed=how.seed,
-        input_shapes=shapes,
-        progress=clock.progress,
-    )
+    settings, limits = Settings(batch, how.threads, how.seed, shapes), Limits(max_runs=how.runs)
+    timing = ort.time(files.paths, settings, limits, baseline="dense", progress=clock.progress)
     return json.loads(json.dumps(timing.to_dict())), notes
 
 
 def _operators(timing: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, dict[str, float]]:
     """Milliseconds by operator of each file but the masked one, run as it was timed."""
     how = timing["settings"]
-    shapes = {name: tuple(shape) for name, shape in how["shapes"].items()}
-    settings = Settings(how["batch"], how["threads"], how["seed"], shapes, how["provider"])
+    settings = Settings.from_json({name: how[name] for name in ("batch", "threads", "seed", "shapes", "provider")})
     return {name: dict(by_operator(path, settings)) for name, path in files.items() if name != "masked"}
 
 

@@ -1,47 +1,57 @@
 """Rounds of blocks: one session alive at a time, in shuffled order, until every ratio's interval is narrow.
 
-A block creates a session, warms it up, times some runs and destroys it. A round is one block of each competitor. Rounds
-that other processes disturbed are told by `Watch` and do not count, as long as enough others do.
+A block creates a session, warms it up, times some runs and destroys it. A round is one block of each model. Rounds that
+other processes disturbed are found by `Watch` and do not count, as long as enough others do.
 """
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from time import perf_counter, perf_counter_ns
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from surgery.errors import InvalidInput
+from surgery.latency.fill import Progress
 from surgery.latency.machine import Watch
+from surgery.latency.probe import BLOCK_MS, MIN_BLOCK_RUNS, block_ms
 from surgery.latency.session import Settings, open_session, random_inputs, run_once
 from surgery.latency.stats import UNITY, Interval, paired_ratio
 
 AA_TOLERANCE = 0.02
 MIN_ROUNDS = 12  # fewer say too little about their own spread for a bootstrap
-WARM_RUNS = 2
-WARM_MS = 20.0
-MIN_BLOCK_RUNS = 3
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """When to stop, and how long a block is; see `ort.time`. Raises InvalidInput for values out of range."""
+    """When a measurement ends, and how long a block is.
 
-    min_runs: int
-    max_runs: int
-    max_seconds: float
-    block_ms: float
-    width: float
+    Rounds end as soon as every ratio's 95 % interval is narrower than `width` and the A/A ratio is within 1.00 ± 0.02;
+    else at `max_runs` of any model or after `max_seconds`. Twelve rounds are made even if they take up to four times as
+    long, since fewer give no trustworthy interval.
+
+    Attributes:
+        min_runs: timed runs of every model before an early end; 1000 or more for a p99.
+        max_runs: limit on timed runs per model.
+        max_seconds: limit on the time spent in rounds.
+        block_ms: length of a block, warm-up not counted; at least three runs whatever they take.
+        width: full width of the interval, relative to the ratio, that is narrow enough.
+
+    Raises:
+        InvalidInput: a value is out of range.
+    """
+
+    min_runs: int = 0
+    max_runs: int = 2000
+    max_seconds: float = 45.0
+    block_ms: float = BLOCK_MS
+    width: float = 0.03
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_runs, int) or self.max_runs < MIN_BLOCK_RUNS:
@@ -59,8 +69,8 @@ class Limits:
 
 
 @dataclass(slots=True)
-class Entry:
-    """One competitor: a file, its inputs, and its blocks of run times in milliseconds so far."""
+class TimedModel:
+    """A file, its inputs, and its blocks of run times in milliseconds so far."""
 
     path: Path
     inputs: dict[str, NDArray[Any]]
@@ -77,70 +87,77 @@ class Entry:
         return len(self.blocks) * self.block_runs
 
 
-def block_order(entries: int, seed: int) -> Iterator[list[int]]:
-    """Yield the order in which the entries are timed, round after round without end: the same for the same seed."""
+def block_order(models: int, seed: int) -> Iterator[list[int]]:
+    """Yield the order in which the models are timed, round after round without end: the same for the same seed."""
     rng = np.random.default_rng(seed)
     while True:
-        yield [int(i) for i in rng.permutation(entries)]
+        yield [int(i) for i in rng.permutation(models)]
 
 
 @dataclass(frozen=True, slots=True)
-class Race:
-    """Everything the rounds need; `control` is the baseline's file under sessions of its own."""
+class Measurement:
+    """Models that are timed against a baseline.
 
-    entries: Mapping[str, Entry]
-    control: Entry | None
-    base: Entry
+    Attributes:
+        models: by name.
+        base: the one that ratios refer to.
+        control: the baseline's file in sessions of its own; None if the timer does not test itself.
+        settings: of the sessions.
+        limits: on rounds.
+        watch: finds disturbed rounds.
+    """
+
+    models: Mapping[str, TimedModel]
+    base: TimedModel
+    control: TimedModel | None
     settings: Settings
     limits: Limits
-    report: Progress
-    watch: Watch
+    watch: Watch = field(default_factory=Watch)
 
     @property
-    def all(self) -> list[Entry]:
-        """Every competitor, the control last."""
-        return [*self.entries.values(), *([self.control] if self.control else [])]
+    def all(self) -> list[TimedModel]:
+        """Every model, the control last."""
+        return [*self.models.values(), *([self.control] if self.control else [])]
 
     @property
     def used(self) -> list[int]:
-        """Rounds that count: the undisturbed ones, or all where those are too few."""
+        """Rounds that count: the undisturbed ones, or all if those are too few."""
         undisturbed = self.watch.undisturbed
         return undisturbed if len(undisturbed) >= MIN_ROUNDS else list(range(len(self.base.blocks)))
 
-    def ratio(self, entry: Entry) -> Interval:
-        """Return the entry's latency relative to the baseline's."""
-        if entry is self.base:
+    def ratio(self, model: TimedModel) -> Interval:
+        """Return the model's latency relative to the baseline's."""
+        if model is self.base:
             return UNITY
         used = self.used
-        return paired_ratio(entry.medians_ms(used), self.base.medians_ms(used), seed=self.settings.seed)
+        return paired_ratio(model.medians_ms(used), self.base.medians_ms(used), seed=self.settings.seed)
+
+    def run(self, report: Progress) -> str:
+        """Make rounds until a rule says stop; returns the rule in words."""
+        start = perf_counter()
+        orders = block_order(len(self.all), self.settings.seed)
+        for done in count(1):
+            for position in next(orders):
+                model = self.all[position]
+                model.blocks.append(_block(model, self.settings))
+            self.watch.round_done()
+            elapsed_s = perf_counter() - start
+            report("timing", _fraction(self, done, elapsed_s))
+            stop = _stop(self, done, elapsed_s)
+            if stop:
+                break
+        self.watch.judge()
+        report("timing", 1.0)
+        return stop
 
 
-def race_to_end(race: Race) -> str:
-    """Make rounds until a rule says stop; returns the rule in words."""
-    start = perf_counter()
-    orders = block_order(len(race.all), race.settings.seed)
-    for done in count(1):
-        for position in next(orders):
-            entry = race.all[position]
-            entry.blocks.append(_block(entry, race.settings))
-        race.watch.round_done()
-        elapsed_s = perf_counter() - start
-        race.report("timing", _fraction(race, done, elapsed_s))
-        stop = _stop(race, done, elapsed_s)
-        if stop:
-            break
-    race.watch.judge()
-    race.report("timing", 1.0)
-    return stop
-
-
-def _stop(race: Race, done: int, elapsed_s: float) -> str:
-    limits = race.limits
+def _stop(m: Measurement, done: int, elapsed_s: float) -> str:
+    limits = m.limits
     # The bootstrap costs more as rounds add up, and the answer changes less: ask at growing distances.
     due = done >= MIN_ROUNDS and done % (1 + done // 24) == 0
-    if due and min(entry.runs for entry in race.all) >= limits.min_runs and _narrow(race):
+    if due and min(model.runs for model in m.all) >= limits.min_runs and _narrow(m):
         return f"every interval under {limits.width:.1%}"
-    if any(entry.runs + entry.block_runs > limits.max_runs for entry in race.all):
+    if any(model.runs + model.block_runs > limits.max_runs for model in m.all):
         return f"{limits.max_runs} runs of a model"
     late = elapsed_s > limits.max_seconds and done >= MIN_ROUNDS
     if late or (elapsed_s > 4 * limits.max_seconds and done >= 3):
@@ -148,68 +165,38 @@ def _stop(race: Race, done: int, elapsed_s: float) -> str:
     return ""
 
 
-def _narrow(race: Race) -> bool:
-    ratios = [race.ratio(entry) for entry in race.all if entry is not race.base]
-    if race.control and abs(ratios[-1].value - 1.0) > AA_TOLERANCE:
+def _narrow(m: Measurement) -> bool:
+    ratios = [m.ratio(model) for model in m.all if model is not m.base]
+    if m.control and abs(ratios[-1].value - 1.0) > AA_TOLERANCE:
         return False  # narrow and wrong: more rounds may still average a disturbance out
-    return all(ratio.width <= race.limits.width for ratio in ratios)
+    return all(ratio.width <= m.limits.width for ratio in ratios)
 
 
-def _fraction(race: Race, done: int, elapsed_s: float) -> float:
-    runs = max(entry.runs for entry in race.all) / race.limits.max_runs
-    clock = min(elapsed_s / race.limits.max_seconds, done / MIN_ROUNDS)
+def _fraction(m: Measurement, done: int, elapsed_s: float) -> float:
+    runs = max(model.runs for model in m.all) / m.limits.max_runs
+    clock = min(elapsed_s / m.limits.max_seconds, done / MIN_ROUNDS)
     return min(0.99, max(runs, clock))
 
 
-def _block(entry: Entry, settings: Settings) -> NDArray[np.float64]:
+def _block(model: TimedModel, settings: Settings) -> NDArray[np.float64]:
     """Return the run times of one block in milliseconds, (block_runs,), in a session that lives only here."""
-    session = open_session(entry.path, settings)
-    run, inputs = session.run, entry.inputs
-    nanoseconds = np.empty(entry.block_runs)
-    with _no_garbage_collection():
-        _warm_up(lambda: run(None, inputs))
-        for i in range(entry.block_runs):
-            start = perf_counter_ns()
-            run(None, inputs)
-            nanoseconds[i] = perf_counter_ns() - start
-    return nanoseconds / 1e6
+    times: NDArray[np.float64] = block_ms(open_session(model.path, settings), model.inputs, model.block_runs)
+    return times
 
 
-def _warm_up(run: Callable[[], object]) -> None:
-    """Run a few times, untimed: memory arena, weights and clock frequency settle."""
-    start = perf_counter()
-    for _ in range(WARM_RUNS):
-        run()
-    while (perf_counter() - start) * 1e3 < WARM_MS:
-        run()
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def enter(files: Mapping[str, Path], settings: Settings, limits: Limits) -> dict[str, Entry]:
+def open_models(files: Mapping[str, Path], settings: Settings, limits: Limits) -> dict[str, TimedModel]:
     """Make inputs for each model and find how many of its runs fill a block, one session at a time."""
-    entries = {name: _pilot(path, settings, limits) for name, path in files.items()}
-    known = {name for entry in entries.values() for name in entry.inputs}
+    models = {name: _pilot(path, settings, limits) for name, path in files.items()}
+    known = {name for model in models.values() for name in model.inputs}
     unknown = sorted(settings.shapes.keys() - known)
     if unknown:
-        raise InvalidInput(f"input_shapes names {', '.join(unknown)}, but the inputs are {', '.join(sorted(known))}")
-    return entries
+        raise InvalidInput(f"shapes name {', '.join(unknown)}, but the inputs are {', '.join(sorted(known))}")
+    return models
 
 
-def _pilot(path: Path, settings: Settings, limits: Limits) -> Entry:
+def _pilot(path: Path, settings: Settings, limits: Limits) -> TimedModel:
     session = open_session(path, settings)
     inputs = random_inputs(session, path, settings)
     run_once(session, inputs, path)
-    trial = Entry(path, inputs, MIN_BLOCK_RUNS)
-    del session
-    trial.block_runs = limits.block_runs(float(np.median(_block(trial, settings))))
-    return trial
+    run_ms = float(np.median(block_ms(session, inputs, MIN_BLOCK_RUNS)))
+    return TimedModel(path, inputs, limits.block_runs(run_ms))

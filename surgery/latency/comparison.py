@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnxruntime
+
 from surgery.errors import InvalidInput
+from surgery.latency import ort
+from surgery.latency.blocks import Limits
+from surgery.latency.fill import Progress
+from surgery.latency.session import Settings, model_file, open_session
 from surgery.report import Table, figure, print_parts, ratio, size
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from surgery.core import Progress
 
 COLUMNS = (
     *("file", "p50 ms", "p90 ms", "p99 ms", "items /s", "time, relative", "95% interval"),
@@ -35,57 +39,47 @@ def _batch(batch: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
     return batch
 
 
-def compare(
-    paths: Sequence[Path],
-    *,
-    threads: int = 1,
-    batch: int = 1,
-    provider: str = "cpu",
-    baseline: Path | None = None,
-    runs: int = 2000,
-    seconds: float = 45.0,
-    seed: int = 0,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Return what `surgery.latency.ort.time` measures of ONNX files that take the same inputs, as plain JSON values.
+def settings_of(
+    shapes: Mapping[str, tuple[int, ...]], *, batch: int = 1, threads: int = 1, seed: int = 0, provider: str = "cpu"
+) -> Settings:
+    """Return settings as they are given on the command line.
 
     Args:
-        paths: of the files; a row is called by its file's name, or by its path where two files share a name.
+        shapes: input name → shape, for files that leave more than the batch open.
+        batch: items per run; if it is 1, the batch of the shapes.
         threads: intra-op threads of ONNX Runtime.
-        batch: items per run.
-        provider: execution provider, whose `ExecutionProvider` may be left out, in any case.
-        baseline: one of the paths, which the others are relative to; None: the first.
-        runs: at most so many timed runs of a file.
-        seconds: of measuring, after which no round begins.
         seed: of inputs and order.
-        shapes: input name → shape, where a file leaves more than the batch open.
+        provider: execution provider, whose `ExecutionProvider` may be left out, in any case.
+    """
+    return Settings(_batch(batch, shapes), threads, seed, dict(shapes), _provider(provider))
+
+
+def compare(
+    paths: Sequence[Path],
+    settings: Settings,
+    limits: Limits,
+    *,
+    baseline: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Return what `surgery.latency.time` measures of ONNX files that take the same inputs, as plain JSON values.
+
+    Args:
+        paths: of the files; a row is called by its file's name, or by its path if two files share a name.
+        settings: how they are run.
+        limits: on runs and seconds.
+        baseline: one of the paths, which the others are relative to; None: the first.
         progress: told what is being done and how far it is.
 
     Raises:
-        InvalidInput: a file cannot be read or run, files take different inputs, a provider that is not there.
+        InvalidInput: a file cannot be read or run, or files take different inputs.
     """
-    from surgery.latency import ort
-    from surgery.latency.session import Settings
-
     names = _names(paths)
-    batch = _batch(batch, shapes or {})
-    settings = Settings(batch, threads, seed, dict(shapes or {}), _provider(provider))
     _require_same_inputs(paths, settings)
     if baseline is not None and baseline not in paths:
         raise InvalidInput(f"--baseline {baseline} is none of the files: {', '.join(map(str, paths))}")
-    timing = ort.time(
-        dict(zip(names, paths, strict=True)),
-        batch=batch,
-        threads=threads,
-        provider=settings.provider,
-        max_runs=runs,
-        max_seconds=seconds,
-        baseline=None if baseline is None else names[list(paths).index(baseline)],
-        seed=seed,
-        input_shapes=settings.shapes,
-        progress=progress,
-    )
+    base = None if baseline is None else names[list(paths).index(baseline)]
+    timing = ort.time(dict(zip(names, paths, strict=True)), settings, limits, baseline=base, progress=progress)
     found = json.loads(json.dumps(timing.to_dict()))
     for row, path in zip(found["rows"], paths, strict=True):
         row["file"] = str(path)
@@ -102,15 +96,11 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _provider(given: str) -> str:
     """The provider's whole name where this build has it, else what was given."""
-    import onnxruntime
-
     known: list[str] = onnxruntime.get_available_providers()
     return next((p for p in known if given.casefold() in (p.casefold(), p.removesuffix(_SUFFIX).casefold())), given)
 
 
-def _require_same_inputs(paths: Sequence[Path], settings: Any) -> None:
-    from surgery.latency.session import model_file, open_session
-
+def _require_same_inputs(paths: Sequence[Path], settings: Settings) -> None:
     taken = {}
     for path in paths:
         inputs = open_session(model_file(path), settings).get_inputs()

@@ -10,10 +10,8 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from pathlib import Path
 from statistics import median
@@ -25,6 +23,8 @@ import onnxruntime
 from surgery.core import Kernel, replacing
 from surgery.errors import InvalidInput, SurgeryError
 from surgery.latency import fill, probe
+from surgery.latency.child import ask
+from surgery.latency.probe import BLOCK_MS, MIN_BLOCK_RUNS, block_ms, first_line
 from surgery.latency.tables import LatencyTable
 
 REQUEST = "request.json"
@@ -34,12 +34,8 @@ DENSE = "dense.onnx"
 SCHEMA = 1
 PROCESSES = 3
 BLOCK_ROUNDS = 12
-BLOCK_MS, MIN_BLOCK_RUNS = 100.0, 3
-WARM_MS, WARM_RUNS = 20.0, 2
 TIMEOUT_S = 3600.0
 INTERRUPTED = 130
-
-_TYPES = {"float": "float32", "double": "float64"}
 
 
 def main(archive: str, arguments: Optional[Sequence[str]] = None) -> int:
@@ -51,15 +47,15 @@ def main(archive: str, arguments: Optional[Sequence[str]] = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if given[:1] == ["race"]:
-            print(json.dumps(_race(json.loads(given[1]))))
-        elif given[:1] == ["accept"]:
+        if given[:1] == ["time"]:
+            return _time(json.loads(given[1]))
+        if given[:1] == ["accept"]:
             _accept(archive, _accept_options(given[1:]))
         else:
             _table(archive, _table_options(given))
     except SurgeryError as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return InvalidInput.exit_code
     except KeyboardInterrupt:
         print("interrupted before the end; nothing was written, run the same command again", file=sys.stderr)
         return INTERRUPTED
@@ -102,7 +98,7 @@ def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str], *, rounds
 
 def _threads(options: argparse.Namespace, request: Mapping[str, Any]) -> int:
     threads = int(options.threads or request["threads"])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = probe.available_cores()
     if threads > cores:
         raise InvalidInput(
             f"--threads {threads}: this process may use {cores} cores, and threads that share one would measure "
@@ -180,7 +176,7 @@ def measured(
         )
     except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
         raise InvalidInput(
-            f"ONNX Runtime {onnxruntime.__version__} cannot run the kernels here: {_first_line(error)}; "
+            f"ONNX Runtime {onnxruntime.__version__} cannot run the kernels here: {first_line(error)}; "
             "onnxruntime 1.17 and later reads their operator set"
         ) from error
 
@@ -213,7 +209,8 @@ def _accept(archive: str, options: argparse.Namespace) -> None:
         found = []
         for k in range(PROCESSES):
             say("time compact against dense", k / PROCESSES)
-            found.append(_fresh_race(archive, {**asked, "seed": request["seed"] + k}))
+            arguments = [archive, "time", json.dumps({**asked, "seed": request["seed"] + k})]
+            found.append(ask(arguments, f"latency of {options.compact}", timeout_s=TIMEOUT_S))
     ratios = [answer["ratio"] for answer in found]
     acceptance = {
         "schema": SCHEMA,
@@ -252,71 +249,51 @@ def _origin(compact: str, request: Mapping[str, Any], threads: int) -> Dict[str,
     }
 
 
-def _fresh_race(archive: str, asked: Mapping[str, Any]) -> Dict[str, Any]:
-    """Time the two files in a process of its own: each has its own memory layout, and its own luck with it."""
-    command = [sys.executable, archive, "race", json.dumps(asked)]
-    try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=TIMEOUT_S, check=False, text=True
-        )
-    except subprocess.TimeoutExpired as error:
-        raise InvalidInput(f"one process took more than {TIMEOUT_S:.0f} s; ask for fewer --rounds") from error
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
-        told = last[len("error: ") :] if last.startswith("error: ") else f"ended with code {done.returncode} ({last})"
-        raise InvalidInput(f"the process that times the models: {told}")
-    answer: Dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return answer
+def _time(asked: Mapping[str, Any]) -> int:
+    """Serve `_accept`: time blocks of both files in shuffled order, one session alive at a time, and print the result.
 
-
-def _race(asked: Mapping[str, Any]) -> Dict[str, Any]:
-    """Time blocks of both files in shuffled order, one session alive at a time."""
+    This runs in a process of its own: each has its own memory layout, and its own luck with it.
+    """
     files, threads, shapes = asked["files"], asked["threads"], asked["shapes"]
-    runs = [max(MIN_BLOCK_RUNS, math.ceil(BLOCK_MS / _block(f, threads, shapes, MIN_BLOCK_RUNS))) for f in files]
-    rng = np.random.RandomState(asked["seed"])
-    blocks: List[Tuple[float, float]] = []
-    for _ in range(asked["rounds"]):
-        times = {int(k): _block(files[k], threads, shapes, runs[k]) for k in rng.permutation(len(files))}
-        blocks.append((times[0], times[1]))
+    try:
+        runs = [max(MIN_BLOCK_RUNS, math.ceil(BLOCK_MS / _block(f, threads, shapes, MIN_BLOCK_RUNS))) for f in files]
+        rng = np.random.RandomState(asked["seed"])
+        blocks: List[Tuple[float, float]] = []
+        for _ in range(asked["rounds"]):
+            times = {int(k): _block(files[k], threads, shapes, runs[k]) for k in rng.permutation(len(files))}
+            blocks.append((times[0], times[1]))
+    except InvalidInput as error:
+        print(json.dumps({"error": str(error)}))
+        return InvalidInput.exit_code
     dense, compact = zip(*blocks)
-    return {"ratio": median(c / d for d, c in blocks), "ms": [median(dense), median(compact)]}
+    print(json.dumps({"ratio": median(c / d for d, c in blocks), "ms": [median(dense), median(compact)]}))
+    return 0
 
 
 def _block(path: str, threads: int, shapes: Mapping[str, Sequence[int]], runs: int) -> float:
     """Return the median milliseconds of some runs, in a session that lives only here."""
     session = _session(path, threads)
     inputs = _inputs(session, path, shapes)
-    start = time.perf_counter()
-    warm = 0
-    times = []
     try:
-        while warm < WARM_RUNS or (time.perf_counter() - start) * 1e3 < WARM_MS:
-            session.run(None, inputs)
-            warm += 1
-        for _ in range(runs):
-            start = time.perf_counter()
-            session.run(None, inputs)
-            times.append(time.perf_counter() - start)
+        return float(np.median(block_ms(session, inputs, runs)))
     except Exception as error:  # as above
-        raise InvalidInput(f"{path} does not run here: {_first_line(error)}; export it again") from error
-    return median(times) * 1e3
+        raise InvalidInput(f"{path} does not run here: {first_line(error)}; export it again") from error
 
 
 def _session(path: str, threads: int) -> Any:
     if not os.path.isfile(path):
         raise InvalidInput(f"no file {path}; give the compact.onnx that `surgery shrink` wrote")
     try:
-        return onnxruntime.InferenceSession(path, probe.options(threads), providers=[probe.PROVIDER])
+        return onnxruntime.InferenceSession(path, probe.session_options(threads), providers=[probe.PROVIDER])
     except Exception as error:  # as above
         raise InvalidInput(
-            f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {_first_line(error)}; check the file, or "
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {first_line(error)}; check the file, or "
             "export it for an older --opset"
         ) from error
 
 
 def _inputs(session: Any, path: str, shapes: Mapping[str, Sequence[int]]) -> Dict[str, Any]:
-    """Return random inputs of the dense model's shapes: floats normal, integers 0 or 1."""
-    rng = np.random.RandomState(0)
+    """Return random inputs of the dense model's shapes."""
     inputs = {}
     for item in session.get_inputs():
         if item.name not in shapes:
@@ -324,18 +301,13 @@ def _inputs(session: Any, path: str, shapes: Mapping[str, Sequence[int]]) -> Dic
                 f"{path}: input '{item.name}' is none of the dense model's ({', '.join(shapes)}); give a file that "
                 "was cut from this model"
             )
-        kind = item.type[len("tensor(") : -1]
-        kind = _TYPES.get(kind, kind)
-        shape = tuple(shapes[item.name])
-        values = rng.standard_normal(shape) if kind.startswith("float") else rng.randint(0, 2, shape)
-        inputs[item.name] = values.astype(kind)
+        try:
+            inputs[item.name] = probe.random_values(item.name, item.type, shapes[item.name])
+        except TypeError as error:
+            raise InvalidInput(f"{path}: {error}") from error
     return inputs
 
 
 def _write(path: str, data: Mapping[str, Any]) -> None:
     with replacing(path) as file:
         file.write_text(json.dumps(data, sort_keys=True, indent=1) + "\n", encoding="utf-8")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".;")

@@ -142,7 +142,7 @@ def measure(
         return {}
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        timer = probe.Timer(conditions, folder)
+        timer = probe.KernelTimer(conditions, folder)
         reference = model_bytes(REFERENCE[0], REFERENCE[1], conditions.precision)
         samples: Dict[int, list[float]] = {k: [] for k in range(len(points))}
         pulses: List[float] = []
@@ -188,7 +188,7 @@ def new_table(
 def overhead_ms(threads: int) -> float:
     """Return what an operator takes beside its own time: many that do next to nothing against one."""
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        timer = probe.Timer(Conditions(threads), folder)
+        timer = probe.KernelTimer(Conditions(threads), folder)
         one, many = (timer.wall_ms(chain_bytes(length)) for length in (1, 1 + _CHAIN))
     return round(max(0.0, many - one) / _CHAIN, 6)
 

@@ -13,7 +13,7 @@ import onnxruntime
 import psutil
 
 from surgery.latency import probe
-from surgery.latency.session import PROVIDER, available_cores, session_options
+from surgery.latency.probe import PROVIDER, available_cores, session_options
 
 WINDOW_S = 0.5
 TOLERATED_SHARE = 0.1

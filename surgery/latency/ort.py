@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from surgery.errors import InvalidInput
-from surgery.latency.blocks import AA_TOLERANCE, MIN_ROUNDS, Entry, Limits, Progress, Race, enter, race_to_end
-from surgery.latency.machine import Watch, describe
-from surgery.latency.session import PROVIDER, Settings, file_bytes, model_file
+from surgery.latency.blocks import AA_TOLERANCE, MIN_ROUNDS, Limits, Measurement, TimedModel, open_models
+from surgery.latency.fill import Progress
+from surgery.latency.machine import describe
+from surgery.latency.session import Settings, file_bytes, model_file
 from surgery.latency.stats import Interval
 from surgery.latency.worker import FirstRuns, fresh_process
 
@@ -102,72 +103,50 @@ class Timing:
 
 def time(
     models: Mapping[str, str | Path],
+    settings: Settings | None = None,
+    limits: Limits | None = None,
     *,
-    batch: int = 1,
-    threads: int = 1,
-    provider: str = PROVIDER,
-    min_runs: int = 0,
-    max_runs: int = 2000,
-    max_seconds: float = 45.0,
     baseline: str | None = None,
-    seed: int = 0,
-    block_ms: float = 100.0,
-    width: float = 0.03,
-    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     aa: bool = True,
     fresh: bool = True,
     progress: Progress | None = None,
 ) -> Timing:
     """Time ONNX models against each other.
 
-    Rounds end as soon as every ratio's 95 % interval is narrower than `width` and the A/A ratio is within 1.00 ± 0.02;
-    else at `max_runs` of any model or after `max_seconds`. Twelve rounds are made even if they take up to four times as
-    long, since fewer give no trustworthy interval.
-
     Args:
         models: name → ONNX file.
-        batch: items per run.
-        threads: `intra_op_num_threads` of each session.
-        provider: execution provider of ONNX Runtime.
-        min_runs: timed runs of every model before an early end; 1000 or more for a p99.
-        max_runs: limit on timed runs per model.
-        max_seconds: limit on the time spent in rounds.
+        settings: batch, threads, provider, seed and input shapes; by default batch 1 on one thread of the CPU.
+        limits: how many runs and seconds, and how narrow the intervals.
         baseline: the model ratios refer to; the first by default.
-        seed: of the inputs, the order of blocks and the bootstrap.
-        block_ms: length of a block, warm-up not counted; at least three runs whatever they take.
-        width: full width of the interval, relative to the ratio, that is narrow enough.
-        input_shapes: input name → shape, for inputs with dynamic axes; the batch axis always takes `batch`.
         aa: time a copy of the baseline too, the timer's test of itself.
         fresh: measure load time and peak memory, in one child process per model.
         progress: called with what is being done and the fraction of the measurement behind it (0 to 1). Work it leaves
             running in other threads disturbs the measurement.
 
     Raises:
-        InvalidInput: an argument is out of range, or a file cannot be read, loaded or run, or a provider is not there.
+        InvalidInput: a file cannot be read, loaded or run, or there is no such baseline.
         TimerFailed: a child process died.
     """
-    limits = Limits(min_runs, max_runs, max_seconds, block_ms, width)
-    settings = Settings(batch, threads, seed, dict(input_shapes or {}), provider)
+    settings, limits, report = settings or Settings(), limits or Limits(), progress or (lambda stage, fraction: None)
     files = {name: model_file(path) for name, path in models.items()}
     base = _baseline(files, baseline)
-    report = progress or (lambda stage, fraction: None)
-    entries = enter(files, settings, limits)
+    timed = open_models(files, settings, limits)
     firsts = _fresh(files, settings, report) if fresh else {}
-    control = Entry(files[base], entries[base].inputs, entries[base].block_runs) if aa else None
-    environment = describe(threads, provider)
-    race = Race(entries, control, entries[base], settings, limits, report, Watch())
-    stopped = race_to_end(race)
-    ratio = race.ratio(control) if control else None
-    reliable, why = _verdict(ratio, race)
+    control = TimedModel(files[base], timed[base].inputs, timed[base].block_runs) if aa else None
+    environment = describe(settings.threads, settings.provider)
+    measurement = Measurement(timed, timed[base], control, settings, limits)
+    stopped = measurement.run(report)
+    ratio = measurement.ratio(control) if control else None
+    reliable, why = _verdict(ratio, measurement)
     return Timing(
-        rows=tuple(_row(name, race, firsts.get(name)) for name in entries),
+        rows=tuple(_row(name, measurement, firsts.get(name)) for name in timed),
         baseline=base,
         aa=ratio,
         reliable=reliable,
         why=why,
-        rounds=len(race.used),
+        rounds=len(measurement.used),
         stopped=stopped,
-        environment={**environment, **_company(race)},
+        environment={**environment, **_other_processes(measurement)},
         settings={**asdict(settings), **asdict(limits)},
     )
 
@@ -190,10 +169,10 @@ def _fresh(files: Mapping[str, Path], settings: Settings, report: Progress) -> d
     return firsts
 
 
-def _row(name: str, race: Race, first: FirstRuns | None) -> Row:
-    entry = race.entries[name]
-    runs_ms = np.concatenate([entry.blocks[i] for i in race.used])
-    ratio = race.ratio(entry)
+def _row(name: str, m: Measurement, first: FirstRuns | None) -> Row:
+    model = m.models[name]
+    runs_ms = np.concatenate([model.blocks[i] for i in m.used])
+    ratio = m.ratio(model)
     p50, p90, p99 = (float(p) for p in np.percentile(runs_ms, [50, 90, 99]))
     return Row(
         name=name,
@@ -201,32 +180,32 @@ def _row(name: str, race: Race, first: FirstRuns | None) -> Row:
         p90_ms=p90,
         p99_ms=p99 if runs_ms.size >= P99_RUNS else None,
         quantiles_ms=tuple(float(q) for q in np.percentile(runs_ms, np.arange(0, 101, 5))),
-        throughput_per_s=race.settings.batch * 1e3 / float(runs_ms.mean()),
+        throughput_per_s=m.settings.batch * 1e3 / float(runs_ms.mean()),
         runs=int(runs_ms.size),
         ratio=ratio,
         speedup=ratio.inverse(),
         load_ms=first.load_ms if first else None,
         peak_memory_bytes=first.peak_memory_bytes if first else None,
         floor_memory_bytes=first.floor_memory_bytes if first else None,
-        file_bytes=file_bytes(entry.path),
+        file_bytes=file_bytes(model.path),
     )
 
 
-def _company(race: Race) -> dict[str, Any]:
+def _other_processes(m: Measurement) -> dict[str, Any]:
     """Return what other processes used of the machine in the rounds that count, and how many were disturbed."""
-    shares = [race.watch.shares[i] for i in race.used if i < len(race.watch.shares)]
+    shares = [m.watch.shares[i] for i in m.used if i < len(m.watch.shares)]
     return {
         "other_processes": round(float(np.mean(shares)), 3) if shares else None,
-        "disturbed_rounds": len(race.base.blocks) - len(race.watch.undisturbed),
+        "disturbed_rounds": len(m.base.blocks) - len(m.watch.undisturbed),
     }
 
 
-def _verdict(aa: Interval | None, race: Race) -> tuple[bool, str]:
+def _verdict(aa: Interval | None, m: Measurement) -> tuple[bool, str]:
     """Return whether the figures can be believed, and the reason."""
     if aa is None:
         return False, "the timer was not tested against a copy of the baseline (aa=False)"
     found = f"the baseline against its own copy came out at {aa.value:.3f} [{aa.low:.3f}, {aa.high:.3f}]"
-    share, rounds = _company(race)["other_processes"] or 0.0, len(race.used)
+    share, rounds = _other_processes(m)["other_processes"] or 0.0, len(m.used)
     others = f"; other processes used {share:.0%} of the machine" if share > 0.02 else ""
     if rounds < MIN_ROUNDS:
         return False, f"only {rounds} rounds were made, {MIN_ROUNDS} are needed: allow more runs or more time{others}"

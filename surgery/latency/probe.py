@@ -1,17 +1,20 @@
-"""Times small ONNX models kernel by kernel. Goes to devices as it stands: Python 3.8, numpy and onnxruntime.
+"""Sessions of ONNX Runtime and how they are timed, here and on devices: Python 3.8, numpy and onnxruntime.
 
-ONNX Runtime's profiler tells the time of each operator apart from all else. Between runs a buffer is written that is
-as large as the network, so that weights come from where they come from there.
+Whole models are timed by the clock, in blocks of runs. Small models of one kernel are timed by ONNX Runtime's profiler,
+which tells the time of each operator apart from all else. Between runs of a kernel a buffer is written that is as large
+as the network, so that weights come from where they come from there.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
 import time
+import zlib
 from dataclasses import asdict, dataclass
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import onnxruntime
@@ -19,8 +22,18 @@ import onnxruntime
 from surgery.latency.micro import CONTEXT, FP32, KERNEL
 
 PROVIDER = "CPUExecutionProvider"
-ENOUGH_MS = 12.0
-WARM_RUNS, MIN_RUNS, MAX_RUNS = 1, 4, 20
+OPTIMISATIONS = "sequential, all optimisations"
+BLOCK_MS, MIN_BLOCK_RUNS = 100.0, 3
+WARM_MS, WARM_RUNS = 20.0, 2
+KERNEL_MS, MIN_KERNEL_RUNS, MAX_KERNEL_RUNS = 12.0, 4, 20
+
+_DTYPES = {
+    "float": "float32",
+    "double": "float64",
+    "float16": "float16",
+    "bool": "bool",
+    **{name: name for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")},
+}
 
 
 @dataclass(frozen=True)
@@ -38,21 +51,81 @@ class Conditions:
     precision: str = FP32
 
 
-def options(threads: int, profile: str = "") -> Any:
-    """Return the options of every session: sequential operators, all optimisations."""
-    found = onnxruntime.SessionOptions()
-    found.intra_op_num_threads = threads
-    found.inter_op_num_threads = 1
-    found.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    found.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    found.log_severity_level = 3
+# Sessions. -----------------------------------------------------------------------------------------------------------
+
+
+def session_options(threads: int, profile: str = "") -> Any:
+    """Return the options of every session; with `profile`, operators are profiled into a file whose path begins so."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
     if profile:
-        found.enable_profiling = True
-        found.profile_file_prefix = profile
-    return found
+        options.enable_profiling = True
+        options.profile_file_prefix = profile
+    return options
 
 
-class Timer:
+def available_cores() -> int:
+    """Return the number of logical cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def random_values(name: str, kind: str, shape: Sequence[int], seed: int = 0) -> Any:
+    """Return random values of an input: floats normal, integers 0 or 1, which are always valid as an index.
+
+    Args:
+        name: of the input; inputs of one name get the same values, in any model.
+        kind: as ONNX Runtime calls it, for example ``tensor(float)``.
+        shape: of the values.
+        seed: of the values.
+
+    Raises:
+        TypeError: the input is no numeric tensor.
+    """
+    dtype = _DTYPES.get(kind[len("tensor(") : -1])
+    if dtype is None:
+        raise TypeError(f"input '{name}' is a {kind}, and random values can be made for numeric tensors only")
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    return (rng.standard_normal(shape) if dtype.startswith("float") else rng.integers(0, 2, shape)).astype(dtype)
+
+
+def block_ms(session: Any, inputs: Mapping[str, Any], runs: int) -> Any:
+    """Return the milliseconds of so many runs of a session, (runs,), after some that are not timed.
+
+    Those let the memory arena, weights and clock frequency settle. Garbage is not collected meanwhile.
+    """
+    times = np.empty(runs)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        begin, warm = time.perf_counter(), 0
+        while warm < WARM_RUNS or (time.perf_counter() - begin) * 1e3 < WARM_MS:
+            session.run(None, inputs)
+            warm += 1
+        for k in range(runs):
+            start = time.perf_counter_ns()
+            session.run(None, inputs)
+            times[k] = time.perf_counter_ns() - start
+    finally:
+        if collecting:
+            gc.enable()
+    return times / 1e6
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what ONNX Runtime says is wrong."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".;")
+
+
+# Kernels. ------------------------------------------------------------------------------------------------------------
+
+
+class KernelTimer:
     """Times models by their operators; profiles are written into `folder` and removed.
 
     Before each run as many MiB are written to as the conditions say: a large network pushes a kernel's weights out of
@@ -65,21 +138,18 @@ class Timer:
 
     def kernel_ms(self, model: bytes) -> float:
         """Return the median milliseconds that the kernel in an ONNX model takes: its operators, not its context."""
-        session = onnxruntime.InferenceSession(model, options(self._threads, self._profile), providers=[PROVIDER])
+        options = session_options(self._threads, self._profile)
+        session = onnxruntime.InferenceSession(model, options, providers=[PROVIDER])
         inputs = _inputs(session)
         start = time.perf_counter()
         runs = 0
-        while runs < WARM_RUNS + MIN_RUNS or (
-            runs < WARM_RUNS + MAX_RUNS and (time.perf_counter() - start) * 1e3 < ENOUGH_MS
+        while runs < 1 + MIN_KERNEL_RUNS or (
+            runs < 1 + MAX_KERNEL_RUNS and (time.perf_counter() - start) * 1e3 < KERNEL_MS
         ):
             self._buffer += 1.0
             session.run(None, inputs)
             runs += 1
-        path = session.end_profiling()
-        with open(path, encoding="utf-8") as stream:
-            events = json.load(stream)
-        os.remove(path)
-        return float(np.median(runs_ms(events)[WARM_RUNS:]))
+        return float(np.median(kernel_runs_ms(profiled(session))[1:]))  # the first run warms up
 
     def try_ms(self, model: bytes) -> Optional[float]:
         """Return the same, or None where ONNX Runtime cannot run the model."""
@@ -88,41 +158,52 @@ class Timer:
         except Exception:  # ONNX Runtime's exceptions have no base class of their own
             return None
 
-    def wall_ms(self, model: bytes, runs: int = 400) -> float:
+    def wall_ms(self, model: bytes, runs: int = 300) -> float:
         """Return the median milliseconds of a whole run."""
-        session = onnxruntime.InferenceSession(model, options(self._threads), providers=[PROVIDER])
-        inputs = _inputs(session)
-        times = np.empty(runs)
-        for k in range(runs):
-            start = time.perf_counter()
-            session.run(None, inputs)
-            times[k] = time.perf_counter() - start
-        return float(np.median(times[runs // 4 :])) * 1e3
+        session = onnxruntime.InferenceSession(model, session_options(self._threads), providers=[PROVIDER])
+        return float(np.median(block_ms(session, _inputs(session), runs)))
 
 
-def _inputs(session: Any) -> dict[str, Any]:
-    rng = np.random.RandomState(0)
-    return {i.name: rng.standard_normal(i.shape).astype(np.float32) for i in session.get_inputs()}
+def _inputs(session: Any) -> Dict[str, Any]:
+    return {item.name: random_values(item.name, item.type, item.shape) for item in session.get_inputs()}
 
 
-def runs_ms(events: list[Any]) -> list[float]:
-    """Return for each run the milliseconds of the kernel's own operators."""
-    totals: list[float] = []
-    current: list[tuple[str, str, int]] = []
+Operators = List[Tuple[str, str, int]]
+"""Type, event's name and microseconds of each operator of a run, in order."""
+
+
+def profiled(session: Any) -> List[Operators]:
+    """Return for each run of a session that was profiled the operators that ran; the profile is removed."""
+    path = session.end_profiling()
+    with open(path, encoding="utf-8") as stream:
+        events = json.load(stream)
+    os.remove(path)
+    return operators_by_run(events)
+
+
+def operators_by_run(events: Sequence[Mapping[str, Any]]) -> List[Operators]:
+    """Return the operators of each run in a profile's events."""
+    runs: List[Operators] = []
+    current: Operators = []
     for event in events:
         if event.get("cat") == "Session" and event.get("name") == "model_run":
-            totals.append(_own(current) / 1e3)
+            runs.append(current)
             current = []
         elif event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             current.append((event["args"]["op_name"], event["name"], event["dur"]))
-    return totals
+    return runs
+
+
+def kernel_runs_ms(runs: Sequence[Operators]) -> List[float]:
+    """Return for each run the milliseconds of the kernel's own operators."""
+    return [_own(run) / 1e3 for run in runs]
 
 
 _TO_BLOCKS, _FROM_BLOCKS = ("ReorderInput", "Transpose"), ("ReorderOutput", "Transpose")
 """Changes of layout that a runtime puts in: to blocks of channels in float, to channels last in int8."""
 
 
-def _own(run: list[tuple[str, str, int]]) -> float:
+def _own(run: Operators) -> float:
     """Sum the microseconds of one run, without the context and the changes of layout at the model's ends."""
     total = 0.0
     for k, (op, name, duration) in enumerate(run):
@@ -143,7 +224,7 @@ def describe(conditions: Conditions) -> dict[str, Any]:
         "onnxruntime": onnxruntime.__version__,
         "build": getattr(onnxruntime, "get_build_info", lambda: "")(),
         "provider": PROVIDER,
-        "options": "sequential, all optimisations",
+        "options": OPTIMISATIONS,
         "architecture": platform.machine(),
         "cpu": brand,
         "flags": flags,

@@ -8,9 +8,7 @@ answers one request with one line of JSON.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -18,9 +16,10 @@ from typing import Any
 
 from surgery.errors import InvalidInput
 from surgery.latency import ort
-from surgery.latency.blocks import Progress
+from surgery.latency.blocks import Limits
+from surgery.latency.child import ask
+from surgery.latency.fill import Progress
 from surgery.latency.session import Settings
-from surgery.latency.worker import TimerFailed, answer_of, environment
 
 PROCESSES = 3
 SECONDS = 4.0
@@ -83,37 +82,21 @@ def measure(
             **{"dense": str(dense.resolve()), "compact": str(compact.resolve())},
             **{"max_seconds": seconds, **asdict(settings), "seed": settings.seed + k},
         }
-        answers.append(_ask(request))
+        # -P keeps the working folder off the child's path: users have folders of their own called like ours.
+        arguments = ["-P", "-m", "surgery.latency.ratio", json.dumps(request)]
+        answers.append(ask(arguments, f"latency of {compact}", timeout_s=TIMEOUT_S))
     keys = ("ratio", "dense_ms", "compact_ms")
     ratios, dense_ms, compact_ms = (tuple(float(answer[key]) for answer in answers) for key in keys)
     return Ratio(median(ratios), ratios, median(dense_ms), median(compact_ms))
 
 
-def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
-    # -P keeps the working folder off the child's path: users have `benchmarks` folders of their own.
-    command = [sys.executable, "-P", "-m", "surgery.latency.ratio", json.dumps(request)]
-    try:
-        done = subprocess.run(
-            command, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise TimerFailed(f"the process timing {request['compact']} gave no answer in {TIMEOUT_S:.0f} s") from error
-    answer = answer_of(done.stdout)
-    if "error" in answer:
-        raise InvalidInput(str(answer["error"]))
-    if done.returncode != 0 or "ratio" not in answer:
-        last = (done.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
-        raise TimerFailed(f"the process timing {request['compact']} ended with code {done.returncode} ({last})")
-    return answer
-
-
 def main(request: str) -> int:
     """Serve one request, as JSON on standard output; returns the exit code."""
     fields = json.loads(request)
-    files = {name: Path(fields.pop(name)) for name in ("dense", "compact")}
-    shapes = {name: tuple(shape) for name, shape in fields.pop("shapes").items()}
+    files = {name: fields.pop(name) for name in ("dense", "compact")}
+    limits = Limits(max_seconds=fields.pop("max_seconds"), width=0.02)
     try:
-        timing = ort.time(files, baseline="dense", input_shapes=shapes, aa=False, fresh=False, width=0.02, **fields)
+        timing = ort.time(files, Settings.from_json(fields), limits, baseline="dense", aa=False, fresh=False)
     except InvalidInput as error:
         print(json.dumps({"error": str(error)}))
         return 2

@@ -1,42 +1,21 @@
 """One ONNX Runtime session, set up the same way wherever it is timed, and random inputs that fit it.
 
-The timer and its child process both go through this room, so that load time, memory and latency belong to one and the
-same configuration. Imports neither torch nor onnx: a device needs ONNX Runtime and NumPy only.
+Load time, memory and latency are all measured in such sessions, so that they belong to the same configuration.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from onnxruntime.capi import onnxruntime_pybind11_state as _native
 
 from surgery.errors import InvalidInput
-
-PROVIDER = "CPUExecutionProvider"
-
-# ONNX Runtime's exceptions share no base class of their own below `Exception`.
-RUNTIME_ERRORS: tuple[type[Exception], ...] = (
-    RuntimeError,
-    ValueError,
-    *(v for v in vars(_native).values() if isinstance(v, type) and issubclass(v, Exception)),
-)
-
-_DTYPES = {
-    "float": "float32",
-    "double": "float64",
-    "float16": "float16",
-    "bool": "bool",
-    **{name: name for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")},
-}
+from surgery.latency.probe import PROVIDER, available_cores, first_line, random_values, session_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +60,10 @@ class Settings:
             if not all(isinstance(size, int) and size > 0 for size in shape):
                 raise InvalidInput(f"input shape {tuple(shape)} of '{name}': every size must be a whole number above 0")
 
-
-def available_cores() -> int:
-    """Return the number of logical cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Settings:
+        """Return what `asdict` and JSON made of settings."""
+        return cls(**{**fields, "shapes": {name: tuple(shape) for name, shape in fields["shapes"].items()}})
 
 
 def model_file(path: str | Path) -> Path:
@@ -110,35 +87,25 @@ def file_bytes(path: Path) -> int:
     return path.stat().st_size + (beside.stat().st_size if beside.is_file() else 0)
 
 
-def session_options(threads: int) -> onnxruntime.SessionOptions:
-    """Return the options every session here uses: sequential operators, all graph optimisations, `threads` threads."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 3
-    return options
+def open_session(path: Path, settings: Settings, *, profile: str = "") -> onnxruntime.InferenceSession:
+    """Return a session; `profile` begins the path of a profile, if operators are to be timed.
 
-
-def open_session(path: Path, settings: Settings) -> onnxruntime.InferenceSession:
-    """Return a session; raises InvalidInput where ONNX Runtime cannot load the file, or the provider cannot start."""
-    options = session_options(settings.threads)
+    Raises:
+        InvalidInput: ONNX Runtime cannot load the file, or the provider cannot start.
+    """
+    options = session_options(settings.threads, profile)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[settings.provider])
-    except RUNTIME_ERRORS as error:
-        raise InvalidInput(
-            f"ONNX Runtime cannot load {path}: {_first_line(error)}; check or re-export the file"
-        ) from error
+    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+        why = first_line(error)
+        raise InvalidInput(f"ONNX Runtime cannot load {path}: {why}; check or re-export the file") from error
     if (started := session.get_providers()[0]) != settings.provider:  # it falls back without an exception
         raise InvalidInput(f"provider '{settings.provider}' did not start: {path} would run by {started} instead")
     return session
 
 
 def random_inputs(session: onnxruntime.InferenceSession, path: Path, settings: Settings) -> dict[str, NDArray[Any]]:
-    """Return one random array per input of the session: floats normal, integers 0 or 1 (always valid as an index).
-
-    The values depend on the seed and the input's name only, so that models with the same inputs run on the same values.
+    """Return one random array per input of the session; models with the same inputs get the same values.
 
     Raises:
         InvalidInput: an axis has no size, a shape contradicts the model, or an input is not a numeric tensor.
@@ -151,18 +118,20 @@ def random_inputs(session: onnxruntime.InferenceSession, path: Path, settings: S
             f"{path}: input '{first}' has the fixed shape {shapes[first]}, so it cannot run at batch={settings.batch}; "
             "ask for its own batch or export it with a dynamic batch axis"
         )
-    return {item.name: _values(item.name, item.type, shapes[item.name], path, settings.seed) for item in inputs}
+    try:
+        return {item.name: random_values(item.name, item.type, shapes[item.name], settings.seed) for item in inputs}
+    except TypeError as error:
+        raise InvalidInput(f"{path}: {error}") from error
 
 
 def run_once(session: onnxruntime.InferenceSession, inputs: Mapping[str, NDArray[Any]], path: Path) -> None:
     """Run the session and throw the outputs away; raises InvalidInput where the model refuses its inputs."""
     try:
         session.run(None, inputs)
-    except RUNTIME_ERRORS as error:
+    except Exception as error:  # as above
         shapes = {name: value.shape for name, value in inputs.items()}
-        raise InvalidInput(
-            f"{path} does not run on inputs of shape {shapes}: {_first_line(error)}; give input_shapes"
-        ) from error
+        why = first_line(error)
+        raise InvalidInput(f"{path} does not run on inputs of shape {shapes}: {why}; give shapes") from error
 
 
 EXAMPLES = "example_shapes"
@@ -204,23 +173,6 @@ def _shape(
         else:
             raise InvalidInput(
                 f"{path}: axis {axis} of input '{name}' is dynamic ({size or 'unnamed'}); "
-                f"give input_shapes={{'{name}': (...)}}, or --input-shape {name}=N,C,H,W on the command line"
+                f"give shapes={{'{name}': (...)}}, or --input-shape {name}=N,C,H,W on the command line"
             )
     return tuple(sizes)
-
-
-def _values(name: str, kind: str, shape: tuple[int, ...], path: Path, seed: int) -> NDArray[Any]:
-    dtype = _DTYPES.get(kind.removeprefix("tensor(").removesuffix(")"))
-    if dtype is None:
-        raise InvalidInput(
-            f"{path}: input '{name}' is a {kind}, and random values can be made for numeric tensors only"
-        )
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    if dtype.startswith("float"):
-        return rng.standard_normal(shape).astype(dtype)
-    return rng.integers(0, 2, shape).astype(dtype)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0].rstrip(".;") if text else type(error).__name__

@@ -35,8 +35,10 @@ from surgery.planning.lowering import lower
 from surgery.report import Part, Table, print_parts
 
 DEVICE_FILES = (
-    *("surgery/errors.py", "surgery/core/files.py", "surgery/core/kernels.py", "surgery/latency/tables.py"),
-    *("surgery/latency/micro.py", "surgery/latency/probe.py", "surgery/latency/fill.py", "surgery/latency/device.py"),
+    "surgery/errors.py",
+    "surgery/core/files.py",
+    "surgery/core/kernels.py",
+    *(f"surgery/latency/{name}.py" for name in ("tables", "micro", "probe", "fill", "child", "device")),
 )
 """What a pack holds of this package, as it stands."""
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 
@@ -18,12 +19,13 @@ from onnx import TensorProto, helper, numpy_helper
 import surgery.latency.ort
 from surgery.errors import InvalidInput
 from surgery.latency import machine
-from surgery.latency.blocks import block_order
+from surgery.latency.blocks import Limits, block_order
+from surgery.latency.child import TimerFailed
 from surgery.latency.machine import Watch
 from surgery.latency.ort import Timing
-from surgery.latency.session import available_cores
+from surgery.latency.probe import available_cores
+from surgery.latency.session import Settings
 from surgery.latency.stats import paired_ratio
-from surgery.latency.worker import TimerFailed
 
 ROOT = Path(surgery.latency.ort.__file__).resolve().parents[2]
 
@@ -49,7 +51,15 @@ def write_model(path: Path, *, depth: int = 4, shape: tuple[int | str, ...] = ("
 
 def quick(models: dict[str, Path], **options: object) -> Timing:
     """Time with three short rounds and no child process: enough for everything but the figures themselves."""
-    return surgery.latency.ort.time(models, **{"max_runs": 9, "fresh": False, **options})  # type: ignore[arg-type]
+    return timed(models, **{"max_runs": 9, "fresh": False, **options})
+
+
+def timed(models: dict[str, Path], **options: object) -> Timing:
+    """Time with settings, limits and other arguments, each by its own name."""
+    settings, limits = (
+        kind(**{f.name: options.pop(f.name) for f in fields(kind) if f.name in options}) for kind in (Settings, Limits)
+    )
+    return surgery.latency.ort.time(models, settings, limits, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +71,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def timing(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Timing:
     """A whole measurement: a model, and one with twice its convolutions."""
     double = write_model(tmp_path_factory.mktemp("models") / "double.onnx", depth=8)
-    return surgery.latency.ort.time({"model": model, "double": double}, batch=2, max_seconds=5.0)
+    return timed({"model": model, "double": double}, batch=2, max_seconds=5.0)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -73,7 +83,7 @@ def test_a_model_against_its_own_copy_comes_out_at_one(model: Path, tmp_path: Pa
     models = {"model": model, "copy": copy}
     limits = {"max_runs": 10_000, "max_seconds": 10.0, "block_ms": 20.0, "width": 0.02}
     for _ in range(3):  # a measurement that says it cannot tell may be made again; one that tells counts
-        found = surgery.latency.ort.time(models, threads=threads, fresh=False, **limits)  # type: ignore[arg-type]
+        found = timed(models, threads=threads, fresh=False, **limits)
         settled = found.reliable and found.stopped.startswith("every interval")
         if settled:
             break
@@ -106,7 +116,7 @@ def test_latencies_and_throughput_fit_together(timing: Timing) -> None:
 
 def test_p99_needs_a_thousand_runs(model: Path) -> None:
     # Rounds that other processes disturbed may be left out, so more runs are asked for than are needed.
-    many = surgery.latency.ort.time({"m": model}, min_runs=1500, max_runs=1500, block_ms=50, aa=False, fresh=False)
+    many = timed({"m": model}, min_runs=1500, max_runs=1500, block_ms=50, aa=False, fresh=False)
     assert quick({"m": model}).row("m").p99_ms is None
     row = many.row("m")
     assert (row.p99_ms is not None) == (row.runs >= 1000)
@@ -249,15 +259,15 @@ def test_progress_ends_at_one(model: Path) -> None:
 
 def test_dynamic_axes_take_batch_and_input_shapes(tmp_path: Path) -> None:
     path = write_model(tmp_path / "dynamic.onnx", shape=("batch", 16, "height", "width"))
-    with pytest.raises(InvalidInput, match=r"axis 2 of input 'r0' is dynamic \(height\); give input_shapes"):
+    with pytest.raises(InvalidInput, match=r"axis 2 of input 'r0' is dynamic \(height\); give shapes"):
         quick({"m": path})
-    assert quick({"m": path}, batch=3, input_shapes={"r0": (1, 16, 12, 14)}).row("m").p50_ms > 0
+    assert quick({"m": path}, batch=3, shapes={"r0": (1, 16, 12, 14)}).row("m").p50_ms > 0
 
 
 def test_timing_needs_no_torch(model: Path) -> None:
     code = (
-        "import sys, surgery.latency.ort\n"
-        f"surgery.latency.ort.time({{'m': {str(model)!r}}}, max_runs=3, fresh=False)\n"
+        "import sys; from surgery.latency import Limits, time\n"
+        f"time({{'m': {str(model)!r}}}, limits=Limits(max_runs=3), fresh=False)\n"
         "print('torch' in sys.modules or 'onnx' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -276,10 +286,10 @@ def test_timing_needs_no_torch(model: Path) -> None:
         ({"max_seconds": 0}, "max_seconds=0"),
         ({"width": -1.0}, "width=-1.0"),
         ({"baseline": "other"}, "baseline 'other' is none of the models: m"),
-        ({"input_shapes": {"image": (1, 16, 28, 28)}}, "input_shapes names image, but the inputs are r0"),
-        ({"input_shapes": {"r0": (1, 16, 28)}}, "has 4 axes"),
-        ({"input_shapes": {"r0": (1, 3, 28, 28)}}, "axis 1 of input 'r0' is 16 in the model, 3 in the given shape"),
-        ({"input_shapes": {"r0": (1, 16, 0, 28)}}, "every size must be a whole number above 0"),
+        ({"shapes": {"image": (1, 16, 28, 28)}}, "shapes name image, but the inputs are r0"),
+        ({"shapes": {"r0": (1, 16, 28)}}, "has 4 axes"),
+        ({"shapes": {"r0": (1, 3, 28, 28)}}, "axis 1 of input 'r0' is 16 in the model, 3 in the given shape"),
+        ({"shapes": {"r0": (1, 16, 0, 28)}}, "every size must be a whole number above 0"),
     ],
 )
 def test_bad_arguments_are_one_sentence(model: Path, options: dict[str, object], message: str) -> None:

@@ -127,8 +127,8 @@ def test_only_the_kernel_is_timed_and_not_what_stands_around_it(tmp_path: Path) 
     ]
     nodes = [{"cat": "Node", "name": name, "dur": us, "args": {"op_name": op}} for op, name, us in run]
     events = [*nodes, {"cat": "Session", "name": "model_run", "dur": 1}]
-    assert probe.runs_ms(events * 2) == [0.013, 0.013]
-    assert probe.Timer(probe.Conditions(), str(tmp_path)).kernel_ms(chain_bytes(3)) > 0
+    assert probe.kernel_runs_ms(probe.operators_by_run(events * 2)) == [0.013, 0.013]
+    assert probe.KernelTimer(probe.Conditions(), str(tmp_path)).kernel_ms(chain_bytes(3)) > 0
     assert not list(tmp_path.iterdir())
 
 

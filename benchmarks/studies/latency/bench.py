@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks.studies.latency.rivals import Subject
 from benchmarks.studies.latency.search import Point, reach
 from exporters import onnx
-from surgery.latency import ort
+from surgery.latency import Limits, Settings, ort
 
 _QUICK_S = 2.0
 _RACE_BLOCK_MS = 60.0
@@ -59,10 +59,8 @@ class Bench:
         candidate = self.add("candidate", module, quick=True)
         timing = ort.time(
             {"dense": self._files["dense, quick"], "candidate": candidate},
-            threads=self.threads,
-            max_seconds=_QUICK_S,
-            block_ms=40.0,
-            width=0.02,
+            Settings(threads=self.threads),
+            Limits(max_seconds=_QUICK_S, block_ms=40.0, width=0.02),
             aa=False,
             fresh=False,
         )
@@ -92,11 +90,9 @@ class Bench:
         tell(f"race of {len(files)} files")
         timing = ort.time(
             files,
+            Settings(threads=self.threads),
+            Limits(max_seconds=self.seconds, block_ms=_RACE_BLOCK_MS, width=0.02),
             baseline="dense",
-            threads=self.threads,
-            max_seconds=self.seconds,
-            block_ms=_RACE_BLOCK_MS,
-            width=0.02,
             fresh=False,
         )
         return {

@@ -28,7 +28,7 @@ from benchmarks.studies.recovery.subjects import (
     rows_of,
 )
 from exporters import onnx
-from surgery.latency import ort
+from surgery.latency import Limits, ort
 
 RACE_S = 60.0
 TRIES = 6
@@ -183,7 +183,7 @@ def smaller_images(root: Path, sizes: Sequence[int] = (224, 192, 160)) -> list[d
             by = Judged(ODD, images, labels, lambda: full.logits)
             row = {"tool": "dense", "criterion": f"mobilenet_v2 at {size} px", "recovery": "none", "macs": 1.0}
             rows.append({**row, "judged": [judged([logits(module, by.images)], by)]})
-        timing = ort.time(files, baseline=str(sizes[0]), max_seconds=RACE_S, width=0.02, fresh=False)
+        timing = ort.time(files, limits=Limits(max_seconds=RACE_S, width=0.02), baseline=str(sizes[0]), fresh=False)
     for row, size in zip(rows, sizes, strict=True):
         found = timing.row(str(size))
         row["latency"] = {**asdict(found.ratio), "p50_ms": found.p50_ms}

@@ -27,7 +27,7 @@ from exporters.quantize import saturates, to_int8
 from exporters.session import OnnxModel, feeds
 from surgery.delivery import dominating, standing
 from surgery.inputs import import_torchvision
-from surgery.latency import available_cores, ort
+from surgery.latency import Limits, Settings, available_cores, ort
 from surgery.recovery import paired_drop
 
 BATCH = 32
@@ -169,9 +169,8 @@ def measured(case: Case, ask: Ask, folder: Path, work: Path | None = None) -> di
     if ask.rivals:
         _rivals(files, ask, ours[ask.deploys[-1]].module, folder)
     files.write()
-    timing = ort.time(
-        files.paths, baseline="dense", threads=ask.threads, max_seconds=ask.seconds, width=0.02, fresh=False,
-    )  # fmt: skip
+    settings, limits = Settings(threads=ask.threads), Limits(max_seconds=ask.seconds, width=0.02)
+    timing = ort.time(files.paths, settings, limits, baseline="dense", fresh=False)
     logits = {name: [_logits(path, by.images) for by in files.sets[name]] for name, path in files.paths.items()}
     rows = [_row(name, files, timing, logits) for name in files.paths]
     mark_dominated(rows, reliable=timing.reliable)
