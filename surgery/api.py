@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from surgery.config import Recipe
 from surgery.core import Clock, Progress, buffers_kept
 from surgery.errors import InvalidInput
 from surgery.inputs import Images, LoadedModel, load_model, open_images
+from surgery.latency import Limits, Settings, comparison
 from surgery.pipeline import Result
 from surgery.recovery import Training, checked, open_evaluation, recovered, twin, with_recovery
 
@@ -92,6 +94,34 @@ def recover(
         found = recovered(result.cut, compact, model, whole, asked, Clock(progress).progress)
     report = with_recovery(result.report, found)
     return replace(result, model=model, compact=compact, report=report, recovery=found or result.recovery)
+
+
+def compare(
+    files: Sequence[str | Path],
+    recipe: Recipe | None = None,
+    *,
+    baseline: str | Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Time ONNX files that take the same inputs against each other in ONNX Runtime, as `surgery bench` does.
+
+    Args:
+        files: their paths.
+        recipe: of its options `threads`, `batch`, `seed` and `runs` count.
+        baseline: the file that the others are relative to; None: the first.
+        progress: called with what is done and the fraction of it that is done.
+
+    Returns:
+        The measurements as plain JSON values: a row for each file, with its ratio to the baseline and 95 % interval.
+
+    Raises:
+        InvalidInput: files that cannot be read, or more threads than cores.
+    """
+    asked = recipe or Recipe()
+    settings = Settings(asked.target.batch, asked.target.threads, asked.selection.seed)
+    limits = Limits(max_runs=asked.output.runs)
+    first = None if baseline is None else Path(baseline)
+    return comparison.compare([Path(file) for file in files], settings, limits, baseline=first, progress=progress)
 
 
 def opened(recipe: Recipe, loaded: LoadedModel, *, trained: bool) -> Recipe:

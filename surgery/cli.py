@@ -22,29 +22,27 @@ import click
 from surgery import __version__, config, distributed
 from surgery.config import Recipe
 from surgery.errors import INTERNAL, OK, InvalidInput, SurgeryError
-from surgery.options import (
+from surgery.terminal import (
     EXIT_CODES,
+    PLAIN_WIDTH,
     Commands,
     Session,
-    given,
-    of_bench,
-    of_profile,
-    of_recipe,
-    of_run,
-    recipe_file,
-    with_options,
-)
-from surgery.terminal import (
-    PLAIN_WIDTH,
     Terminated,
     command_again,
     command_to_evaluate,
     command_to_shrink,
     folder_name,
+    given,
+    of_bench,
+    of_profile,
+    of_recipe,
+    of_run,
     print_found,
     print_profile,
     print_report,
+    recipe_file,
     say,
+    with_options,
     work,
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -14,7 +15,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from stairs import table_of
 
+import surgery
+from surgery.config import read_recipe
 from surgery.delivery import artifacts as artefacts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,6 +104,20 @@ HALF = ("--macs", "0.5")
 BUDGETS = {"--macs", "--params", "--channels", "--latency", "--latency-ms"}
 
 
+def timed_twice(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Plan by a latency table without corrections, then run the recipe that is left."""
+    spec = importlib.util.spec_from_file_location("nets", folder / "nets.py")
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(nets := importlib.util.module_from_spec(spec))
+    program = surgery.trace(*nets.net())
+    table_of(program, surgery.couple(program)).save(folder / "table.json")
+    options = ("--latency", "0.7", "--latency-table", "table.json", "--no-correct", "--weights", "random")
+    first = run(folder, "nets.py:net", *options, "--runs", "3", "--quiet", "--out", "timed")
+    if first.returncode:
+        return first
+    return run(folder, "run", "timed/recipe.toml", "--out", "timed again", "--quiet")
+
+
 @dataclass(frozen=True)
 class Place:
     """Two working folders with `nets.py`, and what came of the runs in them; `out` holds the first one's files."""
@@ -164,6 +182,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     first = run(folder, *good, "--out", "out")
     before = digest(folder / "out")
     calls = {
+        "rerun": lambda: run(folder, "run", "out/recipe.toml", "--out", "rerun", "--quiet"),
+        "timed again": lambda: timed_twice(folder),
         "show": lambda: run(empty, "show", "nets.py:net", "--weights", "random", *HALF, "--keep", "fc", module=True),
         "again": lambda: run(folder, *good, "--out", "again", "--json", "--quiet"),
         "debug": lambda: run(folder, "nets.py:bug", "--debug", "--out", "out"),
@@ -182,7 +202,7 @@ def test_a_run_writes_the_whole_set_and_nothing_else(place: Place) -> None:
     assert place.first.returncode == 0, place.first.stderr
     assert {path.name for path in place.out.iterdir()} == set(artefacts.NAMES)
     left = {path.name for path in place.folder.iterdir() if path.name != "__pycache__"}
-    assert left == {"nets.py", "out", "again"}
+    assert left == {"nets.py", "out", "again", "rerun", "table.json", "timed", "timed again"}
 
 
 def test_the_first_line_is_the_verdict_and_its_command_works_as_typed(place: Place) -> None:
@@ -231,6 +251,15 @@ def test_json_is_all_of_standard_output_and_the_second_run_gives_the_same_bytes(
     first, second = digest(place.out), digest(place.folder / "again")
     for name in ("plan.json", "compact.safetensors"):
         assert first[name] == second[name]
+
+
+@pytest.mark.parametrize(("first", "second"), [("out", "rerun"), ("timed", "timed again")])
+def test_the_recipe_that_a_run_leaves_gives_the_same_plan(place: Place, first: str, second: str) -> None:
+    assert place.ended[second].returncode == 0, place.ended[second].stderr
+    plans = [(place.folder / name / "plan.json").read_bytes() for name in (first, second)]
+    assert plans[0] == plans[1]
+    recipes = [surgery.recipe(**read_recipe(place.folder / name / "recipe.toml")[0]) for name in (first, second)]
+    assert recipes[0].but(out=None) == recipes[1].but(out=None)
 
 
 def test_the_onnx_files_know_where_they_come_from(place: Place) -> None:
