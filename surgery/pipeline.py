@@ -175,7 +175,7 @@ def apply(
 
 
 def _counted(decision: Decision, compact: CompactModel) -> tuple[dict[str, tuple[int, int]], list[str]]:
-    """Return the costs as counted on the two modules themselves, by fvcore, and a note where the plan's differ."""
+    """Return the costs as fvcore counts them on the two modules, and a note where it cannot."""
     program = decision.choice.program
     args, kwargs, batch = program.example_args, program.example_kwargs, batch_size(program)
     modules = (program.dense.model, compact.module)
@@ -183,7 +183,5 @@ def _counted(decision: Decision, compact: CompactModel) -> tuple[dict[str, tuple
         dense, kept = (count_macs(module, args, kwargs, batch=batch) for module in modules)
     except UnsupportedModel as error:
         return dict(decision.choice.costs), [f"MACs are the plan's own count, fvcore has none: {error}"]
-    macs, params = (dense, kept), (count_params(modules[0]), count_params(modules[1]))
-    planned = decision.choice.costs["macs"]
-    notes = [f"the plan was made with {planned[0]:,} → {planned[1]:,} MACs"] if macs != planned else []
-    return {**decision.choice.costs, "macs": macs, "params": params}, notes
+    params = count_params(modules[0]), count_params(modules[1])
+    return {**decision.choice.costs, "macs": (dense, kept), "params": params}, []

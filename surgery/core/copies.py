@@ -1,4 +1,4 @@
-"""Copies of the user's modules: what is shared, what is left behind, and what is said where there can be none."""
+"""Copies of the user's modules and inputs, and buffers that survive a forward pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def copied(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.Mod
 
     Args:
         model: left unchanged.
-        instead: id of an object → what stands in its place in the copy.
+        instead: id of an object → what replaces it in the copy.
 
     Raises:
         UnsupportedModel: it holds something that cannot be copied (a lock, an open file).
@@ -36,10 +36,9 @@ def copied(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.Mod
 
 
 def traceable(model: nn.Module) -> nn.Module:
-    """Return the module in copies of its modules, its tensors shared and its caches empty.
+    """Return a copy of the module that shares its tensors and has empty caches.
 
-    What runs the copy with stand-ins for tensors leaves none of them behind in the user's model, and sees a table being
-    computed from its parameters where a cache would show it ready-made.
+    Tracing the copy leaves no fake tensors in the user's model, and records how a cached table is computed.
     """
     duplicate = copied(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     empty_caches(duplicate)
@@ -53,7 +52,7 @@ def fresh(tree: Any) -> Any:
 
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Give buffers back the values they had before the block: a forward pass may count, or average, in them."""
+    """Restore buffers after the block: a forward pass may update them."""
     buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
     held = [(buffer, buffer.clone()) for buffer in buffers if not (nn.parameter.is_lazy(buffer) or buffer.is_meta)]
     try:
@@ -74,6 +73,6 @@ def empty_caches(model: nn.Module) -> None:
 
 
 def _detached(model: nn.Module) -> dict[int, Any]:
-    """Tensors that a module holds as plain attributes and autograd made (the older weight norm): torch copies none."""
+    """Copies of plain attributes with a `grad_fn` (the older weight norm), which `deepcopy` refuses."""
     held = (x for module in model.modules() for x in vars(module).values() if isinstance(x, Tensor))
     return {id(x): x.detach().clone() for x in held if x.grad_fn is not None}

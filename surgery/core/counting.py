@@ -98,7 +98,7 @@ class _Counted(Callee):
 
 
 def _private_copy(module: nn.Module) -> nn.Module:
-    """Copy all but the parameters: fvcore hangs hooks on submodules and leaves them there when a forward fails."""
+    """Copy all but the parameters: fvcore adds hooks to submodules and does not remove them when a forward fails."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own classes, when a graph module is copied
         private = copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})

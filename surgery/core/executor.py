@@ -26,7 +26,7 @@ def interpret(
     parameter: Callable[[str], Any],
     call: Callable[[torch.fx.Node, Mapping[str, Any]], Any],
 ) -> dict[str, Any]:
-    """Return a value for each node, by its name: labels, moments, or what else stands for a tensor.
+    """Return a value for each node, by its name: labels, moments, or any other substitute for a tensor.
 
     Args:
         graph: of ATen operators.

@@ -63,7 +63,7 @@ class Program:
         notes: what the user should know: a static fallback, a specialised axis.
         model: the user's own module, never changed.
         tracer: `export` or `torch-pruning`.
-        materialised: weight that the model computes from parameters, and that the graph holds ready-made → names of
+        materialised: weight that the model computes from parameters, and that the graph holds as a constant → names of
             those parameters which are read nowhere else.
         whole: the program as it was traced, where this one is what is left of it without some blocks.
     """
@@ -99,7 +99,7 @@ class Block:
         name: path of the module that adds it up, or is the layer, numbered where there are several in that `module`.
         sum: name of the operation that adds it up, or that ends the layer.
         stays: name of what is there in its place: the other operand, or what the layer reads.
-        branch: name of the operand that goes; empty for a layer.
+        branch: name of the operand that is removed; empty for a layer.
         nodes: names of the operations that go with it, in order.
         tensors: parameters and buffers that only they read.
         source: the user's ``file:line`` of it.
@@ -251,9 +251,8 @@ class Plan:
         settings: criterion, scope, seed and the like, as given.
         notes: decisions with reasons.
         arranged: in what order heads hold their members before `cuts` are made; each head in the first where missing.
-        dropped: name of each block that is gone altogether → what it leaves behind, a constant per channel; empty where
-            that is nothing.
-        reasons: group or block name → why it stands where it stands.
+        dropped: name of each dropped block → the constant per channel that replaces it; empty for none.
+        reasons: group or block name → why it has the size it has.
     """
 
     dead: Mapping[str, tuple[int, ...]]
@@ -359,7 +358,7 @@ class CheckResult:
         error_real: on the real weights in their own precision; None where their output does not vary with the input.
         varying_real: share of the real weights' output that varies with the input.
         reference: what the compact model was compared with, in words.
-        notes: what could not be told, and why.
+        notes: what could not be determined, and why.
     """
 
     replayed: int

@@ -2,7 +2,7 @@
 
 A *kernel* is one costly operator and what runtimes fuse with it, written as ONNX operators, with its widths (channels,
 heads, features) left open. A *latency table* holds measured milliseconds of kernels at chosen widths, on one device.
-Nothing here needs torch, or a Python newer than 3.8: the file goes to devices as it stands.
+Nothing here needs torch, or a Python newer than 3.8: the file is copied to devices unchanged.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Placed:
     Attributes:
         kernel: with letters.
         slots: for each letter, which of the network's axes it is.
-        nodes: names of the traced operations it stands for.
+        nodes: names of the traced operations it represents.
     """
 
     kernel: Kernel

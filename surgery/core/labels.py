@@ -282,7 +282,7 @@ class LabelSet:
         return root
 
     def slots(self, label: int) -> tuple[int, ...]:
-        """The roots whose conjunction `label` is, with 0 in the place of each frozen part."""
+        """The roots whose conjunction `label` is, with 0 instead of each frozen part."""
         root = self.find(label)
         if root in self.state.frozen:
             return (0,)
@@ -360,7 +360,7 @@ class LabelSet:
 
 
 def _reduced(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Keep one index of every axis along which nothing changes; axes become shorter as it goes, so this is cheap."""
+    """Keep one index of every axis along which nothing changes."""
     for axis in range(labels.ndim):
         first = labels[(slice(None),) * axis + (slice(0, 1),)]
         if labels.shape[axis] > 1 and (labels.strides[axis] == 0 or bool((labels == first).all())):
@@ -369,7 +369,7 @@ def _reduced(labels: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _aligned(conjunctions: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Lay conjunctions out in columns so that an atom is in the same column wherever it occurs, as far as possible."""
+    """Arrange conjunctions in columns so that a label is in the same column wherever it occurs, as far as possible."""
     column: dict[int, int] = {}
     rows: list[list[int]] = [[] for _ in conjunctions]
     for k in sorted(range(len(rows)), key=lambda k: -len(conjunctions[k])):

@@ -1,4 +1,4 @@
-"""How long work tells how far it is, and how long its stages took."""
+"""Progress of long work, and how long its stages took."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from surgery.core.torch_speed import rare_collections
 
 Progress = Callable[[str, float], None]
-"""Told what is being done, and the fraction of it behind us (0 to 1)."""
+"""Called with the name of the stage and the fraction of it that is done (0 to 1)."""
 
 
 class Clock:
-    """Tells `progress` of stages and keeps the seconds that each took, in `seconds`."""
+    """Reports stages to `progress` and keeps the seconds that each took, in `seconds`."""
 
     def __init__(self, progress: Progress | None) -> None:
         self.seconds: dict[str, float] = {}

@@ -16,7 +16,7 @@ from .cost import (
 )
 from .coupler import couple as couple, frozen_axes as frozen_axes, groups_of as groups_of, kept_names as kept_names
 from .dead import dead_blocks as dead_blocks
-from .depthwise import likeness as likeness
+from .depthwise import input_correlation as input_correlation
 from .head_order import (
     Held as Held,
     Layout as Layout,

@@ -1,8 +1,8 @@
 """Blocks that can go as a whole: which there are, and the program without them.
 
 A block is a branch that comes from the same value as the operand that it is added to, so that the sum without it has
-the same shape and still the same source; or a depthwise layer. Nothing is told by names: blocks are found in the
-program.
+the same shape and still the same source; or a depthwise layer. Blocks are found in the program, not by
+names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.capture import describe_graph, module_of, source_of
-from surgery.core import Block, Program, all_tensors, bind, hint
+from surgery.core import Block, Program, all_tensors, arguments_of, hint
 from surgery.coupling.compact_graph import CompactGraph, hold
 from surgery.coupling.constants import BranchConstants, channel_axes, fold, spread
 from surgery.coupling.depthwise import depthwise_layers
@@ -78,7 +78,7 @@ def _operands(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node] | None
     """The two operands of a plain sum of tensors of one shape and dtype."""
     if node.op != "call_function" or str(node.target) != "aten.add.Tensor":
         return None
-    raw = bind(node, lambda n: n).raw
+    raw = arguments_of(node)
     a, b = raw["self"], raw["other"]
     if raw.get("alpha", 1) != 1 or not all(isinstance(x, torch.fx.Node) for x in (a, b)) or a is b:
         return None
@@ -145,7 +145,7 @@ def _learns(nodes: Collection[torch.fx.Node]) -> bool:
     )
 
 
-# Without them. -------------------------------------------------------------------------------------------------------
+# Programs without blocks. -------------------------------------------------------------------------------------------
 
 
 def drop(program: Program, constants: Mapping[str, Sequence[float]], blocks: Sequence[Block] | None = None) -> Program:
@@ -153,7 +153,7 @@ def drop(program: Program, constants: Mapping[str, Sequence[float]], blocks: Seq
 
     Args:
         program: as it was traced; left unchanged.
-        constants: name of each block that goes → what it leaves behind, per channel; empty for nothing.
+        constants: name of each dropped block → the constant per channel that replaces it; empty for none.
         blocks: what `find_blocks` returned, where it is at hand.
 
     Raises:
@@ -174,7 +174,7 @@ def drop(program: Program, constants: Mapping[str, Sequence[float]], blocks: Seq
     held = CompactGraph(root, graph, type(program.model).__name__)
     paths = {block.name: _shortcut(program, block) for block in gone}
     model = model_without(program, gone, paths, held, added, {id(tensors[name]): t for name, t in shifted.items()})
-    held.eval()  # as programs are; how the model is trained is the model's to know
+    held.eval()  # as programs are; the mode of training is kept in the model
     if model is None and program.model.training:
         model = CompactGraph(root, copy.deepcopy(graph), type(program.model).__name__).train()
     return replace(
@@ -212,7 +212,7 @@ def _require_constants(program: Program, gone: Sequence[Block], constants: Mappi
 
 
 def branch_constants(program: Program, constants: Mapping[str, Sequence[float]]) -> BranchConstants:
-    """Return where `drop` puts the constants of blocks; arguments and errors are the same."""
+    """Return where `drop` puts the constants of dropped blocks; arguments and errors are the same."""
     return _without(program, _named_blocks(program, constants), constants)[1]
 
 
@@ -262,7 +262,7 @@ def _return(graph: torch.fx.Graph, output: torch.fx.Node, new: Mapping[torch.fx.
 
 
 def _name_of(block: Block, tensors: Collection[str]) -> str:
-    """What the constant of a block is called: as `Shifted` calls it in the place of the block's module."""
+    """The name of a block's constant: `Shifted`'s own, if that replaces the block's module."""
     name = f"{block.module}.constant"
     plain = block.plain and block.name == block.module and name not in tensors
     return name if plain else f"{block.name.replace('.', '_').replace('#', '_')}_left"

@@ -1,8 +1,8 @@
-"""What branches that are gone leave behind, a constant per channel: taken up by a bias where that is exact.
+"""The constants per channel that replace dropped branches: added to a bias where that is exact.
 
-A constant that is to be added to a value can as well be added to the bias, the shift or the operand of a sum that the
-value comes from, as long as nothing else reads the value on the way; and batch norms that are all that reads it can
-expect that much less. Where an activation lies between, one sum stays. The user's tensors are not written to.
+A constant that is added to a value can instead be added to the bias, the shift or the operand of a sum that the value
+is computed from, if nothing else reads the value on the way; or it can be subtracted from the running means of batch
+norms, if only those read the value. If an activation lies between, one sum remains. The user's tensors are not changed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from surgery.core import bind, hint, is_symbolic
+from surgery.core import arguments_of, hint, is_symbolic
 
 _SUM = "aten.add.Tensor"
 _CHANNELS_FIRST = (
@@ -32,11 +32,11 @@ _VIEWS = ("aten.view.default", "aten.reshape.default")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BranchConstants:
-    """Where the constants went, in float64.
+    """Where the constants are added, in float64.
 
     Attributes:
-        shifts: parameter or buffer that was there before → what is added to it.
-        added: new parameter, which a sum of its own reads → its value.
+        shifts: existing parameter or buffer → what is added to it.
+        added: new parameter, read by a new sum → its value.
     """
 
     shifts: Mapping[str, Tensor]
@@ -60,7 +60,7 @@ def spread(values: Sequence[float], shape: Sequence[Any]) -> Tensor:
 
 
 def fold(graph: torch.fx.Graph, added: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> BranchConstants:
-    """Take sums with constants out of a graph, in place, wherever a tensor of the graph can take the constant up.
+    """Remove sums with constants from a graph, in place, wherever a tensor of the graph can absorb the constant.
 
     Args:
         graph: each name of `added` is read by one sum, whose first operand it is added to.
@@ -96,13 +96,13 @@ def _adds(node: torch.fx.Node, added: Collection[str]) -> bool:
 
 
 Homes = Mapping[str, Tensor]
-"""Tensor name → what it takes up, of its own shape or one that broadcasts to it."""
+"""Tensor name → what is added to it, of its own shape or one that broadcasts to it."""
 
 
 def _homes(
     node: torch.fx.Node, constant: Tensor, free: Collection[str], shapes: Mapping[str, tuple[int, ...]]
 ) -> Homes:
-    """The tensors that take up what a sum adds; none where there are none."""
+    """The tensors that can absorb what a sum adds; empty if there are none."""
     home = _behind(node.args[0], node, constant, free, shapes)
     if home:
         return home
@@ -121,7 +121,7 @@ def _behind(
     free: Collection[str],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Homes:
-    """The tensor that this value, which only `reader` reads, comes from and that can take the constant up."""
+    """The tensor that this value, which only `reader` reads, comes from and that can absorb the constant."""
     if not isinstance(node, torch.fx.Node) or set(node.users) != {reader} or _times(node, reader) != 1:
         return {}
     if node.op == "get_attr":
@@ -129,7 +129,7 @@ def _behind(
         return _taken(node, shift, free, shapes)
     if node.op != "call_function" or _dim(node) != constant.dim():
         return {}
-    target, raw = str(node.target), bind(node, lambda n: n).raw
+    target, raw = str(node.target), arguments_of(node)
     if target in _CHANNELS_FIRST or target in _CHANNELS_LAST:
         axis = constant.dim() - 1 if target in _CHANNELS_LAST else 1
         batched = "conv" not in target or _dim(raw["weight"]) == constant.dim()
@@ -160,10 +160,10 @@ def _before(node: torch.fx.Node, target: str, raw: Mapping[str, Any], constant: 
 
 
 def _ahead(node: torch.fx.Node, readers: Sequence[torch.fx.Node], constant: Tensor, free: Collection[str]) -> Homes:
-    """Batch norms that are all that reads the sum: they take away a mean, which may be the smaller."""
+    """The means of batch norms, if only batch norms read the sum: each subtracts the constant again."""
     homes: dict[str, Tensor] = {}
     for reader in readers:
-        raw = bind(reader, lambda n: n).raw if reader.op == "call_function" else {}
+        raw = arguments_of(reader) if reader.op == "call_function" else {}
         mean = raw.get("running_mean")
         known = str(reader.target) == "aten.batch_norm.default" and raw.get("input") is node
         if not known or not isinstance(mean, torch.fx.Node) or mean.target not in free:
@@ -197,7 +197,7 @@ def _times(node: torch.fx.Node, reader: torch.fx.Node) -> int:
 
 
 def _is_sum(node: torch.fx.Node) -> bool:
-    return node.op == "call_function" and str(node.target) == _SUM and bind(node, lambda n: n).raw.get("alpha", 1) == 1
+    return node.op == "call_function" and str(node.target) == _SUM and arguments_of(node).get("alpha", 1) == 1
 
 
 def _fits(operand: torch.fx.Node, total: torch.fx.Node) -> bool:

@@ -87,16 +87,15 @@ def _macs(program: Program, labelled: LabelledGraph) -> CostFn:
 
 
 FLUSHES_MIB = (4, 12, 24)
-"""What kernels find gone from the caches in larger networks; more changes little where it was measured."""
+"""Amounts that are measured; larger ones change little."""
 KEPT = 0.6
-"""Of a network's weights, halfway from the dense network to what plans leave of it."""
+"""Fraction of the weights, halfway between the dense network and usual plans."""
 
 
 def flush_mib(program: Program, precision: str = "fp32") -> int:
-    """Return how much of its caches a network goes through between two runs of the same kernel, in MiB.
+    """Return how much cache a network overwrites between two runs of the same kernel, in MiB.
 
-    Its weights pass through them once in every run, a byte each in `int8`; those of a network of up to 1 MiB stay next
-    to a core.
+    Its weights pass through the caches once per run, a byte each in `int8`; up to 1 MiB of weights stays cached.
     """
     weights = program.dense.model.parameters()
     held: float = sum(p.numel() * (1 if precision == "int8" else p.element_size()) for p in weights) / 2**20
@@ -132,7 +131,7 @@ def _params(program: Program, labelled: LabelledGraph) -> CostFn:
 
 
 def priced(scores: Scores, coupling: Coupling, cost: CostFn) -> Scores:
-    """Return what is lost with each unit for what it saves: millionths of the dense cost, where half of its group goes.
+    """Return importance per saved cost, in millionths of the dense cost, averaged over half of the unit's group.
 
     Args:
         scores: what is lost with each unit.

@@ -23,7 +23,7 @@ from torch import Tensor
 from surgery.core import KEPT, Coupling, Frozen, Group, LabelledGraph, LabelSet, Mask, Program, Site, Value, all_tensors
 from surgery.coupling.labelled_graph import dense_shapes, index_table, propagate_labels
 from surgery.coupling.pieces import equal_pieces, required_units
-from surgery.coupling.zeros import counted
+from surgery.coupling.zeros import not_zeros
 from surgery.errors import InvalidInput
 
 
@@ -67,8 +67,8 @@ def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
     roots = {group.name: group.units for group in groups}
     labelled = LabelledGraph(labels, values, {k: b.concrete for k, b in calls.items()}, params, roots)
     shapes = {name: value.shape for name, value in params.items()}
-    told = counted(program, labelled)
-    groups = tuple(replace(g, inexact=g.inexact or told.get(g.name)) for g in groups)
+    reasons = not_zeros(program, labelled)
+    groups = tuple(replace(g, inexact=g.inexact or reasons.get(g.name)) for g in groups)
     required, equal = required_units(values, labels, roots), equal_pieces(program.graph, values, labels, roots)
     return Coupling(groups, tuple(frozen_axes(labels, params, groups)), shapes, labelled, required, equal)
 

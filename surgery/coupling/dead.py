@@ -1,4 +1,4 @@
-"""Blocks that are dead already: whose branch gives a constant per channel, whatever the input and its size."""
+"""Blocks that are dead already: their branch is a constant per channel, whatever the input and its size."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Known = Mapping[str, Tensor | None]
 
 
 def dead_blocks(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[float, ...]]:
-    """Return the blocks whose branch gives a constant per channel, whatever the input, and that constant.
+    """Return the blocks whose branch is a constant per channel, whatever the input, and that constant.
 
-    Nothing flows through an operator whose weight is all zero, nor through a product with zeros; what follows is worked
-    out by the operators themselves, in float64.
+    Nothing flows through an operator whose weight is all zero, nor through a product with zeros; what follows is
+    computed by the operators themselves, in float64.
 
     Returns:
         Block name → the constant of each channel (axis 1, or the last); empty where it is zero.
@@ -42,7 +42,7 @@ def dead_blocks(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[fl
     values = {node.name: node.meta.get("val") for node in program.graph.graph.nodes}
     dead: dict[str, tuple[float, ...]] = {}
     for block in blocks:
-        value = known.get(block.branch)  # without a layer something would flow again where nothing did
+        value = known.get(block.branch)  # empty for layers: dropping one would pass its input on
         if value is not None and (row := _per_channel(value, values[block.branch].shape)) is not None:
             dead[block.name] = tuple(row.tolist()) if bool(row.any()) else ()
     branches = {block.name: block.branch for block in blocks}
@@ -50,7 +50,7 @@ def dead_blocks(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[fl
 
 
 def _per_channel(value: Tensor, shape: Sequence[Any]) -> Tensor | None:
-    """What a value is at each index of its channels' axis, if nothing else counts; `shape` is the traced one."""
+    """A value per channel, if it does not vary along other axes; `shape` is the traced one."""
     if not bool(value.any()):
         return value.new_zeros(1)
     for axis in channel_axes(shape):
@@ -63,7 +63,7 @@ def _per_channel(value: Tensor, shape: Sequence[Any]) -> Tensor | None:
 def _also_elsewhere(
     program: Program, dead: Mapping[str, tuple[float, ...]], branches: Mapping[str, str]
 ) -> dict[str, tuple[float, ...]]:
-    """Those that give the same constant at another batch, height and width: a sum over pixels, say, does not."""
+    """Those with the same constant at another batch, height and width, unlike a sum over pixels."""
     names = {branches[name] for name in dead}
     state = {name: t.double() if t.is_floating_point() else t for name, t in state_of(program).items()}
 

@@ -1,7 +1,7 @@
-"""Depthwise layers that keep their shape: what comes in can go out in their place.
+"""Depthwise layers that keep their shape and can be replaced by their input.
 
-Such a layer ties its outputs to its inputs, channel by channel; so without it every shape stays, whatever was cut. Of
-other layers with as many outputs as inputs that is not true: two groups that are cut apart would have to be one.
+Such a layer ties its outputs to its inputs, channel by channel, so every shape stays the same without it, whatever was
+cut. Other layers with equally many outputs and inputs belong to two groups, which may be cut differently.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from surgery.capture import module_of, source_of
-from surgery.core import Block, Program, all_tensors, bind, hint
+from surgery.core import Block, Program, all_tensors, arguments_of, hint
 from surgery.coupling.placeholders import shared_path
 from surgery.ops import rules
 
@@ -31,11 +31,11 @@ def depthwise_layers(program: Program) -> Iterator[Block]:
             yield _block([node, *_followers(node)])
 
 
-def likeness(program: Program, block: Block, known: Mapping[str, Any]) -> float:
-    """Return how much of what leaves a depthwise layer is what came in: the squared correlation of the two.
+def input_correlation(program: Program, block: Block, known: Mapping[str, Any]) -> float:
+    """Return the squared correlation of a depthwise layer's output with its input.
 
-    Neighbours in an image are taken to be independent, so that a channel is like its input by its weights' middle; and
-    activations are taken to leave that as it is.
+    Neighbouring pixels are assumed to be independent, so that a channel correlates with its input through the central
+    weight; activations are assumed not to change the correlation.
 
     Args:
         program: the block's.
@@ -61,7 +61,7 @@ def likeness(program: Program, block: Block, known: Mapping[str, Any]) -> float:
 def _keeps_shape(node: torch.fx.Node) -> bool:
     if node.op != "call_function" or str(node.target) not in _CONVOLUTIONS:
         return False
-    raw = bind(node, lambda n: n).raw
+    raw = arguments_of(node)
     weight: Tensor | None
     image: Tensor | None
     weight, image = (raw[name].meta.get("val") for name in ("weight", "input"))
@@ -80,7 +80,7 @@ def _like(image: Tensor, node: torch.fx.Node) -> bool:
 
 
 def _followers(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
-    """The norm and the activations that are all that reads the layer, one after the other."""
+    """The norm and the activations after the layer, each the only reader of the one before."""
 
     def readers(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
         while len(node.users) == 1:
@@ -117,7 +117,7 @@ def _block(layer: list[torch.fx.Node]) -> Block:
 
 
 def _tensor(node: torch.fx.Node, name: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    given = bind(node, lambda n: n).raw.get(name)
+    given = arguments_of(node).get(name)
     return tensors[str(given.target)].detach().cpu().double() if isinstance(given, torch.fx.Node) else None
 
 

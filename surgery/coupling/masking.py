@@ -29,7 +29,7 @@ class InDouble(TorchFunctionMode):
         ONE_AT_A_TIME.release()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call with float64 in the place of every floating dtype."""
+        """Call with float64 instead of every floating dtype."""
         if func in _CASTS:
             func = Tensor.double
         return func(*map(_double, args), **{name: _double(x) for name, x in (kwargs or {}).items()})

@@ -1,4 +1,4 @@
-"""What limits the choice of units beyond their groups: pieces that must not vanish, and pieces that stay alike."""
+"""Constraints on the choice of units beyond their groups: pieces that must not vanish, and pieces of equal size."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def required_units(values: Mapping[str, Any], labels: LabelSet, roots: Roots) ->
 def equal_pieces(
     graph: torch.fx.GraphModule, values: Mapping[str, Any], labels: LabelSet, roots: Roots
 ) -> tuple[Pieces, ...]:
-    """Equal pieces that a chunk or split cuts groups into: with as many units in each, the user's code goes on fitting.
+    """Equal pieces that a chunk or split cuts groups into: while they stay equal, the user's code still fits.
 
     Pieces that two of them make of one group in different ways are left out, and those that hold part of a group only.
     """

@@ -1,9 +1,9 @@
-"""Whether a removed unit could as well be zeros: shown by a run.
+"""Whether a removed unit could as well be zeros, which one run shows.
 
 A convolution or a linear layer loses the weights that read a removed unit, so what the unit held does not matter. An
-operator without weights (a matrix product of two activations, a sum) reads its operands alone: where a function that
-makes something of zero (`elu(x) + 1`, `exp`, a comparison) stands before it, zeros in the place of the unit would still
-count, and removing it changes what is summed up.
+operator without weights (a matrix product of two activations, a sum) reads nothing but its operands: if a function with
+a nonzero value at zero (`elu(x) + 1`, `exp`, a comparison) comes before it, zeros instead of the unit would still
+contribute, and removing the unit changes the sum.
 """
 
 from __future__ import annotations
@@ -17,16 +17,25 @@ import torch
 from torch import Tensor
 
 from surgery.capture import source_of
-from surgery.core import TOLERANCE, Executor, LabelledGraph, Masks, Program, Value, sample_inputs, well_conditioned
+from surgery.core import (
+    TOLERANCE,
+    Executor,
+    LabelledGraph,
+    Masks,
+    Program,
+    Value,
+    sample_inputs,
+    well_conditioned,
+)
 from surgery.coupling.masking import masking
 from surgery.ops import rules
 
 
-def counted(program: Program, labelled: LabelledGraph, *, seed: int = 0) -> dict[str, str]:
-    """Return the groups whose removed units would count as zeros, with the operator where they do.
+def not_zeros(program: Program, labelled: LabelledGraph, *, seed: int = 0) -> dict[str, str]:
+    """Return the groups whose removed units would not count as zeros, with the operator where they do not.
 
-    Half the units of every group are taken for dead, their weights, shifts and statistics for zero; each weightless
-    contraction is then computed with and without its dead slices, and what is summed up alone has to be zero there.
+    Half the units of every group are taken as removed, their weights, shifts and statistics as zero; each weightless
+    contraction is then computed with and without its dead slices; the operand of a sum has to be zero there.
     """
     candidates = _weightless(program, labelled)
     if not candidates:
@@ -39,7 +48,7 @@ def counted(program: Program, labelled: LabelledGraph, *, seed: int = 0) -> dict
         value = labelled.values[node.name]
         if isinstance(value, Value) and (rule := table.get(str(node.target))) is not None and rule.gate:
             out: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
-            return torch.where(_alive(value, masks) | (out != 0), out, args[0])  # shut here, but not on all inputs
+            return torch.where(_alive(value, masks) | (out != 0), out, args[0])  # zero here, but not for all inputs
         masked = mask(node, args, kwargs)
         if node.name not in candidates or not isinstance(masked, Tensor) or not isinstance(value, Value):
             return masked
@@ -101,13 +110,11 @@ def _half(labelled: LabelledGraph, seed: int) -> dict[str, tuple[int, ...]]:
 
 
 def _zeroed(state: dict[str, Tensor], labelled: LabelledGraph, masks: Masks) -> dict[str, Tensor]:
+    """Parameters and statistics with the removed units' slices set to zero; variances stay."""
     out = dict(state)
     for name, value in labelled.params.items():
         if name in out and out[name].is_floating_point() and not name.endswith("running_var"):
-            for axis in range(len(value.shape)):
-                if value.axes[axis] and not (alive := masks(value, axis)).all():
-                    shape = [-1 if a == axis else 1 for a in range(len(value.shape))]
-                    out[name] = out[name] * torch.from_numpy(alive).reshape(shape)
+            out[name] = out[name] * _alive(value, masks)
     return out
 
 

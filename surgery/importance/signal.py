@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from surgery.core import Block, Coupling, Group, Program, Site, all_tensors, bind, interpret, shapes_of
-from surgery.coupling import likeness
+from surgery.coupling import input_correlation
 from surgery.importance.unit_weights import power_sum
 from surgery.ops import Moments, Rule, compressed, rules, through
 
@@ -106,7 +106,7 @@ def block_worth(program: Program, blocks: Sequence[Block]) -> dict[str, float]:
 
 def _block_lost(program: Program, known: Mapping[str, Any], block: Block) -> float:
     if block.is_layer:
-        return loss_of(1.0, 1.0 - likeness(program, block, known))
+        return loss_of(1.0, 1.0 - input_correlation(program, block, known))
     branch, stays = (known[name].variance for name in (block.branch, block.stays))
     if branch == 0:  # it does not vary with the input; its constant counts nevertheless
         branch, stays = (known[name].energy for name in (block.branch, block.stays))
@@ -217,7 +217,7 @@ def _relevance(program: Program, known: Mapping[str, Any]) -> dict[str, float]:
 
 def _share_of(node: torch.fx.Node, user: torch.fx.Node, known: Mapping[str, Any], rule: Rule | None) -> float:
     """Of the energy that an operator sums or concatenates, the part of one operand; else 1."""
-    if rule is None or not rule.mixes:
+    if rule is None or not rule.is_sum:
         return 1.0
     energies = {n: m.energy for n in user.all_input_nodes if isinstance(m := known.get(n.name), Moments)}
     whole = sum(energies.values())

@@ -109,7 +109,7 @@ def _softmax_rule(op: str, function: Any) -> Rule:
         couple=_couple_softmax,
         onnx=lambda a, shapes, out: [step("LogSoftmax" if "log" in op else "Softmax", "self", axis=a["dim"])],
         example=between_convs(function),
-        says="the axis it runs over is never cut",
+        summary="the axis it runs over is never cut",
     )
 
 
@@ -123,7 +123,7 @@ register(
         macs=_sdpa_macs,
         onnx=_onnx_sdpa,
         example=_attention_example,
-        says="heads tied, head dimensions of query and key contracted, tokens never cut; scale made explicit",
+        summary="heads tied, head dimensions of query and key contracted, tokens never cut; scale made explicit",
     ),
     _softmax_rule("aten.softmax.int", lambda x: torch.softmax(x, 3)),
     _softmax_rule("aten._softmax.default", lambda x: torch.ops.aten._softmax(x, 3, False)),

@@ -12,7 +12,7 @@ from torch import nn
 from surgery.core import Step, Value, step
 from surgery.ops.examples import Between, Built, between_convs
 from surgery.ops.moments import Moments, contracted
-from surgery.ops.registry import Call, Rewrite, Rule, Scaled, Shape, join, register
+from surgery.ops.registry import Call, Rewrite, Rule, Scaled, Shape, join, one_per_axis, register
 
 
 def _couple(call: Call, *, transposed: bool) -> Value:
@@ -59,26 +59,17 @@ def _macs(shapes: Mapping[str, Shape], out: Shape, *, transposed: bool) -> int:
 
 
 def _onnx(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape, *, transposed: bool) -> Sequence[Step]:
-    kernel, dilation = shapes["weight"][2:], _each(a["dilation"], shapes)
+    kernel = shapes["weight"][2:]
+    dilation, stride = (one_per_axis(a[name], len(kernel)) for name in ("dilation", "stride"))
     pads: list[int] = []
     if isinstance(a["padding"], str):
         whole = [d * (k - 1) if a["padding"] == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
         pads = [w // 2 for w in whole] + [w - w // 2 for w in whole]
     else:
-        pads = 2 * _each(a["padding"], shapes)
-    return [
-        step(
-            "ConvTranspose" if transposed else "Conv",
-            "input",
-            "weight",
-            "bias",
-            kernel_shape=kernel,
-            strides=_each(a["stride"], shapes),
-            pads=pads,
-            dilations=dilation,
-            output_padding=_each(a["output_padding"], shapes) if transposed else None,
-        )
-    ]
+        pads = 2 * one_per_axis(a["padding"], len(kernel))
+    extra = one_per_axis(a["output_padding"], len(kernel)) if transposed else None
+    shape = {"kernel_shape": kernel, "strides": stride, "pads": pads, "dilations": dilation, "output_padding": extra}
+    return [step("ConvTranspose" if transposed else "Conv", "input", "weight", "bias", **shape)]
 
 
 def _moments(a: Mapping[str, Any], *, transposed: bool) -> Moments:
@@ -91,35 +82,22 @@ def _moments(a: Mapping[str, Any], *, transposed: bool) -> Moments:
     return contracted(weight, bias, x, channel, len(x.shape))
 
 
-def _each(value: Any, shapes: Mapping[str, Shape]) -> list[int]:
-    """One number per spatial axis."""
-    numbers = list(value) if isinstance(value, (list, tuple)) else [value]
-    return numbers * (len(shapes["weight"]) - 2) if len(numbers) == 1 else numbers
-
-
-def _grouped(module: nn.Module) -> Built:
-    net = Between(nn.Conv2d(3, 8, 3), module, nn.Conv2d(8, 4, 3))
-    return net, (torch.randn(2, 3, 14, 14),)
-
-
-def _one_dimensional(module: nn.Module) -> Built:
-    return Between(nn.Conv1d(3, 8, 3), module, nn.Conv1d(8, 4, 3)), (torch.randn(2, 3, 14),)
-
-
-def _three_dimensional(module: nn.Module) -> Built:
-    return Between(nn.Conv3d(3, 8, 3), module, nn.Conv3d(8, 4, 1)), (torch.randn(2, 3, 6, 6, 6),)
+def _between(module: nn.Module, *image: int) -> Built:
+    """The module between two convolutions of as many spatial axes."""
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(image) - 1]
+    return Between(conv(3, 8, 3), module, conv(8, 4, 1)), (torch.randn(2, 3, *image),)
 
 
 _EXAMPLES = {
-    "conv1d.default": lambda: _one_dimensional(nn.Conv1d(8, 8, 3, groups=2)),
-    "conv2d.default": lambda: _grouped(nn.Conv2d(8, 8, 3, groups=2)),
-    "conv3d.default": lambda: _three_dimensional(nn.Conv3d(8, 8, 3, groups=8)),
-    "conv1d.padding": lambda: _one_dimensional(nn.Conv1d(8, 8, 3, padding="same")),
-    "conv2d.padding": lambda: _grouped(nn.Conv2d(8, 8, 3, padding="same", groups=8)),
-    "conv3d.padding": lambda: _three_dimensional(nn.Conv3d(8, 8, 3, padding="same")),
-    "conv_transpose1d.default": lambda: _one_dimensional(nn.ConvTranspose1d(8, 8, 3, groups=2)),
-    "conv_transpose2d.input": lambda: _grouped(nn.ConvTranspose2d(8, 8, 3, groups=4)),
-    "conv_transpose3d.input": lambda: _three_dimensional(nn.ConvTranspose3d(8, 8, 3)),
+    "conv1d.default": lambda: _between(nn.Conv1d(8, 8, 3, groups=2), 14),
+    "conv2d.default": lambda: _between(nn.Conv2d(8, 8, 3, groups=2), 14, 14),
+    "conv3d.default": lambda: _between(nn.Conv3d(8, 8, 3, groups=8), 6, 6, 6),
+    "conv1d.padding": lambda: _between(nn.Conv1d(8, 8, 3, padding="same"), 14),
+    "conv2d.padding": lambda: _between(nn.Conv2d(8, 8, 3, padding="same", groups=8), 14, 14),
+    "conv3d.padding": lambda: _between(nn.Conv3d(8, 8, 3, padding="same"), 6, 6, 6),
+    "conv_transpose1d.default": lambda: _between(nn.ConvTranspose1d(8, 8, 3, groups=2), 14),
+    "conv_transpose2d.input": lambda: _between(nn.ConvTranspose2d(8, 8, 3, groups=4), 14, 14),
+    "conv_transpose3d.input": lambda: _between(nn.ConvTranspose3d(8, 8, 3), 6, 6, 6),
 }
 
 
@@ -137,7 +115,7 @@ def _rule(name: str) -> Rule:
         macs=lambda shapes, out: _macs(shapes, out, transposed=transposed),
         onnx=lambda a, shapes, out: _onnx(a, shapes, out, transposed=transposed),
         example=_EXAMPLES[name],
-        says="input channels contracted per group; groups die whole, or shrink alike; `groups` rewritten",
+        summary="input channels contracted per group; groups die whole, or shrink alike; `groups` rewritten",
     )
 
 
@@ -164,7 +142,7 @@ register(
         example=between_convs(
             lambda x: nn.functional.unfold(x, 3, padding=1).reshape(x.shape[0], 72, x.shape[2], x.shape[3]), after=72
         ),
-        says="channels repeat once per kernel position",
+        summary="channels repeat once per kernel position",
     ),
     Rule(
         op="aten.col2im.default",
@@ -173,6 +151,6 @@ register(
         example=between_convs(
             lambda x: nn.functional.fold(nn.functional.unfold(x, 2, stride=2), (10, 10), 2, stride=2)
         ),
-        says="kernel positions of one channel are added up",
+        summary="kernel positions of one channel are added up",
     ),
 )

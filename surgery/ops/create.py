@@ -38,7 +38,7 @@ def _uniform(name: str, function: Callable[[Tensor], Tensor]) -> Rule:
         couple=_couple_uniform,
         rewrite=_rewrite,
         example=between_convs(function),
-        says="the same all along: its literal sizes shrink with what it meets",
+        summary="uniform: its literal sizes shrink with what it meets",
     )
 
 
@@ -58,13 +58,13 @@ register(
         family="creation",
         couple=_couple_enumeration,
         example=between_convs(lambda x: x + aten.arange(10, dtype=x.dtype)),
-        says="counts indices: never cut",
+        summary="counts indices: never cut",
     ),
     Rule(
         op="aten.arange.start_step",
         family="creation",
         couple=_couple_enumeration,
         example=between_convs(lambda x: x + aten.arange.start_step(0, 10, 1, dtype=x.dtype)),
-        says="counts indices: never cut",
+        summary="counts indices: never cut",
     ),
 )

@@ -52,6 +52,19 @@ def between_linears(
     return build
 
 
+class WithParameters(nn.Module):
+    """A function of a value and of parameters of these shapes, drawn from [0.5, 1.5]."""
+
+    def __init__(self, function: Callable[..., Tensor], *shapes: int | tuple[int, ...]) -> None:
+        super().__init__()
+        self.function = function
+        self.tensors = nn.ParameterList(torch.rand(shape) + 0.5 for shape in shapes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Call the function."""
+        return self.function(x, *self.tensors)
+
+
 class Fork(nn.Module):
     """Two layers on one input, joined by the operator under test, and a layer after it."""
 

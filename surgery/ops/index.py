@@ -24,7 +24,7 @@ def _couple_embedding(call: Call) -> Value:
 
 
 def _couple_index_select(call: Call) -> Value:
-    """An index that is a buffer's says which unit goes where; any other one needs its axis whole."""
+    """A constant index determines which unit goes where; any other index needs its axis whole."""
     x, index = call.value("self"), call.value("index")
     rank = len(x.shape)
     dim = call["dim"] % rank
@@ -134,7 +134,7 @@ register(
         family="look-up",
         couple=_couple_embedding,
         example=lambda: _example(embedding=True),
-        says="rows are never cut, features pass",
+        summary="rows are never cut, features pass",
     ),
     Rule(
         op="aten.index.Tensor",
@@ -142,7 +142,7 @@ register(
         couple=_couple_index,
         rewrite=_rewrite_index,
         example=lambda: (_Positions(), (torch.randn(2, 6, 7),)),
-        says="axes without an index pass; one constant list of indices is run on labels, other indexed axes stay whole",
+        summary="other axes pass; one constant list of indices is run on labels, other indexed axes stay whole",
     ),
     Rule(
         op="aten.index_select.default",
@@ -150,6 +150,6 @@ register(
         couple=_couple_index_select,
         rewrite=_rewrite_index_select,
         example=lambda: _example(embedding=False),
-        says="a constant index is run on labels; with any other the indexed axis is never cut",
+        summary="a constant index is run on labels; with any other the indexed axis is never cut",
     ),
 )

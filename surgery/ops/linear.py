@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core import Layers, Step, Value, step
-from surgery.ops.examples import between_linears, fork_linears
+from surgery.ops.examples import WithParameters, between_linears, fork_linears
 from surgery.ops.moments import Moments, contracted
-from surgery.ops.registry import Call, Lowering, Rule, Shape, register
+from surgery.ops.registry import Call, Rule, Shape, register, to_onnx
 
 
 def _couple_linear(call: Call) -> Value:
@@ -63,10 +63,6 @@ def _couple_addmm(call: Call) -> Value:
     return call.out(axes)
 
 
-def _linear_macs(shapes: Mapping[str, Shape], out: Shape) -> int:
-    return prod(shapes["input"]) * shapes["weight"][0]
-
-
 def _onnx_linear(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
     if len(out) == 2:
         return [step("Gemm", "input", "weight", "bias", transB=1)]
@@ -74,11 +70,7 @@ def _onnx_linear(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) 
     return [product] if "bias" not in shapes else [product, step("Add", "%0", "bias")]
 
 
-def _onnx_product(first: str, second: str) -> Lowering:
-    return lambda a, shapes, out: [step("MatMul", first, second)]
-
-
-def _of_two(op: str, first: str, second: str, says: str) -> Rule:
+def _of_two(op: str, first: str, second: str, summary: str) -> Rule:
     function: Callable[[Tensor, Tensor], Tensor] = torch.bmm if op == "aten.bmm.default" else torch.matmul
     return Rule(
         op=op,
@@ -86,9 +78,9 @@ def _of_two(op: str, first: str, second: str, says: str) -> Rule:
         couple=lambda call: _matmul(call, call.value(first), call.value(second)),
         masked=(first, second),
         macs=lambda shapes, out: prod(out) * shapes[first][-1],
-        onnx=_onnx_product(first, second),
+        onnx=to_onnx("MatMul", first, second),
         example=fork_linears(lambda a, b: function(function(a, b.transpose(1, 2)), b)),
-        says=says,
+        summary=summary,
     )
 
 
@@ -102,29 +94,12 @@ def _addmm_moments(a: Mapping[str, Any]) -> Moments:
     return contracted(a["mat2"].mean.T, bias if bias.numel() > 1 else None, a["mat1"], -1, 2)
 
 
-class _RawProduct(nn.Module):
-    """x @ W with a bare two-dimensional parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(12, 10))
-        self.bias = nn.Parameter(torch.randn(10))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Flatten the tokens, multiply, restore them."""
-        return torch.addmm(self.bias, x.flatten(0, 1), self.weight).reshape(x.shape[0], x.shape[1], 10)
+def _addmm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.addmm(bias, x.flatten(0, 1), weight).reshape(x.shape[0], x.shape[1], 10)
 
 
-class _Square(nn.Module):
-    """Products of plain matrices."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(12, 10))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Flatten the tokens, multiply, restore them."""
-        return torch.mm(x.flatten(0, 1), self.weight).reshape(x.shape[0], x.shape[1], 10)
+def _mm(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.mm(x.flatten(0, 1), weight).reshape(x.shape[0], x.shape[1], 10)
 
 
 register(
@@ -136,10 +111,10 @@ register(
         contracts={"weight": 1},
         moments=_linear_moments,
         masked=("input",),
-        macs=_linear_macs,
+        macs=lambda shapes, out: prod(shapes["input"]) * shapes["weight"][0],
         onnx=_onnx_linear,
         example=between_linears(nn.Linear(12, 9), after=9),
-        says="input features contracted",
+        summary="input features contracted",
     ),
     _of_two("aten.matmul.default", "self", "other", "inner axes contracted, outer ones pass, leading ones tied"),
     _of_two("aten.bmm.default", "self", "mat2", "inner axes contracted, batch axis tied"),
@@ -151,9 +126,9 @@ register(
         contracts={"mat2": 0},
         moments=lambda a: contracted(a["mat2"].mean.T, None, a["self"], -1, 2),
         macs=lambda shapes, out: prod(out) * shapes["self"][-1],
-        onnx=_onnx_product("self", "mat2"),
-        example=between_linears(_Square(), after=10),
-        says="inner axes contracted",
+        onnx=to_onnx("MatMul", "self", "mat2"),
+        example=between_linears(WithParameters(_mm, (12, 10)), after=10),
+        summary="inner axes contracted",
     ),
     Rule(
         op="aten.addmm.default",
@@ -163,8 +138,8 @@ register(
         contracts={"mat2": 0},
         moments=_addmm_moments,
         macs=lambda shapes, out: prod(out) * shapes["mat1"][-1],
-        onnx=lambda a, shapes, out: [step("Gemm", "mat1", "mat2", "self")],
-        example=between_linears(_RawProduct(), after=10),
-        says="inner axes contracted, bias tied to the outputs",
+        onnx=to_onnx("Gemm", "mat1", "mat2", "self"),
+        example=between_linears(WithParameters(_addmm, (12, 10), 10), after=10),
+        summary="inner axes contracted, bias tied to the outputs",
     ),
 )

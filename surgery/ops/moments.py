@@ -1,8 +1,8 @@
-"""Mean and variance of activations, told from a network's own weights and norm statistics: no images are needed.
+"""Mean and variance of activations, estimated from a network's own weights and norm statistics, without images.
 
-A batch norm says what its output looks like over the training data: its shift is the mean, its scale the deviation.
-From there values are followed through the operators, each position as if independent of the others: an element-wise
-function by Gauss-Hermite quadrature, a contraction by its weights, a movement by moving.
+The output of a batch norm has its shift as mean and its scale as deviation over the training data. From there, moments
+are propagated through the operators, assuming that positions are independent: an element-wise function by Gauss-Hermite
+quadrature, a contraction by its weights, a movement by moving them.
 
 Source: after Nagel et al. 2019, Data-free quantization (arXiv:1906.04721), who clip normals for rectifiers.
 """
@@ -32,7 +32,7 @@ class Moments:
 
     @classmethod
     def of(cls, constant: Tensor) -> Moments:
-        """Return the moments of something that does not vary."""
+        """Return the moments of a constant."""
         value = constant.detach().cpu().to(torch.float64)
         return cls(value, torch.zeros((), dtype=torch.float64), tuple(value.shape))
 
@@ -70,7 +70,7 @@ def contracted(weight: Tensor, bias: Tensor | None, x: Moments, axis: int, rank:
     """Return the moments of a contraction of one axis of a value.
 
     Args:
-        weight: (outputs, inputs of its group, ..): what follows are positions in space, which are alike.
+        weight: (outputs, inputs of its group, ..); the other axes are positions in space.
         bias: (outputs,), or None.
         x: of the input.
         axis: which of the input is contracted, and of the result is new.
@@ -135,7 +135,7 @@ def normed(
         weight: its scale, or None.
         bias: its shift, or None.
         axis: of the channels that scale and shift belong to; None: they are aligned with the last axes.
-        left: what is left of the variance of 1 that a norm makes.
+        left: the output's variance before the scale, 1 for an ideal norm.
     """
     rank = len(x.shape)
     var = left * (weight.mean.square() if weight is not None else torch.ones(1, dtype=torch.float64))
@@ -147,7 +147,7 @@ def normed(
 
 
 def compressed(values: Tensor) -> Tensor:
-    """Take axes along which nothing changes together."""
+    """Shrink axes along which nothing changes to length 1."""
     for axis in range(values.dim()):
         first = values.narrow(axis, 0, 1) if values.shape[axis] > 1 else values
         if first is not values and torch.equal(first.expand_as(values), values):
@@ -161,5 +161,5 @@ def _quadrature() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
 
 
-Told = Callable[[Mapping[str, Any]], Moments]
+MomentRule = Callable[[Mapping[str, Any]], Moments]
 """Arguments by name, tensors as their moments → moments of the result, their shape left open."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def _moves(
         rewrite=rewrite,
         onnx=onnx,
         example=example or between_convs(function, after=after),
-        says="run on labels",
+        summary="run on labels",
     )
 
 
@@ -110,7 +111,7 @@ def _bounds(r: Rewrite) -> Changes:
         return {}
     size = len(keep)
     start, stop, step = slice(r.bound["start"], r.bound["end"], r.bound.get("step", 1)).indices(size)
-    if step == 1:  # what counts from the end, or goes on to it, does so still: the axis may be longer another time
+    if step == 1:  # bounds relative to the end stay relative: the axis may be longer in another call
         first, last = r.bound["start"] or 0, r.bound["end"]
         whole = last is None or last > size or (last == size and not isinstance(r.raw["end"], int))
         begin = -int(keep[start:].sum()) if first < 0 else int(keep[:start].sum())
@@ -181,16 +182,16 @@ def _couple_cat(call: Call) -> Value:
     tensors = [t for t in call["tensors"] if t.shape != (0,)]
     rank = len(call.outputs[0])
     dim = call["dim"] % rank
-    axes: dict[int, Layers] = {}
-    for a in range(rank):
-        if a == dim:
-            axes[a] = _concatenated(call, tensors, dim)
-            continue
-        layers = call.passed(tensors[0], a)
-        for other in tensors[1:]:
-            layers = call.tie(tensors[0], a, other, a)
-        axes[a] = layers
-    return call.out(axes)
+    axes = {a: _tied(call, tensors, a) for a in range(rank) if a != dim}
+    return call.out({**axes, dim: _concatenated(call, tensors, dim)})
+
+
+def _tied(call: Call, tensors: Sequence[Value], axis: int) -> Layers:
+    """The labels of an axis that all tensors share."""
+    layers = call.passed(tensors[0], axis)
+    for other in tensors[1:]:
+        layers = call.tie(tensors[0], axis, other, axis)
+    return layers
 
 
 def _concatenated(call: Call, tensors: Sequence[Value], dim: int) -> Layers:
@@ -203,15 +204,9 @@ def _concatenated(call: Call, tensors: Sequence[Value], dim: int) -> Layers:
 
 
 def _couple_stack(call: Call) -> Value:
-    tensors, rank = call["tensors"], len(call.outputs[0])
-    dim = call["dim"] % rank
-    axes: dict[int, Layers] = {}
-    for a in range(rank - 1):
-        layers = call.passed(tensors[0], a)
-        for other in tensors[1:]:
-            layers = call.tie(tensors[0], a, other, a)
-        axes[a if a < dim else a + 1] = layers
-    return call.out(axes)
+    dim = call["dim"] % len(call.outputs[0])
+    axes = range(len(call.outputs[0]) - 1)
+    return call.out({a if a < dim else a + 1: _tied(call, call["tensors"], a) for a in axes})
 
 
 def _couple_expand(call: Call) -> Value:
@@ -296,17 +291,22 @@ def _frozen_axis(name: str, function: Callable[[Tensor], Tensor], *, argument: s
         family="movement",
         couple=couple,
         example=between_convs(function),
-        says="the axis whose indices it names is never cut",
+        summary="the axis whose indices it names is never cut",
     )
 
 
-def _swap(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1)
+def _padded_example(pad: Callable[..., Tensor]) -> Example:
+    return between_convs(lambda x: pad(x, [1, 1, 0, 0, 2, 3]), after=13)
 
 
-def _back(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)
-
+_PAD = Rule(
+    op="aten.pad.default",
+    family="movement",
+    couple=_couple_pad,
+    rewrite=_rewrite_pad,
+    example=_padded_example(F.pad),
+    summary="constant padding of channels may go channel by channel",
+)
 
 register(
     _moves(
@@ -336,7 +336,7 @@ register(
         rewrite=_unflatten_sizes,
         onnx=free,
     ),
-    _moves("permute.default", lambda x: _back(_swap(x)), onnx=_PERMUTED),
+    _moves("permute.default", lambda x: x.permute(0, 2, 3, 1).permute(0, 3, 1, 2), onnx=_PERMUTED),
     _moves("transpose.int", lambda x: x.transpose(1, 2).transpose(1, 2), onnx=_TRANSPOSED),
     _moves("swapaxes.default", lambda x: aten.swapaxes(aten.swapaxes(x, 1, 2), 1, 2)),
     _moves("movedim.int", lambda x: x.movedim(1, 3).movedim(3, 1)),
@@ -380,17 +380,17 @@ register(
         family="movement",
         couple=_couple_cat,
         onnx=_onnx_cat,
-        mixes=True,
+        is_sum=True,
         moments=lambda a: joined(a["tensors"], a["dim"]),
         example=fork_convs(lambda a, b: torch.cat([a, b], 1), after=16),
-        says="labels laid end to end",
+        summary="labels laid end to end",
     ),
     Rule(
         op="aten.stack.default",
         family="movement",
         couple=_couple_stack,
         example=fork_convs(lambda a, b: torch.stack([a, b], 1).flatten(1, 2), after=16),
-        says="ties its operands",
+        summary="ties its operands",
     ),
     Rule(
         op="aten.expand.default",
@@ -398,22 +398,8 @@ register(
         couple=_couple_expand,
         rewrite=_sizes("size"),
         example=fork_convs(lambda a, b: a * b.mean((1, 2, 3), keepdim=True).expand(-1, 8, 10, 10)),
-        says="indices of a grown axis may go one by one",
+        summary="indices of a grown axis may go one by one",
     ),
-    Rule(
-        op="aten.pad.default",
-        family="movement",
-        couple=_couple_pad,
-        rewrite=_rewrite_pad,
-        example=between_convs(lambda x: F.pad(x, (0, 0, 0, 0, 2, 3)), after=13),
-        says="constant padding of channels may go channel by channel",
-    ),
-    Rule(
-        op="aten.constant_pad_nd.default",
-        family="movement",
-        couple=_couple_pad,
-        rewrite=_rewrite_pad,
-        example=between_convs(lambda x: aten.constant_pad_nd(x, [1, 1, 0, 0, 2, 3]), after=13),
-        says="constant padding of channels may go channel by channel",
-    ),
+    _PAD,
+    replace(_PAD, op="aten.constant_pad_nd.default", example=_padded_example(aten.constant_pad_nd)),
 )

@@ -6,6 +6,7 @@ An axis normaliser does not commute with zeroing: where its axis is cut, it mean
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core import Step, Value, step
-from surgery.ops.examples import between_convs, between_linears
+from surgery.ops.examples import WithParameters, between_convs, between_linears
 from surgery.ops.moments import Moments, normed
-from surgery.ops.registry import Call, Coupled, Dead, Rewrite, Rule, Shape, join, register
+from surgery.ops.registry import Call, Coupled, Dead, Macs, Rewrite, Rule, Shape, join, register, to_onnx
 
 
 def _couple_batch(call: Call) -> Coupled:
@@ -101,7 +102,7 @@ def _reference_rms(dead: Dead) -> Tensor:
 
 
 def _couple_group(call: Call) -> Value:
-    """Input (N, C, ..): whole groups die exactly; members of every group die alike, inexactly."""
+    """Input (N, C, ..): removing whole groups is exact; removing the same members of every group is inexact."""
     x, groups = call.value("input"), call["num_groups"]
     size = x.shape[1] // groups
     flat = call.passed(x, 1)
@@ -136,34 +137,23 @@ def _reference_group(dead: Dead) -> Tensor:
     return _affine(dead, y, [1, -1] + [1] * (x.dim() - 2))
 
 
-def _told_channels(a: Mapping[str, Any]) -> Moments:
-    """Running statistics, where there are any, say what is left of a variance that is near nothing."""
+def _channel_moments(a: Mapping[str, Any]) -> Moments:
+    """Running statistics, if there are any, tell what is left of a variance close to epsilon."""
     seen = a.get("running_var")
     left = seen.mean / (seen.mean + a.get("eps", 1e-5)) if seen is not None else 1.0
     return normed(a["input"], a.get("weight"), a.get("bias"), 1, left)
 
 
-def _told_last(a: Mapping[str, Any]) -> Moments:
+def _last_axis_moments(a: Mapping[str, Any]) -> Moments:
     return normed(a["input"], a.get("weight"), a.get("bias"), None)
 
 
-def _counted(per_element: int, *, affine: int) -> Any:
-    def macs(shapes: Mapping[str, Shape], out: Shape) -> int:
-        return prod(shapes["input"]) * (affine if "weight" in shapes else per_element)
-
-    return macs
-
-
-def _onnx_batch(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
-    return [step("BatchNormalization", "input", "weight", "bias", "running_mean", "running_var")]
+def _counted(per_element: int, *, affine: int) -> Macs:
+    return lambda shapes, out: prod(shapes["input"]) * (affine if "weight" in shapes else per_element)
 
 
 def _onnx_layer(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
     return [step("LayerNormalization", "input", "weight", "bias", axis=-len(a["normalized_shape"]))]
-
-
-def _onnx_instance(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
-    return [step("InstanceNormalization", "input", "weight", "bias")]
 
 
 class _Decomposed(nn.BatchNorm2d):
@@ -176,84 +166,66 @@ class _Decomposed(nn.BatchNorm2d):
         return y
 
 
-class _WithScale(nn.Module):
-    """RMS norm with a weight, of the width that the examples use."""
+def _rms(x: Tensor, weight: Tensor) -> Tensor:
+    return nn.functional.rms_norm(x, [x.shape[-1]], weight, 1e-6)
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.rand(width) + 0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis."""
-        return nn.functional.rms_norm(x, [x.shape[-1]], self.weight, 1e-6)
-
+_BATCH = Rule(
+    op="aten.batch_norm.default",
+    family="norm",
+    couple=_couple_batch,
+    onnx=to_onnx("BatchNormalization", "input", "weight", "bias", "running_mean", "running_var"),
+    factors=("weight",),
+    macs=_counted(1, affine=2),
+    moments=_channel_moments,
+    example=between_convs(nn.BatchNorm2d(8)),
+    summary="one scale and shift per channel: ties them",
+)
+_LAYER = Rule(
+    op="aten.layer_norm.default",
+    family="norm",
+    couple=_couple_layer,
+    onnx=_onnx_layer,
+    factors=("weight",),
+    rewrite=_rewrite_layer,
+    reference=_reference_layer,
+    macs=_counted(4, affine=5),
+    moments=_last_axis_moments,
+    example=between_linears(nn.LayerNorm(12)),
+    summary="inexact where the normalised axis is cut: normalises over the survivors",
+)
+_INSTANCE = Rule(
+    op="aten.instance_norm.default",
+    family="norm",
+    couple=_couple_batch,
+    onnx=to_onnx("InstanceNormalization", "input", "weight", "bias"),
+    macs=_counted(4, affine=5),
+    moments=_channel_moments,
+    example=between_convs(nn.InstanceNorm2d(8, affine=True)),
+    summary="normalises each channel over space: ties scale and shift",
+)
 
 register(
-    Rule(
-        op="aten.batch_norm.default",
-        family="norm",
-        couple=_couple_batch,
-        onnx=_onnx_batch,
-        factors=("weight",),
-        macs=_counted(1, affine=2),
-        moments=_told_channels,
-        example=between_convs(nn.BatchNorm2d(8)),
-        says="one scale and shift per channel: ties them",
-    ),
-    Rule(
-        op="aten._native_batch_norm_legit_no_training.default",
-        family="norm",
-        couple=_couple_batch,
-        onnx=_onnx_batch,
-        factors=("weight",),
-        macs=_counted(1, affine=2),
-        moments=_told_channels,
-        example=between_convs(_Decomposed(8)),
-        says="one scale and shift per channel: ties them",
-    ),
-    Rule(
-        op="aten.instance_norm.default",
-        family="norm",
-        couple=_couple_batch,
-        onnx=_onnx_instance,
-        macs=_counted(4, affine=5),
-        moments=_told_channels,
-        example=between_convs(nn.InstanceNorm2d(8, affine=True)),
-        says="normalises each channel over space: ties scale and shift",
-    ),
-    Rule(
-        op="aten.layer_norm.default",
-        family="norm",
-        couple=_couple_layer,
-        onnx=_onnx_layer,
-        factors=("weight",),
-        rewrite=_rewrite_layer,
-        reference=_reference_layer,
-        macs=_counted(4, affine=5),
-        moments=_told_last,
-        example=between_linears(nn.LayerNorm(12)),
-        says="inexact where the normalised axis is cut: normalises over the survivors",
-    ),
-    Rule(
+    _BATCH,
+    replace(_BATCH, op="aten._native_batch_norm_legit_no_training.default", example=between_convs(_Decomposed(8))),
+    _INSTANCE,
+    _LAYER,
+    replace(
+        _LAYER,
         op="aten.rms_norm.default",
-        family="norm",
-        couple=_couple_layer,
-        rewrite=_rewrite_layer,
         reference=_reference_rms,
-        moments=_told_last,
-        example=between_linears(_WithScale(12)),
-        says="inexact where the normalised axis is cut: normalises over the survivors",
+        factors=(),
+        macs=None,
+        onnx=None,
+        example=between_linears(WithParameters(_rms, 12)),
     ),
-    Rule(
+    replace(
+        _INSTANCE,
         op="aten.group_norm.default",
-        family="norm",
         couple=_couple_group,
-        onnx=_onnx_instance,
         rewrite=_rewrite_group,
         reference=_reference_group,
-        macs=_counted(4, affine=5),
-        moments=_told_channels,
         example=between_convs(nn.GroupNorm(4, 8)),
-        says="whole groups die exactly; members of all groups alike, inexactly",
+        summary="whole groups die exactly; members of all groups alike, inexactly",
     ),
 )

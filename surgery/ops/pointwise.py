@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery.core import Layers, Step, Value, step
+from surgery.core import Layers, Value, step
 from surgery.ops.examples import between_convs, fork_convs
-from surgery.ops.moments import Told, multiplied, summed
-from surgery.ops.registry import Call, Lowering, Rule, Shape, free, register
+from surgery.ops.moments import MomentRule, multiplied, summed
+from surgery.ops.registry import Call, Lowering, Rule, free, register, to_onnx
 
 aten = torch.ops.aten
 
@@ -49,7 +49,7 @@ def _unary(name: str, function: Callable[[Tensor], Tensor]) -> Rule:
         example=between_convs(function),
         gate=name.split(".")[0] in _GATES,
         onnx=_ONNX.get(name),
-        says="passes every axis",
+        summary="passes every axis",
     )
 
 
@@ -60,19 +60,11 @@ def _binary(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> Rule:
         couple=_couple,
         example=fork_convs(function),
         factors=("self", "other") if name == "mul.Tensor" else (),
-        mixes=name in ("add.Tensor", "sub.Tensor"),
+        is_sum=name in ("add.Tensor", "sub.Tensor"),
         moments=_MOMENTS.get(name),
         onnx=_ONNX.get(name),
-        says="ties its operands index by index, broadcast axes apart",
+        summary="ties its operands index by index, broadcast axes apart",
     )
-
-
-def _same(function: Callable[..., Any], *extra: Any) -> Callable[[Tensor], Tensor]:
-    def run(x: Tensor) -> Tensor:
-        result: Tensor = function(x, *extra)
-        return result
-
-    return run
 
 
 def _mixed(mask: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -80,17 +72,9 @@ def _mixed(mask: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.where(mask(x), x, 0.5 * x)
 
 
-def _onnx(op: str, *inputs: Any, **attributes: Any) -> Lowering:
-    return lambda a, shapes, out: [step(op, *(inputs or ("self",)), **attributes)]
-
-
 def _onnx_two(op: str) -> Lowering:
-    """An operand that is no tensor is a number."""
-
-    def onnx(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
-        return [step(op, *(name if name in shapes else 0.5 for name in ("self", "other")))]
-
-    return onnx
+    """An operand that is not a tensor is a number."""
+    return lambda a, shapes, out: [step(op, *(name if name in shapes else 0.5 for name in ("self", "other")))]
 
 
 def _onnx_clip(low: str, high: str) -> Lowering:
@@ -101,52 +85,37 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
+_FREE = ("dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "detach", "alias", "lift_fresh_copy")
 _ONNX: Mapping[str, Lowering] = {
-    "relu.default": _onnx("Relu"),
-    "relu6.default": _onnx("Clip", "self", 0.0, 6.0),
+    **dict.fromkeys((*(f"{name}.default" for name in _FREE), "to.dtype", "to.device"), free),
+    "relu.default": to_onnx("Relu", "self"),
+    "relu6.default": to_onnx("Clip", "self", 0.0, 6.0),
     "hardtanh.default": _onnx_clip("min_val", "max_val"),
     "clamp.default": _onnx_clip("min", "max"),
     "clamp_min.default": _onnx_clip("min", ""),
     "silu.default": lambda a, shapes, out: [step("Sigmoid", "self"), step("Mul", "self", "%0")],
     "gelu.default": lambda a, shapes, out: [step("Gelu", "self", approximate=a["approximate"])],
-    "sigmoid.default": _onnx("Sigmoid"),
-    "hardsigmoid.default": _onnx("HardSigmoid", alpha=1 / 6, beta=0.5),
-    "hardswish.default": _onnx("HardSwish"),
-    "tanh.default": _onnx("Tanh"),
-    "leaky_relu.default": _onnx("LeakyRelu"),
-    "elu.default": _onnx("Elu"),
-    "selu.default": _onnx("Selu"),
-    "mish.default": _onnx("Mish"),
-    "softplus.default": _onnx("Softplus"),
-    "exp.default": _onnx("Exp"),
-    "log.default": _onnx("Log"),
-    "sqrt.default": _onnx("Sqrt"),
-    "abs.default": _onnx("Abs"),
-    "neg.default": _onnx("Neg"),
-    "erf.default": _onnx("Erf"),
+    "sigmoid.default": to_onnx("Sigmoid", "self"),
+    "hardsigmoid.default": to_onnx("HardSigmoid", "self", alpha=1 / 6, beta=0.5),
+    "hardswish.default": to_onnx("HardSwish", "self"),
+    "tanh.default": to_onnx("Tanh", "self"),
+    "leaky_relu.default": to_onnx("LeakyRelu", "self"),
+    "elu.default": to_onnx("Elu", "self"),
+    "selu.default": to_onnx("Selu", "self"),
+    "mish.default": to_onnx("Mish", "self"),
+    "softplus.default": to_onnx("Softplus", "self"),
+    "exp.default": to_onnx("Exp", "self"),
+    "log.default": to_onnx("Log", "self"),
+    "sqrt.default": to_onnx("Sqrt", "self"),
+    "abs.default": to_onnx("Abs", "self"),
+    "neg.default": to_onnx("Neg", "self"),
+    "erf.default": to_onnx("Erf", "self"),
     "pow.Tensor_Scalar": lambda a, shapes, out: [step("Pow", "self", float(a["exponent"]))],
-    "dropout.default": free,
-    "feature_dropout.default": free,
-    "alpha_dropout.default": free,
-    "clone.default": free,
-    "contiguous.default": free,
-    "detach.default": free,
-    "alias.default": free,
-    "lift_fresh_copy.default": free,
-    "to.dtype": free,
-    "to.device": free,
-    **{
-        f"{name}.Scalar": _onnx_two(op) for name, op in (("add", "Add"), ("sub", "Sub"), ("mul", "Mul"), ("div", "Div"))
-    },
-    **{
-        f"{name}.Tensor": _onnx_two(op) for name, op in (("add", "Add"), ("sub", "Sub"), ("mul", "Mul"), ("div", "Div"))
-    },
+    **{f"{op.lower()}.{kind}": _onnx_two(op) for op in ("Add", "Sub", "Mul", "Div") for kind in ("Scalar", "Tensor")},
 }
 
-_GATES = {"relu", "relu6", "hardtanh", "hardswish", "threshold", "clamp", "clamp_min", "clamp_max"} | {
-    "softshrink",
-    "hardshrink",
-}
+_CLIPPED = ("relu", "relu6", "hardtanh", "hardswish", "clamp", "clamp_min", "clamp_max")
+_GATES = (*_CLIPPED, "threshold", "softshrink", "hardshrink")
 
 _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "relu.default": F.relu,
@@ -256,7 +225,7 @@ _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-_MOMENTS: Mapping[str, Told] = {
+_MOMENTS: Mapping[str, MomentRule] = {
     "add.Tensor": lambda a: summed(a["self"], a["other"], a.get("alpha", 1)),
     "sub.Tensor": lambda a: summed(a["self"], a["other"], -a.get("alpha", 1)),
     "mul.Tensor": lambda a: multiplied(a["self"], a["other"]),
@@ -277,8 +246,7 @@ def _couple_glu(call: Call) -> Value:
     return call.out(axes)
 
 
-register(*(_unary(name, _same(function)) for name, function in _UNARY.items() if not isinstance(function, nn.Module)))
-register(*(_unary(name, function) for name, function in _UNARY.items() if isinstance(function, nn.Module)))
+register(*(_unary(name, function) for name, function in _UNARY.items()))
 register(*(_binary(name, function) for name, function in _BINARY.items()))
 register(
     Rule(
@@ -286,13 +254,13 @@ register(
         family="element-wise",
         couple=_couple_prelu,
         example=between_convs(nn.PReLU(8)),
-        says="ties its slopes to the channels",
+        summary="ties its slopes to the channels",
     ),
     Rule(
         op="aten.glu.default",
         family="element-wise",
         couple=_couple_glu,
         example=between_convs(lambda x: F.glu(x, 1), after=4),
-        says="ties the two halves of the axis that it gates",
+        summary="ties the two halves of the axis that it gates",
     ),
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from surgery.core import Step, step
 from surgery.ops.examples import Built, between_convs
-from surgery.ops.registry import Call, Coupled, Lowering, Rule, Shape, register
+from surgery.ops.registry import Call, Coupled, Lowering, Macs, Rule, Shape, one_per_axis, register
 
 aten = torch.ops.aten
 
@@ -27,31 +27,11 @@ def _couple(call: Call, spatial: int) -> Coupled:
     return call.out(kept)
 
 
-def _times(factor: int, *, of_output: bool) -> Callable[[Mapping[str, Shape], Shape], int]:
-    def macs(shapes: Mapping[str, Shape], out: Shape) -> int:
-        return factor * prod(out if of_output else next(iter(shapes.values())))
-
-    return macs
-
-
 def _onnx_window(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
     spatial = len(shapes[next(iter(shapes))]) - 2
-    kernel, stride, pads = (_each(a[name], spatial) for name in ("kernel_size", "stride", "padding"))
-    return [
-        step(
-            "MaxPool" if "dilation" in a else "AveragePool",
-            "self",
-            kernel_shape=kernel,
-            strides=stride or kernel,
-            pads=2 * pads,
-            ceil_mode=int(a["ceil_mode"]),
-        )
-    ]
-
-
-def _each(value: Any, spatial: int) -> list[int]:
-    numbers = list(value) if isinstance(value, (list, tuple)) else [value]
-    return numbers * spatial if len(numbers) == 1 else numbers
+    kernel, stride, pads = (one_per_axis(a[name], spatial) for name in ("kernel_size", "stride", "padding"))
+    op, ceil = "MaxPool" if "dilation" in a else "AveragePool", int(a["ceil_mode"])
+    return [step(op, "self", kernel_shape=kernel, strides=stride or kernel, pads=2 * pads, ceil_mode=ceil)]
 
 
 def _onnx_adaptive(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step] | None:
@@ -82,7 +62,7 @@ def _rule(
     name: str,
     spatial: int,
     function: Callable[[Tensor], Tensor],
-    macs: Callable[[Mapping[str, Shape], Shape], int] | None = None,
+    macs: Macs | None = None,
     onnx: Lowering | None = None,
 ) -> Rule:
     example = _line(function) if spatial == 1 else between_convs(function)
@@ -93,7 +73,7 @@ def _rule(
         example=example,
         macs=macs,
         onnx=onnx,
-        says="passes batch and channels",
+        summary="passes batch and channels",
     )
 
 
@@ -101,12 +81,17 @@ def _volume(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: function(x.unsqueeze(2)).squeeze(2)
 
 
-def _bilinear(x: Tensor) -> Tensor:
-    result: Tensor = aten.upsample_bilinear2d.vec(x, [20, 20], False, None)
-    return result
+def _resize(name: str, function: Callable[[Tensor], Tensor]) -> Rule:
+    linear = "bilinear" in name
+    each = 4 if linear else 1
+    return _rule(
+        name, 2, function, lambda shapes, out: each * prod(out), _onnx_resize("linear" if linear else "nearest")
+    )
 
 
-_INPUT, _OUTPUT, _FOUR = _times(1, of_output=False), _times(1, of_output=True), _times(4, of_output=True)
+def _per_input(shapes: Mapping[str, Shape], out: Shape) -> int:
+    return prod(next(iter(shapes.values())))
+
 
 register(
     _rule("max_pool1d.default", 1, lambda x: F.max_pool1d(x, 2)),
@@ -116,32 +101,16 @@ register(
     _rule("avg_pool1d.default", 1, lambda x: F.avg_pool1d(x, 2)),
     _rule("avg_pool2d.default", 2, lambda x: F.avg_pool2d(x, 2), onnx=_onnx_window),
     _rule("avg_pool3d.default", 3, _volume(lambda x: F.avg_pool3d(x, (1, 2, 2)))),
-    _rule("adaptive_avg_pool1d.default", 1, lambda x: F.adaptive_avg_pool1d(x, 50), _INPUT),
-    _rule("adaptive_avg_pool2d.default", 2, lambda x: F.adaptive_avg_pool2d(x, 5), _INPUT, _onnx_adaptive),
-    _rule("adaptive_avg_pool3d.default", 3, _volume(lambda x: F.adaptive_avg_pool3d(x, (1, 5, 5))), _INPUT),
-    _rule("_adaptive_avg_pool2d.default", 2, lambda x: aten._adaptive_avg_pool2d(x, [5, 5]), _INPUT, _onnx_adaptive),
+    _rule("adaptive_avg_pool1d.default", 1, lambda x: F.adaptive_avg_pool1d(x, 50), _per_input),
+    _rule("adaptive_avg_pool2d.default", 2, lambda x: F.adaptive_avg_pool2d(x, 5), _per_input, _onnx_adaptive),
+    _rule("adaptive_avg_pool3d.default", 3, _volume(lambda x: F.adaptive_avg_pool3d(x, (1, 5, 5))), _per_input),
+    _rule(
+        "_adaptive_avg_pool2d.default", 2, lambda x: aten._adaptive_avg_pool2d(x, [5, 5]), _per_input, _onnx_adaptive
+    ),
     _rule("adaptive_max_pool2d.default", 2, lambda x: aten.adaptive_max_pool2d(x, [5, 5])[0]),
-    _rule(
-        "upsample_nearest2d.default",
-        2,
-        lambda x: aten.upsample_nearest2d(x, [20, 20]),
-        _OUTPUT,
-        _onnx_resize("nearest"),
-    ),
-    _rule(
-        "upsample_nearest2d.vec",
-        2,
-        lambda x: aten.upsample_nearest2d.vec(x, [20, 20], None),
-        _OUTPUT,
-        _onnx_resize("nearest"),
-    ),
-    _rule(
-        "upsample_bilinear2d.default",
-        2,
-        lambda x: aten.upsample_bilinear2d(x, [20, 20], False),
-        _FOUR,
-        _onnx_resize("linear"),
-    ),
-    _rule("upsample_bilinear2d.vec", 2, _bilinear, _FOUR, _onnx_resize("linear")),
+    _resize("upsample_nearest2d.default", lambda x: aten.upsample_nearest2d(x, [20, 20])),
+    _resize("upsample_nearest2d.vec", lambda x: aten.upsample_nearest2d.vec(x, [20, 20], None)),
+    _resize("upsample_bilinear2d.default", lambda x: aten.upsample_bilinear2d(x, [20, 20], False)),
+    _resize("upsample_bilinear2d.vec", lambda x: aten.upsample_bilinear2d.vec(x, [20, 20], False, None)),
     _rule("upsample_bicubic2d.vec", 2, lambda x: aten.upsample_bicubic2d.vec(x, [20, 20], False, None)),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def _frozen(name: str, function: Callable[[Tensor], Tensor], *, scan: bool = Fal
         family="reduction",
         couple=_couple_scan if scan else _couple_frozen,
         example=between_convs(function),
-        says="the axis it runs over is never cut",
+        summary="the axis it runs over is never cut",
     )
 
 
@@ -107,34 +108,29 @@ def _moment(name: str, function: Callable[[Tensor], Tensor]) -> Rule:
         reference=_reference_moment,
         onnx=_onnx_mean if name.startswith("mean") else None,
         example=between_linears(function),
-        says="inexact where the reduced axis is cut: averages over the survivors",
+        summary="inexact where the reduced axis is cut: averages over the survivors",
     )
 
 
+_SUM = Rule(
+    op="aten.sum.dim_IntList",
+    family="reduction",
+    couple=_couple_sum,
+    masked=("self",),
+    example=between_linears(lambda x: x * x.sum(-1, keepdim=True)),
+    summary="a contraction with ones",
+)
+
 register(
-    Rule(
-        op="aten.sum.dim_IntList",
-        family="reduction",
-        couple=_couple_sum,
-        masked=("self",),
-        example=between_linears(lambda x: x * x.sum(-1, keepdim=True)),
-        says="a contraction with ones",
-    ),
-    Rule(
-        op="aten.sum.default",
-        family="reduction",
-        couple=_couple_sum,
-        masked=("self",),
-        example=between_linears(lambda x: x * x.sum()),
-        says="a contraction with ones",
-    ),
+    _SUM,
+    replace(_SUM, op="aten.sum.default", example=between_linears(lambda x: x * x.sum())),
     Rule(
         op="aten.linalg_vector_norm.default",
         family="reduction",
         couple=_couple_norm,
         masked=("self",),
         example=between_linears(lambda x: nn.functional.normalize(x, dim=-1)),
-        says="removed indices add nothing; of negative order: never cut",
+        summary="removed indices add nothing; of negative order: never cut",
     ),
     _moment("mean.dim", lambda x: x * x.mean(-1, keepdim=True)),
     _moment("mean.default", lambda x: x * x.mean()),

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from surgery.core import LabelSet, Layers, Mask, Step, Value
-from surgery.ops.moments import Told
+from surgery.core import LabelSet, Layers, Mask, Step, Value, step
+from surgery.ops.moments import MomentRule
 
 Shape = tuple[int, ...]
 Coupled = Value | tuple[Value, ...]
@@ -67,7 +67,7 @@ class Call:
         return found if isinstance(found, Value) else None
 
     def raw_size(self, axis: int) -> Any:
-        """The size of an output axis as it stands in the graph: an int, or a node where known only at run time."""
+        """The size of an output axis as written in the graph: an int, or a node if known only at run time."""
         sizes = self._raw.get("size", ())
         return sizes[axis] if axis < len(sizes) else None
 
@@ -177,7 +177,7 @@ class Rewrite:
 
     Attributes:
         bound: argument name → `Value` (dense) or concrete value.
-        raw: argument name → what stands in the graph: nodes for tensors and for sizes known only at run time.
+        raw: argument name → what is written in the graph: nodes for tensors and for sizes known only at run time.
         outputs: dense outputs.
         mask: (value, axis) → which indices survive.
     """
@@ -239,6 +239,9 @@ class Dead:
         return self.op(**{**self.bound, **changed})
 
 
+Macs = Callable[[Mapping[str, Shape], Shape], int]
+"""Input shapes by name, output shape → multiply-adds."""
+
 Lowering = Callable[[Mapping[str, Any], Mapping[str, Any], Any], Sequence[Step] | None]
 """Sees sizes as numbers, or as text where they may change."""
 
@@ -261,11 +264,11 @@ class Rule:
         onnx: (arguments, shapes by name, output shape) → the ONNX operators that it becomes, for latency tables; none
             where it costs nothing; None: not timed.
         factors: arguments of which all zeros let nothing of the others through.
-        contracts: axis of which weight, by argument name, goes with the axis that is contracted.
-        mixes: whether its operands share the result between them, as those of a sum do.
+        contracts: weight, by argument name → its axis that is contracted.
+        is_sum: whether the result is a sum or a concatenation, to which each operand contributes a share.
         moments: mean and variance of the result from those of the arguments; None: by the operator's family.
-        gate: whether it gives zero for much besides zero, as a rectifier does.
-        says: one line for the table of operators.
+        gate: whether it maps many inputs to zero, as a rectifier does.
+        summary: one line for the table of operators.
     """
 
     op: str
@@ -275,14 +278,14 @@ class Rule:
     rewrite: Callable[[Rewrite], Mapping[str, Any] | Replacement] | None = None
     masked: tuple[str, ...] = ()
     reference: Callable[[Dead], Any] | None = None
-    macs: Callable[[Mapping[str, Shape], Shape], int] | None = None
+    macs: Macs | None = None
     onnx: Lowering | None = None
     factors: tuple[str, ...] = ()
     contracts: Mapping[str, int] = field(default_factory=dict)
-    mixes: bool = False
-    moments: Told | None = None
+    is_sum: bool = False
+    moments: MomentRule | None = None
     gate: bool = False
-    says: str = field(default="")
+    summary: str = field(default="")
 
 
 _RULES: dict[str, Rule] = {}
@@ -305,5 +308,16 @@ def rules() -> Mapping[str, Rule]:
 
 
 def free(arguments: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
-    """Lower an operator that costs nothing: a view, or what evaluation leaves out."""
+    """Lower an operator that costs nothing: a view, or one that does nothing in evaluation mode."""
     return ()
+
+
+def to_onnx(op: str, *inputs: Any, **attributes: Any) -> Lowering:
+    """Lower an operator to one ONNX operator, always with these inputs and attributes."""
+    return lambda a, shapes, out: [step(op, *inputs, **attributes)]
+
+
+def one_per_axis(value: Any, axes: int) -> list[int]:
+    """Return an argument such as a kernel size, which may be one number for all spatial axes, as a list."""
+    numbers = list(value) if isinstance(value, (list, tuple)) else [value]
+    return numbers * axes if len(numbers) == 1 else numbers

@@ -83,20 +83,20 @@ register(
         couple=_couple_slice_scatter,
         rewrite=_rewrite_slice_scatter,
         example=fork_convs(_write_channels),
-        says="ties what is written with the range it is written to",
+        summary="ties what is written with the range it is written to",
     ),
     Rule(
         op="aten.select_scatter.default",
         family="movement",
         couple=_couple_select_scatter,
         example=fork_convs(_write_row),
-        says="the axis whose index is written is never cut, the others are tied",
+        summary="the axis whose index is written is never cut, the others are tied",
     ),
     Rule(
         op="aten.copy.default",
         family="movement",
         couple=_couple_copy,
         example=fork_convs(lambda a, b: aten.copy.default(a, b)),
-        says="ties what is written with where it goes",
+        summary="ties what is written with where it goes",
     ),
 )

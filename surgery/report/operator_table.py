@@ -27,7 +27,7 @@ def operators_as_json() -> str:
         {
             "operator": rule.op,
             "family": rule.family,
-            "means": rule.says,
+            "means": rule.summary,
             "rewrites_arguments": rule.rewrite is not None,
             "counted": rule.macs is not None,
         }
@@ -41,7 +41,7 @@ def operators_as_markdown() -> str:
     table = _by_family()
     parts = [_INTRODUCTION.format(count=len(table))]
     for family in dict.fromkeys(rule.family for rule in table):
-        rows = [f"| `{r.op}` | {r.says} |" for r in table if r.family == family]
+        rows = [f"| `{r.op}` | {r.summary} |" for r in table if r.family == family]
         parts.append("\n".join([f"## {family.capitalize()}", "", "| operator | meaning |", "|---|---|", *rows, ""]))
     return "\n".join(parts)
 
@@ -49,7 +49,7 @@ def operators_as_markdown() -> str:
 def print_operators(console: Console) -> None:
     """Print the table."""
     table = _by_family()
-    rows = [(rule.family, rule.op, rule.says) for rule in table]
+    rows = [(rule.family, rule.op, rule.summary) for rule in table]
     print_parts([f"{len(table)} operators", Table(("family", "operator", "meaning"), rows)], console)
 
 
