@@ -154,7 +154,7 @@ def opened(recipe: Recipe, loaded: LoadedModel, *, trained: bool) -> Recipe:
         count = min(len(images), given.max_images)  # how many a loader has is known later
         if count < FEWEST:
             raise InvalidInput(
-                f"too few images to calibrate files in int8 on ({count}); give {FEWEST} or more with --data"
+                f"too few images to calibrate int8 files on ({count}); give {FEWEST} or more with --data"
             )
     if isinstance(given.metric, str):
         found["metric"] = open_evaluation(given.metric)

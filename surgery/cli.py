@@ -321,7 +321,7 @@ def _deliver(
     """Cut what is decided, check, export, time, and write everything into the output folder."""
     from surgery import search
     from surgery.api import opened
-    from surgery.delivery import artifacts as artefacts, saving as deliver
+    from surgery.delivery import prepare, save
     from surgery.report import with_origin
 
     _refuse_huge_batch(loaded, recipe.target.batch)
@@ -329,7 +329,7 @@ def _deliver(
     task = opened(recipe, loaded, trained=loaded.is_trained)
     share = distributed.send if distributed.processes() > 1 and distributed.meet(task) else None
     session.writing = True
-    artefacts.prepare(out)
+    prepare(out)
     checkpoint = out.absolute().parent / f".{out.name}.training"
     result = search.realise(decide(task.but(checkpoint=checkpoint)), progress=progress, share=share)
     asked = config.resolved(recipe.but(out=out, recover=task.recovery.recover))
@@ -341,9 +341,7 @@ def _deliver(
         command=command_again(session.arguments),
         notes=(*loaded.warnings, *loaded.notes),
     )
-    written = deliver.save(
-        replace(result, report=data, recipe=asked), out, evaluate=task.data.metric, progress=progress
-    )
+    written = save(replace(result, report=data, recipe=asked), out, evaluate=task.data.metric, progress=progress)
     distributed.part()
     return written
 

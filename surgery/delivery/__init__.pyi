@@ -1,9 +1,10 @@
-from . import artifacts as artifacts, saving as saving
-from .precisions import (
-    Precisions as Precisions,
-    dominating as dominating,
-    refuse_too_few as refuse_too_few,
-    standing as standing,
-    with_deployed as with_deployed,
+from .artifacts import (
+    NAMES as NAMES,
+    PLAN as PLAN,
+    RECIPE as RECIPE,
+    output_set as output_set,
+    prepare as prepare,
 )
-from .saving import Measurement as Measurement, load as load, save as save, validate_output as validate_output
+from .files import weights_bytes as weights_bytes
+from .saving import load as load, save as save, validate_output as validate_output
+from .standings import Standing as Standing, dominating as dominating, standing as standing

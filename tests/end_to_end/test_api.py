@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery.delivery import validate_output
-from surgery.delivery.saving import weights_bytes
+from surgery.delivery import validate_output, weights_bytes
 from surgery.errors import InvalidInput, PlanMismatch, UnsupportedModel
 
 

@@ -19,7 +19,7 @@ from stairs import table_of
 
 import surgery
 from surgery.config import read_recipe
-from surgery.delivery import artifacts as artefacts
+from surgery.delivery import NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -200,7 +200,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 def test_a_run_writes_the_whole_set_and_nothing_else(place: Place) -> None:
     assert place.first.returncode == 0, place.first.stderr
-    assert {path.name for path in place.out.iterdir()} == set(artefacts.NAMES)
+    assert {path.name for path in place.out.iterdir()} == set(NAMES)
     left = {path.name for path in place.folder.iterdir() if path.name != "__pycache__"}
     assert left == {"nets.py", "out", "again", "rerun", "table.json", "timed", "timed again"}
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.cutting import check
-from surgery.delivery.saving import save
+from surgery.delivery import save
 from surgery.errors import CheckFailed
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

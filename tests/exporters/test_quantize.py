@@ -20,7 +20,7 @@ from torch import nn
 from exporters import onnx as exporter, quantize
 from exporters.quantize import METHODS, Int8, to_fp16, to_int8
 from exporters.session import OnnxModel
-from surgery.delivery import precisions
+from surgery.delivery import standings
 from surgery.errors import CheckFailed, InvalidInput
 from surgery.recovery.agreement import Agreement
 
@@ -260,10 +260,10 @@ def test_all_files_are_written_timed_and_judged(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (("--precision", "int8"), "needs images to calibrate on: give them with --data"),
-        (("--precision", "int4", "--data", "nets.py:data"), "'int4' is none of fp32, fp16, int8"),
-        (("--format", "tflite"), "'tflite' is none of onnx, ort"),
+        (("--precision", "int4", "--data", "nets.py:data"), "'int4' is not accepted; give some of fp32, fp16, int8"),
+        (("--format", "tflite"), "'tflite' is not accepted; give some of onnx, ort"),
         (("--min-ort", "0.9"), "older than 1.14"),
-        (("--precision", "int8", "--data", "nets.py:few", "--recover", "none"), "calibrate files in int8 on (4)"),
+        (("--precision", "int8", "--data", "nets.py:few", "--recover", "none"), "calibrate int8 files on (4)"),
         (("--precision", "int8", "--data", "nets.py:data", "--int8-keep", "nothing"), "names no layer"),
     ],
 )
@@ -282,7 +282,7 @@ def test_a_folder_of_too_few_photos_is_refused_before_the_work(tmp_path: Path) -
     for k in range(4):
         Image.fromarray(np.full((16, 16, 3), 40 * k, np.uint8)).save(tmp_path / "photos" / f"{k}.png")
     done = shrink(tmp_path, "--precision", "int8", "--data", "photos", "--out", "out")
-    assert (done.returncode, "calibrate files in int8 on (4)" in done.stderr) == (2, True), done.stderr
+    assert (done.returncode, "calibrate int8 files on (4)" in done.stderr) == (2, True), done.stderr
     assert not list(tmp_path.glob("out*"))
 
 
@@ -290,18 +290,18 @@ def test_a_folder_of_too_few_photos_is_refused_before_the_work(tmp_path: Path) -
 
 
 def test_a_row_is_dominated_where_another_is_no_worse_and_clearly_better_in_one() -> None:
-    def at(time: float, loss: float) -> precisions.Standing:
+    def at(time: float, loss: float) -> standings.Standing:
         ratio = {"value": time, "low": time - 0.02, "high": time + 0.02}
-        return precisions.standing(ratio, (loss, loss - 1, loss + 1))
+        return standings.standing(ratio, (loss, loss - 1, loss + 1))
 
     rows = {"dense": at(1.0, 0.0), "compact": at(0.8, 2.0), "dense int8": at(0.5, 0.5), "compact int8": at(0.4, 2.2)}
-    found = {name: precisions.dominating(name, rows) for name in rows}
+    found = {name: standings.dominating(name, rows) for name in rows}
     assert found == {"dense": None, "compact": "dense int8", "dense int8": None, "compact int8": None}
     near = {**rows, "masked": at(0.99, -0.5)}  # faster and better, but by no more than noise
-    assert precisions.dominating("dense", near) is None
-    assert precisions.dominating("compact int8", {**rows, "smaller": at(0.39, 0.1)}) == "smaller"
-    assert precisions.dominating("compact int8", {**rows, "slower": at(0.41, 0.1)}) is None
-    assert precisions.dominating("unknown", rows) is None
+    assert standings.dominating("dense", near) is None
+    assert standings.dominating("compact int8", {**rows, "smaller": at(0.39, 0.1)}) == "smaller"
+    assert standings.dominating("compact int8", {**rows, "slower": at(0.41, 0.1)}) is None
+    assert standings.dominating("unknown", rows) is None
 
 
 def test_times_that_are_unreliable_put_no_row_above_another() -> None:
@@ -313,7 +313,7 @@ def test_times_that_are_unreliable_put_no_row_above_another() -> None:
     ]
 
     def beaten(*, reliable: bool) -> list[str | None]:
-        found = precisions.rows(named, {}, judged, {"rows": rows, "reliable": reliable})
+        found = standings.rows(named, {}, judged, {"rows": rows, "reliable": reliable})
         return [row["dominated_by"] for row in found]
 
     assert beaten(reliable=True) == [None, "dense"]
@@ -325,11 +325,11 @@ def test_what_is_no_faster_is_said(source: Path, tmp_path: Path) -> None:
     rows = [("compact", 0.8), ("compact fp16", 0.82), ("compact int8", 0.4)]
     timed = [{"name": n, "ratio": {"value": v, "low": v, "high": v}} for n, v in rows]
     timing: dict[str, Any] = {"rows": timed, "reliable": True}
-    notes = precisions.notes(made, timing)
+    notes = standings.notes(made, timing)
     assert len(notes) == 1
-    assert precisions.notes(made, {**timing, "reliable": False}) == [f"{notes[0]} (in times that are unreliable)"]
+    assert standings.notes(made, {**timing, "reliable": False}) == [f"{notes[0]} (in times that are unreliable)"]
     timing["rows"].append({"name": "dense int8", "ratio": {"value": 0.35, "low": 0.35, "high": 0.35}})
-    assert "compact int8 takes 1.14 of dense int8's time" in precisions.notes(made, timing)[-1]
+    assert "compact int8 takes 1.14 of dense int8's time" in standings.notes(made, timing)[-1]
     assert "compact fp16 is not faster on this machine, only smaller: 1.02 of the time in fp32" in notes[0]
 
 
