@@ -20,7 +20,7 @@ from surgery.core import Clock, Plan, Progress
 from surgery.coupling import kept_costs, plan_from_dead
 from surgery.cutting import tracer_of
 from surgery.errors import BudgetUnreachable, InvalidInput, SurgeryError
-from surgery.inputs import read
+from surgery.inputs import read_batches
 from surgery.pipeline import Result, Share
 from surgery.planning import Decision, LatencyBench
 from surgery.recovery import Step, points_lost
@@ -36,7 +36,7 @@ def decide(
 ) -> Decision:
     """Return what would be cut, decided at once or in several steps; arguments and errors are those of `shrink`."""
     if isinstance(recipe.data.val, Iterator):  # can be read once, and is needed for each model
-        recipe = recipe.but(val=list(read(recipe.data.val, recipe.selection.seed, "val")))
+        recipe = recipe.but(val=list(read_batches(recipe.data.val, recipe.selection.seed, "val")))
     at_once = recipe.selection.steps == 1
     chosen = planning.decide if at_once else _decide_in_steps
     return chosen(model, example_inputs, recipe, example_kwargs=example_kwargs, progress=progress)

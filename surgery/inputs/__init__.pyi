@@ -1,12 +1,12 @@
 from .batches import (
-    alike as alike,
     classes_of as classes_of,
-    fitting as fitting,
-    mixed as mixed,
-    one as one,
-    parted as parted,
-    read as read,
-    unknown as unknown,
+    derived_seed as derived_seed,
+    read_batches as read_batches,
+    read_item as read_item,
+    seeded as seeded,
+    split_batch as split_batch,
+    unlabelled as unlabelled,
+    validated_input as validated_input,
 )
 from .compat import import_torchvision as import_torchvision
 from .datasets import (
@@ -14,9 +14,9 @@ from .datasets import (
     Images as Images,
     as_dataset as as_dataset,
     as_loader as as_loader,
+    evenly_spaced as evenly_spaced,
     open_images as open_images,
-    spaced as spaced,
 )
-from .images import Calibration as Calibration, seen_by as seen_by
+from .images import Calibration as Calibration, calibration_images as calibration_images
 from .models import LoadedModel as LoadedModel, load_model as load_model
 from .usercode import user_object as user_object

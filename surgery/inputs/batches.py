@@ -28,7 +28,7 @@ _HOLDERS = ("base_dataloader", "batch_sampler", "sampler")
 """Attributes of a DataLoader, or Accelerate's, that hold samplers and their generators."""
 
 
-def read(loader: Iterable[Any], seed: int, named: str = "data") -> Iterator[Any]:
+def read_batches(loader: Iterable[Any], seed: int, named: str = "data") -> Iterator[Any]:
     """Yield a loader's batches; what it draws at random follows from the seed.
 
     Raises:
@@ -46,19 +46,19 @@ def read(loader: Iterable[Any], seed: int, named: str = "data") -> Iterator[Any]
 
 
 @contextmanager
-def alike(loader: Any, seed: int) -> Iterator[None]:
+def seeded(loader: Any, seed: int) -> Iterator[None]:
     """Seed what the block draws, the generators in a loader included; the states are restored after it."""
     with _Draws(seed, loader).ours():
         yield
 
 
-def mixed(seed: int, number: int) -> int:
+def derived_seed(seed: int, number: int) -> int:
     """Return a seed that follows from another and the number of an epoch or an item."""
     return (seed * 1_000_003 + number) % 2**63
 
 
-def one(data: Any, index: int, seed: int, named: str = "data") -> Any:
-    """Return an item of a map-style data set as a batch of one; errors as of `read`.
+def read_item(data: Any, index: int, seed: int, named: str = "data") -> Any:
+    """Return an item of a map-style data set as a batch of one; errors as of `read_batches`.
 
     Tensors, arrays and numbers get an axis; the rest stays.
     """
@@ -71,10 +71,10 @@ def one(data: Any, index: int, seed: int, named: str = "data") -> Any:
     return pytree.tree_map(lambda x: torch.as_tensor(x)[None] if isinstance(x, kinds) else x, item)
 
 
-def parted(batch: Any, specs: Sequence[InputSpec], named: str = "data") -> tuple[list[Tensor], list[Tensor]]:
-    """Return a batch's tensors: a model's inputs, which `fitting` looks at, and those that follow, such as classes.
+def split_batch(batch: Any, specs: Sequence[InputSpec], named: str = "data") -> tuple[list[Tensor], list[Tensor]]:
+    """Return a batch's tensors: a model's inputs, for `validated_input`, and those that follow, such as classes.
 
-    Inputs come first; in a dictionary, whose order says nothing, each is the first tensor of as many axes and of the
+    Inputs come first; in a dictionary, whose order is arbitrary, each is the first tensor of as many axes and of the
     input's kind.
 
     Args:
@@ -104,7 +104,7 @@ def _like(x: Tensor, spec: InputSpec) -> tuple[bool, bool]:
     return x.dim() == len(spec.shape), x.is_floating_point() == getattr(torch, spec.dtype).is_floating_point
 
 
-def fitting(x: Tensor, spec: InputSpec, named: str = "data") -> Tensor:
+def validated_input(x: Tensor, spec: InputSpec, named: str = "data") -> Tensor:
     """Return a model's input in its dtype; raises InvalidInput where its shape is none that the model takes."""
     wanted = getattr(torch, spec.dtype)
     free = (0, *spec.dynamic)
@@ -132,10 +132,10 @@ def classes_of(rest: Sequence[Tensor], count: int) -> Tensor | None:
     found = rest[0].squeeze(1) if rest[0].dim() == 2 and rest[0].shape[1] == 1 else rest[0]
     if found.dim() != 1 or len(found) != count or found.is_floating_point() or found.is_complex():
         return None
-    return None if unknown(found) else found.long()
+    return None if unlabelled(found) else found.long()
 
 
-def unknown(classes: Tensor) -> bool:
+def unlabelled(classes: Tensor) -> bool:
     """Return whether no image has a class."""
     return bool((classes == UNKNOWN).all())
 

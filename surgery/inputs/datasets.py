@@ -111,7 +111,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def some(self, most: int) -> Iterator[tuple[Tensor, int]]:
         """Yield at most so many images, evenly spaced, with their classes; unreadable ones are left out."""
-        chosen = spaced(len(self), most)
+        chosen = evenly_spaced(len(self), most)
         for k in chosen:
             if (image := self.image(k)) is not None:
                 yield image, self.classes[k] if self.classes else UNKNOWN
@@ -123,7 +123,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         return [*self.told, *(broken if self.unreadable else ())]
 
 
-def spaced(count: int, most: int) -> list[int]:
+def evenly_spaced(count: int, most: int) -> list[int]:
     """Return at most so many of `count` indices, evenly spaced."""
     return sorted({round(float(k)) for k in np.linspace(0, count - 1, min(count, most))})
 

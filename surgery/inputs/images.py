@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from surgery.capture import Whole, reach
 from surgery.core import Callee, InputSpec, Program, first_line
 from surgery.errors import InvalidInput
-from surgery.inputs.batches import classes_of, fitting, mixed, one, parted, read
-from surgery.inputs.datasets import Images, spaced
+from surgery.inputs.batches import classes_of, derived_seed, read_batches, read_item, split_batch, validated_input
+from surgery.inputs.datasets import Images, evenly_spaced
 
 MOST = 512
 """At most so many images are looked at."""
@@ -53,7 +53,9 @@ class Calibration:
         return replace(self, batches=tuple(tuple(function(batch)) for batch in self.batches), given=self.batches)
 
 
-def seen_by(given: Any, program: Program, whole: Whole | None, most: int = MOST, seed: int = 0) -> Calibration:
+def calibration_images(
+    given: Any, program: Program, whole: Whole | None, most: int = MOST, seed: int = 0
+) -> Calibration:
     """Return calibration images as a program's inputs; arguments and errors are those of `gather`.
 
     Args:
@@ -100,7 +102,7 @@ def gather(given: Any, inputs: Sequence[InputSpec], most: int = MOST, seed: int 
         return given
     batches, classes = list[list[Tensor]](), list[Tensor | None]()
     for batch in _batches(given, most, seed):
-        found, rest = parted(batch, inputs)
+        found, rest = split_batch(batch, inputs)
         batches.append([x.detach().cpu() for x in found])
         classes.append(classes_of(rest, len(found[0])))
     if not batches:
@@ -109,7 +111,7 @@ def gather(given: Any, inputs: Sequence[InputSpec], most: int = MOST, seed: int 
         whole = [torch.cat(column)[:most] for column in zip(*batches, strict=True)]
     except RuntimeError as error:
         raise InvalidInput(f"batches of data do not go together ({first_line(error)}): {_GIVE}") from error
-    whole = [fitting(x, spec) for x, spec in zip(whole, inputs, strict=True)]
+    whole = [validated_input(x, spec) for x, spec in zip(whole, inputs, strict=True)]
     fixed = 0 not in inputs[0].dynamic
     size = inputs[0].shape[0] if fixed else max(8, min(LARGEST, PIXELS // max(1, whole[0][:1].numel())))
     count = len(whole[0]) // size * size if fixed else len(whole[0])
@@ -131,16 +133,16 @@ def _batches(given: Any, most: int, seed: int) -> Iterator[Any]:
     if isinstance(given, tuple) and len(given) == 2 and all(isinstance(x, Tensor) for x in given):
         given = given[0] if given[0].dim() != given[1].dim() else given
     if isinstance(given, Tensor):
-        yield given[spaced(len(given), most)]
+        yield given[evenly_spaced(len(given), most)]
         return
     if isinstance(given, Dataset) and hasattr(given, "__len__") and hasattr(given, "__getitem__"):
-        for k in spaced(len(given), most):
-            yield one(given, k, mixed(seed, k))
+        for k in evenly_spaced(len(given), most):
+            yield read_item(given, k, derived_seed(seed, k))
         return
     if isinstance(given, (str, Path, Mapping)) or not isinstance(given, Iterable):
         raise InvalidInput(f"data is of type {type(given).__name__}: {_GIVE}")
     seen = 0
-    for batch in read(given, seed):
+    for batch in read_batches(given, seed):
         yield batch
         seen += next((len(x) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.dim()), 0)
         if seen >= most:

@@ -15,7 +15,7 @@ from surgery.coupling import drop, kept_costs, require_own_cuts
 from surgery.cutting import tracer_of
 from surgery.errors import InvalidInput, PlanMismatch, UnsupportedModel
 from surgery.importance import settled
-from surgery.inputs import Calibration, seen_by
+from surgery.inputs import Calibration, calibration_images
 from surgery.planning.acceptance import acceptance_of
 from surgery.planning.allocation import allocate
 from surgery.planning.candidate import candidate_of, droppable_blocks
@@ -75,7 +75,7 @@ def decide(
     seen = None
     if recipe.data.data is not None:
         with clock("read images"):
-            seen = seen_by(recipe.data.data, program, whole, recipe.data.max_images, recipe.selection.seed)
+            seen = calibration_images(recipe.data.data, program, whole, recipe.data.max_images, recipe.selection.seed)
     refuse_lesson(program, whole, recipe, seen)
     choice, planner = _chosen(program, recipe, seen, clock)
     while recipe.selection.own_class and (module := _in_the_way(choice, recipe, clock)):

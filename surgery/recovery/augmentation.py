@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from surgery.core import InputSpec
-from surgery.inputs import UNKNOWN, classes_of, mixed, one, parted
+from surgery.inputs import UNKNOWN, classes_of, derived_seed, read_item, split_batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Views(Dataset[tuple[Tensor, ...]]):
         return int.from_bytes(key[:8], "big") >> 1
 
     def _sample(self, index: int) -> tuple[Tensor, ...]:
-        inputs, rest = parted(one(self._images, index, self._seed(index)), self._inputs)
+        inputs, rest = split_batch(read_item(self._images, index, self._seed(index)), self._inputs)
         label = classes_of(rest, 1)
         return *(x[0] for x in inputs), torch.tensor(UNKNOWN) if label is None else label[0]
 
@@ -95,5 +95,5 @@ class Order(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Yield all images' numbers."""
-        generator = torch.Generator().manual_seed(mixed(self._seed, self.epoch))
+        generator = torch.Generator().manual_seed(derived_seed(self._seed, self.epoch))
         yield from torch.randperm(self._count, generator=generator).tolist()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from surgery.core import InputSpec
 from surgery.errors import InvalidInput
-from surgery.inputs import as_loader, classes_of, fitting, parted, read, unknown
+from surgery.inputs import as_loader, classes_of, read_batches, split_batch, unlabelled, validated_input
 
 JUDGED = 10_000
 """At most so many images of a data set are judged by."""
@@ -36,7 +36,7 @@ class Pairs:
         fixed = 0 not in specs[0].dynamic
         size = specs[0].shape[0] if fixed else max(8, min(64, 1_250_000 // values))
         loader = as_loader(given, batch=size, most=JUDGED, option="val")
-        self._loader: Any = list(read(loader, seed, "val")) if isinstance(loader, Iterator) else loader
+        self._loader: Any = list(read_batches(loader, seed, "val")) if isinstance(loader, Iterator) else loader
         self._given, self._specs, self._size, self._seed = given, specs, size if fixed else None, seed
         self._held: list[Pair] = []
         self._digests: list[int] = []
@@ -89,11 +89,11 @@ class Pairs:
 
     def _pairs(self) -> Iterator[Pair]:
         seen = 0
-        for batch in read(self._loader, self._seed, "val"):
-            inputs, rest = parted(batch, self._specs, "val")
-            inputs = [fitting(x, spec, "val") for x, spec in zip(inputs, self._specs, strict=True)]
+        for batch in read_batches(self._loader, self._seed, "val"):
+            inputs, rest = split_batch(batch, self._specs, "val")
+            inputs = [validated_input(x, spec, "val") for x, spec in zip(inputs, self._specs, strict=True)]
             classes = classes_of(rest, len(inputs[0]))
-            self._dropped |= bool(rest) and classes is None and not unknown(rest[0])
+            self._dropped |= bool(rest) and classes is None and not unlabelled(rest[0])
             yield inputs, classes
             seen += len(inputs[0])
             if seen >= JUDGED:

@@ -20,7 +20,16 @@ from surgery.config import TAUGHT, Recipe, validate
 from surgery.core import Callee, CompactModel, InputSpec, Plan, Program, Progress, flat_outputs
 from surgery.coupling import Cut
 from surgery.errors import InvalidInput
-from surgery.inputs import Calibration, Images, as_dataset, classes_of, mixed, one, seen_by, spaced
+from surgery.inputs import (
+    Calibration,
+    Images,
+    as_dataset,
+    calibration_images,
+    classes_of,
+    derived_seed,
+    evenly_spaced,
+    read_item,
+)
 from surgery.recovery.agreement import Agreement, Judged, Reference
 from surgery.recovery.judging import Pairs
 from surgery.recovery.steps import (
@@ -105,7 +114,7 @@ def recovered(
     validate(recipe)
     level = level_of(recipe)
     if seen is None and recipe.data.data is not None:
-        seen = seen_by(recipe.data.data, cut.program, whole, recipe.data.max_images, recipe.selection.seed)
+        seen = calibration_images(recipe.data.data, cut.program, whole, recipe.data.max_images, recipe.selection.seed)
     refuse_lesson(cut.program, whole, recipe.but(recover=level), seen)
     subject = _subject(cut, compact, model, whole)
     reference, notes = _reference(subject, recipe, seen), list[str]()
@@ -230,7 +239,7 @@ def _identity(data: Any, subject: Subject, seed: int) -> str:
         digest.update("\n".join(map(str, data.files)).encode())
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         digest.update(str(len(data)).encode())
-        samples = [one(data, k, mixed(seed, k)) for k in spaced(len(data), SAMPLED)]
+        samples = [read_item(data, k, derived_seed(seed, k)) for k in evenly_spaced(len(data), SAMPLED)]
         tensors += [x for x in pytree.tree_leaves(samples) if isinstance(x, Tensor)]
     for model in (subject.dense.module, subject.model.module):
         tensors += [x for _, x in sorted(model.state_dict().items())]
@@ -249,7 +258,7 @@ def follow(
 ) -> None:
     """Take part in the training that the first process leads; arguments are those of `recovered`."""
     subject = _subject(cut, compact, model, whole)
-    seen = seen_by(recipe.data.data, cut.program, whole, recipe.data.max_images, recipe.selection.seed)
+    seen = calibration_images(recipe.data.data, cut.program, whole, recipe.data.max_images, recipe.selection.seed)
     _taught(subject, level_of(recipe), recipe, seen, Judge(), None, lambda step, fraction: None)
 
 

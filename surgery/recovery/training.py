@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from surgery.capture import evaluating
 from surgery.core import Callee, InputSpec, first_line, flat_outputs
 from surgery.errors import InvalidInput
-from surgery.inputs import UNKNOWN, alike, classes_of, fitting, mixed, parted, read
+from surgery.inputs import UNKNOWN, classes_of, derived_seed, read_batches, seeded, split_batch, validated_input
 from surgery.recovery.augmentation import Look, Order, Views
 from surgery.recovery.checkpoint import Checkpoint
 from surgery.recovery.teaching import NO_CLASSES, History, Mark, Training, loss_of
@@ -163,7 +163,7 @@ class _Run:
         self._step, self._since, self._summed = 0, 0, 0.0
         self._checkpoint = Checkpoint(how.checkpoint, key) if how.checkpoint is not None else None
         self._resume()
-        with alike(self._loader, how.seed):  # Accelerate keeps, and sets, the generators that it finds
+        with seeded(self._loader, how.seed):  # Accelerate keeps, and sets, the generators that it finds
             self._wrapped, self._stepper, self._loader = accelerator.prepare(student, self._optimizer, self._loader)
 
     def all(self, progress: Callable[[float], None]) -> None:
@@ -203,19 +203,21 @@ class _Run:
 
     def _batches(self, epoch: int, done: int) -> Iterator[Any]:
         """Of an epoch, those after the first so many; of a user's loader those are read too, for what it draws."""
-        seed = mixed(self._how.seed, epoch)
+        seed = derived_seed(self._how.seed, epoch)
         if self._views is None:
-            yield from islice(read(self._loader, seed), done, None)
+            yield from islice(read_batches(self._loader, seed), done, None)
             return
         for x in self._views:
             x.epoch = epoch
-        yield from read(self._accelerator.skip_first_batches(self._loader, done) if done else self._loader, seed)
+        yield from read_batches(
+            self._accelerator.skip_first_batches(self._loader, done) if done else self._loader, seed
+        )
 
     def _parted(self, batch: Any) -> tuple[list[Tensor], Tensor | None]:
         """Inputs, and classes where they are to be learnt."""
         specs, device = self._inputs, self._accelerator.device
-        found, rest = parted(batch, specs)
-        inputs = [fitting(x.to(device), spec) for x, spec in zip(found, specs, strict=True)]
+        found, rest = split_batch(batch, specs)
+        inputs = [validated_input(x.to(device), spec) for x, spec in zip(found, specs, strict=True)]
         if not self._labels:
             return inputs, None
         classes = classes_of(rest, len(inputs[0]))
@@ -259,7 +261,7 @@ class _Run:
             return None
         total, count = 0.0, 0
         with torch.no_grad(), self._averaged():
-            for batch in read(self._judged, self._how.seed):
+            for batch in read_batches(self._judged, self._how.seed):
                 inputs, classes = self._parted(batch)
                 found, wanted = (flat_outputs(model(*inputs)) for model in (self._student, self._teacher))
                 loss = loss_of(found, wanted, classes, self._how.temperature)
@@ -362,7 +364,7 @@ def _loaders(data: Any, how: Training, processes: int, labels: bool, inputs: Seq
 def _first(loader: Any, seed: int) -> list[Any]:
     """The first batches of a DataLoader: with nothing to hold out, it is judged by what is learnt from as well."""
     found, count = [], 0
-    for batch in read(loader, seed):
+    for batch in read_batches(loader, seed):
         found.append(batch)
         count += next((len(x) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.dim()), 0)
         if count >= JUDGED_BY:

@@ -172,6 +172,6 @@ def test_a_callable_of_the_users_gives_its_batches(tmp_path: Path) -> None:
 def test_a_part_sees_what_arrives_at_it() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())).eval()
     whole = reach(model, "1", GIVEN[:2], None)
-    found = images.seen_by(GIVEN, trace(*whole.call), whole)
+    found = images.calibration_images(GIVEN, trace(*whole.call), whole)
     assert torch.equal(found.batches[1][0], model[0](GIVEN[32:]))
     assert found.digest == images.gather(GIVEN, SPEC).digest
