@@ -1,9 +1,8 @@
-"""The output folder: built beside its final place and swapped in as a whole, so that it is never half old and half new.
+"""The output folder, replaced as a whole, so that it never mixes old and new files.
 
-A run writes into a hidden sibling folder, ``.NAME.partial-XXXX``, which takes the place of ``NAME`` in one step when
-everything in it is done. Whatever ends the run before that (a failed check, Ctrl-C, SIGTERM, the power) leaves the
-previous set as it was. A run holds a lock on its sibling folder while it lives, so the next one can tell a leftover
-from the work of a neighbour, and clears the former away.
+A run writes into a hidden sibling folder, ``.NAME.partial-XXXX``, which replaces ``NAME`` in one step at the end. If
+the run ends before that (a failed check, Ctrl-C, SIGTERM, a power cut), the previous set is unchanged. A run locks its
+sibling folder, so that the next one can tell the leftovers of killed runs, which it removes, from running ones.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,13 +39,12 @@ _RENAME_EXCHANGE = 2
 
 
 def prepare(out: str | Path) -> Path:
-    """Return the absolute output folder after making sure that a set can be written there.
+    """Return the absolute output folder, after checking, before the long work, that a set can be written there.
 
-    Leftovers of killed runs are removed, and a set that one of them had moved aside is put back. Call it before the
-    long work, so that a folder that cannot be written costs no waiting.
+    Leftovers of killed runs are removed, and a set that one of them had moved aside is put back.
 
     Args:
-        out: the folder to be; need not exist, nor its parents.
+        out: the output folder; need not exist, nor its parents.
 
     Raises:
         InvalidInput: the place cannot be written, or holds files that a swap of the whole folder would remove.
@@ -63,7 +61,7 @@ def prepare(out: str | Path) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _tidy(target)
-        shutil.rmtree(tempfile.mkdtemp(prefix=_prefix(target, "partial"), dir=target.parent), ignore_errors=True)
+        _new_folder(target).rmdir()
     except OSError as error:
         raise InvalidInput(_cannot_write(target, error)) from error
     return target
@@ -84,13 +82,12 @@ def output_set(out: str | Path) -> Iterator[Path]:
     """
     target = prepare(out)
     try:
-        partial = Path(tempfile.mkdtemp(prefix=_prefix(target, "partial"), dir=target.parent))
+        partial = _new_folder(target)
     except OSError as error:
         raise InvalidInput(_cannot_write(target, error)) from error
     lock = _lock(partial)
     try:
         yield partial
-        partial.chmod(0o777 & ~_umask())
         _swap(partial, target)
     except OSError as error:
         if error.errno in _USERS_FAULT and _inside(error.filename, target.parent):
@@ -137,7 +134,7 @@ def _tidy(target: Path) -> None:
 
 
 def _swap(partial: Path, target: Path) -> None:
-    """Put `partial` in the place of `target`; afterwards `partial` is gone or holds the previous set."""
+    """Replace `target` by `partial`, which afterwards is gone or holds the previous set."""
     if not target.exists():
         partial.rename(target)
         return
@@ -148,7 +145,7 @@ def _swap(partial: Path, target: Path) -> None:
     try:
         partial.rename(target)
     except BaseException:
-        # Ctrl-C between the two steps included: nothing may leave the user without either set.
+        # Ctrl-C between the two steps, too, must not leave the user without either set.
         if not target.exists():
             aside.rename(target)
         raise
@@ -156,7 +153,7 @@ def _swap(partial: Path, target: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Exchange two folders in one step of the file system; False where that cannot be had (not Linux, NFS)."""
+    """Exchange two folders in one step of the file system; False where that is not supported (not Linux, NFS)."""
     if not sys.platform.startswith("linux"):
         return False
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -200,11 +197,10 @@ def _prefix(target: Path, kind: str) -> str:
     return f".{target.name}.{kind}-"
 
 
-def _umask() -> int:
-    """Return the process's file mode mask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+def _new_folder(target: Path) -> Path:
+    folder = target.parent / f"{_prefix(target, 'partial')}{secrets.token_hex(4)}"
+    folder.mkdir()
+    return folder
 
 
 def _inside(filename: object, folder: Path) -> bool:
