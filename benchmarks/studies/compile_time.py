@@ -1,12 +1,11 @@
-"""How long the compiler takes, stage by stage, and how much memory: torchvision networks, and chains of blocks.
+"""Time per stage and memory of the compiler, for torchvision networks and chains of blocks with random weights.
 
-`chain1000` is a thousand residual blocks of one width, with random weights like all the others: what grows faster than
-the number of operators shows there.
+`chain1000` has a thousand residual blocks of one width; it shows what grows faster than the number of operators. Each
+network is compiled in a process of its own, so that caches and memory do not affect the next one. Memory is the peak
+resident set of the process, Python and torch included.
 
-Each network is compiled in a process of its own, so that one's caches and memory do not show in another's figures.
-Memory is the process's largest resident set, Python and torch themselves included.
-
-Run: ``python -m benchmarks.studies.compile_time``; writes ``results/compile_time.json``.
+Run: ``python -m benchmarks.studies.compile_time``; writes ``results/compile_time.json``. With ``--against CHECKOUT``,
+this checkout is compared with another one instead, in interleaved runs, and nothing is written.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
 from types import MappingProxyType
 from typing import Any
 
@@ -31,17 +32,17 @@ NETWORKS = ("resnet18", "resnet152", "densenet201", "swin_t", "maxvit_t", "chain
 LIMITS_S: Mapping[str, float] = MappingProxyType(
     {"resnet18": 15.0, "resnet152": 90.0, "swin_t": 30.0, "chain1000": 60.0}
 )
-"""Network → seconds that trace to check may take on two cores."""
+"""Network → limit in seconds for all stages on two cores."""
 SIDE, CHAIN_SIDE = 224, 32
 
 
 def memory_limit(weights_bytes: int) -> int:
-    """Return how much memory a run may take: three times the dense weights plus 2 GiB."""
+    """Return the memory limit of a run: three times the dense weights plus 2 GiB."""
     return 3 * weights_bytes + 2 * 2**30
 
 
 def measure(network: str, *, macs: float, threads: int) -> dict[str, Any]:
-    """Compile one network in this process, which should be a fresh one.
+    """Compile one network in this process, which should be fresh.
 
     Returns:
         `stages_s`, `total_s`, `weights_bytes` of the dense model, `floor_bytes` resident before the first stage, and
@@ -68,7 +69,7 @@ def measure(network: str, *, macs: float, threads: int) -> dict[str, Any]:
 
 
 def _built(network: str) -> tuple[Any, Any]:
-    """A network, and its example inputs."""
+    """Return a network and its example inputs."""
     import torch
 
     from benchmarks.studies.networks import Chain
@@ -81,21 +82,34 @@ def _built(network: str) -> tuple[Any, Any]:
     return loaded.module, loaded.example_inputs
 
 
-def in_fresh_process(network: str, *, macs: float, threads: int) -> dict[str, Any]:
-    """Return what `measure` returns in a new process.
+def in_fresh_process(network: str, *, macs: float, threads: int, checkout: Path | None = None) -> dict[str, Any]:
+    """Run `measure` in a new process, with the code of a checkout if given.
 
     Raises:
-        CalledProcessError: it failed; what it wrote to standard error has been passed on.
+        CalledProcessError: the process failed; its standard error has been passed on.
     """
     command = [sys.executable, "-m", "benchmarks.studies.compile_time", "--only", network]
     command += ["--macs", str(macs), "--threads", str(threads)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(checkout)} if checkout else None
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=checkout, env=environment)
     row: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return row
 
 
+def compare(network: str, against: Path, *, macs: float, threads: int, repeats: int) -> None:
+    """Print the median time per stage of another checkout and of this one, and their ratio, from interleaved runs."""
+    found: dict[Path, list[dict[str, Any]]] = {against: [], Path(__file__).resolve().parents[2]: []}
+    for _ in range(repeats):
+        for checkout, rows in found.items():
+            rows.append(in_fresh_process(network, macs=macs, threads=threads, checkout=checkout))
+    before, after = ({s: median(row["stages_s"][s] for row in rows) for s in STAGES} for rows in found.values())
+    totals = [median(row["total_s"] for row in rows) for rows in found.values()]
+    stages = ", ".join(f"{stage} {before[stage]:.2f} → {after[stage]:.2f}" for stage in STAGES)
+    click.echo(f"{network}: {totals[0]:.2f} → {totals[1]:.2f} s, ratio {totals[1] / totals[0]:.3f} ({stages})")
+
+
 def show(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Print the rows as a table, with the limits where there are any."""
+    """Print the rows as a table."""
     table = Table(title=f"Seconds per stage, {SIDE}x{SIDE}, chains {CHAIN_SIDE}x{CHAIN_SIDE}")
     for heading in ("network", "operators", *STAGES, "total", "limit", "peak memory", "limit"):
         table.add_column(heading, justify="left" if heading == "network" else "right")
@@ -118,10 +132,18 @@ def show(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
 @click.option("--macs", default=0.5, show_default=True, help="Fraction of the MACs to keep.")
 @click.option("--threads", default=min(2, os.cpu_count() or 1), show_default=True, help="Threads of torch.")
 @click.option("--only", hidden=True, help="Measure this network in this process and print one line of JSON.")
-def main(networks: tuple[str, ...], macs: float, threads: int, only: str | None) -> None:
+@click.option("--against", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Another checkout.")
+@click.option("--repeats", default=3, show_default=True, help="Runs per network and checkout, with --against.")
+def main(
+    networks: tuple[str, ...], macs: float, threads: int, only: str | None, against: Path | None, repeats: int
+) -> None:
     """Measure NETWORKS (torchvision names, chainN for N blocks); writes results/compile_time.json."""
     if only:
         click.echo(json.dumps(measure(only, macs=macs, threads=threads)))
+        return
+    if against:
+        for name in networks or NETWORKS:
+            compare(name, against.resolve(), macs=macs, threads=threads, repeats=repeats)
         return
     rows = [in_fresh_process(name, macs=macs, threads=threads) for name in networks or NETWORKS]
     console = Console()
