@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from benchmarks.studies import data, record
 from exporters import onnx
 from surgery.capture import trace
-from surgery.config import Budget
+from surgery.config import Budget, Selection
 from surgery.coupling import cost_functions, couple
 from surgery.cutting import check, cut
 from surgery.importance import score
 from surgery.latency import Limits, Settings, ort
-from surgery.planning import SCOPES, allocate
+from surgery.planning import allocate
 
 CRITERIA = ("l1", "l2", "bn-gamma", "lamp", "fpgm", "random")
 BUDGETS = (0.7, 0.5)
@@ -90,7 +90,7 @@ class Subject:
 def settings() -> Iterator[Setting]:
     """Every setting of the study."""
     for budget in BUDGETS:
-        for scope in SCOPES:
+        for scope in ("global", "uniform"):
             for criterion in CRITERIA:
                 for round_to in ROUNDINGS if criterion == TIMED_CRITERION else ROUNDINGS[:1]:
                     yield Setting(budget, criterion, scope, round_to)
@@ -108,14 +108,12 @@ def study(network: str, root: Path, images: data.Images) -> list[Subject]:
     subjects = [Subject("dense", dense, first)]
     for setting in settings():
         plan = allocate(
+            program,
             coupling,
             score(program, coupling, setting.criterion),
             Budget(macs=setting.budget),
             cost=macs,
-            fingerprint=program.fingerprint,
-            inputs=program.inputs,
-            scope=setting.scope,
-            round_to=setting.round_to,
+            selection=Selection(scope=setting.scope, round_to=setting.round_to),
         )
         compact = cut(program, plan, coupling=coupling)
         check(program, plan, compact, coupling=coupling)

@@ -1,5 +1,5 @@
 from . import profiling as profiling
-from .allocation import SCOPES as SCOPES, allocate as allocate
+from .allocation import allocate as allocate
 from .choice import Choice as Choice, RefinementLog as RefinementLog
 from .decision import (
     Decision as Decision,

@@ -15,64 +15,57 @@ from typing import Any
 
 import numpy as np
 
-from surgery.config import Budget
-from surgery.core import KEPT, CostFn, Coupling, InputSpec, Plan, Scores
+from surgery.config import Budget, Selection
+from surgery.core import KEPT, CostFn, Coupling, Plan, Program, Scores
 from surgery.coupling import NO_SETTINGS, plan_from_dead
 from surgery.errors import BudgetUnreachable, InvalidInput
 from surgery.planning.ladders import Ladder, ladders_of
 
-SCOPES = ("global", "uniform")
-INEXACT = ("never", "if-needed", "always")
-
 
 def allocate(
+    program: Program,
     coupling: Coupling,
     scores: Scores,
     budget: Budget,
     *,
     cost: CostFn | None,
     dense: int | None = None,
-    fingerprint: str,
-    inputs: tuple[InputSpec, ...],
-    scope: str = "global",
-    round_to: int = 1,
-    inexact: str = "if-needed",
+    selection: Selection | None = None,
     settings: Mapping[str, Any] = NO_SETTINGS,
 ) -> Plan:
     """Return the plan that removes least, in order of score, and meets the budget.
 
     Args:
-        coupling: the groups.
+        program: that the plan is for, as it was traced.
+        coupling: its groups.
         scores: importance per unit; within a group the lowest goes first, ties in order of the units.
         budget: fraction of the dense model to keep.
         cost: dead units per group name → MACs or parameters of what is left, whichever the budget names; None for
             `channels`, which are counted here: the fraction of the units of all groups.
-        dense: cost of the dense model, where `cost` tells that of a model some of whose blocks are gone already.
-        fingerprint: of the program, for the plan.
-        inputs: of the program, for the plan.
-        scope: `global` ranks the steps of all groups by their units' mean score; `uniform` keeps one fraction of every
-            group, rounded up to a size that the group may have.
-        round_to: what is left of a group that is cut is a multiple of this, counted in positions along the longest
-            stretch that the group has on a first axis (the output channels of its widest producer).
-        inexact: `never` leaves inexact groups whole, `if-needed` cuts them only where the budget cannot be met without
-            (and then ranks them with the others), `always` ranks them with the others from the start.
+        dense: cost of the dense model, if `cost` is of a model without some of its blocks.
+        selection: how units are chosen; of its options these count here. `scope`: `global` ranks the steps of all
+            groups by their units' mean score; `uniform` keeps one fraction of every group, rounded up to a size that
+            the group may have. `round_to`: what is left of a group that is cut is a multiple of this, counted in
+            positions along the longest stretch that the group has on a first axis (the output channels of its widest
+            producer). `inexact`: `never` leaves inexact groups whole, `if-needed` cuts them only if the budget cannot
+            be met without (and then ranks them with the others), `always` ranks them with the others from the start.
         settings: criterion, seed and the like, kept in the plan as given.
 
     Returns:
         A plan whose kept cost is at most the budget's fraction of the dense cost, and more than it with the last step
-        put back: one unit, or what `round_to` makes of it, one of each piece where pieces stay alike; one width level
-        with `uniform`. Every group keeps a unit,
-        or with `round_to` a whole multiple.
+        put back: one unit, or what `round_to` makes of it, one of each piece if pieces stay equal; one width level
+        with `uniform`. Every group keeps a unit, or with `round_to` a whole multiple.
 
     Raises:
         BudgetUnreachable: not even the smallest model meets the budget.
-        InvalidInput: unknown option, or scores that do not fit the groups.
+        InvalidInput: scores that do not fit the groups, or no cost function.
         IllegalCut: an axis would be left empty.
     """
-    _check_options(scope=scope, round_to=round_to, inexact=inexact)
-    _check_scores(coupling, scores)
+    selection = selection or Selection()
+    round_to, inexact = selection.round_to, selection.inexact
+    _validate_scores(coupling, scores)
     meter = _Meter.of(coupling, budget, cost, dense)
-    make_schedule = global_schedule if scope == "global" else uniform_schedule
+    make_schedule = global_schedule if selection.scope == "global" else uniform_schedule
     ladders = ladders_of(coupling, scores, round_to)
     notes: list[str] = []
     for chosen in attempts(coupling, inexact):
@@ -90,7 +83,13 @@ def allocate(
         raise BudgetUnreachable(_unreachable(meter, reached, coupling, hints))
     notes += [f"kept {meter.kept(dead)}", *_left_whole(coupling, chosen, ladders, inexact=inexact, round_to=round_to)]
     return plan_from_dead(
-        coupling, dead, fingerprint=fingerprint, inputs=inputs, budget=budget, settings=settings, notes=notes
+        coupling,
+        dead,
+        fingerprint=program.fingerprint,
+        inputs=program.inputs,
+        budget=budget,
+        settings=settings,
+        notes=notes,
     )
 
 
@@ -239,22 +238,10 @@ def _frozen_reasons(coupling: Coupling, most: int = 3) -> list[str]:
     return [f"{reason} ({sizes[reason]:,} parameters: {', '.join(sorted(tensors[reason])[:2])})" for reason in ranked]
 
 
-# Checking what comes in. ---------------------------------------------------------------------------------------------
-
-
-def _check_options(*, scope: str, round_to: int, inexact: str) -> None:
-    if scope not in SCOPES:
-        raise InvalidInput(f"no scope '{scope}'; there are {', '.join(SCOPES)}")
-    if inexact not in INEXACT:
-        raise InvalidInput(f"no policy '{inexact}' for inexact groups; there are {', '.join(INEXACT)}")
-    if not isinstance(round_to, int) or round_to < 1:
-        raise InvalidInput(f"round_to={round_to!r}: give a whole number of at least 1")
-
-
-def _check_scores(coupling: Coupling, scores: Scores) -> None:
+def _validate_scores(coupling: Coupling, scores: Scores) -> None:
     for group in coupling.groups:
         values = scores.get(group.name, ())
         if len(values) != group.size:
-            raise InvalidInput(f"group '{group.name}' has {group.size} units and {len(values)} scores: score it anew")
+            raise InvalidInput(f"group '{group.name}' has {group.size} units and {len(values)} scores: score it again")
         if not all(map(math.isfinite, values)):
             raise InvalidInput(f"group '{group.name}' has scores that are not finite numbers")

@@ -97,16 +97,13 @@ def _chosen(
     cost = left.costs.get(kind)
     with clock("allocate"):
         plan = allocate(
+            program,
             left.coupling,
             left.scores,
             recipe.goal,
             cost=cost,
             dense=dense.costs[kind]({}) if cost and droppable.dead else None,
-            fingerprint=program.fingerprint,
-            inputs=program.inputs,
-            scope=recipe.selection.scope,
-            round_to=recipe.selection.round_to,
-            inexact=recipe.selection.inexact,
+            selection=recipe.selection,
             settings={**plan_settings(recipe, seen), **parts.plain_arguments(program)},
         )
     plan = replace(settled(plan, left.orders), dropped=droppable.dead, notes=(*plan.notes, *droppable.notes))

@@ -77,7 +77,7 @@ def refine(
         dense_ms.append(found.dense_ms)
         iterations.append(Iteration(aim, _log(choices[-1]).predicted, found.value, found.ratios))
         if last or abs(found.value / target - 1) <= CLOSE:
-            why = "the corrections ran out"
+            why = f"{ITERATIONS} plans were tried"
             break
         corrected, why = _another(iterations, target, choices, planner)
         if corrected is None:
@@ -104,8 +104,8 @@ def _another(
         if not any(found.plan.dead == c.plan.dead and found.plan.dropped == c.plan.dropped for c in choices):
             return (aim, found), ""
     if all(i.measured < target for i in iterations):
-        return None, "no other widths were found that take as much"
-    return None, "no other widths were found between those that were timed"
+        return None, "no slower plan was found"
+    return None, "no plan was found between those that were timed"
 
 
 def _aims(iterations: Sequence[Iteration], target: float) -> Iterator[float]:
@@ -137,8 +137,8 @@ def _distance(relative: float) -> tuple[bool, float]:
 def _verdict(log: RefinementLog, why: str) -> str:
     measured = log.iterations[log.taken].measured
     rounds = "1 round" if len(log.iterations) == 1 else f"{len(log.iterations)} rounds"
-    told = f"measured {measured:.4f} of {log.dense} latency, asked for {log.target:.4f}, in {rounds}"
+    reached = f"target {100 * log.target:.4g} % of {log.dense} latency: reached {100 * measured:.4g} % in {rounds}"
     if log.met:
-        return f"met: {told}"
-    more = ", faster than asked for since more was cut than had to be" if measured < log.target else ""
-    return f"NOT met: {told}{more}: {why}"
+        return reached
+    more = "faster than the target, since more was cut than necessary, " if measured < log.target else ""
+    return f"NOT met: {reached}, {more}because {why}"

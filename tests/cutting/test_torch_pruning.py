@@ -142,14 +142,8 @@ def test_swapped_channels_are_found(nets) -> None:
     model, x = nets["branching"]()
     program = eager.trace(model, x)
     coupling = torch_pruning.couple(program)
-    plan = surgery.allocate(
-        coupling,
-        surgery.score(program, coupling),
-        surgery.Budget(channels=0.5),
-        cost=None,
-        fingerprint=program.fingerprint,
-        inputs=program.inputs,
-    )
+    scores = surgery.score(program, coupling)
+    plan = surgery.allocate(program, coupling, scores, surgery.Budget(channels=0.5), cost=None)
     compact = surgery.cut(program, plan, coupling=coupling)
     assert surgery.check(program, plan, compact, coupling=coupling).error_float64 <= 1e-10
     with torch.no_grad():

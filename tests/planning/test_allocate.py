@@ -9,13 +9,14 @@ from random import Random
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from surgery.config import Budget
-from surgery.core.ir import AxisCut, CostFn, Coupling, Frozen, Group, InputSpec, Plan, Scores, Site
+from surgery.config import Budget, Selection
+from surgery.core.ir import AxisCut, CostFn, Coupling, Frozen, Group, InputSpec, Plan, Program, Scores, Site
 from surgery.coupling.plans import plan_from_dead
 from surgery.errors import BudgetUnreachable, IllegalCut, InvalidInput, PlanMismatch, SurgeryError
 from surgery.planning.allocation import allocate
 
 INPUTS = (InputSpec("x", (2, 3, 8, 8), "float32", (0,)),)
+PROGRAM = Program(None, (), INPUTS, (), {}, "f", (), None)
 
 
 def singles(size: int, start: int = 0) -> tuple[tuple[int, ...], ...]:
@@ -56,7 +57,10 @@ def rising(coupling: Coupling, factor: float = 1.0) -> Scores:
 
 def plan_for(coupling: Coupling, budget: Budget, scores: Scores | None = None, **options: object) -> Plan:
     cost = None if budget.kind == "channels" else weights_left(coupling)
-    return allocate(coupling, scores or rising(coupling), budget, cost=cost, fingerprint="f", inputs=INPUTS, **options)  # type: ignore[arg-type]
+    given = {name: options.pop(name) for name in ("scope", "round_to", "inexact") if name in options}
+    selection = Selection(**given)  # type: ignore[arg-type]
+    scores = scores or rising(coupling)
+    return allocate(PROGRAM, coupling, scores, budget, cost=cost, selection=selection, **options)  # type: ignore[arg-type]
 
 
 def sizes_left(plan: Plan) -> list[int]:
@@ -223,8 +227,8 @@ def test_a_model_without_groups_is_unreachable() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scope": "local"}, "no scope 'local'"),
-        ({"inexact": "maybe"}, "no policy 'maybe'"),
+        ({"scope": "local"}, "scope='local': give one of global, uniform"),
+        ({"inexact": "maybe"}, "inexact='maybe': give one of never, if-needed, always"),
         ({"round_to": 0}, "round_to=0"),
         ({"scores": {"l0.weight:0": (1.0,)}}, "3 units and 1 scores"),
         ({"scores": {"l0.weight:0": (1.0, float("nan"), 1.0)}}, "not finite"),
@@ -238,7 +242,7 @@ def test_options_and_scores_that_cannot_be_used(options: dict[str, object], mess
 def test_a_budget_on_macs_needs_a_cost_function() -> None:
     coupling = chain([3])
     with pytest.raises(InvalidInput, match="cost function"):
-        allocate(coupling, rising(coupling), Budget(macs=0.5), cost=None, fingerprint="f", inputs=INPUTS)
+        allocate(PROGRAM, coupling, rising(coupling), Budget(macs=0.5), cost=None)
 
 
 # Plans. --------------------------------------------------------------------------------------------------------------
@@ -261,7 +265,7 @@ def test_a_few_cost_calls_suffice() -> None:
         calls.append(1)
         return weights_left(coupling)(dead)
 
-    allocate(coupling, rising(coupling), Budget(params=0.5), cost=cost, fingerprint="f", inputs=INPUTS)
+    allocate(PROGRAM, coupling, rising(coupling), Budget(params=0.5), cost=cost)
     assert len(calls) < 20
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.studies.coverage.tools import output_layers, products
 from benchmarks.studies.latency.search import MOST, Point, reach
 from surgery.capture import trace
-from surgery.config import Budget
+from surgery.config import Budget, Selection
 from surgery.core import Program
 from surgery.coupling import cost_functions, couple
 from surgery.cutting import cut
@@ -160,13 +160,12 @@ class Uniform:
         program = self._program()
         coupling = couple(program)
         plan = allocate(
+            program,
             coupling,
             score(program, coupling, self.criterion),
             Budget(macs=1 - share),
             cost=cost_functions(program, coupling)["macs"],
-            fingerprint=program.fingerprint,
-            inputs=program.inputs,
-            scope="uniform",
+            selection=Selection(scope="uniform"),
         )
         module: nn.Module = cut(program, plan, coupling=coupling).module
         return module
