@@ -1,7 +1,7 @@
 """Physical model surgery for PyTorch vision networks: smaller tensors, verified, measured in ONNX Runtime.
 
     import surgery
-    result = surgery.shrink(model, example_inputs, budget=surgery.Budget(macs=0.5))
+    result = surgery.shrink(model, example_inputs, surgery.recipe(macs=0.5))
     result.model                        # the compact nn.Module, trainable
     surgery.save(result, "shrunk/net")  # ONNX files, weights, plan and report with measured times
 
@@ -9,6 +9,7 @@ The public names are listed in `__init__.pyi` and loaded on first use: `import s
 any stage.
 """
 
+import importlib as _importlib
 import importlib.util as _importing
 import sys as _sys
 import warnings as _warnings
@@ -45,5 +46,5 @@ def __getattr__(name: str) -> object:
     if name == "Training":  # a public name of earlier versions
         told = "surgery.Training: its fields are options of surgery.recipe now"
         _warnings.warn(told, DeprecationWarning, stacklevel=2)
-        return _importing.import_module("surgery.recovery").Training
+        return _importlib.import_module("surgery.recovery").Training
     return _public(name)
