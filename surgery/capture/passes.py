@@ -123,7 +123,7 @@ def _region(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, list[Any]]:
     else:
         raise UnsupportedModel(
             f"'{node.target}' at {_line_of(node) or UNKNOWN} branches or loops on values of tensors; write forward "
-            "without it, or shrink a submodule that does not contain it by --part"
+            "without it, or shrink a submodule that does not contain it by --submodule"
         )
     return body, operands  # type: ignore[return-value]
 
@@ -164,7 +164,7 @@ def validate_sizes(graph: fx.GraphModule) -> None:
         where = _line_of(node) or UNKNOWN
         raise UnsupportedModel(
             f"'{node.target}' at {where} returns a tensor whose size depends on values (a selection by a mask), which "
-            "leaves no size to plan with; shrink a submodule without it by --part, or try --tracer torch-pruning"
+            "leaves no size to plan with; shrink a submodule without it by --submodule, or try --tracer torch-pruning"
         )
 
 

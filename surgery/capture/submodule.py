@@ -56,7 +56,7 @@ def find(model: nn.Module, name: str) -> nn.Module:
     modules: dict[str, nn.Module] = {path: module for path, module in model.named_modules() if path}
     if name not in modules:
         near = difflib.get_close_matches(name, modules, n=3, cutoff=0.3)
-        raise InvalidInput(f"--part {name!r} names no submodule; near names: {', '.join(near) or 'none'}")
+        raise InvalidInput(f"--submodule {name!r} names no submodule; near names: {', '.join(near) or 'none'}")
     return modules[name]
 
 

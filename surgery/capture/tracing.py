@@ -227,8 +227,8 @@ def _export_fixed(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> _Capt
         validate_inputs(model, args, kwargs)
         raise UnsupportedModel(
             f"torch.export cannot capture this model, at {where_raised(error)}: {first_line(error)}; rewrite that line "
-            "without control flow on tensor values, or try --tracer torch-pruning, or --part for a submodule that can "
-            "be captured"
+            "without control flow on tensor values, or try --tracer torch-pruning, or --submodule for a submodule that "
+            "can be captured"
         ) from error
 
 

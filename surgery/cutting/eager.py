@@ -275,7 +275,7 @@ def _require(error: float, dtype: torch.dtype, what: str) -> None:
             f"the compact model differs from the masked dense model by {error:.1e} on {what} (allowed: "
             f"{TOLERANCE[dtype]:.0e}): torch-pruning's groups do not hold for this model, or its forward chooses its "
             "way by values, and a smaller model may choose another; nothing was written; shrink a submodule that is "
-            "without it, by --part"
+            "without it, by --submodule"
         )
 
 

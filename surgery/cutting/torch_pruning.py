@@ -116,7 +116,7 @@ def _dependency_graph(program: Program) -> tuple[nn.Module, Any, list[Any], Set[
         except Exception as error:  # whatever the user's forward or torch-pruning raises
             raise UnsupportedModel(
                 f"torch-pruning cannot follow this model, at {where_raised(error)}: {first_line(error)}; "
-                "try --part for a submodule that it can follow"
+                "try --submodule for a submodule that it can follow"
             ) from error
     return model, graph, marks, sequences
 

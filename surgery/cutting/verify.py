@@ -67,7 +67,7 @@ def check_cut(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResult:
     if not drawn.outputs[0]:
         raise CheckFailed(
             "cannot tell: the model returns no floating-point tensor; shrink what comes before its last step, with "
-            "--part or as a module of its own"
+            "--submodule or as a module of its own"
         )
     if varying < BLIND:
         raise CheckFailed(

@@ -252,7 +252,9 @@ def _quantise(
     if images is None:
         raise InvalidInput(f"--precision {','.join(precisions)} needs images to calibrate on: give them with --data")
     if subject.whole and not images.given:
-        raise InvalidInput("--precision: the whole model's own inputs are not known; leave --part or --precision out")
+        raise InvalidInput(
+            "--precision: the whole model's own inputs are not known; leave --submodule or --precision out"
+        )
     given = images.given if subject.whole else images.batches
     found = {}
     with clock("fewer bits"):

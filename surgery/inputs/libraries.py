@@ -193,7 +193,7 @@ _WRAPPERS: Mapping[str, Callable[[Tensor], tuple[Any, ...]]] = {
     "optical_flow": lambda image: (image, image.roll(1, dims=-1)),
 }
 _NOTES: Mapping[str, tuple[str, ...]] = {
-    "detection": ("a detector's post-processing depends on its data: shrink a part of it, --part backbone",),
+    "detection": ("a detector's post-processing depends on its data: shrink a part of it, --submodule backbone",),
 }
 _SHAPE_NOTES: Mapping[str, tuple[str, ...]] = {
     "segmentation": ("example images are 256 x 256 unless --input-shape says otherwise",),

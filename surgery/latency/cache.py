@@ -159,7 +159,7 @@ class Given:
             raise InvalidInput(
                 f"latency table {self._origin} lacks {len(strange)} of {len(wanted)} kernels of this model{without} "
                 f"(one is {strange[0].title}); `surgery profile MODEL --out {self._origin}` measures them, with the "
-                f"same --keep, --part and --batch{instead}"
+                f"same --keep, --submodule and --batch{instead}"
             )
         if missing:
             self._table = self._table.with_entries({key: entry for key, entry in kin.items() if entry is not None})

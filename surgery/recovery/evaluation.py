@@ -25,10 +25,10 @@ def open_evaluation(given: str) -> Evaluate:
     owner, colon, name = given.rpartition(":")
     if not colon or not owner:
         raise InvalidInput(
-            f"--eval {given}: write FILE.py:CALLABLE, a function of a model that returns {{metric: value}}"
+            f"--metric {given}: write FILE.py:CALLABLE, a function of a model that returns {{metric: value}}"
         )
     function = user_object(owner, name)
-    return checked(function, f"--eval {given}")
+    return checked(function, f"--metric {given}")
 
 
 def checked(function: Callable[[Any], Any], told: str) -> Evaluate:
@@ -64,5 +64,5 @@ def points_lost(dense: Mapping[str, float], compact: Mapping[str, float]) -> flo
     """Return by how much the first figure fell: in hundredths where the dense model's is between -1 and 1."""
     name, value = next(iter(dense.items()))
     if name not in compact:
-        raise InvalidInput(f"--eval: '{name}' was returned for the dense model and not for the compact one")
+        raise InvalidInput(f"--metric: '{name}' was returned for the dense model and not for the compact one")
     return (value - compact[name]) * (100.0 if abs(value) <= 1 else 1.0)

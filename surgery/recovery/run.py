@@ -316,7 +316,7 @@ def _verdict(recovery: Recovery) -> dict[str, Any]:
     before, after = recovery.steps[0].metrics, recovery.steps[-1].metrics
     if before and after and (last is None or last.accuracy is None):
         told = ", ".join(f"{name} {after[name]:.4g}, dense {before[name]:.4g}" for name in before if name in after)
-        return {"status": "measured", "verdict": f"by --eval: {told}"}
+        return {"status": "measured", "verdict": f"by --metric: {told}"}
     return verdict_on(recovery, last)
 
 

@@ -384,7 +384,7 @@ def notes(data: Data) -> Iterator[Part]:
 def _evaluation_lines(data: Data) -> Iterator[str]:
     for name, figures in (data.get("evaluation") or {}).items():
         values = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
-        yield f"--eval of {name.replace(' ', '.')}.onnx: {values}"
+        yield f"--metric of {name.replace(' ', '.')}.onnx: {values}"
 
 
 def _search_lines(data: Data) -> Iterator[str]:

@@ -174,7 +174,7 @@ def test_a_choice_by_a_constant_mask_has_a_size_and_one_by_values_is_refused() -
     model = Wide(lambda m, y: y[:, torch.tensor([True, False] * 4)])
     model.last = nn.Conv2d(4, 4, 1)
     cut_soundly(model, IMAGE)
-    with pytest.raises(UnsupportedModel, match=r"test_odd_calls\.py:\d+ returns a tensor whose size .*--part"):
+    with pytest.raises(UnsupportedModel, match=r"test_odd_calls\.py:\d+ returns a tensor whose size .*--submodule"):
         surgery.shrink(Kept(), IMAGE, surgery.recipe(macs=0.5))
 
 

@@ -159,7 +159,7 @@ def test_a_detector_builds_and_gets_a_list_of_images() -> None:
     (images,) = loaded.example_inputs
     assert [image.shape for image in images] == [(3, 256, 256)]
     assert loaded.module.backbone(images[0][None])
-    assert "--part" in loaded.notes[0]
+    assert "--submodule" in loaded.notes[0]
 
 
 def test_video_models_get_a_clip() -> None:

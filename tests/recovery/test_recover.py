@@ -533,7 +533,17 @@ def surgery_shrink(place: Path, *arguments: str, launcher: tuple[str, ...] = ())
 
 def test_one_command_from_images_to_accuracy(place: Path) -> None:
     done = surgery_shrink(
-        place, "--data", "photos", "--val", "val.npz", "--eval", "judge.py:spread", "--out", "out", "--json", "--quiet"
+        place,
+        "--data",
+        "photos",
+        "--val",
+        "val.npz",
+        "--metric",
+        "judge.py:spread",
+        "--out",
+        "out",
+        "--json",
+        "--quiet",
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
@@ -582,8 +592,8 @@ def test_without_images_a_trained_model_is_folded(place: Path) -> None:
     [
         (["--data", "nowhere"], "--data nowhere"),
         (["--data", "train.npz", "--val", "wrong.npz"], "a label is 14, but the model has 10 classes"),
-        (["--data", "train.npz", "--eval", "judge.py:wrong"], "'spread' is nan"),
-        (["--data", "train.npz", "--eval", "judge.py"], "write FILE.py:CALLABLE"),
+        (["--data", "train.npz", "--metric", "judge.py:wrong"], "'spread' is nan"),
+        (["--data", "train.npz", "--metric", "judge.py"], "write FILE.py:CALLABLE"),
         (["--val", "val.npz", "--recover", "reconstruct"], "--recover reconstruct learns from images"),
         (["--data", "train.npz", "--max-drop", "1"], "a run has one budget"),
         (["--data", "photos", "--recover", "distill", "--train-batch", "128"], ""),
@@ -613,7 +623,7 @@ TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", 
     ],
 )
 def test_of_two_processes_one_tells_what_went_wrong(place: Path, arguments: list[str], said: str) -> None:
-    plain = ["--images", "64", "--criterion", "l1", "--epochs", "1", "--quiet"]
+    plain = ["--max-images", "64", "--criterion", "l1", "--epochs", "1", "--quiet"]
     if "judge.py" in arguments[1]:
         plain += ["--val", "val.npz"]
     done = surgery_shrink(place, *arguments, *plain, "--out", "mistake", launcher=TWO)
