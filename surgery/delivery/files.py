@@ -43,9 +43,9 @@ class Subject:
         dense: the dense model.
         around: compact or masked part → the model in the file.
         args: example inputs.
-        kwargs: likewise.
+        kwargs: example keyword inputs.
         dynamic: dynamic axes of each tensor input; None where they are not known: the first may be the batch.
-        whole: whether it is a whole model of which a part was shrunk.
+        whole: whether only a part of it was shrunk.
     """
 
     dense: torch.nn.Module

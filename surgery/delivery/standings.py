@@ -41,14 +41,7 @@ def rows(
     judged: Mapping[str, Agreement],
     timing: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """Return the report's rows, those in fewer bits included, with their agreement and the row that dominates them.
-
-    Args:
-        models: the float rows.
-        quantised: the others.
-        judged: row → its agreement with the dense model.
-        timing: the timer's findings.
-    """
+    """Return the report's rows, those in fewer bits included, with their agreement and the row that dominates them."""
     float_rows = {row["name"]: row for row in models}
     listed: list[dict[str, Any]] = [{**row, "precision": "fp32"} for row in models]
     for name, file in quantised.items():
@@ -106,13 +99,7 @@ def dominating(name: str, standings: Mapping[str, Standing]) -> str | None:
 
 
 def notes(quantised: Mapping[str, Quantised], timing: Mapping[str, Any], deployed: str = "fp32") -> list[str]:
-    """Return notes on the files in fewer bits: doubts, and those that are no faster.
-
-    Args:
-        quantised: the files, by row.
-        timing: the timer's findings.
-        deployed: the precision that the plan is for.
-    """
+    """Return notes on the files in fewer bits: doubts, and those that are no faster."""
     found = list(dict.fromkeys(f"int8: {note}" for file in quantised.values() for note in file.notes))
     times = {t["name"]: t["ratio"] for t in timing["rows"]}
     unsure = "" if timing["reliable"] else " (in times that are unreliable)"

@@ -29,11 +29,7 @@ _HOLDERS = ("base_dataloader", "batch_sampler", "sampler")
 
 
 def read_batches(loader: Iterable[Any], seed: int, named: str = "data") -> Iterator[Any]:
-    """Yield a loader's batches; what it draws at random follows from the seed.
-
-    Raises:
-        InvalidInput: the loader, or the data set behind it, raised something.
-    """
+    """Yield a loader's batches, with seeded draws; raises InvalidInput where the loader or its data set raises."""
     draws, what = _Draws(seed, loader), f"{named}: reading a batch failed"
     with draws.ours():
         batches = guarded(what, lambda: iter(loader))
@@ -110,9 +106,9 @@ def validated_input(x: Tensor, spec: InputSpec, named: str = "data") -> Tensor:
     free = (0, *spec.dynamic)
     same = x.dim() == len(spec.shape) and all(a in free or size == spec.shape[a] for a, size in enumerate(x.shape))
     if not same or x.is_floating_point() != wanted.is_floating_point:
-        told = ", ".join("N" if a in free else str(size) for a, size in enumerate(spec.shape))
+        sizes = ", ".join("N" if a in free else str(size) for a, size in enumerate(spec.shape))
         raise InvalidInput(
-            f"{named}: images are {tuple(x.shape)} of {x.dtype}, but input '{spec.name}' takes ({told}) of "
+            f"{named}: images are {tuple(x.shape)} of {x.dtype}, but input '{spec.name}' takes ({sizes}) of "
             f"{spec.dtype}; normalise and resize them as the model expects"
         )
     if x.is_floating_point() and not bool(torch.isfinite(x).all()):
@@ -124,7 +120,7 @@ def classes_of(rest: Sequence[Tensor], count: int) -> Tensor | None:
     """Return the classes of a batch, (N,): whole numbers, one for each image; None where there are none.
 
     Args:
-        rest: the tensors behind the inputs; the first is looked at, (N,) or (N, 1).
+        rest: the tensors behind the inputs; the first one counts, (N,) or (N, 1).
         count: N.
     """
     if not rest:

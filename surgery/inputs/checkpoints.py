@@ -74,16 +74,12 @@ class Mismatch:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a safetensors file, or a `torch.save` file of tensors in plain containers.
+    """Read a safetensors file, or a `torch.save` file of tensors in plain containers; nothing else is unpickled.
 
-    Args:
-        path: safetensors where the name ends so; anything else is read by torch's `weights_only` unpickler.
-
-    Returns:
-        The state dict, taken out of its wrappers; averaged (EMA) weights are preferred where there are several.
+    Wrappers are removed; averaged (EMA) weights are preferred where there are several state dicts.
 
     Raises:
-        InvalidInput: the file is missing, truncated, of another kind, or holds pickled objects (which are never run).
+        InvalidInput: the file is missing, truncated, of another kind, or holds pickled objects.
     """
     if not path.is_file():
         raise InvalidInput(f"no checkpoint file {path}; --weights takes auto, random or the path of a state dict")
@@ -130,11 +126,6 @@ def class_counts(mismatch: Mismatch) -> tuple[int, ...]:
 
 def fit(module: nn.Module, checkpoint: Checkpoint, *, label: str) -> None:
     """Load a checkpoint into a module built for it, in place.
-
-    Args:
-        module: whose parameters and buffers are overwritten.
-        checkpoint: what `read_checkpoint` returned.
-        label: what to call the model in messages.
 
     Raises:
         InvalidInput: keys or shapes differ, or a tensor holds NaN or infinite values.

@@ -47,7 +47,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         pixels: of an archive: (N, H, W, C) of uint8.
         classes: of each image; -1 for none.
         unreadable: files that turned out not to be images.
-        told: for the user: how the folder was read.
+        folder_notes: for the user, on how the folder was read.
     """
 
     option: str
@@ -58,7 +58,7 @@ class Images(Dataset[tuple[Tensor, int]]):
     pixels: np.ndarray | None = None
     classes: Sequence[int] = ()
     unreadable: set[str] = field(default_factory=set)
-    told: tuple[str, ...] = ()
+    folder_notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of images, unreadable ones included."""
@@ -87,7 +87,7 @@ class Images(Dataset[tuple[Tensor, int]]):
                 whole = image.convert("RGB" if self.shape[0] == 3 else "L")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what PIL raises on broken files
             self.unreadable.add(str(self.files[k]))
-            self.refuse_broken(len(self))
+            self.require_readable(len(self))
             return None
         return self._fitted(whole)
 
@@ -101,11 +101,11 @@ class Images(Dataset[tuple[Tensor, int]]):
         fitted: Tensor = transforms.normalize(transforms.to_tensor(image), self.how.mean, self.how.std)
         return fitted
 
-    def refuse_broken(self, looked: int) -> None:
-        """Raise InvalidInput where more than one in a hundred of the `looked` at files could not be read."""
-        if len(self.unreadable) > UNREADABLE * looked:
+    def require_readable(self, count: int) -> None:
+        """Raise InvalidInput where more than one in a hundred of `count` files could not be read."""
+        if len(self.unreadable) > UNREADABLE * count:
             raise InvalidInput(
-                f"{self.option} {self.place}: at least {len(self.unreadable)} of {looked} images cannot be read, the "
+                f"{self.option} {self.place}: at least {len(self.unreadable)} of {count} images cannot be read, the "
                 f"first is {min(self.unreadable)}; remove them or restore them"
             )
 
@@ -115,12 +115,12 @@ class Images(Dataset[tuple[Tensor, int]]):
         for k in chosen:
             if (image := self.image(k)) is not None:
                 yield image, self.classes[k] if self.classes else UNKNOWN
-        self.refuse_broken(len(chosen))
+        self.require_readable(len(chosen))
 
     def notes(self) -> list[str]:
         """Return notes for the user."""
         broken = [f"{self.option}: {len(self.unreadable)} files could not be read and were left out"]
-        return [*self.told, *(broken if self.unreadable else ())]
+        return [*self.folder_notes, *(broken if self.unreadable else ())]
 
 
 def evenly_spaced(count: int, most: int) -> list[int]:
@@ -156,10 +156,10 @@ def open_images(given: str, input_shape: Sequence[int], how: Preprocessing, *, o
     height, width = how.size or (input_shape[2], input_shape[3])
     finite = all(isfinite(x) for x in (*how.mean, *how.std))
     if len(how.mean) != channels or len(how.std) != channels or not finite or min(how.std) <= 0:
-        told = "" if channels == 3 else "; without them ImageNet's are taken, which are for 3"
+        hint = "" if channels == 3 else "; without them ImageNet's are taken, which are for 3"
         raise InvalidInput(
             f"{option} {given}: with --mean and --std give one finite number for each of {channels} channels of the "
-            f"model's input, --std above 0{told}"
+            f"model's input, --std above 0{hint}"
         )
     place, shape = Path(given).expanduser(), (channels, height, width)
     return _folder(place, shape, how, option) if place.is_dir() else _archive(place, shape, how, option)
@@ -212,15 +212,15 @@ def _folder(place: Path, shape: tuple[int, int, int], how: Preprocessing, option
     found = folder.make_dataset(place, known, SUFFIXES, allow_empty=True) if known else []
     files, classes = [Path(file) for file, _ in found], tuple(label for _, label in found)
     if len(set(classes)) > 1:
-        told = [f"{option}: {len(beside)} images beside the folders of classes are left out"] if beside else []
+        notes = [f"{option}: {len(beside)} images beside the folders of classes are left out"] if beside else []
         empty = [name for k, name in enumerate(names) if k not in classes]
-        told += [f"{option}: folder '{name}' holds no images, and counts as a class" for name in empty]
+        notes += [f"{option}: folder '{name}' holds no images, and counts as a class" for name in empty]
     else:
         files, classes = [*beside, *files], ()
-        told = [f"{option}: all images are in one folder: no classes are known"] if names and files else []
+        notes = [f"{option}: all images are in one folder, so that no classes are known"] if names and files else []
     if not files or shape[0] not in (1, 3):
         raise InvalidInput(f"{option} {place}: no images ({', '.join(SUFFIXES)}) for {shape[0]} channels")
-    return Images(option, place, shape, how, files=files, classes=classes, told=tuple(told))
+    return Images(option, place, shape, how, files=files, classes=classes, folder_notes=tuple(notes))
 
 
 def as_dataset(given: Any, *, option: str = "data") -> Any:
@@ -235,7 +235,7 @@ def as_dataset(given: Any, *, option: str = "data") -> Any:
 
 
 def as_loader(given: Any, *, batch: int, most: int, option: str = "data") -> Any:
-    """Return batches (images, classes) of whatever stands for a data set.
+    """Return batches (images, classes) of anything that can be read as a data set.
 
     Args:
         given: `Images`, a Dataset, a tensor (N, C, H, W), a pair of it with classes (N,); a DataLoader or another

@@ -20,7 +20,7 @@ from surgery.inputs.batches import classes_of, derived_seed, read_batches, read_
 from surgery.inputs.datasets import Images, evenly_spaced
 
 MOST = 512
-"""At most so many images are looked at."""
+"""Images at most."""
 PIXELS, LARGEST = 1_250_000, 32
 """Images are run so many values at a time, and no more than so many images."""
 _GIVE = "give a tensor (N, C, H, W), a Dataset, or a sequence or DataLoader of batches"
@@ -62,7 +62,7 @@ def calibration_images(
         given: inputs of the model, of the whole one where a part of it was traced.
         program: the traced model or part.
         whole: where it is a part, what that belongs to.
-        most: so many images are looked at.
+        most: number of images at most.
         seed: of what a loader or a data set draws at random.
     """
     if isinstance(given, Calibration):
@@ -92,11 +92,11 @@ def gather(given: Any, inputs: Sequence[InputSpec], most: int = MOST, seed: int 
         given: a tensor (N, C, H, W), a Dataset; or a sequence or DataLoader of batches, each the model's input or a
             tuple of its inputs; what follows them in a batch, such as labels, is left out.
         inputs: the model's tensor inputs.
-        most: so many images are looked at.
+        most: number of images at most.
         seed: of what a loader or a data set draws at random, such as an order.
 
     Raises:
-        InvalidInput: that is not what was given, or it does not fit the inputs.
+        InvalidInput: the data are of another kind, or do not fit the inputs.
     """
     if isinstance(given, Calibration):
         return given

@@ -95,11 +95,7 @@ def timm_names() -> list[str]:
 
 
 def torchvision_source(name: str) -> Source:
-    """Describe a model of torchvision: classification, segmentation, detection, video or optical flow.
-
-    Raises:
-        UnsupportedModel: a quantised model, whose weights are not floating point.
-    """
+    """Describe a model of torchvision: classification, segmentation, detection, video or optical flow."""
     models = import_torchvision().models
     if name.startswith("quantized_"):
         raise UnsupportedModel(f"{name} is already quantised; shrink the float model {name.removeprefix('quantized_')}")
@@ -131,11 +127,7 @@ def torchvision_source(name: str) -> Source:
 
 
 def timm_source(name: str) -> Source:
-    """Describe a model of timm.
-
-    Raises:
-        InvalidInput: timm is not installed.
-    """
+    """Describe a model of timm; raises InvalidInput where timm is not installed."""
     timm = import_timm()
 
     def build(args: Mapping[str, Any]) -> Built:
@@ -299,7 +291,7 @@ def _call(label: str, builder: Callable[..., Any], arguments: Mapping[str, Any],
 def _downloading(label: str, cached: Path | None) -> Iterator[None]:
     """Turn what goes wrong between the network, the cache and the model into Unavailable or InvalidInput."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(STALLED_SECONDS)  # the loaders set none: a stalled download would hang for ever
+    socket.setdefaulttimeout(STALLED_SECONDS)  # the loaders set none: a stalled download would never end
     try:
         yield
     except (OSError, http.client.HTTPException) as error:

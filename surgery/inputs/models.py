@@ -118,11 +118,7 @@ def list_names(library: str = "torchvision") -> list[str]:
 
 
 def check_runs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
-    """Run the model once, without gradients, as it is.
-
-    Raises:
-        InvalidInput: forward raises; the message has the input's shape and the user's own line.
-    """
+    """Run the model once, without gradients; raises InvalidInput, with the user's own line, where forward raises."""
     try:
         with torch.no_grad():
             module(*args, **kwargs)

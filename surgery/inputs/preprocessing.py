@@ -13,8 +13,8 @@ class Preprocessing:
     """What is done to images before a model sees them.
 
     Attributes:
-        mean: of each channel, where pixels are 0 to 1.
-        std: likewise.
+        mean: of each channel, for pixels from 0 to 1.
+        std: standard deviation of each channel.
         crop: share of the shorter side that the middle square keeps, before it is brought to the input's size.
         interpolation: `bilinear`, `bicubic` or `nearest`.
         size: height and width of the input; None for those of the example input.

@@ -56,15 +56,11 @@ _SYMBOL_SYNTAX = (
 
 
 def load_program(path: Path, *, trust: bool = False) -> torch.export.ExportedProgram:
-    """Read an exported program.
-
-    Args:
-        path: a file written by `torch.export.save`.
-        trust: skip the inspection; the file's author may then run any code.
+    """Read a file written by `torch.export.save`; with `trust`, without the inspection.
 
     Raises:
-        InvalidInput: the file is missing, damaged or of another kind; or it holds something that would run code on
-            loading and `trust` is not set. Nothing of the file has been executed then.
+        InvalidInput: the file is missing, damaged, of another kind, or, without `trust`, could run code on loading:
+            nothing of it has been executed then.
     """
     if not path.is_file():
         raise InvalidInput(f"no such file: {path}")

@@ -33,9 +33,6 @@ def user_source(owner: str, name: str) -> Source:
     Args:
         owner: `FILE.py` or `package.module`; imported with its folder, or the working directory, on `sys.path`.
         name: of a callable (or module) in it that gives an `nn.Module` or (module, example inputs).
-
-    Raises:
-        InvalidInput: nothing of that name, or the import fails.
     """
     maker, folder = _found(owner, name)
     label = f"{owner}:{name}"
@@ -59,7 +56,7 @@ def user_source(owner: str, name: str) -> Source:
 
 
 def user_object(owner: str, name: str) -> Any:
-    """Return the object of this name in the user's own file or module; a callable reports its errors as `guarded` does.
+    """Return an object of the user's own file or module by name; a callable's errors are reported as by `guarded`.
 
     Raises:
         InvalidInput: nothing of that name, or the import, or the call, fails.

@@ -91,15 +91,7 @@ def with_files(
     files_sha256: Mapping[str, str],
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the report with the files that were written and the times that were measured.
-
-    Args:
-        data: what `describe` returned; left unchanged.
-        onnx_bytes: row name → size of its ONNX file, weights included.
-        timing: the timer's own dictionary, or None where nothing was timed.
-        files_sha256: file name → SHA-256, hexadecimal.
-        notes: from exporting and timing.
-    """
+    """Return the report with the sizes and digests of files, and the timer's findings."""
     return {
         **data,
         "models": [{**row, "onnx_bytes": onnx_bytes.get(row["name"])} for row in data["models"]],
@@ -118,16 +110,7 @@ def with_origin(
     command: str | None = None,
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the report with the model's origin, and what to do next.
-
-    Args:
-        data: what `describe` returned; left unchanged.
-        name: of the model.
-        weights: where they came from.
-        next_command: a complete command line.
-        command: the one that was typed.
-        notes: from loading the model; they come first.
-    """
+    """Return the report with the model's origin, the command that was typed and the one to run next."""
     return {
         **data,
         "accuracy": {**data["accuracy"], "next_command": next_command},
@@ -143,12 +126,7 @@ def as_json(value: Any) -> Any:
 
 
 def layer_shapes(dense: torch.nn.Module, compact: torch.nn.Module) -> list[dict[str, Any]]:
-    """Return the shape of each weight of two axes or more, before and after (None for a removed one).
-
-    Args:
-        dense: the dense module.
-        compact: the compact one, whose parameters bear the same names.
-    """
+    """Return the shape of each weight of two axes or more, before and after (None for a removed one)."""
     kept = {name: list(x.shape) for name, x in compact.named_parameters()}
     shapes = {name: list(x.shape) for name, x in dense.named_parameters() if x.dim() > 1}
     return [{"name": name, "dense": shape, "compact": kept.get(name)} for name, shape in shapes.items()]
