@@ -71,7 +71,7 @@ def validate_formats(names: tuple[str, ...]) -> None:
     """Raise InvalidInput where a name is neither `onnx` nor that of a registered format."""
     known = (ONNX, *sorted(FORMATS))
     if unknown := [name for name in names if name not in known]:
-        raise InvalidInput(f"format '{unknown[0]}' is none of {', '.join(known)}")
+        raise InvalidInput(f"format '{unknown[0]}' is not accepted; give some of {', '.join(known)}")
 
 
 @register_format("ort", suffix=".ort", precisions=("fp32", "int8"))  # fp16 weights would be stored as float32

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,10 @@ from torch import nn
 from exporters import onnx as exporter, quantize
 from exporters.quantize import METHODS, Int8, to_fp16, to_int8
 from exporters.session import OnnxModel
+from surgery.cli import main
 from surgery.delivery import standings
 from surgery.errors import CheckFailed, InvalidInput
 from surgery.recovery.agreement import Agreement
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Net(nn.Module):
@@ -194,6 +191,8 @@ def test_a_file_with_a_fixed_batch_is_judged_on_any_number_of_images(model: nn.M
 
 # From the command line. ----------------------------------------------------------------------------------------------
 
+Shrink = Callable[..., tuple[int, str, str]]
+
 NETS = """
 import torch
 from torch import nn
@@ -212,21 +211,29 @@ def few():
 """
 
 
-def shrink(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    (folder / "nets.py").write_text(NETS)
-    command = [sys.executable, "-m", "surgery.cli", "shrink", "nets.py:net", "--macs", "0.6", "--runs", "3", "--quiet"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    return subprocess.run(
-        [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+@pytest.fixture
+def shrink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Shrink]:
+    """Run `surgery shrink` on a network of NETS in this process; returns its exit code and what it printed."""
+    (tmp_path / "nets.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = main(["shrink", "nets.py:net", "--macs", "0.6", "--runs", "3", "--quiet", *arguments])
+        return (code, *capsys.readouterr())
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
-def test_all_files_are_written_timed_and_judged(tmp_path: Path) -> None:
+def test_all_files_are_written_timed_and_judged(shrink: Shrink, tmp_path: Path) -> None:
     arguments = ("--data", "nets.py:data", "--precision", "fp32,fp16,int8", "--int8-keep", "last", "--json")
     arguments = (*arguments, "--format", "onnx,ort", "--min-ort", "1.16")
-    done = shrink(tmp_path, *arguments, "--out", "out")
-    assert done.returncode == 0, done.stderr
-    data = json.loads(done.stdout)
+    code, printed, complaint = shrink(*arguments, "--out", "out")
+    assert code == 0, complaint
+    data = json.loads(printed)
     rows = {row["name"]: row for row in data["models"]}
     fewer = ["dense fp16", "compact fp16", "dense int8", "compact int8"]
     assert list(rows) == ["dense", "masked", "compact", *fewer]
@@ -250,8 +257,7 @@ def test_all_files_are_written_timed_and_judged(tmp_path: Path) -> None:
         own, ort = (onnxruntime.InferenceSession(str(tmp_path / "out" / f"{name}.{end}")) for end in ("onnx", "ort"))
         given = {own.get_inputs()[0].name: x}
         assert np.allclose(own.run(None, given)[0], ort.run(None, given)[0], atol=1e-4)
-    again = shrink(tmp_path, *arguments, "--out", "again")
-    assert again.returncode == 0, again.stderr
+    assert shrink(*arguments, "--out", "again")[0] == 0
     for name in ("dense.onnx", "compact.onnx", "dense.int8.onnx", "compact.int8.onnx", "compact.fp16.onnx"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
@@ -267,22 +273,22 @@ def test_all_files_are_written_timed_and_judged(tmp_path: Path) -> None:
         (("--precision", "int8", "--data", "nets.py:data", "--int8-keep", "nothing"), "names no layer"),
     ],
 )
-def test_mistakes_leave_nothing_behind(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
-    done = shrink(tmp_path, *arguments, "--out", "out")
-    assert done.returncode == 2, done.stderr
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+def test_mistakes_leave_nothing_behind(shrink: Shrink, tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    code, _, complaint = shrink(*arguments, "--out", "out")
+    assert code == 2, complaint
+    assert said in complaint
+    assert "Traceback" not in complaint
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_too_few_photos_is_refused_before_the_work(tmp_path: Path) -> None:
+def test_a_folder_of_too_few_photos_is_refused_before_the_work(shrink: Shrink, tmp_path: Path) -> None:
     from PIL import Image
 
     (tmp_path / "photos").mkdir()
     for k in range(4):
         Image.fromarray(np.full((16, 16, 3), 40 * k, np.uint8)).save(tmp_path / "photos" / f"{k}.png")
-    done = shrink(tmp_path, "--precision", "int8", "--data", "photos", "--out", "out")
-    assert (done.returncode, "calibrate int8 files on (4)" in done.stderr) == (2, True), done.stderr
+    code, _, complaint = shrink("--precision", "int8", "--data", "photos", "--out", "out")
+    assert (code, "calibrate int8 files on (4)" in complaint) == (2, True), complaint
     assert not list(tmp_path.glob("out*"))
 
 
