@@ -1,8 +1,7 @@
 """Latency tables on disk: one file per device, runtime and number of threads, in the user's cache folder.
 
 A table is read, filled with what is missing, and merged into the file again under a lock, so that two processes lose
-nothing of each other's. A file that cannot be read, or that was measured elsewhere, is put aside with one sentence and
-made anew.
+nothing of each other's. A file that cannot be read, or that was measured elsewhere, is reported and measured again.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ def folder() -> Path:
 
 
 def device_key(conditions: Conditions) -> str:
-    """Return the name of this device's table: a digest of everything that `probe.describe` tells."""
-    told = json.dumps(probe.describe(conditions), sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    """Return the name of this device's table: a digest of what `probe.describe` returns."""
+    device = json.dumps(probe.describe(conditions), sort_keys=True)
+    return hashlib.sha256(device.encode()).hexdigest()[:16]
 
 
 class Measured:
@@ -45,8 +44,8 @@ class Measured:
     Args:
         conditions: what kernels are timed under.
         seed: of the order of measurements.
-        progress: told what is measured.
-        warn: told in one sentence what was wrong with the file on disk.
+        progress: called with what is measured.
+        warn: called with a sentence on what was wrong with the file on disk.
     """
 
     live = True
@@ -95,7 +94,7 @@ class Measured:
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 with filelock.FileLock(f"{self._path}.lock", timeout=LOCK_S):
-                    other = self._read(lambda sentence: None)  # it was said when the table was opened
+                    other = self._read(lambda sentence: None)  # reported when the table was opened
                     if other is not None:
                         table = other.with_entries(table.entries)
                     table.save(self._path)
@@ -110,10 +109,10 @@ class Measured:
         try:
             table = LatencyTable.load(self._path)
         except InvalidInput as error:
-            warn(f"{error}; it is made anew")
+            warn(f"{error}; it is measured again")
             return None
         if dict(table.device) != json.loads(json.dumps(probe.describe(self._conditions))):
-            warn(f"{self._path} was measured on another device or runtime; it is made anew")
+            warn(f"{self._path} was measured on another device or runtime; it is measured again")
             return None
         return table
 
@@ -121,14 +120,14 @@ class Measured:
 class Given:
     """A table that the user brought, from another device perhaps: nothing is measured here.
 
-    The first call of `cover` is about the model as it is, of which the table has to hold every kernel. Later ones are
-    about what is left of it without some blocks, where runtimes fuse other operators: of those kernels that were not
-    foreseen, the time is told from the most similar one.
+    The first call of `cover` is about the whole model; the table has to hold all its kernels. Later calls are about the
+    model without some of its blocks, for which runtimes fuse other operators: for kernels that the table lacks, the
+    time of the most similar one is used.
 
     Args:
         table: as it is.
         origin: what to call it.
-        warn: told in one sentence which kernels' times are those of others.
+        warn: called with a sentence on kernels whose times are those of others.
     """
 
     live = False

@@ -27,14 +27,14 @@ _SUFFIX = "ExecutionProvider"
 
 
 def _batch(batch: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """The batch that shapes say, where it is not said otherwise; raises InvalidInput where the two contradict."""
-    said = {shape[0]: name for name, shape in shapes.items() if shape}
-    if len(said) == 1 and batch == 1:
-        return next(iter(said))
-    wrong = next((size for size in said if size != batch), None)
+    """The batch of the shapes if none is asked for; raises InvalidInput if the two contradict each other."""
+    given = {shape[0]: name for name, shape in shapes.items() if shape}
+    if len(given) == 1 and batch == 1:
+        return next(iter(given))
+    wrong = next((size for size in given if size != batch), None)
     if wrong is not None:
         raise InvalidInput(
-            f"input '{said[wrong]}' is given with a batch of {wrong}, and --batch {batch}: give one of them"
+            f"input '{given[wrong]}' is given with a batch of {wrong}, and --batch {batch}: give one of them"
         )
     return batch
 
@@ -69,7 +69,7 @@ def compare(
         settings: how they are run.
         limits: on runs and seconds.
         baseline: one of the paths, which the others are relative to; None: the first.
-        progress: told what is being done and how far it is.
+        progress: called with what is being done and the fraction done.
 
     Raises:
         InvalidInput: a file cannot be read or run, or files take different inputs.
@@ -110,7 +110,7 @@ def _require_same_inputs(paths: Sequence[Path], settings: Settings) -> None:
     for path in rest:
         if _fixed(taken[path]) != _fixed(taken[first]) or not _agree(taken[path], taken[first]):
             raise InvalidInput(
-                f"{first} takes {_said(taken[first])} and {path} takes {_said(taken[path])}: times can be compared "
+                f"{first} takes {_text(taken[first])} and {path} takes {_text(taken[path])}: times can be compared "
                 "where files take the same inputs; export them alike"
             )
 
@@ -125,7 +125,7 @@ def _agree(one: Mapping[str, tuple[str, tuple[Any, ...]]], other: Mapping[str, t
     return all("open" in pair or pair[0] == pair[1] for pair in pairs)
 
 
-def _said(inputs: Mapping[str, tuple[str, tuple[Any, ...]]]) -> str:
+def _text(inputs: Mapping[str, tuple[str, tuple[Any, ...]]]) -> str:
     return ", ".join(f"'{name}' {kind} ({', '.join(map(str, shape))})" for name, (kind, shape) in inputs.items())
 
 
@@ -137,11 +137,11 @@ def render_terminal(found: Mapping[str, Any], console: Console) -> None:
         rows.append((f"{found['baseline']}, again", *("",) * 4, *_ratio(aa), *("",) * 3))
     where, settings = found["environment"], found["settings"]
     verdict = "reliable" if found["reliable"] else "UNRELIABLE"
-    told = (
+    verdict_line = (
         f"times: {verdict}: {found['why']}; ONNX Runtime {where['onnxruntime']}, {settings['provider']}, on "
         f"{where['cpu']}, threads {settings['threads']}, batch {settings['batch']}, {found['rounds']} rounds"
     )
-    print_parts([Table(COLUMNS, rows), told], console)
+    print_parts([Table(COLUMNS, rows), verdict_line], console)
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """What a pack does on a device: it fills a latency table there, and times a compact model against the dense one.
 
 ``python PACK.zip`` writes the table, ``python PACK.zip accept compact.onnx`` how long that file takes relative to the
-dense model in the pack. Goes to devices as it stands: Python 3.8, numpy and onnxruntime.
+dense model in the pack. Copied to devices unchanged: Python 3.8, numpy and onnxruntime.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def _accept(archive: str, options: argparse.Namespace) -> None:
         with zipfile.ZipFile(archive) as pack:
             names = [name for name in pack.namelist() if name.startswith(DENSE)]  # with weights in .data, if large
             if DENSE not in names:
-                raise InvalidInput(f"{archive}: a damaged pack, it lacks {DENSE}; make it anew with surgery profile")
+                raise InvalidInput(f"{archive}: a damaged pack, it lacks {DENSE}; make it again with surgery profile")
             pack.extractall(folder, names)
         asked = {
             "files": [os.path.join(folder, DENSE), os.path.abspath(options.compact)],
@@ -228,22 +228,22 @@ def _accept(archive: str, options: argparse.Namespace) -> None:
 
 def _origin(compact: str, request: Mapping[str, Any], threads: int) -> Dict[str, Any]:
     """Return what the compact model's file says of its plan; refuse a model of another architecture."""
-    said = _session(compact, threads).get_modelmeta().custom_metadata_map
-    fingerprint = said.get("dense_fingerprint")
+    says = _session(compact, threads).get_modelmeta().custom_metadata_map
+    fingerprint = says.get("dense_fingerprint")
     if fingerprint is not None and fingerprint != request["fingerprint"]:
         raise InvalidInput(
             f"{compact}: cut from another architecture than the pack's {request['model']}; make a pack of its model"
         )
-    if said.get("model", "compact") != "compact":
-        raise InvalidInput(f"{compact}: that is the {said['model']} model; give the compact one that lies beside it")
-    if said.get("precision", "fp32") != request["precision"]:
+    if says.get("model", "compact") != "compact":
+        raise InvalidInput(f"{compact}: that is the {says['model']} model; give the compact one that lies beside it")
+    if says.get("precision", "fp32") != request["precision"]:
         raise InvalidInput(
-            f"{compact} is in {said.get('precision', 'fp32')} and the pack's dense model in {request['precision']}; "
+            f"{compact} is in {says.get('precision', 'fp32')} and the pack's dense model in {request['precision']}; "
             "give the compact file of that precision, or make a pack with the other --deploy"
         )
-    predicted = said.get("predicted_latency_ratio")
+    predicted = says.get("predicted_latency_ratio")
     return {
-        "plan_sha256": said.get("plan_sha256"),
+        "plan_sha256": says.get("plan_sha256"),
         "predicted_latency_ratio": None if predicted is None else float(predicted),
         "dense_fingerprint": fingerprint,
     }

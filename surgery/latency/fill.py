@@ -2,7 +2,7 @@
 
 Samples are taken in rounds over all points, shuffled, a reference kernel between every few of them: what slows the
 machine down for a while slows the reference as well and is divided out. The steps of the device's stairs are found
-first, by timing kernels of each kind at many widths. Goes to devices as it stands: Python 3.8, numpy, onnxruntime.
+first, by timing kernels of each kind at many widths. Copied to devices unchanged: Python 3.8, numpy, onnxruntime.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def step_of(curve: Mapping[int, float]) -> int:
 
     A width between two multiples of the step is worth having if it takes less time than the upper one, and no more than
     its share of the way from the lower one. On stairs of 16 multiples of 8 alone, of 4 alone, of 2 alone and odd widths
-    are not: in each of these sorts the majority tells.
+    are not: in each of these sorts the majority decides.
     """
     for size in STEPS:
         sorts = [[w for w in curve if w % size and w % part == 0 and w % (2 * part)] for part in _parts(size)]

@@ -69,12 +69,12 @@ def describe(threads: int, provider: str = PROVIDER) -> dict[str, Any]:
 def _processor() -> tuple[str, frozenset[str]]:
     """The processor's name and instruction sets: from the system, else by py-cpuinfo, which takes a second.
 
-    Linux on ARM tells instruction sets and no name.
+    Linux on ARM reports instruction sets and no name.
     """
     brand, flags = probe.processor()
     if not flags or brand in ("unknown", platform.processor()):
-        told = cpuinfo.get_cpu_info()
-        brand, flags = told.get("brand_raw") or brand, told.get("flags") or flags
+        found = cpuinfo.get_cpu_info()
+        brand, flags = found.get("brand_raw") or brand, found.get("flags") or flags
     return brand, frozenset(flags)
 
 

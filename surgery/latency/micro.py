@@ -7,8 +7,8 @@ operator, and what it makes goes into one: both bear names that begin with `CONT
 In int8 a kernel is written as ONNX Runtime's quantiser would: unsigned activations, signed weights with a scale for
 each channel, and what it does not take left in float between a `DequantizeLinear` and a `QuantizeLinear`, which count.
 
-Goes to devices as it stands: Python 3.8 and numpy. That is why the files are put together here, byte by byte, and not
-by the onnx package.
+Copied to devices unchanged: Python 3.8 and numpy. That is why the files are assembled here byte by byte, without the
+onnx package.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BY_RANGE = frozenset(("Clip", "Relu"))
 """What it leaves out behind those: numbers of 8 bits go no further than their range."""
 
 _ACTIVATION, _WEIGHT = np.float32(0.02), np.float32(0.01)
-"""Scales: times do not hang on them."""
+"""Scales: times do not depend on them."""
 
 _FLOAT, _UINT8, _INT8, _INT32, _INT64 = 1, 2, 3, 6, 7
 _KINDS = {"float32": _FLOAT, "uint8": _UINT8, "int8": _INT8, "int32": _INT32, "int64": _INT64}

@@ -1,6 +1,6 @@
 """Where a model's time goes: milliseconds by operator, from ONNX Runtime's own profiler.
 
-Profiling takes time itself, so that these figures tell shares; latencies are the timer's.
+Profiling itself takes time: these figures are good for shares; latencies are measured by the timer.
 """
 
 from __future__ import annotations

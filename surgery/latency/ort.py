@@ -212,5 +212,5 @@ def _verdict(aa: Interval | None, m: Measurement) -> tuple[bool, str]:
     if abs(aa.value - 1.0) > AA_TOLERANCE:
         return False, f"{found}, outside 1.00 ± {AA_TOLERANCE}{others}"
     if max(aa.high - 1.0, 1.0 - aa.low) > 2 * AA_TOLERANCE:
-        return False, f"{found}, an interval too wide to tell{others}: allow more runs or more time"
+        return False, f"{found}, an interval too wide to judge by{others}: allow more runs or more time"
     return True, f"{found}{others}"

@@ -1,7 +1,7 @@
 """Sessions of ONNX Runtime and how they are timed, here and on devices: Python 3.8, numpy and onnxruntime.
 
 Whole models are timed by the clock, in blocks of runs. Small models of one kernel are timed by ONNX Runtime's profiler,
-which tells the time of each operator apart from all else. Between runs of a kernel a buffer is written that is as large
+which reports the time of each operator by itself. Between runs of a kernel a buffer is written that is as large
 as the network, so that weights come from where they come from there.
 """
 
@@ -233,7 +233,7 @@ def describe(conditions: Conditions) -> dict[str, Any]:
 
 
 def processor() -> tuple[str, list[str]]:
-    """Return the processor's name and its instruction sets, as far as the system tells: Linux does."""
+    """Return the processor's name and its instruction sets, as far as the system reports them; Linux does."""
     brand = platform.processor() or "unknown"
     flags: List[str] = []
     try:

@@ -144,7 +144,7 @@ class LatencyTable:
         return found
 
     def only(self, points: Sequence[Tuple[Kernel, Widths]]) -> LatencyTable:
-        """Return the table with nothing but what it tells these kernels' times by."""
+        """Return the table with only the entries that these kernels' times come from."""
         found = (next(self._like(kernel, widths), None) for kernel, widths in points)
         return replace(self, entries={like[0].key: self.entries[like[0].key] for like in found if like is not None})
 
@@ -198,7 +198,7 @@ class LatencyTable:
             if data["schema"] != SCHEMA:
                 raise InvalidInput(
                     f"{origin}: latency table of schema {data['schema']}, this version reads {SCHEMA}; "
-                    "make it anew with `surgery profile`"
+                    "make it again with `surgery profile`"
                 )
             entries = {}
             for key, e in data["kernels"].items():

@@ -1,6 +1,6 @@
-"""Acceptances: what a plan's compact model was measured to take on another device, and where that moves the next aim.
+"""Acceptances: a compact model's latency measured on another device, which calibrates the next plan for that device.
 
-``python PACK.zip accept compact.onnx`` writes one on the device, and the next plan for that device aims by it.
+``python PACK.zip accept compact.onnx`` writes one on the device.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ class Acceptance:
         """Return the fraction to aim at by the table, so that the device may measure `target`."""
         return min(target * self.predicted / self.ratio, MOST)
 
-    def told(self, aim: float) -> str:
+    def note(self, aim: float) -> str:
         """Say where the aim comes from."""
         return (
-            f"aimed at {aim:.4f} of the dense latency by the table: its device measured {self.ratio:.4f} where the "
-            f"table told {self.predicted:.4f}"
+            f"aimed at {aim:.4f} of the dense latency by the table, calibrated with a measurement from the device: "
+            f"{self.ratio:.4f} where the table predicted {self.predicted:.4f}"
         )
 
-    def refuse_others(self, device: Mapping[str, Any], fingerprint: str, batch: int) -> None:
+    def validate_device(self, device: Mapping[str, Any], fingerprint: str, batch: int) -> None:
         """Raise InvalidInput where the table is of another device, or the plan for another architecture or batch."""
         names = sorted(name for name in {*device, *self.device} if device.get(name) != self.device.get(name))
         if names:

@@ -52,9 +52,9 @@ def predicted_ms(points: Sequence[tuple[Kernel, Widths]], table: LatencyTable) -
 
 
 def group_steps(lowered: Lowered, coupling: Coupling, table: LatencyTable, *, most: int) -> dict[str, int]:
-    """Return for each group the step that its widths had best be multiples of.
+    """Return for each group the step that its widths should be multiples of.
 
-    It is the largest step of the kernels that the group's units reach; where the device shows no stairs, one that gives
+    It is the largest step of the kernels that the group's units reach; if the device shows no stairs, one that gives
     `most` steps, since a finer search gains nothing.
     """
     labelled = coupling.labelled
@@ -270,7 +270,7 @@ def staircases(
 def _curve(
     kernel: Kernel, table: LatencyTable, before: Widths, after: Widths, nodes: Sequence[str]
 ) -> Staircase | None:
-    """Over the last width; None where the table does not tell."""
+    """Over the last width; None if the table does not hold the kernel."""
     dense = before[-1]
     step = max(1, dense // _POINTS)
     widths = sorted({*range(step, dense + 1, step), dense, max(1, after[-1])})

@@ -31,7 +31,7 @@ class LatencyBench:
         folder: where files are written.
         recipe: threads, batch and precision.
         seen: images to calibrate int8 files on, if any.
-        progress: told what is exported and timed.
+        progress: called with what is exported and timed.
         for_accuracy: whether accuracy is measured on the files too, so that int8 files are calibrated on all images.
     """
 

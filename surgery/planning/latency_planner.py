@@ -47,7 +47,7 @@ class LatencyPlanner:
         recipe: what was asked for.
         seen: images that the importance of units is measured on, if any.
         droppable: the blocks that may go, of the traced program.
-        clock: told progress.
+        clock: reports progress.
 
     Attributes:
         source: of the latency table.
@@ -83,7 +83,7 @@ class LatencyPlanner:
         """A measurement of an earlier plan from the table's device; raises InvalidInput if it is of another device."""
         found = acceptance_of(self._recipe)
         if found is not None:
-            found.refuse_others(self.source.device, self._program.fingerprint, self._recipe.target.batch)
+            found.validate_device(self.source.device, self._program.fingerprint, self._recipe.target.batch)
         return found
 
     @cached_property
@@ -124,7 +124,7 @@ class LatencyPlanner:
         predicted = found.ms / self.dense_ms
         notes = [*plan.notes, *self._droppable.notes]
         if self.calibration is not None:
-            notes.append(self.calibration.told(self.calibration.aim(self.target)))
+            notes.append(self.calibration.note(self.calibration.aim(self.target)))
         settings = {**plan.settings, "predicted_latency_ratio": round(predicted, 6)}
         plan = replace(plan, notes=tuple(notes), settings=settings)
         lowered, labelled = self._lowered(candidate), candidate.coupling.labelled

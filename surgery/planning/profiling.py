@@ -40,7 +40,7 @@ DEVICE_FILES = (
     "surgery/core/kernels.py",
     *(f"surgery/latency/{name}.py" for name in ("tables", "micro", "probe", "fill", "child", "device")),
 )
-"""What a pack holds of this package, as it stands."""
+"""What a pack holds of this package, unchanged."""
 
 PACK_MAIN = '''"""Measures a model's kernels on this device: python THIS_FILE.zip --help."""
 
@@ -233,7 +233,7 @@ def pack(subject: Survey, path: str | Path, *, name: str, progress: Progress | N
         subject: what is to be timed.
         path: of the file; replaced once everything is in it.
         name: of the model.
-        progress: told each step.
+        progress: called with each step.
 
     Raises:
         InvalidInput: the file cannot be written.
@@ -263,10 +263,10 @@ def _entry(model: Path) -> zipfile.ZipInfo:
 def _asked(subject: Survey, bench: LatencyBench, name: str) -> dict[str, Any]:
     """What the device reads."""
     recipe = subject.recipe
-    told = asdict(conditions_of(subject.program, recipe))
+    conditions = asdict(conditions_of(subject.program, recipe))
     return {
         "model": name,
-        **{key: told[key] for key in ("flush_mib", "precision", "threads")},
+        **{key: conditions[key] for key in ("flush_mib", "precision", "threads")},
         "part": recipe.selection.submodule,
         "tool_version": __version__,
         "fingerprint": subject.program.fingerprint,

@@ -206,7 +206,7 @@ def test_another_number_of_threads_has_a_table_of_its_own(fakes: Fakes) -> None:
 
 
 @pytest.mark.parametrize("damage", ["", "no json", '{"schema": 1}'])
-def test_a_corrupted_file_is_made_anew_with_one_sentence(fakes: Fakes, damage: str) -> None:
+def test_a_corrupted_file_is_measured_again_with_one_sentence(fakes: Fakes, damage: str) -> None:
     cache.Measured(Conditions(1)).cover([(CONV, (32, 32))])
     path = cache.Measured(Conditions(1)).path
     path.write_text(damage)
@@ -214,11 +214,11 @@ def test_a_corrupted_file_is_made_anew_with_one_sentence(fakes: Fakes, damage: s
     source = cache.Measured(Conditions(1), warn=said.append)
     source.cover([(CONV, (32, 32))])
     assert len(said) == 1
-    assert "made anew" in said[0]
+    assert "measured again" in said[0]
     assert LatencyTable.load(path).ms(CONV, (32, 32)) == 64.0
 
 
-def test_a_table_of_another_device_is_made_anew(fakes: Fakes) -> None:
+def test_a_table_of_another_device_is_measured_again(fakes: Fakes) -> None:
     cache.Measured(Conditions(1)).cover([(CONV, (32, 32))])
     path = cache.Measured(Conditions(1)).path
     data = json.loads(path.read_text())

@@ -213,7 +213,7 @@ def test_the_drop_is_that_of_the_int8_file(
     monkeypatch.setattr(search, "lost_by", noted)
     monkeypatch.setattr(LatencyBench, "ratio", lambda *given, **named: type("R", (), {"value": 0.5})())
     monkeypatch.setattr(search, "MOST", 1)
-    result = search.fastest(replace(decision, recipe=decision.recipe.but(max_drop=100.0)), None)
+    result = search.fastest(replace(decision, recipe=decision.recipe.but(max_drop=99.9)), None)
     assert judged[0] == "int8"
     assert "of the dense int8 latency" in result.report["latency"]["verdict"]
 

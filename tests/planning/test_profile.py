@@ -268,7 +268,7 @@ def test_an_acceptance_says_what_was_timed(
 
 
 def test_the_next_plan_aims_by_it(device: Device, folder: Path, accepted: dict[str, Any]) -> None:
-    # As if the device had been a good deal slower with the compact model than the table told.
+    # As if the device had been a good deal slower with the compact model than the table predicted.
     slower = {**accepted, "ratio": accepted["predicted_latency_ratio"] * 1.5}
     (device.folder / "slower.json").write_text(json.dumps(slower))
     given = ("--latency-table", str(device.folder / "table.json"), "--acceptance", str(device.folder / "slower.json"))
@@ -317,20 +317,20 @@ ACCEPTANCE = {
 }
 
 
-def test_the_aim_moves_by_what_the_table_told_wrongly_and_stays_a_fraction(tmp_path: Path) -> None:
+def test_the_aim_moves_by_what_the_table_predicted_wrongly_and_stays_a_fraction(tmp_path: Path) -> None:
     path = tmp_path / "acceptance.json"
     path.write_text(json.dumps(ACCEPTANCE))
     read = Acceptance.load(path)
     assert read.aim(0.48) == pytest.approx(0.4)
     path.write_text(json.dumps({**ACCEPTANCE, "ratio": 0.1}))
     assert Acceptance.load(path).aim(0.9) == 0.999
-    read.refuse_others({"cpu": "one"}, "f", 1)
+    read.validate_device({"cpu": "one"}, "f", 1)
     with pytest.raises(InvalidInput, match="another device than the latency table: cpu differ"):
-        read.refuse_others({"cpu": "two"}, "f", 1)
+        read.validate_device({"cpu": "two"}, "f", 1)
     with pytest.raises(InvalidInput, match="another architecture"):
-        read.refuse_others({"cpu": "one"}, "g", 1)
+        read.validate_device({"cpu": "one"}, "g", 1)
     with pytest.raises(InvalidInput, match="a batch of 1, the plan is for --batch 4"):
-        read.refuse_others({"cpu": "one"}, "f", 4)
+        read.validate_device({"cpu": "one"}, "f", 4)
 
 
 @pytest.mark.parametrize(
