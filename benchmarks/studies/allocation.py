@@ -1,9 +1,9 @@
 """The search of `surgery.planning.latency_search` against an exact solver, on the same problems.
 
-A problem is what a plan by the clock solves: one level per ladder of widths, a set of residual blocks to drop, the
-least importance lost within a time. Times of kernels depend on one ladder, or on two together; a mixed-integer program
-with one variable per pair of levels holds them as they are (Sun et al. 2024, MDP, arXiv:2406.12079). It is solved by
-HiGHS, as SciPy has it, which also tells how much better any solution could be at most.
+A problem is to choose one level per ladder of channel counts and a set of residual blocks to drop, with the least
+importance lost within a time. The time of a kernel depends on one ladder or on two, so a mixed-integer program with one
+variable per pair of levels states it exactly (Sun et al. 2024, MDP, arXiv:2406.12079). It is solved by HiGHS through
+SciPy, which also returns a bound on any solution.
 
 Run: ``python -m benchmarks.studies.allocation``; writes ``results/allocation.json``.
 """
@@ -39,15 +39,15 @@ TRAINED = ("resnet20", "resnet56")
 TARGETS = (0.7, 0.5, 0.35)
 SECONDS = 60.0
 MOST_PAIRS = 20_000
-"""Combinations of levels of one set of kernels that are still written out."""
+"""Largest number of combinations of levels of one set of kernels that is written out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One problem: what was lost and how long it took, by the search and by the solver.
+    """One problem: importance lost and time taken, by the search and by the solver.
 
     Attributes:
-        variables: of the mixed-integer program; 0 where it was not written: kernels depend on too many ladders at once.
+        variables: of the mixed-integer program; 0 if it was not written because kernels depend on too many ladders.
         bound: no solution loses less, by the solver.
         solved: whether the solver proved its solution the best, to a thousandth.
     """
@@ -66,7 +66,7 @@ class Row:
 
 
 class Mixed:
-    """A mixed-integer program that is written piece by piece: minimise ``cost @ x`` under linear constraints."""
+    """A mixed-integer program that is built incrementally: minimise ``cost @ x`` under linear constraints."""
 
     def __init__(self) -> None:
         self.cost: list[float] = []
@@ -89,7 +89,7 @@ class Mixed:
         self._high.append(high)
 
     def solve(self, seconds: float) -> Any:
-        """Return what HiGHS finds within a time; its presolve (of scipy 1.17) cuts off the optimum of some problems."""
+        """Solve with HiGHS within a time limit; its presolve (scipy 1.17) removes the optimum of some problems."""
         rows, columns, factors = zip(*self._entries, strict=True)
         matrix = csr_array((factors, (rows, columns)), shape=(len(self._low), len(self.cost)))
         return milp(
@@ -123,7 +123,7 @@ class Exact:
         self.program.constrain(self._times, -np.inf, target_ms)
 
     def solve(self, seconds: float) -> tuple[State | None, Any]:
-        """Return the best state found, and what the solver says."""
+        """Return the best state found, and the solver's result."""
         found = self.program.solve(seconds)
         if found.x is None:
             return None, found
@@ -142,7 +142,7 @@ class Exact:
                 self._times.append((variable, sum(forecast.kernel(k, State(tuple(levels))) for k in kernels)))
 
     def _together(self, ladders: Sequence[int], blocks: Sequence[int]) -> dict[tuple[int, ...], int]:
-        """Variables that say which combination of levels there is, none of them where a block is gone."""
+        """Variables for each combination of levels; all zero if a block is dropped."""
         own = [self._levels[k] for k in ladders]
         if len(own) == 1 and not blocks:
             return {(level,): variable for level, variable in enumerate(own[0])}
@@ -223,7 +223,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def programs(root: str | None) -> Iterator[tuple[str, Program]]:
-    """Yield the networks: trained ones where the data folder is there, others with random weights."""
+    """Yield the networks: trained ones if the data folder exists, others with random weights."""
     try:
         folder = data.find_root(root)
         for name in TRAINED:
@@ -237,8 +237,8 @@ def programs(root: str | None) -> Iterator[tuple[str, Program]]:
 
 @click.command()
 @click.option("--data-root", type=click.Path(), help=f"Data folder.  [default: ${data.VARIABLE}]")
-@click.option("--seconds", default=SECONDS, show_default=True, help="The solver's limit per problem.")
-@click.option("--markdown", "as_markdown", is_flag=True, help="Measure nothing: print the document's table again.")
+@click.option("--seconds", default=SECONDS, show_default=True, help="Time limit of the solver per problem.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Only print the table from the results file.")
 def main(data_root: str | None, seconds: float, as_markdown: bool) -> None:
     """Compare the search with an exact solver; writes results/allocation.json."""
     if not as_markdown:

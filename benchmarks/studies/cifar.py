@@ -148,9 +148,9 @@ def timed(subjects: Sequence[Subject], *, threads: int, seconds: float) -> tuple
         for row in timing.rows
     }
     rows = [replace(subject.row, timing=figures.get(subject.label)) for subject in subjects]
-    told = {key: timing.environment[key] for key in ("other_processes", "disturbed_rounds")}
+    facts = {key: timing.environment[key] for key in ("other_processes", "disturbed_rounds")}
     quality = {"reliable": timing.reliable, "why": timing.why, "rounds": timing.rounds, "stopped": timing.stopped}
-    return rows, {**quality, **told}
+    return rows, {**quality, **facts}
 
 
 def show(rows: Sequence[Row], console: Console) -> None:

@@ -1,6 +1,6 @@
 """Real checkpoints and images for the studies, found under a data folder that is not part of the repository.
 
-The folder is the one given, else that of the variable ``SURGERY_DATA``, else ``shared/data`` beside the checkout. It
+The folder is the one given, else that of the variable ``SURGERY_DATA``, else ``shared/data`` next to the checkout. It
 holds ``cifar10/test_lossless_932.npz`` (``images`` (N, 32, 32, 3) of uint8, ``labels`` (N,)), the first images of
 CIFAR-10's test set, and ``cifar10_weights/resnet{20,56}_cifar10.pt``, state dicts of pytorch_resnet_cifar10 (BSD-2).
 """

@@ -1,8 +1,8 @@
-"""Distillation without labels: run ``python -m benchmarks.studies.distillation --work FOLDER`` where that is fast.
+"""Distillation without labels: ``python -m benchmarks.studies.distillation --work FOLDER``.
 
-The studies plan and time networks on the machine that they are for, and keep them in a folder. This teaches what is in
-it, on an accelerator where there is one, and puts the weights beside; the studies go on from there. A study that finds
-nothing there teaches by itself.
+The studies plan and time networks on the target machine and store them in a folder. This command distills the networks
+of that folder, possibly on another machine with an accelerator, and stores the weights next to them; the studies then
+use these weights. A study that finds no weights distills by itself.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from surgery.errors import InvalidInput
 from surgery.recovery import History, Training, train
 
 CANVAS = 288
-"""Pixels of a photo's side, whole, whatever its shape was: views are zoomed out of it."""
+"""Side in pixels to which photos are resized; views are cropped from them."""
 EXACT = 3.0
-"""How often a lossless image is seen for each time that a JPEG one is: those are few, and what is judged by first."""
+"""How often a lossless image is drawn for each JPEG image: they are few, and the first evaluation set is lossless."""
 MARKS, TIMED = 10, 100
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is chosen by trying: the learning rate, the temperature, and the smallest share of a photo in a view."""
+    """Settings that are compared: learning rate, temperature, and the smallest share of a photo in a view."""
 
     lr: float
     temperature: float = 2.0
@@ -56,8 +56,8 @@ class DistillationRun:
     Attributes:
         teacher: of the data folder.
         steps: of training, each on `batch` views.
-        settings: where there are several, each is tried for `tried` steps on four fifths of the images, and the one is
-            taken whose outputs are nearest to the teacher's on the last fifth.
+        settings: if there are several, each is tried for `tried` steps on four fifths of the images; the one whose
+            outputs are closest to the teacher's on the last fifth is used.
     """
 
     teacher: str
@@ -68,7 +68,7 @@ class DistillationRun:
     ema: float = 0.999
 
     def training(self, checkpoint: Path | None) -> Training:
-        """Return the first setting's; steps are parted into a few epochs, a mark each."""
+        """Return the training settings of the first setting; steps are divided into `MARKS` epochs."""
         return Training(
             epochs=MARKS,
             batch=self.batch,
@@ -96,12 +96,12 @@ RUNS = {
 
 @click.command()
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Folder of planned networks.")
-@click.option("--only", type=click.Choice(list(RUNS)), help="This one alone.")
-@click.option("--steps", type=click.IntRange(min=MARKS), help="In the place of the run's own number.")
-@click.option("--minutes", type=float, help="For each; where it would take longer, steps are fewer.")
+@click.option("--only", type=click.Choice(list(RUNS)), help="Only this network.")
+@click.option("--steps", type=click.IntRange(min=MARKS), help="Number of steps, instead of the default.")
+@click.option("--minutes", type=float, help="Time limit per network; reduces the number of steps.")
 @click.option("--data-root", type=click.Path(), help="Folder of checkpoints and images.")
 def main(work: Path, only: str | None, steps: int | None, minutes: float | None, data_root: str | None) -> None:
-    """Distill what the folder holds."""
+    """Distill the networks of the folder."""
     root = data.find_root(data_root)
     for name, run in RUNS.items():
         if only in (None, name) and holds(work, name):
@@ -109,7 +109,7 @@ def main(work: Path, only: str | None, steps: int | None, minutes: float | None,
 
 
 def distilled(name: str, folder: Path, root: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a distilled network and its facts; distilled here and now where the folder does not hold it."""
+    """Return a distilled network and its facts; distills it if the folder does not contain it."""
     if not holds(folder, f"{name}.distilled"):
         distill(name, RUNS[name], folder, root)
     known = network(RUNS[name].teacher, root, jpeg=False)
@@ -118,10 +118,10 @@ def distilled(name: str, folder: Path, root: Path) -> tuple[nn.Module, dict[str,
 
 
 def distill(name: str, run: DistillationRun, folder: Path, root: Path, minutes: float | None = None) -> None:
-    """Distill a network, and keep its weights and how it went in the folder."""
+    """Distill a network; store its weights and a description in the folder."""
     begun = time.monotonic()
     if not holds(folder, name):
-        raise InvalidInput(f"{folder} holds no network {name}: a study plans it first")
+        raise InvalidInput(f"{folder} contains no network {name}: run the study that plans it first")
     known = network(run.teacher, root, jpeg=False)
     ours = kept(folder, name, known.subject)
     module = ours.module
@@ -153,7 +153,7 @@ def distill(name: str, run: DistillationRun, folder: Path, root: Path, minutes: 
 
 
 def _images(known: Network, root: Path) -> tuple[Tensor, Sight]:
-    """Images to learn from, none of which is judged by, and how they are seen."""
+    """Training images, none of which is used for evaluation, and their augmentation."""
     if known.name == "mobilenet_v2":
         return canvases(root), Sight(224)
     images = to_learn_from(known, root)
@@ -163,7 +163,7 @@ def _images(known: Network, root: Path) -> tuple[Tensor, Sight]:
 
 
 def canvases(root: Path) -> Tensor:
-    """Return the even rows of the ImageNet samples, whole, as MobileNetV2 takes them, (N, 3, CANVAS, CANVAS)."""
+    """Return the even rows of the ImageNet samples in MobileNetV2's normalization, (N, 3, CANVAS, CANVAS)."""
     from PIL import Image
 
     folder, pixels = root / "imagenet", []
@@ -178,7 +178,7 @@ def canvases(root: Path) -> Tensor:
 def _tried(
     name: str, run: DistillationRun, known: Network, module: nn.Module, images: Tensor, sight: Sight
 ) -> list[dict[str, Any]]:
-    """How near each setting comes to the teacher on images that were not learnt from, first of all none."""
+    """Divergence from the teacher on held-out images for each setting, first without distillation."""
     order = torch.randperm(len(known.learnable[0]), generator=torch.Generator().manual_seed(0))
     apart, learnt = order[: len(order) // 5], order[len(order) // 5 :]
     judged = known.learnable[0][apart]
@@ -209,7 +209,7 @@ def _learn(
     run: DistillationRun,
     checkpoint: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Distill in place; returns the marks."""
+    """Distill in place; return the training history."""
     told, begun = [0.0], time.monotonic()
 
     def tell(fraction: float) -> None:
@@ -225,7 +225,7 @@ def _learn(
 
 
 LAYOUT = torch.channels_last
-"""Of weights and images while a network is distilled: what accelerators compute in."""
+"""Memory format of weights and images during distillation."""
 
 
 def learn(
@@ -238,7 +238,7 @@ def learn(
     key: str = "",
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> History:
-    """Distill a network in place, all of its parameters; the teacher stays as it is. Arguments are those of `train`."""
+    """Distill a network in place, all of its parameters. The teacher is unchanged. Arguments are those of `train`."""
     program, dense = trace(teacher.module, teacher.inputs), copy.deepcopy(teacher.module)
     for each in (module, dense):
         each.to(memory_format=LAYOUT)  # type: ignore[call-overload]

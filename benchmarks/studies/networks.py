@@ -61,7 +61,7 @@ class CifarResNet(nn.Module):
 
 
 class Chain(nn.Module):
-    """Blocks of one width, one behind the other: the graph grows, and nothing else."""
+    """A chain of equal blocks: only the size of the graph grows."""
 
     def __init__(self, blocks: int, channels: int = 8, num_classes: int = 10) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class ProjectedBlock(nn.Module):
 
 
 class ProjectedResNet(nn.Module):
-    """Three stages of `ProjectedBlock`, of the depth and widths that a state dict tells."""
+    """Three stages of `ProjectedBlock`, with the depth and channel counts of a state dict."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ def _projected(state: Mapping[str, Tensor], name: str, stride: int) -> Projected
 
 
 def projected_resnet(state: Mapping[str, Tensor]) -> nn.Module:
-    """Return the residual network that a state dict is of, with its weights."""
+    """Return the residual network that a state dict belongs to, with its weights."""
     model = ProjectedResNet(state)
     model.load_state_dict(dict(state))
     return model

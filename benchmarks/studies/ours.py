@@ -1,4 +1,4 @@
-"""Networks of ours, kept in a folder from one step to the next: planned on one machine, distilled maybe on another."""
+"""Compact networks stored in a folder between steps: planned on one machine, distilled possibly on another."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Ours:
     Attributes:
         module: in eval mode.
         plan: what was cut.
-        facts: MACs, how a budget of time was met, how it was distilled.
+        facts: MACs, plan refinement, distillation.
     """
 
     module: nn.Module
@@ -57,7 +57,7 @@ def planned(
 
 
 def zeroed(subject: Subject, plan: Plan) -> nn.Module:
-    """Return the dense network with zeros in the place of what the plan cuts."""
+    """Return the dense network with zeros in place of what the plan removes."""
     program = drop(trace(subject.module, subject.inputs), plan.dropped)
     return masked(Cut(program, couple(program, keep=tuple(plan.settings.get("keep", ()))), plan))
 

@@ -1,4 +1,4 @@
-"""Batches of images as a student sees them, made where it is distilled: shifted, zoomed, flipped and mixed there.
+"""Batches of augmented images, computed on the training device: shifted, zoomed, flipped and mixed.
 
 `surgery` makes such views image by image, on the processor, which a network on an accelerator would wait for.
 """
@@ -25,7 +25,7 @@ class Sight:
         size: pixels of a view's side.
         shift: pixels that a view is moved by at most, at the images' own scale; for `area` 1.
         area: smallest share of an image that a view shows; 1 for views at the images' own scale.
-        often: of each image, how often it is seen beside the others; None for all alike.
+        often: relative frequency of each image; None for equal frequencies.
     """
 
     size: int

@@ -1,8 +1,8 @@
-"""Detectors of the ultralytics package, cut whole and put back: soundness, ONNX, and their own trainer and validator.
+"""Detectors of ultralytics, pruned as a whole and trained again by ultralytics itself.
 
-Each is built without weights from its own definition, cut with its own class kept, exported, compared in ONNX Runtime,
-and trained and validated for a few steps on drawn squares, by ultralytics itself, in a process of its own. ultralytics
-is AGPL-3.0 and no dependency of this package: ``pip install ultralytics`` to run this.
+Each is built without weights from its definition, pruned with `own_class`, exported, compared in ONNX Runtime, and
+trained and validated for a few steps on synthetic squares, in a process of its own. ultralytics is AGPL-3.0 and not a
+dependency of this package: ``pip install ultralytics`` to run this.
 
 Run: ``python -m benchmarks.studies.yolo``; writes ``results/yolo.json``.
 """
@@ -33,7 +33,7 @@ _IMAGES, _BATCH = 16, 4
 
 
 def measure(network: str, folder: Path) -> dict[str, Any]:
-    """Cut, export, train and validate one network in this process.
+    """Prune, export, train and validate one network in this process.
 
     Args:
         network: an ultralytics model definition, without `.yaml`.
@@ -80,12 +80,12 @@ def _sizes(model: Any, definition: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _trained(detector: Any, compact: torch.nn.Module, folder: Path) -> dict[str, Any]:
-    """Give the compact model to the detector, train it for an epoch, and validate what the trainer saved."""
+    """Put the compact model into the detector, train it for an epoch, and validate the saved model."""
     from ultralytics.models.yolo.detect import DetectionTrainer
 
     class Trainer(DetectionTrainer):  # type: ignore[misc]
         def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> torch.nn.Module:
-            """Return the compact model in the place of one built from the definition."""
+            """Return the compact model instead of one built from the definition."""
             return compact
 
     _provide_nms()

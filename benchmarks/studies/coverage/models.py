@@ -20,7 +20,7 @@ resnet152@128 resnext50_32x4d@128 resnext101_32x8d@96 resnext101_64x4d@96 shuffl
 swin_t swin_s swin_v2_t swin_v2_s@128 vgg11@96 vgg11_bn@96 vgg13@96 vgg13_bn@96 vgg16@96 vgg16_bn@96 vgg19@96
 vgg19_bn@96 vit_b_16 vit_b_32 wide_resnet50_2@128 wide_resnet101_2@96
 """
-"""`name@side` where the input is smaller than the library's own. Where only the width differs, one stands for all."""
+"""`name@side` if the input is smaller than the library's default. Models that differ only in width are listed once."""
 
 _SEGMENTATION = "fcn_resnet50 deeplabv3_resnet50 deeplabv3_mobilenet_v3_large lraspp_mobilenet_v3_large"
 _VIDEO = "r3d_18 mc3_18 r2plus1d_18 s3d swin3d_t"

@@ -1,8 +1,8 @@
 """Is a cut model right? Judged from weights and outputs alone, by nothing that any of the tools brings.
 
-The dense model has distinct values in all its parameters, so each value of a cut tensor tells which dense element it
-was. What is missing is set to zero in a copy of the dense model, and the two must then compute the same. Where a norm
-or a mean averages over an axis that was cut, the copy may average over the survivors instead: a cut cannot mean more.
+The dense model has distinct values in all its parameters, so each value of a compact tensor identifies a dense
+element. The missing elements are set to zero in a copy of the dense model, and the two must then compute the same. Where
+a norm or a mean averages over an axis that was cut, the copy may average over the survivors instead: a cut cannot mean more.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Verdict:
     """What the oracle found.
 
     Attributes:
-        sound: True or False; None where nothing could be told.
+        sound: True or False; None if undecided.
         error: relative difference of the outputs; None where they could not be compared.
-        meaning: `zeroed`, or `survivors` where norms and means run over what is left.
+        meaning: `zeroed`, or `survivors` if norms and means are taken over the remaining channels.
         why: in words, where `sound` is not True.
     """
 
@@ -48,9 +48,9 @@ def judge(dense: nn.Module, compact: nn.Module, batches: Sequence[tuple[Any, ...
     """Compare the compact model with the dense model whose missing elements are zero.
 
     Args:
-        dense: float64, with distinct parameter values; left as it is.
+        dense: float64, with distinct parameter values; unchanged.
         compact: what a tool made of a copy of it, float64.
-        batches: at least two calls' arguments: only what varies between them can be told apart.
+        batches: at least two calls' arguments: only what varies between them can be compared.
     """
     computed = _Computed.of(dense, batches[0])
     try:
@@ -113,7 +113,7 @@ def _slice_of(dense: Tensor, cut: Tensor) -> Kept | None:
     """Return which elements of `dense` are in `cut`, each once; None where it holds others, or more than one of them.
 
     Each convolution group or attention head may have kept members of its own, so this need not be a rectangle. Whether
-    the elements are in their places, the outputs tell.
+    the elements are in their places follows from the outputs.
     """
     if cut.dim() != dense.dim():
         return None
@@ -325,6 +325,6 @@ def _difference(wanted: Sequence[Sequence[Tensor]], got: Sequence[Sequence[Tenso
 
 
 def said(error: Exception) -> str:
-    """Return the kind of an error and the first line of what it says."""
+    """Return the type of an error and the first line of its message."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:200] if text else ''}"

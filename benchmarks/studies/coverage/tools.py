@@ -73,7 +73,7 @@ class Subject:
 
 
 def _loaded(model: Model) -> tuple[Any, nn.Module, tuple[Any, ...]]:
-    """The model with random weights; of it what is cut, and that one's inputs."""
+    """The model with random weights, the part to prune, and its inputs."""
     loaded = load_model(model.spec, weights="random", input_shape=model.shape, model_args=model.arguments)
     if not model.part:
         return loaded, loaded.module, loaded.example_inputs
@@ -302,7 +302,7 @@ def output_layers(module: nn.Module, inputs: tuple[Any, ...]) -> Iterator[nn.Mod
 
 
 def onnxsim_row(model: Model) -> Row:
-    """ONNX in, ONNX out, half the channels of what it matches: does it run, how many MACs go, how long it takes.
+    """Measure onnxsim's pruning of ONNX files: does the result run, how many MACs are removed, how long does it take.
 
     The file is of torch's exporter by TorchScript, of which onnxsim cut as much or more on the five models that both
     were tried on; of the one by `torch.export` where that one fails. Weights are distinct: onnxsim.simplify stores

@@ -1,1 +1,1 @@
-"""The latency study: what budgets of time come to against other tools, on the clock of ONNX Runtime."""
+"""The latency study: latency budgets compared with other tools, measured in ONNX Runtime."""

@@ -28,7 +28,7 @@ _USUAL = Options()
 @click.option("--again", is_flag=True, help="Also rows that the results file holds already.")
 @click.option("--stale", is_flag=True, help="Also rows that other code of this repository measured.")
 @click.option("--minutes", type=float, help="Begin no row after that.")
-@click.option("--seconds", default=_USUAL.seconds, show_default=True, help="Aimed at for the race of one row.")
+@click.option("--seconds", default=_USUAL.seconds, show_default=True, help="Target duration of the timing of one row.")
 @click.option(
     "--equal-latency", multiple=True, type=float, default=_USUAL.equal_latency, show_default=True,
     help="Targets at which rivals are brought to our latency too, on random weights; repeatable, 0 for none.",

@@ -2,7 +2,7 @@
 
 Where torch-pruning ranks layer by layer, widths follow from the share alone and are the same for every criterion: such
 networks are timed once, and judged once per criterion. Ours is as shipped, with the loop; the others are brought to the
-latency that it was measured at, by the same timer, and all of them run in one race at the end.
+latency that it was measured at, with the same timer, and all of them are timed together at the end.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def accuracy(job: Job, options: Options, folder: Path) -> Entry:
     judge.ours.update(judge.look(result.model))
     ours = {"macs": subject.kept(result.model), **judge.say(judge.ours)}
     found = _Search(bench, judge, options, bench.quick(result.model), _known(job)).all()
-    figures = bench.race()
+    figures = bench.measure()
     for entry in (e for e in found if "failed" not in e):
         entry |= told(entry["macs"], figures["latency"][entry["file"]])
     ours |= told(ours["macs"], figures["latency"]["ours"])
@@ -100,7 +100,7 @@ def accuracy(job: Job, options: Options, folder: Path) -> Entry:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Search:
-    """Rivals of one row: each is brought to a latency, exported for the race, and judged."""
+    """Rivals of one row: each is brought to a latency, exported for timing, and evaluated."""
 
     bench: Bench
     judge: Judge
@@ -161,7 +161,7 @@ class _Search:
         return {**entry, **self.judge.say(self.judge.look(module))}
 
     def _with_streams(self) -> list[Entry]:
-        """What happens where torch-pruning is told of no layer that it has to spare, for the record."""
+        """The result if torch-pruning is given no layers to ignore, for the record."""
         everything = Subject(self.bench.subject.module, self.bench.subject.inputs)
         entry: Entry = {"rival": "torch-pruning", "setting": "residual streams too", "criterion": "l1"}
         try:

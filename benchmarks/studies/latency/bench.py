@@ -1,4 +1,4 @@
-"""The clock of the study: networks as ONNX files, quick ratios while searching, one race of all at the end."""
+"""Timing in the study: networks as ONNX files, quick ratios while searching, all files together at the end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NEAR = 0.02
 
 
 def tell(words: str) -> None:
-    """Say on stderr what is being done."""
+    """Print progress to stderr."""
     print(f"    {words}", file=sys.stderr, flush=True)
 
 
@@ -81,13 +81,13 @@ class Bench:
         """
         return reach(lambda share: self.quick(cut(share)), wanted, tolerance=0.01, most=most, start=start)
 
-    def race(self) -> dict[str, Any]:
+    def measure(self) -> dict[str, Any]:
         """Time every file against the dense one in one run; returns figures by name, and what the timer says of them.
 
         The dense file must be the first that was added. A second copy of it runs along: the A/A control.
         """
         files = {name: path for name, path in self._files.items() if name != "dense, quick"}
-        tell(f"race of {len(files)} files")
+        tell(f"time {len(files)} files")
         timing = ort.time(
             files,
             Settings(threads=self.threads),

@@ -1,6 +1,6 @@
 """Which rows the study has, in the order in which they matter, and which of them a call asks for.
 
-A row is one job: a network, what is asked of it, and on how many threads. Its key is its name in the results file.
+A row is one job: a network, a target, and a number of threads. Its key is its name in the results file.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def every_job() -> list[Job]:
 def chosen(parts: Sequence[str], patterns: Iterable[str], jobs: Iterable[Job]) -> list[Job]:
     """Return the jobs of these parts, all without any, whose key or network fits one of the patterns, if there are any.
 
-    What is told of predictions comes from rows of `speed`: those are the jobs of `prediction`.
+    The table of predictions uses rows of `speed`: those are the jobs of `prediction`.
     """
     wanted = tuple(patterns)
 

@@ -10,7 +10,7 @@ class Options:
     """The same for all rows of a call.
 
     Attributes:
-        seconds: aimed at for a row's race; twelve rounds are made where they take up to four times as long.
+        seconds: target duration of a row's timing; twelve rounds are made if they take up to four times as long.
         equal_latency: targets at which rivals are brought to our latency too; one thread only.
         equal_latency_of: which rivals.
         onnxsim: whether onnxsim's structured pruning is among them.
@@ -18,7 +18,7 @@ class Options:
         criteria_imagenet: the same on those of ImageNet, whose images take a hundred times as long to judge by.
         evaluations: networks that a rival may try to find a latency, on trained networks.
         torch_threads: with which images are judged; more than one crawls on a machine that is not idle.
-        data_root: of the checkpoints and images; None: `SURGERY_DATA`, or `shared/data` beside the checkout.
+        data_root: of the checkpoints and images; None: `SURGERY_DATA`, or `shared/data` next to the checkout.
     """
 
     seconds: float = 12.0

@@ -59,7 +59,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How torch-pruning is told to choose; `round_to` 0 is its default, which rounds nothing."""
+    """A setting of torch-pruning; `round_to` 0 is its default, no rounding."""
 
     name: str
     round_to: int = 0
@@ -91,10 +91,10 @@ SLOPES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
 
 
 def by_torch_pruning(subject: Subject, setting: Setting, share: float) -> nn.Module:
-    """Return a copy of which torch-pruning has taken this share of the channels.
+    """Return a copy from which torch-pruning has removed this share of the channels.
 
     Raises:
-        DoesNotRun: it fails, or what it leaves does not run.
+        DoesNotRun: it fails, or its result does not run.
     """
     import torch_pruning as tp
 
@@ -149,7 +149,7 @@ def _fill_slopes(module: nn.Module, subject: Subject, *, squared: bool) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Uniform:
-    """The same fraction of every group, by this compiler: what uniform width comes to on any network."""
+    """The same fraction of every group, by this compiler: uniform width reduction."""
 
     subject: Subject
     criterion: str = "l1"

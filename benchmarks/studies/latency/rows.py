@@ -1,4 +1,4 @@
-"""The results file: rows by key, each with what it was measured with, written after every one of them."""
+"""The results file: rows by key, each with the versions it was measured with, written after each row."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 
 def made_with() -> str:
-    """What a row has to agree in to be left as it is: this study's form and every library's version."""
+    """What a row must match to be kept: the format of this study and the version of every library."""
     found = [f"form {FORM}", f"model-surgery {__version__}"]
     for name in _LIBRARIES:
         try:
@@ -60,7 +60,7 @@ def write(rows: Mapping[str, Row]) -> Path:
 
 
 def signed(row: Mapping[str, Any], job: Job, seconds: float) -> Row:
-    """Return a row with what it is of, when and with what it was measured, and how long that took."""
+    """Return a row with its job, the date, the versions it was measured with, and the seconds it took."""
     stamp = {"made_with": made_with(), "source": source(), "measured": date.today().isoformat()}
     of = {"part": job.part, "network": job.network, "amount": job.amount, "threads": job.threads}
     return {**row, **of, **stamp, "seconds": round(seconds, 1)}

@@ -37,7 +37,7 @@ def reach(
         wanted: the ratio.
         tolerance: relative to `wanted`; a point that near ends the search.
         most: evaluations.
-        start: the first share to try; by default what a square law tells, as MACs follow widths.
+        start: the first share to try; by default from a square law, as MACs are quadratic in channel counts.
     """
     guess = min(MOST, max(0.005, 1 - math.sqrt(wanted) if start is None else start))
     low, high = Point(0.0, 1.0), Point(1.0, 0.0)
@@ -65,7 +65,7 @@ def nearest(points: Sequence[Point], wanted: float, *, tolerance: float) -> Poin
 
 
 def guess_from(points: Sequence[Point], wanted: float) -> float | None:
-    """Return the share that a straight line between earlier points tells for a ratio; None without any."""
+    """Return the share for a ratio by linear interpolation between earlier points; None without any."""
     if not points:
         return None
     known = sorted([Point(0.0, 1.0), *points], key=lambda p: p.share)

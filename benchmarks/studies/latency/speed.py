@@ -1,4 +1,4 @@
-"""Rows of random weights: what a budget of time comes to, and where other tools are at the same MACs and latency."""
+"""Rows with random weights: latency budgets, and other tools at the same MACs and latency."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def subject_of(network: str) -> Subject:
 
 
 def speed(job: Job, options: Options, folder: Path) -> Entry:
-    """Shrink to a target; bring the others to our MACs, some to our latency as well; race all files."""
+    """Shrink to a target; bring the others to our MACs, some to our latency as well; time all files together."""
     subject = subject_of(job.network)
     bench = Bench(subject, folder, job.threads, options.seconds)
     bench.add("dense", subject.module)
@@ -52,7 +52,7 @@ def speed(job: Job, options: Options, folder: Path) -> Entry:
     _at_our_macs(bench, entries, entries["ours"]["macs"], options)
     if job.amount in options.equal_latency and job.threads == 1:
         _at_our_latency(bench, entries, bench.quick(result.model), options)
-    figures = bench.race()
+    figures = bench.measure()
     rows = _judged(entries, figures["latency"])
     rows["ours"]["met"] = MET[0] <= loop["measured"] / job.amount <= MET[1]
     return {"entries": rows, "timer": figures["timer"], "loop": loop, "shrink_s": round(seconds, 1)}
@@ -78,7 +78,7 @@ def _at_our_macs(bench: Bench, entries: dict[str, Entry], macs: float, options: 
 
 
 def _at_our_latency(bench: Bench, entries: dict[str, Entry], wanted: float, options: Options) -> None:
-    """Bring rivals to the latency that the quick timer tells of ours."""
+    """Bring rivals to our latency as measured by the quick timer."""
     subject = bench.subject
     ways: dict[str, Callable[[float], nn.Module]] = {
         setting.name: partial(by_torch_pruning, subject, setting) for setting in SETTINGS
@@ -154,7 +154,7 @@ def channels(job: Job, options: Options, folder: Path) -> Entry:
     choice, budget = ours_of_macs(subject, wanted, threads=job.threads)
     compact = cut(choice.program, choice.plan, coupling=choice.coupling).module
     bench.add("ours", compact)
-    figures = bench.race()
+    figures = bench.measure()
     entries: dict[str, Entry] = {PLAIN.name: {"macs": wanted}, "ours": {"macs": subject.kept(compact)}}
     rows = _judged(entries, figures["latency"])
     gain = rows[PLAIN.name]["latency"]["value"] / rows["ours"]["latency"]["value"]

@@ -1,4 +1,4 @@
-"""Networks with real weights, images to calibrate and images to judge by, and what is done with them."""
+"""Networks with trained weights, calibration images and evaluation images."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def classes(module: nn.Module, images: Tensor) -> NDArray[np.int64]:
 def reestimated(module: nn.Module, images: Tensor) -> nn.Module:
     """Return a copy whose batch norms have the mean and variance of these images: the plain average over batches.
 
-    Of a rewritten program the operators are told to, since it has no modules for them.
+    In a rewritten program this is set on the operators, since it has no modules for them.
     """
     module = copy.deepcopy(module).eval()
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

@@ -1,1 +1,1 @@
-"""How much accuracy recovery brings back, against other tools and smaller networks, on real checkpoints and images."""
+"""The recovery study: accuracy after recovery, compared with other tools and with smaller networks."""

@@ -1,7 +1,7 @@
 """Run: ``python -m benchmarks.studies.recovery``; writes ``results/recovery.json`` row by row, and continues there.
 
-Each row has a process of its own, so that its peak memory is its own. Other work on the machine makes it slower and
-changes no accuracy.
+Each row is measured in a process of its own, because of its peak memory. Other work on the machine makes it slower but
+does not change accuracy.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ NAME, MODULE = "recovery", "benchmarks.studies.recovery"
 
 
 @click.command()
-@click.option("--only", "patterns", multiple=True, metavar="PATTERN", help="Rows whose key holds this; repeatable.")
-@click.option("--again", is_flag=True, help="Also rows that the results file holds already.")
-@click.option("--minutes", type=float, help="Begin no row after that.")
-@click.option("--take", type=click.Path(exists=True), help="Run nothing; take up a row that --row printed elsewhere.")
-@click.option("--threads", default=2, show_default=True, help="Of torch.")
+@click.option("--only", "patterns", multiple=True, metavar="PATTERN", help="Rows whose key contains this; repeatable.")
+@click.option("--again", is_flag=True, help="Also rows that are in the results file already.")
+@click.option("--minutes", type=float, help="Start no row after this time.")
+@click.option("--take", type=click.Path(exists=True), help="Run nothing; add a row that --row printed elsewhere.")
+@click.option("--threads", default=2, show_default=True, help="Threads of torch.")
 @click.option("--data-root", type=click.Path(), help="Folder of checkpoints and images.")
-@click.option("--table", is_flag=True, help="Run nothing; print Markdown tables from the results file.")
-@click.option("--row", metavar="KEY", help="Run this row alone and print it; for --take.")
+@click.option("--table", is_flag=True, help="Only print the tables from the results file.")
+@click.option("--row", metavar="KEY", help="Run only this row and print it; for --take.")
 def main(
     patterns: tuple[str, ...],
     again: bool,
@@ -41,7 +41,7 @@ def main(
     table: bool,
     row: str | None,
 ) -> None:
-    """Measure what recovery brings back; writes results/recovery.json."""
+    """Measure accuracy after recovery; writes results/recovery.json."""
     if table:
         click.echo(tables(record.read(NAME)))
         return
@@ -69,7 +69,7 @@ def main(
 
 
 def _enter(row: dict[str, Any]) -> dict[str, Any]:
-    """Put a row into the results file, where the machine of the first one stands; returns all."""
+    """Add a row to the results file; return all rows."""
     key = Job(row["part"], row["network"], row["amount"], row["method"]).key
     rows, place = {**_known(), key: row}, record.RESULTS / f"{NAME}.json"
     machine = record.read(NAME)["machine"] if place.is_file() else record.machine(1)
@@ -88,8 +88,8 @@ def _run(key: str, root: Path, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     job = next(job for job in every_job() if job.key == key)
     begun = time.monotonic()
-    told = {"threads": threads, "machine": record.sentence(record.machine(1))}
-    return {**run(job, root), **told, "all_seconds": round(time.monotonic() - begun)}
+    facts = {"threads": threads, "machine": record.sentence(record.machine(1))}
+    return {**run(job, root), **facts, "all_seconds": round(time.monotonic() - begun)}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What settings were chosen by: training images that were not looked at, and never those that figures come from."""
+"""Comparisons that settings were chosen by, on held-out training images, never on evaluation images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REPAIRS = (0.0, 0.5, 1.0)
 
 
 def by_steps(known: Network, macs: float) -> list[dict[str, Any]]:
-    """Cut at once, or in several steps with reconstruction in between."""
+    """Prune at once, or in several steps with reconstruction in between."""
 
     def made(images: Tensor, seed: int, steps: int) -> nn.Module:
         budget = surgery.Budget(macs=macs)
@@ -51,7 +51,7 @@ def _with(call: Callable[..., Any], last: Any) -> Callable[..., Any]:
 
 
 def _repaired(folds: Sequence[Moments], prior: Tensor, share: float, **named: Any) -> Solution:
-    """Each output's deviation brought this share of the way to that of what is wanted, its mean as it is."""
+    """Move each output's standard deviation this share of the way to the target's; its mean is unchanged."""
     solution = solve(folds, prior, **named)
     whole = sum(folds[1:], folds[0])
     kernel, shift = solution.weight[:, :-1], solution.weight[:, -1]

@@ -33,9 +33,9 @@ def to_macs(known: Network, macs: float, root: Path) -> list[dict[str, Any]]:
     cut = surgery.shrink(
         known.subject.module, known.subject.inputs, surgery.recipe(budget=budget, data=images, recover="none")
     )
-    result, told = _distilled(cut, known, root, TO_MACS)
+    result, facts = _distilled(cut, known, root, TO_MACS)
     kept = round(known.subject.kept(result.model), 4)
-    return [{**told, "tool": "ours", "macs": kept, "judged": judged_all(known, [result.model])}]
+    return [{**facts, "tool": "ours", "macs": kept, "judged": judged_all(known, [result.model])}]
 
 
 def to_latency_of(known: Network, smaller: str, root: Path) -> list[dict[str, Any]]:
@@ -48,15 +48,15 @@ def to_latency_of(known: Network, smaller: str, root: Path) -> list[dict[str, An
         bench = Bench(known.subject, Path(folder), 1, _RACE_S)
         bench.add("dense", known.subject.module)
         bench.add(smaller, other.subject.module)
-        wanted = bench.race()["latency"][smaller]["value"]
+        wanted = bench.measure()["latency"][smaller]["value"]
         images = known.calibration(SEEDS[0])
         budget = surgery.Budget(latency=wanted)
         cut = surgery.shrink(
             known.subject.module, known.subject.inputs, surgery.recipe(budget=budget, data=images, recover="none")
         )
-        result, told = _distilled(cut, known, root, TO_LATENCY)
+        result, facts = _distilled(cut, known, root, TO_LATENCY)
         bench.add("ours", result.model)
-        figures = bench.race()
+        figures = bench.measure()
     distilled, seconds = _peer(known, other.subject.module, root)
     theirs = judged_all(known, [other.subject.module])
     rows: list[dict[str, Any]] = [
@@ -75,7 +75,7 @@ def to_latency_of(known: Network, smaller: str, root: Path) -> list[dict[str, An
             "seconds": seconds,
             "judged": judged_all(known, [distilled]),
         },
-        {**told, "tool": "ours", "judged": judged_all(known, [result.model])},
+        {**facts, "tool": "ours", "judged": judged_all(known, [result.model])},
     ]
     times = figures["latency"]
     for row, name in zip(rows, ("dense", smaller, smaller, "ours"), strict=True):

@@ -1,4 +1,4 @@
-"""Rows of the study: what each does, and what it comes to."""
+"""Rows of the study, and how each is measured."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GOALS = {
     ("resnet20", 0.5): 4.0,
     ("mobilenet_v2", 0.714): 3.0,
 }
-"""Network and fraction of the MACs → points that may be lost without labels or gradients."""
+"""Network and fraction of the MACs → allowed points lost without labels or gradients."""
 OURS = {
     "second-order": ("none", "bn", "reconstruct"),
     "reconstruction": ("reconstruct",),
@@ -45,7 +45,7 @@ OURS = {
     "taylor": ("reconstruct",),
     "l1": ("none", "fold", "bn", "reconstruct"),
 }
-"""Criterion → levels of recovery."""
+"""Criterion → recovery methods."""
 COMPARED = (
     ("resnet20", 0.5, ("l1", "reconstruction", "activation", "taylor")),
     ("resnet56", 0.476, ("l1",)),
@@ -58,15 +58,15 @@ AT_LATENCY = (
     ("mobilenet_v2", 0.7, SHORTLIST),
     ("mobilenet_v2", 0.7, ROUNDED),
 )
-"""Network, fraction of the dense latency, and torch-pruning's settings: those that do best at the same MACs; the best
-with widths in steps of 8, alone, at the latency that ours takes beside the ones before; both, beside ours."""
+"""Network, fraction of the dense latency, and torch-pruning's settings: the best at equal MACs; the best with
+multiples of 8, timed separately at our latency; or both, timed together with ours."""
 SMALLER = "resnet20"
-"""Downloaded instead of cutting ResNet-56."""
+"""The alternative to pruning ResNet-56."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One row: a network at a fraction of its MACs or latency, and what is done."""
+    """One row: a network at a fraction of its MACs or latency, and a method."""
 
     part: str
     network: str
@@ -167,10 +167,10 @@ def _at_latency(known: Network, job: Job, root: Path) -> list[dict[str, Any]]:
 
 
 def _earlier(row: Job, job: Job) -> list[dict[str, Any]]:
-    """What a row has come to that another one needs."""
+    """The result of a row that another row depends on."""
     rows = record.read("recovery")["rows"]
     if row.key not in rows:
-        raise InvalidInput(f"'{job.key}' goes by what '{row.key}' has come to: run that row first")
+        raise InvalidInput(f"'{job.key}' depends on the result of '{row.key}': run that row first")
     return list(rows[row.key]["rows"])
 
 

@@ -54,13 +54,13 @@ def at_published(root: Path, steps_dense: int = STEPS_DENSE, steps: int = STEPS)
         {"tool": "dense", "recovery": "finetuned on JPEG images", "macs": 1.0, "judged": judged_all(known, [dense])},
     ]
     for tool, module, before in (("ours", cut.model, "reconstruct"), ("torch-pruning", theirs, "published weights")):
-        told = {"tool": tool, "macs": round(subject.kept(module), 4)}
-        rows.append({**told, "recovery": before, "judged": judged_all(known, [module])})
+        facts = {"tool": tool, "macs": round(subject.kept(module), 4)}
+        rows.append({**facts, "recovery": before, "judged": judged_all(known, [module])})
         tell(f"finetune {tool}")
         begun = time.monotonic()
         finetuned = _finetuned(copy.deepcopy(module), subject, images, labels, steps)
         rows.append({
-            **told,
+            **facts,
             "recovery": "finetune",
             "steps": steps,
             "epochs": round(steps * BATCH / len(images), 1),

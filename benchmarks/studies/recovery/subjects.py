@@ -53,9 +53,9 @@ class Network:
     """A trained network.
 
     Attributes:
-        subject: the network, and what torch-pruning has to leave alone.
-        learnable: images to learn from (N, C, H, W), and their labels, which only `finetune` would see.
-        judged: sets to judge by; none of their images is among those to learn from.
+        subject: the network, and the layers that torch-pruning must ignore.
+        learnable: training images (N, C, H, W), and their labels, which only `finetune` uses.
+        judged: evaluation sets, disjoint from the training images.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Network:
     judged: tuple[Judged, ...]
 
     def calibration(self, seed: int) -> Tensor:
-        """Return the images that a seed draws."""
+        """Return the calibration images of a seed."""
         order = torch.randperm(len(self.learnable[0]), generator=torch.Generator().manual_seed(seed))
         return self.learnable[0][order[: CALIBRATION[self.name]]].contiguous()
 
@@ -126,7 +126,7 @@ def logits(module: nn.Module, images: Tensor) -> Tensor:
 
 
 def judged(found: Sequence[Tensor], by: Judged) -> dict[str, Any]:
-    """Return what a network comes to, over several seeds: each image counts as the mean of them.
+    """Return accuracy and agreement of a network, averaged over several seeds.
 
     Args:
         found: logits of each seed's network.
@@ -173,7 +173,7 @@ def _paired(before: Tensor, after: Tensor) -> dict[str, float]:
 
 
 def goal_of(drop: Mapping[str, float], goal: float) -> str:
-    """Tell whether a goal is met: by the interval, else it is undecided."""
+    """Return whether the interval meets a goal: `met`, `missed` or `undecided`."""
     if drop["high"] <= goal:
         return "met"
     return "missed" if drop["low"] > goal else "undecided"

@@ -1,4 +1,4 @@
-"""Rows at a measured latency: ours and torch-pruning's, and MobileNetV2 as it is on smaller images."""
+"""Rows at a measured latency: ours, torch-pruning's, and the dense MobileNetV2 on smaller images."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def at_latency(known: Network, ratio: float, among: Sequence[Setting]) -> list[d
         }
         wanted = max(bench.quick(r.model) for r in results)
         rows = [ours, *rivals(known, _brought_to(bench, wanted), among)]
-        figures = bench.race()
+        figures = bench.measure()
     times = figures["latency"]
     ours |= {"latency": times["ours 0"], "latencies": [times[f"ours {seed}"] for seed in SEEDS]}
     ours["timer"] = figures["timer"]
@@ -93,12 +93,12 @@ def at_latency(known: Network, ratio: float, among: Sequence[Setting]) -> list[d
 
 
 def rivals_at(known: Network, wanted: float, among: Sequence[Setting]) -> list[dict[str, Any]]:
-    """torch-pruning alone, in a race with the dense network, at a latency that ours was measured to take elsewhere."""
+    """torch-pruning timed with the dense network, at the latency measured for ours in another row."""
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(known.subject, Path(folder), 1, RACE_S)
         bench.add("dense", known.subject.module)
         rows = rivals(known, _brought_to(bench, wanted), among)
-        figures = bench.race()
+        figures = bench.measure()
     rows[0]["timer"] = figures["timer"]
     return _with_times(rows, figures["latency"])
 
@@ -131,25 +131,25 @@ def rivals(
 ) -> list[dict[str, Any]]:
     """Judge a rival's networks in these settings: as they are, and with the batch norms of each seed's images.
 
-    On sets of images after the first, only its default and what is best on the first one.
+    On sets of images after the first, only its default and the setting that is best on the first one.
     """
     rows, modules = list[dict[str, Any]](), list[list[nn.Module]]()
     first = replace(known, judged=known.judged[:1])
     for setting in among:
-        told: dict[str, Any] = {"tool": "torch-pruning", "criterion": setting.criterion}
-        told["global"] = setting.ranks_globally
+        facts: dict[str, Any] = {"tool": "torch-pruning", "criterion": setting.criterion}
+        facts["global"] = setting.ranks_globally
         if setting.round_to:
-            told["round_to"] = setting.round_to
+            facts["round_to"] = setting.round_to
         tell(setting.name)
         try:
             module, more = made(setting)
         except DoesNotRun as error:
-            rows.append({**told, "failed": str(error)})
+            rows.append({**facts, "failed": str(error)})
             modules.append([])
             continue
-        anew = [reestimated(module, known.calibration(seed)) for seed in SEEDS]
-        for recovery, found in (("none", [module]), ("bn", anew)):
-            rows.append({**told, **more, "recovery": recovery, "judged": judged_all(first, found)})
+        renormed = [reestimated(module, known.calibration(seed)) for seed in SEEDS]
+        for recovery, found in (("none", [module]), ("bn", renormed)):
+            rows.append({**facts, **more, "recovery": recovery, "judged": judged_all(first, found)})
             modules.append(found)
     rest = replace(known, judged=known.judged[1:])
     for row, found in zip(rows, modules, strict=True):
@@ -159,7 +159,7 @@ def rivals(
 
 
 def best_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of a rival's rows its default, and what is best on the first images, without and with norms anew."""
+    """A rival's default and its best setting on the first images, without and with batch-norm re-estimation."""
     shown: list[dict[str, Any]] = []
     for recovery in ("none", "bn"):
         same = [r for r in rows if r.get("recovery") == recovery]
@@ -170,7 +170,7 @@ def best_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def smaller_images(root: Path, sizes: Sequence[int] = (224, 192, 160)) -> list[dict[str, Any]]:
-    """MobileNetV2 as it is, fed with smaller images: what a user can do without any surgery."""
+    """The dense MobileNetV2 on smaller images: the alternative without pruning."""
     known = network("mobilenet_v2", root)
     module, full = known.subject.module, known.judged[0]
     rows: list[dict[str, Any]] = []

@@ -20,7 +20,7 @@ ASKS = {
     "resnet56": Ask(latency=0.58, deploys=("fp32", "int8")),
     "mobilenet_v2": Ask(latency=0.69, deploys=("fp32", "int8"), smaller=(192, 160), seconds=150.0),
 }
-"""Network → what is made of it; a little less than the goals' time, since a budget is met within three per cent."""
+"""Network → files to make; targets slightly below the goals, since a budget is met within three per cent."""
 
 
 @click.command()

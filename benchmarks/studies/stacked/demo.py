@@ -66,7 +66,7 @@ def main(
     as_json: bool,
     kept: bool,
 ) -> None:
-    """Make one network faster in every way there is, and print what each comes to."""
+    """Make all kinds of faster files of one network, and compare them."""
     torch.set_num_threads(available_cores())
     _keep_freed_memory()
     try:
@@ -113,11 +113,11 @@ def _show(found: dict[str, Any]) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
     console.print(rich_table(Table(HEADS, list(lines(found["rows"])))))
     by = found["judged_by"][0]
-    told = (
+    facts = (
         f"judged on {by['images']} images: {by['name']}; {found['photos']} photos without labels, int8 calibrated on "
         f"{found['calibrated']}; {found['seconds'] / 60:.1f} minutes; timer: {found['timer']['why']}"
     )
-    console.print(told, markup=False, highlight=False, soft_wrap=True)
+    console.print(facts, markup=False, highlight=False, soft_wrap=True)
 
 
 def _case(model: str, weights: str, photos: str | None, val: str | None) -> Case:

@@ -1,4 +1,4 @@
-"""The rows: files of every way to less time, timed in one race, judged in ONNX Runtime on the same images."""
+"""The rows of a table: all files, timed together and evaluated in ONNX Runtime on the same images."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from surgery.recovery import paired_drop
 
 BATCH = 32
 DEFAULT_SHARE = 0.5
-"""Share of every width that torch-pruning takes if it is not told otherwise."""
+"""Share of every channel count that torch-pruning removes by default."""
 AT_ONCE = 8
-"""Images that torch runs at a time to tell them apart: more take longer each, in memory that is mapped anew."""
+"""Batch size of torch for evaluation: larger batches are slower per image, because memory is mapped again."""
 LOOKED, ANEW = 64, 128
-"""Photos by which the best of torch-pruning's settings is told, and by which its norms are then estimated anew."""
+"""Photos that torch-pruning's best setting is chosen by, and photos for its batch-norm re-estimation."""
 TRIES = 4
 STEP = 16
 """Of widths, for torch-pruning's best: the step of this machine's stairs; odd widths would have to lose more."""
 
 
 Facts = Mapping[str, Any]
-"""What is known of a file beside time and loss: MACs, what it was planned for, how it was distilled."""
+"""Facts about a file besides latency and loss: MACs, target precision, distillation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Ask:
         calibrated: photos that every file in int8 is calibrated on; None: all of them.
         rivals: whether torch-pruning is there.
         threads: of ONNX Runtime.
-        seconds: of the race.
+        seconds: for timing.
     """
 
     latency: float
@@ -84,7 +84,7 @@ class Job:
         return self.path.with_suffix(".int8.onnx")
 
     def write(self) -> None:
-        """Export, and quantise; what the files come to is judged later."""
+        """Export and quantize; the files are evaluated later."""
         onnx.export(self.module, (self.example,), self.path, onnx.ExportSettings(check=False))
         if self.seen is not None:
             batches = [(part,) for part in torch.split(self.seen, BATCH)]
@@ -92,7 +92,7 @@ class Job:
 
 
 def _handed(pool: ProcessPoolExecutor, job: Job) -> Future[None]:
-    """Give a job to another process; what it holds may not go there."""
+    """Submit a job to another process; its contents may not be picklable."""
     try:
         return pool.submit(_written, pickle.dumps(job))
     except Exception as error:  # a user's own module may raise anything
@@ -154,7 +154,7 @@ def measured(case: Case, ask: Ask, folder: Path, work: Path | None = None) -> di
 
     Args:
         case: the network and its images.
-        ask: what is made of it.
+        ask: which files to make.
         folder: an empty one, for files.
         work: folder of networks that are planned or distilled already, and where new ones are kept; None: `folder`.
     """
@@ -163,8 +163,8 @@ def measured(case: Case, ask: Ask, folder: Path, work: Path | None = None) -> di
     dense = case.subject.module
     files.add("dense", dense, {"macs": 1.0}, int8="dense int8")
     for size in ask.smaller:
-        told = {"macs": round((size / case.photos.shape[-1]) ** 2, 4)}
-        files.add(f"dense at {size} px", dense, told, int8=f"dense at {size} px, int8", size=size)
+        facts = {"macs": round((size / case.photos.shape[-1]) ** 2, 4)}
+        files.add(f"dense at {size} px", dense, facts, int8=f"dense at {size} px, int8", size=size)
     ours = {deploy: _ours(files, ask, deploy, work or folder) for deploy in ask.deploys}
     if ask.rivals:
         _rivals(files, ask, ours[ask.deploys[-1]].module, folder)
@@ -200,15 +200,15 @@ def measured(case: Case, ask: Ask, folder: Path, work: Path | None = None) -> di
 
 def _ours(files: Files, ask: Ask, deploy: str, work: Path) -> Ours:
     case, last = files.case, deploy == ask.deploys[-1]
-    told, name = "" if len(ask.deploys) == 1 else f", planned for {deploy}", f"{case.name}.{deploy}"
+    suffix, name = "" if len(ask.deploys) == 1 else f", planned for {deploy}", f"{case.name}.{deploy}"
     budget = surgery.Budget(latency=ask.latency)
     ours = planned(name, case.subject, case.photos, budget, work, deploy=deploy, threads=ask.threads)
     if last:
         files.add("masked", zeroed(case.subject, ours.plan), {"macs": 1.0})
-    files.add(f"compact{told}", ours.module, shown(ours.facts), int8=f"compact int8{told}")
+    files.add(f"compact{suffix}", ours.module, shown(ours.facts), int8=f"compact int8{suffix}")
     if last and case.distilled is not None:
         module, facts = case.distilled(name, work)
-        files.add(f"compact{told}, distilled", module, shown(facts), int8=f"compact int8{told}, distilled")
+        files.add(f"compact{suffix}, distilled", module, shown(facts), int8=f"compact int8{suffix}, distilled")
     return ours
 
 
@@ -216,7 +216,7 @@ def _ours(files: Files, ask: Ask, deploy: str, work: Path) -> Ours:
 
 
 def _rivals(files: Files, ask: Ask, ours: nn.Module, folder: Path) -> None:
-    """torch-pruning as it comes, and its best: at our float file's latency, the norms estimated anew on the photos."""
+    """torch-pruning's default, and its best setting at our float file's latency after batch-norm re-estimation."""
     case = files.case
     try:
         plain = by_torch_pruning(case.subject, PLAIN, DEFAULT_SHARE)
@@ -262,7 +262,7 @@ def _at_latency(case: Case, bench: Bench, wanted: float, globally: bool) -> Iter
                 share = bench.to_latency(cut, wanted, most=TRIES).share
             module = cut(share)
             if _weights(module) == _weights(case.subject.module):
-                tell(f"torch-pruning by {name}: cuts nothing of this network")
+                tell(f"torch-pruning by {name}: removes nothing from this network")
                 continue
         except DoesNotRun as error:
             tell(str(error))
@@ -275,7 +275,7 @@ def _weights(module: nn.Module) -> int:
     return sum(x.numel() for x in module.parameters())
 
 
-# What they come to. --------------------------------------------------------------------------------------------------
+# Evaluation. --------------------------------------------------------------------------------------------------------
 
 
 def _logits(path: Path, images: Tensor) -> Tensor:
@@ -303,16 +303,16 @@ def _row(name: str, files: Files, timing: ort.Timing, logits: Mapping[str, Seque
 
 def judged(by: Judges, found: Tensor, dense: Tensor, dense_int8: Tensor) -> dict[str, Any]:
     """Return accuracy, points lost against both dense files with their intervals, and agreement with the float one."""
-    told = {
+    facts = {
         "images": by.name,
         "match": round(100 * float((found.argmax(1) == dense.argmax(1)).double().mean()), 2),
         "divergence": round(divergence(dense, found), 4),
     }
     if by.labels is None:
-        return told
+        return facts
     right = {key: (x.argmax(1) == by.labels).double() for key, x in (("", found), ("d", dense), ("q", dense_int8))}
     return {
-        **told,
+        **facts,
         "accuracy": round(100 * float(right[""].mean()), 2),
         "lost": _lost(right["d"], right[""], itself=torch.equal(found, dense)),
         "lost_against_int8": _lost(right["q"], right[""], itself=torch.equal(found, dense_int8)),
