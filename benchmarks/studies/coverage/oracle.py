@@ -1,8 +1,8 @@
-"""Is a cut model right? Judged from weights and outputs alone, by nothing that any of the tools brings.
+"""An oracle for pruned models that uses weights and outputs only, and no code of any of the tools.
 
 The dense model has distinct values in all its parameters, so each value of a compact tensor identifies a dense
-element. The missing elements are set to zero in a copy of the dense model, and the two must then compute the same. Where
-a norm or a mean averages over an axis that was cut, the copy may average over the survivors instead: a cut cannot mean more.
+element. The missing elements are set to zero in a copy of the dense model, and the two must then compute the same.
+Where a norm or a mean averages over an axis that was cut, the copy may average over the survivors instead.
 """
 
 from __future__ import annotations
