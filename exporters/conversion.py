@@ -49,7 +49,7 @@ def convert(
         axes: dynamic axes by input name; an axis that torch then finds to be fixed is an error.
         outputs: output names, in the order in which the model returns its tensors.
         opset: ONNX operator set to write.
-        dynamo: by `torch.export`; else by the TorchScript tracer, which follows the example's way through the code.
+        dynamo: by `torch.export`; else by the TorchScript tracer, which follows the example's path through the code.
 
     Raises:
         UnsupportedModel: with the user's source line, where there is one.

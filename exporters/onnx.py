@@ -188,8 +188,8 @@ def _first_that_works(job: _Job, axes: Axes, notes: list[str]) -> ExportResult:
         try:
             return _attempt(job, wanted, notes)
         except (UnsupportedModel, CheckFailed) as error:
-            # Sizes may be baked in without a word (by the TorchScript tracer, or where an adaptive pooling's windows
-            # happen to be even): only the comparison finds out. A file for the batch alone has to be right.
+            # Sizes may be fixed silently (by the TorchScript tracer, or where the windows of an adaptive pooling happen
+            # to be even): only the comparison finds out. A file for the batch alone has to be right.
             space = any(axis for chosen in wanted.values() for axis in chosen)
             if not instead or (job.settings.dynamo and not space and isinstance(error, CheckFailed)):
                 raise
@@ -198,7 +198,7 @@ def _first_that_works(job: _Job, axes: Axes, notes: list[str]) -> ExportResult:
 
 
 def _attempts(axes: Axes) -> Iterator[tuple[Axes, str]]:
-    """Yield axes to try, and what to say of the next attempt if these fail ('' for the last)."""
+    """Yield axes to try, and the note on the next attempt if these fail ('' for the last)."""
     batch = {name: tuple(a for a in chosen if a == 0) for name, chosen in axes.items()}
     if any(axes.values()) and batch != axes and any(batch.values()):
         yield axes, "only the batch is dynamic"
@@ -252,7 +252,7 @@ def _write(job: _Job, model: torch.nn.Module, axes: Axes, file: Path) -> ir.Mode
 
 
 def _verify(job: _Job, axes: Axes) -> tuple[float, float, list[str]]:
-    """Return (error, varying share, notes); raises CheckFailed where the file differs or nothing can be told."""
+    """Return (error, varying share, notes); raises CheckFailed where the file differs or the comparison is blind."""
     real, near = _compare(job, job.model, job.file, near=False)
     notes = ["one path exported: compared near the example only, away from it the torch model differs"] if near else []
     if any(0 in chosen for chosen in axes.values()):
@@ -280,7 +280,7 @@ def _verify(job: _Job, axes: Axes) -> tuple[float, float, list[str]]:
 
 
 def _rounded(job: _Job, model: torch.nn.Module, file: Path, parity: Parity, *, near: bool) -> dict[str, str]:
-    """What to say of outputs that differ more than usual, and yet by no more than torch's own rounding does."""
+    """Notes on outputs that differ more than usual, but no more than torch's own rounding explains."""
     seen = {name: found for name, found in parity.outputs.items() if found.error > TOLERANCE and not found.blind}
     own = rounding(file, model, job.call, near_example=near) if seen else {}
     return {
@@ -292,7 +292,7 @@ def _rounded(job: _Job, model: torch.nn.Module, file: Path, parity: Parity, *, n
 
 
 def _compare(job: _Job, model: torch.nn.Module, file: Path, *, near: bool) -> tuple[Parity, bool]:
-    """Compare on random inputs, or (TorchScript only) near the example where random inputs lead another way."""
+    """Compare on random inputs, or (TorchScript only) near the example where random inputs take another path."""
     if not near:
         try:
             found = parity(file, model, job.call)

@@ -44,7 +44,7 @@ _TINY = 1e-30
 
 @dataclass(frozen=True, slots=True)
 class OutputParity:
-    """How one output compares, at worst over all runs. For whole numbers, shares of differing elements instead.
+    """How one output compares: the worst of all runs. For integers, shares of differing elements instead.
 
     Attributes:
         error: largest difference over the largest value of the part that varies with the input.
@@ -73,7 +73,7 @@ class OutputParity:
 
     @property
     def unclear(self) -> bool:
-        """Whether the values themselves leave open if the programs are equal: blind, or lost in rounding."""
+        """Whether the comparison is inconclusive: blind, or within rounding."""
         return self.blind or (self.error > TOLERANCE and self.difference <= ROUNDING)
 
 
@@ -113,7 +113,7 @@ def parity(
         path: the ONNX file.
         model: in eval mode, on the CPU; left unchanged.
         call: an example call, as `bind` returns it.
-        near_example: stay within 5 % of the example, for a file that holds only the example's way through the code.
+        near_example: stay within 5 % of the example, for a file that holds only the example's path through the code.
         seed: of the inputs.
 
     Returns:

@@ -1,9 +1,9 @@
 """ONNX files in fewer bits: int8 by ONNX Runtime's static quantization, fp16 by its converter.
 
-Both take a float32 file and are compared with it, in ONNX Runtime and on the calibration images, before they take the
-place of an older file. Batch norms are folded first, so that a convolution and its norm are rounded once. Activations
-are unsigned and weights signed, a scale for each channel: on x86 that is what has fast kernels (signed activations ran
-three times slower on ResNet-56), on ARM both have.
+Both start from a float32 file and are compared with it, in ONNX Runtime and on the calibration images, before they
+replace an older file. Batch norms are folded first, so that a convolution and its norm are rounded once. Activations
+are unsigned and weights signed, with a scale per channel: x86 has fast kernels for that combination (signed activations
+ran three times slower on ResNet-56), ARM for both.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SUMS = ("LayerNormalization", "GroupNormalization", "InstanceNormalization")
 """Left in float32: means and variances lose digits in 16 bits, and older runtimes have no such kernels."""
 
 LEAST = 0.5
-"""Cosine between the outputs in float32 and in fewer bits, below which nothing is left."""
+"""Cosine between the outputs in float32 and in fewer bits; a file below that is refused."""
 
 Batch = Mapping[str, NDArray[Any]]
 _Outputs = dict[str, NDArray[Any]]
@@ -106,12 +106,12 @@ def to_int8(
         target: of the int8 file, in QDQ format; its folder must exist.
         batches: of the file's inputs by name, each (N, ...), normalised as the model expects.
         settings: how to quantise.
-        check: refuse a file that computes something else; without, what comes out is for timing alone.
+        check: refuse a file that computes something else; False for files that are only timed.
 
     Raises:
         InvalidInput: the source cannot be read, the images are missing, too few or do not fit, a pattern of
             `settings.keep` names no layer.
-        CheckFailed: the int8 file does not run, or nothing of what the float file gives is left.
+        CheckFailed: the int8 file does not run, or its output is unrelated to the float file's.
     """
     how = settings or Int8()
     seen, own = _calibration(source, batches, compare=check)
@@ -144,7 +144,7 @@ def to_fp16(source: str | os.PathLike[str], target: str | os.PathLike[str], batc
 
     Raises:
         InvalidInput: the source cannot be read or converted, or there are no inputs to compare on.
-        CheckFailed: the fp16 file does not run, or nothing of what the float file gives is left.
+        CheckFailed: the fp16 file does not run, or its output is unrelated to the float file's.
     """
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
@@ -160,7 +160,7 @@ def to_fp16(source: str | os.PathLike[str], target: str | os.PathLike[str], batc
     return Quantised(Path(target), Path(target).stat().st_size, (0, 0), cosine, match)
 
 
-# What is read. ------------------------------------------------------------------------------------------------------
+# Input. -------------------------------------------------------------------------------------------------------------
 
 
 def _read(source: str | os.PathLike[str]) -> onnx.ModelProto:
@@ -171,9 +171,9 @@ def _read(source: str | os.PathLike[str]) -> onnx.ModelProto:
 def _calibration(
     source: Any, batches: Iterable[Batch], *, least: int = FEWEST, compare: bool = True
 ) -> tuple[list[Batch], _Outputs]:
-    """The batches as a list, and what the float file gives; raises InvalidInput where they are too few or misfit.
+    """The batches as a list, and the float file's outputs; raises InvalidInput where they are too few or do not fit.
 
-    Where nothing is compared with, the file is given one batch, to see whether it takes them.
+    Without `compare`, only one batch is run, to see whether the file takes them.
     """
     seen: list[Batch] = [dict(batch) for batch in batches]
     session = open_session(source)
@@ -214,7 +214,7 @@ def _module_of(node: onnx.NodeProto) -> str:
     return read.removesuffix(".weight") if read.endswith(".weight") else str(node.name)
 
 
-# What is done. ------------------------------------------------------------------------------------------------------
+# Quantization. ------------------------------------------------------------------------------------------------------
 
 
 def _fold(source: Any, folded: Path) -> None:
@@ -311,7 +311,7 @@ def _agreement(own: _Outputs, file: Path, seen: Sequence[Batch]) -> tuple[float,
         cosines.append(_cosine(wanted, found))
     if min(cosines) < LEAST:
         raise CheckFailed(
-            f"{file.name}: nothing of the float file's output is left (cosine {min(cosines):.2f}); keep more layers in "
+            f"{file.name}: its output is unrelated to the float file's (cosine {min(cosines):.2f}); keep more layers in "
             "float32, or calibrate by another method or other images"
         )
     first = next(iter(own))

@@ -24,7 +24,7 @@ READ = {
 }
 """Release of ONNX Runtime → operator set and IR version, as its release notes have it; tried from 1.15 on."""
 FORMAT_OF = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
-"""Operator set → the IR version that came with it: whoever reads the one reads the other."""
+"""Operator set → the IR version released with it: a runtime that reads one reads the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,8 @@ class Reader:
         release = int(found[1]), int(found[2])
         oldest = min(READ)
         if release < oldest:
-            told = ".".join(map(str, oldest))
-            raise InvalidInput(f"ONNX Runtime {version} is older than {told}, the oldest that files are written for")
+            known = ".".join(map(str, oldest))
+            raise InvalidInput(f"ONNX Runtime {version} is older than {known}, the oldest that files are written for")
         opset, ir_version = READ[max(known for known in READ if known <= release)]
         return cls(str(version), opset, ir_version)
 
