@@ -311,8 +311,8 @@ def _agreement(own: _Outputs, file: Path, seen: Sequence[Batch]) -> tuple[float,
         cosines.append(_cosine(wanted, found))
     if min(cosines) < LEAST:
         raise CheckFailed(
-            f"{file.name}: its output is unrelated to the float file's (cosine {min(cosines):.2f}); keep more layers in "
-            "float32, or calibrate by another method or other images"
+            f"{file.name}: its output is unrelated to the float file's (cosine {min(cosines):.2f}); keep more layers "
+            "in float32, or calibrate by another method or other images"
         )
     first = next(iter(own))
     classes = own[first].ndim == 2 and own[first].shape[1] > 1
