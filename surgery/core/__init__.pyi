@@ -25,17 +25,16 @@ from .counting import count_macs as count_macs, count_params as count_params
 from .executor import Compute as Compute, Executor as Executor, Frontier as Frontier, interpret as interpret
 from .files import replacing as replacing
 from .graphs import (
-    Bound as Bound,
     all_tensors as all_tensors,
     arguments_of as arguments_of,
     attribute as attribute,
-    bind as bind,
     flat_outputs as flat_outputs,
     mutates as mutates,
     names_dtype as names_dtype,
     narrowest as narrowest,
     shapes_of as shapes_of,
     state_of as state_of,
+    with_values as with_values,
 )
 from .ir import (
     KEPT as KEPT,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,34 +14,25 @@ from surgery.core.sizes import hint
 from surgery.core.tolerances import TOLERANCE
 
 
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """An operator call with its arguments by name: `raw` as in the graph, `concrete` with values instead of nodes."""
-
-    raw: Mapping[str, Any]
-    concrete: Mapping[str, Any]
-
-
-def bind(node: torch.fx.Node, lookup: Callable[[torch.fx.Node], Any]) -> Bound:
-    """Name a call's arguments by the operator's schema; `lookup` gives the value of an argument node."""
+def arguments_of(node: torch.fx.Node) -> dict[str, Any]:
+    """Return a call's arguments as they stand in the graph, named and completed by the operator's schema."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
-        raw: dict[str, Any] = {str(k): a for k, a in enumerate(node.args)} | dict(node.kwargs)
-    else:
-        raw = {}
-        for k, argument in enumerate(schema.arguments):
-            if k < len(node.args):
-                raw[argument.name] = node.args[k]
-            elif argument.name in node.kwargs:
-                raw[argument.name] = node.kwargs[argument.name]
-            elif argument.has_default_value():
-                raw[argument.name] = argument.default_value
-    return Bound(raw, {k: torch.fx.map_arg(v, lookup) for k, v in raw.items()})
+        return {str(k): a for k, a in enumerate(node.args)} | dict(node.kwargs)
+    found: dict[str, Any] = {}
+    for k, argument in enumerate(schema.arguments):
+        if k < len(node.args):
+            found[argument.name] = node.args[k]
+        elif argument.name in node.kwargs:
+            found[argument.name] = node.kwargs[argument.name]
+        elif argument.has_default_value():
+            found[argument.name] = argument.default_value
+    return found
 
 
-def arguments_of(node: torch.fx.Node) -> Mapping[str, Any]:
-    """Return a call's arguments by name, as they stand in the graph."""
-    return bind(node, lambda n: n).raw
+def with_values(arguments: Mapping[str, Any], lookup: Callable[[torch.fx.Node], Any]) -> dict[str, Any]:
+    """Return arguments with values instead of nodes."""
+    return {name: torch.fx.map_arg(argument, lookup) for name, argument in arguments.items()}
 
 
 def mutates(node: torch.fx.Node) -> bool:

@@ -65,7 +65,7 @@ def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
     labels.freeze(tuple(np.array(g.units) for g in groups if g.size == 1), _ALONE)
     groups = tuple(g for g in groups if g.size > 1)
     roots = {group.name: group.units for group in groups}
-    labelled = LabelledGraph(labels, values, {k: b.concrete for k, b in calls.items()}, params, roots)
+    labelled = LabelledGraph(labels, values, calls, params, roots)
     shapes = {name: value.shape for name, value in params.items()}
     reasons = not_zeros(program, labelled)
     groups = tuple(replace(g, inexact=g.inexact or reasons.get(g.name)) for g in groups)

@@ -15,7 +15,18 @@ import torch
 from torch import Tensor
 
 from surgery.capture import source_of
-from surgery.core import Bound, LabelledGraph, LabelSet, Layer, Masks, Value, attribute, bind, interpret, shapes_of
+from surgery.core import (
+    LabelledGraph,
+    LabelSet,
+    Layer,
+    Masks,
+    Value,
+    arguments_of,
+    attribute,
+    interpret,
+    shapes_of,
+    with_values,
+)
 from surgery.ops import Call, Rewrite, Rule, rules
 
 
@@ -25,7 +36,7 @@ def propagate_labels(
     shapes: Callable[[torch.fx.Node], Any],
     labels: LabelSet,
     settled: Callable[[str, Any], Any] = lambda name, value: value,
-) -> tuple[dict[str, Any], dict[str, Bound]]:
+) -> tuple[dict[str, Any], dict[str, Mapping[str, Any]]]:
     """Run a graph on labels.
 
     Args:
@@ -36,15 +47,17 @@ def propagate_labels(
         settled: sees each computed value, by node name, and returns the one to go on with.
 
     Returns:
-        Value of every node, and the bound arguments of every operator call.
+        Value of every node, and the arguments of every operator call by name.
     """
     table = rules()
-    calls: dict[str, Bound] = {}
+    calls: dict[str, Mapping[str, Any]] = {}
 
     def call(node: torch.fx.Node, values: Mapping[str, Any]) -> Any:
-        calls[node.name] = bind(node, lambda n: values[n.name])
-        value = _apply(node, calls[node.name], table.get(str(node.target)), shapes(node), labels)
-        return settled(node.name, value)
+        raw = arguments_of(node)
+        bound = calls[node.name] = with_values(raw, lambda n: values[n.name])
+        if node.target is operator.getitem:
+            return settled(node.name, bound["0"][bound["1"]])
+        return settled(node.name, _apply(node, bound, raw, table.get(str(node.target)), shapes(node), labels))
 
     values = interpret(
         graph.graph,
@@ -73,16 +86,21 @@ def _plain(shape: Any) -> Any:
     return [_plain(s) for s in shape] if isinstance(shape, list) else shape
 
 
-def _apply(node: torch.fx.Node, bound: Bound, rule: Rule | None, shape: Any, labels: LabelSet) -> Any:
-    if node.target is operator.getitem:
-        return bound.concrete["0"][bound.concrete["1"]]
+def _apply(
+    node: torch.fx.Node,
+    bound: Mapping[str, Any],
+    raw: Mapping[str, Any],
+    rule: Rule | None,
+    shape: Any,
+    labels: LabelSet,
+) -> Any:
     if not isinstance(shape, (tuple, list)):  # a symbolic size: its concrete value is the example's
         return shape
     where = source_of(node)
     labels.where = f"{node.target}" + (f" at {where}" if where else "")
     many = isinstance(shape, list)
     outputs = [s for s in shape if isinstance(s, tuple)] if isinstance(shape, list) else [shape]
-    call = Call(node.name, bound.concrete, outputs, labels, many=many, raw=bound.raw)
+    call = Call(node.name, bound, outputs, labels, many=many, raw=raw)
     if rule is None:
         call.freeze_the_rest("no rule for this operator; to cut through it, add one in surgery/ops/")
         return _plain(shape)

@@ -20,7 +20,7 @@ from surgery.core import (
     CompactModel,
     Program,
     Value,
-    bind,
+    arguments_of,
     copied,
 )
 from surgery.coupling import (
@@ -84,7 +84,7 @@ def _rewritten(cut: Cut, sliced: Mapping[str, Tensor]) -> tuple[CompactGraph, li
         new[node].meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
         rule = table.get(str(node.target))
         if node.op == "call_function" and rule is not None and rule.rewrite is not None and node.name in labelled.calls:
-            raw = bind(node, lambda n: n).raw
+            raw = arguments_of(node)
             change = rule.rewrite(rewrite_view(labelled, cut.masks, node.name, raw))
             literals += _literals(node, raw, change)
             new[node] = _apply_change(graph, root, new[node], change, new)
@@ -137,7 +137,7 @@ def _apply_change(
             node.args, node.kwargs, node.target = tuple(resolved(a) for a in change.args), {}, change.op
             return node
         names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-        raw = bind(node, lambda n: n).raw
+        raw = arguments_of(node)
         for name, value in change.items():
             position = names.index(name)
             if raw.get(name) == value:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from surgery.core import bind
+from surgery.core import arguments_of
 
 aten = torch.ops.aten
 
@@ -77,7 +77,7 @@ def _draft(
 ) -> tuple[Contraction, torch.fx.Node] | None:
     """The layer that begins at a node, and its last operation."""
     if node.target in CONVOLUTIONS or node.target == LINEAR:
-        raw = bind(node, lambda n: n).raw
+        raw = arguments_of(node)
         weight, bias = _own(raw.get("weight"), reads), _own(raw.get("bias"), reads)
         x = raw.get("input")
         if not weight or (raw.get("bias") is not None and not bias) or not isinstance(x, torch.fx.Node):
@@ -102,7 +102,7 @@ def _own(node: object, reads: Mapping[str, int]) -> str:
 
 def _norm_names(node: torch.fx.Node, reads: Mapping[str, int]) -> tuple[str, ...]:
     """Scale, shift, mean and variance by name; empty unless the norm has all of them to itself, and is evaluating."""
-    raw = bind(node, lambda n: n).raw
+    raw = arguments_of(node)
     names = tuple(_own(raw.get(name), reads) for name in ("weight", "bias", "running_mean", "running_var"))
     return names if all(names) and not raw.get("training") else ()
 

@@ -12,7 +12,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from surgery.core import Executor, Group, Site, bind
+from surgery.core import Executor, Group, Site, arguments_of
 from surgery.importance.contractions import CONVOLUTIONS, LINEAR, Contraction, find_contractions
 from surgery.importance.evidence import Evidence
 from surgery.importance.folding import Folded
@@ -83,7 +83,7 @@ class _Observer:
     def __init__(self, layer: Contraction, tape: Executor, images: int, seed: int) -> None:
         self.layer, self._images = layer, images
         self.node = tape.nodes[tape.place[layer.node]]
-        self._raw = bind(self.node, lambda n: n).raw
+        self._raw = arguments_of(self.node)
         self.source: torch.fx.Node = self._raw["input"]
         self._weight = tape.state[layer.weight]
         self._groups = int(self._raw["groups"]) if self.node.target in CONVOLUTIONS else 1
@@ -91,7 +91,7 @@ class _Observer:
         self._scale = torch.ones(len(self._weight), dtype=torch.float64)
         if layer.norm:
             gamma, _, _, var = (tape.state[name].double() for name in layer.norm_names)
-            epsilon = float(bind(tape.nodes[tape.place[layer.norm]], lambda n: n).raw["eps"])
+            epsilon = float(arguments_of(tape.nodes[tape.place[layer.norm]])["eps"])
             self._scale = gamma / (var + epsilon).sqrt()
         self._generator = torch.Generator().manual_seed(seed)
         self._moments = Moments.none(self._groups, self._inputs, 0)

@@ -17,7 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.core import Block, Coupling, Group, Program, Site, all_tensors, bind, interpret, shapes_of
+from surgery.core import (
+    Block,
+    Coupling,
+    Group,
+    Program,
+    Site,
+    all_tensors,
+    arguments_of,
+    interpret,
+    shapes_of,
+    with_values,
+)
 from surgery.coupling import input_correlation
 from surgery.importance.unit_weights import power_sum
 from surgery.ops import Moments, Rule, compressed, rules, through
@@ -137,7 +148,7 @@ def _standard(shape: Any) -> Any:
 
 def _result(node: torch.fx.Node, shape: Any, known: Mapping[str, Any], rule: Rule | None) -> Any:
     """By the operator's own rule, else by its family; where neither knows, the inputs' moments are passed on."""
-    given = dict(bind(node, lambda n: known[n.name]).concrete)
+    given = with_values(arguments_of(node), lambda n: known[n.name])
     if node.target is operator.getitem:
         whole = given["0"]
         return whole[given["1"]] if isinstance(whole, tuple) else _passed_on([whole], shape)
@@ -248,7 +259,7 @@ def _layers(program: Program, known: Mapping[str, Any]) -> dict[str, list[_Layer
             continue
         if rule.family == "norm" or normed.intersection(node.all_input_nodes):
             normed.add(node)
-        raw = bind(node, lambda n: n).raw
+        raw = arguments_of(node)
         for argument, axis in rule.contracts.items():
             weight, x = raw.get(argument), raw.get(rule.masked[0])
             if isinstance(weight, torch.fx.Node) and weight.op == "get_attr":

@@ -24,7 +24,7 @@ from surgery.core import (
     Size,
     Step,
     Value,
-    bind,
+    arguments_of,
     hint,
     is_symbolic,
 )
@@ -89,7 +89,7 @@ class _Lowering:
         return Lowered(placed, self._sizes, tuple(self._untimed))
 
     def _visit(self, node: torch.fx.Node, rule: Rule | None) -> None:
-        arguments = bind(node, lambda n: n).raw
+        arguments = arguments_of(node)
         tensors = _tensors(arguments)
         shapes = {name: self._shape(source) for name, source in tensors.items()}
         steps = rule.onnx(arguments, shapes, self._shape(node)) if rule is not None and rule.onnx is not None else None

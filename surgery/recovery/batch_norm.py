@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from surgery.capture import evaluating
-from surgery.core import CompactModel, Executor, bind
+from surgery.core import CompactModel, Executor, arguments_of, with_values
 from surgery.importance import NORM
 from surgery.recovery.reconstruction import tensors_of
 
@@ -56,10 +56,8 @@ class _Estimating(Executor):
         """Run one node."""
         if node.target != NORM:
             return super().call(node, values, **changed)
-        given = {
-            k: self.value(v, values) if isinstance(v, torch.fx.Node) else v for k, v in bind(node, _same).raw.items()
-        }
-        raw = bind(node, _same).raw
+        raw = arguments_of(node)
+        given = with_values(raw, lambda n: self.value(n, values))
         names = [str(v.target) if isinstance(v := raw[k], torch.fx.Node) else "" for k in _STATISTICS]
         if all(names):
             x: Tensor = given["input"].double().movedim(1, 0).flatten(1)
@@ -82,10 +80,6 @@ class _Estimating(Executor):
 
 
 _STATISTICS = ("running_mean", "running_var")
-
-
-def _same(node: torch.fx.Node) -> torch.fx.Node:
-    return node
 
 
 def _of_module(module: nn.Module, batches: Batches, call: Callable[[Sequence[Tensor]], Any], progress: Progress) -> int:

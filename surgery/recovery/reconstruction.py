@@ -26,7 +26,7 @@ from surgery.core import (
     LabelledGraph,
     Masks,
     Value,
-    bind,
+    arguments_of,
     state_of,
 )
 from surgery.coupling import Cut
@@ -193,7 +193,7 @@ def _rails(node: torch.fx.Node) -> tuple[float, float]:
         return 0.0, 6.0
     if node.target in _CLAMPS:
         names = _CLAMPS[node.target]
-        given = bind(node, lambda n: n).raw
+        given = arguments_of(node)
         low, high = (given.get(name) for name in names)
         if all(x is None or isinstance(x, (int, float)) for x in (low, high)):
             return -inf if low is None else float(low), inf if high is None else float(high)
@@ -232,7 +232,7 @@ class _Fit:
     ) -> None:
         self.layer, self._dense, self._cut, self._sizes = layer, dense, cut, sizes
         self._node = cut.nodes[cut.place[layer.node]]
-        self._raw = bind(self._node, lambda n: n).raw
+        self._raw = arguments_of(self._node)
         self._alive = [
             torch.from_numpy(mask).nonzero().flatten() if axis and not (mask := masks(aim, a)).all() else None
             for a, axis in enumerate(aim.axes)
@@ -267,7 +267,7 @@ class _Fit:
         return scale, beta - scale * mean
 
     def _epsilon(self) -> float:
-        return float(bind(self._cut.nodes[self._cut.place[self.layer.norm]], lambda n: n).raw["eps"])
+        return float(arguments_of(self._cut.nodes[self._cut.place[self.layer.norm]])["eps"])
 
     def _weights(self) -> Tensor:
         """(groups, n + 1, outputs): the weights as they are, the norm's scale and shift in them."""
