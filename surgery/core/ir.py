@@ -66,6 +66,7 @@ class Program:
         materialised: weight that the model computes from parameters, and that the graph holds as a constant → names of
             those parameters which are read nowhere else.
         whole: the program as it was traced, where this one is what is left of it without some blocks.
+        why_graph: why `model` is a graph and not the user's own class, where blocks are gone; empty where it is not.
     """
 
     graph: Any
@@ -79,6 +80,7 @@ class Program:
     tracer: str = "export"
     materialised: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     whole: Program | None = None
+    why_graph: str = ""
 
     @property
     def has_graph(self) -> bool:

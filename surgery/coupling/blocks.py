@@ -22,7 +22,7 @@ from surgery.core import Block, Program, all_tensors, arguments_of, hint
 from surgery.coupling.compact_graph import CompactGraph, hold
 from surgery.coupling.constants import BranchConstants, channel_axes, fold, spread
 from surgery.coupling.depthwise import depthwise_layers
-from surgery.coupling.placeholders import model_without, shared_path
+from surgery.coupling.placeholders import CannotReplace, model_without, shared_path
 from surgery.errors import PlanMismatch
 from surgery.ops import rules
 
@@ -173,15 +173,20 @@ def drop(program: Program, constants: Mapping[str, Sequence[float]], blocks: Seq
     root = hold(nn.Module(), {**tensors, **shifted, **added}, program.model)
     held = CompactGraph(root, graph, type(program.model).__name__)
     paths = {block.name: _shortcut(program, block) for block in gone}
-    model = model_without(program, gone, paths, held, added, {id(tensors[name]): t for name, t in shifted.items()})
+    replaced, why = {id(tensors[name]): t for name, t in shifted.items()}, ""
+    try:
+        model: nn.Module = model_without(program, gone, paths, held, added, replaced)
+    except CannotReplace as error:
+        training = program.model.training
+        model = CompactGraph(root, copy.deepcopy(graph), type(program.model).__name__).train() if training else held
+        why = str(error)
     held.eval()  # as programs are; the mode of training is kept in the model
-    if model is None and program.model.training:
-        model = CompactGraph(root, copy.deepcopy(graph), type(program.model).__name__).train()
     return replace(
         program,
         graph=held,
         nodes=describe_graph(graph),
-        model=held if model is None else model,
+        model=model,
+        why_graph=why,
         materialised={name: sources for name, sources in program.materialised.items() if name in tensors},
         notes=program.notes,
         whole=program,
@@ -262,7 +267,7 @@ def _return(graph: torch.fx.Graph, output: torch.fx.Node, new: Mapping[torch.fx.
 
 
 def _name_of(block: Block, tensors: Collection[str]) -> str:
-    """The name of a block's constant: `Shifted`'s own, if that replaces the block's module."""
+    """The name of a block's constant: `Placeholder`'s own, if that replaces the block's module."""
     name = f"{block.module}.constant"
     plain = block.plain and block.name == block.module and name not in tensors
     return name if plain else f"{block.name.replace('.', '_').replace('#', '_')}_left"

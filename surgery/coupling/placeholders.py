@@ -1,4 +1,4 @@
-"""The user's own model without some of its blocks: what stands in the place of their modules."""
+"""The user's own model without some of its blocks: placeholder modules replace the modules of those."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from surgery.capture import evaluating, module_of
-from surgery.core import Block, Program, buffers_kept, copied, flat_outputs, fresh
+from surgery.core import Block, Program, buffers_kept, copied, first_line, flat_outputs, fresh
 from surgery.coupling.compact_graph import CompactGraph
 
 
-class Shifted(nn.Module):
-    """What is left of a residual block without its branch: (N, C, ..) plus a constant, perhaps projected, rectified.
+class Placeholder(nn.Module):
+    """Replaces a residual block whose branch is gone: (N, C, ..) plus a constant, perhaps projected, rectified.
 
     Attributes:
         constant: (1, C, 1, ..), or None for nothing.
@@ -44,6 +44,10 @@ def shared_path(paths: Iterable[str]) -> str:
     return ".".join(names[0] for names in together)
 
 
+class CannotReplace(Exception):
+    """Why no placeholder modules can replace blocks of the user's model."""
+
+
 def model_without(
     program: Program,
     gone: Sequence[Block],
@@ -51,56 +55,87 @@ def model_without(
     held: CompactGraph,
     added: Mapping[str, nn.Parameter],
     shifted: Mapping[int, Tensor],
-) -> nn.Module | None:
-    """Return the user's model with a stand-in for each module whose blocks are gone; None where that is not the same.
+) -> nn.Module:
+    """Return the user's model with a placeholder for each module whose blocks are gone.
 
-    A module may do more than add up, or be called with more than the one value: the two are run.
+    A module may do more than add up, or be called with more than the one value: the result is run and compared.
 
     Args:
         program: whose model it is; the model is left unchanged.
         gone: the blocks.
         shortcuts: name of each block → path of the module that projects what stays, or empty.
         held: the program without the blocks.
-        added: constants that are added in the place of blocks, by name.
+        added: constants that are added instead of blocks, by name.
         shifted: id of a tensor of the model → what it becomes.
+
+    Raises:
+        CannotReplace: the model with placeholders would not compute the same.
     """
     model: nn.Module = program.model
-    modules = dict(model.named_modules())
-    left = {block.module: _child(shortcuts[block.name], block.module) for block in gone}
-    if not all(path and path in modules for path in left):
-        return None
-    if any(not block.plain and not left[block.module] for block in gone):
-        return None
-    if not {name.removesuffix(".constant") for name in added} <= left.keys():
-        return None
+    children = {block.module: _child(shortcuts[block.name], block.module) for block in gone}
+    _validate_modules(model, gone, children, added)
     nodes = {node.name: node for node in program.graph.graph.nodes}
     endings = {block.name: _rectifier(nodes[block.sum], block) for block in gone}
-    if not _are_all(program, gone, shortcuts, [node for node in endings.values() if node is not None]):
-        return None
+    _validate_nothing_else(program, gone, shortcuts, [node for node in endings.values() if node is not None])
     through = {block.sum: nodes[block.stays] for block in gone if block.is_layer}
     rectified = {
         block.module
         for block in gone
         if endings[block.name] is not None
-        and (f"{block.module}.constant" in added or left[block.module] or not _nonnegative(nodes[block.stays], through))
-    }
-    shared = {**{id(t): t for t in (*model.parameters(), *model.buffers())}, **shifted}
-    instead: dict[int, nn.Module] = {}
-    for path in sorted(left, reverse=True):  # a block may be in the shortcut of another
-        child = left[path]
-        instead[id(modules[path])] = _stand_in(
-            added.get(f"{path}.constant"),
-            path in rectified,
-            {child: copied(modules[f"{path}.{child}"], {**shared, **instead})} if child else {},
+        and (
+            f"{block.module}.constant" in added
+            or children[block.module]
+            or not _nonnegative(nodes[block.stays], through)
         )
-    made = copied(model, {**shared, **instead})
+    }
+    memo: dict[int, object] = {**{id(t): t for t in (*model.parameters(), *model.buffers())}, **shifted}
+    for path in sorted(children, reverse=True):  # a block may be in the shortcut of another
+        child = children[path]
+        shortcut = {child: copied(model.get_submodule(f"{path}.{child}"), memo)} if child else {}
+        memo[id(model.get_submodule(path))] = _placeholder(added.get(f"{path}.constant"), path in rectified, shortcut)
+    made = copied(model, memo)
+    _validate_same(made, held, program)
+    return made
+
+
+def _validate_modules(
+    model: nn.Module, gone: Sequence[Block], children: Mapping[str, str], added: Mapping[str, nn.Parameter]
+) -> None:
+    modules = dict(model.named_modules())
+    for block in gone:
+        if not block.module or block.module not in modules:
+            raise CannotReplace(f"block '{block.name}' is not computed in a submodule of its own")
+        if not block.plain and not children[block.module]:
+            raise CannotReplace(f"the shortcut of block '{block.name}' is not a submodule of it")
+    for name in added:
+        if name.removesuffix(".constant") not in children:
+            raise CannotReplace(f"the constant '{name}' is added outside of the submodules that are gone")
+
+
+def _validate_nothing_else(
+    program: Program, gone: Sequence[Block], shortcuts: Mapping[str, str], endings: Sequence[torch.fx.Node]
+) -> None:
+    """Nothing else may be computed in the modules of the blocks: it would be gone with them."""
+    kept = [path for path in shortcuts.values() if path]
+    known = {name for block in gone for name in (*block.nodes, block.sum)} | {node.name for node in endings}
+    for node in program.graph.graph.nodes:
+        if node.op != "call_function" or node.name in known or not isinstance(node.meta.get("val"), Tensor):
+            continue  # sizes are worked out wherever they are first asked for
+        path = module_of(node)
+        if any(_within(path, block.module) for block in gone) and not any(_within(path, own) for own in kept):
+            raise CannotReplace(f"module '{path}' computes more than the block that is gone ({node.target})")
+
+
+def _validate_same(made: nn.Module, held: CompactGraph, program: Program) -> None:
+    """Outputs, what the inputs are afterwards, and which outputs share memory: as without placeholders."""
     try:
         found, after = _outputs(made, program)
-    except Exception:  # whatever the user's forward raises where a submodule is not what it was
-        return None
+    except Exception as error:  # whatever the user's forward raises where a submodule is not what it was
+        raise CannotReplace(f"its forward does not run without the blocks: {first_line(error)}") from error
     wanted, _ = _outputs(held, program)
-    written = _outputs(model, program)[1]
-    return made if _same(found, wanted) and _same(after, written) and _shared(found) == _shared(wanted) else None
+    _, written = _outputs(program.model, program)
+    if not (_same(found, wanted) and _same(after, written) and _shared(found) == _shared(wanted)):
+        raise CannotReplace("its forward computes something else without the blocks")
 
 
 def _same(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
@@ -114,22 +149,6 @@ def _shared(tensors: Sequence[Tensor]) -> list[int]:
     return [at.index(address) for address in at]
 
 
-def _are_all(
-    program: Program, gone: Sequence[Block], shortcuts: Mapping[str, str], endings: Sequence[torch.fx.Node]
-) -> bool:
-    """Whether nothing else is computed in the modules of the blocks: it would be gone with them."""
-    kept = [path for path in shortcuts.values() if path]
-    blocks = {name for block in gone for name in (*block.nodes, block.sum)}
-    known = blocks | {node.name for node in endings}
-    for node in program.graph.graph.nodes:
-        if node.op != "call_function" or node.name in known or not isinstance(node.meta.get("val"), Tensor):
-            continue  # sizes are worked out wherever they are first asked for
-        path = module_of(node)
-        if any(_within(path, block.module) for block in gone) and not any(_within(path, own) for own in kept):
-            return False
-    return True
-
-
 def _within(path: str, module: str) -> bool:
     return f"{path}.".startswith(f"{module}.")
 
@@ -139,10 +158,10 @@ def _child(path: str, module: str) -> str:
     return path.removeprefix(f"{module}.").split(".")[0] if path.startswith(f"{module}.") else ""
 
 
-def _stand_in(constant: nn.Parameter | None, rectified: bool, shortcut: Mapping[str, nn.Module]) -> nn.Module:
+def _placeholder(constant: nn.Parameter | None, rectified: bool, shortcut: Mapping[str, nn.Module]) -> nn.Module:
     if constant is None and not rectified and not shortcut:
         return nn.Identity()
-    return Shifted(constant, rectified=rectified, shortcut=shortcut)
+    return Placeholder(constant, rectified=rectified, shortcut=shortcut)
 
 
 def _rectifier(total: torch.fx.Node, block: Block) -> torch.fx.Node | None:

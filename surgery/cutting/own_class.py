@@ -62,10 +62,7 @@ def own_class(
     """
     program = cut.program
     if isinstance(program.model, torch.fx.GraphModule):
-        without = (
-            "without its blocks forward is another" if program.whole is not None else "the model is a graph already"
-        )
-        return None, without, ""
+        return None, program.why_graph or "the model is a graph already", ""
     if program.materialised:
         weight = next(iter(program.materialised))
         return None, f"forward computes the weight '{weight}' from others, at its old size", ""

@@ -15,7 +15,7 @@ from surgery.capture.tracing import trace
 from surgery.core.ir import Program
 from surgery.coupling.blocks import branch_constants, drop, find_blocks
 from surgery.coupling.dead import dead_blocks
-from surgery.coupling.placeholders import Shifted
+from surgery.coupling.placeholders import Placeholder
 from surgery.cutting.verify_dropped import check_dropped
 from surgery.errors import CheckFailed
 
@@ -115,7 +115,7 @@ def test_where_that_is_not_exact_a_sum_stays_in_the_users_class(layers: list[nn.
     model = sequence(*layers)
     _, left = without(model)
     assert type(left.model) is nn.Sequential
-    held = [m for m in left.model.modules() if isinstance(m, Shifted)]
+    held = [m for m in left.model.modules() if isinstance(m, Placeholder)]
     rectified = sum(isinstance(m, Dead) and m.rectified for m in layers)
     assert len(held) == (rectified or 1)
     assert all(m.constant is not None and m.constant.shape == (1, WIDTH, 1, 1) for m in held)
@@ -198,7 +198,7 @@ def test_the_whole_way_to_a_file(tmp_path: Path) -> None:
     result = surgery.shrink(model, image, surgery.recipe(macs=0.4))
     assert set(result.plan.dropped) == {"2", "4"}
     assert result.kind == "module"
-    assert isinstance(result.model[4], Shifted)  # type: ignore[index]
+    assert isinstance(result.model[4], Placeholder)  # type: ignore[index]
     exporter.export(result.model, image, tmp_path / "compact.onnx")
     kinds = [n.op_type for n in onnx.load(tmp_path / "compact.onnx").graph.node]
     assert kinds.count("Add") == 2  # the constant behind the ReLU, and the live block
