@@ -1,8 +1,7 @@
 """Blocks that can go as a whole: which there are, and the program without them.
 
 A block is a branch that comes from the same value as the operand that it is added to, so that the sum without it has
-the same shape and still the same source; or a depthwise layer. Blocks are found in the program, not by
-names.
+the same shape and still the same source; or a depthwise layer. Blocks are found in the program, not by names.
 """
 
 from __future__ import annotations

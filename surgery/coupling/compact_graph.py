@@ -31,7 +31,8 @@ class CompactGraph(torch.fx.GraphModule):
 
     def __init__(self, root: nn.Module, graph: torch.fx.Graph, class_name: str = "Compact") -> None:
         super().__init__(root, graph, class_name)
-        _hold_all(self, root)
+        own = dict(root.named_parameters(remove_duplicate=False)), dict(root.named_buffers(remove_duplicate=False))
+        hold(self, {**own[0], **own[1]}, root)  # torch copies only what is read
         self.fixed_sizes: tuple[tuple[int, int, int], ...] = getattr(root, "fixed_sizes", ())
         self._forward_pre_hooks.clear()
         self.register_forward_pre_hook(_require_fixed_sizes)
@@ -100,19 +101,6 @@ def _restore(state: dict[Any, Any], imports: str, training: bool) -> CompactGrap
     return graph
 
 
-def _hold_all(graph: nn.Module, root: nn.Module) -> None:
-    """Register all tensors of `root`, buffers as persistent as they are there: torch copies only what is read."""
-    for path, module in root.named_modules(remove_duplicate=False):
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None:
-                owner, _ = _owner(graph, f"{path}.{leaf}".lstrip("."))
-                owner.register_parameter(leaf, parameter)
-        for leaf, buffer in module._buffers.items():
-            if buffer is not None:
-                owner, _ = _owner(graph, f"{path}.{leaf}".lstrip("."))
-                owner.register_buffer(leaf, buffer, persistent=leaf not in module._non_persistent_buffers_set)
-
-
 def _kind(module: nn.Module) -> tuple[torch.dtype, torch.device] | None:
     for tensor in module.parameters():
         if tensor.is_floating_point():
@@ -126,14 +114,15 @@ def _swapped(argument: Any, table: Mapping[Any, Any]) -> Any:
 
 def hold(root: nn.Module, tensors: Mapping[str, Tensor], like: nn.Module) -> nn.Module:
     """Register `tensors` below `root` under their dotted names, as parameters or buffers as `like` has them."""
+    sources = dict(like.named_modules(remove_duplicate=False))
     for name, tensor in tensors.items():
         owner, leaf = _owner(root, name)
-        source_owner = _find(like, name.rpartition(".")[0])
+        source = sources.get(name.rpartition(".")[0])
         if isinstance(tensor, nn.Parameter):
             owner.register_parameter(leaf, tensor)
         else:
-            known = source_owner is not None and leaf in source_owner._buffers
-            hidden = source_owner is None or leaf in source_owner._non_persistent_buffers_set
+            known = source is not None and leaf in source._buffers
+            hidden = source is None or leaf in source._non_persistent_buffers_set
             owner.register_buffer(leaf, tensor, persistent=known and not hidden)
     return root
 
@@ -145,12 +134,3 @@ def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
             root.add_module(part, nn.Module())
         root = root._modules[part]  # type: ignore[assignment]
     return root, leaf
-
-
-def _find(root: nn.Module, path: str) -> nn.Module | None:
-    for part in path.split(".") if path else ():
-        child = root._modules.get(part)
-        if child is None:
-            return None
-        root = child
-    return root

@@ -3,7 +3,7 @@
 Dimension d of every attention head lives and dies as one unit, and so does channel d of every convolution group: what
 is left has to be a rectangle. But a head's members may be put in an order of its own first. Where nothing joins
 member d of one head with member d of another, the network computes the same, and the unit then holds the member that
-each head can best do without.
+is least important to its head.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def layouts(places: Places, inner: str, outer: str) -> Iterator[Layout]:
             own = next((h for h in held if h.axis == members.axis and h.wholly(heads, there)), None)
             other = next((h for h in held if h.axis != members.axis and h.wholly(heads)), None)
             if own is None and other is None:
-                raise PlanMismatch(f"'{name}' holds members of '{inner}' without their part of '{outer}'; plan anew")
+                raise PlanMismatch(f"'{name}' holds members of '{inner}' without heads of '{outer}'; make a new plan")
             unit = np.where(there, members.unit, -1)
             if own is not None:
                 yield Layout(name, members.axis, unit, None, np.where(there, own.unit, -1))

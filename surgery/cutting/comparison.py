@@ -58,13 +58,16 @@ def within_rounding(
     )
 
 
-def require(error: float, dtype: torch.dtype, what: str) -> None:
+REPORT = "nothing was written; please report this model"
+
+
+def require(error: float, dtype: torch.dtype, what: str, advice: str = REPORT) -> None:
     """Raise CheckFailed where an error is more than two results in this precision may differ by."""
     tolerance = TOLERANCE[dtype]
     if not error <= tolerance:
         raise CheckFailed(
             f"the compact model differs from the masked dense model by {error:.1e} on {what} "
-            f"(allowed: {tolerance:.0e}); nothing was written; please report this model"
+            f"(allowed: {tolerance:.0e}); {advice}"
         )
 
 

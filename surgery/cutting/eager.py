@@ -41,7 +41,7 @@ from surgery.coupling import (
     Cut,
     plan_from_dead,
 )
-from surgery.cutting.comparison import relative_error
+from surgery.cutting.comparison import relative_error, require
 from surgery.cutting.own_class import transplant
 from surgery.errors import CheckFailed, UnsupportedModel
 
@@ -250,7 +250,7 @@ def check_module(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResu
             f"cannot tell: on well-conditioned values only {varying:.1e} of the output varies with the input; "
             "use an example input that reaches the output"
         )
-    _require(error64, torch.float64, "distinct, well-conditioned values")
+    require(error64, torch.float64, "distinct, well-conditioned values", _ADVICE)
     real = copied(program.model)
     found = _compare(program, _mask(real, cut), compact.module, path, seed=seed, dtype=None)
     if found is None:
@@ -259,7 +259,7 @@ def check_module(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResu
     if varying < BLIND:
         notes.append(f"cannot tell on the real weights: only {varying:.1e} of their output varies with the input")
     else:
-        _require(error, _precision(real), "the real weights")
+        require(error, _precision(real), "the real weights", _ADVICE)
     reference = f"dense model with the dead input slices of every layer zeroed, on {_ROUNDS} inputs"
     return CheckResult(0, error64, None if varying < BLIND else error, varying, reference, tuple(notes))
 
@@ -269,16 +269,10 @@ def masked_copy(cut: Cut) -> nn.Module:
     return _mask(copied(cut.program.model), cut)
 
 
-def _require(error: float, dtype: torch.dtype, what: str) -> None:
-    if not error <= TOLERANCE[dtype]:
-        raise CheckFailed(
-            f"the compact model differs from the masked dense model by {error:.1e} on {what} (allowed: "
-            f"{TOLERANCE[dtype]:.0e}): torch-pruning's groups do not hold for this model, or its forward chooses its "
-            "way by values, and a smaller model may choose another; nothing was written; shrink a submodule that is "
-            "without it, by --submodule"
-        )
-
-
+_ADVICE = (
+    "torch-pruning's groups do not hold for this model, or its forward chooses its way by values, and a smaller model "
+    "may choose another; nothing was written; shrink a submodule that is without it, by --submodule"
+)
 _OFF_PATH = f"fewer than {_ROUNDS} of {_TRIES} inputs take the example's path through the model"
 
 

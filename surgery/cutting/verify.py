@@ -45,12 +45,11 @@ from surgery.coupling import (
     index_table,
     propagate_labels,
 )
-from surgery.cutting.comparison import apart, relative_error, require, rounds_of, within_rounding
+from surgery.cutting.comparison import REPORT, apart, relative_error, require, rounds_of, within_rounding
 from surgery.errors import CheckFailed
 
 _DRAWS = 4
 """Of well-conditioned values, before giving up on seeing the output vary."""
-_REPORT = "nothing was written; please report this model"
 
 
 def check_cut(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResult:
@@ -210,7 +209,7 @@ def _compare_at(drawn: _Drawn, batch: int | None, by: int = 0) -> tuple[str, ...
     except Exception as raised:  # whatever an operator raises at a size that it does not expect
         raise CheckFailed(
             f"the compact model does not do what the dense one does on {what}, though it does on the example's: "
-            f"{first_line(raised)}; {_REPORT}"
+            f"{first_line(raised)}; {REPORT}"
         ) from raised
     error = max(relative_error(wanted, [_shaped(y, wanted[0]) for y in got])[0] for got in found)
     if error <= TOLERANCE[torch.float64]:
@@ -337,7 +336,7 @@ def _equal(wanted: Layers, found: Layers) -> bool:
 
 
 def _mismatch(what: Any) -> CheckFailed:
-    return CheckFailed(f"label replay: {what}; {_REPORT}")
+    return CheckFailed(f"label replay: {what}; {REPORT}")
 
 
 def _tensors_of(graph: torch.nn.Module) -> dict[str, Tensor]:

@@ -277,7 +277,7 @@ class OfBoth(nn.Module):
 
 
 class Functional(nn.Module):
-    """Two dead branches in one module: no stand-in does what is left of it."""
+    """Two dead branches in one module: no placeholder module computes what is left of it."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

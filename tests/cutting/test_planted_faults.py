@@ -1,6 +1,6 @@
 """The oracle can fail: faults planted in a finished cut are seen, by each of its two answers on its own.
 
-`relabelled` and `numbers` switch off the other answer, so that neither hides behind its twin.
+`relabelled` and `numbers` switch off the other answer, so that neither is covered by the other.
 """
 
 from __future__ import annotations
