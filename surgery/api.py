@@ -59,8 +59,15 @@ def shrink(
     with torch.random.fork_rng(devices=()), buffers_kept(loaded.module):
         decision = search.decide(loaded.module, inputs, task, example_kwargs=kwargs, progress=progress)
         result = search.realise(decision, progress=progress)
-    name = model if isinstance(model, str) else None
-    return replace(result, recipe=config.resolved(asked.but(model=name, recover=task.recovery.recover)))
+    asked = config.resolved(asked.but(recover=task.recovery.recover))
+    if not isinstance(model, str):
+        return replace(result, recipe=asked.but(model=None))
+    report = {
+        **result.report,
+        "model": {**result.report["model"], "name": loaded.name, "weights": loaded.weights},
+        "notes": [*loaded.warnings, *loaded.notes, *result.report["notes"]],
+    }
+    return replace(result, recipe=asked.but(model=model), report=report)
 
 
 def recover(
@@ -124,6 +131,19 @@ def compare(
     return comparison.compare([Path(file) for file in files], settings, limits, baseline=first, progress=progress)
 
 
+def load_named(recipe: Recipe) -> LoadedModel:
+    """Return the model that a recipe names; errors are those of `load_model`."""
+    asked = recipe.model
+    return load_model(
+        asked.model,
+        weights=asked.weights,
+        input_shape=asked.input_shape,
+        model_args=asked.model_arg,
+        seed=recipe.selection.seed,
+        trust=asked.trust,
+    )
+
+
 def opened(recipe: Recipe, loaded: LoadedModel, *, trained: bool) -> Recipe:
     """Return the recipe with images and metric that are named opened, and a method of recovery.
 
@@ -170,15 +190,9 @@ def _loaded(model: Any, example_inputs: Any, example_kwargs: Mapping[str, Any] |
         raise InvalidInput(f"example_kwargs is of type {type(example_kwargs).__name__}: give a dictionary of inputs")
     if not isinstance(model, str):
         return LoadedModel(model, example_inputs, example_kwargs or {}, type(model).__name__, "")
-    asked = recipe.model
-    found = load_model(
-        model,
-        weights=asked.weights,
-        input_shape=asked.input_shape,
-        model_args=asked.model_arg,
-        seed=recipe.selection.seed,
-        trust=asked.trust,
-    )
+    found = load_named(recipe.but(model=model))
+    for warning in found.warnings:
+        warnings.warn(warning, stacklevel=3)
     if example_inputs is not None:
         found = replace(found, example_inputs=example_inputs, example_kwargs=example_kwargs or {})
     return found

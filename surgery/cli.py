@@ -287,18 +287,10 @@ def _refuse_huge_batch(loaded: LoadedModel, batch: int) -> None:
 
 
 def _load(recipe: Recipe, progress: Progress) -> LoadedModel:
-    from surgery.inputs import load_model
+    from surgery.api import load_named
 
     progress("load", 0.0)
-    asked = recipe.model
-    loaded = load_model(
-        asked.model,
-        weights=asked.weights,
-        input_shape=asked.input_shape,
-        model_args=asked.model_arg,
-        seed=recipe.selection.seed,
-        trust=asked.trust,
-    )
+    loaded = load_named(recipe)
     for warning in loaded.warnings:
         say(f"warning: {warning}")
     return loaded
