@@ -639,15 +639,16 @@ def _line_of(key: str, content: str) -> int:
 
 def to_toml(recipe: Recipe) -> str:
     """Return the recipe as TOML, with the defaults written out; objects of Python stand there as comments."""
-    parts = []
+    parts, tables = list[str](), dict[str, Any]()
     for group in GROUPS:
         values = {f.name: getattr(getattr(recipe, group), f.name) for f in fields(GROUPS[group])}
         given = {name: value for name, value in values.items() if value is not None and value != {}}
         plain = {name: value for name, value in given.items() if _is_plain(value)}
-        objects = [f"# {name}: an object of Python\n" for name in given if name not in plain]
+        tables |= {name: plain.pop(name) for name in list(plain) if isinstance(plain[name], Mapping)}
+        objects = [f"# {name}: an object of Python\n" for name in given if name not in {**plain, **tables}]
         if given:
             parts.append(f"# {group}\n{tomli_w.dumps(plain)}{''.join(objects)}")
-    return "\n".join(parts)
+    return "\n".join([*parts, *([tomli_w.dumps(tables)] if tables else [])])
 
 
 def _is_plain(value: Any) -> bool:
