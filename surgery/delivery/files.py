@@ -158,7 +158,7 @@ def _export_around(
             exports = _export(result, recipe, subject, folder, scratch, clock)
             return exports, subject, [f"ONNX and times: the whole model around part '{name}'"]
         except (UnsupportedModel, InvalidInput, CheckFailed) as error:
-            notes = [f"ONNX and times: part '{name}' alone; the whole model cannot be exported: {error}"]
+            notes = [f"ONNX and times: the part alone, '{name}'; the whole model cannot be exported: {error}"]
     subject = _subject_of(result, whole=False)
     return _export(result, recipe, subject, folder, scratch, clock), subject, notes
 
