@@ -18,5 +18,6 @@ from .importance import criterion as criterion, score as score
 from .inputs import load_model as load_model
 from .pipeline import Result as Result, apply as apply
 from .planning import allocate as allocate
+from .recovery import recovery_method as recovery_method
 
 __version__: str

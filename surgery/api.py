@@ -18,7 +18,7 @@ from surgery.errors import InvalidInput
 from surgery.inputs import Images, LoadedModel, load_model, open_images
 from surgery.latency import Limits, Settings, comparison
 from surgery.pipeline import Result
-from surgery.recovery import Training, checked, open_evaluation, recovered, twin, with_recovery
+from surgery.recovery import Training, checked, copy_of, open_evaluation, recovered, with_recovery
 
 
 def shrink(
@@ -96,7 +96,7 @@ def recover(
     model = whole.model if whole else result.program.dense.model
     asked = opened(asked, LoadedModel(model, inputs, {}, "", ""), trained=True)
     with torch.random.fork_rng(devices=()), buffers_kept(result.model):
-        compact = twin(result.compact)
+        compact = copy_of(result.compact)
         model = whole.around(compact.module) if whole else compact.module
         found = recovered(result.cut, compact, model, whole, asked, Clock(progress).progress)
     report = with_recovery(result.report, found)

@@ -20,7 +20,7 @@ from typing import Any
 import tomli_w
 
 from surgery.errors import InvalidInput
-from surgery.registry import CRITERIA, Registry
+from surgery.registry import CRITERIA, RECOVERY_METHODS, Registry
 
 # Kinds of values. ----------------------------------------------------------------------------------------------------
 
@@ -86,14 +86,14 @@ def choice(*words: str, metavar: str = "", known: Callable[[Any], bool] = lambda
     return Kind(metavar or "|".join(words), f"one of {', '.join(words)}", check, choices=words)
 
 
-def registered(registry: Registry[Any], known: Callable[[Any], bool] = lambda value: False) -> Kind:
+def registered(registry: Registry[Any], metavar: str, known: Callable[[Any], bool] = lambda value: False) -> Kind:
     """Accept the names of a registry, those that were added since included, or another value that is `known`."""
 
     def check(value: Any) -> Any:
         return _require((isinstance(value, str) and value in registry.names()) or known(value), value)
 
     words = tuple(registry.names())
-    return Kind("NAME", f"one of {', '.join(words)}", check, choices=words)
+    return Kind(metavar, f"one of {', '.join(words)}", check, choices=words)
 
 
 def several(*words: str, others: bool = False) -> Kind:
@@ -220,9 +220,6 @@ TRACERS = {"export": True, "torch-pruning": False}
 """How a model is captured → whether that gives a graph of its operators."""
 DEPLOYED = ("fp32", "int8")
 """Precisions that a latency budget may refer to."""
-LEVELS = ("none", "fold", "bn", "reconstruct", "distill", "finetune")
-NEEDS_DATA = ("bn", "reconstruct", "distill", "finetune")
-TAUGHT = ("distill", "finetune")
 
 _IMAGES = (
     "a folder of images, an .npz file with 'images' (N,H,W,C) of uint8 and perhaps 'labels', or FILE.py:CALLABLE that "
@@ -327,7 +324,7 @@ class Selection(Group):
     )  # fmt: skip
     steps: int = option(1, whole(1), "Cut in N steps, with a recovery in between; not for latencies.", "Advanced")
     criterion: Any = option(
-        None, registered(CRITERIA, known=callable),
+        None, registered(CRITERIA, "NAME", known=callable),
         f"Importance of a unit: {', '.join(CRITERIA.names())}.", "Advanced",
         unset="second-order with --data, else signal for a latency, else l1",
     )  # fmt: skip
@@ -438,7 +435,8 @@ class Recovery(Group):
     """How the compact model is brought back to the dense one."""
 
     recover: str | None = option(
-        None, choice(*LEVELS, metavar="METHOD"), f"How to recover accuracy: {', '.join(LEVELS)}.", "Recovery",
+        None, registered(RECOVERY_METHODS, "METHOD"),
+        f"How to recover accuracy: {', '.join(RECOVERY_METHODS.names())}.", "Recovery",
         common=True, unset="reconstruct with --data, else fold for trained weights, else none",
     )  # fmt: skip
     epochs: int = option(10, whole(1), "Of training, for distill and finetune.", "Recovery", common=True)
@@ -784,9 +782,9 @@ def _data_rules(recipe: Recipe) -> Iterator[str]:
     given = [name for name in ("mean", "std", "size", "crop") if getattr(data, name) is not None]
     if given and data.data is None and data.val is None:
         yield f"--{given[0]} is for images: give those with --data or --val, or leave it out"
-    if recovery.recover in NEEDS_DATA and data.data is None:
+    if RECOVERY_METHODS.has_need(recovery.recover, "images") and data.data is None:
         yield f"--recover {recovery.recover} learns from images: give them with --data; fold does without any"
-    if recovery.recover not in TAUGHT:
+    if not RECOVERY_METHODS.has_need(recovery.recover, "gradients"):
         for name in (f.name for f in fields(recovery) if f.name != "checkpoint" and f.default is not None):
             if getattr(recovery, name) != getattr(Recovery(), name):
                 yield f"--{name.replace('_', '-')} is for training: add --recover distill or finetune"

@@ -8,8 +8,9 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from surgery.config import TAUGHT, Recipe
+from surgery.config import Recipe
 from surgery.core import Plan
+from surgery.registry import RECOVERY_METHODS
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +121,7 @@ def meet(recipe: Recipe) -> bool:
     Raises:
         InvalidInput: the batch cannot be shared evenly.
     """
-    if recipe.recovery.recover not in TAUGHT:
+    if not RECOVERY_METHODS.has_need(recipe.recovery.recover, "gradients"):
         return False
     from surgery.recovery import refuse_batch, training_of  # torch, seconds
 

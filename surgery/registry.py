@@ -84,6 +84,10 @@ class Registry(Generic[Entry]):
             raise ValueError(f"there is a {self._kind} '{entry.name}' already: choose another name")
         self._entries[entry.name] = entry
 
+    def has_need(self, name: str | None, need: str) -> bool:
+        """Return whether the entry of this name, if there is one, needs something."""
+        return name is not None and need in self[name].needs
+
     def __getitem__(self, name: str) -> Entry:
         if name not in self.names():
             raise InvalidInput(f"no {self._kind} '{name}'; there are {', '.join(self.names())}")
@@ -96,5 +100,5 @@ CRITERIA: Registry[Criterion] = Registry(
     "criterion", "surgery.importance.criteria", ("images", "graph", "gradients", "consumers", "costs", "seed")
 )
 RECOVERY_METHODS: Registry[RecoveryMethod] = Registry(
-    "recovery method", "surgery.recovery.methods", ("images", "graph", "gradients", "labels")
+    "recovery method", "surgery.recovery.methods", ("images", "drawn-images", "graph", "gradients", "labels")
 )

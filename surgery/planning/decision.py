@@ -21,7 +21,7 @@ from surgery.planning.allocation import allocate
 from surgery.planning.candidate import candidate_of, droppable_blocks
 from surgery.planning.choice import Choice, plan_settings
 from surgery.planning.latency_planner import LatencyPlanner
-from surgery.recovery import Step, refuse_lesson
+from surgery.recovery import Step, validate_training
 from surgery.report import describe
 
 
@@ -76,7 +76,7 @@ def decide(
     if recipe.data.data is not None:
         with clock("read images"):
             seen = calibration_images(recipe.data.data, program, whole, recipe.data.max_images, recipe.selection.seed)
-    refuse_lesson(program, whole, recipe, seen)
+    validate_training(program, whole, recipe, seen)
     choice, planner = _chosen(program, recipe, seen, clock)
     while recipe.selection.own_class and (module := _in_the_way(choice, recipe, clock)):
         recipe = recipe.but(keep=(*recipe.selection.keep, module))

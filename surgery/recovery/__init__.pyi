@@ -1,5 +1,6 @@
 from . import reconstruction as reconstruction, run as run
 from .agreement import Agreement as Agreement, Reference as Reference, paired_drop as paired_drop
+from .distillation import training_of as training_of
 from .evaluation import (
     Evaluate as Evaluate,
     checked as checked,
@@ -8,14 +9,13 @@ from .evaluation import (
 )
 from .run import (
     Recovery as Recovery,
+    copy_of as copy_of,
     level_of as level_of,
     recovered as recovered,
-    refuse_lesson as refuse_lesson,
-    training_of as training_of,
-    twin as twin,
+    validate_training as validate_training,
     verdict_on as verdict_on,
     with_recovery as with_recovery,
 )
-from .steps import Step as Step
+from .steps import Outcome as Outcome, Step as Step, Task as Task, recovery_method as recovery_method
 from .teaching import History as History, Training as Training
 from .training import refuse_batch as refuse_batch, train as train

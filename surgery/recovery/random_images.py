@@ -12,6 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surgery.core import InputSpec
+
+DRAWN, VALUES = 512, 20_000_000
+"""Number of images in batches, and the most values that they may hold together."""
 LEAVES = 40
 """On each image."""
 _TOGETHER = 0.85
@@ -69,3 +73,12 @@ def _noise(random: np.random.Generator, count: int, channels: int, height: int, 
     contrast = np.exp(0.4 * random.standard_normal((count, 1, 1, 1)))
     noise: np.ndarray = contrast * np.einsum("ij,njhw->nihw", mixing, pink)
     return noise
+
+
+def drawn_batches(spec: InputSpec, seed: int) -> list[tuple[Tensor]]:
+    """Return batches of images for an input (N, C, H, W), fewer where they are large."""
+    values = max(1, int(torch.Size(spec.shape[1:]).numel()))
+    count = max(32, min(DRAWN, VALUES // values))
+    size = max(8, min(64, 1_250_000 // values)) if 0 in spec.dynamic else spec.shape[0]
+    images = drawn_images(-(-count // size) * size, *spec.shape[1:], seed=seed)
+    return [(x,) for x in torch.split(images.to(getattr(torch, spec.dtype)), size)]

@@ -4,48 +4,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils.data import TensorDataset
 
 from surgery.capture import Whole, evaluating
-from surgery.config import TAUGHT, Recipe, validate
+from surgery.config import Recipe, validate
 from surgery.core import Callee, CompactModel, InputSpec, Plan, Program, Progress, flat_outputs
 from surgery.coupling import Cut
 from surgery.errors import InvalidInput
-from surgery.inputs import (
-    Calibration,
-    Images,
-    as_dataset,
-    calibration_images,
-    classes_of,
-    derived_seed,
-    evenly_spaced,
-    read_item,
-)
+from surgery.inputs import Calibration, Images, as_dataset, calibration_images, classes_of
 from surgery.recovery.agreement import Agreement, Judged, Reference
+from surgery.recovery.distillation import classes_in
 from surgery.recovery.judging import Pairs
-from surgery.recovery.steps import (
-    Judge,
-    Step,
-    Subject,
-    in_eval_mode,
-    peak_memory,
-    taught,
-    with_data,
-    without_data,
-)
-from surgery.recovery.teaching import NO_CLASSES, Training, out_of_range
-
-SAMPLED = 32
-"""Images of what is learnt from that tell it from others."""
+from surgery.recovery.random_images import drawn_batches
+from surgery.recovery.steps import Judge, Step, Subject, Task, in_eval_mode, peak_memory, run_method
+from surgery.recovery.teaching import NO_CLASSES, out_of_range
+from surgery.registry import RECOVERY_METHODS
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +92,7 @@ def recovered(
     level = level_of(recipe)
     if seen is None and recipe.data.data is not None:
         seen = calibration_images(recipe.data.data, cut.program, whole, recipe.data.max_images, recipe.selection.seed)
-    refuse_lesson(cut.program, whole, recipe.but(recover=level), seen)
+    validate_training(cut.program, whole, recipe.but(recover=level), seen)
     subject = _subject(cut, compact, model, whole)
     reference, notes = _reference(subject, recipe, seen), list[str]()
     steps = list[Step]()
@@ -125,17 +102,11 @@ def recovered(
         for name, (agreement, metrics) in (("dense", judge.dense(subject)), ("cut", judge.compact(subject))):
             steps.append(Step(name, 0.0, peak_memory(), agreement, metrics=metrics))
         steps[1:1] = between
-    if level == "fold":
-        steps += without_data(subject, judge, seed=recipe.selection.seed, progress=progress)
-    elif level != "none":
-        assert seen is not None, "levels that need data have some"
-        before = steps[-1].agreement if steps else None
-        seed = recipe.selection.seed
-        steps += with_data(subject, level, seen.batches, judge, before=before, seed=seed, progress=progress)
-        if level in TAUGHT:
-            if share is not None:
-                share(cut.plan, compact.module)
-            steps.append(_taught(subject, level, recipe, seen, judge, steps[-1].agreement, progress))
+    for name in _methods(level):
+        if "gradients" in RECOVERY_METHODS[name].needs and share is not None:
+            share(cut.plan, compact.module)
+        task = _task(name, subject, recipe, seen)
+        steps.append(run_method(name, task, judge, steps[-1].agreement if steps else None, progress))
     for given in (recipe.data.data, recipe.data.val):
         notes += given.notes() if isinstance(given, Images) else []
     if reference is not None:
@@ -147,62 +118,50 @@ def recovered(
     return Recovery(level, tuple(steps), named, labelled, tuple(notes), reference, seen)
 
 
-def _taught(
-    subject: Subject,
-    level: str,
-    recipe: Recipe,
-    seen: Calibration,
-    judge: Judge,
-    before: Agreement | None,
-    progress: Progress,
-) -> Step:
-    training, data = training_of(recipe), as_dataset(recipe.data.data)
-    key = f"{subject.cut.plan.digest} {seen.digest} {level} {training} {_identity(data, subject, training.seed)}"
-    return taught(subject, level, data, training, judge, seen=seen.batches, before=before, key=key, progress=progress)
+def _methods(level: str) -> list[str]:
+    """The methods that run for a level, in order."""
+    if not level or level == "none":
+        return []
+    return [*_methods(RECOVERY_METHODS[level].after), level]
 
 
-def training_of(recipe: Recipe) -> Training:
-    """Return how to train."""
-    how = recipe.recovery
-    return Training(
-        epochs=how.epochs,
-        batch=how.train_batch,
-        lr=how.lr,
-        weight_decay=how.weight_decay,
-        temperature=how.temperature,
-        ema=how.ema,
-        mixed_precision=how.mixed_precision,
-        held_out=how.held_out,
-        patience=how.patience,
-        shift=how.shift,
-        flip=how.flip,
-        mix=how.mix,
-        every=how.checkpoint_steps,
-        checkpoint=None if how.checkpoint is None else Path(how.checkpoint),
-        seed=recipe.selection.seed,
-    )
+def _task(name: str, subject: Subject, recipe: Recipe, seen: Calibration | None) -> Task:
+    """What a method is given; raises InvalidInput where it cannot have what it needs."""
+    needs, program = RECOVERY_METHODS[name].needs, subject.cut.program
+    if "graph" in needs and not program.has_graph:
+        raise InvalidInput(
+            f"recover={name!r} needs the operators that torch.export captures; give images with --data, and "
+            "--recover bn"
+        )
+    task = Task(subject, recipe, lambda fraction: None)
+    if "images" in needs:
+        assert seen is not None, "refused before"
+        return dataclasses.replace(task, images=seen.batches, held_out=seen.batches, seen=seen)
+    if "drawn-images" not in needs:
+        return task
+    spec, *others = program.inputs
+    if others or len(spec.shape) != 4 or "float" not in spec.dtype:
+        raise InvalidInput(f"recover={name!r} draws images (N, C, H, W); this model takes something else: give --data")
+    seed = recipe.selection.seed
+    images, held_out = (drawn_batches(spec, seed + k) for k in range(2))
+    return dataclasses.replace(task, images=images, held_out=held_out[: max(1, len(held_out) // 4)])
 
 
-def _classes_of(data: Any, inputs: int) -> Tensor | None:
-    """What follows the inputs in a data set, where it can be had without reading its images."""
-    if isinstance(data, Images):
-        return torch.tensor(data.classes) if data.classes else None
-    return data.tensors[inputs] if isinstance(data, TensorDataset) and len(data.tensors) > inputs else None
-
-
-def refuse_lesson(program: Program, whole: Whole | None, recipe: Recipe, seen: Calibration | None) -> None:
+def validate_training(program: Program, whole: Whole | None, recipe: Recipe, seen: Calibration | None) -> None:
     """Raise InvalidInput before the work where training would fail, or judging; arguments are those of `recovered`.
 
     The batch may be fixed, a label be none of the model's classes, as far as that can be told without reading all
     images, or there be none to learn.
     """
     first = _specs(whole, program)[0]
-    if recipe.recovery.recover in TAUGHT and 0 not in first.dynamic:
+    if RECOVERY_METHODS.has_need(recipe.recovery.recover, "gradients") and 0 not in first.dynamic:
         raise InvalidInput(
             f"--recover {recipe.recovery.recover} needs a model that takes any number of images, and this one takes "
             f"{first.shape[0]} at a time, as traced; --recover reconstruct does without"
         )
-    given = {"val": recipe.data.val} | ({"data": recipe.data.data} if recipe.recovery.recover == "finetune" else {})
+    given = {"val": recipe.data.val}
+    if RECOVERY_METHODS.has_need(recipe.recovery.recover, "labels"):
+        given["data"] = recipe.data.data
     inputs = len(_specs(whole, program))
     read = {"data": seen}
     known = {k: _range_of(as_dataset(x, option=k), inputs, read.get(k)) for k, x in given.items()}
@@ -224,29 +183,11 @@ def refuse_lesson(program: Program, whole: Whole | None, recipe: Recipe, seen: C
 
 def _range_of(data: Any, inputs: int, seen: Calibration | None) -> tuple[int, int] | None:
     """The least and the greatest class; of what was seen, where all cannot be had; None for none."""
-    known = _classes_of(data, inputs)
+    known = classes_in(data, inputs)
     if known is None:
         return seen.classes if seen is not None else None
     known = classes_of([known], len(known))
     return (int(known.min()), int(known.max())) if known is not None else None
-
-
-def _identity(data: Any, subject: Subject, seed: int) -> str:
-    """Digest of what is learnt from, as far as it can be told quickly, and of both models' weights."""
-    digest = hashlib.sha256()
-    tensors = [] if (known := _classes_of(data, len(subject.inputs))) is None else [known]
-    if isinstance(data, Images):
-        digest.update("\n".join(map(str, data.files)).encode())
-    if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
-        digest.update(str(len(data)).encode())
-        samples = [read_item(data, k, derived_seed(seed, k)) for k in evenly_spaced(len(data), SAMPLED)]
-        tensors += [x for x in pytree.tree_leaves(samples) if isinstance(x, Tensor)]
-    for model in (subject.dense.module, subject.model.module):
-        tensors += [x for _, x in sorted(model.state_dict().items())]
-    for x in tensors:
-        digest.update(f"{tuple(x.shape)} {x.dtype}".encode())
-        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def follow(
@@ -259,7 +200,8 @@ def follow(
     """Take part in the training that the first process leads; arguments are those of `recovered`."""
     subject = _subject(cut, compact, model, whole)
     seen = calibration_images(recipe.data.data, cut.program, whole, recipe.data.max_images, recipe.selection.seed)
-    _taught(subject, level_of(recipe), recipe, seen, Judge(), None, lambda step, fraction: None)
+    method = RECOVERY_METHODS[level_of(recipe)]
+    method.function(_task(method.name, subject, recipe, seen))
 
 
 def _subject(
@@ -297,7 +239,7 @@ def _specs(whole: Whole | None, program: Program) -> Sequence[InputSpec]:
     return [InputSpec("input", tuple(x.shape), n, tuple(range(x.dim()))) for x, n in zip(tensors, names, strict=True)]
 
 
-def twin(compact: CompactModel) -> CompactModel:
+def copy_of(compact: CompactModel) -> CompactModel:
     """Return a copy whose graph and module share their tensors, as those of the original do."""
     module, graph = copy.deepcopy((compact.module, compact.graph))
     return dataclasses.replace(compact, module=module, graph=graph)
@@ -316,7 +258,7 @@ def _verdict(recovery: Recovery) -> dict[str, Any]:
     before, after = recovery.steps[0].metrics, recovery.steps[-1].metrics
     if before and after and (last is None or last.accuracy is None):
         told = ", ".join(f"{name} {after[name]:.4g}, dense {before[name]:.4g}" for name in before if name in after)
-        return {"status": "measured", "verdict": f"by --metric: {told}"}
+        return {"status": "measured", "verdict": f"by --eval: {told}"}
     return verdict_on(recovery, last)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from typing import Any
 
@@ -15,20 +15,14 @@ import torch
 from torch import Tensor
 
 from surgery.capture import evaluating
+from surgery.config import Recipe
 from surgery.core import Callee, CompactModel, InputSpec
 from surgery.coupling import Cut
-from surgery.errors import InvalidInput
+from surgery.inputs import Calibration
 from surgery.recovery.agreement import Agreement, Model, Reference
-from surgery.recovery.batch_norm import estimate_norms
-from surgery.recovery.random_images import drawn_images
-from surgery.recovery.reconstruction import Fitted, reconstruct
-from surgery.recovery.teaching import History, Training
-from surgery.recovery.training import train
-
-LEVELS = ("none", "fold", "bn", "reconstruct", "distill", "finetune")
-"""Each of the last four begins with what is best of those before it."""
-DRAWN, VALUES = 512, 20_000_000
-"""So many images are drawn, fewer where they hold more values than this together."""
+from surgery.recovery.reconstruction import Fitted
+from surgery.recovery.teaching import History
+from surgery.registry import RECOVERY_METHODS, RecoveryMethod
 
 Batches = Sequence[Sequence[Tensor]]
 Progress = Callable[[str, float], None]
@@ -130,155 +124,82 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
-def without_data(subject: Subject, judge: Judge, *, seed: int, progress: Progress) -> list[Step]:
-    """Fit the compact model on images that are drawn at random.
+@dataclass(frozen=True, slots=True, eq=False)
+class Task:
+    """What a recovery method is given.
+
+    Attributes:
+        subject: the compact model, which it changes in place, and the dense one.
+        recipe: what is asked for, with the data opened.
+        progress: called with the fraction that is done.
+        images: batches of the program's inputs; empty where the method needs none.
+        held_out: those on which the outputs are compared before and after it.
+        seen: the user's images as they were read, where the method needs them.
+    """
+
+    subject: Subject
+    recipe: Recipe
+    progress: Callable[[float], None]
+    images: Batches = ()
+    held_out: Batches = ()
+    seen: Calibration | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a recovery method reports.
+
+    Attributes:
+        notes: what the user should know.
+        layers: what was fitted, layer by layer.
+        history: of training.
+        name: of the method that ran instead; empty for the one that was asked for.
+    """
+
+    notes: tuple[str, ...] = ()
+    layers: tuple[Fitted, ...] = ()
+    history: History | None = None
+    name: str = ""
+
+
+def recovery_method(
+    name: str, *, needs: Collection[str] = (), after: str = "", undo_if_worse: bool = True
+) -> Callable[[Callable[[Task], Outcome]], Callable[[Task], Outcome]]:
+    """Register the decorated function as a recovery method, which changes the compact model of a `Task` in place.
+
+    Args:
+        name: by which it is chosen, as in ``surgery.recipe(recover="mine")``.
+        needs: `images` of the user's, `drawn-images` (drawn at random instead), the `graph` of operators, `gradients`
+            (it trains, in all processes) and `labels`.
+        after: name of the method that runs before it.
+        undo_if_worse: undo its changes where they leave the outputs further from the dense model's.
 
     Raises:
-        InvalidInput: the model does not take images.
+        ValueError: the name is taken, or a need is not one of these.
     """
-    specs = subject.cut.program.inputs
-    if not subject.cut.program.has_graph:
-        raise InvalidInput(
-            "recover='fold' needs the operators that torch.export captures; give images with --data, and --recover bn"
-        )
-    if len(specs) != 1 or len(specs[0].shape) != 4 or "float" not in specs[0].dtype:
-        raise InvalidInput("recover='fold' draws images (N, C, H, W), and this model takes something else; give --data")
-    batches, held_out = (_drawn(specs[0], seed + k) for k in range(2))
-    held_out = held_out[: max(1, len(held_out) // 4)]
-    return [_reconstructed("fold", subject, batches, held_out, judge, None, seed, progress)]
+
+    def register(function: Callable[[Task], Outcome]) -> Callable[[Task], Outcome]:
+        RECOVERY_METHODS.add(RecoveryMethod(name, function, frozenset(needs), after, undo_if_worse))
+        return function
+
+    return register
 
 
-def _drawn(spec: InputSpec, seed: int) -> Batches:
-    values = max(1, int(torch.Size(spec.shape[1:]).numel()))
-    count = max(32, min(DRAWN, VALUES // values))
-    size = max(8, min(64, 1_250_000 // values)) if 0 in spec.dynamic else spec.shape[0]
-    images = drawn_images(-(-count // size) * size, *spec.shape[1:], seed=seed)
-    return [(x,) for x in torch.split(images.to(getattr(torch, spec.dtype)), size)]
-
-
-def with_data(
-    subject: Subject,
-    level: str,
-    batches: Batches,
-    judge: Judge,
-    *,
-    before: Agreement | None,
-    seed: int,
-    progress: Progress,
-) -> list[Step]:
-    """Bring the compact model nearer to the dense one without labels or gradients.
-
-    Args:
-        subject: the compact model.
-        level: `bn`, or one that begins with `reconstruct`.
-        batches: of the program's inputs.
-        judge: what it is judged by.
-        before: what `judge` says of it as it is.
-        seed: of all that is drawn.
-        progress: told each step.
-    """
-    if level != "bn" and subject.cut.program.has_graph:
-        return [_reconstructed("reconstruct", subject, batches, batches, judge, before, seed, progress)]
-    notes: tuple[str, ...] = () if level == "bn" else ("no reconstruction: torch.export cannot capture this model",)
-    with _timed("bn", progress) as (told, clock), _undone_if_worse(subject, judge, batches, before) as judged:
-        count = estimate_norms(subject.compact, batches, call=lambda batch: subject.part(*batch), progress=told)
-    notes = notes if count else (*notes, "the model has no batch norms with running statistics")
-    return [_step("bn", clock, judged, subject, judge, notes=notes)]
-
-
-def taught(
-    subject: Subject,
-    level: str,
-    data: Any,
-    training: Training,
-    judge: Judge,
-    *,
-    seen: Batches,
-    before: Agreement | None,
-    key: str,
-    progress: Progress,
-) -> Step:
-    """Teach the compact model: `distill` by the dense one, `finetune` by classes too.
-
-    What is learnt from the dense one and leaves the outputs further from it is undone.
-
-    Args:
-        subject: the compact model; parameters that do not want gradients stay.
-        level: which of the two.
-        data: a map-style Dataset, or a DataLoader.
-        training: how.
-        judge: what it is judged by.
-        seen: images on which the outputs are compared.
-        before: what `judge` says of the model as it is.
-        key: of what a checkpoint must be.
-        progress: told.
-    """
-    own = {id(p) for p in subject.compact.module.parameters()}
-    learning = [p for p in subject.model.parameters() if id(p) in own and p.requires_grad]
-    if not learning:
-        raise InvalidInput(f"{level}: no parameter of the compact model wants gradients: call requires_grad_() on some")
-    guard = _undone_if_worse(subject, judge, seen, before) if level == "distill" else nullcontext(_Judged())
-    with _timed(level, progress) as (told, clock), guard as judged:
-        history = train(
-            subject.model,
-            subject.dense,
-            data,
-            training,
-            inputs=subject.inputs,
-            learning=learning,
-            labels=level == "finetune",
-            key=key,
-            progress=told,
-        )
-    notes = [f"{level}: {history.stopped}, after {history.steps} steps"] if history.stopped else []
-    notes += [f"{level}: went on from a checkpoint at step {history.resumed}"] if history.resumed else []
-    if history.passed_over:
-        notes.append(f"{level}: the checkpoint that was found is of another run: it was not taken up")
-    if history.best == 0:
-        notes.append(f"{level}: training brought nothing: the weights it began with stay")
-    return _step(level, clock, judged, subject, judge, notes=tuple(notes), history=history)
-
-
-def _reconstructed(
-    name: str,
-    subject: Subject,
-    batches: Batches,
-    judged_on: Batches,
-    judge: Judge,
-    before: Agreement | None,
-    seed: int,
-    progress: Progress,
-) -> Step:
-    with _timed(name, progress) as (told, clock), _undone_if_worse(subject, judge, judged_on, before) as judged:
-        layers = reconstruct(subject.cut, subject.compact, batches, seed=seed, progress=told)
-    scarce = [layer for layer in layers if layer.scarce]
-    notes: tuple[str, ...] = ()
-    if scarce:
-        first = scarce[0]
-        notes = (
-            f"{len(scarce)} layers have fewer positions than weights to fit, the first is {first.name} ({first.rows} "
-            f"for {first.unknowns}): they are held near to what they were; more images would help",
-        )
-    return _step(name, clock, judged, subject, judge, notes=notes, layers=tuple(layers))
-
-
-def _step(
-    name: str,
-    clock: Mapping[str, float],
-    judged: _Judged,
-    subject: Subject,
-    judge: Judge,
-    *,
-    notes: tuple[str, ...] = (),
-    layers: tuple[Fitted, ...] = (),
-    history: History | None = None,
-) -> Step:
+def run_method(name: str, task: Task, judge: Judge, before: Agreement | None, progress: Progress) -> Step:
+    """Run one recovery method and judge the compact model after it."""
+    method, subject = RECOVERY_METHODS[name], task.subject
+    guarded = method.undo_if_worse and len(task.held_out) > 0
+    guard = _undone_if_worse(subject, judge, task.held_out, before) if guarded else nullcontext(_Judged())
+    with _timed(name, progress) as (report, clock), guard as judged:
+        outcome = method.function(replace(task, progress=report))
+    ran, notes = outcome.name or name, outcome.notes
     if not judged.kept:
-        notes = (*notes, f"{name} was undone: it left the outputs further from the dense model's than they were")
+        notes = (*notes, f"{ran} was undone: it left the outputs further from the dense model's than they were")
     known = judged.agreement
     agreement, metrics = judge.compact(subject) if known is None else (known, judge.evaluated(subject))
     seconds = round(clock["seconds"], 3)
-    return Step(name, seconds, peak_memory(), agreement, judged.kept, notes, layers, history, metrics)
+    memory = peak_memory()
+    return Step(ran, seconds, memory, agreement, judged.kept, notes, outcome.layers, outcome.history, metrics)
 
 
 @contextmanager

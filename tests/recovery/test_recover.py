@@ -32,7 +32,9 @@ from surgery.recovery.agreement import Reference, paired_drop
 from surgery.recovery.augmentation import Look, Order, Views
 from surgery.recovery.checkpoint import Checkpoint
 from surgery.recovery.random_images import drawn_images
+from surgery.recovery.steps import Outcome, Task
 from surgery.recovery.teaching import loss_of
+from surgery.registry import RECOVERY_METHODS
 from surgery.report import Report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -193,15 +195,30 @@ def test_criteria_that_look_at_images_beat_chance(
     assert kept(criterion) >= kept("random") - 0.02
 
 
-def test_a_step_that_makes_it_worse_is_undone(cut: surgery.Result, monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoil(*args: Any, **kwargs: Any) -> list[Any]:
-        with torch.no_grad():
-            for p in args[3].module.parameters():
-                p.mul_(float("nan"))
-        return []
+def test_a_method_registered_from_outside_is_chosen_by_name_and_undone_where_it_makes_it_worse(
+    cut: surgery.Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RECOVERY_METHODS, "_entries", dict(RECOVERY_METHODS._entries))
 
-    monkeypatch.setattr(sys.modules["surgery.recovery.steps"], "reconstruct", spoil)
-    found = surgery.recover(cut, surgery.recipe(data=torch.rand(32, 1, 8, 8)))
+    def scale(task: Task, factor: float) -> Outcome:
+        with torch.no_grad():
+            for p in task.subject.compact.module.parameters():
+                p.mul_(factor)
+        return Outcome((f"{len(task.images)} batches",))
+
+    surgery.recovery_method("nothing", needs=["images"])(lambda task: scale(task, 1.0))
+    surgery.recovery_method("spoilt", needs=["images"], after="bn")(lambda task: scale(task, float("nan")))
+    surgery.recovery_method("drawn", needs=["drawn-images"])(lambda task: scale(task, 1.0))
+    data = torch.rand(32, 1, 8, 8)
+    kept = surgery.recover(cut, surgery.recipe(data=data, recover="nothing")).steps[-1]
+    assert kept.kept and kept.name == "nothing" and kept.notes == ("1 batches",)
+    with pytest.raises(InvalidInput, match="--recover nothing learns from images"):
+        surgery.recover(cut, surgery.recipe(recover="nothing"))
+    assert surgery.recover(cut, surgery.recipe(recover="drawn", val=data)).steps[-1].name == "drawn"
+    with pytest.raises(ValueError, match="already"):
+        surgery.recovery_method("bn")(lambda task: Outcome())
+    found = surgery.recover(cut, surgery.recipe(data=data, recover="spoilt"))
+    assert [step.name for step in found.steps] == ["dense", "cut", "bn", "spoilt"]
     assert not found.steps[-1].kept
     assert any("undone" in note for note in found.steps[-1].notes)
     assert all(torch.equal(a, b) for a, b in zip(cut.model.parameters(), found.model.parameters(), strict=True))
@@ -274,7 +291,7 @@ def test_recovery_of_a_part_judges_the_whole(images: tuple[Tensor, Tensor], trai
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"recover": "magic"}, "one of none, fold, bn"),
+        ({"recover": "magic"}, "one of bn, distill, finetune, fold, none, reconstruct"),
         ({"recover": "distill"}, "--recover distill learns from images"),
         ({"data": torch.rand(8, 3, 8, 8)}, r"takes \(N, 1, "),
         ({"data": torch.full((8, 1, 8, 8), float("nan"))}, "NaN"),

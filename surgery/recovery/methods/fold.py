@@ -1,0 +1,12 @@
+"""Reconstruction without the user's images."""
+
+from __future__ import annotations
+
+from surgery.recovery.methods.reconstruct import reconstruct
+from surgery.recovery.steps import Outcome, Task, recovery_method
+
+
+@recovery_method("fold", needs=["drawn-images", "graph"])
+def fold(task: Task) -> Outcome:
+    """Reconstruct on images that are drawn at random."""
+    return reconstruct(task)

@@ -1,0 +1,11 @@
+"""No recovery."""
+
+from __future__ import annotations
+
+from surgery.recovery.steps import Outcome, Task, recovery_method
+
+
+@recovery_method("none")
+def none(task: Task) -> Outcome:
+    """Leave the compact model as it was cut."""
+    return Outcome()
