@@ -62,26 +62,10 @@ def allocate(
         IllegalCut: an axis would be left empty.
     """
     selection = selection or Selection()
-    round_to, inexact = selection.round_to, selection.inexact
     _validate_scores(coupling, scores)
     meter = _Meter.of(coupling, budget, cost, dense)
-    make_schedule = global_schedule if selection.scope == "global" else uniform_schedule
-    ladders = ladders_of(coupling, scores, round_to)
-    notes: list[str] = []
-    for chosen in attempts(coupling, inexact):
-        schedule = make_schedule([ladder for ladder in ladders if chosen.issuperset(ladder.groups)])
-        dead = _first_within(schedule, meter)
-        if dead is not None:
-            break
-        smallest = schedule.dead(schedule.length)
-        notes.append(
-            f"with {len(chosen)} of {len(coupling.groups)} groups at their smallest, {meter.kept(smallest)} remain"
-        )
-    else:
-        reached = notes[-1] if ladders else "no unit of it can be removed"
-        hints = _hints(coupling, shrinks=meter.share(smallest) < 1, inexact=inexact, round_to=round_to)
-        raise BudgetUnreachable(_unreachable(meter, reached, coupling, hints))
-    notes += [f"kept {meter.kept(dead)}", *_left_whole(coupling, chosen, ladders, inexact=inexact, round_to=round_to)]
+    ladders = ladders_of(coupling, scores, selection.round_to)
+    dead, notes = _least(coupling, ladders, meter, selection)
     return plan_from_dead(
         coupling,
         dead,
@@ -91,6 +75,28 @@ def allocate(
         settings=settings,
         notes=notes,
     )
+
+
+def _least(
+    coupling: Coupling, ladders: Sequence[Ladder], meter: _Meter, selection: Selection
+) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """The fewest dead units that meet the budget, and notes for the plan."""
+    round_to, inexact = selection.round_to, selection.inexact
+    make_schedule = global_schedule if selection.scope == "global" else uniform_schedule
+    notes: list[str] = []
+    for chosen in attempts(coupling, inexact):
+        schedule = make_schedule([ladder for ladder in ladders if chosen.issuperset(ladder.groups)])
+        dead = _first_within(schedule, meter)
+        if dead is not None:
+            left_whole = _left_whole(coupling, chosen, ladders, inexact=inexact, round_to=round_to)
+            return dead, [*notes, f"kept {meter.kept(dead)}", *left_whole]
+        smallest = schedule.dead(schedule.length)
+        notes.append(
+            f"with {len(chosen)} of {len(coupling.groups)} groups at their smallest, {meter.kept(smallest)} remain"
+        )
+    reached = notes[-1] if ladders else "no unit of it can be removed"
+    hints = _hints(coupling, shrinks=meter.share(smallest) < 1, inexact=inexact, round_to=round_to)
+    raise BudgetUnreachable(_unreachable(meter, reached, coupling, hints))
 
 
 @dataclass(frozen=True, slots=True)
