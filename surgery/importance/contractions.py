@@ -1,4 +1,4 @@
-"""Layers that can be fitted anew: contractions with weights of their own, and what follows them.
+"""Layers that can be refitted: contractions with weights of their own, and what follows them.
 
 A contraction is a convolution or a linear layer, with the batch norm behind it where nothing else reads between them; a
 batch norm that stands alone is one too, of each channel with itself. Where its result is added to something that waits

@@ -66,7 +66,7 @@ class Moments:
         self.yy += wanted.double().square().sum(2)
 
     def wanting_nothing(self) -> Moments:
-        """Return those of the same rows, to be told anew what is wanted of them."""
+        """Return the moments of the same rows without targets; `want` adds other ones."""
         return Moments(self.count, self.xx, torch.zeros_like(self.xy), torch.zeros_like(self.yy))
 
     def __add__(self, other: Moments) -> Moments:

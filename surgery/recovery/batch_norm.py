@@ -1,4 +1,4 @@
-"""Batch-norm statistics estimated anew on images; parameters stay as they are.
+"""Batch-norm re-estimation on images; parameters stay as they are.
 
 As in training, each norm goes by its batch's own statistics; the cumulative average of mean and mean square over all
 batches becomes the running statistics.
@@ -25,7 +25,7 @@ Progress = Callable[[float], None]
 def estimate_norms(
     compact: CompactModel, batches: Batches, *, call: Callable[[Sequence[Tensor]], Any], progress: Progress
 ) -> int:
-    """Estimate the running statistics of all batch norms anew, in place; return how many there are.
+    """Re-estimate the running statistics of all batch norms in place; return how many there are.
 
     Args:
         compact: its graph and module share their tensors; without a graph, the module's own norms are run.

@@ -36,7 +36,7 @@ class Checkpoint:
         self.passed_over = False
 
     def save(self, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> None:
-        """Write a state in the place of the one before; raises InvalidInput where that cannot be done."""
+        """Write a state, replacing the previous one; raises InvalidInput if it cannot be written."""
         plain = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
         content = save(plain, metadata={_TOLD: json.dumps(dict(told)), "key": self._key})
         try:

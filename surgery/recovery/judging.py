@@ -22,7 +22,7 @@ Pair = tuple[Sequence[Tensor], Tensor | None]
 class Pairs:
     """Batches of inputs with their classes, the same each time they are gone through.
 
-    They are held as long as they take no more than `KEPT` bytes; beyond that they are read anew, and have to be the
+    They are held as long as they take no more than `KEPT` bytes; beyond that they are read again, and have to be the
     same ones.
 
     Args:

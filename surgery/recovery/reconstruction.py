@@ -1,4 +1,4 @@
-"""Reconstruction: each layer's weights fitted anew, so that it gives what the dense model's gives.
+"""Reconstruction: each layer's weights are refitted to the outputs of the dense model's layer.
 
 In the network's order each layer is fed with what the compact model itself computes, all layers before it fitted
 already: errors do not pile up. A layer whose result is added to a stream aims at the sum, so that it also makes up for

@@ -1,7 +1,7 @@
-"""Distillation and fine-tuning: the compact model taught by the dense one, and by labels where there are some.
+"""Distillation and fine-tuning: the compact model trained on the dense one's outputs, and on labels if given.
 
-Norms keep their statistics and dropouts are off: the model is trained as it will be deployed. Nothing hangs on the
-number of processes but the speed, and a run that was killed goes on from its last checkpoint as if it had not been.
+Norms keep their statistics and dropouts are off: the model is trained as it will be deployed. Only the speed depends on
+the number of processes. A run that was killed resumes from its last checkpoint and gives the same weights.
 
 Source: Hinton et al. 2015 (arXiv:1503.02531); the same view for teacher and student, and mixed images, after Beyer et
 al. 2022 (arXiv:2106.05237). Processes and precision are Hugging Face Accelerate's.
