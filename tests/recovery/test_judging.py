@@ -252,13 +252,10 @@ def test_labels_of_a_loader_are_looked_at_before_the_work(
     model: nn.Module, images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def asked(x: Tensor, *classes: Tensor) -> dict[str, Any]:
-        return {"data": DataLoader(TensorDataset(x, *classes), batch_size=32), "recover": "finetune"}
+        return {"data": DataLoader(TensorDataset(x, *classes), batch_size=32), "recover": "finetune", "epochs": 1}
 
     budget, (x, y) = surgery.Budget(macs=0.5), images
-    training = {"epochs": 1}
-    wide = surgery.shrink(
-        model, x[:1], surgery.recipe(budget=budget, **training, **asked(x, y, nn.functional.one_hot(y, 9)))
-    )
+    wide = surgery.shrink(model, x[:1], surgery.recipe(budget=budget, **asked(x, y, nn.functional.one_hot(y, 9))))
     assert wide.steps[-1].name == "finetune"
     monkeypatch.setattr("surgery.planning.decision._chosen", None)
     pairs = {"val": (x, y + 5), "data": x, "recover": "none"}
@@ -268,7 +265,7 @@ def test_labels_of_a_loader_are_looked_at_before_the_work(
         (pairs, "val: a label is"),
     ):
         with pytest.raises(InvalidInput, match=said):
-            surgery.shrink(model, x[:1], surgery.recipe(budget=budget, **training, **given))
+            surgery.shrink(model, x[:1], surgery.recipe(budget=budget, **given))
 
 
 def test_a_model_of_a_fixed_batch_is_not_trained_and_that_is_said_before_the_work(
