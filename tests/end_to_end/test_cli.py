@@ -115,7 +115,7 @@ def timed_twice(folder: Path) -> subprocess.CompletedProcess[str]:
     first = run(folder, "nets.py:net", *options, "--runs", "3", "--quiet", "--out", "timed")
     if first.returncode:
         return first
-    return run(folder, "run", "timed/recipe.toml", "--out", "timed again", "--quiet")
+    return run(folder, "run", "timed/recipe.toml", "--out", "timed again", "--quiet", module=True)
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     first = run(folder, *good, "--out", "out")
     before = digest(folder / "out")
     calls = {
-        "rerun": lambda: run(folder, "run", "out/recipe.toml", "--out", "rerun", "--quiet"),
+        "rerun": lambda: run(folder, "run", "out/recipe.toml", "--out", "rerun", "--quiet", module=True),
         "timed again": lambda: timed_twice(folder),
         "show": lambda: run(empty, "show", "nets.py:net", "--weights", "random", *HALF, "--keep", "fc", module=True),
         "again": lambda: run(folder, *good, "--out", "again", "--json", "--quiet"),
