@@ -1,4 +1,4 @@
-"""Module → normalised graph: `trace` and the passes that it runs.
+"""Module → normalised graph: `trace` and its passes.
 
 Its public names are listed in `__init__.pyi` and loaded on first use.
 """

@@ -1,4 +1,4 @@
-"""What a graph computes from parameters and literals alone: weights become parameters, numbers become literals."""
+"""Constant folding: weights computed from parameters become parameters, computed numbers become literals."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ aten = torch.ops.aten
 _CONTRACTIONS = {f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)} | {"linear"}
 _SCALARS = (aten.item.default, aten._local_scalar_dense.default)
 _PER_SLICE = {"movement", "element-wise", "creation", "look-up"}
-"""Families of operators that do the same to a slice of a weight as to the whole."""
+"""Families of operators that commute with slicing a weight."""
 _MIXING = {"norm", "reduction", "attention"}
-"""Families of operators whose result at one index depends on the others (attention: softmax)."""
+"""Families of operators whose result at one index depends on other indices (attention: softmax)."""
 
 SOURCES = "computed_from"
-"""Key in the meta of a node that reads a computed weight: names of the tensors that forward computed it from."""
+"""Key in the meta of a node that reads a computed weight: names of the tensors it was computed from."""
 
 Constants = Mapping[fx.Node, tuple[str, ...]]
-"""Nodes that depend on parameters and literals alone → the names of those parameters."""
+"""Nodes that depend only on parameters and literals → the names of those parameters."""
 
 
 def constants_of(graph: fx.GraphModule) -> Constants:
@@ -40,7 +40,7 @@ def constants_of(graph: fx.GraphModule) -> Constants:
 
 
 def scalars_of_constants(graph: fx.GraphModule) -> Iterator[fx.Node]:
-    """Numbers that are read out of constant tensors, such as the strides of a detector's levels."""
+    """Return numbers read from constant tensors, such as the strides of a detector's levels."""
     constants = constants_of(graph)
     for node in constants:
         if node.target in _SCALARS and not _learned(graph, constants[node]):
@@ -48,7 +48,7 @@ def scalars_of_constants(graph: fx.GraphModule) -> Iterator[fx.Node]:
 
 
 def fold_scalars(graph: fx.GraphModule) -> None:
-    """Write numbers that are read out of constant tensors into the calls."""
+    """Replace numbers read from constant tensors by literals."""
     for node in list(scalars_of_constants(graph)):
         _replace_by_number(node, _evaluated(graph, node))
         graph.graph.erase_node(node)
@@ -63,16 +63,16 @@ def _replace_by_number(node: fx.Node, number: float) -> None:
 
 
 def computed_weights(graph: fx.GraphModule) -> Iterator[fx.Node]:
-    """Weights that norms or reductions compute from parameters alone (weight norm, standardisation)."""
+    """Return weights computed from parameters by norms or reductions (weight norm, weight standardisation)."""
     constants = constants_of(graph)
     found = (w for node in graph.graph.nodes for w in _computed_weights_of(node, constants))
     return (weight for weight in dict.fromkeys(found) if _learned(graph, constants[weight]))
 
 
 def compute_weights(graph: fx.GraphModule) -> None:
-    """Replace computed weights by parameters that hold their values, and which can be sliced.
+    """Replace computed weights by parameters with their values, which can be sliced.
 
-    Weights that are merely reshaped or scaled element by element can be sliced where they are computed, and stay.
+    Weights that are only reshaped or scaled element by element can be sliced as they are, and stay.
     """
     constants = constants_of(graph)
     named: dict[str, tuple[str, ...]] = {}
@@ -93,7 +93,7 @@ def compute_weights(graph: fx.GraphModule) -> None:
 
 
 def sources_of_weights(graph: fx.Graph) -> dict[str, tuple[str, ...]]:
-    """Return computed weight → the tensors it was computed from, those that are still read elsewhere left out."""
+    """Return computed weight → the tensors it was computed from, without those still read elsewhere."""
     reads = [node for node in graph.nodes if node.op == "get_attr"]
     read = {str(node.target) for node in reads}
     return {
@@ -104,11 +104,10 @@ def sources_of_weights(graph: fx.Graph) -> dict[str, tuple[str, ...]]:
 
 
 def _computed_weights_of(node: fx.Node, constants: Container[fx.Node]) -> Iterator[fx.Node]:
-    """Tensors that a call reads and whose values depend on more of their sources than a slice holds.
+    """Tensor operands of a call whose slices do not depend on slices of their sources alone.
 
-    The weight of a convolution or linear layer may be computed in any way; other tensors (biases, gains, operands
-    of products) count where a norm, a reduction or a softmax is on the way, and no contraction (a learned query,
-    projected).
+    The weight of a convolution or linear layer may be computed in any way; other tensors (biases, gains, operands of
+    products) count if computed through a norm, reduction or softmax and no contraction (such as a projected query).
     """
     if node.op != "call_function" or node in constants:
         return
@@ -138,7 +137,7 @@ def _learned(graph: fx.GraphModule, names: tuple[str, ...]) -> list[str]:
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
-    """A node and everything that it is computed from."""
+    """A node and all its transitive inputs."""
     found: set[fx.Node] = set()
     todo = [node]
     while todo:
@@ -155,15 +154,15 @@ def _parameter(graph: fx.GraphModule, weight: fx.Node) -> nn.Parameter:
 
 
 def _evaluated(graph: fx.GraphModule, wanted: fx.Node) -> Any:
-    """The value of a node that needs no inputs."""
+    """Evaluate a node that depends on no inputs."""
     with torch.no_grad():
         return Executor(graph, {}, device=None).only(Frontier(0, {}), wanted.name)
 
 
 def _free_name(graph: fx.GraphModule, sources: list[str], taken: Container[str]) -> str:
-    """`conv.weight` where no parameter has that name (a parametrisation hides it), else `conv.weight_computed`.
+    """Return `conv.weight` if no parameter has that name (due to a parametrisation), else `conv.weight_computed`.
 
-    A parameter from which several weights are computed lends its name to each, with a number from the second one on.
+    Several weights computed from one parameter share its name, numbered from the second on.
     """
     owner, _, leaf = sources[0].partition(".parametrizations.")
     largest = max(sources, key=lambda s: attribute(graph, s).numel())

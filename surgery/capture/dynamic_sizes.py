@@ -1,8 +1,8 @@
-"""For which sizes a captured graph holds.
+"""Determine the input sizes for which a captured graph is valid.
 
-`torch.export` follows one path through the code. Where that path depends on a size (padding to a multiple, a branch on
-the batch), the graph is right for the sizes that take the same path, and silently wrong for the others. So an axis is
-called dynamic only if every guard that the path took on a size holds over a range of sizes around the example's.
+`torch.export` follows one path through the code. If that path depends on a size (padding to a multiple, a branch on the
+batch), the graph is correct for sizes that take the same path, and silently wrong for others. An axis is therefore
+treated as dynamic only if every guard on sizes along the path holds over a range of sizes around the example's.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 BATCHES = (2, 3, 4, 5, 6, 7, 8, 9, 10, 13, 16, 17, 23, 31, 32, 33, 47, 64)
 LARGEST = 16
-"""Heights and widths are examined from half the example's to this many times it."""
+"""Heights and widths are tested from half the example's to this multiple of it."""
 _SIZES = 48
 _NAMES = {"max": max, "min": min, "abs": abs, "int": int, "float": float, "__builtins__": {}}
 
 
 def wrong_at_other_batch(exported: Any, graph: torch.fx.GraphModule, model: nn.Module, inputs: Inputs) -> str:
-    """Return a condition on the batch without which the graph is wrong, or an empty string.
+    """Return a condition on the batch size that the graph requires, or an empty string.
 
     Args:
-        exported: what `torch.export` returned.
+        exported: result of `torch.export`.
         graph: the same program as a module.
-        model: that was captured.
-        inputs: that it was captured with, at a batch of two or more.
+        model: the captured model.
+        inputs: inputs of the capture, with a batch of two or more.
     """
     sizes = [{0: batch} for batch in BATCHES]
     guard = _broken_guard(exported, model, inputs, lambda shape, change: (change[0], *shape[1:]), sizes)
@@ -48,7 +48,7 @@ def wrong_at_other_batch(exported: Any, graph: torch.fx.GraphModule, model: nn.M
 
 
 def wrong_at_other_space(exported: Any, model: nn.Module, inputs: Inputs) -> str:
-    """Return a condition on height and width without which the graph is wrong, or an empty string."""
+    """Return a condition on height and width that the graph requires, or an empty string."""
     if _spills(exported.graph):
         return "a reshape keeps height and width apart from other axes"
     tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim() in (4, 5)]
@@ -67,7 +67,7 @@ def wrong_at_other_space(exported: Any, model: nn.Module, inputs: Inputs) -> str
 
 @dataclass(frozen=True, slots=True)
 class _Sized:
-    """Stands for a tensor in a guard."""
+    """Substitute for a tensor in a guard."""
 
     shape: tuple[int, ...]
 
@@ -76,7 +76,7 @@ class _Sized:
 
 
 def _changes(height: int, width: int) -> Iterator[tuple[int, int]]:
-    """Changes of height and width: equal ones, and several random pairs."""
+    """Return changes of height and width: equal ones, and several random pairs."""
     random = np.random.default_rng(0)
     lines = []
     for size in (height, width):
@@ -108,7 +108,7 @@ def _broken_guard(
         for code, guard in guards:
             try:
                 holds = bool(eval(guard, dict(_NAMES), {"L": named}))
-            except Exception:  # an operator of torch's that is not known here: not shown to hold
+            except Exception:  # an unknown torch operator: the guard is not shown to hold
                 holds = False
             if not holds:
                 return str(code).replace("L['", "").replace("'].size()", ".shape")
@@ -124,12 +124,12 @@ def _differs_at_batch_one(graph: torch.fx.GraphModule, model: nn.Module, inputs:
         try:
             args, kwargs = fresh(single)
             wanted = _tensors(model(*args, **kwargs))
-        except Exception:  # the model itself takes no batch of one
+        except Exception:  # the model itself does not accept a batch of one
             return ""
         try:
-            run = torch.fx.Interpreter(graph)  # the graph's own code would have to be generated first
+            run = torch.fx.Interpreter(graph)  # calling the module would generate its code first
             got = _tensors(run.run(*pytree.tree_leaves(fresh(single)), enable_io_processing=False))
-        except Exception as error:  # whatever the graph's operators raise
+        except Exception as error:  # any exception the graph's operators raise
             return f"the batch is larger than 1 ({first_line(error)})"
     same = len(wanted) == len(got) and all(_close(a, b) for a, b in zip(wanted, got, strict=True))
     return "" if same else "the batch is larger than 1"
@@ -154,7 +154,7 @@ _ATTENTION = ("softmax", "scaled_dot_product_attention", "matmul", "__matmul__",
 
 
 class _ReshapeCount(TorchFunctionMode):
-    """Counts reshapes while a model runs, and notes whether it has attention."""
+    """Counts reshapes while a model runs, and records whether it has attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,12 +168,12 @@ class _ReshapeCount(TorchFunctionMode):
 
 
 def slow_to_capture(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether `torch.export` would take minutes over symbolic height and width.
+    """Return whether `torch.export` would take minutes with symbolic height and width.
 
-    Where pixels become tokens, it has products of sizes to solve for at every step: many reshapes are slow, and a few
-    are where there is attention.
+    If pixels become tokens, it must solve for products of sizes at every step, which is slow for many reshapes, and
+    with attention already for a few.
     """
-    with suppress(Exception), torch.no_grad(), _ReshapeCount() as count:  # what it raises, the capture raises too
+    with suppress(Exception), torch.no_grad(), _ReshapeCount() as count:  # the capture will raise the same exception
         args, kwargs = fresh(inputs)
         model(*args, **kwargs)
         return bool(count.reshapes > (_FEW if count.attends else _MANY))
@@ -181,10 +181,10 @@ def slow_to_capture(model: nn.Module, inputs: Inputs) -> bool:
 
 
 def _spills(graph: torch.fx.Graph) -> bool:
-    """Whether a reshape lets height or width run over into other axes, so that a literal size holds at one size only.
+    """Return whether a reshape mixes height or width into other axes, so that its literal size fits one size only.
 
-    ``x.view(-1, 320)`` after pooling to 20 x 4 x 4 gives other rows for a larger image; once 320 has become 160, the
-    rows are cut elsewhere. A symbolic axis of a reshape's output must be a product of symbolic axes of its input.
+    ``x.view(-1, 320)`` after pooling to 20 x 4 x 4 gives different rows for a larger image; with 160 instead of 320,
+    rows are split differently. A symbolic axis of a reshape's output must be a product of symbolic axes of its input.
     """
     for node in graph.nodes:
         value, source = node.meta.get("val"), node.args[0] if node.args else None
@@ -204,6 +204,6 @@ def _has_sizes(node: torch.fx.Node) -> bool:
 
 
 def _is_whole(size: Any, before: Sequence[Any], whole: Container[str]) -> bool:
-    """Whether a symbolic size is made of whole axes; the batch may also take up heads or groups, a plain number."""
+    """Return whether a symbolic size is a product of whole axes; the batch may include a constant (heads)."""
     number, rest = size.as_coeff_Mul()
     return str(rest) in whole and (number == 1 or rest == before[0])

@@ -13,7 +13,7 @@ _ELLIPSIS = "..."
 
 
 def einsums(graph: fx.GraphModule) -> Iterator[fx.Node]:
-    """Einstein sums of two or more operands that are products; sums over diagonals are not."""
+    """Return Einstein sums of two or more operands that are products; sums over diagonals are not."""
     for node in graph.graph.nodes:
         if node.target is aten.einsum.default and len(node.args[1]) > 1:
             terms, _ = letters(node)
@@ -38,7 +38,7 @@ def expand_einsums(graph: fx.GraphModule) -> None:
 
 
 def letters(node: fx.Node) -> tuple[list[str], str]:
-    """The letters of every operand and of the output; an ellipsis is written as letters that are not in use."""
+    """Return the letters of every operand and of the output; an ellipsis is replaced by unused letters."""
     equation: Any = node.args[0]
     ranks = [operand.meta["val"].dim() for operand in node.args[1]]  # type: ignore[union-attr]
     left, arrow, right = equation.replace(" ", "").partition("->")
@@ -65,14 +65,14 @@ class _Builder:
         self.graph, self.origin = graph, origin
 
     def call(self, op: Any, *args: Any) -> fx.Node:
-        """Insert a call with the value that the tracer would have recorded."""
+        """Insert a call with the meta value that the tracer would have recorded."""
         node = self.graph.call_function(op, args)
         node.meta = {k: v for k, v in self.origin.meta.items() if k in ("stack_trace", "nn_module_stack")}
         node.meta["val"] = op(*fx.map_arg(args, lambda n: n.meta["val"]))
         return node
 
     def product(self, a: fx.Node, a_term: str, b: fx.Node, b_term: str, wanted: set[str]) -> tuple[fx.Node, str]:
-        """Multiply two operands and sum over the letters that are not needed later."""
+        """Multiply two operands and sum over the letters not needed later."""
         a, a_term = self._narrowed(a, a_term, b, b_term)
         b, b_term = self._narrowed(b, b_term, a, a_term)
         a, a_term = self._summed(a, a_term, set(b_term) | wanted)
@@ -92,7 +92,7 @@ class _Builder:
         return out, "".join(leading + row + column)
 
     def _narrowed(self, x: fx.Node, term: str, other: fx.Node, theirs: str) -> tuple[fx.Node, str]:
-        """Without the axes of length one along which the other operand is longer: broadcast."""
+        """Remove axes of length one that are broadcast against the other operand."""
         long = {letter for letter, size in zip(theirs, other.meta["val"].shape, strict=True) if not _is_one(size)}
         for axis in reversed(range(len(term))):
             if term[axis] in long and _is_one(x.meta["val"].shape[axis]):
@@ -106,10 +106,10 @@ class _Builder:
         return self.call(aten.sum.dim_IntList, x, axes), "".join(letter for letter in term if letter in wanted)
 
     def _laid_out(self, x: fx.Node, term: str, leading: list[str], rows: list[str], columns: list[str]) -> fx.Node:
-        """Bring an operand to (*leading, rows, columns), letters that it lacks being axes of length one."""
+        """Permute and reshape an operand to (*leading, rows, columns), with axes of length one for missing letters."""
         have = [letter for letter in (*leading, *rows, *columns) if letter in term]
         x = self.call(aten.permute.default, x, [term.index(letter) for letter in have])
-        for part in (columns, rows):  # from the back, so that the axes before stay where they are
+        for part in (columns, rows):  # from the back, so that earlier axes keep their positions
             start = sum(letter in term for letter in leading) + (len(rows) if part is columns else 0)
             if len(part) > 1:
                 x = self.call(aten.flatten.using_ints, x, start, start + len(part) - 1)

@@ -1,4 +1,4 @@
-"""In-place operators become functions from values to values."""
+"""Functionalization: replace in-place operators by out-of-place ones."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _SCATTERS: Mapping[Any, Any] = {
 
 
 class NeedsFunctionalization(Exception):
-    """A value that is written to is read through another view of it, or an operator exists in place only."""
+    """A modified value is read through another view, or an operator exists only in place."""
 
 
 def writes(graph: fx.GraphModule) -> Iterator[fx.Node]:
-    """Operators that write to a value of the graph; state that is written back to a buffer does not count."""
+    """Return operators that write to a value of the graph, except state written back to a buffer."""
     return (node for node in graph.graph.nodes if mutates(node) and node.args[0].op == "call_function")
 
 
 def functionalize(graph: fx.GraphModule) -> None:
-    """Replace in-place operators by plain ones.
+    """Replace in-place operators by out-of-place ones.
 
-    Where a slice is written to, the result is scattered into what it is a slice of. A read through any other older view
-    of the same memory calls for torch's own functionalization, which costs about as much as another capture.
+    A write to a slice becomes a scatter into its base. A read through any other older view of the same memory requires
+    torch's functionalization, which takes about as long as another capture.
 
     Raises:
-        NeedsFunctionalization: see above; the graph is then of no use any more.
+        NeedsFunctionalization: see above; the graph is then unusable.
     """
     state = _Memory(graph)
     for node in list(graph.graph.nodes):
@@ -43,13 +43,13 @@ def functionalize(graph: fx.GraphModule) -> None:
 
 
 class _Memory:
-    """What every value holds, node by node.
+    """Aliases and current contents of values, updated node by node.
 
     Attributes:
         aliases: value → all values that may share its memory.
-        whole: slice or element → the value that it was taken of.
-        written: result of an in-place operator → the value that it wrote to, which is the same tensor.
-        current: value that was written to → the node that computes what it holds now.
+        whole: slice or element → the value it was taken from.
+        written: result of an in-place operator → the value it wrote to, which is the same tensor.
+        current: modified value → the node that computes its current contents.
         stale: values whose memory was written to through another view.
     """
 
@@ -62,7 +62,7 @@ class _Memory:
         self._visited: set[fx.Node] = set()
 
     def visit(self, node: fx.Node) -> None:
-        """Let a node read what its arguments hold now, and write where it writes."""
+        """Redirect a node's arguments to their current contents, and record its writes."""
         first = node.args[0] if node.args else None
         target = self.written.get(first, first) if isinstance(first, fx.Node) else None
         node.args, node.kwargs = fx.map_arg(node.args, self._now), fx.map_arg(node.kwargs, self._now)
@@ -99,7 +99,7 @@ class _Memory:
 
 
 def _in_dtype(node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """The result of a plain operator, cast to the dtype of what its in-place form would have written to."""
+    """The result of an out-of-place operator, cast to the dtype of the tensor that its in-place form writes to."""
     values = [n.meta.get("val") for n in node.all_input_nodes]
     if all(x.dtype == dtype for x in values if isinstance(x, torch.Tensor)):
         return node
@@ -110,7 +110,7 @@ def _in_dtype(node: fx.Node, dtype: torch.dtype) -> fx.Node:
 
 
 def _plain_overload(op: Any) -> Any:
-    """The operator that computes what an in-place operator writes, or None."""
+    """The out-of-place form of an in-place operator, or None."""
     name = op.name().removeprefix("aten::").split(".")[0]
     if not name.endswith("_") or not hasattr(aten, name[:-1]):
         return None
@@ -118,7 +118,7 @@ def _plain_overload(op: Any) -> Any:
 
 
 def _alias_families(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
-    """Values that may share memory: joined by operators whose result may be a view of an argument."""
+    """Group values that may share memory, because an operator may return a view of its argument."""
     family: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.graph.nodes:
         family[node] = [node]

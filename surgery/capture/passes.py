@@ -1,7 +1,7 @@
-"""From the graph that `torch.export` captured to the graph that the later stages read: `PASSES`, in order.
+"""Passes from the graph captured by `torch.export` to the graph of the later stages: `PASSES`, in order.
 
-Each pass names the kinds of nodes that it requires to be gone and those that it ensures are gone afterwards; no later
-pass may bring them back. `normalise(..., checked=True)` verifies these claims after each pass.
+Each pass declares the kinds of nodes that must be absent before it and those absent after it; no later pass may
+reintroduce them. `normalise(..., checked=True)` verifies these declarations after each pass.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ aten = torch.ops.aten
 _ASSERTIONS = ("_assert", "sym_constrain", "_guards_fn")
 
 Nodes = Callable[[fx.GraphModule], Iterator[fx.Node]]
-"""Finds the nodes of one kind in a graph."""
+"""Returns the nodes of one kind in a graph."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,8 @@ class Pass:
 
     Attributes:
         run: the rewrite.
-        requires: kinds of nodes that the graph must not have any more.
-        ensures: kinds of nodes that it does not have afterwards.
+        requires: kinds of nodes that must be absent before.
+        ensures: kinds of nodes that are absent afterwards.
     """
 
     run: Callable[[fx.GraphModule], None]
@@ -48,9 +48,9 @@ def normalise(exported: Any, graph: fx.GraphModule, *, checked: bool = False) ->
     """Return an exported program as a plain graph module that later stages can label and rewrite.
 
     Args:
-        exported: what `torch.export` returned.
-        graph: its `module()`; changed in place.
-        checked: verify the claims of all passes so far after each pass.
+        exported: result of `torch.export`.
+        graph: its `module()`; modified in place.
+        checked: after each pass, verify the declarations of all passes so far.
 
     Raises:
         UnsupportedModel: the program cannot be expressed as plain functions from values to values.
@@ -76,20 +76,20 @@ def _apply(
                 raise AssertionError(f"after {step.run.__name__}: {kind.__name__} are left: {found}")
 
 
-# Regions: what forward does inside `torch.autocast(enabled=False)` or `torch.no_grad()`. --------------------------
+# Regions: code inside `torch.autocast(enabled=False)` or `torch.no_grad()`. --------------------------------------
 
 
 def regions(graph: fx.GraphModule) -> Iterator[fx.Node]:
-    """Calls of graphs within the graph."""
+    """Return calls of subgraphs."""
     return (node for node in graph.graph.nodes if isinstance(node.target, HigherOrderOperator))
 
 
 def inline_regions(graph: fx.GraphModule) -> None:
-    """Put the nodes of each region into the graph itself.
+    """Inline the nodes of each region.
 
     Raises:
-        UnsupportedModel: forward enables autocast, so that the precision of an operator is not known from the graph; or
-            it has a conditional or a loop over tensor values.
+        UnsupportedModel: forward enables autocast, so that the graph does not determine an operator's precision; or it
+        has a conditional or a loop over tensor values.
     """
     while node := next(regions(graph), None):
         body, operands = _region(graph, node)
@@ -109,7 +109,7 @@ def inline_regions(graph: fx.GraphModule) -> None:
 
 
 def _region(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, list[Any]]:
-    """The region's body and the operands that it is called with."""
+    """The region's body and operands."""
     if node.target is wrap_with_set_grad_enabled:
         _, body, *operands = node.args
     elif node.target is wrap_with_autocast:
@@ -136,7 +136,7 @@ def _line_of(node: fx.Node) -> str:
 
 
 def assertions(graph: fx.GraphModule) -> Iterator[fx.Node]:
-    """Run-time checks of sizes and values."""
+    """Return run-time checks of sizes and values."""
     for node in graph.graph.nodes:
         called = node.op in ("call_function", "call_module") and not node.users
         if called and any(mark in str(node.target) for mark in _ASSERTIONS):
@@ -144,13 +144,13 @@ def assertions(graph: fx.GraphModule) -> Iterator[fx.Node]:
 
 
 def drop_assertions(graph: fx.GraphModule) -> None:
-    """Erase run-time checks: for which sizes the graph holds is known from its guards."""
+    """Erase run-time checks: the valid sizes are known from the graph's guards."""
     for node in reversed(list(assertions(graph))):
         graph.graph.erase_node(node)
 
 
 def value_dependent_sizes(graph: fx.GraphModule) -> Iterator[fx.Node]:
-    """Operators whose result's size depends on values, such as a selection by a mask."""
+    """Return operators whose output size depends on values, such as a selection by a mask."""
     for node in graph.graph.nodes:
         values = [x for x in pytree.tree_leaves(node.meta.get("val")) if isinstance(x, torch.Tensor)]
         sizes: list[Any] = [size for x in values for size in x.shape if is_symbolic(size)]
@@ -159,7 +159,7 @@ def value_dependent_sizes(graph: fx.GraphModule) -> Iterator[fx.Node]:
 
 
 def validate_sizes(graph: fx.GraphModule) -> None:
-    """Raise UnsupportedModel where a size depends on values."""
+    """Raise UnsupportedModel if a size depends on values."""
     if node := next(value_dependent_sizes(graph), None):
         where = _line_of(node) or UNKNOWN
         raise UnsupportedModel(
@@ -169,12 +169,12 @@ def validate_sizes(graph: fx.GraphModule) -> None:
 
 
 def reshapes_like_another(graph: fx.GraphModule) -> Iterator[fx.Node]:
-    """Reshapes to the sizes of another value."""
+    """Return reshapes to the sizes of another value."""
     return (n for n in graph.graph.nodes if n.target in (aten.reshape_as.default, aten.view_as.default))
 
 
 def reshape_to_sizes(graph: fx.GraphModule) -> None:
-    """`x.reshape_as(y)` becomes a reshape to y's sizes, which stay what they are when y's channels are pruned."""
+    """`x.reshape_as(y)` becomes a reshape to y's dense sizes, which do not change when y's channels are pruned."""
     for node in list(reshapes_like_another(graph)):
         x, other = node.args
         sizes: list[Any] = list(other.meta["val"].shape)  # type: ignore[union-attr]
@@ -189,12 +189,12 @@ def reshape_to_sizes(graph: fx.GraphModule) -> None:
 
 
 def unused(graph: fx.GraphModule) -> Iterator[fx.Node]:
-    """Nodes that nothing reads."""
+    """Return nodes without users."""
     return (n for n in graph.graph.nodes if not n.users and n.op != "placeholder" and not n.is_impure())
 
 
 def drop_unused(graph: fx.GraphModule) -> None:
-    """Erase nodes that nothing reads."""
+    """Erase nodes without users."""
     graph.graph.eliminate_dead_code()
 
 
@@ -212,10 +212,10 @@ PASSES = (
 
 
 def _plain_module(graph: fx.GraphModule) -> fx.GraphModule:
-    """The same graph in an ordinary GraphModule, without the hooks of `ExportedProgram.module()`.
+    """Return the graph as an ordinary GraphModule, without the hooks of `ExportedProgram.module()`.
 
-    Where all inputs are plain arguments, outputs are rebuilt by the graph itself (it can return tuples and
-    dictionaries): such a module can be copied and saved without torch's pytree machinery.
+    If all inputs are plain arguments, the graph itself rebuilds the outputs (it can return tuples and dictionaries), so
+    that the module can be copied and saved without pytree information.
     """
     info = getattr(graph.graph._codegen, "pytree_info", None)
     output = graph.graph.output_node()
@@ -228,12 +228,11 @@ def _plain_module(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 def _flat_inputs(spec: Any) -> bool:
-    """Whether every input is a plain argument."""
     return all(leaf.is_leaf() for part in spec.children() for leaf in part.children())
 
 
 def _plain_containers(spec: Any) -> bool:
-    """Whether a graph can rebuild outputs of this structure by itself."""
+    """Return whether a graph can rebuild outputs of this structure without pytree information."""
     if spec.is_leaf():
         return True
     return spec.type in (tuple, list, dict) and all(_plain_containers(child) for child in spec.children())

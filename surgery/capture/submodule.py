@@ -1,7 +1,7 @@
-"""Find one submodule of a larger model, and the inputs that it is called with.
+"""Find a submodule of a larger model, and the inputs it is called with.
 
-The whole model is run once, up to the point where it calls the submodule: nothing behind that point needs to run, so
-that a detector whose post-processing cannot be captured still has a backbone that can.
+The whole model is run once, up to the call of the submodule. Nothing after that call needs to run, so the backbone of a
+detector can be captured even if its post-processing cannot.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from surgery.errors import InvalidInput, PlanMismatch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Whole:
-    """The whole model around the submodule that is shrunk.
+    """The whole model that contains the submodule to be pruned.
 
     Attributes:
-        model: the whole dense model, never changed.
+        model: the whole dense model, never modified.
         name: dotted path of the submodule.
         part: the submodule, and how the model calls it.
-        example: the whole model's call that led there; None where only the submodule's inputs are known.
+        example: the whole model's example call; None if only the submodule's inputs are known.
     """
 
     model: nn.Module
@@ -38,21 +38,21 @@ class Whole:
 
     @property
     def call(self) -> tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]:
-        """What a tracer is given."""
+        """The arguments for a tracer."""
         return self.part.module, *self.part.example
 
     def around(self, part: nn.Module) -> nn.Module:
-        """Return a copy of the whole model with another module instead of the submodule."""
+        """Return a copy of the whole model with the submodule replaced."""
         around: nn.Module = copied(self.model, {id(self.part.module): part})
         return around
 
 
 class _Reached(BaseException):
-    """Ends the run where the part is called; not an Exception, so that no handler of the user's takes it."""
+    """Ends the run at the call of the submodule; not an Exception, so that the user's handlers do not catch it."""
 
 
 def find(model: nn.Module, name: str) -> nn.Module:
-    """Return the submodule called `name`; raises InvalidInput with near names where there is none."""
+    """Return the submodule called `name`; raises InvalidInput with similar names if there is none."""
     modules: dict[str, nn.Module] = {path: module for path, module in model.named_modules() if path}
     if name not in modules:
         near = difflib.get_close_matches(name, modules, n=3, cutoff=0.3)
@@ -61,16 +61,16 @@ def find(model: nn.Module, name: str) -> nn.Module:
 
 
 def reach(model: nn.Module, name: str, example_inputs: Any, example_kwargs: Mapping[str, Any] | None) -> Whole:
-    """Run the model until it calls the part, and return that call.
+    """Run the model until it calls the submodule, and return that call.
 
     Args:
-        model: the whole model; left as it was, mode included.
-        name: dotted path of the part.
-        example_inputs: of the whole model: one argument, or a tuple of positional arguments.
-        example_kwargs: of the whole model.
+        model: the whole model; unchanged, including its mode.
+        name: dotted path of the submodule.
+        example_inputs: inputs of the whole model: one argument, or a tuple of positional arguments.
+        example_kwargs: keyword inputs of the whole model.
 
     Raises:
-        InvalidInput: there is no such part, it is never called, or the model fails before it is.
+        InvalidInput: there is no such submodule, it is never called, or the model fails before the call.
     """
     part = find(model, name)
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
@@ -87,7 +87,7 @@ def reach(model: nn.Module, name: str, example_inputs: Any, example_kwargs: Mapp
             model(*fresh(args), **fresh(kwargs))
     except _Reached:
         pass
-    except Exception as error:  # whatever the user's forward raises
+    except Exception as error:  # any exception the user's forward raises
         raise InvalidInput(
             f"the model does not run as far as part '{name}': {where_raised(error)}: {first_line(error)}"
         ) from error
@@ -100,7 +100,7 @@ def reach(model: nn.Module, name: str, example_inputs: Any, example_kwargs: Mapp
 
 
 def plain_arguments(program: Program) -> dict[str, Any]:
-    """Return what a plan records of keyword arguments that are no tensors: ``{"arguments": ...}``, or nothing."""
+    """Return the non-tensor keyword arguments recorded in a plan: ``{"arguments": ...}``, or an empty dict."""
     plain = {k: v for k, v in program.example_kwargs.items() if v is None or isinstance(v, (bool, int, float, str))}
     return {"arguments": plain} if plain else {}
 
@@ -108,7 +108,7 @@ def plain_arguments(program: Program) -> dict[str, Any]:
 def of_plan(
     plan: Plan, dense_model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None
 ) -> Whole | None:
-    """Return the part that the plan is for, with inputs from the plan where none of the whole model are given."""
+    """Return the submodule of the plan, with inputs from the plan if none of the whole model are given."""
     name = plan.settings.get("part")
     if name is None:
         return None

@@ -1,8 +1,8 @@
-"""Turn a module into a `Program`: the only room that calls `torch.export`.
+"""Turn a module into a `Program`: the only place that calls `torch.export`.
 
-The batch axis is traced as dynamic (inputs of batch 1 are repeated to 2, because 1 would be baked in), height and width
-where the model permits. The captured graph then goes through `passes.PASSES`, so that every later stage sees plain
-functions from values to values.
+The batch axis is traced as dynamic (inputs of batch 1 are repeated to 2, because 1 would be specialised), height and
+width if the model permits. The captured graph then goes through `passes.PASSES`, so that later stages see a functional
+graph.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
     """Capture `model` in eval mode as a graph of ATen operators.
 
     Args:
-        model: any module that `torch.export` can capture; left as it was, mode included.
+        model: any module that `torch.export` can capture; unchanged, including its mode.
         example_inputs: one tensor or a tuple of positional inputs, such as (1, 3, 224, 224) of float32.
         example_kwargs: keyword inputs.
 
     Returns:
-        The program. Batch is dynamic, or `notes` says why not.
+        The program. The batch is dynamic unless `notes` explains why not.
 
     Raises:
-        InvalidInput: a weight is not finite, or the inputs are not tensors the model accepts.
-        UnsupportedModel: the model cannot be captured; names the user's own source line.
+        InvalidInput: a weight is not finite, or the model does not accept the inputs.
+        UnsupportedModel: the model cannot be captured; the message names the user's source line.
     """
     require_module(model)
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
@@ -91,7 +91,7 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
 
 
 def require_module(model: Any) -> None:
-    """Raise unless the model is a Python module whose parameters have values."""
+    """Raise InvalidInput unless the model is a Python module whose parameters have values."""
     if not isinstance(model, nn.Module):
         raise InvalidInput(f"not a torch.nn.Module but of type {type(model).__name__}: pass the module itself")
     if isinstance(model, torch.jit.ScriptModule):
@@ -104,20 +104,20 @@ def require_module(model: Any) -> None:
 
 
 def require_finite(model: nn.Module) -> None:
-    """Raise InvalidInput where a weight is not a number or infinite."""
+    """Raise InvalidInput if a weight is NaN or infinite."""
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InvalidInput(f"weight '{name}' holds NaN or infinite values; load an intact checkpoint")
 
 
 def _in_forward_order(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword inputs as `torch.export` orders them: like forward's parameters."""
+    """Sort keyword inputs in the order of forward's parameters, as `torch.export` does."""
     order = [*inspect.signature(model.forward).parameters, *kwargs]
     return dict(sorted(kwargs.items(), key=lambda item: order.index(item[0])))
 
 
 def _at_batch_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Repeat inputs of batch 1; inputs that do not share a first axis are left alone."""
+    """Repeat inputs of batch 1; inputs with different first axes stay unchanged."""
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     if not tensors:
         raise InvalidInput(
@@ -141,13 +141,13 @@ def _at_batch_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put every submodule in eval mode within the block.
 
-    Flags are set directly, so that no code of the user's runs; `eval()` of a graph also sets its operators' flags.
+    Flags are set directly, without running user code; `eval()` of a graph also sets its operators' flags.
     """
     modes = [(m, m.training) for m in model.modules()]
     graphs = [m for m, training in modes if training and isinstance(m, torch.fx.GraphModule)]
     try:
         for graph in graphs:
-            with suppress(NotImplementedError):  # what `ExportedProgram.module()` returns knows no modes
+            with suppress(NotImplementedError):  # `ExportedProgram.module()` does not support train and eval
                 graph.eval()
         for m, _ in modes:
             m.training = False
@@ -165,7 +165,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Capture:
-    """What `torch.export` returned, the same as a module, the inputs that it took, and what the user should know."""
+    """Result of `torch.export`, the same program as a module, its inputs, and notes for the user."""
 
     exported: Any
     graph: torch.fx.GraphModule
@@ -174,7 +174,7 @@ class _Capture:
 
 
 def _capture(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> _Capture:
-    """Capture with dynamic batch, height and width where that holds; else with dynamic batch; else with none."""
+    """Capture with dynamic batch, height and width if valid; else with dynamic batch; else without dynamic axes."""
     twice = _at_batch_two(args, kwargs)
     if not slow_to_capture(model, twice):
         with suppress(Exception):  # torch.export raises whatever the user's forward or its own passes raise
@@ -198,7 +198,7 @@ def _wrong_at_other_batch(found: _Capture, model: nn.Module, inputs: Inputs) -> 
 
 
 def _export(model: nn.Module, inputs: Inputs, batch: Any, space: Any) -> _Capture:
-    """Capture with these kinds of axis 0 and, of images and volumes, of height and width; None: as in the example."""
+    """Capture with these kinds of axis 0 and, for images and volumes, of height and width; None: static."""
 
     def axes(x: Any) -> dict[int, Any] | None:
         if not isinstance(x, Tensor) or x.dim() == 0:
@@ -209,10 +209,10 @@ def _export(model: nn.Module, inputs: Inputs, batch: Any, space: Any) -> _Captur
         return found
 
     shapes = None
-    if batch is not None:  # by the names of forward's parameters, `*args` and `**kwargs` in one entry each
+    if batch is not None:  # by forward's parameter names, with one entry each for `*args` and `**kwargs`
         by_position, by_name = pytree.tree_map(axes, inputs)
         shapes = dict(inspect.signature(model.forward).bind(*by_position, **by_name).arguments)
-    # A copy each time: torch.export takes one tensor given twice for one input, and marks tensors as dynamic.
+    # Copies, because torch.export treats a tensor passed twice as one input, and marks tensors as dynamic.
     args, kwargs = fresh(inputs)
     with torch.no_grad(), lean():
         exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -233,12 +233,12 @@ def _export_fixed(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> _Capt
 
 
 def validate_inputs(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> None:
-    """Raise InvalidInput where the model itself does not run on inputs of this shape or type."""
+    """Raise InvalidInput if the model itself does not run on inputs of this shape or type."""
     try:
         with torch.no_grad():
             given = fresh((args, kwargs))
             model(*given[0], **given[1])
-    except Exception as error:  # whatever the user's forward raises
+    except Exception as error:  # any exception the user's forward raises
         if not _ABOUT_INPUTS.search(str(error)):
             return
         shapes = [tuple(x.shape) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -263,7 +263,7 @@ def _input_specs(graph: torch.fx.GraphModule) -> tuple[InputSpec, ...]:
 
 
 def _notes_on_space(inputs: tuple[InputSpec, ...]) -> Iterator[str]:
-    """What to say of the height and width of images."""
+    """Notes on dynamic and fixed height and width of images."""
     for spec in inputs:
         if len(spec.shape) != 4:
             continue
@@ -283,19 +283,19 @@ def _notes_on_space(inputs: tuple[InputSpec, ...]) -> Iterator[str]:
 
 
 def source_of(node: torch.fx.Node) -> str:
-    """`file:line` of the user's code that made this node; the innermost frame outside torch."""
+    """Return `file:line` of the user's code that made this node: the innermost frame outside torch."""
     return last_own_line(node.meta.get("stack_trace") or "")
 
 
 def module_of(node: torch.fx.Node) -> str:
-    """Dotted path of the innermost module whose forward made this node."""
+    """Return the dotted path of the innermost module whose forward made this node."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [entry[0] if isinstance(entry, tuple) else str(entry) for entry in stack.values()]
     return paths[-1] if paths else ""
 
 
 def describe_graph(graph: torch.fx.Graph) -> tuple[Node, ...]:
-    """Return what a graph computes, in order, as readable nodes."""
+    """Return the operations of a graph in order."""
     return tuple(_describe(n) for n in graph.nodes if n.op == "call_function")
 
 

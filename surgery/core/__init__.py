@@ -1,4 +1,4 @@
-"""The nouns that stages hand to each other, and what every stage needs: labels, progress, tolerances, blame.
+"""Data types passed between stages, and shared helpers: labels, execution, progress, tolerances, error locations.
 
 Its public names are listed in `__init__.pyi` and loaded on first use.
 """

@@ -1,4 +1,4 @@
-"""A module as a function of flat tensors, whatever the nesting of its arguments and of what it returns."""
+"""A module as a function of flat tensors, however its arguments and outputs are nested."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from surgery.core.ir import Program
 
 
 class Callee(nn.Module):
-    """A module and an example call of it: it takes the call's tensors in order; other arguments are the example's.
+    """A module with an example call: takes the call's tensors in order; other arguments are the example's.
 
     Attributes:
-        module: what is called.
-        leaves: tensors and constants of the example call.
-        spec: how the leaves form ``(args, kwargs)``.
+        module: the module to call.
+        leaves: flattened arguments of the example call, tensors and constants.
+        spec: pytree structure of ``(args, kwargs)``.
     """
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
@@ -29,7 +29,7 @@ class Callee(nn.Module):
 
     @classmethod
     def of(cls, program: Program, module: nn.Module | None = None) -> Callee:
-        """Return the example call of a program, on its own model or on another module."""
+        """Return the example call of a program, for its own model or another module."""
         return cls(program.model if module is None else module, program.example_args, program.example_kwargs)
 
     def on(self, module: nn.Module) -> Callee:
@@ -48,10 +48,10 @@ class Callee(nn.Module):
         return tuple(leaf for leaf in self.leaves if isinstance(leaf, Tensor))
 
     def arguments(self, inputs: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return ``(args, kwargs)`` with copies of other tensors, since a module may write into its inputs.
+        """Return ``(args, kwargs)`` with copies of these tensors, since a module may write into its inputs.
 
         Args:
-            inputs: one tensor per tensor of the example; what is not a tensor is ignored.
+            inputs: one tensor per tensor of the example; other values are ignored.
         """
         given = iter(fresh([x for x in inputs if isinstance(x, Tensor)]))
         leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]

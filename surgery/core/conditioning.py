@@ -1,8 +1,8 @@
-"""Values and inputs that comparisons can trust: distinct, of sane size, at other batches and image sizes too.
+"""Well-conditioned weights and inputs for comparisons, also at other batch and image sizes.
 
-A vision transformer's default head is all zero, and permuting channels of a deep net with default weights may move its
-output by one part in a million: on such values a comparison is blind. So every parameter gets distinct values
-of sane size, and the running statistics of batch norms are those of the signal that arrives there.
+A vision transformer's default head is all zero, and permuting channels of a deep network with default weights may
+change its output by only 1e-6, so that a comparison on such values detects nothing. Every parameter therefore gets
+distinct values of moderate magnitude, and batch norms the running statistics of the signal that reaches them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ aten = torch.ops.aten
 
 
 def sample_inputs(program: Program, *, seed: int, dtype: torch.dtype | None = None, by: int = 0) -> list[Tensor]:
-    """Random inputs in the order of the graph's placeholders; integer inputs keep the example's values.
+    """Return random inputs in the order of the graph's placeholders; integer inputs keep the example's values.
 
-    White noise looks the same everywhere, and deep networks map it to the same output; so each sample gets a contrast,
-    an offset per channel and a coarse pattern of its own. `by`: pixels more, or less, where height and width are free.
+    Deep networks map different samples of white noise to the same output, so each sample gets its own contrast, offset
+    per channel and coarse pattern. `by`: pixels added to height and width where these are dynamic.
     """
     generator = torch.Generator().manual_seed(seed)
     leaves = pytree.tree_leaves((program.example_args, dict(program.example_kwargs)))
@@ -42,7 +42,7 @@ def sample_inputs(program: Program, *, seed: int, dtype: torch.dtype | None = No
 
 
 def other_sizes(program: Program) -> list[int]:
-    """Changes of height and width to compare at, by preference, in pixels: where these are free.
+    """Return changes of dynamic height and width to compare at, in pixels, in order of preference.
 
     Multiples of 32, the stride of most networks; about half the size is the cheapest.
     """
@@ -57,15 +57,15 @@ T = TypeVar("T")
 
 
 def elsewhere(program: Program, run: Callable[[list[Tensor]], T], *, seed: int) -> list[tuple[list[Tensor], T]] | None:
-    """Run something at another batch and another height and width, where these are free.
+    """Call `run` at another batch size and another height and width, where these are dynamic.
 
     Args:
-        program: whose inputs they are.
-        run: what is done with them, float64; it may raise where a network does not take them.
-        seed: of the inputs.
+        program: the program the inputs are for.
+        run: called with float64 inputs; may raise if the network does not accept them.
+        seed: seed of the random inputs.
 
     Returns:
-        Each input with what came of it; nothing where no size is free, None where there is one and nothing ran.
+        Each input with its result; empty if no size is dynamic; None if one is, but no run succeeded.
     """
 
     def attempt(batch: bool, by: int) -> list[tuple[list[Tensor], T]] | None:
@@ -73,7 +73,7 @@ def elsewhere(program: Program, run: Callable[[list[Tensor]], T], *, seed: int) 
         inputs = [torch.cat([x, x[:1]]) if batch and isinstance(x, Tensor) else x for x in inputs]
         try:
             return [(inputs, run(inputs))]
-        except Exception:  # whatever operators raise at a size that they do not take
+        except Exception:  # any exception an operator raises at a size it does not accept
             return None
 
     batch = bool(program.inputs) and all(0 in spec.dynamic for spec in program.inputs)
@@ -116,8 +116,8 @@ def well_conditioned(program: Program, *, seed: int = 0) -> dict[str, Tensor]:
     """Return distinct float64 values for every floating parameter and buffer the graph reads.
 
     Matrices and kernels are normal with variance 2 / fan-in, scales uniform in [0.5, 1.5], shifts normal with deviation
-    0.1; batch-norm statistics are then taken from a run over two random samples (as in data-dependent initialisation,
-    Mishkin 2016, arXiv:1511.06422), so that no signal dies or explodes on its way.
+    0.1; batch-norm statistics are then taken from a run over two random samples (data-dependent initialisation,
+    Mishkin 2016, arXiv:1511.06422), so that activations neither vanish nor explode.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = all_tensors(program)
@@ -132,7 +132,7 @@ def well_conditioned(program: Program, *, seed: int = 0) -> dict[str, Tensor]:
 
 
 def _settled(program: Program, state: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Running statistics of the batch norms, by name: small, and remembered as long as the program is."""
+    """Running statistics of the batch norms, by name; cached as long as the program exists."""
     known = _SETTLED.setdefault(program.graph, {})
     if seed not in known:
         own = dict(state)
@@ -148,7 +148,7 @@ _SETTLED: WeakKeyDictionary[torch.fx.GraphModule, dict[int, dict[str, Tensor]]] 
 
 
 def conditioned(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Float64 values for one parameter or buffer, by its name and shape."""
+    """Return float64 values for one parameter or buffer, by its name and shape."""
 
     def normal(scale: float) -> Tensor:
         return torch.randn(tensor.shape, generator=generator).double() * scale
@@ -159,7 +159,7 @@ def conditioned(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor
     parameter, table = isinstance(tensor, torch.nn.Parameter), tensor.dim() >= 2 and max(tensor.shape) != tensor.numel()
     if table and (parameter or not bool((tensor > 0).all())):
         return normal(sqrt(2.0 / max(1, prod(tensor.shape[1:]))))
-    if parameter or leaf == "running_var" or table:  # a table of positive numbers may be one of variances
+    if parameter or leaf == "running_var" or table:  # positive values may be variances
         return torch.rand(tensor.shape, generator=generator).double() + 0.5
     return tensor.double()
 
@@ -172,7 +172,7 @@ def _settle_statistics(state: dict[str, Tensor]) -> Compute:
             mean, var = x.mean(dims), x.var(dims, unbiased=False)
             names = [str(n.target) for n in node.args[3:5]]  # type: ignore[union-attr]
             state[names[0]] = mean + 0.1 * var.sqrt() * state[names[0]]
-            state[names[1]] = var * state[names[1]] + 0.1 * var.mean() + 1e-6  # no channel is blown up by chance
+            state[names[1]] = var * state[names[1]] + 0.1 * var.mean() + 1e-6  # avoid exploding a channel by chance
             args = (*args[:3], state[names[0]], state[names[1]], *args[5:])
             return node.target(*args, **kwargs)
         return NotImplemented

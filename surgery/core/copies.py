@@ -1,4 +1,4 @@
-"""Copies of the user's modules and inputs, and buffers that survive a forward pass."""
+"""Copies of the user's modules and inputs, and restoring buffers after a forward pass."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def copied(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.Mod
 
     Args:
         model: left unchanged.
-        instead: id of an object → what replaces it in the copy.
+        instead: id of an object → its replacement in the copy.
 
     Raises:
-        UnsupportedModel: it holds something that cannot be copied (a lock, an open file).
+        UnsupportedModel: the module holds something that cannot be copied (a lock, an open file).
     """
     try:
         duplicate: nn.Module = copy.deepcopy(model, {**_detached(model), **(instead or {})})
-    except Exception as error:  # the user's own __deepcopy__, locks, open files: anything may come
+    except Exception as error:  # the user's own __deepcopy__, locks, open files: any exception is possible
         raise UnsupportedModel(
             f"{type(model).__name__} cannot be copied: {first_line(error)}; keep what cannot be copied outside the "
             "module, or leave it out in a __deepcopy__ of its own"

@@ -1,10 +1,9 @@
-"""MACs and parameters of a module, as fvcore counts them: the figures that users see and that budgets are held against.
+"""MACs and parameters of a module, as fvcore counts them: the figures in reports and budgets.
 
-fvcore's own table of operator handles is used as it is, so that whoever runs fvcore gets the same numbers for a model
-without attention. Handles are added only for multiply-adds that fvcore passes over in silence (scaled-dot-product
-attention, batched matrix products with an addend, convolutions padded by name, ...) and for the names that the same
-operators bear in exported graphs; pooling by window, activations and additions stay at zero, as in fvcore. One
-multiply-add is one MAC.
+fvcore's table of operator handles is used unchanged, so that running fvcore gives the same numbers for a model without
+attention. Handles are added only for multiply-adds that fvcore ignores (scaled-dot-product attention, batched matrix
+products with an addend, convolutions with named padding, ...) and for the names of the same operators in exported
+graphs; window pooling, activations and additions count zero, as in fvcore. One multiply-add is one MAC.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def count_macs(
         batch: number of samples in the inputs; the result is then per sample, rounded down.
 
     Raises:
-        InvalidInput: no tensor among the arguments, or `batch` below 1.
+        InvalidInput: the arguments contain no tensor, or `batch` is below 1.
         UnsupportedModel: the module cannot be copied or run on these arguments.
     """
     if batch is not None and batch < 1:
@@ -77,7 +76,7 @@ def count_by_operator(
         analysis = _analysis(_Counted(_private_copy(module), args, kwargs), callee.tensors)
         with torch.no_grad(), _attention_spelled_out():
             counts = analysis.by_operator()
-    except Exception as error:  # whatever the user's forward raises
+    except Exception as error:  # any exception the user's forward raises
         raise UnsupportedModel(
             f"cannot count the MACs of {type(module).__name__}: running it under fvcore failed "
             f"({type(error).__name__}: {error}); check that it runs on its example inputs in eval mode"
@@ -86,12 +85,12 @@ def count_by_operator(
 
 
 def count_params(module: nn.Module) -> int:
-    """Return the number of parameters; one that is shared under several names counts once."""
+    """Return the number of parameters; shared parameters count once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 class _Counted(Callee):
-    """What fvcore's tracer runs: it has to return at least one tensor."""
+    """Wrapper for fvcore's tracer, which requires at least one output tensor."""
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return super().forward(*inputs) or inputs
@@ -102,7 +101,7 @@ def _private_copy(module: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own classes, when a graph module is copied
         private = copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
-    with suppress(NotImplementedError):  # modules of exported programs refuse; other graphs flip their operators' flags
+    with suppress(NotImplementedError):  # exported programs reject it; other graphs flip flags
         private.eval()
     for submodule in private.modules():
         submodule.training = False
@@ -112,7 +111,7 @@ def _private_copy(module: nn.Module) -> nn.Module:
 
 
 def _avoid_untraceable(module: fx.GraphModule) -> None:
-    """Swap operators on which torch's tracer fails (it records them with too few arguments) for their equals."""
+    """Replace operators on which torch's tracer fails (it records them with too few arguments) by equivalents."""
     swapped = [node for node in module.graph.nodes if node.target in _TRACEABLE]
     for node in swapped:
         node.target = _TRACEABLE[node.target]
@@ -157,7 +156,7 @@ def _numel(value: Any) -> int:
 
 
 def _scaled_dot_product_attention(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-    """(.., L, E) x (.., S, E) → (.., L, S), and that with (.., S, Ev) → (.., L, Ev)."""
+    """(.., L, E) x (.., S, E) → (.., L, S); (.., L, S) x (.., S, Ev) → (.., L, Ev)."""
     rows = prod(_shape(outputs[0])[:-1])  # batch, heads and L, after broadcasting
     keys, width = _shape(inputs[1])[-2:]
     return rows * keys * (width + _shape(inputs[2])[-1])
@@ -169,7 +168,7 @@ def _convolution_mode(inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
 
 
 def _per_output(position: int) -> Handle:
-    """As many multiply-adds per output element as the last axis of the input at `position` is long."""
+    """Count, per output element, the length of the last axis of the input at `position`."""
 
     def handle(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
         return _numel(outputs[0]) * _shape(inputs[position])[-1]
@@ -183,26 +182,26 @@ def _addbmm(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
 
 
 def _tensordot(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-    """(F, K) x (K, G) → (F, G) with F, K, G standing for several axes each: the inputs' sizes make F * K * K * G."""
+    """(F, K) x (K, G) → (F, G), each letter for several axes: the product of the input sizes is F * K * K * G."""
     result = _numel(outputs[0])
     return result * isqrt(_numel(inputs[0]) * _numel(inputs[1]) // result) if result else 0
 
 
 def _bilinear(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-    """(.., I) and (.., J) with a weight (O, I, J): first to (.., O, J), then to (.., O)."""
+    """(.., I) and (.., J) with weight (O, I, J): first to (.., O, J), then to (.., O)."""
     out, _, second = _shape(inputs[2])
     return _numel(inputs[0]) * out * second + _numel(outputs[0]) * second
 
 
 def _matmul(inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
-    """The handle of fvcore, which fails where the second factor is a vector."""
+    """Extend fvcore's handle to a vector as second factor."""
     if len(_shape(inputs[1])) == 1:
         return _numel(inputs[0])
     return matmul_flop_jit(inputs, outputs)
 
 
 def _norm(affine_position: int) -> Handle:
-    """The handle of fvcore, which fails outside of 2 to 5 axes; there, its formula."""
+    """Extend fvcore's handle, by the same formula, to inputs of fewer than 2 or more than 5 axes."""
     fvcore = norm_flop_counter(affine_position)
 
     def handle(inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
@@ -214,7 +213,7 @@ def _norm(affine_position: int) -> Handle:
 
 
 def _batch_norm_eval(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-    """The formula of fvcore for batch norm outside of training: scale and shift."""
+    """Count batch norm in eval mode by fvcore's formula: scale and shift."""
     return _numel(inputs[0]) * (1 if get_shape(inputs[1]) is None else 2)
 
 
@@ -242,4 +241,4 @@ EXTRA_HANDLES: Mapping[str, Handle] = MappingProxyType(
         "aten::_adaptive_avg_pool2d": elementwise_flop_counter(1, 0),
     }
 )
-"""Operator name → handle, over and above fvcore's table (or where its handle raises)."""
+"""Operator name → handle, in addition to fvcore's table (or where its handle raises)."""

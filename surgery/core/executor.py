@@ -1,4 +1,4 @@
-"""Run traced graphs node by node: on tensors (`Executor`), or on whatever else may stand for a value (`interpret`)."""
+"""Run traced graphs node by node: on tensors (`Executor`), or on any substitute for tensors (`interpret`)."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def interpret(
     """Return a value for each node, by its name: labels, moments, or any other substitute for a tensor.
 
     Args:
-        graph: of ATen operators.
-        placeholder: the value of an input.
-        parameter: that of a parameter or buffer, by name.
-        call: that of an operator call, given the values of all nodes before it.
+        graph: graph of ATen operators.
+        placeholder: returns the value of an input.
+        parameter: returns the value of a parameter or buffer, by name.
+        call: returns the value of an operator call, given the values of all preceding nodes.
     """
     values: dict[str, Any] = {}
     for node in graph.nodes:
@@ -47,14 +47,14 @@ def interpret(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Frontier:
-    """A run that stands before the node at `position`: `values` are those that nodes from there on read."""
+    """A run suspended before the node at `position`; `values` are those read by the remaining nodes."""
 
     position: int
     values: Mapping[torch.fx.Node, Any]
 
     @property
     def bytes(self) -> int:
-        """Memory of its tensors; views count as if they were copies."""
+        """Memory of its tensors; views are counted as copies."""
         tensors = [x for x in pytree.tree_leaves(list(self.values.values())) if isinstance(x, Tensor)]
         return sum(x.numel() * x.element_size() for x in tensors)
 
@@ -64,14 +64,15 @@ class Frontier:
 
 
 class Executor:
-    """Runs a graph on tensors, from start to end or in stretches, and frees values after their last use.
+    """Run a graph on tensors, completely or in segments, freeing values after their last use.
 
     Args:
-        graph: of ATen operators, functional except for what the traced program itself writes into.
-        state: parameter or buffer name → tensor, looked up when it is read; others are taken from the graph.
-        compute: may take calls over.
-        dtype: replaces every floating dtype that a call names or that a newly created tensor has; None: as traced.
-        device: replaces every device that a call names; None: as traced.
+        graph: graph of ATen operators, functional except for tensors the traced program itself writes to.
+        state: parameter or buffer name → tensor, looked up when read; others are taken from the graph.
+        compute: hook that may compute calls instead of the operator.
+        dtype: replaces the floating dtype arguments of calls and the floating dtype of created tensors; None: as
+            traced.
+        device: replaces the device arguments of calls; None: as traced.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Executor:
 
     @cached_property
     def _written(self) -> set[torch.fx.Node]:
-        """Parameters and buffers that are written into."""
+        """Parameters and buffers that are written to."""
         return {source for node in self._writers for source in node.all_input_nodes if source.op == "get_attr"}
 
     def run(self, *inputs: Any) -> Any:
@@ -114,16 +115,16 @@ class Executor:
         return self.graph.graph.process_outputs(self.output(self.start(inputs)))
 
     def start(self, inputs: Sequence[Any]) -> Frontier:
-        """Return the run before its first node, on these inputs in the order of the placeholders."""
+        """Return a run suspended before its first node; inputs are in the order of the placeholders."""
         places = [node for node in self.nodes if node.op == "placeholder"]
         return self._own(Frontier(0, dict(zip(places, inputs, strict=True))))
 
     def _own(self, run: Frontier) -> Frontier:
-        """The run with copies of its values where the program writes into any, so that it can be resumed again."""
+        """Copy the run's values if the program writes to any, so that it can be resumed again."""
         return replace(run, values=_mapped(Tensor.clone, dict(run.values))) if self._writers else run
 
     def advance(self, run: Frontier, to: int, *, keep: frozenset[str] = frozenset()) -> Frontier:
-        """Run up to, and without, the node at `to`; values of the nodes in `keep` stay although nothing reads them."""
+        """Run up to but excluding the node at `to`; values of the nodes in `keep` are not freed."""
         values = dict(run.values)
         for k in range(run.position, to):
             node = self.nodes[k]
@@ -137,7 +138,7 @@ class Executor:
         return Frontier(to, values)
 
     def only(self, run: Frontier, wanted: str) -> Any:
-        """Return one value, running nothing but what it needs; raises KeyError where that is no longer held."""
+        """Return one value, running only what it needs; raises KeyError if a required value has been freed."""
         values = dict(run.values)
         target = self.nodes[self.place[wanted]]
         pending = [target]
@@ -162,7 +163,7 @@ class Executor:
         return torch.fx.map_arg(self.nodes[-1].args[0], lambda n: self.value(n, end.values))
 
     def value(self, node: torch.fx.Node, values: Mapping[torch.fx.Node, Any]) -> Any:
-        """Return what a node holds: a parameter is looked up."""
+        """Return the value of a node; parameters are looked up."""
         if node.op != "get_attr" or node in values:
             return values[node]
         name = str(node.target)
@@ -180,7 +181,7 @@ class Executor:
         return self._created(result, args, kwargs) if self._dtype is not None else result
 
     def _created(self, result: Any, *arguments: Any) -> Any:
-        """What an operator without tensor arguments creates, in the dtype of the run."""
+        """Return the tensor an operator without tensor arguments creates, in the dtype of the run."""
         if not isinstance(result, Tensor) or not result.is_floating_point() or result.dtype == self._dtype:
             return result
         return result if any(isinstance(x, Tensor) for x in pytree.tree_leaves(arguments)) else result.to(self._dtype)

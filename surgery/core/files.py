@@ -1,4 +1,4 @@
-"""Files that take an older one's place only when they are whole. Part of a pack, where Python may be 3.8."""
+"""Atomic replacement of files. Part of a profiling pack, so it must run on Python 3.8."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from surgery.errors import InvalidInput
 
 @contextmanager
 def replacing(path: Union[str, os.PathLike[str]]) -> Iterator[Path]:
-    """Yield a path to write to; the file there, and its `.data` file, replace those at `path` when the block succeeds.
+    """Yield a temporary path; its file, and its `.data` file, replace those at `path` if the block succeeds.
 
-    The path has the same name in a temporary folder beside `path`: on the same file system, so that the move is atomic.
+    It has the same name in a temporary folder next to `path`, on the same file system, so that the move is atomic.
 
     Raises:
-        InvalidInput: nothing can be written at `path`; before the block, if that shows then.
+        InvalidInput: `path` cannot be written; raised before the block if that is already known.
     """
     target = Path(path)
     if target.is_dir():

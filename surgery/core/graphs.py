@@ -1,4 +1,4 @@
-"""What a traced graph holds: parameters, shapes, and the arguments of its calls by name."""
+"""Parameters, shapes and call arguments of traced graphs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from surgery.core.tolerances import TOLERANCE
 
 
 def arguments_of(node: torch.fx.Node) -> dict[str, Any]:
-    """Return a call's arguments as they stand in the graph, named and completed by the operator's schema."""
+    """Return a call's arguments by name, with the schema's defaults filled in; tensors are graph nodes."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return {str(k): a for k, a in enumerate(node.args)} | dict(node.kwargs)
@@ -36,7 +36,7 @@ def with_values(arguments: Mapping[str, Any], lookup: Callable[[torch.fx.Node], 
 
 
 def mutates(node: torch.fx.Node) -> bool:
-    """Whether a call may change its arguments."""
+    """Return whether a call may modify its arguments."""
     schema = getattr(node.target, "_schema", None)
     return node.op == "call_function" and schema is not None and schema.is_mutable
 
@@ -49,7 +49,7 @@ def attribute(module: Any, path: str) -> Any:
 
 
 def shapes_of(value: Any) -> Any:
-    """A tensor's shape, a list of them, or a plain number; symbolic sizes at the example's value."""
+    """Return a tensor's shape, a list of shapes, or a plain number; symbolic sizes at the example's value."""
     if isinstance(value, Tensor):
         return tuple(hint(s) for s in value.shape)
     if isinstance(value, (tuple, list)):
@@ -65,9 +65,9 @@ def flat_outputs(result: Any) -> list[Tensor]:
 
 
 def all_tensors(program: Program) -> dict[str, Tensor]:
-    """Every parameter and buffer of the model, and every constant of the graph, by name; tied ones under each name.
+    """Return all parameters and buffers of the model and constants of the graph; tied ones under each name.
 
-    Materialised weights replace the parameters that they are computed from.
+    Materialised weights replace the parameters they are computed from.
     """
     model: nn.Module = program.model
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
@@ -80,20 +80,20 @@ def all_tensors(program: Program) -> dict[str, Tensor]:
 
 
 def state_of(program: Program) -> dict[str, Tensor]:
-    """Parameters and buffers that the graph reads, by name (tied ones under each name), on the CPU."""
+    """Return parameters and buffers that the graph reads, by name (tied ones under each name), on the CPU."""
     tensors = all_tensors(program)
     read = {id(tensors[str(n.target)]) for n in program.graph.graph.nodes if n.op == "get_attr"}
     return {name: tensor.detach().cpu() for name, tensor in sorted(tensors.items()) if id(tensor) in read}
 
 
 def narrowest(program: Program) -> torch.dtype:
-    """Return the floating dtype of least precision among the program's weights and values."""
+    """Return the lowest-precision floating dtype among the program's weights and values."""
     values = pytree.tree_leaves([n.meta.get("val") for n in program.graph.graph.nodes])
     found = {x.dtype for x in (*values, *state_of(program).values()) if isinstance(x, Tensor)} & TOLERANCE.keys()
     return max(found, key=lambda dtype: TOLERANCE[dtype], default=torch.float32)
 
 
 def names_dtype(program: Program) -> bool:
-    """Whether forward casts to a floating dtype of its own choice: it then has that precision whatever the weights."""
+    """Return whether forward casts to an explicit floating dtype, which determines its precision."""
     given = pytree.tree_leaves([(n.args, dict(n.kwargs)) for n in program.graph.graph.nodes])
     return any(isinstance(x, torch.dtype) and x.is_floating_point for x in given)

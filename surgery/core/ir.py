@@ -1,11 +1,11 @@
-"""The nouns that the stages hand to each other: frozen values, no behaviour beyond saving and loading.
+"""Frozen data types passed between the stages, without behaviour beyond saving and loading.
 
 `Module → trace → Program → couple → Coupling → score → Scores → allocate → Plan → cut → CompactModel → check → Report`.
 
-This module imports neither torch nor anything else heavy, so that a device can read a plan or a report without it.
-A *unit* is the smallest thing that can be removed: an equivalence class of indices that live and die together across
-parameters and activations. A *group* is a set of units of the same kind (the output channels of one convolution and all
-that is tied to them; the heads of one attention). A *site* is one axis of one parameter or buffer that a group touches.
+This module imports neither torch nor other large packages, so that a device can read a plan or a report without them.
+A *unit* is the smallest thing that can be removed: an equivalence class of indices of parameters and activations that
+must be removed together. A *group* is a set of units of the same kind (the output channels of one convolution and all
+indices tied to them; the heads of one attention). A *site* is one axis of one parameter or buffer in a group.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PLAN_SCHEMA = 3
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """One tensor input of the network: `dynamic` lists the axes whose size may change from call to call."""
+    """One tensor input of the network; `dynamic` lists the axes whose size may vary between calls."""
 
     name: str
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class InputSpec:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One traced operation. `source` is the user's own ``file:line``; `module` the dotted path it ran in."""
+    """One traced operation. `source` is the user's ``file:line``, `module` the dotted path of its module."""
 
     name: str
     op: str
@@ -59,14 +59,14 @@ class Program:
         inputs: the tensor inputs in forward's order.
         example_args: positional example inputs, batch 2 where the batch axis is dynamic.
         example_kwargs: keyword example inputs.
-        fingerprint: SHA-256 over operators, parameter names and shapes: equal for two copies of one architecture.
-        notes: what the user should know: a static fallback, a specialised axis.
-        model: the user's own module, never changed.
+        fingerprint: SHA-256 over operators, parameter names and shapes; equal for copies of one architecture.
+        notes: messages for the user, such as a static fallback or a specialised axis.
+        model: the user's module, never modified.
         tracer: `export` or `torch-pruning`.
-        materialised: weight that the model computes from parameters, and that the graph holds as a constant → names of
-            those parameters which are read nowhere else.
-        whole: the program as it was traced, where this one is what is left of it without some blocks.
-        why_graph: why `model` is a graph and not the user's own class, where blocks are gone; empty where it is not.
+        materialised: weight that the model computes from parameters, held as a constant by the graph → names of those
+        parameters that are read nowhere else.
+        whole: the program as traced, if this one is a copy without some blocks.
+        why_graph: why `model` is a graph and not the user's class after blocks were dropped; empty if it is not.
     """
 
     graph: Any
@@ -84,7 +84,7 @@ class Program:
 
     @property
     def has_graph(self) -> bool:
-        """Whether the operators are known: labels can be replayed, blocks dropped, layers timed and reconstructed."""
+        """Whether there is a graph: labels can be replayed, blocks dropped, layers timed and reconstructed."""
         return self.graph is not None
 
     @property
@@ -95,17 +95,17 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What can go while every shape stays: the branch of a sum, or a depthwise layer, which then passes its input on.
+    """A removable part that preserves all shapes: the branch of a sum, or a depthwise layer (becomes identity).
 
     Attributes:
-        name: path of the module that adds it up, or is the layer, numbered where there are several in that `module`.
-        sum: name of the operation that adds it up, or that ends the layer.
-        stays: name of what is there in its place: the other operand, or what the layer reads.
+        name: path of the module that contains the sum, or of the layer; numbered if there are several in it.
+        sum: name of the sum, or of the layer's last operation.
+        stays: name of the value that replaces it: the other operand, or the layer's input.
         branch: name of the operand that is removed; empty for a layer.
-        nodes: names of the operations that go with it, in order.
-        tensors: parameters and buffers that only they read.
-        source: the user's ``file:line`` of it.
-        plain: whether the operand that stays is what the branch starts from, and not a projection of it.
+        nodes: names of the operations removed with it, in order.
+        tensors: parameters and buffers that only these operations read.
+        source: the user's ``file:line``.
+        plain: whether the remaining operand is the branch's input itself, and not a projection of it.
     """
 
     name: str
@@ -120,13 +120,13 @@ class Block:
 
     @property
     def is_layer(self) -> bool:
-        """Whether it is a layer, and not a branch."""
+        """Whether this is a layer rather than a branch."""
         return not self.branch
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One axis of one parameter or buffer: `index[k]` holds the positions along it that unit k of the group owns."""
+    """One axis of one parameter or buffer; `index[k]` holds the positions that belong to unit k of the group."""
 
     tensor: str
     axis: int
@@ -135,13 +135,13 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Units of one kind, any subset of which may be removed, as long as one remains.
+    """Units of one kind, any proper subset of which may be removed.
 
     Attributes:
         name: ``tensor:axis`` of the first site; unique and the same for every copy of the architecture.
-        units: one id per unit, ids being private to the `Coupling`.
+        units: one id per unit; ids are private to the `Coupling`.
         sites: every parameter axis the group touches.
-        inexact: why removing units is not the same as setting them to zero, or None where it is.
+        inexact: why removing units differs from setting them to zero, or None if it does not.
     """
 
     name: str
@@ -156,12 +156,12 @@ class Group:
 
 
 KEPT = "kept by --keep"
-"""How the reason of an axis begins that the user asked to leave whole."""
+"""Prefix of the reason for axes that the user asked to keep."""
 
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """A parameter axis that is not cut, and why (with the operator and the user's source line)."""
+    """A parameter axis that is not cut, and the reason (operator and the user's source line)."""
 
     tensor: str
     axis: int
@@ -170,18 +170,18 @@ class Frozen:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Coupling:
-    """What may be cut.
+    """Result of coupling: what may be cut.
 
     Attributes:
         groups: disjoint; their order is the order of first use in the program.
         frozen: parameter axes with at least one index that is never cut.
         shapes: parameter and buffer name → dense shape.
-        graph_labels: the labels of every value of the traced graph; None where the model was not traced as a graph.
-        required_units: group name → sets of its units, at least one of each of which has to stay: a piece of a chunk or
-            a slice consists of them, and no value may lose all of an axis.
-        equal_pieces: pieces of equal size that a chunk or split cuts whole groups into, each the (group name, unit) of
-            its indices; the same number of units is removed from each.
-        contracted: without a graph, (tensor, axis) of the parameter axes that layers sum over.
+        graph_labels: labels of every value of the traced graph; None if the model was not traced as a graph.
+        required_units: group name → sets of its units, at least one of each set must remain: a piece of a chunk or
+            slice consists of them, and no axis of a value may become empty.
+        equal_pieces: equal pieces into which a chunk or split divides whole groups, each the (group name, unit) of its
+        indices; the same number of units is removed from each.
+        contracted: without a graph, (tensor, axis) of the parameter axes that layers contract.
     """
 
     groups: tuple[Group, ...]
@@ -200,7 +200,7 @@ class Coupling:
         return self.graph_labels
 
     def group(self, name: str) -> Group:
-        """Return the group called `name`; raises PlanMismatch where there is none."""
+        """Return the group called `name`; raises PlanMismatch if there is none."""
         for candidate in self.groups:
             if candidate.name == name:
                 return candidate
@@ -210,15 +210,15 @@ class Coupling:
 
 
 Scores = Mapping[str, tuple[float, ...]]
-"""Group name → importance of each unit, comparable between groups; the lowest is removed first."""
+"""Group name → importance of each unit, comparable between groups; the lowest are removed first."""
 
 CostFn = Callable[[Mapping[str, Sequence[int]]], int]
-"""Dead units per group name → cost of what is left."""
+"""Removed units per group name → cost of the pruned network."""
 
 
 @dataclass(frozen=True, slots=True)
 class AxisCut:
-    """Along `axis` of `tensor` (dense length `size`) the positions `dead` are removed, in increasing order."""
+    """Positions `dead` (increasing) to remove along `axis` of `tensor`, of dense length `size`."""
 
     tensor: str
     axis: int
@@ -228,10 +228,10 @@ class AxisCut:
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """An order of a group's units within each unit of another: of head dimensions in each head, say.
+    """An order of a group's units within each unit of another, for instance of head dimensions in each head.
 
-    Unit k of `group` stands for member `orders[h][k]` in unit h of `outer`. The order leaves the network as it is, and
-    lets each head keep other members.
+    In unit h of `outer`, unit k of `group` is member `orders[h][k]`. Reordering does not change what the network
+    computes, and lets each head keep different members.
     """
 
     group: str
@@ -241,19 +241,19 @@ class Arrangement:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which units die, and therefore which positions of which tensors. Self-contained: survives a trip through JSON.
+    """Units to remove, and the resulting positions of each tensor. Self-contained and serializable to JSON.
 
     Attributes:
         dead: group name → indices of the removed units within the group, increasing.
         sizes: group name → dense number of units, for every group of the model.
         cuts: the same decision per parameter axis.
-        budget: what was asked for, or None for a plan made by hand.
-        fingerprint: of the program it was made for.
+        budget: the requested budget, or None for a plan made by hand.
+        fingerprint: fingerprint of the program it was made for.
         inputs: the network's input signature.
-        settings: criterion, scope, seed and the like, as given.
+        settings: criterion, scope, seed and so on, as given.
         notes: decisions with reasons.
-        arranged: in what order heads hold their members before `cuts` are made; each head in the first where missing.
-        dropped: name of each dropped block → the constant per channel that replaces it; empty for none.
+        arranged: order of the members in each head before `cuts` are applied; unchanged where missing.
+        dropped: name of each dropped block → the constant per channel that replaces it, empty if none.
         reasons: group or block name → why it has the size it has.
     """
 
@@ -286,7 +286,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str, origin: str = "plan") -> Plan:
-        """Parse what `to_json` wrote; raises PlanMismatch where the text is not a plan of this schema."""
+        """Parse the output of `to_json`; raises PlanMismatch if the text is not a plan of this schema."""
         try:
             data = json.loads(text)
             schema = data.pop("schema")
@@ -316,7 +316,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan; raises PlanMismatch where the file is missing or is not a plan."""
+        """Read a plan; raises PlanMismatch if the file is missing or not a plan."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -331,10 +331,10 @@ class CompactModel:
     Attributes:
         module: trainable; the dense model's call signature and parameter names.
         kind: `module` for the user's own class with sliced submodules, `graph` for the rewritten program.
-        why: why it is of that kind.
+        why: reason for the kind.
         graph: the rewritten program as a `torch.fx.GraphModule` (the same object as `module` for kind `graph`).
-        lost_in_training: what a graph module no longer does in `.train()`: stochastic depth, attention dropout.
-        stuck: for kind `graph`, the submodule whose own forward does not run at the new sizes, where it is one.
+        lost_in_training: features a graph module loses in `.train()`: stochastic depth, attention dropout.
+        stuck: for kind `graph`, the submodule whose forward does not run at the new sizes, if a single one.
     """
 
     module: Any
@@ -352,15 +352,15 @@ class CompactModel:
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What the oracle found. Errors are relative to the part of the output that varies with the input.
+    """Result of the verification. Errors are relative to the part of the output that varies with the input.
 
     Attributes:
         replayed: number of values whose labels were replayed through the cut program and found equal.
-        error_float64: on distinct, well-conditioned values.
-        error_real: on the real weights in their own precision; None where their output does not vary with the input.
-        varying_real: share of the real weights' output that varies with the input.
-        reference: what the compact model was compared with, in words.
-        notes: what could not be determined, and why.
+        error_float64: error on distinct, well-conditioned weights.
+        error_real: error on the real weights in their own precision; None if the output does not vary with the input.
+        varying_real: with the real weights, the share of the output that varies with the input.
+        reference: description of what the compact model was compared with.
+        notes: checks that were not possible, and why.
     """
 
     replayed: int
@@ -372,5 +372,5 @@ class CheckResult:
 
 
 def _fields_of(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass by name, not copied."""
+    """Return the fields of a dataclass by name, without copying."""
     return {f.name: getattr(value, f.name) for f in fields(value)}

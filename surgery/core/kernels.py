@@ -1,8 +1,8 @@
-"""What a runtime spends its time in: operators by shape, and tables of how long each takes at which widths.
+"""Kernels: costly operators by shape, the entries of latency tables.
 
-A *kernel* is one costly operator and what runtimes fuse with it, written as ONNX operators, with its widths (channels,
-heads, features) left open. A *latency table* holds measured milliseconds of kernels at chosen widths, on one device.
-Nothing here needs torch, or a Python newer than 3.8: the file is copied to devices unchanged.
+A *kernel* is one costly operator and the operators that runtimes fuse with it, as ONNX operators with variable widths
+(channels, heads, features). A *latency table* holds measured milliseconds of kernels at chosen widths, on one device.
+This file is copied to devices unchanged, so it must not import torch and must run on Python 3.8.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Tuple, Union
 
 Size = Union[int, str]
-"""A length that is fixed, or the letter of one that may change."""
+"""A fixed length, or the letter of a variable one."""
 
 Widths = Tuple[int, ...]
-"""The lengths that a kernel's letters stand for, in the order of the letters."""
+"""The values of a kernel's letters, in the order of the letters."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Step:
 
     Attributes:
         op: its type, such as ``Conv``.
-        inputs: names of operands (with ``:T``: the last two axes exchanged), ``%k`` for what step k gives, numbers and
-            tuples of whole numbers for constants, None for what is left out.
-        attributes: by name, in order of the names.
+        inputs: names of operands (``:T`` transposes the last two axes), ``%k`` for the result of step k, numbers and
+        tuples of integers for constants, None for omitted inputs.
+        attributes: (name, value), sorted by name.
     """
 
     op: str
@@ -36,20 +36,20 @@ class Step:
 
 
 def step(op: str, *inputs: Any, **attributes: Any) -> Step:
-    """Return a step; attributes that are None are left out."""
+    """Return a step, omitting attributes that are None."""
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in attributes.items() if v is not None}
     return Step(op, inputs, tuple(sorted(given.items())))
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor that a kernel reads: a weight, or a value that flows in.
+    """A tensor that a kernel reads: a weight or an activation.
 
     Attributes:
         name: unique within the kernel.
-        shape: of whole numbers and letters.
-        kind: `weight`, `value`, or `image`: a value (N, C, ..) that comes from an operator which may hold its channels
-            in blocks.
+        shape: integers and letters.
+        kind: `weight`, `value`, or `image`: an activation (N, C, ..) from an operator that may use a blocked channel
+            layout.
     """
 
     name: str
@@ -59,13 +59,13 @@ class Operand:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Steps that follow each other, and what they read; the last step's result is what comes out.
+    """A sequence of steps and their operands; the result is that of the last step.
 
     Attributes:
-        steps: in order.
-        operands: in order of first use.
-        shape: of the result.
-        image: whether the result goes to operators that may hold its channels in blocks.
+        steps: operators in order.
+        operands: tensors in order of first use.
+        shape: shape of the result.
+        image: whether the result is read by operators that may use a blocked channel layout.
     """
 
     steps: tuple[Step, ...]
@@ -75,20 +75,20 @@ class Kernel:
 
     @property
     def letters(self) -> tuple[str, ...]:
-        """The letters of all widths, in order of first use."""
+        """Letters of all variable widths, in order of first use."""
         sizes = [size for operand in self.operands for size in operand.shape] + list(self.shape)
         return tuple(dict.fromkeys(size for size in sizes if isinstance(size, str)))
 
     @property
     def key(self) -> str:
-        """The kernel as text: equal for equal kernels."""
+        """Canonical text of the kernel; equal for equal kernels."""
         steps = [[s.op, list(s.inputs), dict(s.attributes)] for s in self.steps]
         operands = [[o.name, list(o.shape), o.kind] for o in self.operands]
         return json.dumps([steps, operands, list(self.shape), self.image], separators=(",", ":"), sort_keys=True)
 
     @classmethod
     def from_key(cls, key: str) -> Kernel:
-        """Return the kernel that bears this key; raises ValueError where the text is none."""
+        """Return the kernel of this key; raises ValueError if the text is not a kernel."""
         try:
             steps, operands, shape, image = json.loads(key)
             return cls(
@@ -102,7 +102,7 @@ class Kernel:
 
     @property
     def title(self) -> str:
-        """What it is, for readers: ``Conv 3x3 /2 on 56x56 + Relu``."""
+        """Readable description: ``Conv 3x3 /2 on 56x56 + Relu``."""
         first = self.steps[0]
         attributes = dict(first.attributes)
         words = [first.op]
@@ -124,18 +124,18 @@ def _tuples(value: Any) -> Any:
 
 
 def resolved(shape: Iterable[Size], sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """Return a shape with its letters' lengths put in."""
+    """Return a shape with its letters substituted."""
     return tuple(sizes[s] if isinstance(s, str) else s for s in shape)
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A kernel in a network, and where its widths come from.
+    """A kernel in a network, and the axes that determine its widths.
 
     Attributes:
         kernel: with letters.
-        slots: for each letter, which of the network's axes it is.
-        nodes: names of the traced operations it represents.
+        slots: for each letter, the network's axis.
+        nodes: names of the traced operations it covers.
     """
 
     kernel: Kernel

@@ -1,11 +1,11 @@
-"""Unit labels: which index of which axis lives and dies with which, as a union-find over integers.
+"""Unit labels: which indices of which axes must be removed together, as a union-find over integers.
 
-Every axis of a value carries *layers*: integer vectors as long as the axis. An index is alive where the labels of
-all its layers are alive; label 0 is always alive. Labels are tied together (`tie`), kept for ever (`freeze`), or found
-to be the conjunction of others (`factor`): when a reshape splits an axis of 768 channels into 12 heads of 64, channel
-``64 h + d`` is alive exactly where head ``h`` and head dimension ``d`` are. All three only ever add equations that are
-*sufficient* for a sound cut: where a structure is not understood, more is tied together, never less. A label that is
-neither frozen nor a conjunction is a *root*: a unit, the smallest thing that can be removed.
+Every axis of a value has *layers*: integer vectors as long as the axis. An index is alive if the labels of all its
+layers are alive; label 0 is always alive. Labels are tied together (`tie`), kept permanently (`freeze`), or replaced by
+the conjunction of others (`factor`): if a reshape splits an axis of 768 channels into 12 heads of 64, channel
+``64 h + d`` is alive exactly if head ``h`` and head dimension ``d`` are. All three only add equations that are
+*sufficient* for a sound cut: an unknown structure ties more together, never less. A label that is neither frozen nor a
+conjunction is a *root*: a unit, the smallest thing that can be removed.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ Mask = NDArray[np.bool_]
 
 
 class LabelMismatch(Exception):
-    """Locked labels were asked to change: the cut program is not wired like the dense one."""
+    """A new equation on locked labels: the structure of the cut program differs from the dense one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A tensor as the coupling sees it: its shape, and for each axis the layers of labels (none: never cut).
+    """A tensor during coupling: its shape and, for each axis, the layers of labels (none: never cut).
 
-    `param` names the parameter or buffer it is; `table` holds the numbers of an integer buffer, which may be an index.
+    `param` is its name if it is a parameter or buffer; `table` holds the values of an integer buffer (a possible
+    index).
     """
 
     shape: tuple[int, ...]
@@ -40,24 +41,24 @@ class Value:
 
     @classmethod
     def plain(cls, shape: Sequence[int]) -> Value:
-        """A value none of whose axes can be cut."""
+        """Return a value none of whose axes can be cut."""
         return cls(tuple(shape), ((),) * len(shape))
 
 
 def is_constant(layer: Layer) -> bool:
-    """Whether one label covers the whole axis: such a layer says nothing about the structure."""
+    """Return whether one label covers the whole axis; such a layer carries no structure."""
     return bool(len(layer) == 0 or (layer == layer[0]).all())
 
 
 def same_partition(a: Layer, b: Layer) -> bool:
-    """Whether two layers group the indices of an axis in the same way."""
+    """Return whether two layers partition the indices of an axis in the same way."""
     pairs = np.unique(np.stack((a, b)), axis=1).shape[1]
     return bool(pairs == len(np.unique(a)) == len(np.unique(b)))
 
 
 @dataclass
 class LabelState:
-    """What is known about labels: shared between the labels that coupled and their locked view."""
+    """State shared between the labels used for coupling and their locked views."""
 
     parent: list[int] = field(default_factory=lambda: [0])
     frozen: dict[int, str] = field(default_factory=lambda: {0: ""})
@@ -70,10 +71,10 @@ class LabelState:
 
 
 class LabelSet:
-    """The union-find; `where` names the operator at work, for reasons and messages.
+    """The union-find; `where` names the current operator, for reasons and messages.
 
-    `locked(dead)` gives a view that raises LabelMismatch for every equation that does not hold already: the same
-    operator rules then verify a cut program instead of coupling a dense one.
+    `locked(dead)` returns a view that raises LabelMismatch for every equation that does not already hold, so that the
+    same operator rules verify a cut program instead of coupling a dense one.
     """
 
     def __init__(self, state: LabelState | None = None, dead: Mask | None = None) -> None:
@@ -89,12 +90,12 @@ class LabelSet:
 
     @property
     def is_locked(self) -> bool:
-        """Whether equations are verified rather than added."""
+        """Whether equations are verified instead of added."""
         return self.dead is not None
 
     @property
     def count(self) -> int:
-        """One more than the largest label."""
+        """The largest label plus one."""
         return len(self.state.parent)
 
     # -- making labels -------------------------------------------------------------------------------------------
@@ -107,7 +108,7 @@ class LabelSet:
         return np.arange(start, start + count, dtype=np.int64)
 
     def created(self, key: str, count: int) -> Layer:
-        """Labels for an axis that operator `key` creates; when locked, the survivors of those it created before."""
+        """Return labels for an axis that operator `key` creates; if locked, the survivors of those created before."""
         if self.dead is None:
             self.state.remembered[key] = self.fresh(count)
             return self.state.remembered[key]
@@ -122,17 +123,17 @@ class LabelSet:
     # -- equations -----------------------------------------------------------------------------------------------
 
     def tie(self, a: Layers, b: Layers, length: int) -> None:
-        """Let index i of one axis live and die with index i of another, for all i < length."""
+        """Tie index i of one axis to index i of another, for all i < length."""
         left, right = self.canon(a), self.canon(b)
         if self.is_locked:
             self._verify_equal(left, right, length)
             return
-        if not left or not right:  # one side is never cut: so is the other, for the same reason
+        if not left or not right:  # one side is never cut, so neither is the other
             why = next((r for layer in (*a, *b) for x in layer[:1].tolist() if (r := self.reason(x))), "")
             self.freeze(left + right, why or f"{self.where}: meets an axis that is not cut")
             return
         left, right = _without_shared(left, right)
-        for x in left:  # layers that cut the axis up in the same way are taken to be the same thing
+        for x in left:  # layers that partition the axis in the same way are matched
             match = next((y for y in right if len(left) > 1 and len(right) > 1 and same_partition(x, y)), None)
             if match is not None:
                 right = tuple(y for y in right if y is not match)
@@ -221,7 +222,7 @@ class LabelSet:
             raise LabelMismatch(f"{self.where}: the cut program needs {what}, the dense one does not")
 
     def freeze(self, layers: Layers, reason: str) -> None:
-        """Keep everything on this axis for ever. Nothing to do when locked: survivors are alive anyway."""
+        """Keep all indices of this axis permanently. No-op if locked, since survivors are alive."""
         if self.is_locked:
             return
         for label in {int(x) for layer in layers for x in np.unique(layer)}:
@@ -229,13 +230,13 @@ class LabelSet:
                 self._freeze_root(root, reason)
 
     def factor(self, labels: NDArray[np.int64]) -> tuple[Layers, ...]:
-        """Spread one layer, given per element of an array, over the array's axes.
+        """Distribute one layer, given per element of an array, over the array's axes.
 
-        Where the labels vary along one axis only, they are that axis' layer. Where they vary along several, the
-        survivors must stay a rectangle: each label becomes the conjunction of one new label per axis.
+        If the labels vary along one axis only, they are that axis' layer. If they vary along several, the survivors
+        must form a rectangle: each label becomes the conjunction of one new label per axis.
 
         Returns:
-            For each axis of `labels` its layers: none or one.
+            For each axis of `labels`, zero or one layer.
         """
         core = _reduced(labels)
         axes = [a for a in range(labels.ndim) if core.shape[a] > 1]
@@ -258,18 +259,18 @@ class LabelSet:
         return tuple(out)
 
     def claim(self, layers: Layers) -> None:
-        """Say that an operator computes on this axis by itself (attention heads, convolution groups)."""
+        """Declare that an operator computes along this axis separately (attention heads, convolution groups)."""
         if not self.is_locked:
             self.state.claimed.update(int(x) for layer in self.canon(layers) for x in np.unique(layer))
 
     def mark_inexact(self, layers: Layers, reason: str) -> None:
-        """Mark that removing these changes what a norm or a mean averages over."""
+        """Mark these labels as inexact: removing them changes what a norm or a mean averages over."""
         if not self.is_locked:
             for layer in self.canon(layers):
                 for root in np.unique(layer):
                     self.state.inexact.setdefault(int(root), reason)
 
-    # -- what is known -------------------------------------------------------------------------------------------
+    # -- queries -------------------------------------------------------------------------------------------------
 
     def find(self, label: int) -> int:
         """Return the representative of `label`."""
@@ -282,7 +283,7 @@ class LabelSet:
         return root
 
     def slots(self, label: int) -> tuple[int, ...]:
-        """The roots whose conjunction `label` is, with 0 instead of each frozen part."""
+        """Return the roots whose conjunction `label` is, with 0 for each frozen part."""
         root = self.find(label)
         if root in self.state.frozen:
             return (0,)
@@ -291,11 +292,11 @@ class LabelSet:
         return tuple(slot for part in self.state.parts[root] for slot in self.slots(part))
 
     def expand(self, label: int) -> list[int]:
-        """The roots whose conjunction `label` is; none where it is always alive."""
+        """Return the roots whose conjunction `label` is; empty if it is always alive."""
         return [slot for slot in dict.fromkeys(self.slots(label)) if slot]
 
     def canon(self, layers: Layers) -> Layers:
-        """Rewrite layers in terms of roots; layers that are always alive vanish, equal ones merge."""
+        """Rewrite layers in terms of roots, omitting layers that are always alive and merging equal ones."""
         out: list[Layer] = []
         for layer in layers:
             for column in self._columns(layer):
@@ -304,7 +305,7 @@ class LabelSet:
         return tuple(out)
 
     def _columns(self, layer: Layer) -> list[Layer]:
-        """Roots per index, in as many layers as it takes; remembered until the next equation."""
+        """Roots per index, in as many layers as necessary; cached until the next equation."""
         if self._known_at != self.state.equations:
             self._known, self._known_at = {}, self.state.equations
         key = layer.tobytes()
@@ -324,14 +325,14 @@ class LabelSet:
         return [np.array([r[k] if k < len(r) else 0 for r in rows], dtype=np.int64)[inverse] for k in range(depth)]
 
     def keep(self, layers: Layers, length: int, dead: Mask) -> Mask:
-        """Mask (length,) of the indices that survive when the roots marked in `dead` are removed."""
+        """Return a mask (length,) of the indices that survive if the roots marked in `dead` are removed."""
         mask = np.ones(length, dtype=np.bool_)
         for layer in self.canon(layers):
             mask &= ~dead[layer]
         return mask
 
     def reason(self, label: int) -> str | None:
-        """Why `label` is never cut, or None where it can be."""
+        """Return why `label` is never cut, or None if it can be cut."""
         root = self.find(label)
         if root in self.state.frozen:
             return self.state.frozen[root]
@@ -341,10 +342,10 @@ class LabelSet:
         return None if None in reasons else reasons[0]
 
     def settle(self) -> None:
-        """Keep the parts of conjunctions that no operator computes on by itself.
+        """Freeze the parts of conjunctions that no operator computes on separately.
 
-        A channel shuffle views C channels as (2, C/2): nothing is gained by offering to remove one of the two halves.
-        Where no part is claimed, the one on the longest axis stays.
+        A channel shuffle views C channels as (2, C/2), and removing one of the two halves is not useful. If no part is
+        claimed, the one on the longest axis remains removable.
         """
         state = self.state
         unwanted: set[int] = set()
@@ -369,7 +370,7 @@ def _reduced(labels: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _aligned(conjunctions: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Arrange conjunctions in columns so that a label is in the same column wherever it occurs, as far as possible."""
+    """Arrange conjunctions in columns so that each label stays in one column as far as possible."""
     column: dict[int, int] = {}
     rows: list[list[int]] = [[] for _ in conjunctions]
     for k in sorted(range(len(rows)), key=lambda k: -len(conjunctions[k])):
@@ -403,7 +404,7 @@ def gather(layers: Iterable[Layer], index: NDArray[np.int64]) -> Layers:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LabelledGraph:
-    """What coupling found out, kept for cutting, counting and checking.
+    """Labels of all values of a graph, for cutting, counting and verification.
 
     Attributes:
         labels: the labels.
@@ -420,7 +421,7 @@ class LabelledGraph:
     roots: Mapping[str, tuple[int, ...]]
 
     def dead_roots(self, dead: Mapping[str, Sequence[int]]) -> Mask:
-        """Mark the roots of the dead units; dead units are given per group name."""
+        """Return a mask of the roots of the removed units, which are given per group name."""
         mask = np.zeros(self.labels.count, dtype=np.bool_)
         for name, units in dead.items():
             mask[np.asarray(self.roots[name], dtype=np.int64)[list(units)]] = True
@@ -428,14 +429,14 @@ class LabelledGraph:
 
 
 class Masks:
-    """Which indices of which value survive, computed once per distinct axis."""
+    """Surviving indices of values, computed once per distinct axis."""
 
     def __init__(self, labelled: LabelledGraph, dead: Mask) -> None:
         self._labels, self._dead = labelled.labels, dead
         self._known: dict[tuple[int, int], tuple[Value, Mask]] = {}
 
     def __call__(self, value: Value, axis: int) -> Mask:
-        """Mask (length of the axis,) of the survivors."""
+        """Return the mask (length of the axis,) of the survivors."""
         key = (id(value), axis)
         if key not in self._known:
             mask = self._labels.keep(value.axes[axis], value.shape[axis], self._dead)
@@ -443,5 +444,5 @@ class Masks:
         return self._known[key][1]
 
     def shape(self, value: Value) -> tuple[int, ...]:
-        """Compact shape of a value."""
+        """Return the compact shape of a value."""
         return tuple(int(self(value, a).sum()) if value.axes[a] else s for a, s in enumerate(value.shape))

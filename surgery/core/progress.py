@@ -1,4 +1,4 @@
-"""Progress of long work, and how long its stages took."""
+"""Progress reports and stage timings."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from surgery.core.torch_speed import rare_collections
 
 Progress = Callable[[str, float], None]
-"""Called with the name of the stage and the fraction of it that is done (0 to 1)."""
+"""Called with the name of the stage and its completed fraction (0 to 1)."""
 
 
 class Clock:
-    """Reports stages to `progress` and keeps the seconds that each took, in `seconds`."""
+    """Report stages to `progress` and record their durations in `seconds`."""
 
     def __init__(self, progress: Progress | None) -> None:
         self.seconds: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Libraries that print, warn and log while they work."""
+"""Suppress the output of libraries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from surgery.core.torch_speed import ONE_AT_A_TIME
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep warnings, log records and prints of the block off the terminal (for the whole process, while it runs)."""
+    """Suppress warnings, log records and prints within the block (process-wide)."""
     with (
         ONE_AT_A_TIME,
         warnings.catch_warnings(),

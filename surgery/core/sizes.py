@@ -1,4 +1,4 @@
-"""Sizes that may differ from call to call, which the tracer leaves symbolic."""
+"""Symbolic sizes: sizes that may vary between calls."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 def is_symbolic(size: Any) -> bool:
-    """Whether a traced size may differ from call to call."""
+    """Return whether a traced size may vary between calls."""
     return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
 def hint(size: Any) -> int:
-    """The example's value of a size that may be symbolic."""
+    """Return the example's value of a size that may be symbolic."""
     return int(size.node.hint if is_symbolic(size) else size)

@@ -1,4 +1,4 @@
-"""The one table of tolerances: largest relative error at which two results count as equal, by dtype."""
+"""Tolerances by dtype: the largest relative error at which two results count as equal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TOLERANCE = MappingProxyType(
 """Relative to the part of the output that varies with the input."""
 
 BLIND = 1e-3
-"""Where less than this share of the output varies with the input, a comparison cannot tell."""
+"""If less than this share of the output varies with the input, a comparison is inconclusive."""
 
 ROUNDINGS = 16
-"""On the real weights, how many times what one unit in the last place of every weight does may be put to rounding."""
+"""On the real weights, the error accepted as rounding, as a multiple of the effect of one ulp in every weight."""

@@ -27,7 +27,7 @@ from torch.fx.experimental.sym_node import SymNode
 from surgery.core.blame import foreign
 
 ONE_AT_A_TIME = threading.RLock()
-"""Held while state of the whole process is changed: torch's own functions, streams, logging."""
+"""Held while process-wide state is changed: torch's functions, streams, logging."""
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def lean() -> Iterator[None]:
 
 
 def _patches() -> Mapping[str, AbstractContextManager[None]]:
-    """What `lean` enters; the comments say how many more CPU seconds `trace` of MobileNetV2 takes without each."""
+    """Patches of `lean`; comments give the CPU seconds each saves in `trace` of MobileNetV2."""
     graphs, formats = torch.fx.GraphModule, "suggest_memory_format"
     return {
         "shapes of activations": _same_shape(),  # 2.5
@@ -54,12 +54,12 @@ def _patches() -> Mapping[str, AbstractContextManager[None]]:
 
 _OBJECTS = 100_000
 _open_blocks: list[tuple[int, int, int]] = []
-"""Thresholds before the outermost block, once for every block that is open, in any thread."""
+"""Thresholds before the outermost block, once per open block, in any thread."""
 
 
 @contextmanager
 def rare_collections() -> Iterator[None]:
-    """Let Python's garbage collector run only once per 100,000 new objects: graphs are large, and not garbage."""
+    """Run Python's garbage collector only once per 100,000 new objects, since graphs are large and live long."""
     before = _open_blocks[0] if _open_blocks else gc.get_threshold()
     _open_blocks.append(before)
     gc.set_threshold(max(before[0], _OBJECTS) if before[0] else 0, *before[1:])
@@ -73,7 +73,7 @@ def rare_collections() -> Iterator[None]:
 
 @contextmanager
 def instead(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Replace an attribute within the block, if the owner has it."""
+    """Replace an attribute within the block, if it exists."""
     before = inspect.getattr_static(owner, name, None)
     if before is not None:
         setattr(owner, name, value)
@@ -92,7 +92,7 @@ _NORM = "_native_batch_norm_legit_no_training"
 
 @contextmanager
 def _same_shape() -> Iterator[None]:
-    """Take the shape of an activation or a batch norm from its input, where torch asks for the shape alone.
+    """Take the shape of an activation or a batch norm from its input, if torch needs only the shape.
 
     Otherwise torch runs the operator's whole decomposition on symbolic sizes. In-place operators are asked before torch
     inserts the copying ones; their result is what they write to.
@@ -116,7 +116,7 @@ def _overloads(names: Iterable[str]) -> list[Any]:
 
 
 def _like_input(op: Any) -> Any:
-    """The shape of an operator's result, for floating tensors on the CPU; for others as torch finds it."""
+    """Return the shape of an operator's result: the input's for floating CPU tensors, otherwise torch's own."""
 
     def shape(mode: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         with mode:
@@ -157,7 +157,7 @@ def _remembered_arithmetic() -> Iterator[None]:
 
 
 def _once(name: str, known: dict[Any, Any]) -> Any:
-    """Remember the results of a method of symbolic sizes, except while the calculation itself is captured."""
+    """Cache the results of a method of symbolic sizes, except while the calculation itself is captured."""
     compute = getattr(SymNode, name, None)
 
     def magic(left: Any, right: Any) -> Any:
@@ -172,7 +172,7 @@ def _once(name: str, known: dict[Any, Any]) -> Any:
 
 
 class LongSizes(Exception):
-    """Sizes are computed from the input's in so many steps that solving for them takes minutes."""
+    """Sizes depend on the input's through so many steps that solving for them would take minutes."""
 
 
 _STEPS = 100
@@ -181,7 +181,7 @@ dozen."""
 
 
 def _memory_format(suggested: Any) -> Any:
-    """Skip the reasoning about symbolic strides, whose result torch discards. Raises LongSizes."""
+    """Skip the analysis of symbolic strides, whose result torch discards. Raises LongSizes."""
 
     def of(x: Tensor) -> torch.memory_format:
         if not x._has_symbolic_sizes_strides:
@@ -203,7 +203,7 @@ def _steps(size: Any) -> int:
 
 
 def _on_first_call(recompile: Any) -> Any:
-    """Generate a graph's Python code when it is called, not whenever the graph changes."""
+    """Generate a graph's Python code on its first call instead of on every change."""
 
     def deferred(graph: torch.fx.GraphModule) -> None:
         def forward(module: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
@@ -219,14 +219,14 @@ def _on_first_call(recompile: Any) -> Any:
 
 
 class _OwnFrames:
-    """Replaces torch's captured traceback: the user's own frames, and those named `forward`, which torch looks for."""
+    """Replacement for torch's captured traceback: the user's frames, and those named `forward`, which torch needs."""
 
     def __init__(self) -> None:
         self._found: list[tuple[str, int, str]] = []
 
     @classmethod
     def extract(cls, **_: Any) -> _OwnFrames:
-        """Record the stack that this is called from."""
+        """Record the calling stack."""
         frames, frame = cls(), sys._getframe(1)
         while frame is not None:
             code = frame.f_code
@@ -236,6 +236,6 @@ class _OwnFrames:
         return frames
 
     def summary(self) -> traceback.StackSummary:
-        """The frames, outermost first."""
+        """Return the frames, outermost first."""
         found = [traceback.FrameSummary(*frame, lookup_line=False) for frame in reversed(self._found)]
         return traceback.StackSummary.from_list(found)

@@ -1,4 +1,4 @@
-"""Which indices live and die together, and which blocks can go.
+"""Groups of indices that must be removed together, and removable blocks.
 
 Its public names are listed in `__init__.pyi` and loaded on first use.
 """

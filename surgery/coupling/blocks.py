@@ -1,7 +1,7 @@
-"""Blocks that can go as a whole: which there are, and the program without them.
+"""Removable blocks: find them, and build the program without them.
 
-A block is a branch that comes from the same value as the operand that it is added to, so that the sum without it has
-the same shape and still the same source; or a depthwise layer. Blocks are found in the program, not by names.
+A block is a residual branch (computed from the same value as the operand it is added to, so that the sum without it has
+the same shape and source) or a depthwise layer. Blocks are found from the graph, not by names.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def find_blocks(program: Program) -> tuple[Block, ...]:
 
 
 def _block(node: torch.fx.Node, order: Mapping[torch.fx.Node, int]) -> Block | None:
-    """The block that a sum adds up, if it is one: of two branches from one value the one with more operations."""
+    """Return the block that ends in this sum, if any; of two branches from one value, the one with more operations."""
     operands = _operands(node)
     if operands is None:
         return None
@@ -74,7 +74,7 @@ def _block(node: torch.fx.Node, order: Mapping[torch.fx.Node, int]) -> Block | N
 
 
 def _operands(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node] | None:
-    """The two operands of a plain sum of tensors of one shape and dtype."""
+    """Return the two operands of an unscaled sum of tensors of equal shape and dtype."""
     if node.op != "call_function" or str(node.target) != "aten.add.Tensor":
         return None
     raw = arguments_of(node)
@@ -86,13 +86,12 @@ def _operands(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node] | None
 
 
 def _kind(node: torch.fx.Node) -> tuple[Any, ...] | None:
-    """Shape and dtype of a tensor."""
     value = node.meta.get("val")
     return (*(hint(s) for s in value.shape), value.dtype) if isinstance(value, Tensor) else None
 
 
 def _exclusive(branch: torch.fx.Node, sink: torch.fx.Node) -> set[torch.fx.Node]:
-    """What only the branch needs: the nodes all of whose readers lead to `sink` through it."""
+    """Return nodes used only by the branch: all of their users lead to `sink` through it."""
     if set(branch.users) != {sink}:
         return set()
     inside = {branch}
@@ -107,26 +106,26 @@ def _exclusive(branch: torch.fx.Node, sink: torch.fx.Node) -> set[torch.fx.Node]
 
 
 def _entries(nodes: Collection[torch.fx.Node]) -> set[torch.fx.Node]:
-    """The computed tensors that a branch starts from; sizes do not count."""
+    """Return the computed tensors that a branch reads, excluding sizes."""
     outside = {source for node in nodes for source in node.all_input_nodes if source not in nodes}
     return {n for n in outside if n.op != "get_attr" and isinstance(n.meta.get("val"), Tensor)}
 
 
 def _shortcut(program: Program, block: Block) -> str:
-    """The path of the module that projects what the branch starts from; empty where it stays as it is."""
+    """Return the path of the module that projects the branch's input on the shortcut; empty for an identity."""
     nodes = {node.name: node for node in program.graph.graph.nodes}
     projects = () if block.plain else _exclusive(nodes[block.stays], nodes[block.sum])
     return shared_path([module_of(node) for node in projects if node.op == "call_function"])
 
 
 def _origin(stays: torch.fx.Node, sink: torch.fx.Node) -> torch.fx.Node:
-    """Where the operand that stays comes from: itself, or what a branch of its own (a projection) starts from."""
+    """Return the source of the remaining operand: itself, or the input of its own branch (a projection)."""
     entries = _entries(_exclusive(stays, sink))
     return entries.pop() if len(entries) == 1 else stays
 
 
 def _carries(node: torch.fx.Node, origin: torch.fx.Node) -> bool:
-    """Whether a value is the one that it comes from plus something: the stream, and no branch of it."""
+    """Return whether a value is its source plus something: the residual stream, not a branch."""
     if node is origin:
         return True
     operands = _operands(node)
@@ -134,7 +133,7 @@ def _carries(node: torch.fx.Node, origin: torch.fx.Node) -> bool:
 
 
 def _learns(nodes: Collection[torch.fx.Node]) -> bool:
-    """Whether a branch holds a layer: something that contracts with a weight."""
+    """Return whether a branch contains a contraction with a weight."""
     table = rules()
     return any(
         (rule := table.get(str(n.target))) is not None
@@ -151,12 +150,12 @@ def drop(program: Program, constants: Mapping[str, Sequence[float]], blocks: Seq
     """Return the program without some of its blocks.
 
     Args:
-        program: as it was traced; left unchanged.
-        constants: name of each dropped block → the constant per channel that replaces it; empty for none.
-        blocks: what `find_blocks` returned, where it is at hand.
+        program: the program as traced; unchanged.
+        constants: name of each dropped block → the constant per channel that replaces it, empty if none.
+        blocks: result of `find_blocks`, if available.
 
     Raises:
-        PlanMismatch: the program has no block of that name, or one of other channels.
+        PlanMismatch: the program has no block of that name, or its number of channels differs.
     """
     if not constants:
         return program
@@ -179,7 +178,7 @@ def drop(program: Program, constants: Mapping[str, Sequence[float]], blocks: Seq
         training = program.model.training
         model = CompactGraph(root, copy.deepcopy(graph), type(program.model).__name__).train() if training else held
         why = str(error)
-    held.eval()  # as programs are; the mode of training is kept in the model
+    held.eval()  # programs are in eval mode; the model keeps its own mode
     return replace(
         program,
         graph=held,
@@ -216,14 +215,14 @@ def _require_constants(program: Program, gone: Sequence[Block], constants: Mappi
 
 
 def branch_constants(program: Program, constants: Mapping[str, Sequence[float]]) -> BranchConstants:
-    """Return where `drop` puts the constants of dropped blocks; arguments and errors are the same."""
+    """Return where `drop` adds the constants of dropped blocks; arguments and errors are the same."""
     return _without(program, _named_blocks(program, constants), constants)[1]
 
 
 def _without(
     program: Program, gone: Sequence[Block], constants: Mapping[str, Sequence[float]]
 ) -> tuple[torch.fx.Graph, BranchConstants]:
-    """Copy the graph: each sum becomes what stays, plus what a branch leaves and no bias takes up."""
+    """Copy the graph; each sum becomes the remaining operand, plus the branch's constant unless a bias absorbs it."""
     skipped = {name for block in gone for name in block.nodes}
     sums = {block.sum: block for block in gone}
     graph = torch.fx.Graph()
@@ -254,7 +253,7 @@ def _without(
 
 
 def _return(graph: torch.fx.Graph, output: torch.fx.Node, new: Mapping[torch.fx.Node, torch.fx.Node]) -> None:
-    """Return what the program returned; tensors that were different ones are not to become one, or the input."""
+    """Restore the outputs; distinct output tensors must not become aliases of each other or of the input."""
     returned: dict[torch.fx.Node, torch.fx.Node] = {}
     for node in output.all_input_nodes:
         value = returned[node] = new[node]
@@ -266,7 +265,7 @@ def _return(graph: torch.fx.Graph, output: torch.fx.Node, new: Mapping[torch.fx.
 
 
 def _name_of(block: Block, tensors: Collection[str]) -> str:
-    """The name of a block's constant: `Placeholder`'s own, if that replaces the block's module."""
+    """Return the name of a block's constant: that of `Placeholder` if it replaces the block's module."""
     name = f"{block.module}.constant"
     plain = block.plain and block.name == block.module and name not in tensors
     return name if plain else f"{block.name.replace('.', '_').replace('#', '_')}_left"
@@ -281,19 +280,19 @@ def _plus(graph: torch.fx.Graph, node: torch.fx.Node, stays: torch.fx.Node, name
 
 
 def _shifted(tensor: Tensor, by: Tensor) -> Tensor:
-    """A copy of a parameter or buffer with a constant added to it, rounded once."""
+    """Return a copy of a parameter or buffer with a constant added in float64."""
     value = (tensor.detach().double() + by.to(tensor.device)).to(tensor.dtype)
     return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
 def _lost(program: Program, graph: torch.fx.Graph) -> set[str]:
-    """Tensors that the program read, and what is left of it does not."""
+    """Return tensors that the whole program reads, but the remaining one does not."""
     read = {str(n.target) for n in program.graph.graph.nodes if n.op == "get_attr"}
     return read - {str(n.target) for n in graph.nodes if n.op == "get_attr"}
 
 
 def blocks_within(blocks: Sequence[Block], kept: Collection[str]) -> Iterator[Block]:
-    """Yield the blocks none of whose tensors is to be kept."""
+    """Yield the blocks that contain no tensor to be kept."""
     for block in blocks:
         if not set(block.tensors) & set(kept):
             yield block

@@ -1,4 +1,4 @@
-"""The rewritten program as a module that behaves like one: trains, moves, copies, saves and exports."""
+"""The rewritten program as a module that can be trained, moved, copied, saved and exported."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _DROPOUT = {aten.dropout.default: 2, aten.feature_dropout.default: 2, aten.alpha
 class CompactGraph(torch.fx.GraphModule):
     """A GraphModule over ATen operators whose `.train()`, `.eval()` and `.to(..)` reach the operators' own arguments.
 
-    A traced program bakes in that it ran in evaluation mode, and the dtypes and devices of tensors it creates. `train`
-    flips the flags of its batch norms and dropouts; `to` rewrites baked-in dtypes and devices. All tensors of `root`
-    are held, in copies too: also those that evaluation mode does not read, so that no key of the state is missing.
+    A traced program contains eval mode and the dtypes and devices of created tensors as literals. `train` flips the
+    flags of its batch norms and dropouts; `to` rewrites literal dtypes and devices. All tensors of `root` are kept,
+    also in copies and if eval mode does not read them, so that the state dict is complete.
 
     Attributes:
-        fixed_sizes: (position among the inputs, axis, size) of the axes whose size the program bakes in; calls with
-            another size raise ValueError, as the result would be wrong. Taken from `root` where that has them.
+        fixed_sizes: (input position, axis, size) of the axes with a static size; calls with another size raise
+            ValueError, since the result would be wrong. Taken from `root` if it has them.
     """
 
     def __init__(self, root: nn.Module, graph: torch.fx.Graph, class_name: str = "Compact") -> None:
         super().__init__(root, graph, class_name)
         own = dict(root.named_parameters(remove_duplicate=False)), dict(root.named_buffers(remove_duplicate=False))
-        hold(self, {**own[0], **own[1]}, root)  # torch copies only what is read
+        hold(self, {**own[0], **own[1]}, root)  # torch copies only tensors that are read
         self.fixed_sizes: tuple[tuple[int, int, int], ...] = getattr(root, "fixed_sizes", ())
         self._forward_pre_hooks.clear()
         self.register_forward_pre_hook(_require_fixed_sizes)
@@ -47,7 +47,7 @@ class CompactGraph(torch.fx.GraphModule):
         for node in self.graph.nodes:
             position = {**_TRAINING_ARGUMENT, **_DROPOUT}.get(node.target)
             if node.target in _TRAINING_ARGUMENT and node.args[_RUNNING_MEAN] is None:
-                continue  # without running statistics, the input's own are used in either mode
+                continue  # without running statistics, both modes use batch statistics
             if position is not None and len(node.args) > position and node.args[position] is not mode:
                 node.update_arg(position, mode)
                 changed = True
@@ -92,7 +92,7 @@ def _restore(state: dict[Any, Any], imports: str, training: bool) -> CompactGrap
     plain = reduce_graph_module(state, imports)
     nodes: Any = plain.graph
     for name in {str(n.target) for n in nodes.nodes if n.op == "get_attr" and "." not in str(n.target)}:
-        value = getattr(plain, name, None)  # constants get new names when the code is traced again
+        value = getattr(plain, name, None)  # retracing gives constants new names
         if isinstance(value, Tensor) and not hasattr(held, name):
             held.register_buffer(name, value, persistent=False)
     graph = CompactGraph(held, plain.graph)  # type: ignore[arg-type]
@@ -113,7 +113,7 @@ def _swapped(argument: Any, table: Mapping[Any, Any]) -> Any:
 
 
 def hold(root: nn.Module, tensors: Mapping[str, Tensor], like: nn.Module) -> nn.Module:
-    """Register `tensors` below `root` under their dotted names, as parameters or buffers as `like` has them."""
+    """Register `tensors` below `root` under their dotted names, as parameters or buffers like in `like`."""
     sources = dict(like.named_modules(remove_duplicate=False))
     for name, tensor in tensors.items():
         owner, leaf = _owner(root, name)

@@ -1,8 +1,8 @@
 """The constants per channel that replace dropped branches: added to a bias where that is exact.
 
-A constant that is added to a value can instead be added to the bias, the shift or the operand of a sum that the value
-is computed from, if nothing else reads the value on the way; or it can be subtracted from the running means of batch
-norms, if only those read the value. If an activation lies between, one sum remains. The user's tensors are not changed.
+A constant that is added to a value can instead be added to the bias, shift or operand of a sum from which the value is
+computed, if no intermediate value has other users; or subtracted from the running means of batch norms, if these are
+the only users. If there is an activation in between, one sum remains. The user's tensors are not changed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CHANNELS_FIRST = (
     *("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input"),
     *("aten.batch_norm.default", "aten.group_norm.default"),
 )
-"""Operators that add their bias along axis 1 as the last thing they do."""
+"""Operators that finally add a bias along axis 1."""
 _CHANNELS_LAST = ("aten.linear.default", "aten.layer_norm.default")
 _SAME = ("aten.clone.default", "aten.contiguous.default", "aten.alias.default", "aten.detach.default")
 _VIEWS = ("aten.view.default", "aten.reshape.default")
@@ -32,10 +32,10 @@ _VIEWS = ("aten.view.default", "aten.reshape.default")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BranchConstants:
-    """Where the constants are added, in float64.
+    """Where the constants are added; values are float64.
 
     Attributes:
-        shifts: existing parameter or buffer → what is added to it.
+        shifts: existing parameter or buffer → the constant added to it.
         added: new parameter, read by a new sum → its value.
     """
 
@@ -44,28 +44,28 @@ class BranchConstants:
 
 
 def channel_axes(shape: Sequence[Any]) -> tuple[int, ...]:
-    """Return the axes of a value that constants per channel may be along: axis 1, or the last if it is of another size.
+    """Return the possible channel axes of a value: axis 1, and the last one if its size differs.
 
-    An axis whose size may differ from call to call is none of them.
+    Axes of dynamic size are excluded.
     """
     axes = [a for a in (1, len(shape) - 1) if 1 <= a < len(shape) and not is_symbolic(shape[a])]
     return tuple(a for k, a in enumerate(axes) if all(hint(shape[b]) != hint(shape[a]) for b in axes[:k]))
 
 
 def spread(values: Sequence[float], shape: Sequence[Any]) -> Tensor:
-    """Return a constant per channel as a float64 tensor that adds to values of this shape, as it was traced."""
+    """Return a constant per channel as a float64 tensor that broadcasts to this traced shape."""
     axis = next(a for a in channel_axes(shape) if hint(shape[a]) == len(values))
     sizes = [len(values) if a == axis else 1 for a in range(len(shape))]
     return torch.tensor(values, dtype=torch.float64).reshape(sizes)
 
 
 def fold(graph: torch.fx.Graph, added: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> BranchConstants:
-    """Remove sums with constants from a graph, in place, wherever a tensor of the graph can absorb the constant.
+    """Remove sums with constants from a graph, in place, if a tensor of the graph can absorb the constant.
 
     Args:
-        graph: each name of `added` is read by one sum, whose first operand it is added to.
+        graph: each name of `added` is read by one sum, as second operand.
         added: constants by name, in float64.
-        tensors: those that may be shifted, by name; ones that are read twice, or under two names, are left alone.
+        tensors: tensors that may be shifted, by name; those read twice, or under two names, are not.
     """
     reads = Counter(str(n.target) for n in graph.nodes if n.op == "get_attr" for _ in n.users)
     names = Counter(id(t) for t in tensors.values())
@@ -96,13 +96,13 @@ def _adds(node: torch.fx.Node, added: Collection[str]) -> bool:
 
 
 Homes = Mapping[str, Tensor]
-"""Tensor name → what is added to it, of its own shape or one that broadcasts to it."""
+"""Tensor name → the value added to it, broadcastable to its shape."""
 
 
 def _homes(
     node: torch.fx.Node, constant: Tensor, free: Collection[str], shapes: Mapping[str, tuple[int, ...]]
 ) -> Homes:
-    """The tensors that can absorb what a sum adds; empty if there are none."""
+    """Return the tensors that can absorb the constant of a sum, if any."""
     home = _behind(node.args[0], node, constant, free, shapes)
     if home:
         return home
@@ -121,7 +121,7 @@ def _behind(
     free: Collection[str],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Homes:
-    """The tensor that this value, which only `reader` reads, comes from and that can absorb the constant."""
+    """Search backwards for a tensor that can absorb the constant; `reader` is the value's only user."""
     if not isinstance(node, torch.fx.Node) or set(node.users) != {reader} or _times(node, reader) != 1:
         return {}
     if node.op == "get_attr":
@@ -144,7 +144,7 @@ def _behind(
 
 
 def _before(node: torch.fx.Node, target: str, raw: Mapping[str, Any], constant: Tensor) -> Tensor | None:
-    """What is to be added to the input of an operator that only moves values; None for any other operator."""
+    """Return the constant to add before a movement operator instead of after it; None for other operators."""
     if target in _SAME or (target == "aten.dropout.default" and raw.get("p") == 0.0):
         return constant
     if target == "aten.transpose.int":
@@ -160,7 +160,7 @@ def _before(node: torch.fx.Node, target: str, raw: Mapping[str, Any], constant: 
 
 
 def _ahead(node: torch.fx.Node, readers: Sequence[torch.fx.Node], constant: Tensor, free: Collection[str]) -> Homes:
-    """The means of batch norms, if only batch norms read the sum: each subtracts the constant again."""
+    """Return the running means of batch norms, if these are the only users of the sum."""
     homes: dict[str, Tensor] = {}
     for reader in readers:
         raw = arguments_of(reader) if reader.op == "call_function" else {}
@@ -173,7 +173,7 @@ def _ahead(node: torch.fx.Node, readers: Sequence[torch.fx.Node], constant: Tens
 
 
 def _taken(tensor: Any, shift: Tensor | None, free: Collection[str], shapes: Mapping[str, tuple[int, ...]]) -> Homes:
-    """The one home, if it is free and the constant fits it as it is."""
+    """Return the tensor if it is unused so far and the constant fits it."""
     if shift is None or not isinstance(tensor, torch.fx.Node) or tensor.op != "get_attr" or tensor.target not in free:
         return {}
     name = str(tensor.target)
@@ -185,13 +185,13 @@ def _taken(tensor: Any, shift: Tensor | None, free: Collection[str], shapes: Map
 
 
 def _as_wide(constant: Tensor, rank: int) -> Tensor | None:
-    """The constant with as many axes as a tensor that broadcasts to the same values; None where it varies in others."""
+    """Reshape the constant to the rank of a broadcast tensor; None if it varies along missing axes."""
     more = max(0, constant.dim() - rank)
     return constant.reshape(constant.shape[more:]) if constant.shape[:more].numel() == 1 else None
 
 
 def _times(node: torch.fx.Node, reader: torch.fx.Node) -> int:
-    """How often a reader reads a value: a value may be added to itself."""
+    """Count how often a node reads a value, which may be added to itself."""
     given = pytree.tree_leaves((reader.args, dict(reader.kwargs)))
     return sum(x is node for x in given)
 
@@ -201,7 +201,7 @@ def _is_sum(node: torch.fx.Node) -> bool:
 
 
 def _fits(operand: torch.fx.Node, total: torch.fx.Node) -> bool:
-    """Whether what is added to an operand of a sum is added to all of the sum."""
+    """Return whether a value added to an operand of a sum is added to the whole sum (no broadcasting)."""
     return operand.op == "get_attr" or _dim(operand) == _dim(total)
 
 

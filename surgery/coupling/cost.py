@@ -1,4 +1,4 @@
-"""Analytic costs of a plan before anything is cut: the operators' own formulas at the surviving sizes."""
+"""Analytic costs of a plan without cutting: the operators' formulas at the surviving sizes."""
 
 from __future__ import annotations
 
@@ -53,11 +53,12 @@ def _shape(slots: Sequence[int], lengths: Sequence[int]) -> Shape:
 
 
 def cost_functions(program: Program, coupling: Coupling) -> Mapping[str, CostFn]:
-    """Return cost functions of what a plan leaves.
+    """Return functions that compute the cost of a pruned network.
 
     Returns:
         `macs`: multiply-adds per sample by fvcore's formulas (one multiply-add = 1 MAC; norms and resizing as fvcore
-        counts them); `params`: number of parameters, shared ones once. Each maps dead units per group name to an int.
+        counts them); `params`: number of parameters, shared ones once. Each maps removed units per group name to an
+        int.
     """
     labelled = coupling.labelled
     return {"macs": _macs(program, labelled), "params": _params(program, labelled)}
@@ -87,15 +88,15 @@ def _macs(program: Program, labelled: LabelledGraph) -> CostFn:
 
 
 FLUSHES_MIB = (4, 12, 24)
-"""Amounts that are measured; larger ones change little."""
+"""Amounts that are measured; larger ones make little difference."""
 KEPT = 0.6
 """Fraction of the weights, halfway between the dense network and usual plans."""
 
 
 def flush_mib(program: Program, precision: str = "fp32") -> int:
-    """Return how much cache a network overwrites between two runs of the same kernel, in MiB.
+    """Return how much cache, in MiB, a network overwrites between two runs of the same kernel.
 
-    Its weights pass through the caches once per run, a byte each in `int8`; up to 1 MiB of weights stays cached.
+    Weights pass through the caches once per run (one byte each in `int8`); up to 1 MiB of weights stays cached.
     """
     weights = program.dense.model.parameters()
     held: float = sum(p.numel() * (1 if precision == "int8" else p.element_size()) for p in weights) / 2**20
@@ -103,7 +104,7 @@ def flush_mib(program: Program, precision: str = "fp32") -> int:
 
 
 def batch_size(program: Program) -> int:
-    """How many samples the example inputs hold."""
+    """Return the batch size of the example inputs."""
     first = program.inputs[0].shape if program.inputs else ()
     return first[0] if first else 1
 
@@ -134,9 +135,9 @@ def priced(scores: Scores, coupling: Coupling, cost: CostFn) -> Scores:
     """Return importance per saved cost, in millionths of the dense cost, averaged over half of the unit's group.
 
     Args:
-        scores: what is lost with each unit.
+        scores: importance loss of each unit.
         coupling: the groups.
-        cost: dead units per group name → cost of what is left.
+        cost: removed units per group name → cost of the pruned network.
     """
     dense, out = cost({}), {}
     for group in coupling.groups:
@@ -153,11 +154,11 @@ def kept_costs(
     """Return parameters, MACs and units of a plan as (dense, kept).
 
     Args:
-        dense: the groups of the whole program.
-        before: its costs.
-        left: the groups of what is left of it without the blocks that go.
-        after: the costs of that.
-        plan: which units die.
+        dense: groups of the whole program.
+        before: cost functions of the whole program.
+        left: groups of the program without the dropped blocks.
+        after: cost functions of the program without the dropped blocks.
+        plan: the units to remove.
     """
     units = sum(group.size for group in dense.groups)
     kept = sum(group.size for group in left.groups) - sum(len(dead) for dead in plan.dead.values())

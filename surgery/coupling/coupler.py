@@ -1,11 +1,11 @@
-"""Which indices of which parameters live and die together.
+"""Coupling: find which indices of which parameters must be removed together.
 
-Every axis of every parameter and buffer starts with fresh labels; network inputs have none, and what reaches a network
-output is frozen. Operator rules tie labels on the way. What is left as separate classes are the units; units that touch
-the same axes in the same way form a group.
+Every axis of every parameter and buffer starts with fresh labels; network inputs have none, and labels that reach a
+network output are frozen. Operator rules tie labels. The remaining equivalence classes are the units; units that occur
+on the same axes in the same way form a group.
 
 Source: coupled groups after Fang et al. 2023 (arXiv:2301.12900); axes as conjunctions of factors after Shardy's
-sharding rules; running movement operators on integer labels is our own way to be exact by construction.
+sharding rules; running movement operators on integer labels is original.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
     """Find the groups of units that may be removed.
 
     Args:
-        program: what `trace` returned.
-        keep: shell patterns over parameter and module names; every axis of what they match stays whole.
+        program: result of `trace`.
+        keep: shell patterns of parameter and module names; no axis of a match is cut.
 
     Returns:
-        Groups, frozen axes with reasons, and the labels that later stages need.
+        Groups, frozen axes with reasons, and labels for later stages.
 
     Raises:
-        InvalidInput: a pattern matches nothing; the message lists near names.
+        InvalidInput: a pattern matches nothing; the message lists similar names.
     """
     labels = LabelSet()
     params: dict[str, Value] = {}
@@ -74,7 +74,7 @@ def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
 
 
 def kept_names(program: Program, patterns: Sequence[str]) -> dict[str, str]:
-    """Parameter or buffer name → the pattern that keeps it."""
+    """Return parameter or buffer name → the pattern that keeps it."""
     if program.has_graph:
         names = [str(n.target) for n in program.graph.graph.nodes if n.op == "get_attr"]
     else:
@@ -95,12 +95,12 @@ def kept_names(program: Program, patterns: Sequence[str]) -> dict[str, str]:
 
 
 def groups_of(labels: LabelSet, params: Mapping[str, Value]) -> tuple[Group, ...]:
-    """Put the units into groups, each under a name of its own."""
+    """Sort the units into groups with unique names."""
     return tuple(_numbered(_groups(labels, params)))
 
 
 def _groups(labels: LabelSet, params: Mapping[str, Value]) -> Iterator[Group]:
-    """Units that touch the same axes in the same way, in order of first appearance."""
+    """Group units that occur on the same axes in the same way, in order of first appearance."""
     places: list[tuple[str, int]] = []  # one entry per layer of a parameter axis
     columns: list[Mask] = []
     for name, value in params.items():
@@ -127,7 +127,7 @@ def _groups(labels: LabelSet, params: Mapping[str, Value]) -> Iterator[Group]:
 
 
 def _numbered(groups: Iterator[Group]) -> Iterator[Group]:
-    """Number the groups whose first units start alike and go on differently."""
+    """Number groups whose first units have the same name."""
     seen: Counter[str] = Counter()
     for group in groups:
         seen[group.name] += 1
@@ -136,7 +136,7 @@ def _numbered(groups: Iterator[Group]) -> Iterator[Group]:
 
 
 def _name(site: Site) -> str:
-    """Where the group is first met: ``tensor:axis``, then start, width and stride of its first unit."""
+    """Name a group by its first occurrence: ``tensor:axis``, then start, width and stride of its first unit."""
     first = site.index[0]
     name = f"{site.tensor}:{site.axis}" + (f"@{first[0]}" if first[0] else "")
     if len(first) > 1:
@@ -147,7 +147,7 @@ def _name(site: Site) -> str:
 def _sites(
     units: Sequence[tuple[int, int, int]], places: Sequence[tuple[str, int]], place: Any, position: Any
 ) -> Iterator[Site]:
-    """The parameter axes of units that all touch them alike; layers of one axis are put together."""
+    """Return the parameter axes of a group's units, merging layers of the same axis."""
     start, stop, _ = units[0]
     block = place[start:stop]
     rows = np.stack([position[a:b] for a, b, _ in units])
@@ -160,7 +160,7 @@ def _sites(
 
 
 def frozen_axes(labels: LabelSet, params: Mapping[str, Value], groups: Sequence[Group]) -> Iterator[Frozen]:
-    """Axes with indices that are never cut. Kernel axes, which no network cuts, are left out."""
+    """Return axes with indices that are never cut, except kernel axes."""
     cuttable = np.zeros(labels.count, dtype=np.bool_)
     for group in groups:
         cuttable[list(group.units)] = True

@@ -1,4 +1,4 @@
-"""Blocks that are dead already: their branch is a constant per channel, whatever the input and its size."""
+"""Dead blocks: their branch is a constant per channel for every input of every size."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from surgery.coupling.constants import channel_axes, spread
 from surgery.ops import rules
 
 Known = Mapping[str, Tensor | None]
-"""Node name → its value whatever the input is; None where it depends on the input."""
+"""Node name → its value if independent of the input, else None."""
 
 
 def dead_blocks(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[float, ...]]:
-    """Return the blocks whose branch is a constant per channel, whatever the input, and that constant.
+    """Return the blocks whose branch is a constant per channel for every input, and that constant.
 
-    Nothing flows through an operator whose weight is all zero, nor through a product with zeros; what follows is
-    computed by the operators themselves, in float64.
+    An operator with an all-zero weight, or a product with zeros, does not depend on its input; the values that follow
+    are computed by running the operators in float64.
 
     Returns:
-        Block name → the constant of each channel (axis 1, or the last); empty where it is zero.
+        Block name → the constant of each channel (axis 1, or the last); empty if zero.
     """
     if not blocks or not program.has_graph:
         return {}
@@ -42,7 +42,7 @@ def dead_blocks(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[fl
     values = {node.name: node.meta.get("val") for node in program.graph.graph.nodes}
     dead: dict[str, tuple[float, ...]] = {}
     for block in blocks:
-        value = known.get(block.branch)  # empty for layers: dropping one would pass its input on
+        value = known.get(block.branch)  # empty for layers: dropping one would make it an identity
         if value is not None and (row := _per_channel(value, values[block.branch].shape)) is not None:
             dead[block.name] = tuple(row.tolist()) if bool(row.any()) else ()
     branches = {block.name: block.branch for block in blocks}
@@ -50,7 +50,7 @@ def dead_blocks(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[fl
 
 
 def _per_channel(value: Tensor, shape: Sequence[Any]) -> Tensor | None:
-    """A value per channel, if it does not vary along other axes; `shape` is the traced one."""
+    """Return a value per channel if it does not vary along other axes; `shape` is as traced."""
     if not bool(value.any()):
         return value.new_zeros(1)
     for axis in channel_axes(shape):
@@ -63,7 +63,7 @@ def _per_channel(value: Tensor, shape: Sequence[Any]) -> Tensor | None:
 def _also_elsewhere(
     program: Program, dead: Mapping[str, tuple[float, ...]], branches: Mapping[str, str]
 ) -> dict[str, tuple[float, ...]]:
-    """Those with the same constant at another batch, height and width, unlike a sum over pixels."""
+    """Keep the blocks whose constant is the same at another batch, height and width (unlike a sum over pixels)."""
     names = {branches[name] for name in dead}
     state = {name: t.double() if t.is_floating_point() else t for name, t in state_of(program).items()}
 
@@ -93,7 +93,7 @@ def _also_elsewhere(
 
 
 def _known(program: Program) -> Known:
-    """Values that are the same for every input, by node name."""
+    """Return values that are the same for every input, by node name."""
     tensors = {name: t.detach().cpu() for name, t in all_tensors(program).items()}
 
     def call(node: torch.fx.Node, known: Known) -> Tensor | None:
@@ -112,7 +112,7 @@ def _known(program: Program) -> Known:
 
 
 def _stops(node: torch.fx.Node, known: Known) -> bool:
-    """Whether nothing of its unknown operands gets through: its weight, or the factor, is all zero."""
+    """Return whether an all-zero weight or factor makes the result independent of the unknown operands."""
     arguments, rule = arguments_of(node), rules().get(str(node.target))
     factors = [arguments.get(name) for name in rule.factors] if rule is not None else []
     values = [known[factor.name] for factor in factors if isinstance(factor, torch.fx.Node)]
@@ -120,7 +120,7 @@ def _stops(node: torch.fx.Node, known: Known) -> bool:
 
 
 def _result(node: torch.fx.Node, known: Known) -> Tensor | None:
-    """Run an operator on what is known, and on zeros where nothing gets through; None where it does not run so."""
+    """Run an operator on the known operands, with zeros for irrelevant ones; None if it does not run."""
 
     def value(n: torch.fx.Node) -> Any:
         if (constant := known[n.name]) is not None:
@@ -131,6 +131,6 @@ def _result(node: torch.fx.Node, known: Known) -> Tensor | None:
     try:
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value)
         result = node.target(*args, **kwargs)  # type: ignore[operator]
-    except (RuntimeError, TypeError, ValueError):  # an operator that takes no float64, or computes sizes itself
+    except (RuntimeError, TypeError, ValueError):  # an operator that does not support float64, or computes sizes itself
         return None
     return result if isinstance(result, Tensor) else None

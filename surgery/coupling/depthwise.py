@@ -1,7 +1,7 @@
 """Depthwise layers that keep their shape and can be replaced by their input.
 
-Such a layer ties its outputs to its inputs, channel by channel, so every shape stays the same without it, whatever was
-cut. Other layers with equally many outputs and inputs belong to two groups, which may be cut differently.
+Such a layer ties its outputs to its inputs channel by channel, so removing it changes no shape, whatever is cut. Other
+layers with equal numbers of outputs and inputs belong to two groups, which may be cut differently.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def input_correlation(program: Program, block: Block, known: Mapping[str, Any]) 
     weight; activations are assumed not to change the correlation.
 
     Args:
-        program: the block's.
+        program: the program of the block.
         block: one of `depthwise_layers`.
         known: moments of every value, by node name.
     """
@@ -80,7 +80,7 @@ def _like(image: Tensor, node: torch.fx.Node) -> bool:
 
 
 def _followers(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
-    """The norm and the activations after the layer, each the only reader of the one before."""
+    """Return the norm and the activations after the layer, each the only user of its predecessor."""
 
     def readers(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
         while len(node.users) == 1:
@@ -122,7 +122,7 @@ def _tensor(node: torch.fx.Node, name: str, tensors: Mapping[str, Tensor]) -> Te
 
 
 def _variances(moments: Any, channels: int) -> Tensor:
-    """Of each channel, over its positions."""
+    """Return the variance of each channel over its positions."""
     variances: Tensor = moments.var
     rows = variances.movedim(1, 0).flatten(1).mean(1) if variances.dim() > 1 else variances.reshape(-1)
     return rows.expand(channels)

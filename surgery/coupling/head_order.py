@@ -1,9 +1,9 @@
-"""Members in another order for each head: what a plan's arrangements do to tensors.
+"""Head orders: reorder the members of each head as given by a plan's arrangements.
 
-Dimension d of every attention head lives and dies as one unit, and so does channel d of every convolution group: what
-is left has to be a rectangle. But a head's members may be put in an order of its own first. Where nothing joins
-member d of one head with member d of another, the network computes the same, and the unit then holds the member that
-is least important to its head.
+Dimension d of all attention heads is one unit, and so is channel d of all convolution groups, because the remaining
+tensor must be a rectangle. But the members of each head may be reordered first. If no operator combines member d of
+one head with member d of another, the network computes the same, and a unit can consist of the least important member
+of each head.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Layout:
 
     Attributes:
         tensor: name of a parameter or buffer.
-        axis: the axis that the members are on.
-        inner: for each position along it the member, -1 where there is none.
-        by: another axis, along which the heads are; None where they are on the same one.
-        outer: for each position along that axis the head, -1 where there is none.
+        axis: axis of the members.
+        inner: member at each position along it, -1 for none.
+        by: axis of the heads; None if it is the same one.
+        outer: head at each position along that axis, -1 for none.
     """
 
     tensor: str
@@ -44,7 +44,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Reordering:
-    """Along `axis` of `tensor` position p takes what is at `orders[which[q]][p]`, q being the position along `by`."""
+    """Position p along `axis` of `tensor` receives position `orders[which[q]][p]`; q is the position along `by`."""
 
     tensor: str
     axis: int
@@ -53,24 +53,24 @@ class Reordering:
     which: Index | None = None
 
 
-# Where the members are. ----------------------------------------------------------------------------------------------
+# Positions of members. -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """One layer of one axis of a value: for each position the group's number and the unit within it, -1 for none."""
+    """One layer of one axis of a value: group number and unit at each position, -1 for none."""
 
     axis: int
     group: Index
     unit: Index
 
     def wholly(self, number: int, among: Any = slice(None)) -> bool:
-        """Whether every position, or every one `among` them, is a unit of this group."""
+        """Return whether every position (of those in `among`) is a unit of this group."""
         return bool((self.group[among] == number).all())
 
 
 class Places:
-    """Finds the groups of a coupling in the axes of values."""
+    """Locates the groups of a coupling on the axes of values."""
 
     def __init__(self, coupling: Coupling) -> None:
         self.labelled = coupling.labelled
@@ -87,20 +87,20 @@ class Places:
                 self._in.setdefault(number, []).append((name, held))
 
     def held(self, value: Any) -> list[Held]:
-        """The layers of a value that hold units."""
+        """Return the layers of a value that contain units."""
         layers = [(a, layer) for a, axis in enumerate(value.axes) for layer in self.labelled.labels.canon(axis)]
         return [Held(a, self._group[x], self._unit[x]) for a, x in layers if (self._group[x] >= 0).any()]
 
     def of(self, number: int) -> list[tuple[str, list[Held]]]:
-        """The parameters and buffers that hold units of a group, and what they hold."""
+        """Return the parameters and buffers that contain units of a group, with their layers."""
         return self._in.get(number, [])
 
 
 def layouts(places: Places, inner: str, outer: str) -> Iterator[Layout]:
-    """How each parameter and buffer holds the members of one group in the heads of another.
+    """Return the layout of each parameter and buffer that contains members `inner` of heads `outer`.
 
     Raises:
-        PlanMismatch: one holds members without their heads.
+        PlanMismatch: a tensor contains members without their heads.
     """
     within, heads = places.number[inner], places.number[outer]
     for name, held in places.of(within):
@@ -125,10 +125,10 @@ def layouts(places: Places, inner: str, outer: str) -> Iterator[Layout]:
 def reorderings(
     coupling: Coupling, arranged: Sequence[Arrangement], places: Places | None = None
 ) -> tuple[Reordering, ...]:
-    """Return what the arrangements do to each tensor; `places` of the coupling spares finding them again.
+    """Return the reorderings of each tensor; pass `places` to avoid computing it again.
 
     Raises:
-        PlanMismatch: they were made for another architecture, or are no orders of its members.
+        PlanMismatch: made for another architecture, or not permutations of the members.
     """
     if not arranged:
         return ()
@@ -144,7 +144,7 @@ def reorderings(
 
 
 def _reordering(layout: Layout, orders: Index) -> Reordering:
-    """Positions of member m of a head take those of member `orders[head][m]`, first to first and so on."""
+    """The positions of member m of a head receive those of member `orders[head][m]`, in order."""
     if layout.by is not None:
         owned = positions(layout.inner, orders.shape[1])  # (members, positions of one)
         rows = np.tile(np.arange(len(layout.inner)), (len(orders), 1))
@@ -159,7 +159,7 @@ def _reordering(layout: Layout, orders: Index) -> Reordering:
 
 
 def positions(owner: Index, count: int) -> Index:
-    """Positions of each of `count` owners, of shape (count, positions of one).
+    """Return the positions of each of `count` owners, of shape (count, positions per owner).
 
     Raises:
         PlanMismatch: some own more than others.
@@ -174,7 +174,6 @@ def positions(owner: Index, count: int) -> Index:
 
 
 def reorder(tensor: Tensor, by: Reordering) -> Tensor:
-    """Return the tensor with the positions of one axis in their new order."""
     if by.by is None or by.which is None:
         return tensor.index_select(by.axis, torch.from_numpy(by.orders[0]).to(tensor.device))
     index = torch.from_numpy(by.orders[by.which]).to(tensor.device)  # (size of `by`, size of `axis`)
@@ -185,7 +184,7 @@ def reorder(tensor: Tensor, by: Reordering) -> Tensor:
 
 
 def reordered(state: Mapping[str, Tensor], orders: Sequence[Reordering]) -> dict[str, Tensor]:
-    """Return the tensors by name, reordered; the given ones stay as they are."""
+    """Return reordered copies of the tensors by name."""
     out = dict(state)
     for order in orders:
         if order.tensor in out:

@@ -1,7 +1,7 @@
-"""A program run on unit labels, which shows which axis of which value holds which units.
+"""Run a program on unit labels to find which units are on which axis of each value.
 
-Operator rules tie labels on the way. With open labels this couples a program; with locked labels the same code replays
-a cut program.
+Operator rules tie labels. With open labels this couples a program; with locked labels the same code replays a cut
+program.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def propagate_labels(
 
     Args:
         graph: functional ATen graph.
-        params: labels of a parameter or buffer by name.
-        shapes: output shape(s) of a node: one shape, a list of shapes, or a number for a symbolic size.
-        labels: open, to couple; locked, to verify.
-        settled: sees each computed value, by node name, and returns the one to go on with.
+        params: returns the labels of a parameter or buffer by name.
+        shapes: returns the output shape of a node: one shape, a list of shapes, or a number for a symbolic size.
+        labels: open to couple, locked to verify.
+        settled: called with each computed value and its node name; returns the value to continue with.
 
     Returns:
-        Value of every node, and the arguments of every operator call by name.
+        The value of every node, and the arguments of every operator call by name.
     """
     table = rules()
     calls: dict[str, Mapping[str, Any]] = {}
@@ -70,7 +70,7 @@ def propagate_labels(
 
 
 def _input(shape: Any, labels: LabelSet) -> Any:
-    """A network input: labels that are frozen from the start, so that what meets them can say why it is."""
+    """A network input: frozen labels, so that labels tied to them report this as the reason."""
     value = _plain(shape)
     if labels.is_locked or not isinstance(value, Value):
         return value
@@ -120,18 +120,18 @@ def _freeze_outputs(node: torch.fx.Node, values: Mapping[str, Any], labels: Labe
 
 
 def index_table(tensor: Tensor) -> Layer | None:
-    """The numbers of a tensor of integers along one axis, such as an index buffer; None for any other tensor."""
+    """Return the values of a one-dimensional integer tensor, such as an index buffer; None for any other tensor."""
     whole = tensor.dim() == 1 and tensor.dtype in (torch.int64, torch.int32)
     return tensor.detach().cpu().numpy().astype(np.int64) if whole else None
 
 
 def dense_shapes(node: torch.fx.Node) -> Any:
-    """Shapes of a traced node, symbolic sizes at the example's value."""
+    """Return the shapes of a traced node, symbolic sizes at the example's value."""
     return shapes_of(node.meta.get("val"))
 
 
 def rewrite_view(labelled: LabelledGraph, masks: Masks, name: str, raw: Mapping[str, Any]) -> Rewrite:
-    """What a rule's `rewrite` sees of the call `name`."""
+    """Return the argument of a rule's `rewrite` for the call `name`."""
     out = labelled.values[name]
     outputs = tuple(out) if isinstance(out, (tuple, list)) else (out,)
     return Rewrite(labelled.calls[name], raw, outputs, masks)

@@ -1,4 +1,4 @@
-"""The masked meaning of the dense model: what it computes when removed units count as removed."""
+"""The masked dense model: run the dense program with units treated as removed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from surgery.ops import Dead, rules
 
 
 class InDouble(TorchFunctionMode):
-    """Within the block a model's own code computes in float64 wherever it names another floating dtype, or none."""
+    """Within the block, a model's code computes in float64 even if it names another floating dtype, or none."""
 
     def __enter__(self) -> InDouble:
-        ONE_AT_A_TIME.acquire()  # the default dtype is every thread's
+        ONE_AT_A_TIME.acquire()  # the default dtype is process-wide
         self._before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -29,7 +29,7 @@ class InDouble(TorchFunctionMode):
         ONE_AT_A_TIME.release()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call with float64 instead of every floating dtype."""
+        """Call with float64 instead of any floating dtype."""
         if func in _CASTS:
             func = Tensor.double
         return func(*map(_double, args), **{name: _double(x) for name, x in (kwargs or {}).items()})
@@ -51,16 +51,16 @@ def masked_run(
     *,
     batch: int | None = None,
 ) -> Executor:
-    """An executor of the dense program in which removed units count as removed.
+    """Return an executor of the dense program that treats units as removed.
 
-    Nothing but `masking` is touched: whatever a batch norm or an activation emits on dead channels must not matter.
-    `dtype`: what calls that name a floating dtype use in its place. `batch`: of the inputs, where not the trace's.
+    Only `masking` is applied: the output of a batch norm or an activation on dead channels must be irrelevant.
+    `dtype`: replaces floating dtype arguments of calls. `batch`: batch size of the inputs, if not as traced.
     """
     return Executor(program.graph, state, masking(program, labelled, masks, batch), dtype)
 
 
 def masking(program: Program, labelled: LabelledGraph, masks: Masks, batch: int | None = None) -> Compute:
-    """Return a hook: operators that contract an axis see its dead slices as zero, those that average skip them."""
+    """Return a hook that zeroes dead slices of contracted axes, and excludes them from averages."""
     table = rules()
     traced = program.inputs[0].shape[0] if program.inputs and program.inputs[0].shape else 1
 
@@ -87,12 +87,12 @@ def masking(program: Program, labelled: LabelledGraph, masks: Masks, batch: int 
 
 
 def _at_batch(mask: Tensor, traced: int, batch: int) -> Tensor:
-    """The mask of an axis into which a batch of `traced` is folded, at another batch."""
+    """Return the mask at another batch size, for an axis into which a batch of `traced` is folded."""
     each = len(mask) // traced
     for outer in (1, *range(each, 1, -1)):
         if len(mask) == each * traced and each % outer == 0:
             folded = mask.reshape(outer, traced, each // outer)
-            if bool((folded == folded[:, :1]).all()):  # the same for all samples: and so for more
+            if bool((folded == folded[:, :1]).all()):  # identical for all samples, so it extends to more
                 return folded[:, :1].expand(outer, batch, each // outer).reshape(-1)
     return mask
 

@@ -1,4 +1,4 @@
-"""Constraints on the choice of units beyond their groups: pieces that must not vanish, and pieces of equal size."""
+"""Constraints on the choice of units: pieces that must not become empty, and pieces of equal size."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Roots = Mapping[str, tuple[int, ...]]
 Sets = Mapping[str, tuple[tuple[int, ...], ...]]
 """Group name → sets of its units."""
 Pieces = tuple[tuple[tuple[str, int], ...], ...]
-"""Per piece the group and unit of each index."""
+"""For each piece, the group and unit of each index."""
 
 
 def required_units(values: Mapping[str, Any], labels: LabelSet, roots: Roots) -> Sets:
-    """Sets of units that make up the whole axis of some value without being all units of their group.
+    """Return sets of units that form the whole axis of a value without being all units of their group.
 
-    One unit of each has to stay, or the value would lose all of the axis.
+    One unit of each set must remain, or the axis would become empty.
     """
     unit_of = _unit_of(roots)
     seen: set[bytes] = set()
@@ -48,9 +48,9 @@ def required_units(values: Mapping[str, Any], labels: LabelSet, roots: Roots) ->
 def equal_pieces(
     graph: torch.fx.GraphModule, values: Mapping[str, Any], labels: LabelSet, roots: Roots
 ) -> tuple[Pieces, ...]:
-    """Equal pieces that a chunk or split cuts groups into: while they stay equal, the user's code still fits.
+    """Return equal pieces into which a chunk or split divides groups; the user's code works while they stay equal.
 
-    Pieces that two of them make of one group in different ways are left out, and those that hold part of a group only.
+    Omitted are pieces that contain part of a group only, and groups that are divided in two different ways.
     """
     unit_of = _unit_of(roots)
     found: dict[frozenset[str], Pieces | None] = {}
@@ -71,7 +71,7 @@ def equal_pieces(
 
 
 def _units(piece: Value, dim: int, labels: LabelSet, unit_of: Mapping[int, tuple[str, int]]) -> list[tuple[str, int]]:
-    """Group and unit of each index of a piece; nothing where an index has none, or several."""
+    """Return group and unit of each index of a piece; empty if an index has none, or several."""
     layers = labels.canon(piece.axes[dim % len(piece.shape)])
     if len(layers) != 1 or not all(root in unit_of for root in layers[0].tolist()):
         return []

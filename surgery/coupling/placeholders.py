@@ -1,4 +1,4 @@
-"""The user's own model without some of its blocks: placeholder modules replace the modules of those."""
+"""The user's own model without some of its blocks: placeholder modules replace the blocks' modules."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from surgery.coupling.compact_graph import CompactGraph
 
 
 class Placeholder(nn.Module):
-    """Replaces a residual block whose branch is gone: (N, C, ..) plus a constant, perhaps projected, rectified.
+    """Replaces a residual block without its branch: optional projection, (N, C, ..) plus a constant, optional ReLU.
 
     Attributes:
         constant: (1, C, 1, ..), or None for nothing.
-        rectified: whether the block ended in a ReLU.
-        shortcut: name of the submodule that projects what comes in; None for none.
+        rectified: whether the block ends in a ReLU.
+        shortcut: name of the submodule that projects the input, or None.
     """
 
     def __init__(self, constant: nn.Parameter | None, *, rectified: bool, shortcut: Mapping[str, nn.Module]) -> None:
@@ -32,20 +32,20 @@ class Placeholder(nn.Module):
             self.add_module(name, module)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the value in its own shape, or that of its projection."""
+        """Return the input or its projection, plus the constant."""
         stays: Tensor = x if self.shortcut is None else getattr(self, self.shortcut)(x)
         y = stays if self.constant is None else stays + self.constant
         return torch.relu(y) if self.rectified else y
 
 
 def shared_path(paths: Iterable[str]) -> str:
-    """Return the path of the innermost module that all these modules are in, or are."""
+    """Return the path of the innermost module that contains, or is, all these modules."""
     together = takewhile(lambda names: len(set(names)) == 1, zip(*(path.split(".") for path in paths), strict=False))
     return ".".join(names[0] for names in together)
 
 
 class CannotReplace(Exception):
-    """Why no placeholder modules can replace blocks of the user's model."""
+    """Blocks of the user's model cannot be replaced by placeholder modules; the message says why."""
 
 
 def model_without(
@@ -56,17 +56,17 @@ def model_without(
     added: Mapping[str, nn.Parameter],
     shifted: Mapping[int, Tensor],
 ) -> nn.Module:
-    """Return the user's model with a placeholder for each module whose blocks are gone.
+    """Return the user's model with a placeholder for each module of a dropped block.
 
-    A module may do more than add up, or be called with more than the one value: the result is run and compared.
+    A module may compute more than the sum, or have several arguments, so the result is run and compared.
 
     Args:
-        program: whose model it is; the model is left unchanged.
-        gone: the blocks.
-        shortcuts: name of each block → path of the module that projects what stays, or empty.
+        program: the program of the model, which is unchanged.
+        gone: the dropped blocks.
+        shortcuts: name of each block → path of the module that projects the remaining operand, or empty.
         held: the program without the blocks.
         added: constants that are added instead of blocks, by name.
-        shifted: id of a tensor of the model → what it becomes.
+        shifted: id of a tensor of the model → its new value.
 
     Raises:
         CannotReplace: the model with placeholders would not compute the same.
@@ -89,7 +89,7 @@ def model_without(
         )
     }
     memo: dict[int, object] = {**{id(t): t for t in (*model.parameters(), *model.buffers())}, **shifted}
-    for path in sorted(children, reverse=True):  # a block may be in the shortcut of another
+    for path in sorted(children, reverse=True):  # a block may be part of another's shortcut
         child = children[path]
         shortcut = {child: copied(model.get_submodule(f"{path}.{child}"), memo)} if child else {}
         memo[id(model.get_submodule(path))] = _placeholder(added.get(f"{path}.constant"), path in rectified, shortcut)
@@ -115,22 +115,22 @@ def _validate_modules(
 def _validate_nothing_else(
     program: Program, gone: Sequence[Block], shortcuts: Mapping[str, str], endings: Sequence[torch.fx.Node]
 ) -> None:
-    """Nothing else may be computed in the modules of the blocks: it would be gone with them."""
+    """Raise if the modules of the blocks compute anything else, which would be lost."""
     kept = [path for path in shortcuts.values() if path]
     known = {name for block in gone for name in (*block.nodes, block.sum)} | {node.name for node in endings}
     for node in program.graph.graph.nodes:
         if node.op != "call_function" or node.name in known or not isinstance(node.meta.get("val"), Tensor):
-            continue  # sizes are worked out wherever they are first asked for
+            continue  # size computations may be recorded in any module
         path = module_of(node)
         if any(_within(path, block.module) for block in gone) and not any(_within(path, own) for own in kept):
             raise CannotReplace(f"module '{path}' computes more than the block that is gone ({node.target})")
 
 
 def _validate_same(made: nn.Module, held: CompactGraph, program: Program) -> None:
-    """Outputs, what the inputs are afterwards, and which outputs share memory: as without placeholders."""
+    """Raise unless outputs, modified inputs and memory sharing of outputs are as without placeholders."""
     try:
         found, after = _outputs(made, program)
-    except Exception as error:  # whatever the user's forward raises where a submodule is not what it was
+    except Exception as error:  # any exception the user's forward raises with a replaced submodule
         raise CannotReplace(f"its forward does not run without the blocks: {first_line(error)}") from error
     wanted, _ = _outputs(held, program)
     _, written = _outputs(program.model, program)
@@ -144,7 +144,7 @@ def _same(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
 
 
 def _shared(tensors: Sequence[Tensor]) -> list[int]:
-    """For each tensor the first that has the same memory: an identity hands on what another caller may write to."""
+    """Return, for each tensor, the first one with the same memory: an identity returns its input, which may be modified."""
     at = [x.untyped_storage().data_ptr() for x in tensors]
     return [at.index(address) for address in at]
 
@@ -154,7 +154,7 @@ def _within(path: str, module: str) -> bool:
 
 
 def _child(path: str, module: str) -> str:
-    """The name of a module's child that another of its submodules is in, or is."""
+    """Return the name of a module's child that contains, or is, the given submodule."""
     return path.removeprefix(f"{module}.").split(".")[0] if path.startswith(f"{module}.") else ""
 
 
@@ -165,7 +165,7 @@ def _placeholder(constant: nn.Parameter | None, rectified: bool, shortcut: Mappi
 
 
 def _rectifier(total: torch.fx.Node, block: Block) -> torch.fx.Node | None:
-    """The ReLU that is all that reads a block's sum, if the block's module ends in it."""
+    """Return the ReLU that is the only user of a block's sum and ends the block's module, if any."""
     reader, *more = total.users or [None]
     if reader is None or more or str(reader.target) != _RELU or not _within(module_of(reader), block.module):
         return None
@@ -178,18 +178,18 @@ _NOT_BELOW = (
     *("aten.avg_pool2d.default", "aten.adaptive_avg_pool2d.default", "aten.dropout.default"),
     *("aten.clone.default", "aten.contiguous.default", "aten.alias.default", "aten.detach.default"),
 )
-"""Operators that give nothing below zero where they are given nothing below zero."""
+"""Operators that preserve non-negative values."""
 
 
 def _nonnegative(node: torch.fx.Node, through: Mapping[str, torch.fx.Node]) -> bool:
-    """Whether a value is known to be rectified already; `through`: end of each layer that is gone → what it reads."""
+    """Return whether a value is non-negative; `through`: last node of each dropped layer → its input."""
     while node.name in through or (node.op == "call_function" and str(node.target) in _NOT_BELOW):
         node = through[node.name] if node.name in through else node.all_input_nodes[0]
     return node.op == "call_function" and str(node.target) in (_RELU, "aten.sigmoid.default")
 
 
 def _outputs(model: nn.Module, program: Program) -> tuple[list[Tensor], list[Tensor]]:
-    """What a model gives on the example, and what the example is afterwards."""
+    """Return a model's outputs on the example, and the inputs after the call."""
     args, kwargs = fresh((program.example_args, dict(program.example_kwargs)))
     with torch.no_grad(), evaluating(model), buffers_kept(model):
         found = flat_outputs(model(*args, **kwargs))

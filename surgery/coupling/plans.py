@@ -1,4 +1,4 @@
-"""From dead units to a plan, and from a plan and its program to a cut: which positions of which tensor survive."""
+"""From units to a plan, and from a plan and its program to a cut: the surviving positions of each tensor."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def plan_from_dead(
     Args:
         coupling: the groups.
         dead: group name → indices of the removed units within the group, in any order; groups may be missing.
-        fingerprint: of the program.
-        inputs: of the program.
-        budget: what was asked for, or None for a plan made by hand.
-        settings: kept in the plan as given: JSON values.
+        fingerprint: fingerprint of the program.
+        inputs: input signature of the program.
+        budget: the requested budget, or None for a plan made by hand.
+        settings: JSON values, stored unchanged.
         notes: decisions with reasons.
-        reasons: group name → why it stands where it stands.
+        reasons: group name → why it has its size.
 
     Raises:
-        PlanMismatch: a group or a unit that the coupling does not have.
-        IllegalCut: a group, or an axis of a tensor, would be left without a unit.
-        SurgeryError: two groups bear one name, so that a plan could not tell them apart.
+        PlanMismatch: the coupling does not have this group or unit.
+        IllegalCut: a group, or an axis of a tensor, would become empty.
+        SurgeryError: two groups have the same name.
     """
     shared = [name for name, count in Counter(group.name for group in coupling.groups).items() if count > 1]
     if shared:
@@ -71,7 +71,7 @@ def plan_from_dead(
 
 
 def require_own_cuts(plan: Plan, coupling: Coupling) -> None:
-    """Raise PlanMismatch where the plan's cuts are not those of its dead units, or the coupling lacks one of them."""
+    """Raise PlanMismatch if the plan's cuts do not follow from its dead units, or the coupling lacks one of them."""
     derived = plan_from_dead(coupling, plan.dead, fingerprint=plan.fingerprint, inputs=plan.inputs)
     if derived.cuts != plan.cuts:
         raise PlanMismatch("the plan's cuts do not follow from its dead units: the file was edited; make a new plan")
@@ -82,12 +82,12 @@ def require_own_cuts(plan: Plan, coupling: Coupling) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """A plan, the program that it was made for, and what follows from both.
+    """A plan, the program it was made for, and derived data.
 
     Attributes:
-        program: the dense model, traced; without the blocks that the plan drops.
-        coupling: its groups.
-        plan: what is removed.
+        program: the dense model, traced, without the blocks that the plan drops.
+        coupling: groups of the program.
+        plan: the plan.
 
     Raises:
         PlanMismatch: the plan was made for another architecture, or contradicts itself.
@@ -107,13 +107,13 @@ class Cut:
 
     @cached_property
     def masks(self) -> Masks:
-        """Which indices of every value survive."""
+        """Surviving indices of every value."""
         labelled = self.coupling.labelled
         return Masks(labelled, labelled.dead_roots(self.plan.dead))
 
     @cached_property
     def head_order(self) -> tuple[Reordering, ...]:
-        """In what order each tensor holds the members of heads before its dead positions are removed."""
+        """Reorderings of each tensor before its dead positions are removed."""
         return reorderings(self.coupling, self.plan.arranged)
 
     def reordered(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -161,11 +161,11 @@ class Cut:
 
 
 def survivors(cut: AxisCut) -> Tensor:
-    """Return the positions along an axis that are left."""
+    """Return the surviving positions along an axis."""
     return _others(cut.size, cut.dead)
 
 
-@lru_cache(maxsize=256)  # the cuts of one group, which follow each other, have the same
+@lru_cache(maxsize=256)  # consecutive cuts of one group share their positions
 def _others(size: int, dead: tuple[int, ...]) -> Tensor:
     alive = torch.ones(size, dtype=torch.bool)
     alive[list(dead)] = False
@@ -189,7 +189,7 @@ def _valid_units(group: Group, indices: Iterable[int]) -> tuple[int, ...]:
 
 
 def _cuts(coupling: Coupling, units: Mapping[str, Sequence[int]]) -> tuple[AxisCut, ...]:
-    """One cut per axis; a position that several units own (a head and a head dimension) dies with the first of them."""
+    """Return one cut per axis; a position of several units (a head and a head dimension) is removed with any of them."""
     positions: dict[tuple[str, int], set[int]] = {}
     for group in coupling.groups:
         for site in group.sites if group.name in units else ():

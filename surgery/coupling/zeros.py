@@ -1,9 +1,8 @@
-"""Whether a removed unit could as well be zeros, which one run shows.
+"""Find the groups whose removal is not equivalent to zeroing, by one run.
 
-A convolution or a linear layer loses the weights that read a removed unit, so what the unit held does not matter. An
-operator without weights (a matrix product of two activations, a sum) reads nothing but its operands: if a function with
-a nonzero value at zero (`elu(x) + 1`, `exp`, a comparison) comes before it, zeros instead of the unit would still
-contribute, and removing the unit changes the sum.
+A convolution or a linear layer loses the weights that read a removed unit, so the unit's value is irrelevant. For an
+operator without weights (a matrix product of two activations, a sum) it is not: after a function with a nonzero value
+at zero (`elu(x) + 1`, `exp`, a comparison), a zeroed unit would still contribute, and removing it changes the sum.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ from surgery.ops import rules
 
 
 def not_zeros(program: Program, labelled: LabelledGraph, *, seed: int = 0) -> dict[str, str]:
-    """Return the groups whose removed units would not count as zeros, with the operator where they do not.
+    """Return the groups whose removal is not equivalent to zeroing, with the operator at which it differs.
 
-    Half the units of every group are taken as removed, their weights, shifts and statistics as zero; each weightless
-    contraction is then computed with and without its dead slices; the operand of a sum has to be zero there.
+    Half the units of every group are treated as removed, with zero weights, shifts and statistics. Each weightless
+    contraction is then computed with and without its dead slices; the operand of a sum must be zero there.
     """
     candidates = _weightless(program, labelled)
     if not candidates:
@@ -59,7 +58,7 @@ def not_zeros(program: Program, labelled: LabelledGraph, *, seed: int = 0) -> di
             where = source_of(node)
             said = f"{node.target}" + (f" at {where}" if where else "") + " goes over the survivors"
             found.update({name: said for name in _contracted(node.name, labelled) if name not in found})
-        return torch.where(alive, masked, whole)  # what removed units hold is what zeros make of them
+        return torch.where(alive, masked, whole)  # the values of removed units are those computed from zeros
 
     state = _zeroed(well_conditioned(program, seed=seed), labelled, masks)
     inputs = sample_inputs(program, seed=seed + 100, dtype=torch.float64)
@@ -69,7 +68,7 @@ def not_zeros(program: Program, labelled: LabelledGraph, *, seed: int = 0) -> di
 
 
 def _holds(node: torch.fx.Node, x: Any, labelled: LabelledGraph, masks: Masks) -> bool:
-    """Whether the only operand of a sum or norm holds more than zeros where the axes that are summed up are dead."""
+    """Return whether the operand of a sum or norm has nonzero values in dead slices of the reduced axes."""
     value = _tensors(labelled.calls[node.name].values())
     if len(value) != 1 or not isinstance(x, Tensor):
         return False
@@ -88,7 +87,7 @@ def _holds(node: torch.fx.Node, x: Any, labelled: LabelledGraph, masks: Masks) -
 
 
 def _weightless(program: Program, labelled: LabelledGraph) -> set[str]:
-    """Contractions of labelled axes, none of whose operands is a parameter."""
+    """Return contractions of labelled axes without a parameter among their operands."""
     table = rules()
     out = set()
     for node in program.graph.graph.nodes:
@@ -110,7 +109,7 @@ def _half(labelled: LabelledGraph, seed: int) -> dict[str, tuple[int, ...]]:
 
 
 def _zeroed(state: dict[str, Tensor], labelled: LabelledGraph, masks: Masks) -> dict[str, Tensor]:
-    """Parameters and statistics with the removed units' slices set to zero; variances stay."""
+    """Return parameters and statistics with the removed units' slices set to zero, except variances."""
     out = dict(state)
     for name, value in labelled.params.items():
         if name in out and out[name].is_floating_point() and not name.endswith("running_var"):
@@ -119,7 +118,7 @@ def _zeroed(state: dict[str, Tensor], labelled: LabelledGraph, masks: Masks) -> 
 
 
 def _alive(value: Value, masks: Masks) -> Tensor:
-    """Which elements survive, to be broadcast over the value."""
+    """Return a mask of the surviving elements, broadcastable to the value."""
     alive = torch.ones([1] * len(value.shape), dtype=torch.bool)
     for axis, layers in enumerate(value.axes):
         if layers:
@@ -134,7 +133,7 @@ def _agree(a: Tensor, b: Tensor) -> bool:
 
 
 def _contracted(name: str, labelled: LabelledGraph) -> list[str]:
-    """Groups on axes of a call's operands, if possible those that its result does not have."""
+    """Return groups on axes of a call's operands, preferably those not in its result."""
     read = _labels(_tensors(labelled.calls[name].values()), labelled)
     gone = read - _labels(_tensors([labelled.values[name]]), labelled)
     return _holding(gone, labelled) or _holding(read, labelled)

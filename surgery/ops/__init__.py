@@ -1,4 +1,4 @@
-"""Operator rules, one family a file: the only place that knows an operator.
+"""Operator rules, one file per family: the only code specific to individual operators.
 
 Its public names are listed in `__init__.pyi` and loaded on first use.
 """

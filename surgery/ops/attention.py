@@ -1,4 +1,4 @@
-"""Scaled-dot-product attention and softmax. Softmax axes are never cut; the scale is made explicit."""
+"""Scaled-dot-product attention and softmax. Softmax axes are never cut; the scale becomes an explicit argument."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _onnx_sdpa(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) ->
 
 
 class _Attention(nn.Module):
-    """Three projections, heads, attention, a projection out."""
+    """Query, key and value projections, multi-head attention, output projection."""
 
     def __init__(self, width: int = 12, heads: int = 3) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Convolutions, plain, grouped, depthwise and transposed: block-diagonal contractions over channels."""
+"""Convolutions (dense, grouped, depthwise, transposed): block-diagonal contractions over channels."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _groups(r: Rewrite, *, transposed: bool) -> Mapping[str, Any]:
     keep = r.keep("input", channel)
     groups = r.bound["groups"]
     alive = int(keep.reshape(groups, -1).any(axis=1).sum())
-    known = isinstance(r.raw["groups"], int)  # else as many as samples, say
+    known = isinstance(r.raw["groups"], int)  # would depend on the number of samples
     return {"groups": alive if known else Scaled(r.raw["groups"], alive, groups)}
 
 
@@ -83,7 +83,7 @@ def _moments(a: Mapping[str, Any], *, transposed: bool) -> Moments:
 
 
 def _between(module: nn.Module, *image: int) -> Built:
-    """The module between two convolutions of as many spatial axes."""
+    """Place a module between two convolutions with the given number of spatial axes."""
     conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(image) - 1]
     return Between(conv(3, 8, 3), module, conv(8, 4, 1)), (torch.randn(2, 3, *image),)
 

@@ -1,4 +1,4 @@
-"""Operators that create tensors of a literal size: uniform ones may shrink with what they meet."""
+"""Operators that create tensors of a literal size; uniform ones may shrink with the tensors they are combined with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 def _couple_uniform(call: Call) -> Value:
     shape = call.outputs[0]
-    for value in call.tensors():  # new_zeros(x, ..) takes nothing but dtype and device from x
+    for value in call.tensors():  # new_zeros(x, ..) takes only dtype and device from x
         for a in range(len(value.shape)):
             call.passed(value, a)
     axes: dict[int, Layers] = {}

@@ -1,4 +1,4 @@
-"""Small networks around one operator, with which its rule is tested: something to cut before it and after it."""
+"""Small networks around one operator to test its rule, with prunable layers before and after it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Between(nn.Module):
 def between_convs(
     middle: Callable[[Tensor], Tensor] | nn.Module, *, channels: int = 8, after: int = 0
 ) -> Callable[[], Built]:
-    """A convolution to `channels`, the operator, a convolution that takes `after` (default: as many) channels."""
+    """A convolution to `channels`, the operator, a convolution from `after` (default: `channels`) channels."""
 
     def build() -> Built:
         last = nn.Conv2d(after or channels, 4, 3)
@@ -43,7 +43,7 @@ def between_convs(
 def between_linears(
     middle: Callable[[Tensor], Tensor] | nn.Module, *, width: int = 12, after: int = 0
 ) -> Callable[[], Built]:
-    """A linear to `width` over 6 tokens, the operator, a linear that takes `after` (default: as many) features."""
+    """A linear layer to `width` over 6 tokens, the operator, a linear layer from `after` (default: `width`) features."""
 
     def build() -> Built:
         last = nn.Linear(after or width, 5)
@@ -53,7 +53,7 @@ def between_linears(
 
 
 class WithParameters(nn.Module):
-    """A function of a value and of parameters of these shapes, drawn from [0.5, 1.5]."""
+    """A function of an input and of parameters of the given shapes, drawn from [0.5, 1.5]."""
 
     def __init__(self, function: Callable[..., Tensor], *shapes: int | tuple[int, ...]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Look-ups: embeddings and indexing with constant tables."""
+"""Lookups: embeddings and indexing with constant tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _couple_embedding(call: Call) -> Value:
 
 
 def _couple_index_select(call: Call) -> Value:
-    """A constant index determines which unit goes where; any other index needs its axis whole."""
+    """A constant index maps units to positions; with any other index the axis is never cut."""
     x, index = call.value("self"), call.value("index")
     rank = len(x.shape)
     dim = call["dim"] % rank
@@ -38,7 +38,7 @@ def _couple_index_select(call: Call) -> Value:
 
 
 def _couple_index(call: Call) -> Value:
-    """`x[:, i, j]`: axes without an index pass; the others are looked up, one constant index being run on labels."""
+    """`x[:, i, j]`: axes without an index pass; a single constant index is applied to the labels."""
     x = call.value("self")
     indices = [i for i in call["indices"] if isinstance(i, Value)]
     where = [a for a, i in enumerate(call["indices"]) if isinstance(i, Value)]
@@ -46,7 +46,7 @@ def _couple_index(call: Call) -> Value:
         for a in range(len(index.shape)):
             call.freeze(index, a, "an index")
     rank = max(len(i.shape) for i in indices)
-    if len(call.outputs[0]) != len(x.shape) - len(where) + rank:  # a mask: how many it picks is known at run time only
+    if len(call.outputs[0]) != len(x.shape) - len(where) + rank:  # a mask: known only at run time
         return call.out({})
     adjacent = where == list(range(where[0], where[-1] + 1))
     at = where[0] if adjacent else 0
@@ -62,7 +62,7 @@ def _couple_index(call: Call) -> Value:
 
 
 def _constant_index(bound: Mapping[str, Any]) -> NDArray[np.int64] | None:
-    """The numbers of the one index, where it is the only one, a constant, and a list."""
+    """Return the values of the index if it is the only one, constant and one-dimensional."""
     indices = [i for i in bound["indices"] if isinstance(i, Value)]
     return indices[0].table if len(indices) == 1 else None
 
@@ -74,7 +74,7 @@ def _rewrite_index(r: Rewrite) -> Mapping[str, Any] | Replacement:
 
 
 def picked(r: Rewrite, dim: int, source: NDArray[np.int64]) -> Replacement:
-    """The compact output along `dim` as a constant selection of the compact input; `source` are dense positions."""
+    """Select the compact output along `dim` from the compact input; `source` holds dense positions."""
     keep = r.keep("self", dim)
     position = np.cumsum(keep) - 1
     index = position[source[keep[source]]]
@@ -89,7 +89,7 @@ def _rewrite_index_select(r: Rewrite) -> Mapping[str, Any] | Replacement:
 
 
 class _Table(nn.Module):
-    """A learned vector per token, found through an index buffer, added to projected tokens."""
+    """A learned vector per token, selected by an index buffer, added to projected tokens."""
 
     def __init__(self, *, embedding: bool) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class _Table(nn.Module):
 
 
 class _Positions(nn.Module):
-    """A bias per head and pair of tokens, found in a table through a square of indices, as in windowed attention."""
+    """A bias per head and token pair, selected from a table by an index matrix, as in windowed attention."""
 
     def __init__(self) -> None:
         super().__init__()

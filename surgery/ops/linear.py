@@ -27,7 +27,7 @@ def _couple_linear(call: Call) -> Value:
 
 
 def _matmul(call: Call, a: Value, b: Value) -> Value:
-    """(.., M, K) @ (.., K, N); vectors on either side as torch.matmul has them; leading axes broadcast."""
+    """(.., M, K) @ (.., K, N); vectors as in torch.matmul; leading axes broadcast."""
     contracted = call.tie(a, -1, b, -2 if len(b.shape) > 1 else 0)
     call.labels.claim(contracted)
     rank = len(call.outputs[0])
@@ -44,7 +44,7 @@ def _matmul(call: Call, a: Value, b: Value) -> Value:
 
 
 def _batch_axis(call: Call, a: Value, b: Value, back: int) -> Layers:
-    """Axis -back of both operands, where they have it: tied where neither is broadcast."""
+    """Tie axis -back of both operands if both have it and neither is broadcast."""
     wide = [v for v in (a, b) if len(v.shape) >= back and v.shape[-back] > 1]
     if len(wide) == 2:
         return call.tie(a, -back, b, -back)

@@ -1,10 +1,10 @@
 """Mean and variance of activations, estimated from a network's own weights and norm statistics, without images.
 
-The output of a batch norm has its shift as mean and its scale as deviation over the training data. From there, moments
-are propagated through the operators, assuming that positions are independent: an element-wise function by Gauss-Hermite
-quadrature, a contraction by its weights, a movement by moving them.
+Over the training data, the output of a batch norm has its shift as mean and its scale as standard deviation. From
+there, moments are propagated through the operators, assuming independent positions: through element-wise functions by
+Gauss-Hermite quadrature, through contractions by their weights; movement operators rearrange them.
 
-Source: after Nagel et al. 2019, Data-free quantization (arXiv:1906.04721), who clip normals for rectifiers.
+Source: after Nagel et al. 2019, Data-free quantization (arXiv:1906.04721), who use clipped normals for rectifiers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ POINTS = 24
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """Mean and variance of a value, float64, each of a shape that broadcasts to the value's own, `shape`."""
+    """Mean and variance of a value in float64, each broadcastable to the value's `shape`."""
 
     mean: Tensor
     var: Tensor
@@ -37,7 +37,7 @@ class Moments:
         return cls(value, torch.zeros((), dtype=torch.float64), tuple(value.shape))
 
     def energies(self, axis: int) -> Tensor:
-        """Mean squares along an axis, averaged over the others."""
+        """Return mean squares along an axis, averaged over the others."""
         return _over(self.mean.square() + self.var, axis, self.shape)
 
     @property
@@ -72,9 +72,9 @@ def contracted(weight: Tensor, bias: Tensor | None, x: Moments, axis: int, rank:
     Args:
         weight: (outputs, inputs of its group, ..); the other axes are positions in space.
         bias: (outputs,), or None.
-        x: of the input.
-        axis: which of the input is contracted, and of the result is new.
-        rank: of the result.
+        x: moments of the input.
+        axis: axis contracted in the input, and new in the result.
+        rank: rank of the result.
     """
     outputs, inside, inputs = weight.shape[0], weight.shape[1], x.shape[axis]
     groups = inputs // inside
@@ -88,7 +88,7 @@ def contracted(weight: Tensor, bias: Tensor | None, x: Moments, axis: int, rank:
 
 
 def _over(values: Tensor, axis: int, shape: tuple[int, ...]) -> Tensor:
-    """Values along one axis, averaged over the others."""
+    """Return values along one axis, averaged over the others."""
     full = values.reshape([1] * (len(shape) - values.dim()) + list(values.shape))
     others = [a for a in range(len(shape)) if a != axis % len(shape)]
     return (full.mean(others) if others else full).expand(shape[axis])
@@ -112,7 +112,7 @@ def _lifted(x: Moments | float) -> Moments:
 
 
 def joined(parts: Sequence[Moments], axis: int) -> Moments:
-    """Return the moments of values laid end to end along an axis."""
+    """Return the moments of values concatenated along an axis."""
     shapes = [part.shape for part in parts]
     axis %= len(shapes[0])
 
@@ -131,10 +131,10 @@ def normed(
     """Return the moments of a norm's output.
 
     Args:
-        x: of its input.
-        weight: its scale, or None.
-        bias: its shift, or None.
-        axis: of the channels that scale and shift belong to; None: they are aligned with the last axes.
+        x: moments of its input.
+        weight: scale, or None.
+        bias: shift, or None.
+        axis: channel axis of scale and shift; None if they are aligned with the last axes.
         left: the output's variance before the scale, 1 for an ideal norm.
     """
     rank = len(x.shape)
@@ -147,7 +147,7 @@ def normed(
 
 
 def compressed(values: Tensor) -> Tensor:
-    """Shrink axes along which nothing changes to length 1."""
+    """Shrink axes along which values are constant to length 1."""
     for axis in range(values.dim()):
         first = values.narrow(axis, 0, 1) if values.shape[axis] > 1 else values
         if first is not values and torch.equal(first.expand_as(values), values):
@@ -162,4 +162,4 @@ def _quadrature() -> tuple[Tensor, Tensor]:
 
 
 MomentRule = Callable[[Mapping[str, Any]], Moments]
-"""Arguments by name, tensors as their moments → moments of the result, their shape left open."""
+"""Arguments by name, tensors as moments → moments of the result, with `shape` not set."""

@@ -1,4 +1,4 @@
-"""Movement operators: run on integer labels, what comes out is the rule. Baked-in sizes follow the survivors."""
+"""Movement operators: their rule is to run them on integer labels. Literal sizes follow the survivors."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _unflatten_sizes(r: Rewrite) -> Changes:
 
 
 def _split_sizes(r: Rewrite) -> Changes:
-    """Chunk and split: where the survivors are spread unevenly, name the size of every piece."""
+    """Chunk and split: if survivors are distributed unevenly, list the size of every piece."""
     dim = r.bound["dim"] % len(r.bound["self"].shape)
     pieces = [r.shape_of(out)[dim] for out in r.outputs]
     if all(out.shape[dim] == piece for out, piece in zip(r.outputs, pieces, strict=True)):
@@ -100,7 +100,7 @@ def _split_sizes(r: Rewrite) -> Changes:
 
 
 _OPEN = 2**63 - 1
-"""The end of a slice that has none."""
+"""The end of a slice without an explicit end."""
 
 
 def _bounds(r: Rewrite) -> Changes:
@@ -111,7 +111,7 @@ def _bounds(r: Rewrite) -> Changes:
         return {}
     size = len(keep)
     start, stop, step = slice(r.bound["start"], r.bound["end"], r.bound.get("step", 1)).indices(size)
-    if step == 1:  # bounds relative to the end stay relative: the axis may be longer in another call
+    if step == 1:  # keep bounds relative to the end: the axis may be longer in another call
         first, last = r.bound["start"] or 0, r.bound["end"]
         whole = last is None or last > size or (last == size and not isinstance(r.raw["end"], int))
         begin = -int(keep[start:].sum()) if first < 0 else int(keep[:start].sum())
@@ -122,7 +122,7 @@ def _bounds(r: Rewrite) -> Changes:
 
 
 def _shuffled(r: Rewrite) -> Changes:
-    """Groups that survive unevenly cannot be shuffled as groups: pick the channels one by one."""
+    """Groups with unequal numbers of survivors cannot be shuffled as groups: select channels one by one."""
     x: Value = r.bound["self"]
     if r.keep("self", 1).all():
         return {}
@@ -150,7 +150,7 @@ def _rolled(r: Rewrite) -> Changes:
 
 
 def _squeezed(r: Rewrite) -> Changes:
-    """An axis that has shrunk to one must not vanish: say which axes do."""
+    """An axis that has shrunk to one must not be squeezed: name the axes explicitly."""
     dense: Shape = r.bound["self"].shape
     if not any(now == 1 != before for now, before in zip(r.shape_of(r.bound["self"]), dense, strict=True)):
         return {}
@@ -165,12 +165,12 @@ def _squeezed(r: Rewrite) -> Changes:
 
 
 def _couple_view(call: Call) -> Coupled:
-    """Labels are stretched over the other axes without memory, which `view` would refuse: reshape is the same move."""
+    """Labels are expanded over the other axes without a copy, which `view` rejects; `reshape` is equivalent."""
     return call.move(call.value("self"), lambda labels: labels.reshape(call["size"]))
 
 
 def _couple_pixel_shuffle(call: Call) -> Coupled:
-    """The channels that become the pixels of one block go together: single rows and columns of an image stay."""
+    """The channels that become the pixels of one block are tied: single rows and columns are never removed."""
     out = _run(call, aten.pixel_shuffle.default)
     if isinstance(out, Value):
         for layers in out.axes[-2:]:
@@ -187,7 +187,7 @@ def _couple_cat(call: Call) -> Value:
 
 
 def _tied(call: Call, tensors: Sequence[Value], axis: int) -> Layers:
-    """The labels of an axis that all tensors share."""
+    """Tie the labels of an axis shared by all tensors."""
     layers = call.passed(tensors[0], axis)
     for other in tensors[1:]:
         layers = call.tie(tensors[0], axis, other, axis)
@@ -210,7 +210,7 @@ def _couple_stack(call: Call) -> Value:
 
 
 def _couple_expand(call: Call) -> Value:
-    """An axis grown out of length one is the same all along: its indices may go, one by one."""
+    """An axis expanded from length one is constant, so its indices can be removed individually."""
     x, shape = call.value("self"), call.outputs[0]
     lead = len(shape) - len(x.shape)
     axes: dict[int, Layers] = {}
@@ -229,7 +229,7 @@ def _pads(bound: Mapping[str, Any], rank: int) -> list[tuple[int, int]]:
 
 
 def _couple_pad(call: Call) -> Coupled:
-    """Constant padding of a labelled axis adds indices that may go again."""
+    """Constant padding of a labelled axis adds indices that can be removed."""
     x = call.value("self")
     if call.bound.get("mode", "constant") != "constant":
         return _couple_own_padding(call)
@@ -247,7 +247,7 @@ def _couple_pad(call: Call) -> Coupled:
 
 
 def _couple_own_padding(call: Call) -> Coupled:
-    """Reflection, replication and the like repeat indices of the padded axes: those are never cut."""
+    """Reflection, replication and similar paddings repeat indices of the padded axes: those are never cut."""
     x = call.value("self")
     padding = call.bound.get("pad", call.bound.get("padding"))
     axes: dict[int, Layers] = {}
@@ -279,7 +279,7 @@ def _rewrite_pad(r: Rewrite) -> Changes:
 
 
 def _frozen_axis(name: str, function: Callable[[Tensor], Tensor], *, argument: str = "dim") -> Rule:
-    """Select and unbind name single indices of an axis: it is never cut; the others pass."""
+    """Select and unbind address single indices of an axis, which is never cut; the others pass."""
     op = operator.attrgetter(name)(aten)
 
     def couple(call: Call) -> Coupled:

@@ -1,6 +1,6 @@
-"""Normalisations. Per-channel ones tie index by index; those that average over a cut axis become inexact.
+"""Normalisation. Per-channel norms tie index by index; norms that average over a cut axis become inexact.
 
-An axis normaliser does not commute with zeroing: where its axis is cut, it means "normalise over the survivors".
+Normalising over an axis does not commute with zeroing: if the axis is cut, it means "normalise over the survivors".
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _rewrite_layer(r: Rewrite) -> Mapping[str, Any]:
 
 
 def _moments(x: Tensor, alive: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Mean and variance over `dims`, of the elements where `alive` (broadcastable to x) is true."""
+    """Return mean and variance over `dims` of the elements where `alive` (broadcastable to x) is true."""
     weight = alive.to(x.dtype).expand_as(x)
     count = weight.sum(dims, keepdim=True)
     mean = (x * weight).sum(dims, keepdim=True) / count
@@ -131,14 +131,14 @@ def _reference_group(dead: Dead) -> Tensor:
     split = x.reshape(x.shape[0], groups, -1)
     alive = _alive(dead, x)  # (N or 1, ..): heads may have been folded into the batch
     alive = alive.expand(alive.shape[0], *x.shape[1:]).reshape(alive.shape[0], groups, -1)
-    alive = alive | ~alive.any(dim=2, keepdim=True)  # a dead group's own value does not matter, but must not be NaN
+    alive = alive | ~alive.any(dim=2, keepdim=True)  # the value of a dead group is irrelevant, but must not be NaN
     mean, var = _moments(split, alive, (2,))
     y = ((split - mean) / torch.sqrt(var + dead.bound["eps"])).reshape(x.shape)
     return _affine(dead, y, [1, -1] + [1] * (x.dim() - 2))
 
 
 def _channel_moments(a: Mapping[str, Any]) -> Moments:
-    """Running statistics, if there are any, tell what is left of a variance close to epsilon."""
+    """Running statistics, if any, determine how far epsilon reduces a small variance."""
     seen = a.get("running_var")
     left = seen.mean / (seen.mean + a.get("eps", 1e-5)) if seen is not None else 1.0
     return normed(a["input"], a.get("weight"), a.get("bias"), 1, left)
@@ -157,7 +157,7 @@ def _onnx_layer(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -
 
 
 class _Decomposed(nn.BatchNorm2d):
-    """Batch norm as programs exported in core ATen have it."""
+    """Batch norm as in programs exported to core ATen."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Use the running statistics."""

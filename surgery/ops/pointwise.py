@@ -1,4 +1,4 @@
-"""Element-wise operators: operands are aligned from the right, and tied axis by axis where none is broadcast."""
+"""Element-wise operators: operands are aligned from the right and tied axis by axis unless broadcast."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _mixed(mask: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def _onnx_two(op: str) -> Lowering:
-    """An operand that is not a tensor is a number."""
+    """Lower to a binary ONNX operator; an operand that is not a tensor is a number."""
     return lambda a, shapes, out: [step(op, *(name if name in shapes else 0.5 for name in ("self", "other")))]
 
 

@@ -35,7 +35,7 @@ def _onnx_window(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) 
 
 
 def _onnx_adaptive(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step] | None:
-    """One mean over the image, or means over windows of equal size; other windows are not timed."""
+    """Global average pooling, or average pooling with equal windows; unequal windows are not timed."""
     before, after = shapes["self"][2:], out[2:]
     if all(size == 1 for size in after):
         return [step("GlobalAveragePool", "self")]

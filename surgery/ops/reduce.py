@@ -1,4 +1,4 @@
-"""Reductions. Sums contract; means and variances over a cut axis are those of the survivors; order freezes its axis."""
+"""Reductions. Sums contract, means and variances over a cut axis use the survivors, order statistics freeze it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _reference_moment(dead: Dead) -> Any:
 
 
 def _couple_frozen(call: Call) -> Coupled:
-    """Axes over which the result depends on every index are never cut; the others pass."""
+    """Axes on whose every index the result depends are never cut; the others pass."""
     x = call.value("self")
     reduced = _dims(call.bound.get("dim"), len(x.shape))
     for a in reduced:
@@ -70,7 +70,7 @@ def _couple_frozen(call: Call) -> Coupled:
 
 
 def _couple_norm(call: Call) -> Coupled:
-    """A norm of order 0 or more does not notice zeros: what is removed counts as that."""
+    """Zeros do not change a norm of order 0 or more, so removed indices count as zeros."""
     return _couple_sum(call) if call.bound.get("ord", 2) >= 0 else _couple_frozen(call)
 
 

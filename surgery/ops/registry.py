@@ -1,8 +1,8 @@
-"""The registry of operator rules, and what a rule gets to see.
+"""The registry of operator rules, and the arguments rules receive.
 
-A rule is one value and the only place that knows its operator: how it couples (`couple`), how arguments that bake in a
-size are rewritten (`rewrite`), what it means when some of its inputs are dead (`masked` or `reference`), what it costs
-(`macs`), and an example that tests it. To add an operator, register one rule; everything else finds it here.
+A rule holds everything about one operator: how it couples (`couple`), how literal sizes in its arguments are rewritten
+(`rewrite`), what it computes if some of its inputs are removed (`masked` or `reference`), its cost (`macs`), and an
+example that tests it. To add an operator, register one rule.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ Coupled = Value | tuple[Value, ...]
 class Call:
     """One operator call as its `couple` function sees it.
 
-    Tensor arguments are `Value`s, everything else is concrete. Every labelled axis of every tensor argument that the
-    rule does not handle, by `passed`, `tie`, `split`, `freeze` or `move`, is frozen afterwards: a forgotten axis is
-    never cut.
+    Tensor arguments are `Value`s, all others are concrete. Labelled axes of tensor arguments that the rule does not
+    handle (by `passed`, `tie`, `split`, `freeze` or `move`) are frozen afterwards, so a forgotten axis is never cut.
     """
 
     def __init__(
@@ -62,17 +61,17 @@ class Call:
         return found
 
     def optional(self, name: str) -> Value | None:
-        """The tensor argument `name`, or None where it is not given."""
+        """The tensor argument `name`, or None if it is not given."""
         found = self.bound.get(name)
         return found if isinstance(found, Value) else None
 
     def raw_size(self, axis: int) -> Any:
-        """The size of an output axis as written in the graph: an int, or a node if known only at run time."""
+        """The size of an output axis as in the graph: an int, or a node if known only at run time."""
         sizes = self._raw.get("size", ())
         return sizes[axis] if axis < len(sizes) else None
 
     def tensors(self) -> list[Value]:
-        """All tensor arguments, in order, those inside lists included."""
+        """All tensor arguments in order, including those in lists."""
         out: list[Value] = []
         for arg in self.bound.values():
             items = arg if isinstance(arg, (list, tuple)) else (arg,)
@@ -80,13 +79,13 @@ class Call:
         return out
 
     def passed(self, value: Value, axis: int) -> Layers:
-        """The labels of an axis which the rule passes on or otherwise answers for."""
+        """Return the labels of an axis, and mark it as handled by the rule."""
         axis %= len(value.shape)
         self._handled.add((id(value), axis))
         return value.axes[axis]
 
     def tie(self, a: Value, axis_a: int, b: Value, axis_b: int) -> Layers:
-        """Let two axes of equal length live and die index by index together; returns their labels."""
+        """Tie two axes of equal length index by index, and return their labels."""
         left, right = self.passed(a, axis_a), self.passed(b, axis_b)
         return self.tie_layers(left, right, a.shape[axis_a])
 
@@ -97,7 +96,7 @@ class Call:
         return left if len(left) >= len(right) else right
 
     def freeze(self, value: Value, axis: int, why: str) -> None:
-        """Never cut this axis, because of `why`."""
+        """Never cut this axis, with the reason `why`."""
         layers = self.passed(value, axis)
         if layers:
             self.labels.freeze(layers, f"{self.labels.where}: {why}")
@@ -108,7 +107,7 @@ class Call:
 
     def split_layers(self, layers: Layers, sizes: tuple[int, int]) -> tuple[Layers, Layers]:
         """The same for bare layers."""
-        if 1 in sizes and not self.labels.is_locked:  # nothing to split; frozen labels stay, with their reasons
+        if 1 in sizes and not self.labels.is_locked:  # nothing to split; frozen labels keep their reasons
             return ((), layers) if sizes[0] == 1 else (layers, ())
         outer: Layers = ()
         inner: Layers = ()
@@ -118,7 +117,7 @@ class Call:
         return outer, inner
 
     def out(self, axes: Mapping[int, Layers], index: int = 0) -> Value:
-        """The output with these labels on these axes and none elsewhere."""
+        """Return the output with labels on these axes only."""
         shape = self.outputs[index]
         layers: list[Layers] = [()] * len(shape)
         for axis, labels in axes.items():
@@ -127,7 +126,7 @@ class Call:
         return Value(shape, tuple(layers))
 
     def move(self, value: Value, function: Callable[[Tensor], Any]) -> Coupled:
-        """Run a movement operator on the labels of one tensor argument: what comes out is the rule."""
+        """Run a movement operator on the labels of one tensor argument."""
         axes: list[list[Layers]] = [[()] * len(shape) for shape in self.outputs]
         for axis, size in enumerate(value.shape):
             layers = self.passed(value, axis)
@@ -142,7 +141,7 @@ class Call:
         return values if self.many else values[0]
 
     def freeze_the_rest(self, why: str) -> None:
-        """Freeze what no rule answered for."""
+        """Freeze all axes that the rule did not handle."""
         for value in self.tensors():
             for axis, layers in enumerate(value.axes):
                 if layers and (id(value), axis) not in self._handled:
@@ -150,13 +149,13 @@ class Call:
 
 
 def join(outer: Layers, inner: Layers, sizes: tuple[int, int]) -> Layers:
-    """The labels of a flat axis of sizes[0] * sizes[1] from those of its (outer, inner) parts."""
+    """Return the labels of a flat axis of length sizes[0] * sizes[1] from those of its (outer, inner) parts."""
     return tuple(np.repeat(x, sizes[1]) for x in outer) + tuple(np.tile(x, sizes[0]) for x in inner)
 
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """A size known only at run time, times numerator over denominator: what is left of a cut symbolic size."""
+    """A size known only at run time, times numerator over denominator: the compact length of a cut symbolic size."""
 
     node: Any
     numerator: int
@@ -165,7 +164,7 @@ class Scaled:
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """Another operator that does on the compact tensors what the traced one did on the dense ones."""
+    """Another operator that computes on compact tensors what the traced one computed on dense tensors."""
 
     op: Any
     args: tuple[Any, ...]
@@ -173,13 +172,13 @@ class Replacement:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """One operator call as its `rewrite` function sees it, when its inputs have become smaller.
+    """One operator call as its `rewrite` function sees it, with smaller inputs.
 
     Attributes:
         bound: argument name → `Value` (dense) or concrete value.
-        raw: argument name → what is written in the graph: nodes for tensors and for sizes known only at run time.
+        raw: argument name → argument in the graph: nodes for tensors and for sizes known only at run time.
         outputs: dense outputs.
-        mask: (value, axis) → which indices survive.
+        mask: (value, axis) → mask of the surviving indices.
     """
 
     bound: Mapping[str, Any]
@@ -196,12 +195,12 @@ class Rewrite:
         return tuple(int(self.mask(value, a).sum()) for a in range(len(value.shape)))
 
     def keep(self, name: str, axis: int) -> Mask:
-        """Which indices of an axis of the tensor argument `name` survive."""
+        """Mask of the surviving indices of an axis of the tensor argument `name`."""
         value: Value = self.bound[name]
         return self.mask(value, axis % len(value.shape))
 
     def sizes(self, name: str, dense: Sequence[int], compact: Sequence[int]) -> list[Any]:
-        """A list of literal sizes brought from the dense to the compact ones; -1 and unchanged ones stay."""
+        """Return literal sizes changed from dense to compact; -1 and unchanged sizes stay."""
         out: list[Any] = []
         for raw, d, c in zip(self.raw[name], dense, compact, strict=True):
             if d == c or (isinstance(raw, int) and raw == -1):
@@ -213,12 +212,12 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Dead:
-    """One operator call on real tensors, when some of its inputs count as removed.
+    """One operator call on real tensors, part of whose inputs are treated as removed.
 
     Attributes:
         op: the ATen operator.
         bound: argument name → tensor or plain value, dense.
-        alive: (argument name, axis) → boolean tensor of the survivors, for axes where some are dead.
+        alive: (argument name, axis) → boolean mask of the survivors, for axes with removed indices.
     """
 
     op: Any
@@ -226,7 +225,7 @@ class Dead:
     alive: Mapping[tuple[str, int], Tensor]
 
     def zeroed(self, name: str) -> Tensor:
-        """The tensor argument with its dead slices set to zero."""
+        """Return the tensor argument with its removed slices set to zero."""
         tensor: Tensor = self.bound[name]
         for (owner, axis), alive in self.alive.items():
             if owner == name:
@@ -235,7 +234,7 @@ class Dead:
         return tensor
 
     def run(self, /, **changed: Any) -> Any:
-        """Run the operator with some arguments exchanged."""
+        """Run the operator with some arguments replaced."""
         return self.op(**{**self.bound, **changed})
 
 
@@ -243,31 +242,31 @@ Macs = Callable[[Mapping[str, Shape], Shape], int]
 """Input shapes by name, output shape → multiply-adds."""
 
 Lowering = Callable[[Mapping[str, Any], Mapping[str, Any], Any], Sequence[Step] | None]
-"""Sees sizes as numbers, or as text where they may change."""
+"""Receives sizes as numbers, or as text if variable."""
 
 Example = Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """All that is known about one operator.
+    """Everything about one operator.
 
     Attributes:
         op: its ATen name, such as ``aten.conv2d.default``.
-        family: which kind of operator it is, for the table of operators.
-        couple: labels of the inputs → labels of the outputs, tying and freezing on the way.
-        example: a small network around the operator, and its inputs; tests cut and check it.
-        rewrite: arguments that change when the inputs become smaller.
-        masked: tensor arguments whose dead slices count as zero (contracted axes).
-        reference: what the operator means when some inputs are dead, where zeroing them is not it.
+        family: kind of operator, for the table of operators.
+        couple: labels of the inputs → labels of the outputs; ties and freezes labels.
+        example: a small network around the operator, and its inputs; tests cut and verify it.
+        rewrite: new arguments for smaller inputs.
+        masked: tensor arguments whose removed slices are treated as zero (contracted axes).
+        reference: what the operator computes if inputs are removed, where zeroing them is not equivalent.
         macs: (input shapes by name, output shape) → multiply-adds, by fvcore's formula; None: not counted.
-        onnx: (arguments, shapes by name, output shape) → the ONNX operators that it becomes, for latency tables; none
-            where it costs nothing; None: not timed.
-        factors: arguments of which all zeros let nothing of the others through.
-        contracts: weight, by argument name → its axis that is contracted.
+        onnx: (arguments, shapes by name, output shape) → ONNX operators for latency tables; empty if the operator costs
+        nothing; None: not timed.
+        factors: arguments that make the result zero if they are all zero.
+        contracts: argument name of a weight → its contracted axis.
         is_sum: whether the result is a sum or a concatenation, to which each operand contributes a share.
         moments: mean and variance of the result from those of the arguments; None: by the operator's family.
-        gate: whether it maps many inputs to zero, as a rectifier does.
+        gate: whether it maps many inputs to zero, like ReLU.
         summary: one line for the table of operators.
     """
 
@@ -292,7 +291,7 @@ _RULES: dict[str, Rule] = {}
 
 
 def register(*rules: Rule) -> None:
-    """Add rules; an operator registered twice is an error."""
+    """Add rules; raises if an operator is registered twice."""
     for rule in rules:
         if rule.op in _RULES:
             raise ValueError(f"{rule.op} is registered twice: change the rule in surgery/ops/, do not add another")
@@ -300,7 +299,7 @@ def register(*rules: Rule) -> None:
 
 
 def rules() -> Mapping[str, Rule]:
-    """All rules by operator name; imports the families on first use."""
+    """Return all rules by operator name; imports the families on first use."""
     package = importlib.import_module("surgery.ops")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"surgery.ops.{module.name}")
@@ -308,16 +307,16 @@ def rules() -> Mapping[str, Rule]:
 
 
 def free(arguments: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
-    """Lower an operator that costs nothing: a view, or one that does nothing in evaluation mode."""
+    """Lower an operator without cost: a view, or a no-op in eval mode."""
     return ()
 
 
 def to_onnx(op: str, *inputs: Any, **attributes: Any) -> Lowering:
-    """Lower an operator to one ONNX operator, always with these inputs and attributes."""
+    """Lower an operator to one ONNX operator with fixed inputs and attributes."""
     return lambda a, shapes, out: [step(op, *inputs, **attributes)]
 
 
 def one_per_axis(value: Any, axes: int) -> list[int]:
-    """Return an argument such as a kernel size, which may be one number for all spatial axes, as a list."""
+    """Return an argument such as a kernel size as a list, one number per spatial axis."""
     numbers = list(value) if isinstance(value, (list, tuple)) else [value]
     return numbers * axes if len(numbers) == 1 else numbers

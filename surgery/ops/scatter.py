@@ -1,4 +1,4 @@
-"""Writes into a part of a tensor, as functions: what in-place writes on slices become when a program is captured."""
+"""Functional writes to a part of a tensor: the captured form of in-place writes to slices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _range(bound: Mapping[str, Any], size: int) -> tuple[int, int, int]:
 
 
 def _couple_slice_scatter(call: Call) -> Value:
-    """`x[.., start:end, ..] = src`: inside the range the axis is tied to src's, like all other axes."""
+    """`x[.., start:end, ..] = src`: the range of the axis is tied to src's, like all other axes."""
     x, src = call.value("self"), call.value("src")
     rank = len(x.shape)
     dim = call["dim"] % rank
@@ -47,7 +47,7 @@ def _rewrite_slice_scatter(r: Rewrite) -> Mapping[str, Any]:
 
 
 def _couple_select_scatter(call: Call) -> Value:
-    """`x[.., index, ..] = src`: the axis stays whole, the others are tied."""
+    """`x[.., index, ..] = src`: the axis is never cut, the others are tied."""
     x, src = call.value("self"), call.value("src")
     dim = call["dim"] % len(x.shape)
     call.freeze(x, dim, "a single index of this axis is written")
@@ -56,7 +56,7 @@ def _couple_select_scatter(call: Call) -> Value:
 
 
 def _couple_copy(call: Call) -> Value:
-    """`x.copy_(src)`: src, broadcast to x; x's own values are gone."""
+    """`x.copy_(src)`: src broadcast to x, whose own values are lost."""
     x, src = call.value("self"), call.value("src")
     lead = len(x.shape) - len(src.shape)
     axes: dict[int, Layers] = {}
