@@ -174,6 +174,7 @@ def positions(owner: Index, count: int) -> Index:
 
 
 def reorder(tensor: Tensor, by: Reordering) -> Tensor:
+    """Return a reordered copy of the tensor."""
     if by.by is None or by.which is None:
         return tensor.index_select(by.axis, torch.from_numpy(by.orders[0]).to(tensor.device))
     index = torch.from_numpy(by.orders[by.which]).to(tensor.device)  # (size of `by`, size of `axis`)

@@ -144,7 +144,7 @@ def _same(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
 
 
 def _shared(tensors: Sequence[Tensor]) -> list[int]:
-    """Return, for each tensor, the first one with the same memory: an identity returns its input, which may be modified."""
+    """Return, for each tensor, the first one with the same memory (an identity returns its input)."""
     at = [x.untyped_storage().data_ptr() for x in tensors]
     return [at.index(address) for address in at]
 

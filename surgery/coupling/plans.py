@@ -189,7 +189,7 @@ def _valid_units(group: Group, indices: Iterable[int]) -> tuple[int, ...]:
 
 
 def _cuts(coupling: Coupling, units: Mapping[str, Sequence[int]]) -> tuple[AxisCut, ...]:
-    """Return one cut per axis; a position of several units (a head and a head dimension) is removed with any of them."""
+    """Return one cut per axis; a position of two units (a head and a head dimension) is removed with either."""
     positions: dict[tuple[str, int], set[int]] = {}
     for group in coupling.groups:
         for site in group.sites if group.name in units else ():

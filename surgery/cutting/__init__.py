@@ -1,4 +1,4 @@
-"""The smaller model, and the proof that it computes what the masked dense model computes.
+"""Build the compact model, and verify it against the masked dense model.
 
 Its public names are listed in `__init__.pyi` and loaded on first use.
 """

@@ -1,4 +1,4 @@
-"""How far two runs of a network are apart, and how much of that is rounding."""
+"""Differences between runs of a network, and how much of them is due to rounding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def apart(program: Program, state: Mapping[str, Tensor], other: Mapping[str, Ten
 
 
 def outputs_of(program: Program, state: Mapping[str, Tensor], seed: int) -> list[list[Tensor]]:
-    """Return what the dense program gives with these weights, in float64, on random inputs: outputs by run."""
+    """Return the dense program's outputs with these weights, in float64, on random inputs, by run."""
     rounds = [sample_inputs(program, seed=seed + 100 + k, dtype=torch.float64) for k in range(rounds_of(program))]
     with torch.no_grad():
         return [flat_outputs(Executor(program.graph, state, dtype=torch.float64).run(*inputs)) for inputs in rounds]
@@ -31,10 +31,10 @@ def within_rounding(
     dtype: torch.dtype,
     what: str,
 ) -> str:
-    """Say so where the masked dense model's own rounding explains a difference; else raise.
+    """Return a note if rounding in the masked dense model explains a difference; otherwise raise.
 
-    Values may be such that a deep network blows the last bit of its numbers up to more than the tolerance. How far is
-    measured: every weight is moved by one unit in its last place, and the output compared with what it was.
+    A deep network may amplify rounding errors beyond the tolerance. This is measured by moving every weight by one unit
+    in the last place and comparing the outputs.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -62,7 +62,7 @@ REPORT = "nothing was written; please report this model"
 
 
 def require(error: float, dtype: torch.dtype, what: str, advice: str = REPORT) -> None:
-    """Raise CheckFailed where an error is more than two results in this precision may differ by."""
+    """Raise CheckFailed if an error exceeds the tolerance of this precision."""
     tolerance = TOLERANCE[dtype]
     if not error <= tolerance:
         raise CheckFailed(
@@ -72,9 +72,9 @@ def require(error: float, dtype: torch.dtype, what: str, advice: str = REPORT) -
 
 
 def rounds_of(program: Program) -> int:
-    """Return how many runs a comparison takes.
+    """Return the number of runs of a comparison.
 
-    One run holds two samples where every output has the batch as its first axis; otherwise two runs are compared.
+    One run of two samples suffices if the batch is the first axis of every output; otherwise two runs are compared.
     """
     output = next(n for n in program.graph.graph.nodes if n.op == "output")
     values = [n.meta.get("val") for n in output.all_input_nodes]
@@ -86,12 +86,12 @@ def relative_error(wanted: list[list[Tensor]], got: list[list[Tensor]]) -> tuple
     """Compare outputs over several samples.
 
     Args:
-        wanted: for each run its output tensors; runs, or samples along the first axis, differ in their input.
-        got: likewise.
+        wanted: output tensors of each run; inputs differ between runs, or between samples along the first axis.
+        got: the outputs to compare, likewise.
 
     Returns:
-        The largest difference over the largest deviation from the mean over samples, worst over outputs; and the
-        smallest share of an output's magnitude that varies, over outputs.
+        The largest difference divided by the largest deviation from the mean over samples (maximum over outputs), and
+        the share of an output's magnitude that varies (minimum over outputs).
     """
     worst, share = 0.0, 1.0
     for outputs, others in zip(zip(*wanted, strict=True), zip(*got, strict=True), strict=True):

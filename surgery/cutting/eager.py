@@ -1,8 +1,7 @@
-"""Trace, cut, count and check a model that has no traced program: all by running the user's own module.
+"""Trace, cut, count and verify a model without a traced program, by running the user's own module.
 
-Nothing is replayed on labels here, and only the path that the example takes through forward is known. The module's
-tensors are sliced on a deep copy; whether the result computes what the masked dense model computes is found out by
-running both on several inputs that take that path.
+There is no label replay, and only the example's path through forward is known. The module's tensors are sliced on a
+deep copy; the result is compared with the masked dense model on several inputs that take the same path.
 """
 
 from __future__ import annotations
@@ -51,10 +50,10 @@ ONE_PATH = "no label replay, one path exported: the one that the example input t
 
 
 def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Program:
-    """Describe `model` and its example call; there is no graph, the path is followed again where it is needed.
+    """Describe `model` and its example call, without a graph; the path is followed again when needed.
 
     Args:
-        model: any module whose forward runs on the inputs; left as it was, mode included.
+        model: any module whose forward runs on the inputs; unchanged, including its mode.
         example_inputs: one tensor or a tuple of positional inputs; they choose the path through the model.
         example_kwargs: keyword inputs.
 
@@ -87,7 +86,7 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
 
 
 def _takes_any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether twice the example gives its outputs twice."""
+    """Return whether the doubled batch gives the example's outputs twice."""
 
     def twice(x: Any) -> Any:
         return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x
@@ -107,16 +106,16 @@ def _takes_any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
 
 
 def _off_the_path(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
-    """Modules with parameters of their own that the example does not run."""
+    """Return modules with their own parameters that the example does not run."""
     seen = set(trail(model, args, kwargs)[0])
     holders = (name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False)))
     return [name for name in holders if name not in seen]
 
 
 def trail(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[str], Any]:
-    """Run the model and return the names of its modules in the order in which they ran, and the result.
+    """Run the model and return the names of its modules in execution order, and the result.
 
-    Two runs with one trail are taken to have followed one path.
+    Two runs with equal trails are assumed to follow the same path.
     """
     names: list[str] = []
 
@@ -146,7 +145,7 @@ def _describe(
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """Of the modules, their settings and their tensors' shapes: no path, which another input may change."""
+    """Digest of the modules, their settings and tensor shapes, but not of the path, which depends on the input."""
     digest = hashlib.sha256()
     for name, module in model.named_modules():
         digest.update(f"{name} {type(module).__qualname__} {module.extra_repr()}\n".encode())
@@ -162,7 +161,7 @@ def slice_module(cut: Cut) -> CompactModel:
     """Return a copy of the user's module without the plan's dead units.
 
     Raises:
-        UnsupportedModel: the forward does not run at the new sizes; names the user's own source line.
+        UnsupportedModel: the forward does not run at the new sizes; the message names the user's source line.
     """
     module = _sliced(cut)
     with evaluating(module):
@@ -173,7 +172,7 @@ def slice_module(cut: Cut) -> CompactModel:
 def _sliced(cut: Cut) -> nn.Module:
     tensors, model = cut.tensors(), cut.program.model
     grouped = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, _ConvNd) and m.groups > 1}
-    # Of the grouped convolutions only depthwise ones are ever cut: as many groups as channels.
+    # Only depthwise grouped convolutions are ever cut, with one group per channel.
     depthwise = {c.tensor: tensors[c.tensor].shape[0] for c in cut.plan.cuts if c.tensor in grouped}
     module, _ = transplant(model, tensors, [], depthwise)
     return module
@@ -183,7 +182,7 @@ def _run_at_new_sizes(module: nn.Module, program: Program) -> None:
     try:
         with torch.no_grad():
             module(*program.example_args, **program.example_kwargs)
-    except Exception as error:  # whatever the user's forward raises at sizes it was not written for
+    except Exception as error:  # any exception the user's forward raises at unexpected sizes
         raise UnsupportedModel(
             f"the forward does not run at the new sizes, at {where_raised(error)}: {first_line(error)}; let that line "
             "take its sizes from the data (x.flatten(1), x.shape), or keep the layers before it whole with --keep"
@@ -194,9 +193,9 @@ def _run_at_new_sizes(module: nn.Module, program: Program) -> None:
 
 
 def cost_functions(program: Program, coupling: Coupling) -> Mapping[str, CostFn]:
-    """Return cost functions of what a plan leaves, as `surgery.coupling.cost.cost_functions` does.
+    """Return functions that compute the cost of a pruned network, like `surgery.coupling.cost.cost_functions`.
 
-    MACs are counted by running a cut copy along the example's path: a second or so per new plan.
+    MACs are counted by running a cut copy along the example's path, which takes about a second per new plan.
     """
     known: dict[tuple[Any, ...], int] = {}
 
@@ -233,12 +232,12 @@ def check_module(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResu
     """Verify a compact module against the dense one with consumers' dead input slices zeroed, on several inputs.
 
     Args:
-        cut: the dense model and what was removed.
-        compact: what `slice_module` returned.
-        seed: of values and inputs.
+        cut: the dense model and its plan.
+        compact: result of `slice_module`.
+        seed: seed of values and inputs.
 
     Raises:
-        CheckFailed: numbers differ by more than 1e-10 in float64 or 1e-4 in float32, or the check cannot tell.
+        CheckFailed: outputs differ by more than 1e-10 in float64 or 1e-4 in float32, or the check is inconclusive.
     """
     program = cut.program
     with evaluating(program.model):
@@ -265,7 +264,7 @@ def check_module(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResu
 
 
 def masked_copy(cut: Cut) -> nn.Module:
-    """Return a copy of the dense module in which removed units count as removed."""
+    """Return a copy of the dense module in which units are treated as removed."""
     return _mask(copied(cut.program.model), cut)
 
 
@@ -277,7 +276,7 @@ _OFF_PATH = f"fewer than {_ROUNDS} of {_TRIES} inputs take the example's path th
 
 
 def _mask(dense: nn.Module, cut: Cut) -> nn.Module:
-    """Zero, in place, the dead slices along the axes that layers sum over; returns the module."""
+    """Zero, in place, the dead slices along contracted axes; returns the module."""
     tensors = dict(dense.named_parameters())
     with torch.no_grad():
         for c in cut.plan.cuts:
@@ -289,7 +288,7 @@ def _mask(dense: nn.Module, cut: Cut) -> nn.Module:
 def _on_distinct_values(
     cut: Cut, compact: nn.Module, path: list[str], *, seed: int
 ) -> tuple[float, float, tuple[str, ...]]:
-    """Compare in float64 on well-conditioned values, or on the real ones where no such values take the path."""
+    """Compare in float64 on well-conditioned weights, or on the real ones if those do not take the example's path."""
     program = cut.program
     for attempt in range(_SEEDS + 1):
         dense = copied(program.model).double()
@@ -308,7 +307,7 @@ def _on_distinct_values(
 
 
 def _condition(program: Program, model: nn.Module, path: list[str], *, seed: int) -> None:
-    """Give every tensor distinct values of sane size, and batch norms the statistics of what arrives there."""
+    """Set every tensor to well-conditioned values, and batch norms to the statistics of their input."""
     generator = torch.Generator().manual_seed(seed)
     statistics = ((n, b) for n, b in model.named_buffers() if n.endswith(("running_mean", "running_var")))
     with torch.no_grad():
@@ -337,7 +336,7 @@ def _settle(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 
 def _inputs(program: Program, *, seed: int, dtype: torch.dtype | None, count: int) -> Iterator[tuple[Any, Any]]:
-    """Random inputs, and in turn such as lie near the example, which more likely take its path."""
+    """Yield random inputs, alternating with inputs near the example, which are more likely to take its path."""
     callee = Callee.of(program)
     for k in range(count):
         drawn = sample_inputs(program, seed=seed + 100 + k, dtype=dtype)
@@ -356,7 +355,7 @@ def _near(example: Any, drawn: Any) -> Any:
 def _compare(
     program: Program, dense: nn.Module, compact: nn.Module, path: list[str], *, seed: int, dtype: torch.dtype | None
 ) -> tuple[float, float] | None:
-    """Relative error and varying share over inputs that take the path; None where too few do."""
+    """Return relative error and varying share over inputs that take the path; None if too few do."""
     wanted: list[list[Tensor]] = []
     got: list[list[Tensor]] = []
     with evaluating(dense), evaluating(compact), torch.no_grad():

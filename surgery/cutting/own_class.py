@@ -1,9 +1,9 @@
-"""The user's own class at the new sizes: its tensors sliced, and the attributes that repeat their sizes updated.
+"""The user's own class at the new sizes: slice its tensors, and update attributes that repeat their sizes.
 
-Standard torch modules are updated from their tensors. A user's class may keep sizes that the program has baked in, such
-as `self.num_heads`: if a literal of a call that ran in that module changed and an integer attribute of the module
-equals it, the attribute is changed too. That is a guess, and a safe one: the class is only used if it computes what the
-rewritten program computes; then trainers, `isinstance` checks and methods go on working.
+Standard torch modules are updated from their tensors. A user's class may store sizes that are literals in the program,
+such as `self.num_heads`: if a literal of a call in that module changed and an integer attribute of the module equals
+it, the attribute is changed too. This guess is safe, because the class is only used if it computes the same as the
+rewritten program. Trainers, `isinstance` checks and methods then continue to work.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from surgery.coupling import (
 
 @dataclass(frozen=True, slots=True)
 class Literal:
-    """A size in a call: what it was and has become (None where another operator took its place), and where."""
+    """A size in a call: its old and new value (None if the operator was replaced), and its location."""
 
     module: str
     before: int | None
@@ -55,10 +55,10 @@ class Literal:
 def own_class(
     cut: Cut, graph: CompactGraph, sliced: Mapping[str, Tensor], literals: list[Literal]
 ) -> tuple[nn.Module | None, str, str]:
-    """Return the user's class with sliced submodules if it computes what the rewritten program does.
+    """Return the user's class with sliced submodules if it computes the same as the rewritten program.
 
     Returns:
-        The module, or None; why; and the submodule whose forward does not run at the new sizes, "" if none.
+        The module or None; the reason; and the submodule whose forward does not run at the new sizes, "" if none.
     """
     program = cut.program
     if isinstance(program.model, torch.fx.GraphModule):
@@ -81,19 +81,19 @@ def _named(model: nn.Module) -> set[str]:
 
 
 def _differs(cut: Cut, graph: CompactGraph, module: nn.Module) -> tuple[str | None, str]:
-    """Why the user's class does not compute what the rewritten program computes (None where it does), and in which."""
+    """Return why the user's class differs from the rewritten program (None if it does not), and in which submodule."""
     program = cut.program
     state = cut.kept(well_conditioned(program))
     named = {k: state[k] for k, _ in module.named_parameters() if k in state}
     callee = Callee.of(program, module)
     for sizes, inputs, wanted in _runs(program, graph, state):
         args, kwargs = callee.arguments(inputs)
-        # forward may write into its buffers
+        # forward may write to its buffers
         named |= {k: state.get(k, buffer).clone() for k, buffer in module.named_buffers()}
         try:
             with torch.no_grad(), evaluating(module), InDouble():
                 got = flat_outputs(torch.func.functional_call(module, named, args, kwargs))
-        except Exception as error:  # whatever the user's forward raises at sizes it was not written for
+        except Exception as error:  # any exception the user's forward raises at unexpected sizes
             return f"its forward does not run at {sizes}: {first_line(error)}", raised_in(error, module)
         if [t.shape for t in got] != [t.shape for t in wanted]:
             return f"its forward returns other shapes at {sizes}", ""
@@ -110,10 +110,10 @@ def _apart(a: Tensor, b: Tensor) -> float:
 def _runs(
     program: Program, graph: CompactGraph, state: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
-    """What the rewritten program gives for the example's sizes, and a single sample of other ones where they are free.
+    """Run the rewritten program at the example's sizes, and on one sample of other sizes if dynamic.
 
     Yields:
-        What the sizes are, the inputs, the outputs.
+        Description of the sizes, the inputs, the outputs.
     """
 
     def outputs(inputs: list[Tensor]) -> list[Tensor]:
@@ -127,13 +127,13 @@ def _runs(
         given = sample_inputs(program, seed=7, dtype=torch.float64, by=by)
         single = [x[:1] if batched and isinstance(x, Tensor) else x for x in given]
         if any(isinstance(x, Tensor) and x.shape != y.shape for x, y in zip(single, inputs, strict=True)):
-            with suppress(Exception):  # whatever its operators raise: the dense model may take no such size either
+            with suppress(Exception):  # the dense model may not accept this size either
                 yield "the new sizes, for another batch or image", single, outputs(single)
                 return
 
 
 def _fails_in_training(program: Program, module: nn.Module) -> str | None:
-    """Branches that only run in training were not traced: they must still fit."""
+    """Return why forward fails in training mode, whose branches were not traced."""
     unseen = _unseen(program)
     if not unseen:
         return None
@@ -156,7 +156,7 @@ def _unseen(program: Program) -> list[str]:
 
 @lru_cache(maxsize=256)
 def _reads_training(kind: type[nn.Module]) -> bool:
-    """Whether the source of forward mentions the mode; branches on it were traced in evaluation mode only."""
+    """Return whether the source of forward mentions the mode, whose branches were traced only in eval mode."""
     try:
         return "self.training" in inspect.getsource(kind.forward)
     except (OSError, TypeError):
@@ -164,7 +164,7 @@ def _reads_training(kind: type[nn.Module]) -> bool:
 
 
 def lost_in_training(program: Program) -> tuple[str, ...]:
-    """Return what the traced program no longer does in training: what eval mode skips without a trace."""
+    """Return training-time behaviour that the traced program loses, since eval mode does not run it."""
     lost = []
     traced = {module_of(n) for n in program.graph.graph.nodes if "dropout" in str(n.target)}
     for name, module in program.model.named_modules():
@@ -196,13 +196,13 @@ def transplant(
     literals: Sequence[Literal],
     groups: Mapping[str, int],
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return a copy of `model` that holds the sliced tensors, and in which submodules a size was guessed.
+    """Return a copy of `model` with the sliced tensors, and the submodules in which a size was guessed.
 
     Args:
         model: the dense module, left unchanged.
         sliced: every parameter and buffer, at its new size.
         literals: the sizes that changed in calls.
-        groups: weight name → how many groups its convolution or normalisation is left with.
+        groups: weight name → remaining groups of its convolution or normalisation.
     """
     with_tensors = _copy_around(model, sliced)
     for name, module in with_tensors.named_modules():
@@ -211,7 +211,7 @@ def transplant(
 
 
 def raised_in(error: BaseException, model: nn.Module) -> str:
-    """Return the path of the innermost module, none of torch's own, in whose code the error was raised; "" if none."""
+    """Return the path of the innermost non-torch module in whose code the error was raised; "" if none."""
     paths: dict[int, str] = {id(module): path for path, module in model.named_modules()}
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     for frame in reversed(frames):
@@ -222,7 +222,7 @@ def raised_in(error: BaseException, model: nn.Module) -> str:
 
 
 def _copy_around(model: nn.Module, sliced: Mapping[str, Tensor]) -> nn.Module:
-    """Deep-copy the module without copying the tensors that are replaced."""
+    """Deep-copy the module except for the replaced tensors."""
     memo: dict[int, Any] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         memo[id(tensor)] = sliced[name]
@@ -234,7 +234,7 @@ def _copy_around(model: nn.Module, sliced: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _group_counts(graph: torch.fx.GraphModule) -> dict[str, int]:
-    """Weight name → groups of the convolution or normalisation that reads it."""
+    """Return weight name → groups of the convolution or normalisation that reads it."""
     counts: dict[str, int] = {}
     for node in graph.graph.nodes:
         schema = getattr(node.target, "_schema", None)
@@ -252,7 +252,7 @@ def _group_counts(graph: torch.fx.GraphModule) -> dict[str, int]:
 
 
 def _update(module: nn.Module, groups: int | None) -> None:
-    """Bring the size attributes of a standard module up to date with its tensors."""
+    """Update the size attributes of a standard module from its tensors."""
     weight = module._parameters.get("weight")
     if isinstance(module, _ConvNd) and weight is not None:
         module.groups = groups or module.groups
@@ -277,7 +277,7 @@ def _update(module: nn.Module, groups: int | None) -> None:
 
 
 def _repair(model: nn.Module, literals: Sequence[Literal]) -> tuple[str, ...]:
-    """Let integer attributes follow the literals of the calls that ran in their module; returns which modules'."""
+    """Update integer attributes from the literals of calls in their module; returns the changed modules."""
     wanted: dict[tuple[str, int], set[int]] = {}
     for literal in literals:
         if literal.before is not None and literal.after is not None:

@@ -1,6 +1,6 @@
-"""The smaller model as a program: every tensor sliced, and every size that a call bakes in brought up to date.
+"""The compact model as a program: slice every tensor and update literal sizes of calls.
 
-The program is always rewritten. The user's own class is returned instead of it where it computes the same.
+The program is always rewritten; the user's own class is returned instead if it computes the same.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from surgery.ops import Replacement, Scaled, rules
 
 
 def rewrite_program(cut: Cut) -> CompactModel:
-    """Return the smaller model of a traced program: the user's class where possible, else the rewritten program.
+    """Return the compact model of a traced program: the user's class if possible, else the rewritten program.
 
     Raises:
-        IllegalCut: an axis of a value would be left empty.
+        IllegalCut: an axis of a value would become empty.
     """
     sliced = cut.tensors()
     graph, literals = _rewritten(cut, sliced)
@@ -50,13 +50,13 @@ def rewrite_program(cut: Cut) -> CompactModel:
 
 
 def masked(cut: Cut) -> nn.Module:
-    """Return a copy of the dense model whose dead slices are zero and still there: what masking tools make."""
+    """Return a copy of the dense model with dead slices set to zero, as masking tools do."""
     program = cut.program
     module: nn.Module = copied(program.dense.model)
     tensors = dict(module.named_parameters(remove_duplicate=False))
     left = {name for name, _ in program.model.named_parameters(remove_duplicate=False)}
     with torch.no_grad():
-        for name in tensors.keys() - left:  # of blocks that are gone
+        for name in tensors.keys() - left:  # of dropped blocks
             tensors[name].zero_()
         for name, tensor in cut.reordered(module.state_dict()).items():
             module.state_dict()[name].copy_(tensor)
@@ -68,7 +68,7 @@ def masked(cut: Cut) -> nn.Module:
 
 
 def _rewritten(cut: Cut, sliced: Mapping[str, Tensor]) -> tuple[CompactGraph, list[Literal]]:
-    """Copy the graph with every call's arguments at the new sizes; also list the sizes that changed."""
+    """Copy the graph with arguments at the new sizes; also return the changed sizes."""
     _validate_not_empty(cut)
     program, labelled, table = cut.program, cut.coupling.labelled, rules()
     root = hold(nn.Module(), sliced, program.model)
@@ -151,13 +151,13 @@ def _apply_change(
 
 def _scaled(graph: torch.fx.Graph, size: torch.fx.Node, numerator: int, denominator: int) -> torch.fx.Node:
     shared = gcd(numerator, denominator)
-    # Names of their own: the names of the dense program's nodes are what values are compared by.
+    # Unique names, because values are compared by the names of the dense program's nodes.
     product = graph.create_node("call_function", operator.mul, (size, numerator // shared), name="_scaled_size")
     return graph.create_node("call_function", operator.floordiv, (product, denominator // shared), name="_scaled_size")
 
 
 def _literals(node: torch.fx.Node, raw: Mapping[str, Any], change: Mapping[str, Any] | Replacement) -> list[Literal]:
-    """The integers that changed, and where the user's code computed them."""
+    """Return the integers that changed, and where the user's code computed them."""
     if isinstance(change, Replacement):
         return [Literal(module_of(node), None, None, f"{node.target} at {source_of(node)}")]
     out = []

@@ -1,9 +1,9 @@
 """Groups from torch-pruning's DependencyGraph, for models that `torch.export` cannot capture.
 
-The graph follows autograd along the one path through forward that the example takes, so control flow on data is no
-hindrance. torch-pruning knows which index of which layer feeds which index of the next; those pairs are tied here as
-labels, so that groups come out as `couple` makes them. It also takes every operator it does not know for an
-element-wise one: channels that meet such an operator are frozen here instead, with its name.
+The graph follows autograd along the example's path through forward, so data-dependent control flow is supported.
+torch-pruning maps indices of each layer to indices of the next; these pairs are tied as labels, which gives groups like
+those of `couple`. torch-pruning treats every unknown operator as element-wise; here, channels that reach such an
+operator are frozen, with its name as the reason.
 
 Source: Fang et al. 2023, DepGraph (arXiv:2301.12900).
 """
@@ -43,11 +43,11 @@ _PER_CHANNEL = frozenset(
     }
 )
 # fmt: on
-"""Operators that treat channel by channel, by the name that autograd gives them."""
+"""Names that autograd gives to channel-wise operators."""
 
 
 class _Index(NamedTuple):
-    """What torch-pruning's index mappings read: a position, and the label it carries."""
+    """Index for torch-pruning's mappings: a position and its label."""
 
     idx: int
     root_idx: int
@@ -58,7 +58,7 @@ def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
 
     Raises:
         InvalidInput: a pattern of `keep` matches nothing.
-        UnsupportedModel: torch-pruning cannot follow the model; names the user's own source line.
+        UnsupportedModel: torch-pruning cannot follow the model; the message names the user's source line.
     """
     model, graph, marks, sequences = _dependency_graph(program)
     labels = LabelSet()
@@ -81,7 +81,7 @@ def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
 
 
 def _dependency_graph(program: Program) -> tuple[nn.Module, Any, list[Any], Set[nn.Module]]:
-    """A copy of the model, its graph, autograd's nodes of the network's inputs, and linear layers over sequences."""
+    """Return a copy of the model, its graph, autograd nodes of the inputs, and linear layers over sequences."""
     model = copied(program.model)
     for tensor in model.parameters():
         if tensor.is_floating_point():
@@ -89,7 +89,7 @@ def _dependency_graph(program: Program) -> tuple[nn.Module, Any, list[Any], Set[
     marks: list[Any] = []
     sequences: set[nn.Module] = set()
     for layer in model.modules():
-        if isinstance(layer, nn.Linear):  # its channels are not on the second axis, as torch-pruning takes them to be
+        if isinstance(layer, nn.Linear):  # its channels are not on the second axis, as torch-pruning assumes
             layer.register_forward_pre_hook(lambda m, x: sequences.add(m) if x[0].dim() != 2 else None)
 
     def marked(x: Any) -> Any:
@@ -104,7 +104,7 @@ def _dependency_graph(program: Program) -> tuple[nn.Module, Any, list[Any], Set[
         return model(*args, **kwargs)
 
     def outputs(result: Any) -> list[Tensor]:
-        # The product makes each output an operator of its own, which torch-pruning then knows for an output.
+        # The product gives each output its own operator, which torch-pruning recognizes as an output.
         return [x * 1.0 for x in pytree.tree_leaves(result) if isinstance(x, Tensor) and x.requires_grad]
 
     with warnings.catch_warnings(), torch.enable_grad():
@@ -113,7 +113,7 @@ def _dependency_graph(program: Program) -> tuple[nn.Module, Any, list[Any], Set[
             graph = tp.DependencyGraph().build_dependency(
                 model, (), forward_fn=forward, output_transform=outputs, verbose=False
             )
-        except Exception as error:  # whatever the user's forward or torch-pruning raises
+        except Exception as error:  # any exception of the user's forward or torch-pruning
             raise UnsupportedModel(
                 f"torch-pruning cannot follow this model, at {where_raised(error)}: {first_line(error)}; "
                 "try --submodule for a submodule that it can follow"
@@ -122,7 +122,7 @@ def _dependency_graph(program: Program) -> tuple[nn.Module, Any, list[Any], Set[
 
 
 def _labelled(model: nn.Module, labels: LabelSet) -> dict[str, Value]:
-    """Fresh labels for every axis of every tensor, shared ones once."""
+    """Create labels for every axis of every tensor, shared tensors once."""
     params: dict[str, Value] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         axes = tuple((labels.fresh(size),) if size > 1 else () for size in tensor.shape)
@@ -136,17 +136,15 @@ _Axes = list[tuple[str, int]]
 
 @dataclass(frozen=True, slots=True)
 class _Owners:
-    """Where the channels of a layer are: module → (output axes, input axes), each a list of (tensor, axis)."""
+    """Channel axes of layers: module → (output axes, input axes), each a list of (tensor, axis)."""
 
     sides: Mapping[nn.Module, tuple[_Axes, _Axes]]
     params: Mapping[str, Value]
 
     def size(self, site: tuple[str, int]) -> int:
-        """Length of an axis."""
         return self.params[site[0]].shape[site[1]]
 
     def layers(self, site: tuple[str, int]) -> Layers:
-        """Labels of an axis."""
         return self.params[site[0]].axes[site[1]]
 
     @classmethod
@@ -163,7 +161,7 @@ class _Owners:
 
 
 def _channel_axes(module: nn.Module) -> tuple[_Axes, _Axes] | None:
-    """Which axes of its own tensors hold a standard layer's output and input channels; None: not known."""
+    """Return the axes of a standard layer's output and input channels in its tensors; None if unknown."""
     same: _Axes | None = None
     if parametrize.is_parametrized(module) or not _is_standard(module):
         return None
@@ -182,12 +180,12 @@ def _channel_axes(module: nn.Module) -> tuple[_Axes, _Axes] | None:
 
 
 def _is_standard(module: nn.Module) -> bool:
-    """Whether torch's own forward runs: one of the user's may do anything with the weights."""
+    """Return whether the module runs torch's own forward; a user's forward may do anything with the weights."""
     return (type(module).forward.__module__ or "").startswith("torch.nn.modules.")
 
 
 def _tie(graph: Any, marks: Sequence[Any], owners: _Owners, labels: LabelSet) -> set[tuple[str, int]]:
-    """Tie the channels of every layer to all that depends on them; returns the axes that are summed over."""
+    """Tie the channels of every layer to their dependents; returns the contracted axes."""
     sites = {site for out, into in owners.sides.values() for site in (*out, *into)}
     met = {site: np.zeros(owners.size(site), dtype=np.bool_) for site in sites}
     contracted: set[tuple[str, int]] = set()
@@ -219,7 +217,7 @@ _KERNEL = "the operator needs this axis whole"
 
 
 def _meet(labels: LabelSet, layers: Layers, where: list[int], carried: Layer, met: Mask) -> None:
-    """Let the channels that arrive live and die with the positions they arrive at."""
+    """Tie channels to the positions that they reach."""
     if not layers or max(where) >= len(met) or min(where) < 0:
         labels.freeze((carried,), "meets a layer of another width: the channels are broadcast, or counted otherwise")
         return
@@ -230,10 +228,10 @@ def _meet(labels: LabelSet, layers: Layers, where: list[int], carried: Layer, me
 def _walk(
     root: Any, handler: Any, start: list[_Index], refuse: Callable[[Any], str | None]
 ) -> Iterator[tuple[Any, bool, list[_Index], str | None]]:
-    """Yield what depends on a layer's output channels: (node, whether on its input side, positions, refusal).
+    """Yield dependents of a layer's output channels: (node, whether on its input side, positions, refusal).
 
-    As `DependencyGraph.get_pruning_group`, which forgets a tie where two channels arrive at one position, and which
-    goes on behind operators that it does not understand.
+    Like `DependencyGraph.get_pruning_group`, which however loses a tie if two channels reach one position, and
+    continues past unknown operators.
     """
     pending, seen = [(root, handler, start)], set()
     while pending:
@@ -254,7 +252,7 @@ def _walk(
 
 
 def _refusal(node: Any, marks: Sequence[Any], owners: _Owners) -> str | None:
-    """Why channels that arrive here stay whole; None where the node treats channel by channel, or sums over them."""
+    """Return why channels that reach this node are not cut; None if it is channel-wise or contracts them."""
     kind, grad = node.type, node.grad_fn
     if kind == tp.ops.OPTYPE.OUTPUT:
         return "network output"
@@ -275,12 +273,12 @@ def _refusal(node: Any, marks: Sequence[Any], owners: _Owners) -> str | None:
 
 
 def _is_transposed_weight(node: Any) -> bool:
-    """A linear layer reads its weight transposed; autograd shows that as one more input, which nothing feeds."""
+    """Return whether a node is the transposed weight of a linear layer, which autograd shows as an extra input."""
     return not node.inputs and node.grad_fn.name().startswith("TBackward")
 
 
 def _unknown_operator(grad: Any) -> str | None:
-    """Why an operator is not known to treat channel by channel; None where it is."""
+    """Return why an operator is not known to be channel-wise; None if it is."""
     name = re.sub(r"Backward\d*$", "", grad.name())
     if name == "Mean" and hasattr(grad, "_saved_dim"):
         rank = len(grad._saved_self_sym_sizes)

@@ -1,7 +1,7 @@
 """The two ways to capture a model, each with the stages that depend on it.
 
-`export` captures a graph of operators. `torch-pruning` follows autograd along the example's path, for models that
-`torch.export` cannot capture: nothing is known of their operators.
+`export` captures a graph of operators. `torch-pruning` follows autograd along the example's path, without a graph of
+operators, for models that `torch.export` cannot capture.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from surgery.errors import InvalidInput
 
 @dataclass(frozen=True, slots=True)
 class Tracer:
-    """The stages that depend on how a model was captured; what that permits says `Program.has_graph`.
+    """The stages that depend on how a model was captured.
 
     Attributes:
-        name: as in `--tracer`.
-        trace: arguments and errors are those of `surgery.trace`.
-        couple: those of `surgery.couple`.
-        cost_functions: what a plan leaves, by the name of a budget.
-        cut: the compact model.
-        check: what the oracle found; raises CheckFailed. Takes a cut, its compact model and a `seed`.
-        reference: a module that computes what the dense one computes when removed units count as removed.
+        name: name in `--tracer`.
+        trace: arguments and errors as in `surgery.trace`.
+        couple: arguments and errors as in `surgery.couple`.
+        cost_functions: returns budget name → cost function of the pruned network.
+        cut: returns the compact model.
+        check: verifies a compact model, given a cut and a `seed`; raises CheckFailed.
+        reference: returns the masked dense model as a module.
     """
 
     name: str
@@ -44,16 +44,16 @@ class Tracer:
     reference: Callable[[Cut], torch.nn.Module]
 
     def cut_of(self, program: Program, plan: Plan, coupling: Coupling | None = None) -> Cut:
-        """Return a plan applied to its program; the coupling is worked out where it is not given."""
+        """Return the cut of a plan and its program; the coupling is computed if not given."""
         return Cut(program, coupling or self.couple(program, keep=tuple(plan.settings.get("keep", ()))), plan)
 
 
 def tracer_of(name: str) -> Tracer:
-    """Return the tracer of a name; raises InvalidInput where there is none."""
+    """Return the tracer called `name`; raises InvalidInput if there is none."""
     if name == "export":
         return Tracer("export", trace, couple, cost_functions, rewrite_program, _check_graph, masked_part)
     if name == "torch-pruning":
-        from surgery.cutting import eager, torch_pruning  # here: importing torch-pruning takes seconds
+        from surgery.cutting import eager, torch_pruning  # imported here because importing torch-pruning takes seconds
 
         stages = eager.trace, torch_pruning.couple, eager.cost_functions, eager.slice_module, eager.check_module
         return Tracer("torch-pruning", *stages, eager.masked_copy)
@@ -71,16 +71,16 @@ def cut(program: Program, plan: Plan, *, coupling: Coupling | None = None) -> Co
     """Return a smaller copy of the traced model without the plan's dead units.
 
     Args:
-        program: what `trace` returned; left unchanged.
+        program: result of `trace`; unchanged.
         plan: for each `AxisCut(tensor, axis, dead)` a tensor of shape (.., C, ..) becomes (.., C - len(dead), ..).
-        coupling: what `couple` returned for this program, where it is at hand.
+        coupling: result of `couple` for this program, if available.
 
     Returns:
         Module with the dense model's signature, output shapes and parameter names; trainable.
 
     Raises:
         PlanMismatch: the plan was made for another architecture, or contradicts itself.
-        IllegalCut: an axis would be left empty.
+        IllegalCut: an axis would become empty.
 
     Source: coupled groups after Fang et al. 2023 (arXiv:2301.12900); label propagation is derived in `couple.py`.
     """
@@ -95,17 +95,17 @@ def check(
 
     Args:
         program: the dense model, traced.
-        plan: what was removed.
-        compact: what `cut` returned; its weights must still be slices of the dense ones.
-        coupling: what `couple` returned, where it is at hand.
-        seed: of the values and inputs.
+        plan: the plan of the cut.
+        compact: result of `cut`; its weights must still be slices of the dense ones.
+        coupling: result of `couple`, if available.
+        seed: seed of the values and inputs.
 
     Returns:
         Errors relative to the part of the output that varies with the input.
 
     Raises:
-        CheckFailed: labels do not match, numbers differ by more than 1e-10 in float64 or 1e-4 in float32 (on the real
-            weights: and by more than rounding explains), or the output varies too little with the input to tell.
+        CheckFailed: labels do not match, outputs differ by more than 1e-10 in float64 or 1e-4 in float32 (on the real
+        weights, also by more than rounding explains), or the output varies too little with the input.
     """
     tracer = tracer_of(program.tracer)
     return tracer.check(tracer.cut_of(program, plan, coupling), compact, seed=seed)

@@ -1,9 +1,9 @@
-"""The oracle: is the compact model what the dense one computes when the removed units count as removed?
+"""Verify that the compact model computes the same as the masked dense model.
 
-Two independent answers. *Label replay* runs the rewritten program on the survivors' labels, with the same operator
-rules and locked labels: integers, no data, no tolerance. The *numeric* comparison runs the dense program with dead
-input slices of contractions zeroed, and the compact model, on distinct well-conditioned values in float64, then on the
-real weights.
+There are two independent checks. *Label replay* runs the rewritten program on the survivors' labels, with the same
+operator rules and locked labels: on integers, without data or tolerances. The *numerical comparison* runs the dense
+program with dead input slices of contractions zeroed, and the compact model, on distinct well-conditioned values in
+float64, then on the real weights.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from surgery.cutting.comparison import REPORT, apart, relative_error, require, r
 from surgery.errors import CheckFailed
 
 _DRAWS = 4
-"""Of well-conditioned values, before giving up on seeing the output vary."""
+"""Draws of well-conditioned values until the output varies."""
 
 
 def check_cut(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResult:
@@ -62,7 +62,7 @@ def check_cut(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResult:
         found = [drawn.outputs, *_of_module(cut, compact, drawn.kept, drawn.rounds)]
         error64, varying = _compare(drawn.reference(), drawn.rounds, found)
         if varying >= BLIND or not drawn.outputs[0]:
-            break  # else one unit that is left may happen to be dead on these values
+            break  # a remaining unit may happen to be inactive on these values
     if not drawn.outputs[0]:
         raise CheckFailed(
             "cannot tell: the model returns no floating-point tensor; shrink what comes before its last step, with "
@@ -81,15 +81,15 @@ def check_cut(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResult:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Drawn:
-    """Well-conditioned values, and what the rewritten program gives on them.
+    """Well-conditioned values, and the rewritten program's outputs on them.
 
     Attributes:
-        cut: what is checked.
-        compact: its model.
+        cut: the cut to verify.
+        compact: its compact model.
         dense: values of the dense program's tensors, in head order.
-        kept: those of the compact model's tensors.
+        kept: values of the compact model's tensors.
         rounds: inputs of each run.
-        outputs: of the rewritten program, by run.
+        outputs: outputs of the rewritten program, by run.
     """
 
     cut: Cut
@@ -105,7 +105,7 @@ class _Drawn:
 
 
 def _draw(cut: Cut, compact: CompactModel, seed: int) -> tuple[_Drawn, Mapping[str, Any]]:
-    """Well-conditioned values, and the shapes of all values of the rewritten program."""
+    """Draw well-conditioned values, and record the shapes of all values of the rewritten program."""
     dense = cut.reordered(well_conditioned(cut.program, seed=seed))
     kept, rounds = cut.kept(dense), _rounds(cut, seed, torch.float64)
     outputs, shapes = _recorded(compact, kept, rounds)
@@ -118,7 +118,7 @@ def _rounds(cut: Cut, seed: int, dtype: torch.dtype | None = None) -> list[list[
 
 
 def _on_real_weights(cut: Cut, compact: CompactModel, seed: int) -> tuple[float | None, float, tuple[str, ...]]:
-    """Error in the weights' own precision (None where the check is blind), the varying share, and notes."""
+    """Return the error in the weights' own precision (None if inconclusive), the varying share, and notes."""
     state, rounds = cut.reordered(state_of(cut.program)), _rounds(cut, seed)
     reference, precision = cut.masked_run(state), narrowest(cut.program)
     found = [_of_graph(compact, None, rounds), *_of_module(cut, compact, None, rounds)]
@@ -138,7 +138,7 @@ def _on_real_weights(cut: Cut, compact: CompactModel, seed: int) -> tuple[float 
 
 
 def _require_order_exact(cut: Cut, drawn: _Drawn, seed: int) -> tuple[str, ...]:
-    """The dense network has to compute the same with its heads' members in another order."""
+    """Raise unless the dense network computes the same in the plan's head order."""
     own, what = well_conditioned(cut.program, seed=seed), "members in another order"
     error = apart(cut.program, own, drawn.dense, seed)
     if error <= TOLERANCE[torch.float64]:
@@ -148,7 +148,7 @@ def _require_order_exact(cut: Cut, drawn: _Drawn, seed: int) -> tuple[str, ...]:
 
 
 def _require_slices(cut: Cut, compact: CompactModel) -> None:
-    """Every tensor of the compact model has to be the slice of the dense one that the plan says."""
+    """Raise unless every tensor of the compact model is the planned slice of the dense one."""
     program = cut.program
     replaced = {name for sources in program.materialised.values() for name in sources}
     wanted = (program.model.state_dict().keys() - replaced) | program.materialised.keys()
@@ -169,10 +169,10 @@ def _require_slices(cut: Cut, compact: CompactModel) -> None:
 
 
 def _require_other_sizes(drawn: _Drawn) -> tuple[str, ...]:
-    """Compare at other batches and image sizes, where these are dynamic; return notes on what could not be compared.
+    """Compare at other batch and image sizes, if dynamic; return notes on what could not be compared.
 
-    A batch of three (also of a model that mixes samples) and another height and width go into one run where the dense
-    model takes both; then a batch of one.
+    A batch of three and another height and width are combined in one run if the dense model accepts both; a batch of
+    one follows.
     """
     program = drawn.cut.program
     batched, changes = all(0 in spec.dynamic for spec in program.inputs), other_sizes(program)
@@ -180,7 +180,7 @@ def _require_other_sizes(drawn: _Drawn) -> tuple[str, ...]:
     if notes is None:
         notes = (_compare_at(drawn, 3) or ()) if batched else ()
         found = next((x for by in changes if (x := _compare_at(drawn, None, by)) is not None), None)
-        if changes and found is None:  # there is nothing to compare with
+        if changes and found is None:  # no reference
             notes += (
                 "not compared at another height and width: the dense model, though traced for free ones, takes "
                 f"none of those tried ({', '.join(f'{by:+d} pixels' for by in changes)})",
@@ -190,7 +190,7 @@ def _require_other_sizes(drawn: _Drawn) -> tuple[str, ...]:
 
 
 def _compare_at(drawn: _Drawn, batch: int | None, by: int = 0) -> tuple[str, ...] | None:
-    """Compare at another batch, and at images larger `by` so many pixels; None where the dense model does not run."""
+    """Compare at another batch, with images larger by `by` pixels; None if the dense model does not run."""
     cut, compact = drawn.cut, drawn.compact
     count = len(drawn.rounds)
     sized = [sample_inputs(cut.program, seed=55 + k, dtype=torch.float64, by=by) for k in range(count)]
@@ -203,10 +203,10 @@ def _compare_at(drawn: _Drawn, batch: int | None, by: int = 0) -> tuple[str, ...
     what = " and ".join(["another height and width"] * bool(by) + [f"a batch of {batch}"] * bool(batch))
     try:
         found = [_of_graph(compact, drawn.kept, rounds)]
-        if batch != 1:  # the cut has tried the class with a single sample
+        if batch != 1:  # `cut` has tested the class with a single sample
             found += _of_module(cut, compact, drawn.kept, rounds)
-        wanted = wanted or _batched(drawn.outputs, batch)  # masks do not fit axes that are other ones at this batch
-    except Exception as raised:  # whatever an operator raises at a size that it does not expect
+        wanted = wanted or _batched(drawn.outputs, batch)  # masks do not fit axes whose length depends on the batch
+    except Exception as raised:  # any exception an operator raises at an unexpected size
         raise CheckFailed(
             f"the compact model does not do what the dense one does on {what}, though it does on the example's: "
             f"{first_line(raised)}; {REPORT}"
@@ -218,7 +218,7 @@ def _compare_at(drawn: _Drawn, batch: int | None, by: int = 0) -> tuple[str, ...
 
 
 def _batched(rounds: list[list[Tensor]], batch: int | None) -> list[list[Tensor]]:
-    """Rounds at a batch of three, made of those of two, or of one (then two); None: as they are."""
+    """Return rounds at a batch of three, from two samples, or from two rounds of one; None: unchanged."""
     if batch is None:
         return rounds
     if batch == 1:
@@ -227,17 +227,17 @@ def _batched(rounds: list[list[Tensor]], batch: int | None) -> list[list[Tensor]
 
 
 def _shaped(tensors: list[Tensor], like: list[Tensor]) -> list[Tensor]:
-    """At a batch of one, axes of length one may be gone."""
+    """Restore axes of length one that are missing at a batch of one."""
     pairs = zip(tensors, like, strict=True)
     return [x.reshape(y.shape) if x.numel() == y.numel() else x for x, y in pairs]
 
 
 def _outputs_or_none(run: Executor, rounds: list[list[Tensor]]) -> list[list[Tensor]] | None:
-    """Outputs by round; None where it does not run."""
+    """Return outputs by round; None if the run fails."""
     try:
         with torch.no_grad():
             return [flat_outputs(run.run(*inputs)) for inputs in rounds]
-    except Exception:  # whatever the operators raise
+    except Exception:  # any exception of an operator
         return None
 
 
@@ -254,12 +254,12 @@ def replay(cut: Cut, compact: CompactModel, shapes: Mapping[str, Any]) -> int:
     """Run the rewritten program on the survivors' labels; return how many values were compared.
 
     Args:
-        cut: the dense program, and what was removed.
+        cut: the dense program and its plan.
         compact: the model to verify.
-        shapes: of the values of the rewritten program in a run, by node.
+        shapes: shapes of the rewritten program's values in a run, by node.
 
     Raises:
-        CheckFailed: an operator joins units that the dense program keeps apart, or a value has other survivors.
+        CheckFailed: an operator ties units that are separate in the dense program, or a value has other survivors.
     """
     labelled = cut.coupling.labelled
     locked = labelled.labels.locked(labelled.dead_roots(cut.plan.dead))
@@ -295,7 +295,7 @@ def _survivors(value: Value, cut: Cut) -> Value:
 
 
 def _pairs(name: str, dense: Any, compact: Any) -> list[tuple[Value, Value]]:
-    """The tensors of a value in the dense program and in the cut one."""
+    """Yield the tensors of a value in the dense program and in the cut one."""
     before, after = _tensors(dense), _tensors(compact)
     if before and len(before) != len(after):
         raise LabelMismatch(f"node '{name}' gives {len(after)} tensors, the dense one {len(before)}")
@@ -308,9 +308,9 @@ def _tensors(value: Any) -> list[Value]:
 
 
 def _verified(name: str, dense: Value, compact: Value, cut: Cut) -> Value:
-    """The survivors of the dense value of this name, which the computed one has to equal.
+    """Return the survivors of the dense value of this name; raise if the computed value differs.
 
-    Operators lose the labels of an axis that shrank to one index; going on with the survivors restores them.
+    Operators lose the labels of an axis that shrank to one index; returning the survivors restores them.
     """
     expected = _survivors(dense, cut)
     if expected.shape != compact.shape:
@@ -322,12 +322,12 @@ def _verified(name: str, dense: Value, compact: Value, cut: Cut) -> Value:
 
 
 def _equal(wanted: Layers, found: Layers) -> bool:
-    """Whether two axes hold the same units; a layer that is the same all along may be missing, but not be another."""
+    """Return whether two axes hold the same units; a constant layer may be missing, but must not differ."""
     left, right = sorted(x.tolist() for x in wanted), sorted(x.tolist() for x in found)
     varying = sorted(x.tolist() for x in wanted if not is_constant(x))
     if varying == sorted(x for x in right if len(set(x)) > 1) and all(x in left for x in right):
         return True
-    # The same units in other layers: smaller pieces of an axis may fit into fewer of them.
+    # Equal units in different layers: a smaller axis may need fewer layers.
     if not wanted or not found or len(wanted[0]) != len(found[0]):
         return False
     units = [[set(labels) - {0} for labels in zip(*layers, strict=True)] for layers in (left, right)]
@@ -349,7 +349,7 @@ def _tensors_of(graph: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _compare(reference: Executor, rounds: list[list[Tensor]], found: list[list[list[Tensor]]]) -> tuple[float, float]:
-    """Largest relative error of several ways to compute the compact model's outputs by round, and the varying share."""
+    """Return the largest relative error over all ways to run the compact model, and the varying share."""
     with torch.no_grad():
         wanted = [flat_outputs(reference.run(*inputs)) for inputs in rounds]
     errors = [relative_error(wanted, outputs) for outputs in found]
@@ -359,13 +359,13 @@ def _compare(reference: Executor, rounds: list[list[Tensor]], found: list[list[l
 def _recorded(
     compact: CompactModel, state: Mapping[str, Tensor], rounds: list[list[Tensor]]
 ) -> tuple[list[list[Tensor]], dict[str, Any]]:
-    """Outputs of the rewritten program by round, in float64, and the shapes of all its values in the first."""
+    """Return outputs of the rewritten program by round, in float64, and the shapes of all values in the first."""
     shapes: dict[str, Any] = {}
 
     def record(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
         try:
             result = node.target(*args, **kwargs)  # type: ignore[operator]
-        except Exception as error:  # torch raises several kinds for sizes that do not fit
+        except Exception as error:  # torch raises several exception types for mismatched sizes
             raise _mismatch(f"node '{node.name}' ({node.target}) does not run: {first_line(error)}") from error
         shapes.setdefault(node.name, shapes_of(result))
         return result
@@ -378,7 +378,7 @@ def _recorded(
 def _of_graph(
     compact: CompactModel, state: Mapping[str, Tensor] | None, rounds: list[list[Tensor]], override: Any = None
 ) -> list[list[Tensor]]:
-    """Outputs of the rewritten program by round, in float64 on a given state; `state` None: on its own weights."""
+    """Return the rewritten program's outputs by round, in float64 on `state`, or on its own weights if None."""
     tensors = state if state is not None else _tensors_of(compact.graph)
     run = Executor(compact.graph, tensors, override, torch.float64 if state is not None else None)
     with torch.no_grad(), evaluating(compact.graph):
@@ -388,7 +388,7 @@ def _of_graph(
 def _of_module(
     cut: Cut, compact: CompactModel, state: Mapping[str, Tensor] | None, rounds: list[list[Tensor]]
 ) -> list[list[list[Tensor]]]:
-    """Likewise those of the user's class, where it runs smaller: the only item, if any."""
+    """Return the outputs of the user's class, if that is the compact model, in a list of at most one item."""
     if compact.kind != "module":
         return []
     module, callee = compact.module, Callee.of(cut.program, compact.module)
@@ -398,7 +398,7 @@ def _of_module(
 
     def call(inputs: list[Tensor]) -> list[Tensor]:
         args, kwargs = callee.arguments(inputs)
-        held = values | {name: values[name].clone() for name in written}  # forward may write into them
+        held = values | {name: values[name].clone() for name in written}  # forward may write to them
         return flat_outputs(torch.func.functional_call(module, held, args, kwargs))
 
     with torch.no_grad(), evaluating(module), nullcontext() if state is None else InDouble():

@@ -1,4 +1,4 @@
-"""The oracle for blocks: is a program without them what the traced one computes when their branches give nothing?"""
+"""Verify that a program without blocks computes the same as the traced one with these blocks' branches overridden."""
 
 from __future__ import annotations
 
@@ -33,17 +33,16 @@ from surgery.errors import CheckFailed
 def check_dropped(program: Program, plan: Plan, *, seed: int = 0) -> tuple[str, ...]:
     """Verify a program without blocks against the program as it was traced.
 
-    Branches that are gone give their constants in the traced program, and operators of layers that are gone what they
-    read, on distinct, well-conditioned values. Branches that are dead give what they give, on the real weights. Both in
-    float64.
+    In the traced program, dropped branches are replaced by their constants, and dropped layers by their inputs, on
+    distinct, well-conditioned values. Dead branches are compared unchanged on the real weights. Both run in float64.
 
     Args:
-        program: what `drop` returned.
-        plan: whose `dropped` it was.
-        seed: of values and inputs.
+        program: result of `drop`.
+        plan: plan with these `dropped` blocks.
+        seed: seed of values and inputs.
 
     Returns:
-        What was found, in words.
+        Notes on the comparisons.
 
     Raises:
         CheckFailed: outputs differ by more than 1e-10 of what varies with the input.
@@ -78,13 +77,13 @@ def check_dropped(program: Program, plan: Plan, *, seed: int = 0) -> tuple[str, 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Dropped:
-    """A program without some of its blocks, and what the traced program computes instead of those.
+    """A program without some of its blocks, and the overrides of the traced program.
 
     Attributes:
         program: without the blocks.
-        branches: node that ends a branch → constant per channel that it gives; empty for zero.
-        layers: nodes of layers, which give what they read.
-        constants: where the constants went.
+        branches: last node of a branch → its constant per channel; empty for zero.
+        layers: nodes of layers, which return their input.
+        constants: where the constants were added.
     """
 
     program: Program
@@ -93,15 +92,15 @@ class _Dropped:
     constants: BranchConstants
 
     def override(self, node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
-        """What a node of the traced program gives without the blocks."""
-        if node.name not in self.branches:  # what ends a branch may end a layer within it too
+        """Return the value of a node of the traced program without the blocks."""
+        if node.name not in self.branches:  # the last node of a branch may also be that of a layer within it
             return args[0] if node.name in self.layers else NotImplemented
         value = torch.zeros_like(node.target(*args, **kwargs))  # type: ignore[operator]
         constant = self.branches[node.name]
         return value + spread(constant, node.meta["val"].shape).to(value.dtype) if constant else value
 
     def state(self, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Values of the dense tensors with the constants that blocks left behind, unrounded."""
+        """Return the dense tensors with the constants of dropped blocks added in float64."""
         shifts, added = self.constants.shifts, self.constants.added
         own = {name: t.double() if t.is_floating_point() else t for name, t in state_of(self.program).items()}
         given = {name: dense.get(name, added.get(name, value)) for name, value in own.items()}
@@ -109,7 +108,7 @@ class _Dropped:
 
 
 def _apart(dropped: _Dropped, state: Mapping[str, Tensor], seed: int) -> float:
-    """The relative difference between the traced program and the one without blocks, at other sizes as well."""
+    """Return the relative difference between the traced program and the one without blocks, also at other sizes."""
     whole = dropped.program.dense
     reference = Executor(whole.graph, state, dropped.override, torch.float64)
     shifted = Executor(dropped.program.graph, dropped.state(state), dtype=torch.float64)
@@ -130,7 +129,7 @@ def _apart(dropped: _Dropped, state: Mapping[str, Tensor], seed: int) -> float:
 
 
 def _require_shifted(dropped: _Dropped) -> None:
-    """Tensors that have taken a constant up are to hold it, and all others what they held."""
+    """Raise unless tensors that absorb a constant contain it, and all others are unchanged."""
     shifts, added = dropped.constants.shifts, dropped.constants.added
     before, after = state_of(dropped.program.dense), state_of(dropped.program)
     for name in after.keys() & before.keys():

@@ -1,4 +1,4 @@
-"""The whole model around a compact submodule, compared with the whole model around the masked dense one."""
+"""Compare the whole model around a compact submodule with the whole model around the masked dense one."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from surgery.errors import CheckFailed, SurgeryError
 
 
 class _MaskedPart(nn.Module):
-    """The dense part, run so that removed units count as removed, in the precision of its inputs."""
+    """The masked dense submodule, run in the precision of its inputs."""
 
     def __init__(self, cut: Cut) -> None:
         super().__init__()
         self._cut = cut
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _MaskedPart:
-        return self  # holds the dense model's own tensors, and changes nothing
+        return self  # shares the dense model's tensors, and does not modify them
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves = pytree.tree_leaves((args, kwargs))
@@ -47,34 +47,34 @@ class _MaskedPart(nn.Module):
 
 
 def masked_part(cut: Cut) -> nn.Module:
-    """Return a module that computes what the dense part computes when removed units count as removed."""
+    """Return the masked dense submodule as a module."""
     return _MaskedPart(cut)
 
 
 def check_whole(
     whole: Whole, reference: nn.Module, compact: nn.Module, verdict: CheckResult, program: Program
 ) -> CheckResult:
-    """Compare the whole model around the compact part with the whole model around the masked dense part.
+    """Compare the whole model around the compact submodule with that around the masked dense one.
 
     Args:
         whole: the dense model and its example call.
-        reference: the masked part.
-        compact: the whole model around the compact part.
-        verdict: what the part's own check found.
-        program: the dense part, traced.
+        reference: the masked submodule.
+        compact: the whole model around the compact submodule.
+        verdict: result of verifying the submodule alone.
+        program: the dense submodule, traced.
 
     Returns:
-        The verdict, with a note on what was compared.
+        The result, with a note on what was compared.
 
     Raises:
-        CheckFailed: the dense model runs, and the compact one does not or returns something else.
+        CheckFailed: the dense model runs, but the compact one fails or differs.
     """
     calls: list[int] = []
     try:
         with_reference = whole.around(reference)
         with_reference.get_submodule(whole.name).register_forward_pre_hook(lambda module, inputs: calls.append(1))
         wanted, dtype = _run_whole(whole, with_reference)
-    except Exception as error:  # the dense model need not run beyond its part: a missing operator, say
+    except Exception as error:  # the dense model may fail outside the submodule, for instance for a missing operator
         why = f"the whole model does not run here ({first_line(error)})"
         return replace(verdict, notes=(*verdict.notes, f"part '{whole.name}' was checked on its own only: {why}"))
     try:
@@ -100,11 +100,11 @@ _INSIDE = "and in the whole model"
 
 
 def _run_whole(whole: Whole, model: nn.Module, dtype: torch.dtype | None = None) -> tuple[list[Tensor], torch.dtype]:
-    """Run in float64 where the model permits, else as it is; outputs flat."""
+    """Run in float64 if the model permits, else in its own precision; return flat outputs."""
     if dtype is None:
         try:
             return _run_whole(whole, model, torch.float64)
-        except Exception:  # whatever the user's forward raises, a dtype it insists on above all
+        except Exception:  # any exception the user's forward raises, typically for a fixed dtype
             dtype = next((p.dtype for p in whole.model.parameters() if p.dtype in TOLERANCE), torch.float32)
     subject = copied(model).to(dtype)
     example = whole.example.example if whole.example is not None else ((), {})
@@ -117,18 +117,18 @@ def _run_whole(whole: Whole, model: nn.Module, dtype: torch.dtype | None = None)
 
 
 def _difference(wanted: list[Tensor], got: list[Tensor]) -> float:
-    """Largest difference over the output's largest magnitude, worst over outputs."""
+    """Return the largest difference relative to the output's largest magnitude, maximum over outputs."""
     if [x.shape for x in wanted] != [x.shape for x in got]:
         return float("inf")
     pairs = [(a.double(), b.double()) for a, b in zip(wanted, got, strict=True) if a.numel()]
     return max((float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs), default=0.0)
 
 
-# -- what the report says --------------------------------------------------------------------------------------------
+# -- report ----------------------------------------------------------------------------------------------------------
 
 
 def describe_whole(whole: Whole, compact: nn.Module, verdict: CheckResult) -> dict[str, Any]:
-    """Return what the report says of the part: its name, how far the check went, and the whole model's figures."""
+    """Return report data on the submodule: its name, the extent of the verification, and the whole model's costs."""
     inside = any(_INSIDE in note for note in verdict.notes)
     params = [count_params(whole.model), count_params(compact)]
     return {
@@ -139,7 +139,7 @@ def describe_whole(whole: Whole, compact: nn.Module, verdict: CheckResult) -> di
 
 
 def _macs(whole: Whole, compact: nn.Module) -> list[int] | None:
-    """MACs of the whole example call, dense and compact; None where the whole cannot be counted."""
+    """Return MACs of the whole example call, dense and compact; None if they cannot be counted."""
     if whole.example is None:
         return None
     try:
@@ -149,7 +149,7 @@ def _macs(whole: Whole, compact: nn.Module) -> list[int] | None:
 
 
 def notes_on_whole(data: Mapping[str, Any]) -> list[str]:
-    """Say of which model the report's figures are, given what `describe_whole` returned."""
+    """Return notes on which model the report's figures refer to, given the result of `describe_whole`."""
     params, macs = data["whole"]["params"], data["whole"]["macs"]
     counted = f"MACs of the example {macs[0]:,} → {macs[1]:,}" if macs else "its MACs cannot be counted"
     return [

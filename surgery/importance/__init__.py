@@ -1,4 +1,4 @@
-"""How much units and blocks matter: criteria, and what they read from weights and images.
+"""Importance of units and blocks: criteria, and the statistics they use from weights and images.
 
 Its public names are listed in `__init__.pyi` and loaded on first use.
 """

@@ -1,12 +1,12 @@
 """Block ablation: the error of the outputs on calibration images when blocks are removed.
 
-Blocks that make up for each other each look superfluous alone; so they are removed in turn, each time the one that adds
-least to the error given those already removed. What a light recovery would restore can be restored first: a scale and a
-shift per channel of the stream behind the block, fitted by least squares. Plans do so if units are scored likewise,
-with refitted consumers; the order is no better for it (benchmarks/studies/blocks.py).
+Blocks that compensate for each other look redundant individually. They are therefore removed one at a time, each time
+the one that adds least to the error given those already removed. Optionally, a scale and a shift per channel of the
+stream after the block are fitted first, by least squares, to model a light recovery. Plans do so if units are also
+scored with refitted consumers; the order is not better for it (benchmarks/studies/blocks.py).
 
 Source: after Wang and Wu 2022, PRACTISE (arXiv:2202.07861), whose recoverability is the outputs' error after training
-inserted layers; here such a layer is a scale and a shift, its fit is closed, and the blocks are taken in turn.
+inserted layers; here such a layer is a scale and a shift with a closed-form fit, and blocks are removed in turn.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from surgery.importance.outputs import Batches, first, squared_errors, variation
 MOST_ERROR = 1.0
 """Blocks are removed in turn until the error of the outputs is as large as their variance."""
 NEAR = 1.2
-"""A block is removed at once if no other can be better by more than this factor."""
+"""A block is removed immediately if no other can be better by more than this factor."""
 WORK_MACS, FEWEST = 1.5e12, 8
-"""Multiply-adds that all runs together may take, and the least number of images they run on."""
+"""Limit on the multiply-adds of all runs together, and the minimum number of images."""
 _LEAST = 1e-30
 
 Fit = tuple[Tensor, Tensor, int]
@@ -38,17 +38,17 @@ Fit = tuple[Tensor, Tensor, int]
 def block_losses(
     program: Program, blocks: Sequence[Block], batches: Batches, *, macs: int = 0, compensated: bool = False
 ) -> dict[str, float]:
-    """Return what is lost with each block, in addition to the blocks that are removed before it.
+    """Return the loss of each block, in addition to the blocks that are removed before it.
 
-    The loss is the increase of the logarithm of one plus the error. Near zero it is ``-log(1 - error)``, the scale of
-    `signal.loss_of`; unlike that it is defined for errors above 1.
+    The loss is the increase of ``log(1 + error)``. Near zero it agrees with ``-log(1 - error)`` as in `signal.loss_of`,
+    but it is also defined for errors above 1.
 
     Args:
-        program: traced; its weights are those of `program.model`.
-        blocks: of that program.
-        batches: of its inputs.
-        macs: of one image through the network, which limits the number of images; 0: no limit.
-        compensated: what a scale and a shift per channel restore is not lost: for models that will be recovered.
+        program: the traced program, with the weights of `program.model`.
+        blocks: blocks of the program.
+        batches: batches of its inputs.
+        macs: MACs of one image, which limit the number of images; 0: no limit.
+        compensated: do not count what a scale and a shift per channel restore; for models that will be recovered.
     """
     if not blocks:
         return {}
@@ -65,16 +65,16 @@ def block_losses(
 
 
 class BlockAblation:
-    """A network that runs without some of its blocks, and the error of its outputs: squared, over their variance.
+    """Runs a network without some of its blocks; errors are squared errors of the outputs over their variance.
 
     Attributes:
         alone: block name → error with only that block removed.
 
     Args:
-        program: traced; its weights are those of `program.model`.
-        blocks: of that program.
-        batches: of its inputs.
-        compensated: restore what a scale and a shift per channel of the stream can.
+        program: the traced program, with the weights of `program.model`.
+        blocks: blocks of the program.
+        batches: batches of its inputs.
+        compensated: fit a scale and a shift per channel of the stream.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class BlockAblation:
         return float((sum(errors) / self._variations).mean()) if len(self._variations) else 0.0
 
     def _alone(self, whole: Folded) -> dict[str, float]:
-        """Errors without one block each; up to where that block begins, the run of a batch is shared."""
+        """Compute the error without each single block; runs are shared up to the start of the block."""
         starts = {name: min(whole.place[node] for node in (*b.nodes, b.sum)) for name, b in self._blocks.items()}
         tapes = {name: self._without((name,)) for name in sorted(starts, key=starts.__getitem__)}
         errors: dict[str, list[Tensor]] = {name: [] for name in tapes}
@@ -117,10 +117,10 @@ class BlockAblation:
         return _Ablated(self._graph, self._state, [self._blocks[name] for name in removed], self._fits)
 
     def in_turn(self, most: float = MOST_ERROR) -> Iterator[tuple[str, float]]:
-        """Yield blocks in the order in which they are removed, each with the error without it and all before it.
+        """Yield blocks in order of removal, each with the error without it and all previous ones.
 
-        What a block adds to the error hardly falls as others are removed; so only blocks whose last known addition is
-        the lowest are measured again (lazy greedy, Minoux 1978).
+        A block's contribution to the error rarely decreases as others are removed, so only blocks with the lowest last
+        known contribution are measured again (lazy greedy, Minoux 1978).
         """
         adds, so_far = dict(self.alone), 0.0
         removed: list[str] = []
@@ -137,7 +137,7 @@ class BlockAblation:
 
 
 class _Ablated(Folded):
-    """The network without some blocks: their branches do not run, and their sums return the other operand."""
+    """The network without some blocks: their branches are skipped, and their sums return the other operand."""
 
     def __init__(
         self, graph: torch.fx.GraphModule, state: Mapping[str, Tensor], gone: Sequence[Block], fits: Mapping[str, Fit]
@@ -169,7 +169,7 @@ def _scaled(x: Tensor, fit: Fit) -> Tensor:
 
 
 def _fits(program: Program, state: Mapping[str, Tensor], blocks: Sequence[Block], batches: Batches) -> dict[str, Fit]:
-    """For each block the scale and shift that bring the stream without it nearest to the stream with it."""
+    """Fit, for each block, the scale and shift that best map the stream without it to the stream with it."""
     tape = _Observing(program, state, blocks)
     with torch.no_grad():
         for batch in batches:
@@ -178,7 +178,7 @@ def _fits(program: Program, state: Mapping[str, Tensor], blocks: Sequence[Block]
 
 
 class _Observing(Folded):
-    """The dense network, which gathers for each block the moments of its stream: without it, and with it as target."""
+    """The dense network; collects for each block the moments of the stream without it, with the stream as target."""
 
     def __init__(self, program: Program, state: Mapping[str, Tensor], blocks: Sequence[Block]) -> None:
         super().__init__(program.graph, state)
@@ -205,7 +205,7 @@ class _Observing(Folded):
 
 
 def _channel_axis(program: Program, block: Block, total: torch.fx.Node) -> int:
-    """The axis that is as long as a bias or scale of the branch: the first after the batch, or the last."""
+    """Return the channel axis, as long as a bias or scale of the branch: the first after the batch, or the last."""
     tensors = all_tensors(program)
     lengths = {tensors[name].numel() for name in block.tensors if tensors[name].dim() == 1}
     shape = [hint(size) for size in total.meta["val"].shape]
@@ -215,7 +215,7 @@ def _channel_axis(program: Program, block: Block, total: torch.fx.Node) -> int:
 
 
 def _scale_and_shift(found: Moments) -> tuple[Tensor, Tensor]:
-    """Per channel the scale and the shift that bring what is read nearest to what is wanted, (C,) each."""
+    """Return the least-squares scale and shift per channel, (C,) each."""
     squares, x = found.xx[:, 0, 0] / found.count, found.xx[:, 0, 1] / found.count
     both, y = found.xy[:, 0, 0] / found.count, found.xy[:, 1, 0] / found.count
     variance = squares - x * x

@@ -1,9 +1,9 @@
-"""Layers that can be refitted: contractions with weights of their own, and what follows them.
+"""Layers that can be refitted: contractions with their own weights, and the norm and sum that follow.
 
-A contraction is a convolution or a linear layer, with the batch norm behind it where nothing else reads between them; a
-batch norm that stands alone is one too, of each channel with itself. Where its result is added to something that waits
-neither for it nor for a later one, the aim is the sum: fitted to that, it also makes up for what the other operand
-lacks.
+A contraction is a convolution or a linear layer, together with the following batch norm if there is no other user in
+between. A separate batch norm also counts, as a contraction of each channel with itself. If the result is added to a
+value that depends neither on it nor on a later contraction, the target is the sum, so that the fit also compensates for
+errors of the other operand.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Contraction:
 
     Attributes:
         node: name of its operation.
-        weight: name of its weight; empty for a norm that stands alone.
+        weight: name of its weight; empty for a separate norm.
         bias: name of its bias, or empty.
-        norm: name of the batch norm's operation behind it (or its own), or empty.
-        norm_names: that norm's scale, shift, running mean and running variance by name; empty without a norm.
-        aim: name of the operation whose value is aimed at: the sum, the norm, or its own.
-        other: name of the sum's other operand; empty where the aim is no sum.
+        norm: name of the following batch norm's operation (or its own), or empty.
+        norm_names: names of that norm's scale, shift, running mean and running variance; empty without a norm.
+        aim: name of the target operation: the sum, the norm, or its own.
+        other: name of the sum's other operand; empty if the target is not a sum.
     """
 
     node: str
@@ -49,11 +49,11 @@ class Contraction:
 
 
 def find_contractions(graph: torch.fx.GraphModule, known: Collection[str]) -> list[Contraction]:
-    """Return the layers of a graph that can be fitted, in its order.
+    """Return the layers of a graph that can be fitted, in graph order.
 
     Args:
         graph: functional ATen graph that reads parameters by name.
-        known: names of the operations that may be aimed at: those of the dense program.
+        known: names of possible target operations: those of the dense program.
     """
     nodes = list(graph.graph.nodes)
     places = {node: k for k, node in enumerate(nodes)}
@@ -75,7 +75,7 @@ def find_contractions(graph: torch.fx.GraphModule, known: Collection[str]) -> li
 def _draft(
     node: torch.fx.Node, reads: Mapping[str, int], known: Collection[str]
 ) -> tuple[Contraction, torch.fx.Node] | None:
-    """The layer that begins at a node, and its last operation."""
+    """Return the layer that starts at a node, and its last operation."""
     if node.target in CONVOLUTIONS or node.target == LINEAR:
         raw = arguments_of(node)
         weight, bias = _own(raw.get("weight"), reads), _own(raw.get("bias"), reads)
@@ -94,14 +94,14 @@ def _draft(
 
 
 def _own(node: object, reads: Mapping[str, int]) -> str:
-    """A parameter's name, where nothing else reads it."""
+    """Return a parameter's name if it has no other user."""
     if not isinstance(node, torch.fx.Node) or node.op != "get_attr" or reads[str(node.target)] != 1:
         return ""
     return str(node.target)
 
 
 def _norm_names(node: torch.fx.Node, reads: Mapping[str, int]) -> tuple[str, ...]:
-    """Scale, shift, mean and variance by name; empty unless the norm has all of them to itself, and is evaluating."""
+    """Return names of scale, shift, mean and variance; empty unless the norm is their only user and in eval mode."""
     raw = arguments_of(node)
     names = tuple(_own(raw.get(name), reads) for name in ("weight", "bias", "running_mean", "running_var"))
     return names if all(names) and not raw.get("training") else ()
@@ -120,7 +120,7 @@ def _with_sum(
     places: Mapping[torch.fx.Node, int],
     known: Collection[str],
 ) -> Contraction:
-    """The same with a sum as its aim, where there is one whose other operand can be had before."""
+    """Return the layer with a sum as target, if there is one whose other operand is available earlier."""
     total = _only_user(end)
     if total is None or total.target not in SUMS or total.name not in known or total.kwargs.get("alpha", 1) != 1:
         return draft
@@ -134,7 +134,7 @@ def _with_sum(
 def _waits(
     value: torch.fx.Node, since: int, fitted: Collection[torch.fx.Node], places: Mapping[torch.fx.Node, int]
 ) -> bool:
-    """Whether a value takes a layer that is fitted at `since` or later."""
+    """Return whether a value depends on a layer that is fitted at `since` or later."""
     pending, seen = [value], set[torch.fx.Node]()
     while pending:
         node = pending.pop()

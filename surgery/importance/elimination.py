@@ -1,4 +1,4 @@
-"""In which order the units of a group are removed, the weights of their consumers refitted after each.
+"""Elimination order of a group's units, with the weights of their consumers refitted after each removal.
 
 Source: block optimal brain surgeon after Hassibi and Stork 1993 and Frantar and Alistarh 2022 (arXiv:2208.11580), with
 units as blocks and all consumers at once.
@@ -18,22 +18,22 @@ from surgery.importance.observed_layers import Batches, ObservedLayer, consumers
 
 RIDGE = 1e-3
 STEPS = 96
-"""Units of a group are removed one by one, or in so many steps."""
+"""Units of a group are removed one by one, or in at most this many steps."""
 MEASURED_SHARES = (0.25, 0.5, 0.75)
-"""Parts of each group for which refitted weights are kept, so that the outputs can be measured without them."""
+"""Fractions of each group at which refitted weights are kept to measure the outputs."""
 HELD_OUT_EVERY = 4
-"""Every fourth batch is held out of the fit: weights fitted to few images do worse on others."""
+"""Every fourth batch is held out, since weights fitted to few images overfit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Elimination:
-    """In which order a group's units are removed, and what is lost with each.
+    """The order in which a group's units are removed, and the loss of each.
 
     Attributes:
-        units: all of them; the last stays.
-        losses: with each, those before it removed, in that order.
-        weights: number of units removed → refitted weights of each consumer, of the shape of `ObservedLayer.weight`;
-            empty where no observed layer consumes the group.
+        units: all units in order; the last is never removed.
+        losses: loss of each unit after those before it, in that order.
+        weights: number of removed units → refitted weights of each consumer, of the shape of `ObservedLayer.weight`;
+        empty if no observed layer consumes the group.
     """
 
     units: tuple[int, ...]
@@ -41,7 +41,7 @@ class Elimination:
     weights: Mapping[int, tuple[Tensor, ...]]
 
     def scores(self, losses: Sequence[float]) -> tuple[float, ...]:
-        """Return these losses by unit, made to never fall along the order."""
+        """Return the losses by unit, made non-decreasing along the order."""
         out, least = [0.0] * len(self.units), 0.0
         for unit, value in zip(self.units, losses, strict=True):
             out[unit] = least = max(least, value)
@@ -49,7 +49,7 @@ class Elimination:
 
 
 def held_out(batches: Batches) -> tuple[Batches, Batches]:
-    """Return the batches to fit on and those to measure on; the same ones where there are too few."""
+    """Return the batches to fit on and to measure on; identical if there are too few."""
     last = HELD_OUT_EVERY - 1
     aside = [batch for k, batch in enumerate(batches) if k % HELD_OUT_EVERY == last]
     fitted = [batch for k, batch in enumerate(batches) if k % HELD_OUT_EVERY < last]
@@ -59,7 +59,7 @@ def held_out(batches: Batches) -> tuple[Batches, Batches]:
 def eliminations(evidence: Evidence) -> tuple[dict[str, Elimination], dict[str, ObservedLayer]]:
     """Return group name → elimination, and the observed layers by weight name.
 
-    Groups that no observed layer consumes are ranked by `signal`.
+    Groups without an observed consumer are ranked by `signal`.
     """
     layers, by_signal = observed_on(evidence, held_out(evidence.images)[0]), evidence.by_signal()
     groups = evidence.coupling.groups
@@ -67,7 +67,7 @@ def eliminations(evidence: Evidence) -> tuple[dict[str, Elimination], dict[str, 
 
 
 def measured_counts(size: int) -> list[int]:
-    """Return the numbers of units, of a group of this size, for which refitted weights are kept."""
+    """Return the numbers of removed units, for a group of this size, at which refitted weights are kept."""
     return sorted({min(size - 1, max(1, round(share * size))) for share in MEASURED_SHARES} - {0})
 
 
@@ -122,7 +122,7 @@ class _Consumer:
             self._mask[unit, : len(at)] = True
 
     def losses(self) -> Tensor:
-        """(units,): what is lost with each unit, if it is removed next."""
+        """Return (units,): the loss of each unit if it is removed next."""
         total = torch.zeros(len(self._index), dtype=torch.float64)
         if self._index.shape[1] == 1:  # blocks of one
             at = self._index[:, 0]

@@ -1,4 +1,4 @@
-"""What a criterion may read, and the decorator that registers one."""
+"""The inputs of criteria, and the decorator that registers one."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What a criterion that needs more than weights is given.
+    """The argument of criteria that need more than weights.
 
     Attributes:
         program: the dense model.
         coupling: its groups.
-        weights: parameters by name, detached, on the CPU, the members of heads in their new order.
-        state: likewise all parameters and buffers that the graph reads; empty without a graph.
+        weights: parameters by name, detached, on the CPU, in head order.
+        state: all parameters and buffers that the graph reads, likewise; empty without a graph.
         images: batches of the program's inputs; empty unless the criterion needs images.
-        macs: of one image, which limits how many images are measured on; 0: no limit.
-        seed: of everything drawn at random.
-        progress: called with the fraction that is done.
+        macs: MACs of one image, which limit the number of images for measurements; 0: no limit.
+        seed: seed of all random draws.
+        progress: called with the completed fraction.
     """
 
     program: Program
@@ -45,32 +45,32 @@ class Evidence:
 
     @cached_property
     def signal(self) -> Signal:
-        """Which layers consume each group's units, and how relevant those are for the outputs."""
+        """The consumers of each group's units, and their output relevance."""
         return signal_of(self.program, self.coupling, self.weights)
 
     def by_signal(self) -> Scores:
-        """Return the scores of criterion `signal`: the ranking of groups that no observed layer consumes."""
+        """Return the scores of criterion `signal`, used for groups without an observed consumer."""
         return {group.name: self.signal.scores(group) for group in self.coupling.groups}
 
 
 def criterion(
     name: str, *, needs: Collection[str] = (), head_members: GroupCriterion | None = None
 ) -> Callable[[_Function], _Function]:
-    """Register the decorated function as a criterion: low scores are cut first, and scores compare between groups.
+    """Register the decorated function as a criterion: units with low scores are removed first, across groups.
 
-    A criterion without needs is a function ``(group, weights) -> score per unit``, called group by group. One that
-    needs `seed` alone takes it as a keyword argument. Others take an `Evidence` and return group name → score per unit.
+    A criterion without needs is a function ``(group, weights) -> score per unit``, called for each group. If it needs
+    only `seed`, it receives it as a keyword argument. Others take an `Evidence` and return group name → score per unit.
 
     Args:
-        name: by which it is chosen, as in ``surgery.score(..., criterion="mine")``.
-        needs: what it reads besides weights: `images`, `graph` (the operators that `torch.export` captures),
-            `gradients`, `consumers` (which layers consume the units), `seed`; and `costs`, where its scores are losses
-            of the whole model, which planning divides by what each unit costs.
-        head_members: function ``(group, weights) -> score per unit`` that ranks the members of an attention head, where
+        name: name of the criterion, as in ``surgery.score(..., criterion="mine")``.
+        needs: inputs besides weights: `images`, `graph` (the operators that `torch.export` captures), `gradients`,
+        `consumers` (the layers that consume the units), `seed`; and `costs` if its scores are losses of the whole
+        model, which planning divides by each unit's cost.
+        head_members: function ``(group, weights) -> score per unit`` that ranks the members of an attention head, if
             the criterion itself cannot; l1 by default.
 
     Raises:
-        ValueError: the name is taken, or a need is not one of these.
+        ValueError: the name is already registered, or a need is unknown.
     """
 
     def register(function: _Function) -> _Function:

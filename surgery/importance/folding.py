@@ -1,4 +1,4 @@
-"""Traced graphs run with their batch norms folded into the convolutions before them."""
+"""Run traced graphs with batch norms folded into the preceding convolutions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from surgery.importance.contractions import CONVOLUTIONS, find_contractions
 
 
 class Folded(Executor):
-    """An executor in which batch norms are folded into the convolutions before them, as runtimes fold them.
+    """An executor that folds batch norms into the preceding convolutions, as runtimes do.
 
-    The value of such a convolution is what its norm would give, and the norm passes it on; all others are as they were,
-    but for rounding. On CPUs norms are a third of the time of networks such as MobileNetV2.
+    The value of such a convolution is that of its norm, which becomes an identity; all other values change only by
+    rounding. On CPUs, norms take a third of the time of networks such as MobileNetV2.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Folded(Executor):
             return super().call(node, values, **changed)
         if node.name in self._passed:
             return x
-        gamma, beta, mean, var = (self.state[name].double() for name in layer.norm_names)  # half knows no small epsilon
+        gamma, beta, mean, var = (self.state[name].double() for name in layer.norm_names)  # float16 cannot represent a small epsilon
         scale = gamma / (var + float(self._given[layer.norm]["eps"])).sqrt()
         given = dict(torch.fx.map_arg(self._given[node.name], lambda n: self.value(n, values)))
         weight, bias = given["weight"], given["bias"]

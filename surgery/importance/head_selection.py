@@ -1,8 +1,8 @@
-"""Which members of each attention head, or convolution group, are least important: head orders.
+"""Head orders: sort the members of each attention head, or convolution group, by importance.
 
-Heads may each have an order of their own where every value that holds members also identifies their head, and no
-operator combines members of several heads. The first is read from labels. The second is tested by a run: with all
-members in random order the dense program has to compute the same outputs.
+Heads may have independent orders if every value that contains members also identifies their head, and no operator
+combines members of several heads. The first is known from labels. The second is tested by running the dense program
+with members in random order, which must not change the outputs.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def arrange(program: Program, coupling: Coupling, criterion: Any = "l1", *, seed
     """Sort the members of each head from the most important to the least.
 
     Args:
-        program: of the dense model.
+        program: the dense program.
         coupling: its groups.
-        criterion: name of a criterion; a callable, which scores the units as they are, leaves them in order.
-        seed: of criteria that draw at random, and of the run that tests whether the network is unchanged.
+        criterion: name of a criterion; with a callable, which scores whole units, the order is unchanged.
+        seed: seed of random criteria and of the test run.
 
     Returns:
-        An arrangement of each group whose members may differ from head to head.
+        An arrangement for each group whose heads may be reordered independently.
     """
     if not isinstance(criterion, str) or not program.has_graph:
         return ()
@@ -51,7 +51,7 @@ def arrange(program: Program, coupling: Coupling, criterion: Any = "l1", *, seed
 
 
 def settled(plan: Plan, arrangements: Sequence[Arrangement]) -> Plan:
-    """Return the plan with the arrangements that it needs: what survives of a head stays in its first order."""
+    """Return the plan with the arrangements it needs; survivors of a head keep their original order."""
     out = []
     for a in arrangements:
         dead = set(plan.dead.get(a.group, ()))
@@ -69,7 +69,7 @@ def settled(plan: Plan, arrangements: Sequence[Arrangement]) -> Plan:
     return replace(plan, arranged=tuple(out), notes=(*plan.notes, *said))
 
 
-# Which groups. -------------------------------------------------------------------------------------------------------
+# Groups. -------------------------------------------------------------------------------------------------------------
 
 
 Pair = tuple[Group, Group]
@@ -77,7 +77,7 @@ Pair = tuple[Group, Group]
 
 
 def _pairs(places: Places, coupling: Coupling) -> list[Pair]:
-    """Groups of members, each with the group of heads that every value which holds the members names as well."""
+    """Return groups of members, each with the group of heads that every value with these members also has."""
     candidates: dict[int, set[int]] = {}
     for value in _values(places):
         held = places.held(value)
@@ -99,7 +99,7 @@ def _values(places: Places) -> Iterator[Value]:
 
 
 def _named_with(members: Held, held: Sequence[Held], number: int) -> set[int]:
-    """Groups of which every position of the members, or the whole of another axis, holds a unit."""
+    """Return groups with a unit at every position of the members, or on the whole of another axis."""
     there = members.group == number
     out = set()
     for other in held:
@@ -110,7 +110,7 @@ def _named_with(members: Held, held: Sequence[Held], number: int) -> set[int]:
 
 
 def _regular(places: Places, inner: Group, outer: Group) -> bool:
-    """Whether every tensor holds as much of each member as of any other."""
+    """Return whether every tensor contains equally many positions of each member."""
     try:
         for layout in layouts(places, inner.name, outer.name):
             if layout.by is None:
@@ -125,10 +125,10 @@ def _regular(places: Places, inner: Group, outer: Group) -> bool:
 
 
 def _reorderable(program: Program, places: Places, coupling: Coupling, pairs: Sequence[Pair], seed: int) -> list[Pair]:
-    """The pairs whose members may be put in any order.
+    """Return the pairs whose members may be reordered.
 
-    Where two groups name each other, either may be the heads of the other: the pair with the earlier group as heads is
-    tested first.
+    If two groups occur together on all values, either may be the heads of the other; the pair with the earlier group as
+    heads is tested first.
     """
     if not pairs:
         return []
@@ -145,7 +145,7 @@ def _reorderable(program: Program, places: Places, coupling: Coupling, pairs: Se
 class _Shuffle:
     """Runs the dense program with members in random order, on well-conditioned weights; at most `_RUNS` sets of pairs.
 
-    Pairs that are still untested after that keep their order.
+    Pairs still untested after that keep their order.
     """
 
     def __init__(self, program: Program, places: Places, coupling: Coupling, seed: int) -> None:
@@ -155,7 +155,7 @@ class _Shuffle:
         self._rng, self._runs = np.random.default_rng(seed), _RUNS
 
     def passing(self, pairs: Sequence[Pair]) -> list[Pair]:
-        """The pairs of which random orders leave the outputs the same, found by tests of all, then of ever fewer."""
+        """Return the pairs whose random orders do not change the outputs, testing all at once, then ever smaller sets."""
         if not pairs or not self._runs:
             return []
         self._runs -= 1
@@ -181,7 +181,7 @@ _RUNS = 10
 
 
 def _parts(some: Sequence[Pair]) -> list[list[Pair]]:
-    """By names without their numbers, since blocks of one kind behave alike; else halves; nothing for a single pair."""
+    """Split by names without numbers, since blocks of one kind behave alike; else into halves; empty for a single pair."""
     kinds: dict[str, list[Pair]] = {}
     for pair in some:
         kinds.setdefault(re.sub(r"\d+", "", pair[0].name), []).append(pair)
@@ -190,31 +190,31 @@ def _parts(some: Sequence[Pair]) -> list[list[Pair]]:
 
 
 def _draws(members: int) -> int:
-    """How many random orders it takes until two heads of them are in the same one each time with chance 1e-3."""
+    """Return the number of random orders after which two heads always agree with probability below 1e-3."""
     return max(1, ceil(log(1e3) / lgamma(members + 1)))
 
 
-# How important each member is. ---------------------------------------------------------------------------------------
+# Importance of members. ----------------------------------------------------------------------------------------------
 
 
 def _joint(
     places: Places, inner: Group, outer: Group, parameters: Mapping[str, Tensor]
 ) -> tuple[Group, dict[str, Tensor]]:
-    """A group with every member of every head as a unit, and the weights that such units own slices of."""
+    """Return a group with every member of every head as a unit, and the weights of which these units own slices."""
     weights, sites, count = dict(parameters), [], inner.size * outer.size
     for layout in layouts(places, inner.name, outer.name):
         if layout.by is None:
             owned = positions(np.where(layout.inner >= 0, layout.outer * inner.size + layout.inner, -1), count)
             sites.append(Site(layout.tensor, layout.axis, tuple(map(tuple, owned.tolist()))))
         elif layout.tensor in parameters:
-            laid = f"{layout.tensor}:{layout.axis}"  # the tensor may hold members on another axis as well
+            laid = f"{layout.tensor}:{layout.axis}"  # the tensor may have members on another axis too
             weights[laid], owned = _per_head(parameters[layout.tensor], layout, inner.size, outer.size)
             sites.append(Site(laid, 0, tuple(map(tuple, owned.tolist()))))
     return Group(inner.name, tuple(range(count)), tuple(sites), inner.inexact), weights
 
 
 def _per_head(weight: Tensor, layout: Layout, members: int, heads: int) -> tuple[Tensor, Any]:
-    """Lay the slices of one head after those of another: (heads * positions, slice), and who owns which."""
+    """Concatenate the slices of all heads: (heads * positions, slice), and their owners."""
     assert layout.by is not None
     rows = positions(layout.outer, heads)
     weight = weight.movedim((layout.by, layout.axis), (0, 1))

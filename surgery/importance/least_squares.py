@@ -1,8 +1,8 @@
-"""Regularised least squares from sums that are gathered batch by batch.
+"""Regularised least squares from sums accumulated batch by batch.
 
-What is kept of the images is, per group of a contraction, the matrix of second moments of what it reads (a one beside
-it for the shift), and those of what it should give; float64, and of a size that does not depend on how many images
-there were. They are kept in folds, so that the ridge is chosen by how well weights fitted on the others predict a fold.
+For each group of a contraction, the second moments of its inputs (with a one appended for the shift) and of its targets
+are accumulated in float64; their size does not depend on the number of images. They are kept in folds, and the ridge is
+chosen by cross-validation.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
-"""Of each input's own mean square: what is added to it."""
+"""Candidate ridges, relative to each input's mean square."""
 FOLDS, WIDE, FEW_RIDGES = 4, 1_500, (1e-3, 3e-2, 1.0)
-"""Two folds and a few ridges do for layers that read more than `WIDE`: a fold takes memory as the square of that, and
-each ridge time as the cube; there one fold is fitted and the other predicted."""
+"""Layers with more than `WIDE` inputs use two folds (one to fit, one to predict) and few ridges: memory per fold grows
+quadratically and time per ridge cubically."""
 PRECISE = 1_000
-"""Products within a batch are float64 for layers that read no more than this, else float32; sums always float64."""
+"""Up to this many inputs, products within a batch are float64, else float32; sums are always float64."""
 _LEAST = 1e-12
 
 
@@ -29,10 +29,10 @@ class Moments:
     """Sums over rows, one row for each image and position.
 
     Attributes:
-        count: of rows.
-        xx: (groups, n + 1, n + 1), of what is read, a one behind it.
-        xy: (groups, n + 1, outputs of a group), of it with what is wanted.
-        yy: (groups, outputs of a group), squares of what is wanted.
+        count: number of rows.
+        xx: (groups, n + 1, n + 1), inputs with a one appended.
+        xy: (groups, n + 1, outputs of a group), inputs times targets.
+        yy: (groups, outputs of a group), squared targets.
     """
 
     count: int
@@ -42,7 +42,7 @@ class Moments:
 
     @classmethod
     def none(cls, groups: int, inputs: int, outputs: int) -> Moments:
-        """Return sums over nothing; `inputs` and `outputs` are those of one group."""
+        """Return zero sums; `inputs` and `outputs` are counts per group."""
         zeros = [
             torch.zeros(groups, *shape, dtype=torch.float64)
             for shape in ((inputs + 1, inputs + 1), (inputs + 1, outputs), (outputs,))
@@ -57,7 +57,7 @@ class Moments:
         self._want(read, y)
 
     def want(self, x: Tensor, y: Tensor) -> None:
-        """Add what is wanted of rows that are counted already."""
+        """Add targets of rows that are already counted."""
         self._want(_rows_last(x, _precision(x), ones=1), y)
 
     def _want(self, read: Tensor, y: Tensor) -> None:
@@ -66,7 +66,7 @@ class Moments:
         self.yy += wanted.double().square().sum(2)
 
     def wanting_nothing(self) -> Moments:
-        """Return the moments of the same rows without targets; `want` adds other ones."""
+        """Return the moments of the same rows without targets; `want` adds new ones."""
         return Moments(self.count, self.xx, torch.zeros_like(self.xy), torch.zeros_like(self.yy))
 
     def __add__(self, other: Moments) -> Moments:
@@ -76,20 +76,20 @@ class Moments:
         return Moments(self.count - other.count, self.xx - other.xx, self.xy - other.xy, self.yy - other.yy)
 
     def error(self, weight: Tensor) -> Tensor:
-        """Mean squared error of weights (groups, n + 1, outputs), per output: (groups, outputs)."""
+        """Return the mean squared error of weights (groups, n + 1, outputs), per output: (groups, outputs)."""
         squares = (weight * (self.xx @ weight)).sum(1)
         return ((squares - 2 * (weight * self.xy).sum(1) + self.yy) / max(1, self.count)).clamp_min(0)
 
     def mean(self) -> Tensor:
-        """Of what is read: (groups, n)."""
+        """Mean of the inputs: (groups, n)."""
         return self.xx[:, -1, :-1] / self.count
 
     def wanted_variance(self) -> Tensor:
-        """Of what is wanted: (groups, outputs)."""
+        """Variance of the targets: (groups, outputs)."""
         return (self.yy / self.count - (self.xy[:, -1] / self.count).square()).clamp_min(0)
 
     def moments_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of what weights (groups, n, outputs) make of what is read: (groups, outputs) each."""
+        """Return mean and variance of the outputs for weights (groups, n, outputs): (groups, outputs) each."""
         mean = (weight * self.mean().unsqueeze(-1)).sum(1)
         squares = (weight * (self.xx[:, :-1, :-1] @ weight)).sum(1) / self.count
         return mean, (squares - mean.square()).clamp_min(0)
@@ -100,7 +100,7 @@ def _precision(x: Tensor) -> torch.dtype:
 
 
 def _rows_last(x: Tensor, precision: torch.dtype, *, ones: int = 0) -> Tensor:
-    """(rows, groups, n), however it lies in memory → (groups, n + ones, rows)."""
+    """(rows, groups, n), in any memory layout → (groups, n + ones, rows)."""
     rows, groups, width = x.shape
     out = x.new_ones(groups, width + ones, rows, dtype=precision)
     out[:, :width] = x.permute(1, 2, 0)
@@ -113,9 +113,9 @@ class Solution:
 
     Attributes:
         weight: (groups, n + 1, outputs), the shift last.
-        ridge: that was chosen; infinite where the weights stay and only the shift was fitted.
-        before: error over what is wanted, of the weights as they were.
-        after: likewise of the fitted ones, on rows that they were not fitted on.
+        ridge: the chosen ridge; infinite if only the shift was fitted.
+        before: relative error of the prior weights.
+        after: relative error of the fitted weights, on held-out rows.
     """
 
     weight: Tensor
@@ -125,20 +125,20 @@ class Solution:
 
 
 def folds_for(inputs: int) -> int:
-    """Return how many folds to keep for a layer that reads so many values."""
+    """Return the number of folds for a layer with this many inputs."""
     return FOLDS if inputs <= WIDE else 2
 
 
 def solve(folds: Sequence[Moments], prior: Tensor, *, shift: bool, ridge: float | None = None) -> Solution:
-    """Return the weights that fit best, drawn towards those that were there.
+    """Return the least-squares weights, regularised towards the prior ones.
 
     Minimises ``mean |W x - y|² + ridge * sum_i E[x_i²] |W_i - P_i|²``.
 
     Args:
         folds: sums over disjoint sets of images.
-        prior: (groups, n + 1, outputs), the weights as they were.
+        prior: (groups, n + 1, outputs), the prior weights.
         shift: whether the shift may change.
-        ridge: that was chosen before; None: it is chosen here.
+        ridge: a ridge chosen earlier; None: choose it here.
     """
     whole = sum(folds[1:], folds[0])
     wanted = float(whole.wanted_variance().mean()) or 1.0
@@ -159,14 +159,14 @@ def solve(folds: Sequence[Moments], prior: Tensor, *, shift: bool, ridge: float 
 
 
 class _Fit:
-    """Sums that weights are fitted to, for one ridge after the other."""
+    """Sums to which weights are fitted, for several ridges."""
 
     def __init__(self, moments: Moments, prior: Tensor, *, shift: bool) -> None:
         self._moments, self._prior, self._shift = moments, prior, shift
         self._residual = moments.xy - moments.xx @ prior
 
     def weight(self, ridge: float) -> Tensor:
-        """Weights for one ridge; of an infinite one only the shift is fitted."""
+        """Return the weights for one ridge; if infinite, only the shift is fitted."""
         moments, residual, change = self._moments, self._residual, torch.zeros_like(self._prior)
         if ridge == inf:
             if self._shift:

@@ -1,6 +1,6 @@
-"""What the layers of a network read on images, as second moments.
+"""Second moments of the inputs of a network's layers on images.
 
-Layers that read more than `WIDEST` values are left out: second moments take the square of that in memory.
+Layers with more than `WIDEST` inputs are omitted, since memory grows quadratically.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from surgery.importance.rows import Window, convolution_rows, drawn, value_rows
 Batches = Sequence[Sequence[Tensor]]
 WIDEST = 6_000
 ROWS, FEWEST_ROWS = 16, 20_000
-"""Rows gathered for each value that a layer reads, and the least number of rows in all."""
+"""Rows collected per input of a layer, and the minimum number of rows."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ObservedLayer:
-    """A layer and what it reads on images.
+    """A layer and the moments of its inputs on images.
 
     Attributes:
-        layer: which.
-        weight: (groups, n + 1, outputs), with the scale of the batch norm behind it; the last row, for the shift, is 0.
-        scale: (groups, outputs), of that batch norm.
-        moments: of what it reads.
-        kernel: positions of its kernel: n is the number of input channels times this.
-        error_weight: by which a squared error of its outputs is multiplied: its output relevance over their variance.
+        layer: the layer.
+        weight: (groups, n + 1, outputs), including the scale of the following batch norm; the last row, for the shift,
+        is 0.
+        scale: (groups, outputs), scale of that batch norm.
+        moments: moments of its inputs.
+        kernel: kernel positions; n is the number of input channels times this.
+        error_weight: factor for squared errors of its outputs: output relevance over their variance.
     """
 
     layer: Contraction
@@ -47,7 +48,7 @@ class ObservedLayer:
 
     @property
     def rms(self) -> Tensor:
-        """(groups, n): root mean square of what it reads."""
+        """(groups, n): root mean square of its inputs."""
         return (self.moments.xx.diagonal(dim1=1, dim2=2)[:, :-1] / self.moments.count).sqrt()
 
 
@@ -57,7 +58,7 @@ def consumers_of(group: Group, layers: Mapping[str, ObservedLayer]) -> list[tupl
 
 
 def observed_on(evidence: Evidence, batches: Batches) -> dict[str, ObservedLayer]:
-    """Return weight name → the layer, observed on images."""
+    """Return weight name → the layer with its moments on images."""
     consumers = (consumer for found in evidence.signal.consumers.values() for consumer in found)
     relevance = {consumer.name: consumer.relevance for consumer in consumers}
     tape = Folded(evidence.program.graph, evidence.state)
@@ -78,7 +79,7 @@ def observed_on(evidence: Evidence, batches: Batches) -> dict[str, ObservedLayer
 
 
 class _Observer:
-    """Gathers the moments of what one layer reads."""
+    """Accumulates the input moments of one layer."""
 
     def __init__(self, layer: Contraction, tape: Executor, images: int, seed: int) -> None:
         self.layer, self._images = layer, images
@@ -97,7 +98,7 @@ class _Observer:
         self._moments = Moments.none(self._groups, self._inputs, 0)
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Take in a batch: what the layer reads and returns."""
+        """Add a batch of the layer's inputs and outputs."""
         linear = self.node.target == LINEAR
         positions = y.shape[1:-1] if linear else y.shape[2:]
         most = ceil(max(FEWEST_ROWS, ROWS * (self._inputs + 1)) / self._images)

@@ -1,4 +1,4 @@
-"""How far a network's outputs on images are from the dense network's."""
+"""Differences between a network's outputs and those of the dense network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Batches = Sequence[Sequence[Tensor]]
 
 
 def first(batches: Batches, most: int | None) -> Batches:
-    """Return the first batches, all or as many as hold at most so many images, at least one: sizes may be fixed."""
+    """Return the first batches with at most this many images in total, but at least one batch."""
     ends = accumulate(len(batch[0]) for batch in batches)
     return [
         batch for k, (batch, end) in enumerate(zip(batches, ends, strict=True)) if not k or most is None or end <= most
@@ -28,10 +28,10 @@ def squared_errors(outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tenso
 def variations(outputs: Sequence[Sequence[Tensor]]) -> Tensor:
     """Return the sum of squared deviations of each output from its mean over images: (outputs,).
 
-    Of an output that does not vary, or of a single image, it is the sum of squares.
+    For a constant output, or a single image, it is the sum of squares.
 
     Args:
-        outputs: of each batch.
+        outputs: outputs of each batch.
     """
     found = []
     for batches in zip(*outputs, strict=True):

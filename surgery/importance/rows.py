@@ -1,4 +1,4 @@
-"""What a contraction reads, as rows: one for each image and position, in the order of its weight."""
+"""Inputs of a contraction as rows: one per image and position, in the order of its weight."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """How a convolution looks at its input; each entry one number per spatial axis."""
+    """Kernel size, stride, padding and dilation of a convolution, one number per spatial axis."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -22,7 +22,7 @@ class Window:
 
     @classmethod
     def of(cls, raw: Mapping[str, Any], weight: Tensor) -> Window:
-        """Return that of a convolution's arguments by name."""
+        """Return the window of a convolution's arguments."""
         rank = weight.dim() - 2
         kernel = tuple(weight.shape[2:])
         stride, dilation = (_each(raw[name], rank) for name in ("stride", "dilation"))
@@ -33,7 +33,7 @@ class Window:
         return cls(kernel, stride, tuple((p, p) for p in _each(padding, rank)), dilation)
 
     def positions(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """Return how many there are along each spatial axis of an input of these sizes."""
+        """Return the number of positions along each spatial axis for an input of these sizes."""
         axes = zip(sizes, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         return tuple((size + sum(pad) - d * (k - 1) - 1) // s + 1 for size, k, s, pad, d in axes)
 
@@ -44,7 +44,7 @@ def _each(value: Any, rank: int) -> tuple[int, ...]:
 
 
 def drawn(positions: Sequence[int], most: int, generator: torch.Generator) -> tuple[Tensor, ...] | None:
-    """Return at most so many positions at random, as one index per axis; None for all."""
+    """Draw at most this many random positions, as one index per axis; None for all."""
     total = prod(positions)
     if total <= most:
         return None
@@ -55,7 +55,7 @@ def drawn(positions: Sequence[int], most: int, generator: torch.Generator) -> tu
 def convolution_rows(x: Tensor, window: Window, groups: int, at: tuple[Tensor, ...] | None) -> Tensor:
     """Return (rows, groups, C / groups * prod(kernel)): what each position reads, of those drawn.
 
-    Nothing but what they read is touched: a few positions of a large image take no padded copy of it.
+    Only these inputs are accessed; no padded copy of the image is made.
     """
     images, channels, *sizes = x.shape
     places = at if at is not None else _everywhere(window.positions(sizes))
@@ -73,7 +73,7 @@ def _everywhere(counts: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 def _read(places: Sequence[Tensor], window: Window, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Where each position reads in a plane, (positions, taps), and whether that is inside of it and no padding."""
+    """Return the input index of each position and tap, (positions, taps), and whether it is inside the image."""
     count, rank = len(places[0]), len(sizes)
     flat, inside = torch.zeros((), dtype=torch.long), torch.ones((), dtype=torch.bool)
     for axis, (size, place) in enumerate(zip(sizes, places, strict=True)):
@@ -85,9 +85,9 @@ def _read(places: Sequence[Tensor], window: Window, sizes: Sequence[int]) -> tup
 
 
 def value_rows(y: Tensor, axis: int, groups: int, at: tuple[Tensor, ...] | None) -> Tensor:
-    """Return (rows, groups, channels of a group) of a value whose channels are on `axis`, of the positions drawn.
+    """Return (rows, groups, channels of a group) at the drawn positions, for a value with channels on `axis`.
 
-    Positions are all axes but the first and that of the channels.
+    Positions are all axes except the first and the channel axis.
     """
     last = y.movedim(axis, -1)
     index: tuple[Any, ...] = (slice(None), *(at or ()))

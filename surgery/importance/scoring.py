@@ -1,6 +1,6 @@
-"""Importance of every unit of every group by one criterion, and the checks of what goes in and comes out.
+"""Score all units by one criterion, with checks of its inputs and results.
 
-Scores compare between groups; the lowest are cut first.
+Scores are comparable between groups; the lowest are removed first.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ def score(
     """Return the importance of every unit of every group.
 
     Args:
-        program: of the dense model; `program.model` holds the weights.
+        program: the dense program; `program.model` holds the weights.
         coupling: its groups.
-        criterion: a name of `CRITERIA`, or a callable ``(group, weights) -> score per unit`` whose scores compare
-            between groups (divide by the group's mean where in doubt).
-        seed: of everything drawn at random.
-        prepare: changes the weights before they are looked at: the order of heads' members.
-        images: batches of the program's inputs, for the criteria that need images.
-        macs: of one image, which limits how many images those criteria measure on; 0: no limit.
-        progress: called with the fraction that is done.
+        criterion: a name of `CRITERIA`, or a callable ``(group, weights) -> score per unit`` whose scores are
+            comparable between groups (if in doubt, divide by the group's mean).
+        seed: seed of all random draws.
+        prepare: transforms the weights first (head order).
+        images: batches of the program's inputs, for criteria that need images.
+        macs: MACs of one image, which limit the number of images for measurements; 0: no limit.
+        progress: called with the completed fraction.
 
     Returns:
         Group name → finite score of each unit.
 
     Raises:
-        InvalidInput: no such criterion, images or a graph that it needs are missing, weights are not finite, or it does
-            not return one finite number per unit.
+        InvalidInput: the criterion is unknown, its images or graph are missing, weights are not finite, or it does not
+        return one finite number per unit.
         PlanMismatch: the coupling was made for another model.
     """
     entry = _entry(criterion)
@@ -61,14 +61,14 @@ def score(
 
 
 def measures_losses(criterion: object) -> bool:
-    """Return whether a criterion's scores are losses of the whole model, to be divided by what each unit costs."""
+    """Return whether a criterion's scores are losses of the whole model, to be divided by each unit's cost."""
     return isinstance(criterion, str) and "costs" in CRITERIA[criterion].needs
 
 
 def score_members(group: Group, weights: Mapping[str, Tensor], criterion: str, *, seed: int) -> tuple[float, ...]:
     """Return the importance of the members of heads; the group's sites are axes of these weights.
 
-    Criteria that need more than weights are replaced by their own stand-in for members, or by l1.
+    Criteria that need more than weights are replaced by their `head_members` function, or by l1.
     """
     entry = CRITERIA[criterion]
     if entry.head_members is not None:
@@ -77,19 +77,19 @@ def score_members(group: Group, weights: Mapping[str, Tensor], criterion: str, *
 
 
 def score_group(entry: Criterion, group: Group, weights: Mapping[str, Tensor], seed: int) -> tuple[float, ...]:
-    """Return the importance of every unit of one group by a criterion that needs nothing but weights and a seed."""
+    """Return the importance of every unit of one group by a criterion that needs only weights and a seed."""
     drawn = {"seed": seed} if "seed" in entry.needs else {}
     try:
         with torch.no_grad():
             values = entry.function(group, weights, **drawn)
-    except Exception as error:  # a callable of the user's: anything may come
+    except Exception as error:  # the user's callable may raise any exception
         said = f"{type(error).__name__}: {first_line(error)}{user_line(error)}"
         raise InvalidInput(f"criterion {entry.name} on group '{group.name}' failed: {said}") from error
     return _numbers(values, group, f"criterion {entry.name}")
 
 
 def _numbers(values: Any, group: Group, who: str) -> tuple[float, ...]:
-    """One finite number per unit, or InvalidInput."""
+    """Return one finite number per unit; raise InvalidInput otherwise."""
     where = f"{who} on group '{group.name}'"
     try:
         numbers = tuple(float(value) for value in (values.tolist() if isinstance(values, Tensor) else values))
@@ -124,7 +124,7 @@ def _validate_needs(entry: Criterion, program: Program, images: Sequence[Sequenc
 def weights_of(program: Program, coupling: Coupling) -> dict[str, Tensor]:
     """Return detached parameters by name, and buffers called `weight` (scales of frozen batch norms), on the CPU.
 
-    Both names of a shared parameter are there: a site may bear either.
+    Shared parameters are listed under all names, since a site may use any of them.
     """
     tensors = all_tensors(program)
     parameters = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
@@ -143,10 +143,10 @@ def weights_of(program: Program, coupling: Coupling) -> dict[str, Tensor]:
 
 
 def _validate_finite(name: str, tensor: Tensor, *, infinite: bool) -> None:
-    """Buffers may hold infinities (attention masks); nothing may hold NaN."""
+    """Raise InvalidInput for NaN, or infinite parameters; buffers may be infinite (attention masks)."""
     if not tensor.numel() or not tensor.is_floating_point():
         return
-    extremes = torch.stack(torch.aminmax(tensor.detach()))  # NaN wherever the tensor holds one; no copy is made
+    extremes = torch.stack(torch.aminmax(tensor.detach()))  # NaN if the tensor contains one; makes no copy
     if extremes.isnan().any() or (infinite and not extremes.isfinite().all()):
         what = "NaN" if extremes.isnan().any() else "infinite values"
         raise InvalidInput(f"{name} holds {what}: such weights cannot be ranked; check the checkpoint it came from")

@@ -1,9 +1,9 @@
-"""How much of a network's signal each unit and each block carries, computed from the weights alone.
+"""The share of a network's signal in each unit and block, computed from the weights alone.
 
-Forward, the mean and variance of every value are computed from the norms' own statistics (`moments_of`). Backward, the
-*output relevance* of a value is how much of it still counts at the outputs: 1 there; at a sum or a concatenation each
-operand gets its share of the energy; a value with several consumers gets the sum of theirs, at most 1. A layer that
-loses inputs loses the share of its weights' energy that consumes them, times its output relevance.
+The forward pass computes mean and variance of every value from the statistics of norms (`moments_of`). The backward
+pass computes the *output relevance* of a value, its share of the outputs: it starts at 1; each operand of a sum or
+concatenation receives its share of the energy; a value with several consumers receives the sum of theirs, at most 1. A
+layer that loses inputs loses the share of its weights' energy on these inputs, times its output relevance.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Consumer:
     """A layer that consumes a group's units.
 
     Attributes:
-        name: of its weight.
-        relevance: of its output for the network's outputs, 0 to 1.
-        shares: of its weight's energy, for each unit of the group.
+        name: name of its weight.
+        relevance: output relevance of its result, 0 to 1.
+        shares: share of its weight's energy for each unit of the group.
     """
 
     name: str
@@ -53,12 +53,12 @@ class Consumer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Signal:
-    """What is known of a network's signal.
+    """Result of the signal analysis of a network.
 
     Attributes:
         consumers: group name → the layers that consume its units.
-        blocks: block name → what is lost with it.
-        losses: group name → what is lost with each unit, those of lower score removed, if measured on images.
+        blocks: block name → loss if it is removed.
+        losses: group name → loss of each unit after those with lower scores, if measured on images.
     """
 
     consumers: Mapping[str, tuple[Consumer, ...]]
@@ -66,12 +66,12 @@ class Signal:
     losses: Mapping[str, Sequence[float]] | None = None
 
     def scores(self, group: Group) -> tuple[float, ...]:
-        """Return for each unit what all its consumers lose with it."""
+        """Return, for each unit, the loss of all its consumers."""
         consumers = self.consumers[group.name]
         return tuple(sum(c.relevance * c.shares[unit] for c in consumers) for unit in range(group.size))
 
     def ranked(self, scores: Mapping[str, Sequence[float]]) -> Signal:
-        """Return the same with shares by other scores: a unit's share is its part of its group's sum."""
+        """Return a copy with shares proportional to other scores within each group."""
         consumers = {}
         for name, values in scores.items():
             kept = [max(0.0, float(v)) for v in values]
@@ -82,9 +82,9 @@ class Signal:
 
 
 def loss_of(relevance: float, share: float) -> float:
-    """Return what is lost where a layer no longer consumes a share of its inputs.
+    """Return the loss if a layer no longer consumes a share of its inputs.
 
-    Layers pass on what they get: what is left of the signal is a product over layers, and its negative logarithm a sum.
+    The remaining signal is a product over layers, so its negative logarithm is a sum.
     """
     return -relevance * math.log(max(_LEAST, 1.0 - share))
 
@@ -92,13 +92,13 @@ def loss_of(relevance: float, share: float) -> float:
 def signal_of(
     program: Program, coupling: Coupling, parameters: Mapping[str, Tensor], blocks: Sequence[Block] = ()
 ) -> Signal:
-    """Return how the signal spreads over units and blocks.
+    """Return the distribution of the signal over units and blocks.
 
     Args:
-        program: whose graph is followed; without one, the relevance of every layer is 1.
+        program: the program; without a graph, the relevance of every layer is 1.
         coupling: its groups.
         parameters: weights by name, on the CPU.
-        blocks: to be scored.
+        blocks: blocks to score.
     """
     with torch.no_grad():
         known = moments_of(program) if program.has_graph else {}
@@ -109,7 +109,7 @@ def signal_of(
 
 
 def block_worth(program: Program, blocks: Sequence[Block]) -> dict[str, float]:
-    """Return what is lost with each block: a branch's part of its sum's variance, what a layer makes of its input."""
+    """Return each block's loss: a branch's share of its sum's variance, or a layer's decorrelation from its input."""
     with torch.no_grad():
         known = moments_of(program) if blocks else {}
         return {block.name: _block_lost(program, known, block) for block in blocks}
@@ -119,7 +119,7 @@ def _block_lost(program: Program, known: Mapping[str, Any], block: Block) -> flo
     if block.is_layer:
         return loss_of(1.0, 1.0 - input_correlation(program, block, known))
     branch, stays = (known[name].variance for name in (block.branch, block.stays))
-    if branch == 0:  # it does not vary with the input; its constant counts nevertheless
+    if branch == 0:  # it does not vary with the input, but its constant counts
         branch, stays = (known[name].energy for name in (block.branch, block.stays))
     whole = branch + stays
     return loss_of(1.0, branch / whole if whole > 0 else 0.5)
@@ -147,7 +147,7 @@ def _standard(shape: Any) -> Any:
 
 
 def _result(node: torch.fx.Node, shape: Any, known: Mapping[str, Any], rule: Rule | None) -> Any:
-    """By the operator's own rule, else by its family; where neither knows, the inputs' moments are passed on."""
+    """Apply the operator's rule, else that of its family; otherwise pass the inputs' moments on."""
     given = with_values(arguments_of(node), lambda n: known[n.name])
     if node.target is operator.getitem:
         whole = given["0"]
@@ -189,7 +189,7 @@ def _flat(values: Any) -> list[Any]:
 
 
 def _with_shape(found: Any, shape: Any) -> Moments | None:
-    """The moments with the value's shape, if they broadcast to it and are numbers."""
+    """Return the moments with the value's shape, if they broadcast to it and are not NaN."""
     if not isinstance(found, Moments) or not isinstance(shape, tuple):
         return None
     for values in (found.mean, found.var):
@@ -202,7 +202,7 @@ def _with_shape(found: Any, shape: Any) -> Moments | None:
 
 
 def _passed_on(inputs: Sequence[Any], shape: Any) -> Any:
-    """What goes in comes out, position by position where the shapes allow, else on average."""
+    """Pass the input's moments on, position by position if the shapes allow, else on average."""
     if not isinstance(shape, tuple):
         return shape
     varying = [x for x in inputs if isinstance(x, Moments)]
@@ -218,7 +218,7 @@ def _passed_on(inputs: Sequence[Any], shape: Any) -> Any:
 
 
 def _relevance(program: Program, known: Mapping[str, Any]) -> dict[str, float]:
-    """How much of each value counts at the outputs."""
+    """Return the output relevance of each value."""
     table, relevance = rules(), dict[str, float]()
     for node in reversed(program.graph.graph.nodes):
         by_users = (relevance[u.name] * _share_of(node, u, known, table.get(str(u.target))) for u in node.users)
@@ -227,7 +227,7 @@ def _relevance(program: Program, known: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _share_of(node: torch.fx.Node, user: torch.fx.Node, known: Mapping[str, Any], rule: Rule | None) -> float:
-    """Of the energy that an operator sums or concatenates, the part of one operand; else 1."""
+    """Return one operand's share of the energy that an operator sums or concatenates; else 1."""
     if rule is None or not rule.is_sum:
         return 1.0
     energies = {n: m.energy for n in user.all_input_nodes if isinstance(m := known.get(n.name), Moments)}
@@ -235,14 +235,14 @@ def _share_of(node: torch.fx.Node, user: torch.fx.Node, known: Mapping[str, Any]
     return energies.get(node, 0.0) / whole if whole > 0 else 1.0
 
 
-# Which layers consume what. ------------------------------------------------------------------------------------------
+# Consumers. ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Layer:
-    """An operator with a weight; `axis` of it is contracted, with values whose energies these are.
+    """An operator with a weight, its contracted `axis`, and the energies of the values contracted with it.
 
-    None where they are not known: nothing but a norm tells what trained values are like.
+    Energies are None if unknown, since only norms record statistics of trained values.
     """
 
     node: str
@@ -251,7 +251,7 @@ class _Layer:
 
 
 def _layers(program: Program, known: Mapping[str, Any]) -> dict[str, list[_Layer]]:
-    """Weight name → the operators that contract with it."""
+    """Return weight name → the operators that contract with it."""
     table, found, normed = rules(), dict[str, list[_Layer]](), set[torch.fx.Node]()
     for node in program.graph.graph.nodes:
         rule = table.get(str(node.target))
@@ -269,7 +269,7 @@ def _layers(program: Program, known: Mapping[str, Any]) -> dict[str, list[_Layer
 
 
 def _read(x: Moments, weight: Moments, axis: int, rule: Rule) -> Tensor | None:
-    """Mean squares of what is contracted along an axis of a weight; None where groups share the axis."""
+    """Return mean squares of the values contracted along an axis of a weight; None if groups share the axis."""
     channel = len(x.shape) - len(weight.shape) + 1 if rule.family == "convolution" else len(x.shape) - 1
     return x.energies(channel) if x.shape[channel] == weight.shape[axis] else None
 
@@ -296,7 +296,7 @@ def _producer(
     layers: Mapping[str, Sequence[_Layer]],
     relevance: Mapping[str, float],
 ) -> Consumer:
-    """Where no layer contracts the units, as those of queries and keys, their producers are taken instead."""
+    """If no layer contracts the units (queries and keys), their producers are used instead."""
     made = [site for site in group.sites if site.tensor in layers and site.tensor in parameters]
     known = made or [s for s in group.sites if s.tensor in parameters]
     highest = max((relevance.get(layer.node, 1.0) for site in made for layer in layers[site.tensor]), default=1.0)
@@ -307,9 +307,9 @@ def _producer(
 
 
 def _shares(weight: Tensor, site: Site, energies: Tensor | None) -> tuple[float, ...]:
-    """The mean of each unit's share of the energy of the whole weight, and of what the weight makes of its inputs.
+    """Average each unit's share of the weight's energy and its share of the output energy.
 
-    The first is lost after batch norms are re-estimated; the second before that, by shifted means.
+    The first is the loss after batch norms are re-estimated, the second before, due to shifted means.
     """
     own = _over(power_sum(site, weight, order=2), weight.double().square().sum())
     if energies is None or not bool(energies.any()):

@@ -1,7 +1,7 @@
-"""The weights that a unit owns: slices of its producers, of the norms it passes and of its consumers.
+"""The weights of a unit: slices of its producers, norms and consumers.
 
-Biases are left out (they shift an output by a constant, whatever the input), and so are statistics such as
-`running_mean`. Scores are divided by their group's mean so that layers compare.
+Biases (which shift an output by a constant) and statistics such as `running_mean` are excluded. Scores are divided by
+their group's mean to make layers comparable.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def power_sum(site: Site, weight: Tensor, *, order: int) -> Tensor:
 
 
 def over_mean(values: Tensor | Sequence[float]) -> Tensor:
-    """Return values over their mean; where all are zero, as they are."""
+    """Return values over their mean; unchanged if all are zero."""
     found = torch.as_tensor(values, dtype=torch.float64)
     mean = found.mean()
     return found / mean if mean > 0 else found

@@ -43,7 +43,7 @@ def between_convs(
 def between_linears(
     middle: Callable[[Tensor], Tensor] | nn.Module, *, width: int = 12, after: int = 0
 ) -> Callable[[], Built]:
-    """A linear layer to `width` over 6 tokens, the operator, a linear layer from `after` (default: `width`) features."""
+    """A linear layer to `width` over 6 tokens, the operator, a linear layer from `after` or `width` features."""
 
     def build() -> Built:
         last = nn.Linear(after or width, 5)

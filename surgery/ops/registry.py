@@ -90,7 +90,7 @@ class Call:
         return self.tie_layers(left, right, a.shape[axis_a])
 
     def tie_layers(self, left: Layers, right: Layers, length: int) -> Layers:
-        """The same for bare layers."""
+        """Like `tie`, for bare layers."""
         if length > 1:
             self.labels.tie(left, right, length)
         return left if len(left) >= len(right) else right
@@ -106,7 +106,7 @@ class Call:
         return self.split_layers(self.passed(value, axis), sizes)
 
     def split_layers(self, layers: Layers, sizes: tuple[int, int]) -> tuple[Layers, Layers]:
-        """The same for bare layers."""
+        """Like `split`, for bare layers."""
         if 1 in sizes and not self.labels.is_locked:  # nothing to split; frozen labels keep their reasons
             return ((), layers) if sizes[0] == 1 else (layers, ())
         outer: Layers = ()

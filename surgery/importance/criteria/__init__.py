@@ -1,1 +1,1 @@
-"""Criteria, one a module of the same name, each registered by `surgery.criterion`; see `surgery.registry.CRITERIA`."""
+"""Criteria, one per module of the same name, registered by `surgery.criterion`; see `surgery.registry.CRITERIA`."""

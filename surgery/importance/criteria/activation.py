@@ -15,7 +15,7 @@ from surgery.importance.unit_weights import over_mean
 
 @criterion("activation", needs=["images", "graph", "consumers"])
 def activation(evidence: Evidence) -> Scores:
-    """Sum of the magnitudes of the weights that consume the unit, times that of their inputs; over the group's mean.
+    """Sum of the magnitudes of the weights that consume the unit times those of their inputs, over the group's mean.
 
     Source: after Sun et al. 2023, Wanda (arXiv:2306.11695).
     """

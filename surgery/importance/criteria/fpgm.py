@@ -29,7 +29,7 @@ def fpgm(group: Group, weights: Mapping[str, Tensor]) -> Tensor:
 
 
 def _rows_per_unit(site: Site, weight: Tensor) -> Tensor:
-    """(units, weights of a unit), float64; units with fewer positions than others are padded with zeros."""
+    """Return (units, weights of a unit) in float64; units with fewer positions are padded with zeros."""
     slices = weight.double().movedim(site.axis, 0).flatten(1) if weight.ndim > 1 else weight.double()[:, None]
     widest = max(len(owned) for owned in site.index)
     rows = torch.zeros(len(site.index), widest, slices.shape[1], dtype=torch.float64)

@@ -20,6 +20,6 @@ def lamp(group: Group, weights: Mapping[str, Tensor]) -> Tensor:
     """
     squares = power_sums(group, weights, order=2)
     ranked, order = torch.sort(squares, stable=True)
-    survivors = ranked.flip(0).cumsum(0).flip(0)  # at each rank: what would be left, the unit included
+    survivors = ranked.flip(0).cumsum(0).flip(0)  # at each rank: sum of the remaining units, including this one
     shares = torch.where(survivors > 0, ranked / survivors.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
     return torch.empty_like(squares).index_copy_(0, order, shares)

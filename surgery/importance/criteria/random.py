@@ -1,4 +1,4 @@
-"""Chance, for comparison."""
+"""Random scores, for comparison."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ from surgery.importance.evidence import criterion
 
 @criterion("random", needs=["seed"])
 def uniform_random(group: Group, weights: Mapping[str, Tensor], *, seed: int) -> Sequence[float]:
-    """Uniform on [0, 1): the same for the same seed and group name, whatever else the model holds."""
+    """Uniform on [0, 1); depends only on the seed and the group name."""
     digest = hashlib.sha256(f"{seed}:{group.name}".encode()).digest()
     return [float(value) for value in np.random.default_rng(int.from_bytes(digest, "big")).random(group.size)]

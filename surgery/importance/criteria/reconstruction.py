@@ -1,4 +1,4 @@
-"""Error that is left in the consumers of a unit once their other weights are refitted."""
+"""Remaining error in the consumers of a unit after their other weights are refitted."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from surgery.importance.evidence import Evidence, criterion
 
 @criterion("reconstruction", needs=["images", "graph", "consumers"])
 def reconstruction(evidence: Evidence) -> Scores:
-    """What the unit's consumers lose with it, those before it removed; see `elimination`."""
+    """Loss of the unit's consumers when it is removed after the units before it; see `elimination`."""
     orders, _ = eliminations(evidence)
     return {name: order.scores(order.losses) for name, order in orders.items()}

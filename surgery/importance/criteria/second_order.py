@@ -1,7 +1,7 @@
 """Losses by second-order elimination, scaled by the error of the outputs.
 
-Between groups only the outputs compare: each group is cut alone, to a few widths and with its consumers refitted, and
-the error of the outputs is measured.
+Only output errors are comparable between groups: each group is cut alone, to a few widths and with refitted consumers,
+and the error of the outputs is measured.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from surgery.importance.observed_layers import ObservedLayer, consumers_of
 from surgery.importance.outputs import first, squared_errors, variations
 
 SEVERAL_CONSUMERS = 4.0
-"""Units with several consumers matter more than they seem to while nothing else is cut, by about this factor."""
+"""Cutting one group alone underestimates units with several consumers by about this factor."""
 WORK_MACS, FEWEST = 8e11, 24
-"""Multiply-adds that all measurements together may take, and the least number of images they are made on."""
+"""Limit on the multiply-adds of all measurements together, and the minimum number of images."""
 
 
 @criterion("second-order", needs=["images", "graph", "consumers", "costs"])
 def second_order(evidence: Evidence) -> Scores:
-    """What the outputs lose with the unit, those before it removed: losses of `reconstruction`, scaled as measured."""
+    """Loss of the outputs when the unit is removed after those before it: scaled losses of `reconstruction`."""
     orders, layers = eliminations(evidence)
     tape = Folded(evidence.program.graph, dict(evidence.state))
     groups = [_CutGroup.of(group, orders[group.name], layers, tape) for group in evidence.coupling.groups]
@@ -40,11 +40,11 @@ def second_order(evidence: Evidence) -> Scores:
 
 @dataclass(slots=True, eq=False)
 class _CutGroup:
-    """A group that is cut to several widths while the rest of the network stays whole.
+    """A group that is cut to several widths while the rest of the network stays dense.
 
     Attributes:
-        group: which.
-        order: in which its units are removed.
+        group: the group.
+        order: order in which its units are removed.
         consumers: the layers that are refitted.
         start: position in the graph up to which the dense network's run can be shared.
         errors: number of units removed → squared error of the outputs, summed over images.
@@ -64,7 +64,7 @@ class _CutGroup:
         return cls(group, order, consumers, min(places, default=0), errors)
 
     def outputs(self, evidence: Evidence, tape: Folded, run: Frontier, batch: Sequence[Tensor], count: int) -> Any:
-        """What the network returns with so many units removed; `run` has not yet passed `start`."""
+        """Return the network's outputs with `removed` units removed; `run` has not yet passed `start`."""
         if not self.order.weights:
             labelled = evidence.coupling.labelled
             masks = Masks(labelled, labelled.dead_roots({self.group.name: self.order.units[:count]}))
@@ -87,7 +87,7 @@ class _CutGroup:
 
 
 def _measure(evidence: Evidence, tape: Folded, groups: Sequence[_CutGroup]) -> float:
-    """Measure the errors of all groups; return the variation of the dense network's outputs on the same images."""
+    """Measure the errors of all groups; return the variation of the dense outputs on the same images."""
     runs = max(1, sum(len(cut.errors) for cut in groups))
     most = max(FEWEST, int(WORK_MACS / (runs * evidence.macs))) if evidence.macs else None
     batches, dense = first(held_out(evidence.images)[1], most), []
@@ -97,7 +97,7 @@ def _measure(evidence: Evidence, tape: Folded, groups: Sequence[_CutGroup]) -> f
             dense.append(flat_outputs(tape.output(run)))
             for j, cut in enumerate(sorted(groups, key=lambda cut: cut.start)):
                 evidence.progress((k + j / len(groups)) / len(batches))
-                run = tape.advance(run, cut.start)  # shared by all groups that are consumed from here on
+                run = tape.advance(run, cut.start)  # shared by all groups whose consumers follow
                 for count in cut.errors:
                     outputs = flat_outputs(cut.outputs(evidence, tape, run, batch, count))
                     cut.errors[count] += float(squared_errors(outputs, dense[-1]).sum())
@@ -108,7 +108,7 @@ def _measure(evidence: Evidence, tape: Folded, groups: Sequence[_CutGroup]) -> f
 def _refitted(
     state: Mapping[str, Tensor], layers: Sequence[ObservedLayer], weights: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """The state with these weights instead of the layers' own."""
+    """Return the state with these weights replaced."""
     changed = dict(state)
     for observed, refitted in zip(layers, weights, strict=True):
         layer, own = observed.layer, state[observed.layer.weight]
@@ -121,7 +121,7 @@ def _refitted(
 
 
 def _through_points(losses: Sequence[float], points: Mapping[int, float]) -> list[float]:
-    """Scale losses so that their sums go through measured points; beyond the last one the scale stays."""
+    """Scale losses so that their cumulative sums match measured points; the last scale is kept beyond the last one."""
     scaled, end, factor = list(losses), 0, 1.0
     for before, after in pairwise(sorted(points)):
         between = sum(losses[before:after])

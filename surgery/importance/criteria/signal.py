@@ -1,4 +1,4 @@
-"""Share of the network's signal that a unit carries, computed from the weights."""
+"""The unit's share of the network's signal, computed from the weights."""
 
 from __future__ import annotations
 

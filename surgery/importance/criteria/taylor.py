@@ -1,4 +1,4 @@
-"""Slope of the outputs' log-likelihood."""
+"""Gradient of the outputs' log-likelihood."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from surgery.importance.evidence import Evidence, criterion
 
 @criterion("taylor", needs=["images", "graph", "gradients", "costs"])
 def taylor(evidence: Evidence) -> Scores:
-    """Mean squared slope of the log-likelihood of drawn outputs as the unit is scaled down.
+    """Mean squared derivative of the log-likelihood of sampled outputs with respect to a scale of the unit.
 
-    Source: after Molchanov et al. 2019 (arXiv:1906.10771), with outputs drawn from the model's own distribution instead
-    of labels.
+    Source: after Molchanov et al. 2019 (arXiv:1906.10771), with outputs sampled from the model's own distribution
+        instead of labels.
     """
     groups = evidence.coupling.groups
     touched = {site.tensor for group in groups for site in group.sites}
@@ -26,7 +26,7 @@ def taylor(evidence: Evidence) -> Scores:
     sums = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
     generator, images = torch.Generator().manual_seed(evidence.seed), 0
     for batch in evidence.images:
-        for k in range(0, len(batch[0]), 4):  # the fewer at a time, the less their slopes cancel
+        for k in range(0, len(batch[0]), 4):  # small batches, so that gradients cancel less
             part = [x[k : k + 4] if len(x) == len(batch[0]) else x for x in batch] if len(batch[0]) > 4 else batch
             images += len(part[0])
             likelihood = drawn_log_likelihood(flat_outputs(executor.output(executor.start(part))), generator)
@@ -38,7 +38,7 @@ def taylor(evidence: Evidence) -> Scores:
 
 
 def _slopes(group: Group, weights: Mapping[str, Tensor], slopes: Mapping[str, Tensor]) -> Tensor:
-    """(units,): the slope along each unit's weights in its consumers, or in its first producer where it has none."""
+    """Return (units,): derivative along each unit's weights in its consumers, or in its first producer if it has none."""
     sites = [s for s in group.sites if s.tensor in slopes and weights[s.tensor].dim() > 1]
     consumers = [site for site in sites if site.axis == 1]
     total = torch.zeros(group.size, dtype=torch.float64)
@@ -51,9 +51,9 @@ def _slopes(group: Group, weights: Mapping[str, Tensor], slopes: Mapping[str, Te
 
 
 def drawn_log_likelihood(outputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-    """Return the log-likelihood of outputs drawn from the model's own distribution, summed over the batch.
+    """Return the log-likelihood of outputs sampled from the model's own distribution, summed over the batch.
 
-    (N, classes) are logits; others are the means of normal distributions with the outputs' own spread.
+    (N, classes) are logits; others are means of normal distributions with the outputs' standard deviation.
     """
     total = outputs[0].new_zeros(())
     for out in outputs:
