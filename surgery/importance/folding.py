@@ -38,7 +38,7 @@ class Folded(Executor):
             return super().call(node, values, **changed)
         if node.name in self._passed:
             return x
-        gamma, beta, mean, var = (self.state[name].double() for name in layer.norm_names)  # float16 cannot represent a small epsilon
+        gamma, beta, mean, var = (self.state[name].double() for name in layer.norm_names)  # not in half
         scale = gamma / (var + float(self._given[layer.norm]["eps"])).sqrt()
         given = dict(torch.fx.map_arg(self._given[node.name], lambda n: self.value(n, values)))
         weight, bias = given["weight"], given["bias"]

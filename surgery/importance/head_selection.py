@@ -155,7 +155,7 @@ class _Shuffle:
         self._rng, self._runs = np.random.default_rng(seed), _RUNS
 
     def passing(self, pairs: Sequence[Pair]) -> list[Pair]:
-        """Return the pairs whose random orders do not change the outputs, testing all at once, then ever smaller sets."""
+        """Return the pairs whose random orders do not change the outputs; tests all at once, then smaller sets."""
         if not pairs or not self._runs:
             return []
         self._runs -= 1
@@ -181,7 +181,7 @@ _RUNS = 10
 
 
 def _parts(some: Sequence[Pair]) -> list[list[Pair]]:
-    """Split by names without numbers, since blocks of one kind behave alike; else into halves; empty for a single pair."""
+    """Split by names without numbers (similar blocks behave alike), else into halves; empty for a single pair."""
     kinds: dict[str, list[Pair]] = {}
     for pair in some:
         kinds.setdefault(re.sub(r"\d+", "", pair[0].name), []).append(pair)

@@ -1,4 +1,4 @@
-"""What a user names: models, tensors, images, checkpoints.
+"""Load what a user names: models, tensors, images, checkpoints.
 
 Its public names are listed in `__init__.pyi` and loaded on first use.
 """

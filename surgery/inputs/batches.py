@@ -1,7 +1,7 @@
-"""The user's batches: a model's inputs, then perhaps classes.
+"""The user's batches: a model's inputs, optionally followed by classes.
 
-Whatever a data set or a loader draws at random while it is read here follows from a seed, so that two runs, or a
-resumed one, see the same. The user's own generators are left unchanged.
+Random draws of a dataset or loader while it is read here are seeded, so that repeated and resumed runs see the same
+data. The user's own generators are left unchanged.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from surgery.inputs.usercode import guarded
 
 _END = object()
 _HOLDERS = ("base_dataloader", "batch_sampler", "sampler")
-"""Attributes of a DataLoader, or Accelerate's, that hold samplers and their generators."""
+"""Attributes of a DataLoader, or Accelerate's, for samplers and their generators."""
 
 
 def read_batches(loader: Iterable[Any], seed: int, named: str = "data") -> Iterator[Any]:
-    """Yield a loader's batches, with seeded draws; raises InvalidInput where the loader or its data set raises."""
+    """Yield a loader's batches with seeded draws; raises InvalidInput if the loader or its dataset raises."""
     draws, what = _Draws(seed, loader), f"{named}: reading a batch failed"
     with draws.ours():
         batches = guarded(what, lambda: iter(loader))
@@ -43,22 +43,22 @@ def read_batches(loader: Iterable[Any], seed: int, named: str = "data") -> Itera
 
 @contextmanager
 def seeded(loader: Any, seed: int) -> Iterator[None]:
-    """Seed what the block draws, the generators in a loader included; the states are restored after it."""
+    """Seed random draws of the block, including generators of a loader, and restore their states after it."""
     with _Draws(seed, loader).ours():
         yield
 
 
 def derived_seed(seed: int, number: int) -> int:
-    """Return a seed that follows from another and the number of an epoch or an item."""
+    """Return a seed derived from another seed and the number of an epoch or an item."""
     return (seed * 1_000_003 + number) % 2**63
 
 
 def read_item(data: Any, index: int, seed: int, named: str = "data") -> Any:
-    """Return an item of a map-style data set as a batch of one; errors as of `read_batches`.
+    """Return an item of a map-style dataset as a batch of one; errors as in `read_batches`.
 
-    Tensors, arrays and numbers get an axis; the rest stays.
+    Tensors, arrays and numbers get a batch axis; other values are unchanged.
     """
-    if isinstance(data, (Images, TensorDataset)):  # which draw nothing
+    if isinstance(data, (Images, TensorDataset)):  # no random draws
         item = data[index]
     else:
         with _Draws(seed).ours():
@@ -68,10 +68,9 @@ def read_item(data: Any, index: int, seed: int, named: str = "data") -> Any:
 
 
 def split_batch(batch: Any, specs: Sequence[InputSpec], named: str = "data") -> tuple[list[Tensor], list[Tensor]]:
-    """Return a batch's tensors: a model's inputs, for `validated_input`, and those that follow, such as classes.
+    """Return a batch's tensors: a model's inputs, for `validated_input`, and the others, such as classes.
 
-    Inputs come first; in a dictionary, whose order is arbitrary, each is the first tensor of as many axes and of the
-    input's kind.
+    Inputs come first; in a dictionary, whose order is arbitrary, each is the first tensor of equal rank and kind.
 
     Args:
         batch: the input, or a tuple, list or dictionary.
@@ -79,7 +78,7 @@ def split_batch(batch: Any, specs: Sequence[InputSpec], named: str = "data") -> 
         named: what to call the data in messages.
 
     Raises:
-        InvalidInput: there are fewer tensors than inputs.
+        InvalidInput: the batch has fewer tensors than the model has inputs.
     """
     leaves = pytree.tree_leaves(batch)
     rest = [x for x in leaves if isinstance(x, Tensor) and x.dim()]
@@ -101,7 +100,7 @@ def _like(x: Tensor, spec: InputSpec) -> tuple[bool, bool]:
 
 
 def validated_input(x: Tensor, spec: InputSpec, named: str = "data") -> Tensor:
-    """Return a model's input in its dtype; raises InvalidInput where its shape is none that the model takes."""
+    """Return a model's input in its dtype; raises InvalidInput if the model does not accept its shape."""
     wanted = getattr(torch, spec.dtype)
     free = (0, *spec.dynamic)
     same = x.dim() == len(spec.shape) and all(a in free or size == spec.shape[a] for a, size in enumerate(x.shape))
@@ -117,10 +116,10 @@ def validated_input(x: Tensor, spec: InputSpec, named: str = "data") -> Tensor:
 
 
 def classes_of(rest: Sequence[Tensor], count: int) -> Tensor | None:
-    """Return the classes of a batch, (N,): whole numbers, one for each image; None where there are none.
+    """Return the classes of a batch, (N,): one integer per image; None if there are none.
 
     Args:
-        rest: the tensors behind the inputs; the first one counts, (N,) or (N, 1).
+        rest: the tensors after the inputs; the first one is used, (N,) or (N, 1).
         count: N.
     """
     if not rest:
@@ -132,12 +131,12 @@ def classes_of(rest: Sequence[Tensor], count: int) -> Tensor | None:
 
 
 def unlabelled(classes: Tensor) -> bool:
-    """Return whether no image has a class."""
+    """Return whether all images are without a class."""
     return bool((classes == UNKNOWN).all())
 
 
 class _Draws:
-    """Random states of our own: of the global generators, and of generators that replace a loader's."""
+    """Private random states: of the global generators, and of generators that replace a loader's."""
 
     def __init__(self, seed: int, loader: Any = None) -> None:
         self._generators = [(x, torch.Generator().manual_seed(seed)) for x in _holders(loader)]
@@ -147,7 +146,7 @@ class _Draws:
 
     @contextmanager
     def ours(self) -> Iterator[None]:
-        """Let the block draw from them."""
+        """Use these states within the block."""
         theirs = [(x, x.generator) for x, _ in self._generators]
         with random_state.states_kept():
             random_state.restore(self._states)
@@ -162,7 +161,7 @@ class _Draws:
 
 
 def _holders(loader: Any) -> list[Any]:
-    """The loader and its samplers, as far as they have an attribute for a torch generator."""
+    """Return the loader and its samplers that have a torch generator."""
     held = getattr(loader, "__dict__", {})
     found = [x for name in _HOLDERS if name in held for x in _holders(held[name])]
     own = "generator" in held and isinstance(held["generator"], (torch.Generator, type(None)))

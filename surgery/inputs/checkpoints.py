@@ -1,8 +1,8 @@
-"""Read state dicts from files and fit them to a model, without ever unpickling foreign objects.
+"""Read state dicts from files and load them into a model, without unpickling arbitrary objects.
 
 A checkpoint is often a state dict inside a wrapper (`state_dict`, `model`, `ema`, ...), whose keys have a prefix
 (`module.` of data parallel, `_orig_mod.` of `torch.compile`, `model.` of training frameworks). Both are removed here;
-what does not fit is reported in one sentence.
+mismatches are reported in one sentence.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _REFUSED_OBJECT = re.compile(r"GLOBAL ([\w.]+)|got <class '([\w.]+)'")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A state dict read from `path`; `notes` say which of several was taken."""
+    """A state dict read from `path`; `notes` say which of several was used."""
 
     path: Path
     tensors: Mapping[str, Tensor]
@@ -45,12 +45,12 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """How a state dict differs from a model's; false where it fits.
+    """Differences between a state dict and a model's; false if there are none.
 
     Attributes:
-        missing: the model's keys that the file lacks.
-        unexpected: the file's keys that the model lacks.
-        shapes: key → (the model's shape, the file's shape), where both have it.
+        missing: keys of the model missing in the file.
+        unexpected: keys of the file missing in the model.
+        shapes: common key → (the model's shape, the file's shape), if different.
     """
 
     missing: tuple[str, ...]
@@ -61,7 +61,7 @@ class Mismatch:
         return bool(self.missing or self.unexpected or self.shapes)
 
     def describe(self) -> str:
-        """Return the differences in words, up to three of each kind."""
+        """Return a description of the differences, up to three of each kind."""
         parts = []
         if self.missing:
             parts.append(f"{len(self.missing)} missing ({_some(self.missing)})")
@@ -76,10 +76,10 @@ class Mismatch:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a safetensors file, or a `torch.save` file of tensors in plain containers; nothing else is unpickled.
 
-    Wrappers are removed; averaged (EMA) weights are preferred where there are several state dicts.
+    Wrappers are removed; averaged (EMA) weights are preferred if there are several state dicts.
 
     Raises:
-        InvalidInput: the file is missing, truncated, of another kind, or holds pickled objects.
+        InvalidInput: the file is missing, truncated, of another kind, or contains pickled objects.
     """
     if not path.is_file():
         raise InvalidInput(f"no checkpoint file {path}; --weights takes auto, random or the path of a state dict")
@@ -93,7 +93,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def compare(module: nn.Module, tensors: Mapping[str, Tensor]) -> Mismatch:
-    """Compare names and shapes; an absent `num_batches_tracked` is no difference."""
+    """Compare names and shapes; a missing `num_batches_tracked` is ignored."""
     wanted = {key: tuple(value.shape) for key, value in module.state_dict().items() if isinstance(value, Tensor)}
     found = {key: tuple(value.shape) for key, value in tensors.items()}
     return Mismatch(
@@ -104,7 +104,7 @@ def compare(module: nn.Module, tensors: Mapping[str, Tensor]) -> Mismatch:
 
 
 def without_prefixes(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
-    """Strip `module.`, `model.` and `_orig_mod.` as long as that makes more keys match `wanted`."""
+    """Strip `module.`, `model.` and `_orig_mod.` as long as more keys then match `wanted`."""
     best = dict(tensors)
     while True:
         variants = [{_strip(key, prefix): value for key, value in best.items()} for prefix in _PREFIXES]
@@ -128,7 +128,7 @@ def fit(module: nn.Module, checkpoint: Checkpoint, *, label: str) -> None:
     """Load a checkpoint into a module built for it, in place.
 
     Raises:
-        InvalidInput: keys or shapes differ, or a tensor holds NaN or infinite values.
+        InvalidInput: keys or shapes differ, or a tensor contains NaN or infinite values.
     """
     tensors = without_prefixes(checkpoint.tensors, module.state_dict().keys())
     mismatch = compare(module, tensors)
@@ -140,12 +140,12 @@ def fit(module: nn.Module, checkpoint: Checkpoint, *, label: str) -> None:
 
 
 def check_finite(module: nn.Module, *, origin: str) -> None:
-    """Raise InvalidInput, naming the tensor, where a parameter or norm statistic is not finite, or a buffer is NaN."""
+    """Raise InvalidInput if a parameter or norm statistic is not finite, or a buffer contains NaN."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for name, value in module.state_dict().items():
         if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
             continue
-        # Attention masks are buffers in which minus infinity is meant.
+        # Attention masks are buffers that may contain minus infinity.
         strict = name in parameters or name.endswith(_STATISTICS)
         bad = ~torch.isfinite(value) if strict else torch.isnan(value)
         if bool(bad.any()):
@@ -173,14 +173,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> Any:
-    # Training scripts keep their arguments and best score beside the weights: plain data, safe to rebuild.
+    # Training scripts store their arguments and best score with the weights: plain data, safe to load.
     scalar = np.float64(0).__reduce__()[0]
     harmless: list[Any] = [argparse.Namespace, np.dtype]
     harmless += [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
     harmless += [type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)]
     try:
         with torch.serialization.safe_globals(harmless), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols and TorchScript: what matters raises
+            warnings.simplefilter("ignore")  # about pickle protocols and TorchScript: real problems raise
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _pickled_objects(path, str(error)) from error
@@ -202,7 +202,7 @@ def _pickled_objects(path: Path, message: str) -> InvalidInput:
 
 
 def _unwrap(data: Any, depth: int = _DEPTH) -> tuple[dict[str, Tensor], tuple[str, ...]] | None:
-    """Find the state dict: (tensors, notes), or None where there is none within `depth` wrappers."""
+    """Find the state dict: (tensors, notes), or None if there is none within `depth` wrappers."""
     if not isinstance(data, Mapping) or depth == 0:
         return None
     present = [name for name in _WRAPPERS if isinstance(data.get(name), Mapping)]

@@ -1,9 +1,9 @@
-"""The import of torchvision and timm, also where torchvision's C++ operators do not load.
+"""Import torchvision and timm, even if torchvision's C++ operators do not load.
 
-torchvision's wheels carry operators built for one exact build of torch; next to another build (a CPU torch beside a
-CUDA torchvision, say) `import torchvision` stops at the missing schema of `nms`. Classification and segmentation
-models work without those operators, and detectors need them only in post-processing, so the two schemas are declared
-here when, and only when, they are missing.
+torchvision's wheels contain operators built for one exact build of torch; with another build (such as a CPU torch with
+a CUDA torchvision) `import torchvision` fails at the missing schema of `nms`. Classification and segmentation models
+work without these operators, and detectors need them only in post-processing, so the two schemas are declared here if
+they are missing.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _SCHEMAS = {
 
 
 def import_torchvision() -> ModuleType:
-    """Return torchvision; where its operators do not load, detectors build, but cannot post-process.
+    """Return torchvision; if its operators do not load, detectors can be built, but not post-process.
 
     Raises:
-        InvalidInput: torchvision is not installed, or does not import for another reason.
+        InvalidInput: torchvision is not installed, or its import fails for another reason.
     """
     try:
         return _imported("torchvision", "torchvision")
@@ -38,12 +38,12 @@ def import_torchvision() -> ModuleType:
             raise
     _declare_operators()
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]  # what the failed import left
+        del sys.modules[name]  # modules left by the failed import
     return _imported("torchvision", "torchvision")
 
 
 def import_timm() -> ModuleType:
-    """Return timm, which needs torchvision; errors as of `import_torchvision`."""
+    """Return timm, which requires torchvision; errors as in `import_torchvision`."""
     import_torchvision()
     return _imported("timm", "'model-surgery[timm]'")
 
@@ -62,7 +62,7 @@ def _imported(package: str, requirement: str) -> ModuleType:
 
 @functools.cache
 def _declare_operators() -> torch.library.Library:
-    """Declare the schemas that are missing; the cache keeps the library, and with it the declarations, alive."""
+    """Declare the missing schemas; the cache keeps the library, and so the declarations, alive."""
     library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for name, schema in _SCHEMAS.items():
         if not hasattr(torch.ops.torchvision, name):

@@ -1,7 +1,7 @@
-"""Images for calibration, training and evaluation: folders, archives, or what a callable of the user's returns.
+"""Images for calibration, training and evaluation: folders, archives, or the result of a user's callable.
 
-A data set here is what `torch.utils.data.DataLoader` takes: pairs of a normalised image (C, H, W) and its class, -1
-where there is none. Files are read on access; unreadable ones are left out and counted.
+Datasets are map-style: pairs of a normalised image (C, H, W) and its class, -1 if unknown. Files are read on access;
+unreadable ones are skipped and counted.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from surgery.inputs.usercode import user_object
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif", ".tiff")
 UNREADABLE = 0.01
-"""More than this share of files that cannot be read is refused."""
+"""Raise if more than this share of the files cannot be read."""
 UNKNOWN = -1
-"""The class of an image without one."""
+"""The class of an unlabelled image."""
 _NOT_AN_ARCHIVE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError)
-"""What numpy raises on damaged or foreign files, beside the errors of zip."""
+"""Exceptions numpy raises on damaged or foreign files, in addition to zip errors."""
 
 
 @dataclass(eq=False)
@@ -40,14 +40,14 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     Attributes:
         option: the command-line option that named them, for messages.
-        place: where they are.
-        shape: (C, H, W) of each.
+        place: path of the folder or archive.
+        shape: (C, H, W) of each image.
         how: their preprocessing.
-        files: of a folder, by name.
-        pixels: of an archive: (N, H, W, C) of uint8.
-        classes: of each image; -1 for none.
-        unreadable: files that turned out not to be images.
-        folder_notes: for the user, on how the folder was read.
+        files: files of a folder, by name.
+        pixels: contents of an archive: (N, H, W, C) of uint8.
+        classes: class of each image; -1 for none.
+        unreadable: files that could not be read as images.
+        folder_notes: notes for the user on how the folder was read.
     """
 
     option: str
@@ -70,7 +70,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         return bool(self.classes) and min(self.classes) != UNKNOWN
 
     def __getitem__(self, k: int) -> tuple[Tensor, int]:
-        """Return an image and its class; for an unreadable one, the next that can be read."""
+        """Return an image and its class; if unreadable, the next readable one."""
         for step in range(len(self)):
             at = (k + step) % len(self)
             if (image := self.image(at)) is not None:
@@ -78,21 +78,21 @@ class Images(Dataset[tuple[Tensor, int]]):
         raise InvalidInput(f"{self.option} {self.place}: none of its {len(self)} files can be read as an image")
 
     def image(self, k: int) -> Tensor | None:
-        """Return an image, (C, H, W); None where its file cannot be read."""
+        """Return an image, (C, H, W); None if its file cannot be read."""
         if self.pixels is not None:
             grey = self.pixels[k].shape[-1] == 1
             return self._fitted(Image.fromarray(self.pixels[k][..., 0] if grey else self.pixels[k]))
         try:
             with Image.open(self.files[k]) as image:
                 whole = image.convert("RGB" if self.shape[0] == 3 else "L")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what PIL raises on broken files
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # raised by PIL on broken files
             self.unreadable.add(str(self.files[k]))
             self.require_readable(len(self))
             return None
         return self._fitted(whole)
 
     def _fitted(self, image: Any) -> Tensor:
-        """The middle of the image at the model's size, normalised."""
+        """Return the centre crop at the model's size, normalised."""
         _, height, width = self.shape
         if image.size != (width, height) or self.how.crop < 1:
             method = Image.Resampling[self.how.interpolation.upper()]
@@ -102,7 +102,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         return fitted
 
     def require_readable(self, count: int) -> None:
-        """Raise InvalidInput where more than one in a hundred of `count` files could not be read."""
+        """Raise InvalidInput if more than one in a hundred of `count` files could not be read."""
         if len(self.unreadable) > UNREADABLE * count:
             raise InvalidInput(
                 f"{self.option} {self.place}: at least {len(self.unreadable)} of {count} images cannot be read, the "
@@ -110,7 +110,7 @@ class Images(Dataset[tuple[Tensor, int]]):
             )
 
     def some(self, most: int) -> Iterator[tuple[Tensor, int]]:
-        """Yield at most so many images, evenly spaced, with their classes; unreadable ones are left out."""
+        """Yield at most this many images, evenly spaced, with their classes, skipping unreadable ones."""
         chosen = evenly_spaced(len(self), most)
         for k in chosen:
             if (image := self.image(k)) is not None:
@@ -124,25 +124,25 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 def evenly_spaced(count: int, most: int) -> list[int]:
-    """Return at most so many of `count` indices, evenly spaced."""
+    """Return at most `most` of `count` indices, evenly spaced."""
     return sorted({round(float(k)) for k in np.linspace(0, count - 1, min(count, most))})
 
 
 def open_images(given: str, input_shape: Sequence[int], how: Preprocessing, *, option: str = "--data") -> Any:
-    """Return the images that an option names.
+    """Return the images named by an option.
 
     Args:
-        given: an .npz file with `images` (N, H, W, C) of uint8 and perhaps `labels` (N,); a folder of images, each
-            class in a folder of its own or all in one; or `FILE.py:CALLABLE` that returns a DataLoader.
-        input_shape: of the model's input, (N, C, H, W).
-        how: their preprocessing; a callable's images are used as they are.
-        option: for messages.
+        given: an .npz file with `images` (N, H, W, C) of uint8 and optional `labels` (N,); a folder of images, with or
+        without a folder per class; or `FILE.py:CALLABLE` that returns a DataLoader.
+        input_shape: shape of the model's input, (N, C, H, W).
+        how: their preprocessing; a callable's images are used unchanged.
+        option: name of the option, for messages.
 
     Returns:
-        `Images`, or what the callable returned.
+        `Images`, or the callable's result.
 
     Raises:
-        InvalidInput: there are no such images, or they do not suit the model.
+        InvalidInput: there are no such images, or they do not fit the model.
     """
     owner, colon, name = given.rpartition(":")
     if colon and owner and not Path(given).exists():
@@ -205,7 +205,7 @@ def _archive(place: Path, shape: tuple[int, int, int], how: Preprocessing, optio
 
 
 def _folder(place: Path, shape: tuple[int, int, int], how: Preprocessing, option: str) -> Images:
-    """Read several folders as torchvision's ImageFolder does: each is a class, by name."""
+    """Read several folders like torchvision's ImageFolder: each is a class, sorted by name."""
     names = sorted(path.name for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
     beside = [path for path in sorted(place.iterdir()) if path.is_file() and path.suffix.lower() in SUFFIXES]
     known, folder = {name: k for k, name in enumerate(names)}, import_torchvision().datasets.DatasetFolder
@@ -224,7 +224,7 @@ def _folder(place: Path, shape: tuple[int, int, int], how: Preprocessing, option
 
 
 def as_dataset(given: Any, *, option: str = "data") -> Any:
-    """Return a tensor, or a pair of tensors (images, classes), as a Dataset; anything else as it is."""
+    """Return a tensor, or a pair of tensors (images, classes), as a Dataset; anything else unchanged."""
     if isinstance(given, Tensor):
         return TensorDataset(given, torch.full((len(given),), UNKNOWN))
     if isinstance(given, tuple) and len(given) == 2 and all(isinstance(x, Tensor) for x in given):
@@ -235,14 +235,14 @@ def as_dataset(given: Any, *, option: str = "data") -> Any:
 
 
 def as_loader(given: Any, *, batch: int, most: int, option: str = "data") -> Any:
-    """Return batches (images, classes) of anything that can be read as a data set.
+    """Return batches (images, classes) of anything that can be read as a dataset.
 
     Args:
-        given: `Images`, a Dataset, a tensor (N, C, H, W), a pair of it with classes (N,); a DataLoader or another
-            iterable of batches is returned as it is.
-        batch: images at a time.
-        most: of `Images`, at most so many, evenly spaced; those that cannot be read are left out.
-        option: for messages.
+        given: `Images`, a Dataset, a tensor (N, C, H, W), or a pair of it with classes (N,); a DataLoader or another
+        iterable of batches is returned unchanged.
+        batch: batch size.
+        most: maximum number of `Images`, evenly spaced; unreadable ones are skipped.
+        option: name of the option, for messages.
     """
     given = _Readable(given, most) if isinstance(given, Images) else as_dataset(given, option=option)
     if isinstance(given, Dataset) and not isinstance(given, DataLoader):
@@ -256,7 +256,7 @@ def as_loader(given: Any, *, batch: int, most: int, option: str = "data") -> Any
 
 
 class _Readable(IterableDataset[tuple[Tensor, int]]):
-    """The images that can be read, one after the other."""
+    """Iterates over readable images."""
 
     def __init__(self, images: Images, most: int) -> None:
         self._images, self._most = images, most

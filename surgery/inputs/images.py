@@ -1,4 +1,4 @@
-"""Calibration images: tensors, batches, files or folders → batches of a model's inputs, without labels."""
+"""Calibration images: convert tensors, batches, files or folders to batches of a model's inputs, without labels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from surgery.inputs.datasets import Images, evenly_spaced
 MOST = 512
 """Images at most."""
 PIXELS, LARGEST = 1_250_000, 32
-"""Images are run so many values at a time, and no more than so many images."""
+"""Maximum number of values, and of images, per batch."""
 _GIVE = "give a tensor (N, C, H, W), a Dataset, or a sequence or DataLoader of batches"
 
 
@@ -31,11 +31,11 @@ class Calibration:
     """Inputs to calibrate on, on the CPU.
 
     Attributes:
-        batches: each a tuple of the model's tensor inputs in order, the batch along axis 0.
+        batches: each a tuple of the model's tensor inputs in order, with the batch along axis 0.
         count: number of images.
         digest: SHA-256 of shapes and values.
-        given: for a part of a model, the whole model's inputs from which `batches` follow.
-        classes: the least and the greatest class that came with them in batches or items; None for none.
+        given: for a submodule, the whole model's inputs from which `batches` were computed.
+        classes: minimum and maximum class in the batches or items; None if there are none.
     """
 
     batches: tuple[tuple[Tensor, ...], ...]
@@ -45,25 +45,25 @@ class Calibration:
     classes: tuple[int, int] | None = None
 
     def described(self) -> dict[str, Any]:
-        """Return what a plan records."""
+        """Return JSON values for the plan."""
         return {"images": self.count, "sha256": self.digest}
 
     def through(self, function: Callable[[tuple[Tensor, ...]], Sequence[Tensor]]) -> Calibration:
-        """Return the function of each batch, such as the inputs of a part of the model."""
+        """Return a copy with a function applied to each batch, such as the inputs of a submodule."""
         return replace(self, batches=tuple(tuple(function(batch)) for batch in self.batches), given=self.batches)
 
 
 def calibration_images(
     given: Any, program: Program, whole: Whole | None, most: int = MOST, seed: int = 0
 ) -> Calibration:
-    """Return calibration images as a program's inputs; arguments and errors are those of `gather`.
+    """Return calibration images as a program's inputs; errors are those of `gather`.
 
     Args:
-        given: inputs of the model, of the whole one where a part of it was traced.
-        program: the traced model or part.
-        whole: where it is a part, what that belongs to.
-        most: number of images at most.
-        seed: of what a loader or a data set draws at random.
+        given: inputs of the whole model.
+        program: the traced model or submodule.
+        whole: the whole model, if a submodule was traced.
+        most: maximum number of images.
+        seed: seed of a loader's or dataset's random draws.
     """
     if isinstance(given, Calibration):
         return given
@@ -81,7 +81,7 @@ def calibration_images(
 
 
 def _spec_of(x: Tensor) -> InputSpec:
-    """A whole model's input: of a part it is not known which axes are free."""
+    """Describe a whole model's input, whose dynamic axes are unknown if a submodule was traced."""
     return InputSpec("input", tuple(x.shape), str(x.dtype).removeprefix("torch."), tuple(range(x.dim())))
 
 
@@ -89,14 +89,14 @@ def gather(given: Any, inputs: Sequence[InputSpec], most: int = MOST, seed: int 
     """Return calibration images as batches of a model's inputs.
 
     Args:
-        given: a tensor (N, C, H, W), a Dataset; or a sequence or DataLoader of batches, each the model's input or a
-            tuple of its inputs; what follows them in a batch, such as labels, is left out.
+        given: a tensor (N, C, H, W), a Dataset, or a sequence or DataLoader of batches, each the model's input or a
+            tuple of its inputs; further elements, such as labels, are ignored.
         inputs: the model's tensor inputs.
-        most: number of images at most.
-        seed: of what a loader or a data set draws at random, such as an order.
+        most: maximum number of images.
+        seed: seed of a loader's or dataset's random draws, such as its order.
 
     Raises:
-        InvalidInput: the data are of another kind, or do not fit the inputs.
+        InvalidInput: the data are of another type, or do not fit the inputs.
     """
     if isinstance(given, Calibration):
         return given
@@ -125,7 +125,7 @@ def gather(given: Any, inputs: Sequence[InputSpec], most: int = MOST, seed: int 
 
 
 def _batches(given: Any, most: int, seed: int) -> Iterator[Any]:
-    """As many batches as it takes; of a data set, images that are evenly spaced."""
+    """Yield batches as needed; images of a dataset are evenly spaced."""
     if isinstance(given, Images):
         found = [image for image, _ in given.some(most)]
         yield from [torch.stack(found)] if found else []

@@ -1,7 +1,7 @@
-"""Models of torchvision and timm: how each is built, which inputs it takes, and its pretrained weights.
+"""Models of torchvision and timm: constructors, example inputs and pretrained weights.
 
-Downloads go through the libraries' own loaders and caches, after one short request that tests the connection: the
-loaders themselves retry for minutes. Random models never touch the network, backbones included.
+Downloads use the libraries' own loaders and caches, after one short request that tests the connection, because the
+loaders retry for minutes. Building random models never accesses the network.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _AUXILIARY: tuple[Mapping[str, Any], ...] = ({"aux_loss": True}, {"aux_logits": 
 
 
 class Unavailable(Exception):
-    """Pretrained weights are not available; the message says why. Caught in this room: random weights replace them."""
+    """Pretrained weights are not available, for the reason in the message. Caught here; random weights are used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A module, and the example inputs that came with it, if any."""
+    """A module, and its example inputs if its source provides any."""
 
     module: nn.Module
     args: tuple[Any, ...] | None = None
@@ -53,18 +53,19 @@ class Source:
     """One way to get a model.
 
     Attributes:
-        name: safe as a folder's name.
-        label: what to call the model in messages.
+        name: name that is safe for folders.
+        label: name of the model in messages.
         build: keyword arguments of the builder → the model with its initial weights; downloads nothing.
-        initial: a description of those initial weights; `{seed}` is filled in.
-        accepts: whether the builder takes a keyword argument of this name.
-        pretrained: keyword arguments → (model, name of its weights), or raises Unavailable. None: has none of its own.
-        shape: (model, builder arguments) → shape of an example input; None where nothing is known about it.
+        initial: description of the initial weights; `{seed}` is substituted.
+        accepts: whether the builder has a keyword argument of this name.
+        pretrained: keyword arguments → (model, name of its weights), or raises Unavailable. None: no pretrained
+            weights.
+        shape: (model, builder arguments) → shape of an example input; None if unknown.
         wrap: example tensor → positional arguments.
-        variants: builder arguments to try for a checkpoint that the default does not fit.
+        variants: builder arguments to try for a checkpoint that does not fit the default.
         runs: whether the whole model runs on its example inputs (detectors may not).
-        notes: for the user.
-        shape_notes: for the user, where no input shape was given.
+        notes: notes for the user.
+        shape_notes: notes for the user if no input shape was given.
         preprocessing: model → the preprocessing that its weights expect.
     """
 
@@ -127,7 +128,7 @@ def torchvision_source(name: str) -> Source:
 
 
 def timm_source(name: str) -> Source:
-    """Describe a model of timm; raises InvalidInput where timm is not installed."""
+    """Describe a model of timm; raises InvalidInput if timm is not installed."""
     timm = import_timm()
 
     def build(args: Mapping[str, Any]) -> Built:
@@ -147,7 +148,7 @@ def timm_source(name: str) -> Source:
 
 
 def _torchvision_preprocessing(weights: Any) -> Preprocessing:
-    """As the transforms that published weights come with; those of classification say what they crop."""
+    """Return the preprocessing of the published weights' transforms; those for classification specify a crop."""
     transforms: Any = weights.transforms() if weights is not None else None
     crop, resize = (getattr(transforms, name, None) for name in ("crop_size", "resize_size"))
     if not crop or not resize:
@@ -157,7 +158,7 @@ def _torchvision_preprocessing(weights: Any) -> Preprocessing:
 
 
 def _timm_preprocessing(module: nn.Module) -> Preprocessing:
-    """As the model's own data configuration."""
+    """Return the preprocessing of the model's data configuration."""
     import_timm()
     from timm.data import resolve_model_data_config
 
@@ -166,11 +167,11 @@ def _timm_preprocessing(module: nn.Module) -> Preprocessing:
 
 
 def unreachable(url: str) -> str | None:
-    """Return why the host of `url` cannot be reached within a few seconds; None where it answers."""
+    """Return why the host of `url` cannot be reached within a few seconds; None if it answers."""
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_SECONDS).close()
     except urllib.error.HTTPError:
-        return None  # an answer, if only a refusal
+        return None  # any answer counts
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = str(getattr(error, "reason", "")) or first_line(error)
         return f"no connection to {urlsplit(url).hostname}: {reason}"
@@ -198,7 +199,7 @@ def _random(name: str, parameters: frozenset[str]) -> dict[str, Any]:
     if "weights_backbone" in parameters:
         arguments["weights_backbone"] = None  # the default downloads a pretrained backbone
     if name in _INCEPTIONS:
-        # Their own initialisation takes five times as long as torch's default.
+        # Skip their own initialisation, which takes five times as long as torch's default.
         arguments["init_weights"] = False
     if name == "googlenet":
         arguments["aux_logits"] = False  # as with its pretrained weights
@@ -210,7 +211,7 @@ def _torchvision_shape(family: str, module: nn.Module, default: Any) -> tuple[in
         return (1, 3, _SIZES[family], _SIZES[family])
     size = getattr(getattr(default, "transforms", None), "keywords", {}).get("crop_size", _IMAGE)
     if family != "video":
-        size = getattr(module, "image_size", size)  # transformers: it may differ from the weights' crop
+        size = getattr(module, "image_size", size)  # transformers: may differ from the weights' crop
     height, width = (size, size) if isinstance(size, int) else (size[0], size[-1])
     return (1, 3, _FRAMES, height, width) if family == "video" else (1, 3, height, height)
 
@@ -249,7 +250,7 @@ def _timm_pretrained(name: str, args: Mapping[str, Any]) -> tuple[Built, str]:
     try:
         with _downloading(f"timm:{name}", None), _hub_offline(reason is not None):
             module = _call(f"timm:{name}", timm.create_model, {"model_name": name, "pretrained": True, **args})
-    except Unavailable as error:  # not in the cache either
+    except Unavailable as error:  # not cached either
         raise Unavailable(reason or str(error)) from error
     classes = args.get("num_classes", config.num_classes)
     new_head = "" if classes == config.num_classes else f", with a random classifier of {classes} classes"
@@ -258,7 +259,7 @@ def _timm_pretrained(name: str, args: Mapping[str, Any]) -> tuple[Built, str]:
 
 @contextmanager
 def _hub_offline(offline: bool) -> Iterator[None]:
-    """Let the hub's client answer from its cache at once instead of retrying without a network."""
+    """Make the hub client use its cache immediately instead of retrying without a network."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -277,7 +278,7 @@ def _parameters(builder: Callable[..., Any]) -> frozenset[str]:
 
 
 def _call(label: str, builder: Callable[..., Any], arguments: Mapping[str, Any], *, random: bool = False) -> nn.Module:
-    """Call a library's builder; what it raises is about the user's --model-arg, unless weights are being loaded."""
+    """Call a library's builder; unless weights are being loaded, exceptions are attributed to --model-arg."""
     try:
         module: nn.Module = builder(**arguments)
     except (TypeError, AssertionError, LookupError, AttributeError, ValueError, RuntimeError) as error:
@@ -289,14 +290,14 @@ def _call(label: str, builder: Callable[..., Any], arguments: Mapping[str, Any],
 
 @contextmanager
 def _downloading(label: str, cached: Path | None) -> Iterator[None]:
-    """Turn what goes wrong between the network, the cache and the model into Unavailable or InvalidInput."""
+    """Convert errors of the network, the cache and the model to Unavailable or InvalidInput."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(STALLED_SECONDS)  # the loaders set none: a stalled download would never end
+    socket.setdefaulttimeout(STALLED_SECONDS)  # the loaders set no timeout, so a stalled download would never end
     try:
         yield
     except (OSError, http.client.HTTPException) as error:
         raise Unavailable(f"the download failed: {first_line(error)}") from error
-    except ValueError as error:  # the weights are for other builder arguments, another class count above all
+    except ValueError as error:  # the weights are for other builder arguments, usually another class count
         raise Unavailable(first_line(error)) from error
     except (RuntimeError, EOFError) as error:
         where = f" ({cached}; delete it to download again)" if cached else ""

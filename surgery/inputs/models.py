@@ -1,8 +1,8 @@
-"""Load a model, in eval mode and with example inputs, from what the user typed.
+"""Load a model as named by the user, in eval mode and with example inputs.
 
-A model is named (`resnet18`, `timm:NAME`), made by the user's own code (`FILE.py:CALLABLE`, `package.module:CALLABLE`)
-or read from a `.pt2` program; its weights are the library's, random from a seed, or a checkpoint's. Errors in any of
-them are reported here, in one sentence each, before anything slow starts.
+A model is a library model (`resnet18`, `timm:NAME`), the result of the user's own code (`FILE.py:CALLABLE`,
+`package.module:CALLABLE`) or a `.pt2` program; its weights are pretrained, random from a seed, or from a checkpoint.
+Errors are reported here, in one sentence each, before long computations.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class LoadedModel:
     """A model ready to be traced.
 
     Attributes:
-        module: in eval mode.
+        module: the module in eval mode.
         example_inputs: positional arguments of forward, usually one tensor of shape (1, C, H, W).
         example_kwargs: keyword arguments of forward.
-        name: short, and safe as a folder's name.
-        weights: their name in the report: `IMAGENET1K_V1 (torchvision)`, `random`, `checkpoint resnet.pt`.
-        notes: for the user.
-        warnings: for the user: that the weights are random although pretrained ones were asked for.
-        preprocessing: the one that the model expects.
+        name: short name that is safe for folders.
+        weights: name of the weights in the report: `IMAGENET1K_V1 (torchvision)`, `random`, `checkpoint resnet.pt`.
+        notes: notes for the user.
+        warnings: warnings for the user, such as random weights because pretrained ones are unavailable.
+        preprocessing: preprocessing that the model expects.
     """
 
     module: nn.Module
@@ -85,13 +85,13 @@ def load_model(
         spec: a torchvision name, `timm:NAME`, `FILE.py:CALLABLE`, `package.module:CALLABLE`, or the path of a `.pt2`.
         weights: `auto` (pretrained, else seeded random with a warning), `random` (nothing is downloaded), or the path
             of a checkpoint.
-        input_shape: of the example input, such as (1, 3, 224, 224); None for the model's own.
+        input_shape: shape of the example input, such as (1, 3, 224, 224); None for the model's default.
         model_args: keyword arguments of the builder, such as num_classes.
-        seed: of random weights and example inputs; the global random states are restored afterwards.
+        seed: seed of random weights and example inputs; the global random states are restored afterwards.
         trust: load `.pt2` files that could run code.
 
     Raises:
-        InvalidInput: nothing of that name, files or weights that do not fit, or a shape the model does not run on.
+        InvalidInput: the name is unknown, files or weights do not fit, or the model does not run on the shape.
         UnsupportedModel: the model is of a kind that cannot be shrunk.
     """
     if input_shape is not None and not (input_shape and all(isinstance(n, int) and n > 0 for n in input_shape)):
@@ -113,18 +113,18 @@ def load_model(
 
 
 def list_names(library: str = "torchvision") -> list[str]:
-    """Return the model names of `torchvision` or `timm`; raises InvalidInput where the library is not installed."""
+    """Return the model names of `torchvision` or `timm`; raises InvalidInput if the library is not installed."""
     return timm_names() if library == "timm" else torchvision_names()
 
 
 def check_runs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
-    """Run the model once, without gradients; raises InvalidInput, with the user's own line, where forward raises."""
+    """Run the model once, without gradients; raises InvalidInput, with the user's source line, if forward raises."""
     try:
         with torch.no_grad():
             module(*args, **kwargs)
     except SurgeryError:
         raise
-    except Exception as error:  # forward is the user's code: any exception may come
+    except Exception as error:  # forward is user code and may raise any exception
         shapes = ", ".join(_shape(value) for value in (*args, *kwargs.values())) or "no input"
         raise InvalidInput(
             f"{type(module).__name__} does not run on input {shapes}{user_line(error)}: {first_line(error)}; "
@@ -136,7 +136,7 @@ def check_runs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def _with_weights(source: Source, weights: str, model_args: Mapping[str, Any], seed: int) -> tuple[LoadedModel, Built]:
-    """Build the model and give it its weights; the example inputs are filled in later."""
+    """Build the model and load its weights; the example inputs are added later."""
     initial, notes = source.initial.format(seed=seed), source.notes
     warnings: tuple[str, ...] = ()
     _seed(seed)
@@ -161,7 +161,7 @@ def _loaded(source: Source, built: Built, weights: str, notes: tuple[str, ...]) 
 
 
 def _build_for(source: Source, checkpoint: checkpoints.Checkpoint, model_args: Mapping[str, Any]) -> Built:
-    """Build the variant of the model that a checkpoint is of: its class count, with or without auxiliary heads."""
+    """Build the variant of the model that fits a checkpoint: class count, with or without auxiliary heads."""
     first = source.build(model_args)
     wanted = first.module.state_dict().keys()
     tensors = checkpoints.without_prefixes(checkpoint.tensors, wanted)
@@ -258,5 +258,5 @@ def _program(path: Path, trust: bool) -> Source:
 
 
 def _seed(seed: int) -> None:
-    torch.manual_seed(seed)  # of all devices
+    torch.manual_seed(seed)  # all devices
     random_state.seed_all(seed)

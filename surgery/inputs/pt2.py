@@ -1,10 +1,10 @@
-"""Load `.pt2` exported programs without running code that a stranger put into the file.
+"""Load `.pt2` exported programs without running untrusted code.
 
-`torch.export.load` is not meant for untrusted files: it unpickles some payloads outright and others as soon as the
-safe unpickler declines them, opens compiled libraries, evaluates symbolic expressions as Python, imports what a tree of
-containers names, and pastes names into generated source. `load_program` therefore reads the archive the way the loader
-will, and refuses it before loading unless everything in it is plain data: payloads that `torch.load(weights_only=True)`
-reads, registered operators, arithmetic on symbols, and names that are names.
+`torch.export.load` is not meant for untrusted files: it unpickles some payloads directly and others if the safe
+unpickler rejects them, opens compiled libraries, evaluates symbolic expressions as Python, imports modules named in
+pytree specs, and inserts names into generated source. `load_program` therefore inspects the archive first, and rejects
+it unless it contains plain data only: payloads that `torch.load(weights_only=True)` reads, registered operators,
+arithmetic on symbols, and valid names.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from surgery.core import first_line
 from surgery.errors import InvalidInput
 
 _NAME = re.compile(r"[\w.+\-]*")
-"""Names, versions and dotted paths: nothing that could end one Python statement or call a function."""
+"""Names, versions and dotted paths: nothing that could end a Python statement or call a function."""
 _TREE = re.compile(r'(?:[\w\s.\-+/\[\]{},:$<>]|\\*")*')
 """A serialised tree of containers: JSON whose only escape is the quote."""
 _FREE_TEXT = frozenset({"metadata", "as_string", "as_strings", "guards_code"})
-"""Keys whose text is never executed: read back as strings, or (guards) left out of the module."""
+"""Keys whose text is never executed: read as strings, or (guards) omitted from the module."""
 _TREES = frozenset({"in_spec", "out_spec"})
 _OPERATOR = re.compile(r"torch\.ops\.\w+\.\w+(\.\w+)?")
 _SYMBOL_OPERATOR = re.compile(
@@ -59,8 +59,8 @@ def load_program(path: Path, *, trust: bool = False) -> torch.export.ExportedPro
     """Read a file written by `torch.export.save`; with `trust`, without the inspection.
 
     Raises:
-        InvalidInput: the file is missing, damaged, of another kind, or, without `trust`, could run code on loading:
-            nothing of it has been executed then.
+        InvalidInput: the file is missing, damaged, of another kind, or, without `trust`, could run code on loading;
+        nothing has been executed then.
     """
     if not path.is_file():
         raise InvalidInput(f"no such file: {path}")
@@ -71,19 +71,19 @@ def load_program(path: Path, *, trust: bool = False) -> torch.export.ExportedPro
     with _quiet_loader():
         try:
             return torch.export.load(str(path))
-        except Exception as error:  # the loader raises whatever a damaged file leads it to
+        except Exception as error:  # the loader may raise any exception on damaged files
             raise InvalidInput(f"cannot load exported program {path}: {first_line(error)}") from error
 
 
 def plain_module(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
-    """Return the program as a graph module that, unlike `program.module()`, takes `.eval()`, deepcopy and pickling."""
+    """Return the program as a graph module that, unlike `program.module()`, supports `.eval()`, copying and pickling."""
     unlifted = program.module(check_guards=False)
     return torch.fx.GraphModule(unlifted, unlifted.graph)
 
 
 @contextmanager
 def _quiet_loader() -> Iterator[None]:
-    """Keep the loader's tracebacks out of the log: what went wrong comes back as one exception."""
+    """Keep the loader's tracebacks out of the log; errors are raised as one exception."""
     logger = logging.getLogger("torch.export")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -96,7 +96,7 @@ def _quiet_loader() -> Iterator[None]:
 
 
 def _inspect(path: Path) -> None:
-    """Raise InvalidInput where loading the archive would run code that it carries."""
+    """Raise InvalidInput if loading the archive could run code that it contains."""
     try:
         with zipfile.ZipFile(path) as archive:
             old_layout = "version" in archive.namelist()
@@ -113,7 +113,7 @@ def _inspect(path: Path) -> None:
 
 
 def _problem(reader: PT2ArchiveReader, records: list[str]) -> str | None:
-    """Say what in the archive could run code, or None. Follows `load_pt2`, record by record."""
+    """Return what in the archive could run code, or None. Follows `load_pt2`, record by record."""
     for record in records:
         if record.startswith(constants.AOTINDUCTOR_DIR):
             return f"a compiled library ({record})"
@@ -155,14 +155,14 @@ def _pickled(reader: PT2ArchiveReader, records: list[str], model: str) -> Iterat
 
 
 def _is_plain_pickle(data: bytes) -> bool:
-    """Tell whether the safe unpickler reads it, in which case the loader's unsafe one finds nothing to call either."""
+    """Return whether the safe unpickler reads it; then the loader's unsafe one does not call anything either."""
     if not data:
         return True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception:  # any refusal counts, whatever its class
+    except Exception:  # any exception counts as a rejection
         return False
     return True
 
@@ -181,7 +181,7 @@ def _executable_text(value: Any, key: str = "") -> str | None:
 
 
 def _is_flat_text(value: Any) -> bool:
-    """Tell text from structure: a value of the graph may bear the name of a free-text key."""
+    """Return whether a value is flat text: a graph value may have the name of a free-text key."""
     if isinstance(value, dict):
         return not {"name", "target", "expr_str"} & value.keys() and all(isinstance(v, str) for v in value.values())
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
@@ -191,7 +191,7 @@ def _is_plain_text(text: str, key: str) -> bool:
     if key == "expr_str":
         return _is_arithmetic(text)
     if key in _TREES:
-        # An enum or a default factory in a tree is looked up by importing the module it names.
+        # Loading an enum or a default factory of a pytree spec imports the module it names.
         return _TREE.fullmatch(text) is not None and "__enum__" not in text and "default_factory" not in text
     if key == "target" and text.startswith(("torch", "_operator", "math")):
         return _is_operator(text)
@@ -199,7 +199,7 @@ def _is_plain_text(text: str, key: str) -> bool:
 
 
 def _is_operator(path: str) -> bool:
-    """Tell whether the path names a registered operator, not just any Python callable reachable from torch."""
+    """Return whether the path names a registered operator, not just any Python callable reachable from torch."""
     if _SYMBOL_OPERATOR.fullmatch(path):
         return True
     if not _OPERATOR.fullmatch(path):
@@ -211,7 +211,7 @@ def _is_operator(path: str) -> bool:
 
 
 def _is_arithmetic(text: str) -> bool:
-    """Tell whether a symbolic expression, which sympy evaluates as Python, consists of arithmetic on symbols only."""
+    """Return whether a symbolic expression, which sympy evaluates as Python, is arithmetic on symbols only."""
     try:
         tree = ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, RecursionError):

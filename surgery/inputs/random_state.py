@@ -34,7 +34,7 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def states_kept() -> Iterator[None]:
-    """Let the block draw, and restore the generators after it."""
+    """Restore the generators after the block."""
     before = states()
     try:
         yield

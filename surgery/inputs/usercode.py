@@ -1,6 +1,6 @@
-"""Models made by the user's own code: `FILE.py:CALLABLE` and `package.module:CALLABLE`.
+"""Models from the user's own code: `FILE.py:CALLABLE` and `package.module:CALLABLE`.
 
-Whatever goes wrong in that code becomes one sentence with the user's own line.
+Any exception in that code is reported in one sentence with the user's source line.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from surgery.inputs.libraries import Built, Source
 
 
 def user_source(owner: str, name: str) -> Source:
-    """Describe a model made by the user's own callable, which this imports (and `build` calls).
+    """Describe a model from the user's callable, which this function imports (and `build` calls).
 
     Args:
         owner: `FILE.py` or `package.module`; imported with its folder, or the working directory, on `sys.path`.
-        name: of a callable (or module) in it that gives an `nn.Module` or (module, example inputs).
+        name: name of a callable (or module) in it that returns an `nn.Module` or (module, example inputs).
     """
     maker, folder = _found(owner, name)
     label = f"{owner}:{name}"
@@ -56,10 +56,10 @@ def user_source(owner: str, name: str) -> Source:
 
 
 def user_object(owner: str, name: str) -> Any:
-    """Return an object of the user's own file or module by name; a callable's errors are reported as by `guarded`.
+    """Return an object of the user's file or module by name; a callable's errors are reported as in `guarded`.
 
     Raises:
-        InvalidInput: nothing of that name, or the import, or the call, fails.
+        InvalidInput: there is no such name, or the import or the call fails.
     """
     maker, folder = _found(owner, name)
     if not callable(maker):
@@ -73,7 +73,7 @@ def user_object(owner: str, name: str) -> Any:
 
 
 def _found(owner: str, name: str) -> tuple[Any, Path]:
-    """The object, and the folder that was on `sys.path`."""
+    """Return the object, and the folder that was on `sys.path`."""
     is_file = owner.endswith(".py")
     folder = Path(owner).expanduser().resolve().parent if is_file else Path.cwd()
     with _on_path(folder):
@@ -109,7 +109,7 @@ def _takes(maker: Any, name: str) -> bool:
 
 
 def _import_file(file: str) -> ModuleType:
-    """Import a file under a name of its own, registered, so that its classes pickle and its source can be inspected."""
+    """Import a file under a unique registered name, so that its classes pickle and its source can be inspected."""
     path = Path(file).expanduser().resolve()
     if not path.is_file():
         raise InvalidInput(f"no such file: {file}")
@@ -139,14 +139,14 @@ def _import_name(name: str) -> ModuleType:
 
 
 def guarded(what: str, action: Callable[[], Any]) -> Any:
-    """Run code of the user's; whatever it raises becomes one sentence, an InvalidInput with the user's line."""
+    """Run user code; raises InvalidInput for any exception, with the user's source line."""
     try:
         return action()
     except SurgeryError:
         raise
     except SyntaxError as error:
         raise InvalidInput(f"{what} at {error.filename}:{error.lineno}: {error.msg}") from error
-    except (Exception, SystemExit) as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # user code may raise any exception
         if "torchvision::" in str(error):  # torchvision's operators do not load
             import_torchvision()
             return action()
@@ -163,7 +163,7 @@ def _on_path(folder: Path) -> Iterator[None]:
 
 
 def near(name: str, names: Collection[str], otherwise: Collection[str] = ()) -> str:
-    """Return a hint in words: names like `name`, else the first few of `otherwise`."""
+    """Return a hint: names similar to `name`, else the first few of `otherwise`."""
     similar = difflib.get_close_matches(name, names, n=3)
     if similar:
         return f"did you mean {' or '.join(similar)}?"
@@ -171,7 +171,7 @@ def near(name: str, names: Collection[str], otherwise: Collection[str] = ()) -> 
 
 
 def top_level_names(path: Path) -> list[str]:
-    """Return the functions and classes that a file defines, without running it; raises InvalidInput if it cannot."""
+    """Return the functions and classes that a file defines, without running it; raises InvalidInput on failure."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError) as error:
@@ -180,5 +180,5 @@ def top_level_names(path: Path) -> list[str]:
 
 
 def folder_name(text: str) -> str:
-    """Return `text` with what a folder's name should not hold replaced by underscores."""
+    """Return `text` with characters unsuitable for folder names replaced by underscores."""
     return re.sub(r"[^\w.\-]+", "_", text).strip("._") or "model"

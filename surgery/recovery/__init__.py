@@ -1,4 +1,4 @@
-"""Bringing a compact model back to the dense one, and judging how near it is.
+"""Recover a compact model's accuracy, and evaluate it against the dense model.
 
 Its public names are listed in `__init__.pyi` and loaded on first use.
 """

@@ -1,4 +1,4 @@
-"""How far a compact model's outputs are from the dense model's, and how many classes both get right."""
+"""Agreement of a compact model's outputs with the dense model's, and accuracies of both."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from surgery.core import flat_outputs
 from surgery.errors import InvalidInput
 
 Model = Callable[[Sequence[Tensor]], Any]
-"""A batch of inputs → whatever the model returns."""
+"""A batch of inputs → the model's result."""
 Judged = Iterable[tuple[Sequence[Tensor], Tensor | None]]
 CONFIDENCE = 0.95
 RESAMPLES = 5000
 FEW, MANY = 10, 30
-"""Images on which two models differ: up to the first the bootstrap has no say about them, from the second it alone."""
+"""Images on which two models differ: up to the first number the bootstrap is not used, from the second only it."""
 HELD = 2**28
-"""Bytes of the dense model's outputs that are held; where they take more, it is run again."""
+"""Maximum bytes of dense outputs to keep in memory; beyond that, the dense model is run again."""
 _NOTHING = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """A model beside the dense one, on the same images.
+    """Agreement of a model with the dense one on the same images.
 
     Attributes:
-        images: they are of.
-        cosine: between the outputs of the two, all of them as one vector per image; the mean.
-        error: squared difference over what varies in the dense model's outputs.
-        top1_match: share of images on which both name the same class; None where outputs are no classes.
-        divergence: Kullback-Leibler, of the dense model's distribution from this one's, in nats; None likewise.
-        accuracy: share of images whose class it names; None without labels.
-        drop: points of accuracy that it names less than the dense model, paired, with its 95 % interval; or None.
-        traded: images that the dense model alone names right, and images that this one alone does; None likewise.
-        differs: points of images on which the two name another class, with the interval; None as `top1_match`.
-        correlation: of the two models' outputs over images, -1 to 1; NaN if not finite.
+        images: number of images.
+        cosine: mean cosine between the two models' outputs, as one vector per image.
+        error: squared difference over the variance of the dense model's outputs.
+        top1_match: share of images with the same predicted class; None if outputs are not class scores.
+        divergence: Kullback-Leibler divergence of the dense distribution from this one, in nats; None likewise.
+        accuracy: share of correctly classified images; None without labels.
+        drop: accuracy lost against the dense model in points, paired, with its 95 % interval; None without labels.
+        traded: numbers of images that only the dense model, and only this one, classifies correctly; None likewise.
+        differs: points of images with different predicted classes, with the interval; None like `top1_match`.
+        correlation: correlation of the two models' outputs over images, -1 to 1; NaN if not finite.
     """
 
     images: int
@@ -59,16 +59,16 @@ class Agreement:
 
 @dataclass(slots=True, eq=False)
 class Reference:
-    """What the dense model gives on the images to judge by: others are compared with it, batch by batch.
+    """The dense model's outputs on evaluation images, with which other models are compared batch by batch.
 
     Attributes:
-        dense_model: run again where its outputs are too many to be held.
-        batches: of inputs and classes (or None), the same each time they are gone through.
-        labels: of each image, (N,), or None.
-        outputs: of the dense model, for each batch those of it, or None where they are too many.
-        classes: the output's number of classes, 0 where outputs are no classes.
-        named: what the images are, for the reader.
-        notes: what the user should know.
+        dense_model: run again if its outputs are too large to keep.
+        batches: batches of inputs and classes (or None), identical in each iteration.
+        labels: class of each image, (N,), or None.
+        outputs: outputs of the dense model for each batch, or None if too large.
+        classes: number of classes, 0 if outputs are not class scores.
+        named: description of the images.
+        notes: notes for the user.
     """
 
     dense_model: Model
@@ -81,7 +81,7 @@ class Reference:
 
     @classmethod
     def of(cls, dense: Model, batches: Judged, named: str) -> Reference:
-        """Run the dense model; raises InvalidInput where labels are out of its range."""
+        """Run the dense model; raises InvalidInput if labels are out of range."""
         seen, outputs, classes, held = list[Tensor | None](), list[Sequence[Tensor]](), 0, 0
         for inputs, labels in batches:
             found = _flat(dense, inputs)
@@ -105,18 +105,18 @@ class Reference:
         return cls(dense, batches, known, outputs if held <= HELD else None, classes, named, notes)
 
     def dense(self) -> Agreement:
-        """Return the dense model beside itself."""
+        """Return the agreement of the dense model with itself."""
         found = self._beside(None)
         exact = 0.0, 0.0, 0.0
         drop, differs = (exact if x is not None else None for x in (found.drop, found.differs))
         return replace(found, drop=drop, differs=differs)
 
     def judge(self, model: Model) -> Agreement:
-        """Return how a model does beside the dense one."""
+        """Return the agreement of a model with the dense one."""
         return self._beside(model)
 
     def _pairs(self, model: Model | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each batch the two models' outputs, (N, values) of float64; without a model those of the dense one."""
+        """Yield the two models' outputs for each batch, (N, values) in float64; without a model, the dense one's."""
         for k, (inputs, _) in enumerate(self.batches):
             ours = self.outputs[k] if self.outputs is not None else _flat(self.dense_model, inputs)
             yield _rows(ours), _rows(ours if model is None else _flat(model, inputs))
@@ -155,7 +155,7 @@ class Reference:
 
 @dataclass(slots=True, eq=False)
 class _Sums:
-    """Of two models' outputs over images, less the first image's: what varies, and how far they go together."""
+    """Sums over two models' outputs, shifted by the first image's, for variance and correlation."""
 
     count: int = 0
     pivot: tuple[Tensor, Tensor] | None = None
@@ -166,7 +166,7 @@ class _Sums:
     between: float = 0.0
 
     def add(self, own: Tensor, other: Tensor) -> None:
-        """Take a batch in, (N, values) each."""
+        """Add a batch, (N, values) each."""
         if self.pivot is None:
             self.pivot = own[0].clone(), other[0].clone()
             self.sums = [torch.zeros_like(own[0]), torch.zeros_like(other[0])]
@@ -185,13 +185,13 @@ class _Sums:
         return max(own, 0.0), max(other, 0.0), both
 
     def error(self) -> float:
-        """Squared difference over what varies in the first model's outputs."""
+        """Squared difference over the variance of the first model's outputs."""
         assert self.pivot is not None, "there are images"
         whole = self.own + self.count * float(self.pivot[0].square().sum())
         return self.between / (self._centred()[0] or whole or 1.0)
 
     def correlation(self) -> float:
-        """Of the two, over images; of one image, of its values."""
+        """Correlation of the two over images, or over values for a single image."""
         assert self.pivot is not None, "there are images"
         own, other, both = self._centred()
         if self.count == 1:
@@ -202,7 +202,7 @@ class _Sums:
 
 
 def _flat(model: Model, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """All floating outputs of a batch."""
+    """Return all floating outputs of a batch, flattened."""
     with torch.no_grad():
         found = [x.float() for x in flat_outputs(model(inputs))]
     if not found:
@@ -220,15 +220,14 @@ def _classes_of(found: Sequence[Tensor]) -> int:
 
 
 def paired_drop(dense: Tensor, compact: Tensor) -> tuple[float, float, float]:
-    """Return by how many points fewer images are right, with the 95 % interval, paired on the same images.
+    """Return the accuracy lost in points, with its 95 % interval, paired on the same images.
 
-    Resampling a few images that differ tells little, and none nothing: where no more than `FEW` differ, the interval is
-    Tango's score interval, from `MANY` the percentile bootstrap; in between one passes into the other. One more image
-    lost moves neither end down, one more won neither up.
+    The bootstrap is unreliable if few images differ: up to `FEW`, the interval is Tango's score interval, from `MANY`
+        the percentile bootstrap, with a transition in between. Both ends are monotonic in images lost and won.
 
     Args:
-        dense: whether each image is right, (N,), or which share of several models has it right.
-        compact: likewise, of the model that is judged.
+        dense: whether each image is classified correctly, (N,), or the share of several models that do so.
+        compact: likewise for the evaluated model.
 
     Source: Tango 1998, Statistics in Medicine 17(8), 891-908.
     """
@@ -252,17 +251,17 @@ def score_interval(lost: float, won: float, count: int) -> tuple[float, float]:
     """Return Tango's 95 % score interval of a difference between paired shares, -1 to 1.
 
     Args:
-        lost: pairs of which only the first is right.
-        won: pairs of which only the second is.
-        count: all pairs.
+        lost: number of pairs with only the first correct.
+        won: number of pairs with only the second correct.
+        count: number of pairs.
     """
     quantile = float(norm.ppf(0.5 + CONFIDENCE / 2))
 
     def beyond(difference: float, sign: int) -> float:
-        """How far the pairs are from what a difference lets expect, less what chance allows."""
+        """Return the deviation from the expected difference, minus the critical value."""
         b = (2 * count - lost + won) * difference - lost - won
         root = sqrt(max(0.0, b * b + 8 * count * won * difference * (1 - difference)))
-        least = (root - b) / (4 * count)  # the likeliest share of pairs won, given the difference
+        least = (root - b) / (4 * count)  # maximum-likelihood share of pairs won, given the difference
         spread = sqrt(max(0.0, count * (2 * least + difference * (1 - difference))))
         return sign * (lost - won - count * difference) - quantile * spread
 

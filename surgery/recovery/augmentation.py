@@ -1,7 +1,7 @@
-"""Images as a student sees them: in an order, shifted, flipped and mixed, all of which a seed tells.
+"""Training images: shuffled, shifted, flipped and mixed, all determined by a seed.
 
-What is drawn for an image follows from the seed, the epoch and the image's number, so that one process or several see
-the same, and a run that goes on sees what it would have seen.
+Random draws depend only on the seed, the epoch and the image's index, so they do not depend on the number of processes
+or on resuming.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from surgery.inputs import UNKNOWN, classes_of, derived_seed, read_item, split_b
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What is done to images.
+    """Augmentation settings.
 
     Attributes:
-        shift: by up to this share of their size.
-        flip: left to right, half of them.
-        mix: with another image, half of them.
-        seed: of all that is drawn.
+        shift: shift images by up to this share of their size.
+        flip: flip half of the images left to right.
+        mix: mix half of the images with another one.
+        seed: seed of all random draws.
     """
 
     shift: float
@@ -38,7 +38,7 @@ class Look:
 
 
 class Views(Dataset[tuple[Tensor, ...]]):
-    """Each image as it is seen in one epoch: shifted, flipped, mixed with another; its number tells how."""
+    """Dataset of augmented images of one epoch; the augmentation is determined by the index."""
 
     def __init__(self, images: Any, how: Look, chosen: Sequence[int], inputs: Sequence[InputSpec]) -> None:
         self._images, self._how, self._chosen, self._inputs = images, how, chosen, inputs
@@ -83,7 +83,7 @@ class Views(Dataset[tuple[Tensor, ...]]):
 
 
 class Order(Sampler[int]):
-    """A new order for each epoch, told by the seed."""
+    """Sampler with a new order for each epoch, determined by the seed."""
 
     def __init__(self, count: int, seed: int) -> None:
         self._count, self._seed = count, seed
@@ -94,6 +94,6 @@ class Order(Sampler[int]):
         return self._count
 
     def __iter__(self) -> Iterator[int]:
-        """Yield all images' numbers."""
+        """Yield the indices of all images."""
         generator = torch.Generator().manual_seed(derived_seed(self._seed, self.epoch))
         yield from torch.randperm(self._count, generator=generator).tolist()

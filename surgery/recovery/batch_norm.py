@@ -1,7 +1,7 @@
-"""Batch-norm re-estimation on images; parameters stay as they are.
+"""Batch-norm re-estimation on images; parameters are unchanged.
 
-As in training, each norm goes by its batch's own statistics; the cumulative average of mean and mean square over all
-batches becomes the running statistics.
+As in training, each norm uses batch statistics; the average of mean and mean square over all batches becomes the
+running statistics.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def estimate_norms(
 
     Args:
         compact: its graph and module share their tensors; without a graph, the module's own norms are run.
-        batches: of the model's inputs.
-        call: runs the module on a batch, where there is no graph.
-        progress: told the fraction that is done.
+        batches: batches of the model's inputs.
+        call: runs the module on a batch if there is no graph.
+        progress: called with the completed fraction.
     """
     if not compact.has_graph:
         return _of_module(compact.module, batches, call, progress)
@@ -46,7 +46,7 @@ def estimate_norms(
 
 
 class _Estimating(Executor):
-    """Norms go by the batch's statistics, which are summed up."""
+    """Norms use batch statistics, which are accumulated."""
 
     def __init__(self, graph: torch.fx.GraphModule, state: Mapping[str, Tensor]) -> None:
         super().__init__(graph, state)

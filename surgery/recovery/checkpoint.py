@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: tensors and numbers, nothing that could run code; replaced as a whole."""
+"""Checkpoints of a training run: tensors and numbers only, replaced atomically."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _TOLD = "told"
 
 
 class Checkpoint:
-    """The last state of a run, in a folder of its own.
+    """The last state of a run, in its own folder.
 
     Args:
-        folder: made where it is not there.
-        key: what the run is of; a checkpoint of another key is not taken up.
+        folder: created if missing.
+        key: identity of the run; a checkpoint with another key is ignored.
 
     Attributes:
-        passed_over: whether `load` found one that is of another run, or damaged.
+        passed_over: whether `load` ignored a checkpoint because it is damaged or of another run.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -49,7 +49,7 @@ class Checkpoint:
             raise InvalidInput(f"{self._folder}: a checkpoint cannot be written ({error.strerror or error})") from error
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return the last state; None where there is none, or one of another run, which is told by `passed_over`."""
+        """Return the last state; None if there is none, or if it is of another run (see `passed_over`)."""
         place = self._folder / FILE
         self.passed_over = place.exists()
         try:
@@ -65,5 +65,5 @@ class Checkpoint:
         return found
 
     def clear(self) -> None:
-        """Remove the folder, with what killed runs left in it."""
+        """Remove the folder, including remains of killed runs."""
         shutil.rmtree(self._folder, ignore_errors=True)

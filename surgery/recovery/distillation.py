@@ -1,4 +1,4 @@
-"""One distillation run of a compact model: on which data, with which settings, and what there is to report of it."""
+"""A distillation run of a compact model: its data, settings and report."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from surgery.recovery.teaching import History, Training
 from surgery.recovery.training import train
 
 SAMPLED = 32
-"""Images of the data whose content identifies a run."""
+"""Number of images whose content identifies a run."""
 
 
 def distilled(task: Task, name: str, *, labels: bool) -> Outcome:
-    """Train the compact model in place; parameters that do not require gradients stay.
+    """Train the compact model in place; parameters that do not require gradients are frozen.
 
     Args:
-        task: with the user's images.
-        name: of the method, for messages.
-        labels: whether classes are learnt too, beside the dense model's outputs.
+        task: the task, with the user's images.
+        name: name of the method, for messages.
+        labels: whether to train on classes in addition to the dense model's outputs.
     """
     subject, recipe = task.subject, task.recipe
     assert task.seen is not None, "methods that need images are given some"
@@ -64,7 +64,7 @@ def _notes(history: History) -> list[str]:
 
 
 def training_of(recipe: Recipe) -> Training:
-    """Return how to train."""
+    """Return the training settings."""
     how = recipe.recovery
     return Training(
         epochs=how.epochs,
@@ -86,14 +86,14 @@ def training_of(recipe: Recipe) -> Training:
 
 
 def classes_in(data: Any, inputs: int) -> Tensor | None:
-    """Return what follows the inputs in a data set, if that is known without reading its images."""
+    """Return the classes of a dataset if they are known without reading its images."""
     if isinstance(data, Images):
         return torch.tensor(data.classes) if data.classes else None
     return data.tensors[inputs] if isinstance(data, TensorDataset) and len(data.tensors) > inputs else None
 
 
 def _identity(data: Any, subject: Subject, seed: int) -> str:
-    """Digest of the data, as far as it is known quickly, and of both models' weights."""
+    """Return a digest of the data, as far as cheaply available, and of both models' weights."""
     digest = hashlib.sha256()
     tensors = [] if (known := classes_in(data, len(subject.inputs))) is None else [known]
     if isinstance(data, Images):

@@ -1,4 +1,4 @@
-"""The user's own measure of a model: a callable that gets one, and returns figures by name."""
+"""The user's own metric: a function of a model that returns figures by name."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Evaluate = Callable[[Any], Mapping[str, float]]
 
 
 def open_evaluation(given: str) -> Evaluate:
-    """Return what `FILE.py:CALLABLE` names, checked each time it is called.
+    """Return the function `FILE.py:CALLABLE`, with its results checked on each call.
 
     Raises:
-        InvalidInput: there is no such callable; later, that it fails or returns no finite numbers by name.
+        InvalidInput: there is no such callable; on a call, if it fails or does not return finite numbers by name.
     """
     owner, colon, name = given.rpartition(":")
     if not colon or not owner:
@@ -32,14 +32,14 @@ def open_evaluation(given: str) -> Evaluate:
 
 
 def checked(function: Callable[[Any], Any], told: str) -> Evaluate:
-    """Return the function with what it returns made sure of: finite numbers by name, the first one to be kept high.
+    """Wrap the function to check its result: finite numbers by name, of which the first is maximised.
 
     Args:
-        function: of a model.
-        told: where it comes from, for messages.
+        function: function of a model.
+        told: its origin, for messages.
 
     Raises:
-        InvalidInput: it is none; later, what it returns is something else.
+        InvalidInput: it is not callable; on a call, if it returns anything else.
     """
     if not callable(function):
         raise InvalidInput(f"{told} is of type {type(function).__name__}, not a function of a model")
@@ -61,7 +61,7 @@ def checked(function: Callable[[Any], Any], told: str) -> Evaluate:
 
 
 def points_lost(dense: Mapping[str, float], compact: Mapping[str, float]) -> float:
-    """Return by how much the first figure fell: in hundredths where the dense model's is between -1 and 1."""
+    """Return the decrease of the first figure, times 100 if the dense model's is between -1 and 1."""
     name, value = next(iter(dense.items()))
     if name not in compact:
         raise InvalidInput(f"--metric: '{name}' was returned for the dense model and not for the compact one")

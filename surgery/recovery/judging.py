@@ -1,4 +1,4 @@
-"""Images to judge by, with their classes: the same ones for each model that is judged."""
+"""Evaluation images with their classes, identical for each evaluated model."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from surgery.errors import InvalidInput
 from surgery.inputs import as_loader, classes_of, read_batches, split_batch, unlabelled, validated_input
 
 JUDGED = 10_000
-"""At most so many images of a data set are judged by."""
+"""Maximum number of evaluation images of a dataset."""
 KEPT = 2**30
-"""Bytes of images that are held."""
+"""Maximum bytes of images to keep in memory."""
 Pair = tuple[Sequence[Tensor], Tensor | None]
 
 
 class Pairs:
-    """Batches of inputs with their classes, the same each time they are gone through.
+    """Batches of inputs with their classes, identical in each iteration.
 
-    They are held as long as they take no more than `KEPT` bytes; beyond that they are read again, and have to be the
-    same ones.
+    Up to `KEPT` bytes are kept in memory; beyond that batches are read again, and must be the same.
 
     Args:
-        given: `Images`, of which those that can be read are taken, or what else `as_loader` takes.
-        specs: the model's inputs; where they fix the batch, images are given so many at a time.
-        seed: of what a loader draws at random, such as an order.
+        given: `Images`, whose unreadable files are skipped, or any other argument of `as_loader`.
+        specs: the model's inputs, which may fix the batch size.
+        seed: seed of a loader's random draws, such as its order.
     """
 
     def __init__(self, given: Any, specs: Sequence[InputSpec], seed: int = 0) -> None:
@@ -45,7 +44,7 @@ class Pairs:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know, once they were gone through."""
+        """Notes for the user after the first iteration."""
         told = []
         if self._dropped:
             told.append("the classes of --val are not one whole number for each image: they are left out")
@@ -73,7 +72,7 @@ class Pairs:
             self._held, self._whole = held, True
 
     def _recognise(self, k: int, pair: Pair) -> None:
-        """Refuse batches that are others than the first time: whatever was found then would not belong to them."""
+        """Raise if a batch differs from the first iteration, since stored results would not apply."""
         digest = hash(tuple(float(x.double().sum()) for x in pair[0]))
         if k == len(self._digests):
             self._digests.append(digest)
@@ -100,7 +99,7 @@ class Pairs:
                 break
 
     def _regrouped(self, pairs: Iterable[Pair], size: int) -> Iterator[Pair]:
-        """The same images, so many at a time; what is left over in the end is left out."""
+        """Yield the same images in batches of the given size, dropping an incomplete last batch."""
         held, labels = [list[Tensor]() for _ in self._specs], list[Tensor | None]()
         for inputs, classes in pairs:
             labels += torch.split(classes, 1) if classes is not None else [None] * len(inputs[0])

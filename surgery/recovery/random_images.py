@@ -1,7 +1,7 @@
-"""Images drawn at random, for where there are none: leaves of many sizes on top of each other, and noise of all scales.
+"""Synthetic images: overlapping leaves of many sizes, and noise of all scales.
 
-Such images share with photographs what layers near the input respond to: edges at all scales, occlusion, uniform areas,
-and a spectrum that falls with frequency. A network's layers are alive on them, which is all that a fit needs.
+Such images share with photographs edges at all scales, occlusion, uniform areas and a spectrum that falls with
+frequency. They activate a network's layers, which is sufficient for a least-squares fit.
 
 Source: dead leaves after Lee, Mumford and Huang 2001; learning from them after Baradad et al. 2021 (arXiv:2106.05963).
 """
@@ -15,22 +15,22 @@ from torch import Tensor
 from surgery.core import InputSpec
 
 DRAWN, VALUES = 512, 20_000_000
-"""Number of images in batches, and the most values that they may hold together."""
+"""Number of images, and the maximum number of values of all batches together."""
 LEAVES = 40
 """On each image."""
 _TOGETHER = 0.85
-"""How much channels go together."""
+"""Correlation between channels."""
 
 
 def drawn_images(count: int, channels: int, height: int, width: int, *, seed: int = 0) -> Tensor:
-    """Return images (count, channels, height, width) of about zero mean and unit variance, as normalised ones have.
+    """Return images (count, channels, height, width) of about zero mean and unit variance.
 
     Args:
-        count: of images; one half has sharp leaves and little noise, the other less of these and more noise.
-        channels: of each.
-        height: in pixels.
-        width: in pixels.
-        seed: of all that is drawn.
+        count: number of images; half have sharp leaves and little noise, the other half weaker leaves and more noise.
+        channels: number of channels.
+        height: height in pixels.
+        width: width in pixels.
+        seed: seed of all random draws.
     """
     random = np.random.default_rng(seed)
     leaves = np.stack([_leaves(random, channels, height, width) for _ in range(count)])
@@ -63,7 +63,7 @@ def _colour(random: np.random.Generator, channels: int, bright: float, tint: flo
 
 
 def _noise(random: np.random.Generator, count: int, channels: int, height: int, width: int) -> np.ndarray:
-    """Amplitudes fall as one over frequency; channels go together; each image has a contrast of its own."""
+    """Return noise with a 1/f spectrum, correlated channels and a random contrast per image."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = 0.5 / max(height, width)
     white = np.fft.rfft2(random.standard_normal((count, channels, height, width)))
@@ -76,7 +76,7 @@ def _noise(random: np.random.Generator, count: int, channels: int, height: int, 
 
 
 def drawn_batches(spec: InputSpec, seed: int) -> list[tuple[Tensor]]:
-    """Return batches of images for an input (N, C, H, W), fewer where they are large."""
+    """Return batches of images for an input (N, C, H, W); fewer if they are large."""
     values = max(1, int(torch.Size(spec.shape[1:]).numel()))
     count = max(32, min(DRAWN, VALUES // values))
     size = max(8, min(64, 1_250_000 // values)) if 0 in spec.dynamic else spec.shape[0]

@@ -1,9 +1,9 @@
-"""Reconstruction: each layer's weights are refitted to the outputs of the dense model's layer.
+"""Reconstruction: refit each layer's weights to the outputs of the dense model's layer.
 
-In the network's order each layer is fed with what the compact model itself computes, all layers before it fitted
-already: errors do not pile up. A layer whose result is added to a stream aims at the sum, so that it also makes up for
-what the stream lacks. Before a rectifier, what the dense model has below zero may be anything below zero (or above
-six, where that cuts off). No labels, no gradients, and no more memory for more images.
+Layers are fitted in network order on the compact model's own activations, with all previous layers already fitted, so
+that errors do not accumulate. If a layer's result is added to a stream, the target is the sum, so that the layer also
+compensates for the stream's error. Before a ReLU (or ReLU6), negative targets may be any negative value (and those
+above six any value above six). This needs no labels or gradients, and memory does not grow with the number of images.
 
 Source: after Luo et al. 2017, ThiNet (arXiv:1707.06342); the compact model's own inputs and the rectifier after Zhang
 et al. 2016 (arXiv:1505.06798).
@@ -51,30 +51,30 @@ aten = torch.ops.aten
 
 Batches = Sequence[Sequence[Tensor]]
 MEMORY = 2**31
-"""What may be held of the images between layers, in bytes; where it is more, runs begin further back."""
+"""Maximum bytes of activations kept between layers; beyond that, runs restart further back."""
 ROWS, FEWEST_ROWS, MOST_ROWS = 16, 20_000, 80_000
-"""So many rows for each weight of an output are enough, but no fewer than these; more where they cost little."""
+"""Sufficient number of rows per weight of an output, and the minimum in total; more are used if cheap."""
 LITTLE, FEW_VALUES = 1e10, 1e8
-"""Products, and values that are read, in one layer, that cost little."""
+"""Numbers of products, and of input values, per layer that count as cheap."""
 MOST_VALUES = 2**29
-"""That are held of one layer, both networks' together: 2 GiB in float32."""
+"""Maximum values kept for one layer, of both networks together: 2 GiB in float32."""
 _CLAMPS = {aten.hardtanh.default: ("min_val", "max_val"), aten.clamp.default: ("min", "max")}
 _TINY = 1e-8
 _SAME = 1e-9
-"""A layer that is this near to what is wanted, over its variance, stays bit by bit."""
+"""A layer whose relative error is below this is left unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What came of one layer.
+    """The result of fitting one layer.
 
     Attributes:
-        name: of the weight, or of the norm's scale.
-        rows: it was fitted on.
-        unknowns: weights of one output.
-        ridge: that was chosen; infinite where only the shift was fitted.
-        before: squared error over the variance of what is wanted, as cut.
-        after: likewise fitted, on images left out of the fit.
+        name: name of the weight, or of the norm's scale.
+        rows: number of rows it was fitted on.
+        unknowns: number of weights of one output.
+        ridge: the chosen ridge; infinite if only the shift was fitted.
+        before: squared error over the variance of the target, as cut.
+        after: squared error after the fit, likewise, on held-out images.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Fitted:
 
     @property
     def scarce(self) -> bool:
-        """Whether there are fewer rows than unknowns: only the ridge makes the fit one."""
+        """Whether there are fewer rows than unknowns, so that the fit depends on the ridge."""
         return self.rows < self.unknowns
 
 
@@ -99,23 +99,23 @@ def reconstruct(
     memory: int = MEMORY,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> list[Fitted]:
-    """Fit the compact model's weights in place; the dense model stays as it is.
+    """Fit the compact model's weights in place; the dense model is unchanged.
 
     Args:
-        cut: what was cut, and from which program.
+        cut: the dense program and its plan.
         compact: the compact model; its graph and module share their tensors.
-        batches: of the model's inputs, on the CPU.
-        seed: of the positions that are drawn.
-        memory: bytes that may be held between layers.
-        progress: told the fraction that is done.
+        batches: batches of the model's inputs, on the CPU.
+        seed: seed of the sampled positions.
+        memory: bytes of activations to keep between layers.
+        progress: called with the completed fraction.
 
     Returns:
-        What came of each layer that was fitted, in order.
+        The result of each fitted layer, in order.
 
     Raises:
         InvalidInput: values within either model are not finite.
     """
-    with evaluating(compact.graph):  # its operators hold flags of their own
+    with evaluating(compact.graph):  # its operators have their own flags
         return _each(cut, compact, batches, seed, memory, progress)
 
 
@@ -148,13 +148,13 @@ def _each(
 
 
 def tensors_of(graph: torch.nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, detached: what is written into them, the module has."""
+    """Return parameters and buffers by name, detached but sharing memory with the module."""
     named = (graph.named_parameters(remove_duplicate=False), graph.named_buffers(remove_duplicate=False))
     return {name: tensor.detach() for pairs in named for name, tensor in pairs}
 
 
 def _fitting(found: Contraction, labelled: LabelledGraph) -> Contraction:
-    """The same, aiming at a sum only where that has its own shape."""
+    """Return the layer, with a sum as target only if the shapes agree."""
     shapes = [getattr(labelled.values.get(name), "shape", None) for name in (found.node, found.other, found.aim)]
     if found.other and not shapes[0] == shapes[1] == shapes[2]:
         return replace(found, aim=found.norm or found.node, other="")
@@ -169,9 +169,9 @@ def _march(
     fit: _Fit,
     memory: int,
 ) -> list[tuple[Frontier, Frontier]]:
-    """Bring all runs to a layer and let it look; return from where the next march begins.
+    """Advance all runs to a layer and collect its rows; return where the next pass starts.
 
-    The compact model's run goes up to the layer, whose weights are to change; the dense one's past what is aimed at.
+    The compact model's run stops before the layer, whose weights will change; the dense one's after the target.
     """
     reached: list[tuple[Frontier, Frontier]] = []
     with torch.no_grad():
@@ -186,7 +186,7 @@ def _march(
 
 
 def _rails(node: torch.fx.Node) -> tuple[float, float]:
-    """Below and above which an operation's input makes no difference to what it gives."""
+    """Return the bounds below and above which an operation's result is constant in its input."""
     if node.target == aten.relu.default:
         return 0.0, inf
     if node.target == aten.relu6.default:
@@ -205,10 +205,10 @@ class _Rows:
     """Rows of one batch.
 
     Attributes:
-        fold: that they are counted in.
-        given: what is read, (rows, groups, n).
-        aim: what the dense model has there, (rows, groups, outputs).
-        other: what a sum adds to the layer's own, of that shape; 0 for nothing.
+        fold: the fold they belong to.
+        given: inputs, (rows, groups, n).
+        aim: the dense model's values, (rows, groups, outputs).
+        other: the sum's other operand, of the same shape; 0 if none.
     """
 
     fold: int
@@ -218,7 +218,7 @@ class _Rows:
 
 
 class _Fit:
-    """Gathers what one layer takes, and fits it; a second time where a rectifier follows."""
+    """Collects the rows of one layer, and fits it; a second time if a rectifier follows."""
 
     def __init__(
         self,
@@ -252,13 +252,13 @@ class _Fit:
         self._rows: list[_Rows] | None = None if self._rails == (-inf, inf) else []
 
     def _between(self) -> tuple[float, float]:
-        """Outside of which values make no difference to any operation that reads what is aimed at."""
+        """Return the bounds outside which no consumer of the target depends on its value."""
         users = self._cut.nodes[self._cut.place[self.layer.aim]].users
         rails = [_rails(user) for user in users]
         return min((low for low, _ in rails), default=-inf), max((high for _, high in rails), default=inf)
 
     def _affine(self) -> tuple[Tensor, Tensor]:
-        """Scale and offset per channel of the norm behind the contraction."""
+        """Return scale and offset per channel of the norm after the contraction."""
         if not self.layer.norm:
             width = len(self._cut.state[self.layer.weight])
             return torch.ones(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
@@ -270,7 +270,7 @@ class _Fit:
         return float(arguments_of(self._cut.nodes[self._cut.place[self.layer.norm]])["eps"])
 
     def _weights(self) -> Tensor:
-        """(groups, n + 1, outputs): the weights as they are, the norm's scale and shift in them."""
+        """Return (groups, n + 1, outputs): the current weights including the norm's scale and shift."""
         scale, offset = self._affine()
         if self._weight is None:
             weight = torch.ones(self._groups, 1, 1, dtype=torch.float64)
@@ -286,7 +286,7 @@ class _Fit:
         return weight.double().reshape(self._groups, self._outputs, self._inputs).transpose(1, 2)
 
     def look(self, k: int, dense: Frontier, cut: Frontier) -> None:
-        """Take in one batch: the compact model's run stands before the layer, the dense one's where it can be had."""
+        """Add one batch; the compact model's run is before the layer, the dense one's after the target."""
         x = self._cut.value(self._raw["input"], cut.values)
         wanted, linear = self._dense.only(dense, self.layer.aim), self._node.target == LINEAR
         axis = wanted.dim() - 1 if linear else 1
@@ -310,7 +310,7 @@ class _Fit:
             given = convolution_rows(x, Window.of(self._raw, self._weight), self._groups, at)
         else:
             given = value_rows(x, axis, self._groups, at)
-        if len(given) > (limit := most * self._sizes[k]):  # positions are among the images: windows, tokens in a row
+        if len(given) > (limit := most * self._sizes[k]):  # positions are folded into the batch axis
             some = torch.randperm(len(given), generator=self._generator)[:limit].sort().values
             given, aim, other = given[some], aim[some], other[some] if isinstance(other, Tensor) else other
         fold = k % len(self._folds)
@@ -319,7 +319,7 @@ class _Fit:
             self._rows.append(_Rows(fold, given, aim, other))
 
     def finish(self) -> Fitted | None:
-        """Fit and write the weights; None where nothing was amiss."""
+        """Fit and write the weights; returns None if the error was already negligible."""
         shift, name = bool(self.layer.norm or self.layer.bias), self.layer.weight or self.layer.norm_names[0]
         whole = sum(self._folds[1:], self._folds[0])
         if not all(bool(sums.isfinite().all()) for sums in (whole.xx, whole.yy)):
@@ -338,7 +338,7 @@ class _Fit:
         return Fitted(name, whole.count, self._inputs, solution.ridge, solution.before, solution.after)
 
     def _rectified(self, rows: Sequence[_Rows]) -> list[Moments]:
-        """Moments of the same rows that want, outside of the rails, no more than what the layer gives there now."""
+        """Return moments of the same rows, with targets outside the bounds replaced by the layer's output."""
         folds, (low, high) = [fold.wanting_nothing() for fold in self._folds], self._rails
         weight = self._weights().to(torch.promote_types(rows[0].given.dtype, torch.float32))
         for each in rows:
@@ -354,7 +354,7 @@ class _Fit:
         if self._weight is None:
             kernel, scale = torch.ones_like(weight), weight.flatten()
         else:
-            known = self._scale.abs() > _TINY  # the norm gives nothing of others, whose kernels stay
+            known = self._scale.abs() > _TINY  # the norm ignores the other channels, whose kernels are unchanged
             shape = (self._groups, 1, self._outputs)
             divisor = torch.where(known, self._scale, 1.0).reshape(shape)
             kernel = torch.where(known.reshape(shape), weight / divisor, self._per_group(self._weight))

@@ -1,4 +1,4 @@
-"""The roof of recovery: which steps a level takes, on which images, and by which they are judged."""
+"""Run recovery: choose the methods of a level, the images to learn from, and those to evaluate on."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from surgery.registry import RECOVERY_METHODS
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What recovery did.
+    """Result of recovery.
 
     Attributes:
-        level: that was asked for.
-        steps: the dense model, the compact one as cut, and each step after.
-        judged_by: what the images were that it was judged by; empty for none.
+        level: the requested level.
+        steps: the dense model, the compact one as cut, and each recovery step.
+        judged_by: description of the evaluation images; empty for none.
         labelled: whether their classes are known.
-        notes: what the user should know.
-        reference: what exported files can be judged by; None where there are no images.
-        seen: images that were learnt from, for files in fewer bits to be calibrated on; None without.
+        notes: notes for the user.
+        reference: reference to evaluate exported files; None without images.
+        seen: images learnt from, used to calibrate files in lower precision; None without images.
     """
 
     level: str
@@ -59,7 +59,7 @@ class Recovery:
 
 
 def level_of(recipe: Recipe) -> str:
-    """Return the level that is asked for: by default `reconstruct` with data, else `none`."""
+    """Return the requested level, by default `reconstruct` with data, else `none`."""
     return recipe.recovery.recover or ("reconstruct" if recipe.data.data is not None else "none")
 
 
@@ -75,18 +75,18 @@ def recovered(
     between: Sequence[Step] = (),
     share: Callable[[Plan, torch.nn.Module], None] | None = None,
 ) -> Recovery | None:
-    """Recover a compact model in place; None where nothing was asked for, and there is nothing to judge by.
+    """Recover a compact model in place; returns None if nothing was requested and there is nothing to evaluate on.
 
     Args:
-        cut: what was cut, and from which program.
-        compact: the compact model; `model` holds it, or is it.
-        model: the compact model, the whole one where a part was shrunk.
-        whole: where a part was shrunk, the dense model that it belongs to.
-        recipe: with the data opened.
-        progress: told each step.
-        seen: the images of `data` that were looked at; None: not yet.
-        between: steps of the models on the way, where it was cut in several steps.
-        share: is given the plan and the compact model before that is trained, where other processes take part.
+        cut: the dense program and its plan.
+        compact: the compact model, which is `model` or part of it.
+        model: the compact model, including the model around a submodule.
+        whole: the dense model around a submodule, if any.
+        recipe: the recipe, with opened data.
+        progress: called for each step.
+        seen: images read from `data`; None if not read yet.
+        between: steps of intermediate models in iterative pruning.
+        share: called with the plan and the compact model before distributed training.
     """
     validate(recipe)
     level = level_of(recipe)
@@ -119,14 +119,14 @@ def recovered(
 
 
 def _methods(level: str) -> list[str]:
-    """The methods that run for a level, in order."""
+    """Return the methods of a level, in order."""
     if not level or level == "none":
         return []
     return [*_methods(RECOVERY_METHODS[level].after), level]
 
 
 def _task(name: str, subject: Subject, recipe: Recipe, seen: Calibration | None) -> Task:
-    """What a method is given; raises InvalidInput where it cannot have what it needs."""
+    """Return the argument of a method; raises InvalidInput if its needs cannot be met."""
     needs, program = RECOVERY_METHODS[name].needs, subject.cut.program
     if "graph" in needs and not program.has_graph:
         raise InvalidInput(
@@ -148,10 +148,9 @@ def _task(name: str, subject: Subject, recipe: Recipe, seen: Calibration | None)
 
 
 def validate_training(program: Program, whole: Whole | None, recipe: Recipe, seen: Calibration | None) -> None:
-    """Raise InvalidInput before the work where training would fail, or judging; arguments are those of `recovered`.
+    """Raise InvalidInput early if training or evaluation would fail; arguments are those of `recovered`.
 
-    The batch may be fixed, a label be none of the model's classes, as far as that can be told without reading all
-    images, or there be none to learn.
+    Checks for a fixed batch, labels out of range (as far as known without reading all images), and missing labels.
     """
     first = _specs(whole, program)[0]
     if RECOVERY_METHODS.has_need(recipe.recovery.recover, "gradients") and 0 not in first.dynamic:
@@ -182,7 +181,7 @@ def validate_training(program: Program, whole: Whole | None, recipe: Recipe, see
 
 
 def _range_of(data: Any, inputs: int, seen: Calibration | None) -> tuple[int, int] | None:
-    """The least and the greatest class; of what was seen, where all cannot be had; None for none."""
+    """Return the minimum and maximum class, of the images read so far if not all are known; None if there are none."""
     known = classes_in(data, inputs)
     if known is None:
         return seen.classes if seen is not None else None
@@ -197,7 +196,7 @@ def follow(
     whole: Whole | None,
     recipe: Recipe,
 ) -> None:
-    """Take part in the training that the first process leads; arguments are those of `recovered`."""
+    """Participate in training led by the first process; arguments are those of `recovered`."""
     subject = _subject(cut, compact, model, whole)
     seen = calibration_images(recipe.data.data, cut.program, whole, recipe.data.max_images, recipe.selection.seed)
     method = RECOVERY_METHODS[level_of(recipe)]
@@ -220,7 +219,7 @@ def _subject(
 
 
 def _reference(subject: Subject, recipe: Recipe, seen: Calibration | None) -> Reference | None:
-    """The dense model on what is judged by: the user's own images to validate on, else those to calibrate on."""
+    """Return the dense model's reference on the validation images, else on the calibration images."""
     if recipe.data.val is not None:
         pairs = Pairs(recipe.data.val, subject.inputs, recipe.selection.seed)
         found = Reference.of(in_eval_mode(subject.dense), pairs, "--val")
@@ -240,13 +239,13 @@ def _specs(whole: Whole | None, program: Program) -> Sequence[InputSpec]:
 
 
 def copy_of(compact: CompactModel) -> CompactModel:
-    """Return a copy whose graph and module share their tensors, as those of the original do."""
+    """Return a copy whose graph and module share tensors, like the original's."""
     module, graph = copy.deepcopy((compact.module, compact.graph))
     return dataclasses.replace(compact, module=module, graph=graph)
 
 
 def with_recovery(data: Mapping[str, Any], recovery: Recovery | None) -> dict[str, Any]:
-    """Return the report with what recovery did, and the verdict that follows."""
+    """Return the report with the recovery steps and the verdict on accuracy."""
     if recovery is None:
         return {**data, "recovery": data.get("recovery")}
     accuracy = {**data["accuracy"], **_verdict(recovery)}
@@ -263,12 +262,12 @@ def _verdict(recovery: Recovery) -> dict[str, Any]:
 
 
 def verdict_on(recovery: Recovery, last: Agreement | None, name: str = "") -> dict[str, Any]:
-    """Return what is known of a model, in a sentence and in a word.
+    """Return the verdict on a model as a sentence and as a keyword.
 
     Args:
-        recovery: with the dense model as its first step.
-        last: how the model does beside it.
-        name: of the model, for the reader; empty for the compact one itself.
+        recovery: recovery with the dense model as its first step.
+        last: agreement of the model with it.
+        name: name of the model in the sentence; empty for the compact model.
     """
     dense, of = recovery.steps[0].agreement, f"{name}: " if name else ""
     if dense is None or last is None:

@@ -1,4 +1,4 @@
-"""What is done to recover a compact model, step by step, each judged beside the dense model."""
+"""Recovery steps of a compact model, each evaluated against the dense model."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Subject:
-    """A compact model and what it was cut from.
+    """A compact model and the dense model it was cut from.
 
     Attributes:
-        cut: what was cut.
-        compact: the compact model, whose tensors are written into.
-        dense: the dense model, the whole one where a part was shrunk.
-        model: the compact model likewise.
-        part: the compact model itself, which takes the program's inputs.
-        inputs: of `dense` and `model`.
+        cut: the dense program and its plan.
+        compact: the compact model, whose tensors are modified.
+        dense: the dense model, including the model around a submodule.
+        model: the compact model, likewise.
+        part: the compact module with the program's inputs.
+        inputs: input signature of `dense` and `model`.
     """
 
     cut: Cut
@@ -51,12 +51,12 @@ class Subject:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judge:
-    """What compact models are judged by: images, the user's own evaluation, both or nothing.
+    """Evaluates compact models by images, the user's own metric, both or nothing.
 
     Attributes:
         reference: the dense model on images.
-        evaluate: the user's own evaluation of a model.
-        learnt: the images that are learnt from, where `reference` is the dense program on just these.
+        evaluate: the user's own metric.
+        learnt: the images learnt from, if `reference` is the dense program on exactly these.
     """
 
     reference: Reference | None = None
@@ -64,21 +64,21 @@ class Judge:
     learnt: Batches | None = None
 
     def dense(self, subject: Subject) -> tuple[Agreement | None, Mapping[str, float] | None]:
-        """Judge the dense model."""
+        """Evaluate the dense model."""
         found = self.reference.dense() if self.reference is not None else None
         return found, self.evaluate(subject.dense.module) if self.evaluate is not None else None
 
     def compact(self, subject: Subject) -> tuple[Agreement | None, Mapping[str, float] | None]:
-        """Judge the compact model as it is."""
+        """Evaluate the current compact model."""
         found = self.reference.judge(in_eval_mode(subject.model)) if self.reference is not None else None
         return found, self.evaluated(subject)
 
     def evaluated(self, subject: Subject) -> Mapping[str, float] | None:
-        """Return what the user's own evaluation says of the compact model."""
+        """Return the user's own metric of the compact model."""
         return self.evaluate(subject.model.module) if self.evaluate is not None else None
 
     def beside(self, subject: Subject, batches: Batches) -> Reference:
-        """Return the dense program on images: `reference`, where it is that."""
+        """Return a reference of the dense program on these images, reusing `reference` if possible."""
         if self.reference is not None and batches is self.learnt:
             return self.reference
         judged = [(batch, None) for batch in batches]
@@ -87,18 +87,18 @@ class Judge:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one step did.
+    """Result of one step.
 
     Attributes:
         name: `dense`, `cut`, or a level.
-        seconds: that it took.
-        peak_memory_bytes: most that the process has held until its end.
-        agreement: with the dense model afterwards; None where nothing was there to judge by.
-        kept: whether it stayed: a step that leaves the outputs further from the dense model's is undone.
-        notes: what the user should know.
-        layers: what came of each layer.
-        history: how training went.
-        metrics: what the user's own evaluation returned.
+        seconds: duration.
+        peak_memory_bytes: peak memory of the process up to its end.
+        agreement: agreement with the dense model afterwards; None without evaluation images.
+        kept: False if it was undone because it increased the distance to the dense model's outputs.
+        notes: notes for the user.
+        layers: results of fitted layers.
+        history: training history.
+        metrics: result of the user's own metric.
     """
 
     name: str
@@ -112,7 +112,7 @@ class Step:
     metrics: Mapping[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values: what is not finite is None."""
+        """Return plain JSON values, with None for values that are not finite."""
         return {key: _plain(value) for key, value in asdict(self).items()}
 
 
@@ -126,15 +126,15 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Task:
-    """What a recovery method is given.
+    """The argument of a recovery method.
 
     Attributes:
-        subject: the compact model, which it changes in place, and the dense one.
-        recipe: what is asked for, with the data opened.
-        progress: called with the fraction that is done.
-        images: batches of the program's inputs; empty where the method needs none.
-        held_out: those on which the outputs are compared before and after it.
-        seen: the user's images as they were read, where the method needs them.
+        subject: the compact model, to be modified in place, and the dense one.
+        recipe: the recipe, with opened data.
+        progress: called with the completed fraction.
+        images: batches of the program's inputs; empty if the method needs none.
+        held_out: batches on which the outputs are compared before and after.
+        seen: the user's images as read, if the method needs them.
     """
 
     subject: Subject
@@ -147,13 +147,13 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a recovery method reports.
+    """The result of a recovery method.
 
     Attributes:
-        notes: what the user should know.
-        layers: what was fitted, layer by layer.
-        history: of training.
-        name: of the method that ran instead; empty for the one that was asked for.
+        notes: notes for the user.
+        layers: results of fitted layers.
+        history: training history.
+        name: name of the method that ran instead of the requested one, or empty.
     """
 
     notes: tuple[str, ...] = ()
@@ -165,17 +165,17 @@ class Outcome:
 def recovery_method(
     name: str, *, needs: Collection[str] = (), after: str = "", undo_if_worse: bool = True
 ) -> Callable[[Callable[[Task], Outcome]], Callable[[Task], Outcome]]:
-    """Register the decorated function as a recovery method, which changes the compact model of a `Task` in place.
+    """Register the decorated function as a recovery method, which modifies the compact model of a `Task` in place.
 
     Args:
-        name: by which it is chosen, as in ``surgery.recipe(recover="mine")``.
-        needs: `images` of the user's, `drawn-images` (drawn at random instead), the `graph` of operators, `gradients`
-            (it trains, in all processes) and `labels`.
+        name: name of the method, as in ``surgery.recipe(recover="mine")``.
+        needs: `images` (of the user), `drawn-images` (synthetic), `graph` (of operators), `gradients` (it trains, in
+            all processes), `labels`.
         after: name of the method that runs before it.
-        undo_if_worse: undo its changes where they leave the outputs further from the dense model's.
+        undo_if_worse: undo its changes if they increase the distance to the dense model's outputs.
 
     Raises:
-        ValueError: the name is taken, or a need is not one of these.
+        ValueError: the name is already registered, or a need is unknown.
     """
 
     def register(function: Callable[[Task], Outcome]) -> Callable[[Task], Outcome]:
@@ -186,7 +186,7 @@ def recovery_method(
 
 
 def run_method(name: str, task: Task, judge: Judge, before: Agreement | None, progress: Progress) -> Step:
-    """Run one recovery method and judge the compact model after it."""
+    """Run one recovery method and evaluate the compact model after it."""
     method, subject = RECOVERY_METHODS[name], task.subject
     guarded = method.undo_if_worse and len(task.held_out) > 0
     guard = _undone_if_worse(subject, judge, task.held_out, before) if guarded else nullcontext(_Judged())
@@ -213,7 +213,7 @@ def _timed(name: str, progress: Progress) -> Iterator[tuple[Callable[[float], No
 
 @dataclass(slots=True)
 class _Judged:
-    """Whether a step stayed, and what the judge says of the model after it; None where that was not asked."""
+    """Whether a step was kept, and the agreement after it; None if not evaluated."""
 
     kept: bool = True
     agreement: Agreement | None = None
@@ -221,9 +221,9 @@ class _Judged:
 
 @contextmanager
 def _undone_if_worse(subject: Subject, judge: Judge, batches: Batches, before: Agreement | None) -> Iterator[_Judged]:
-    """Put the tensors back where the outputs on these inputs end up further from the dense model's, or not finite.
+    """Restore the tensors if the outputs on these inputs end up further from the dense model's, or not finite.
 
-    Further is what is so by squared error and by correlation: norms alone may bring back the one and not the other.
+    Both squared error and correlation must be worse, since batch norms alone may restore one and not the other.
     """
     judged, state = _Judged(), {k: v.clone() for k, v in subject.compact.module.state_dict().items()}
     reference = judge.beside(subject, batches)
@@ -261,6 +261,6 @@ def in_eval_mode(callee: Callee) -> Model:
 
 
 def peak_memory() -> int:
-    """Return the most memory that the process has held, in bytes."""
+    """Return the peak memory of the process in bytes."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(most if sys.platform == "darwin" else most * 1024)

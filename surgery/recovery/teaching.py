@@ -1,4 +1,4 @@
-"""What a lesson is: its settings, its loss, and how it went."""
+"""Settings, loss and history of training."""
 
 from __future__ import annotations
 
@@ -22,27 +22,25 @@ NO_CLASSES = (
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """How to train.
+    """Training settings.
 
     Attributes:
-        epochs: over the data.
-        batch: images a step, over all processes together.
-        lr: highest learning rate of AdamW, reached after the first twentieth of the steps; then it falls as a cosine.
-        weight_decay: of AdamW, on weights of two axes or more.
-        temperature: of the distributions that are compared.
-        ema: decay of the moving average of the weights, which is what is kept; 0 for the last weights.
+        epochs: passes over the data.
+        batch: images per step, over all processes together.
+        lr: maximum learning rate of AdamW, reached after the first 5 % of the steps and followed by cosine decay.
+        weight_decay: weight decay of AdamW, on weights of two axes or more.
+        temperature: temperature of the compared distributions.
+        ema: decay of the moving average of the weights, which is the result; 0 for the last weights.
         mixed_precision: `no`, `fp16` or `bf16`.
-        held_out: share of the images by which it is judged how far training has come; at least 64 of them, or a fifth
-            of all where that is fewer. With 0 nothing is. With a DataLoader, its first 512 images judge, which are
-            learnt from as well.
-        patience: judgements in a row without progress, one each epoch, after which training ends.
-        shift: images are shifted by up to this share of their size.
-        flip: images are flipped left to right, half of them; None: for distillation alone, since classes may not
-            survive it.
-        mix: pairs of images are mixed, half of them; for distillation alone.
+        held_out: share of images held out to evaluate progress, at least 64, or a fifth of all if that is fewer; 0:
+            none. With a DataLoader, progress is evaluated on its first 512 images, which are also trained on.
+        patience: evaluations (one per epoch) without progress after which training ends.
+        shift: shift images by up to this share of their size.
+        flip: flip half of the images left to right; None: only for distillation, since flipping may change classes.
+        mix: mix half of the images in pairs; only for distillation.
         every: steps between checkpoints.
-        checkpoint: folder for them; None for none.
-        seed: of all that is drawn.
+        checkpoint: folder for checkpoints; None for none.
+        seed: seed of all random draws.
     """
 
     epochs: int = 10
@@ -74,7 +72,7 @@ class Training:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """One judgement on the way: after so many steps, the mean loss since the last one and that on what is held out."""
+    """One evaluation during training: the step, the mean training loss since the last one, and the held-out loss."""
 
     step: int
     epoch: float
@@ -85,16 +83,16 @@ class Mark:
 
 @dataclass(slots=True)
 class History:
-    """How training went.
+    """Training history.
 
     Attributes:
-        marks: one each epoch.
-        steps: taken in all.
-        processes: that took part.
-        resumed: the step at which a checkpoint was taken up; 0 for none.
-        passed_over: whether there was a checkpoint of another run: of other data, weights, plan or settings.
+        marks: one per epoch.
+        steps: number of steps.
+        processes: number of processes.
+        resumed: step at which training resumed from a checkpoint; 0 for none.
+        passed_over: whether a checkpoint of another run (other data, weights, plan or settings) was ignored.
         stopped: why it ended before its last epoch; empty if it did not.
-        best: the mark whose weights are kept; 0 for those that it began with.
+        best: the mark whose weights are kept; 0 for the initial weights.
     """
 
     marks: list[Mark] = field(default_factory=list)
@@ -111,7 +109,7 @@ class History:
 
 
 def out_of_range(named: str, label: int, classes: int) -> str:
-    """Return the sentence on a label that is none of the model's classes."""
+    """Return the message for a label that is out of range."""
     return (
         f"{named}: a label is {label}, but the model has {classes} classes, counted from 0; give labels in the order "
         "of the model's outputs"
@@ -119,16 +117,17 @@ def out_of_range(named: str, label: int, classes: int) -> str:
 
 
 def loss_of(found: Sequence[Tensor], wanted: Sequence[Tensor], classes: Tensor | None, temperature: float) -> Tensor:
-    """Return how far outputs are from the teacher's, and from the classes where they are given.
+    """Return the loss between outputs and the teacher's outputs, and the classes if given.
 
     Args:
         found: outputs of the student.
-        wanted: of the teacher. (N, classes) alone are logits: distributions are compared, else values.
+        wanted: outputs of the teacher. A single output (N, classes) is taken as logits, whose distributions are
+            compared; other outputs are compared by value.
         classes: (N,), or None.
-        temperature: of the distributions.
+        temperature: temperature of the distributions.
 
     Raises:
-        InvalidInput: a class is out of range, or there are classes and no logits.
+        InvalidInput: a class is out of range, or there are classes but no logits.
     """
     if len(wanted) == 1 and wanted[0].dim() == 2 and wanted[0].shape[1] > 1:
         ours, theirs = found[0].float(), wanted[0].float()

@@ -1,10 +1,10 @@
 """Distillation and fine-tuning: the compact model trained on the dense one's outputs, and on labels if given.
 
-Norms keep their statistics and dropouts are off: the model is trained as it will be deployed. Only the speed depends on
-the number of processes. A run that was killed resumes from its last checkpoint and gives the same weights.
+Norms keep their statistics and dropout is off: the model is trained as it will be deployed. The result does not depend
+on the number of processes. A killed run resumes from its last checkpoint and gives the same weights.
 
-Source: Hinton et al. 2015 (arXiv:1503.02531); the same view for teacher and student, and mixed images, after Beyer et
-al. 2022 (arXiv:2106.05237). Processes and precision are Hugging Face Accelerate's.
+Source: Hinton et al. 2015 (arXiv:1503.02531); identical views for teacher and student, and mixed images, after Beyer et
+al. 2022 (arXiv:2106.05237). Processes and precision are handled by Hugging Face Accelerate.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from surgery.recovery.teaching import NO_CLASSES, History, Mark, Training, loss_
 WARM_UP = 0.05
 HELD_OUT_LEAST = 64
 JUDGED_BY = 512
-"""Images of a DataLoader, of which nothing can be held out, that training is judged by."""
+"""Images of a DataLoader used to evaluate training, since none can be held out."""
 
 
 def train(
@@ -46,21 +46,21 @@ def train(
     key: str,
     progress: Callable[[float], None],
 ) -> History:
-    """Train the student in place; all processes have to call it alike.
+    """Train the student in place; must be called by all processes with the same arguments.
 
     Args:
         student: the compact model.
-        teacher: the dense model; left as it is.
-        data: a map-style Dataset of images and classes, or a DataLoader of batches, taken as it comes.
-        how: settings.
+        teacher: the dense model; unchanged.
+        data: a map-style Dataset of images and classes, or a DataLoader of batches, used unchanged.
+        how: training settings.
         inputs: the models' tensor inputs.
-        learning: the parameters that may change.
-        labels: whether classes are learnt too, beside the teacher's outputs.
-        key: what a checkpoint must have been made for to be taken up.
-        progress: told the fraction that is done.
+        learning: the parameters to train.
+        labels: whether to train on classes in addition to the teacher's outputs.
+        key: identity of the run, for checkpoints.
+        progress: called with the completed fraction.
 
     Raises:
-        InvalidInput: there are too few images, no classes where they are needed, or a loss that is no number.
+        InvalidInput: there are too few images, required classes are missing, or the loss is NaN.
     """
     with _own_state():
         return _trained(student, teacher, data, how, inputs, learning, labels, key, progress)
@@ -68,7 +68,7 @@ def train(
 
 @contextmanager
 def _own_state() -> Iterator[None]:
-    """Accelerate keeps one precision for the whole process: what there was comes back after the block."""
+    """Restore Accelerate's process-wide state, which includes the precision, after the block."""
     from accelerate.state import AcceleratorState
 
     shared: dict[str, Any] = AcceleratorState._shared_state
@@ -116,7 +116,7 @@ def _trained(
 
 @contextmanager
 def _alone(student: nn.Module, learning: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Only these parameters are learnt for the time of the block."""
+    """Train only these parameters within the block."""
     chosen = {id(p) for p in learning}
     before = [(p, p.requires_grad) for p in student.parameters()]
     try:
@@ -163,11 +163,11 @@ class _Run:
         self._step, self._since, self._summed = 0, 0, 0.0
         self._checkpoint = Checkpoint(how.checkpoint, key) if how.checkpoint is not None else None
         self._resume()
-        with seeded(self._loader, how.seed):  # Accelerate keeps, and sets, the generators that it finds
+        with seeded(self._loader, how.seed):  # Accelerate stores and seeds the generators that it finds
             self._wrapped, self._stepper, self._loader = accelerator.prepare(student, self._optimizer, self._loader)
 
     def all(self, progress: Callable[[float], None]) -> None:
-        """Train to the end, and leave the best weights in the student."""
+        """Train to the end, and load the best weights into the student."""
         if not self.history.marks:
             self._mark(0.0)
         while self._step < self._steps and not self.history.stopped:
@@ -202,7 +202,7 @@ class _Run:
         self._save()
 
     def _batches(self, epoch: int, done: int) -> Iterator[Any]:
-        """Of an epoch, those after the first so many; of a user's loader those are read too, for what it draws."""
+        """Yield an epoch's batches after the skipped ones; a user's loader reads those too, to advance its draws."""
         seed = derived_seed(self._how.seed, epoch)
         if self._views is None:
             yield from islice(read_batches(self._loader, seed), done, None)
@@ -214,7 +214,7 @@ class _Run:
         )
 
     def _parted(self, batch: Any) -> tuple[list[Tensor], Tensor | None]:
-        """Inputs, and classes where they are to be learnt."""
+        """Split a batch into inputs and, if used, classes."""
         specs, device = self._inputs, self._accelerator.device
         found, rest = split_batch(batch, specs)
         inputs = [validated_input(x.to(device), spec) for x, spec in zip(found, specs, strict=True)]
@@ -238,7 +238,7 @@ class _Run:
             torch._foreach_lerp_(self._average, self._learning, 1 - decay)
 
     def _mark(self, lr: float) -> None:
-        """Judge the averaged weights on what is held out, and keep them where they are the best so far."""
+        """Evaluate the averaged weights on held-out images, and keep them if they are the best so far."""
         history, held_out = self.history, self._held_out()
         if held_out is not None and not isfinite(held_out):
             raise InvalidInput(
@@ -267,7 +267,7 @@ class _Run:
                 loss = loss_of(found, wanted, classes, self._how.temperature)
                 total, count = total + float(loss) * len(inputs[0]), count + len(inputs[0])
         mean = torch.tensor(total / count, dtype=torch.float64, device=self._accelerator.device)
-        return float(self._accelerator.reduce(mean, "mean"))  # what a DataLoader gives may differ by process
+        return float(self._accelerator.reduce(mean, "mean"))  # a DataLoader's batches may differ between processes
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -322,7 +322,7 @@ class _Run:
 
 
 def _rate(step: int, steps: int) -> float:
-    """Of the highest learning rate: rises over the first part of the steps, then falls as a cosine."""
+    """Return the learning rate relative to its maximum: linear warm-up, then cosine decay."""
     warm = max(1, int(WARM_UP * steps))
     if step < warm:
         return (step + 1) / warm
@@ -330,7 +330,7 @@ def _rate(step: int, steps: int) -> float:
 
 
 def refuse_batch(data: Any, how: Training, processes: int) -> None:
-    """Raise InvalidInput where processes cannot share the batch evenly."""
+    """Raise InvalidInput if the batch cannot be divided evenly among processes."""
     own = isinstance(data, DataLoader)
     batch = (data.batch_size or getattr(data.batch_sampler, "batch_size", 0)) if own else how.batch
     if not batch:
@@ -341,7 +341,7 @@ def refuse_batch(data: Any, how: Training, processes: int) -> None:
 
 
 def _loaders(data: Any, how: Training, processes: int, labels: bool, inputs: Sequence[InputSpec]) -> tuple[Any, Any]:
-    """Batches to learn from, and to judge by what is held out (None where there is none)."""
+    """Return batches to train on, and held-out batches (or None)."""
     refuse_batch(data, how, processes)
     if not isinstance(data, (Dataset, DataLoader)) or not hasattr(getattr(data, "dataset", data), "__len__"):
         raise InvalidInput("to be taught with, data are a folder, an .npz file, a Dataset or a DataLoader of a length")
@@ -362,7 +362,7 @@ def _loaders(data: Any, how: Training, processes: int, labels: bool, inputs: Seq
 
 
 def _first(loader: Any, seed: int) -> list[Any]:
-    """The first batches of a DataLoader: with nothing to hold out, it is judged by what is learnt from as well."""
+    """The first batches of a DataLoader, used for both training and evaluation since none can be held out."""
     found, count = [], 0
     for batch in read_batches(loader, seed):
         found.append(batch)

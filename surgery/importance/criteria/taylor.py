@@ -38,7 +38,7 @@ def taylor(evidence: Evidence) -> Scores:
 
 
 def _slopes(group: Group, weights: Mapping[str, Tensor], slopes: Mapping[str, Tensor]) -> Tensor:
-    """Return (units,): derivative along each unit's weights in its consumers, or in its first producer if it has none."""
+    """Return (units,): derivative along each unit's weights in its consumers, or else in its first producer."""
     sites = [s for s in group.sites if s.tensor in slopes and weights[s.tensor].dim() > 1]
     consumers = [site for site in sites if site.axis == 1]
     total = torch.zeros(group.size, dtype=torch.float64)

@@ -8,5 +8,5 @@ from surgery.recovery.steps import Outcome, Task, recovery_method
 
 @recovery_method("fold", needs=["drawn-images", "graph"])
 def fold(task: Task) -> Outcome:
-    """Reconstruct on images that are drawn at random."""
+    """Reconstruct on synthetic images."""
     return reconstruct(task)

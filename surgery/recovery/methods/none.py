@@ -7,5 +7,5 @@ from surgery.recovery.steps import Outcome, Task, recovery_method
 
 @recovery_method("none")
 def none(task: Task) -> Outcome:
-    """Leave the compact model as it was cut."""
+    """Leave the compact model unchanged."""
     return Outcome()
