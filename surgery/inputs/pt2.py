@@ -76,7 +76,7 @@ def load_program(path: Path, *, trust: bool = False) -> torch.export.ExportedPro
 
 
 def plain_module(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
-    """Return the program as a graph module that, unlike `program.module()`, supports `.eval()`, copying and pickling."""
+    """Return the program as a graph module that supports `eval()`, copying and pickling, unlike `program.module()`."""
     unlifted = program.module(check_guards=False)
     return torch.fx.GraphModule(unlifted, unlifted.graph)
 
