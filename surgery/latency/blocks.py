@@ -1,7 +1,7 @@
-"""Rounds of blocks: one session alive at a time, in shuffled order, until every ratio's interval is narrow.
+"""Rounds of timed blocks: one session at a time, in shuffled order, until every ratio's interval is narrow.
 
-A block creates a session, warms it up, times some runs and destroys it. A round is one block of each model. Rounds that
-other processes disturbed are found by `Watch` and do not count, as long as enough others do.
+A block creates a session, warms it up, times some runs and destroys it. A round is one block of each model. Rounds
+disturbed by other processes are detected by `Watch` and excluded, if enough others remain.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from surgery.latency.session import Settings, open_session, random_inputs, run_o
 from surgery.latency.stats import UNITY, Interval, paired_ratio
 
 AA_TOLERANCE = 0.02
-MIN_ROUNDS = 12  # fewer say too little about their own spread for a bootstrap
+MIN_ROUNDS = 12  # too few rounds for a bootstrap otherwise
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """When a measurement ends, and how long a block is.
+    """Stopping rule of a measurement, and length of a block.
 
-    Rounds end as soon as every ratio's 95 % interval is narrower than `width` and the A/A ratio is within 1.00 ± 0.02;
-    else at `max_runs` of any model or after `max_seconds`. Twelve rounds are made even if they take up to four times as
-    long, since fewer give no trustworthy interval.
+    Rounds end when every ratio's 95 % interval is narrower than `width` and the A/A ratio is within 1.00 ± 0.02, or at
+    `max_runs` of any model, or after `max_seconds`. At least twelve rounds are run, even if they take up to four times
+    as long, since fewer give no reliable interval.
 
     Attributes:
         min_runs: timed runs of every model before an early end; 1000 or more for a p99.
         max_runs: limit on timed runs per model.
-        max_seconds: limit on the time spent in rounds.
-        block_ms: length of a block, warm-up not counted; at least three runs whatever they take.
-        width: full width of the interval, relative to the ratio, that is narrow enough.
+        max_seconds: limit on the total time of rounds.
+        block_ms: length of a block without warm-up, at least three runs.
+        width: sufficient full width of the interval, relative to the ratio.
 
     Raises:
         InvalidInput: a value is out of range.
@@ -63,7 +63,7 @@ class Limits:
                 raise InvalidInput(f"{name}={getattr(self, name)!r}: give a number above 0")
 
     def block_runs(self, run_ms: float) -> int:
-        """Return the runs of one block: `block_ms` long, yet leaving room for 100 blocks under `max_runs`."""
+        """Return the runs of one block: `block_ms` long, but allowing 100 blocks within `max_runs`."""
         most = max(MIN_BLOCK_RUNS, self.max_runs // 100)
         return min(most, max(MIN_BLOCK_RUNS, math.ceil(self.block_ms / run_ms)))
 
@@ -88,7 +88,7 @@ class TimedModel:
 
 
 def block_order(models: int, seed: int) -> Iterator[list[int]]:
-    """Yield the order in which the models are timed, round after round without end: the same for the same seed."""
+    """Yield the order of the models for each round, indefinitely; determined by the seed."""
     rng = np.random.default_rng(seed)
     while True:
         yield [int(i) for i in rng.permutation(models)]
@@ -100,11 +100,11 @@ class Measurement:
 
     Attributes:
         models: by name.
-        base: the one that ratios refer to.
-        control: the baseline's file in sessions of its own; None if the timer does not test itself.
-        settings: of the sessions.
-        limits: on rounds.
-        watch: finds disturbed rounds.
+        base: the baseline of ratios.
+        control: the baseline's file in its own sessions; None without an A/A test.
+        settings: session settings.
+        limits: limits on rounds.
+        watch: detects disturbed rounds.
     """
 
     models: Mapping[str, TimedModel]
@@ -121,7 +121,7 @@ class Measurement:
 
     @property
     def used(self) -> list[int]:
-        """Rounds that count: the undisturbed ones, or all if those are too few."""
+        """Rounds to use: the undisturbed ones, or all if those are too few."""
         undisturbed = self.watch.undisturbed
         return undisturbed if len(undisturbed) >= MIN_ROUNDS else list(range(len(self.base.blocks)))
 
@@ -133,7 +133,7 @@ class Measurement:
         return paired_ratio(model.medians_ms(used), self.base.medians_ms(used), seed=self.settings.seed)
 
     def run(self, report: Progress) -> str:
-        """Make rounds until a rule says stop; returns the rule in words."""
+        """Run rounds until a stopping rule applies; returns its description."""
         start = perf_counter()
         orders = block_order(len(self.all), self.settings.seed)
         for done in count(1):
@@ -153,7 +153,7 @@ class Measurement:
 
 def _stop(m: Measurement, done: int, elapsed_s: float) -> str:
     limits = m.limits
-    # The bootstrap costs more as rounds add up, and the answer changes less: ask at growing distances.
+    # The bootstrap becomes slower and its result more stable with more rounds, so check less and less often.
     due = done >= MIN_ROUNDS and done % (1 + done // 24) == 0
     if due and min(model.runs for model in m.all) >= limits.min_runs and _narrow(m):
         return f"every interval under {limits.width:.1%}"
@@ -168,7 +168,7 @@ def _stop(m: Measurement, done: int, elapsed_s: float) -> str:
 def _narrow(m: Measurement) -> bool:
     ratios = [m.ratio(model) for model in m.all if model is not m.base]
     if m.control and abs(ratios[-1].value - 1.0) > AA_TOLERANCE:
-        return False  # narrow and wrong: more rounds may still average a disturbance out
+        return False  # narrow but biased: more rounds may average a disturbance out
     return all(ratio.width <= m.limits.width for ratio in ratios)
 
 
@@ -179,13 +179,13 @@ def _fraction(m: Measurement, done: int, elapsed_s: float) -> float:
 
 
 def _block(model: TimedModel, settings: Settings) -> NDArray[np.float64]:
-    """Return the run times of one block in milliseconds, (block_runs,), in a session that lives only here."""
+    """Return the run times of one block in milliseconds, (block_runs,), in a temporary session."""
     times: NDArray[np.float64] = block_ms(open_session(model.path, settings), model.inputs, model.block_runs)
     return times
 
 
 def open_models(files: Mapping[str, Path], settings: Settings, limits: Limits) -> dict[str, TimedModel]:
-    """Make inputs for each model and find how many of its runs fill a block, one session at a time."""
+    """Create inputs for each model and determine the runs per block, one session at a time."""
     models = {name: _pilot(path, settings, limits) for name, path in files.items()}
     known = {name for model in models.values() for name in model.inputs}
     unknown = sorted(settings.shapes.keys() - known)

@@ -1,7 +1,7 @@
 """Latency tables on disk: one file per device, runtime and number of threads, in the user's cache folder.
 
-A table is read, filled with what is missing, and merged into the file again under a lock, so that two processes lose
-nothing of each other's. A file that cannot be read, or that was measured elsewhere, is reported and measured again.
+A table is read, completed, and merged into the file under a lock, so that concurrent processes do not lose results. A
+file that cannot be read, or that was measured elsewhere, is reported and measured again.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ def folder() -> Path:
 
 
 def device_key(conditions: Conditions) -> str:
-    """Return the name of this device's table: a digest of what `probe.describe` returns."""
+    """Return the name of this device's table: a digest of the result of `probe.describe`."""
     device = json.dumps(probe.describe(conditions), sort_keys=True)
     return hashlib.sha256(device.encode()).hexdigest()[:16]
 
 
 class Measured:
-    """The table of this machine, measured where it has gaps.
+    """The table of this machine; missing entries are measured.
 
     Args:
-        conditions: what kernels are timed under.
-        seed: of the order of measurements.
-        progress: called with what is measured.
-        warn: called with a sentence on what was wrong with the file on disk.
+        conditions: conditions of kernel measurements.
+        seed: seed of the order of measurements.
+        progress: called with the current measurement.
+        warn: called with a sentence on problems with the file on disk.
     """
 
     live = True
@@ -64,12 +64,12 @@ class Measured:
 
     @property
     def device(self) -> Mapping[str, Any]:
-        """What times are measured on."""
+        """The device that times are measured on."""
         return probe.describe(self._conditions)
 
     @property
     def path(self) -> Path:
-        """Where the table lies."""
+        """Path of the table."""
         return self._path
 
     def cover(self, placed: Sequence[Point]) -> LatencyTable:
@@ -80,7 +80,7 @@ class Measured:
         return self._keep(filled, changed=filled is not self._table and len(filled.entries) > 0)
 
     def refine(self, points: Iterable[Point]) -> LatencyTable | None:
-        """Return the table with these points measured themselves, or None where it held them all."""
+        """Return the table with these points measured, or None if it already contained all of them."""
         assert self._table is not None, "cover comes first"
         before = self._table
         refined = fill.refine(before, points, conditions=self._conditions, seed=self._seed, progress=self._progress)
@@ -89,7 +89,7 @@ class Measured:
         return self._keep(refined, changed=True)
 
     def _keep(self, table: LatencyTable, *, changed: bool) -> LatencyTable:
-        """Merge with what another process may have written meanwhile; what is on disk stays as it is."""
+        """Merge with entries that another process may have written meanwhile; existing entries are kept."""
         if changed:
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,16 +118,16 @@ class Measured:
 
 
 class Given:
-    """A table that the user brought, from another device perhaps: nothing is measured here.
+    """A table given by the user, possibly from another device: nothing is measured here.
 
-    The first call of `cover` is about the whole model; the table has to hold all its kernels. Later calls are about the
-    model without some of its blocks, for which runtimes fuse other operators: for kernels that the table lacks, the
-    time of the most similar one is used.
+    The first call of `cover` is for the whole model, all of whose kernels must be in the table. Later calls are for the
+    model without some of its blocks, for which runtimes fuse operators differently: for missing kernels, the time of
+        the most similar one is used.
 
     Args:
-        table: as it is.
-        origin: what to call it.
-        warn: called with a sentence on kernels whose times are those of others.
+        table: the table, used unchanged.
+        origin: name of the table in messages.
+        warn: called with a sentence on kernels whose times were taken from similar ones.
     """
 
     live = False
@@ -140,15 +140,15 @@ class Given:
 
     @property
     def device(self) -> Mapping[str, Any]:
-        """What the table was measured on."""
+        """The device the table was measured on."""
         return self._table.device
 
     def cover(self, placed: Sequence[Point]) -> LatencyTable:
-        """Return the table; raises InvalidInput where it lacks kernels of the network."""
+        """Return the table; raises InvalidInput if kernels of the network are missing."""
         wanted = fill.wanted_of(placed)
         lacking = [w for w in wanted if not self._table.covers(w.kernel, w.widths)]
         missing = [w.kernel for w in lacking]
-        # What the table holds up to narrower widths alone is no kernel that a gap has made.
+        # Kernels that the table has only up to smaller widths are not due to dropped blocks.
         made = [w.kernel for w in lacking if self._covered and self._table.ms(w.kernel, w.widths) is None]
         kin = {kernel.key: self._table.relative(kernel) for kernel in made}
         strange = [kernel for kernel in missing if kin.get(kernel.key) is None]
@@ -170,7 +170,7 @@ class Given:
         return self._table
 
     def refine(self, points: Iterable[Point]) -> LatencyTable | None:
-        """Return None: the table is what it is."""
+        """Return None, since a given table is not extended."""
         return None
 
 
@@ -185,7 +185,7 @@ def table_source(
     progress: Progress | None = None,
     warn: Callable[[str], None] = lambda sentence: None,
 ) -> Source:
-    """Return where kernels' times come from: the table that is given, or this machine if None.
+    """Return the source of kernel times: the given table, or this machine if None.
 
     Raises:
         InvalidInput: the table cannot be read, or is of another precision.

@@ -1,4 +1,4 @@
-"""Child processes that do one measurement and answer with a line of JSON: Python 3.8, and nothing else."""
+"""Child processes that run one measurement and print a line of JSON. Python 3.8, standard library only."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from surgery.errors import InvalidInput, SurgeryError
 
 
 class TimerFailed(SurgeryError):
-    """A child process that measures died or did not answer."""
+    """A measuring child process died or timed out."""
 
 
 def ask(arguments: Sequence[str], what: str, *, timeout_s: float) -> Dict[str, Any]:
-    """Run Python in a process of its own and return the JSON object on the last line that it prints.
+    """Run Python in a new process and return the JSON object on the last line of its output.
 
     Args:
-        arguments: of the interpreter.
-        what: the process does, for messages.
-        timeout_s: seconds to wait for an answer.
+        arguments: arguments of the interpreter.
+        what: description of the process, for messages.
+        timeout_s: timeout in seconds.
 
     Raises:
-        InvalidInput: the answer is an ``{"error": ...}``.
-        TimerFailed: the process died, out of memory for instance, or gave no answer in time.
+        InvalidInput: the process printed ``{"error": ...}``.
+        TimerFailed: the process died, for instance out of memory, or timed out.
     """
     try:
         done = subprocess.run(
@@ -53,7 +53,7 @@ def ask(arguments: Sequence[str], what: str, *, timeout_s: float) -> Dict[str, A
 
 
 def environment() -> Dict[str, str]:
-    """Return the environment with the folder that holds this package on the child's path, installed or not."""
+    """Return the environment with this package's parent folder on the child's path, whether installed or not."""
     root = str(Path(__file__).resolve().parents[2])
     known = os.environ.get("PYTHONPATH")
     return {**os.environ, "PYTHONPATH": root + (os.pathsep + known if known else "")}

@@ -27,7 +27,7 @@ _SUFFIX = "ExecutionProvider"
 
 
 def _batch(batch: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """The batch of the shapes if none is asked for; raises InvalidInput if the two contradict each other."""
+    """Return the requested batch, or that of the shapes; raises InvalidInput if the two contradict each other."""
     given = {shape[0]: name for name, shape in shapes.items() if shape}
     if len(given) == 1 and batch == 1:
         return next(iter(given))
@@ -42,14 +42,14 @@ def _batch(batch: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
 def settings_of(
     shapes: Mapping[str, tuple[int, ...]], *, batch: int = 1, threads: int = 1, seed: int = 0, provider: str = "cpu"
 ) -> Settings:
-    """Return settings as they are given on the command line.
+    """Return settings from command-line values.
 
     Args:
         shapes: input name → shape, for files that leave more than the batch open.
         batch: items per run; if it is 1, the batch of the shapes.
         threads: intra-op threads of ONNX Runtime.
-        seed: of inputs and order.
-        provider: execution provider, whose `ExecutionProvider` may be left out, in any case.
+        seed: seed of inputs and order.
+        provider: execution provider, case-insensitive and with or without `ExecutionProvider`.
     """
     return Settings(_batch(batch, shapes), threads, seed, dict(shapes), _provider(provider))
 
@@ -62,17 +62,17 @@ def compare(
     baseline: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Return what `surgery.latency.time` measures of ONNX files that take the same inputs, as plain JSON values.
+    """Time ONNX files with the same inputs by `surgery.latency.time`; return plain JSON values.
 
     Args:
-        paths: of the files; a row is called by its file's name, or by its path if two files share a name.
-        settings: how they are run.
-        limits: on runs and seconds.
-        baseline: one of the paths, which the others are relative to; None: the first.
-        progress: called with what is being done and the fraction done.
+        paths: paths of the files; rows are named after the file, or its path if two files share a name.
+        settings: session settings.
+        limits: limits on runs and seconds.
+        baseline: the path that ratios refer to; None: the first.
+        progress: called with the current stage and its completed fraction.
 
     Raises:
-        InvalidInput: a file cannot be read or run, or files take different inputs.
+        InvalidInput: a file cannot be read or run, or the files' inputs differ.
     """
     names = _names(paths)
     _require_same_inputs(paths, settings)
@@ -95,7 +95,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _provider(given: str) -> str:
-    """The provider's whole name where this build has it, else what was given."""
+    """Return the provider's full name if this build has it, else the given name."""
     known: list[str] = onnxruntime.get_available_providers()
     return next((p for p in known if given.casefold() in (p.casefold(), p.removesuffix(_SUFFIX).casefold())), given)
 
@@ -104,7 +104,7 @@ def _require_same_inputs(paths: Sequence[Path], settings: Settings) -> None:
     taken = {}
     for path in paths:
         inputs = open_session(model_file(path), settings).get_inputs()
-        # Axes that are left open have names of their own in each file.
+        # Dynamic axes may have different names in each file.
         taken[path] = {x.name: (x.type, tuple(s if isinstance(s, int) else "open" for s in x.shape)) for x in inputs}
     first, *rest = paths
     for path in rest:
@@ -120,7 +120,7 @@ def _fixed(inputs: Mapping[str, tuple[str, tuple[Any, ...]]]) -> dict[str, tuple
 
 
 def _agree(one: Mapping[str, tuple[str, tuple[Any, ...]]], other: Mapping[str, tuple[str, tuple[Any, ...]]]) -> bool:
-    """Whether sizes that both files fix are the same."""
+    """Return whether sizes that are static in both files agree."""
     pairs = (pair for name in one for pair in zip(one[name][1], other[name][1], strict=True))
     return all("open" in pair or pair[0] == pair[1] for pair in pairs)
 
@@ -130,7 +130,7 @@ def _text(inputs: Mapping[str, tuple[str, tuple[Any, ...]]]) -> str:
 
 
 def render_terminal(found: Mapping[str, Any], console: Console) -> None:
-    """Print the table of files, the timer's test of itself, and what was timed on."""
+    """Print the table of files, the A/A test, and the machine."""
     rows = [_cells(row) for row in found["rows"]]
     aa = found["aa"]
     if aa is not None:

@@ -1,6 +1,6 @@
-"""What a pack does on a device: it fills a latency table there, and times a compact model against the dense one.
+"""The program of a pack: fills a latency table on a device, and times a compact model against the dense one there.
 
-``python PACK.zip`` writes the table, ``python PACK.zip accept compact.onnx`` how long that file takes relative to the
+``python PACK.zip`` writes the table, ``python PACK.zip accept compact.onnx`` the latency of that file relative to the
 dense model in the pack. Copied to devices unchanged: Python 3.8, numpy and onnxruntime.
 """
 
@@ -43,7 +43,7 @@ def main(archive: str, arguments: Optional[Sequence[str]] = None) -> int:
 
     Args:
         archive: the pack's own path.
-        arguments: of the command line; those of the process by default.
+        arguments: command-line arguments; those of the process by default.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -112,7 +112,7 @@ def _conditions(options: argparse.Namespace, request: Mapping[str, Any]) -> prob
 
 
 def _request(archive: str) -> Dict[str, Any]:
-    """Return what the pack asks for."""
+    """Return the pack's request."""
     try:
         with zipfile.ZipFile(archive) as pack:
             request: Dict[str, Any] = json.loads(pack.read(REQUEST))
@@ -127,7 +127,7 @@ def _request(archive: str) -> Dict[str, Any]:
 
 
 class _Progress:
-    """Says on standard error how far a stage is, in steps of a tenth."""
+    """Prints the progress of a stage to standard error, in steps of 10 %."""
 
     def __init__(self) -> None:
         self._last = ""
@@ -152,7 +152,7 @@ def _table(archive: str, options: argparse.Namespace) -> None:
 def measured(
     kernels: Mapping[str, Sequence[Sequence[int]]], conditions: probe.Conditions, *, rounds: Optional[int]
 ) -> LatencyTable:
-    """Return this device's table of kernels, which are given as key → the widths that they have in the dense network.
+    """Return this device's table of kernels, given as key → widths in the dense network.
 
     Raises:
         InvalidInput: ONNX Runtime cannot run them.
@@ -174,7 +174,7 @@ def measured(
             rounds=often,
             progress=lambda stage, f: say("measure dense widths", f),
         )
-    except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise InvalidInput(
             f"ONNX Runtime {onnxruntime.__version__} cannot run the kernels here: {first_line(error)}; "
             "onnxruntime 1.17 and later reads their operator set"
@@ -227,7 +227,7 @@ def _accept(archive: str, options: argparse.Namespace) -> None:
 
 
 def _origin(compact: str, request: Mapping[str, Any], threads: int) -> Dict[str, Any]:
-    """Return what the compact model's file says of its plan; refuse a model of another architecture."""
+    """Return the plan's metadata in the compact model's file; raises for a model of another architecture."""
     says = _session(compact, threads).get_modelmeta().custom_metadata_map
     fingerprint = says.get("dense_fingerprint")
     if fingerprint is not None and fingerprint != request["fingerprint"]:
@@ -252,7 +252,7 @@ def _origin(compact: str, request: Mapping[str, Any], threads: int) -> Dict[str,
 def _time(asked: Mapping[str, Any]) -> int:
     """Serve `_accept`: time blocks of both files in shuffled order, one session alive at a time, and print the result.
 
-    This runs in a process of its own: each has its own memory layout, and its own luck with it.
+    This runs in a separate process, because times depend on the process's memory layout.
     """
     files, threads, shapes = asked["files"], asked["threads"], asked["shapes"]
     try:
@@ -271,7 +271,7 @@ def _time(asked: Mapping[str, Any]) -> int:
 
 
 def _block(path: str, threads: int, shapes: Mapping[str, Sequence[int]], runs: int) -> float:
-    """Return the median milliseconds of some runs, in a session that lives only here."""
+    """Return the median milliseconds of some runs, in a temporary session."""
     session = _session(path, threads)
     inputs = _inputs(session, path, shapes)
     try:

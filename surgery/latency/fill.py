@@ -1,8 +1,9 @@
-"""Latency tables filled by measuring: which points, in which order, and what becomes of the samples.
+"""Fill latency tables by measuring: choice and order of points, and evaluation of samples.
 
-Samples are taken in rounds over all points, shuffled, a reference kernel between every few of them: what slows the
-machine down for a while slows the reference as well and is divided out. The steps of the device's stairs are found
-first, by timing kernels of each kind at many widths. Copied to devices unchanged: Python 3.8, numpy, onnxruntime.
+Samples are taken in shuffled rounds over all points, with a reference kernel between every few of them: temporary
+slowdowns of the machine affect the reference too and are divided out. The step of the device's latency staircase is
+measured first, by timing kernels of each kind at many widths. Copied to devices unchanged: Python 3.8, numpy,
+onnxruntime.
 """
 
 from __future__ import annotations
@@ -29,24 +30,24 @@ ROUNDS = 3
 PROBE_ROUNDS = 5
 REFERENCE_EVERY = 8
 MOST_LEVELS = (4, 7)
-"""At most so many lengths of a kernel's first width, and of its second."""
+"""Maximum number of grid lines for a kernel's first width, and for its second."""
 DIAGONAL = (0.25, 0.5, 0.75, 1.0)
 PROBED = (8, 12, 16, 20, 24, 28, 30, 31, 32, 33, 36, 40, 44, 47, 48, 49, 56, 60, 62, 63, 64)
 STEPS = (32, 16, 8, 4)
 TOLERANCE = 0.06
-"""A width is worth having if it saves more than this against the next stair."""
+"""A width is useful if it saves more than this fraction against the next step."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A kernel to be tabulated, from one unit of each width up to these."""
+    """A kernel to tabulate, from one unit up to these widths."""
 
     kernel: Kernel
     widths: Widths
 
 
 def grid_of(wanted: Wanted, step_of: int) -> List[Widths]:
-    """Return the widths at which a kernel is measured: edges of its stairs, fewer where they are many."""
+    """Return the widths at which a kernel is measured: edges of its staircase, thinned if there are many."""
     if len(wanted.kernel.letters) > LADDER:
         return [tuple(max(1, round(f * w)) for w in wanted.widths) for f in DIAGONAL]
     most = MOST_LEVELS if len(wanted.widths) > 1 else (MOST_LEVELS[1],)
@@ -54,7 +55,7 @@ def grid_of(wanted: Wanted, step_of: int) -> List[Widths]:
 
 
 def _levels(width: int, step_of: int, most: int) -> List[int]:
-    """Stair edges up to a width, the width itself last; where they are many, ever further apart."""
+    """Return stair edges up to and including a width, at increasing distances if there are many."""
     stride = max(step_of, 1)
     edges = sorted({*range(stride, width, stride), width})
     if len(edges) <= most:
@@ -74,7 +75,7 @@ def fill(
     rounds: int = ROUNDS,
     progress: Optional[Progress] = None,
 ) -> LatencyTable:
-    """Return the table with the kernels that it lacks measured on this machine."""
+    """Return the table with missing kernels measured on this machine."""
     news = {w.kernel.key: w for w in wanted if not table.covers(w.kernel, w.widths)}
     grids = {key: grid_of(w, table.step(w.kernel)) for key, w in news.items()}
     points = [(news[key].kernel, widths) for key, grid in grids.items() for widths in grid]
@@ -91,7 +92,7 @@ def fill(
 
 
 def _guess(kernel: Kernel, widths: Widths, largest: Widths, times: Mapping[Tuple[str, Widths], float]) -> float:
-    """In proportion to the largest widths by what is read and written; nothing where not even those run."""
+    """Estimate in proportion to the data read and written at the largest widths; None if those do not run."""
     there, here = (sum(_elements(kernel, w)) for w in (largest, widths))
     return times.get((kernel.key, largest), 0.0) * here / max(there, 1)
 
@@ -110,11 +111,11 @@ def refine(
     rounds: int = ROUNDS,
     progress: Optional[Progress] = None,
 ) -> LatencyTable:
-    """Return the table with these points measured as well, where they lie between grid lines."""
+    """Return the table with these points measured too, if they are between grid lines."""
     news: Dict[Tuple[str, Widths], Point] = {}
     for kernel, widths in points:
         if kernel.key not in table.entries:
-            continue  # one that is like it stands for it
+            continue  # covered by a similar one
         entry = table.entries[kernel.key]
         on_grid = len(kernel.letters) <= LADDER and all(w in a for w, a in zip(widths, entry.axes))
         if not on_grid and widths not in entry.points:
@@ -136,7 +137,7 @@ def measure(
 ) -> Dict[Tuple[str, Widths], float]:
     """Return (kernel key, widths) → milliseconds, the median over rounds in shuffled order.
 
-    What ONNX Runtime cannot run by itself is left out: groups that do not divide their channels, say.
+    Kernels that ONNX Runtime cannot run alone are omitted, such as groups that do not divide their channels.
     """
     if not points:
         return {}
@@ -173,7 +174,7 @@ def measure(
 def new_table(
     *, conditions: Conditions, rounds: int = PROBE_ROUNDS, progress: Optional[Progress] = None
 ) -> LatencyTable:
-    """Return a table of this machine that holds nothing yet but the steps of its stairs; takes some ten seconds."""
+    """Return an empty table of this machine with its measured stair steps; takes about ten seconds."""
     kinds = {kind_of(kernel): kernel for kernel in _PROBES}
     points = [(kernel, (width,) * len(kernel.letters)) for kernel in kinds.values() for width in PROBED]
     times = measure(points, conditions=conditions, rounds=rounds, progress=progress)
@@ -186,7 +187,7 @@ def new_table(
 
 
 def overhead_ms(threads: int) -> float:
-    """Return what an operator takes beside its own time: many that do next to nothing against one."""
+    """Return the overhead per operator, from a chain of trivial operators against a single one."""
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
         timer = probe.KernelTimer(Conditions(threads), folder)
         one, many = (timer.wall_ms(chain_bytes(length)) for length in (1, 1 + _CHAIN))
@@ -197,11 +198,11 @@ _CHAIN = 64
 
 
 def step_of(curve: Mapping[int, float]) -> int:
-    """Return the step of the stairs that a curve of milliseconds over widths shows, 1 where it shows none.
+    """Return the step of the staircase in a curve of milliseconds over widths, 1 if there is none.
 
-    A width between two multiples of the step is worth having if it takes less time than the upper one, and no more than
-    its share of the way from the lower one. On stairs of 16 multiples of 8 alone, of 4 alone, of 2 alone and odd widths
-    are not: in each of these sorts the majority decides.
+    A width between two multiples of the step is useful if it is faster than the upper one, and not slower than linear
+    interpolation between the two. With a step of 16, odd widths and odd multiples of 2, 4 and 8 are not useful; the
+    majority in each of these classes decides.
     """
     for size in STEPS:
         sorts = [[w for w in curve if w % size and w % part == 0 and w % (2 * part)] for part in _parts(size)]
@@ -253,7 +254,7 @@ REFERENCE: tuple[Kernel, Widths] = (_probe_conv(3), (64, 64))
 
 
 def wanted_of(placed: Iterable[Point]) -> List[Wanted]:
-    """Return what to tabulate for the kernels of a dense network: each up to the largest widths that it has there."""
+    """Return what to tabulate for the kernels of a dense network: each up to its largest widths there."""
     largest: Dict[str, Wanted] = {}
     for kernel, widths in placed:
         known = largest.get(kernel.key)

@@ -1,4 +1,4 @@
-"""What a latency was measured on: the runtime, the processor, and how busy the rest of the machine was meanwhile."""
+"""The measuring environment: runtime, processor, and load by other processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from surgery.latency.probe import PROVIDER, available_cores, session_options
 WINDOW_S = 0.5
 TOLERATED_SHARE = 0.1
 
-# Reported name → the names processors and operating systems give it; only what ONNX Runtime's kernels choose by.
+# Reported name → names used by processors and operating systems; only those that select ONNX Runtime kernels.
 _INSTRUCTION_SETS = {
     "avx2": {"avx2"},
     "fma": {"fma"},
@@ -67,7 +67,7 @@ def describe(threads: int, provider: str = PROVIDER) -> dict[str, Any]:
 
 @cache
 def _processor() -> tuple[str, frozenset[str]]:
-    """The processor's name and instruction sets: from the system, else by py-cpuinfo, which takes a second.
+    """Return the processor's name and instruction sets: from the system, else by py-cpuinfo, which takes a second.
 
     Linux on ARM reports instruction sets and no name.
     """
@@ -80,11 +80,11 @@ def _processor() -> tuple[str, frozenset[str]]:
 
 @dataclass(slots=True)
 class Watch:
-    """Tells which rounds of a measurement other processes disturbed, by the processor time they took meanwhile.
+    """Detects rounds disturbed by other processes, by their processor time.
 
-    Disturbed means that they used more than a tenth of the machine. Even with cores to spare that shows: neighbouring
-    cores share caches, memory and clock frequency, and on virtual machines often one physical core. The system counts
-    in steps of 10 ms, so rounds are judged in groups of half a second or more.
+    A round is disturbed if they used more than a tenth of the machine. This matters even with idle cores, since cores
+    share caches, memory and clock frequency, and on virtual machines often a physical core. The system counts in steps
+    of 10 ms, so rounds are evaluated in groups of half a second or more.
 
     Attributes:
         shares: for each judged round, the share of the machine's capacity that others used, from 0 to 1.
@@ -101,7 +101,7 @@ class Watch:
             self.judge()
 
     def judge(self) -> None:
-        """Judge the rounds that are still pending, however short they were."""
+        """Evaluate the pending rounds, however short."""
         now = _clocks()
         capacity_s = max(now[0] - self._start[0], 1e-9) * (psutil.cpu_count() or 1)
         share = min(1.0, max(0.0, (now[1] - self._start[1]) / capacity_s))
@@ -110,7 +110,7 @@ class Watch:
 
     @property
     def undisturbed(self) -> list[int]:
-        """Positions of the judged rounds in which others left the machine alone."""
+        """Indices of the undisturbed rounds."""
         return [i for i, share in enumerate(self.shares) if share <= TOLERATED_SHARE]
 
 

@@ -1,14 +1,14 @@
-"""Kernels as small ONNX models, each in the layout that it meets in a network.
+"""Kernels as small ONNX models, with the memory layouts they have in a network.
 
-Runtimes hold images in blocks of channels between the operators that can work on them, and pay for every change of
-layout. So that a kernel is timed as it runs in its network, each image that it reads comes out of a small blocked
-operator, and what it makes goes into one: both bear names that begin with `CONTEXT`, and do not count.
+Runtimes store images in blocks of channels between operators that support it, and every change of layout takes time.
+To time a kernel as in its network, each image it reads is produced by a small blocked operator, and its result is
+consumed by one. The names of both begin with `CONTEXT`, and their time is excluded.
 
-In int8 a kernel is written as ONNX Runtime's quantiser would: unsigned activations, signed weights with a scale for
-each channel, and what it does not take left in float between a `DequantizeLinear` and a `QuantizeLinear`, which count.
+In int8, a kernel is written as by ONNX Runtime's quantizer: unsigned activations, signed weights with a scale per
+channel, and unsupported operators in float between `DequantizeLinear` and `QuantizeLinear`, whose time is included.
 
-Copied to devices unchanged: Python 3.8 and numpy. That is why the files are assembled here byte by byte, without the
-onnx package.
+Copied to devices unchanged: Python 3.8 and numpy. The files are therefore assembled byte by byte, without the onnx
+package.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ IN_8_BITS = frozenset(
         *("LeakyRelu", "Reshape", "Transpose"),
     )
 )
-"""Of the operators that kernels are made of, those that the quantiser takes."""
+"""Operators that the quantizer supports."""
 WEIGHTED = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
-"""Whose second operand is signed."""
+"""Operators whose second operand is signed."""
 BY_RANGE = frozenset(("Clip", "Relu"))
-"""What it leaves out behind those: numbers of 8 bits go no further than their range."""
+"""Operators it omits after those, since 8-bit values are clipped to their range anyway."""
 
 _ACTIVATION, _WEIGHT = np.float32(0.02), np.float32(0.01)
-"""Scales: times do not depend on them."""
+"""Arbitrary scales, on which times do not depend."""
 
 _FLOAT, _UINT8, _INT8, _INT32, _INT64 = 1, 2, 3, 6, 7
 _KINDS = {"float32": _FLOAT, "uint8": _UINT8, "int8": _INT8, "int32": _INT32, "int64": _INT64}
@@ -68,7 +68,7 @@ def model_bytes(kernel: Kernel, widths: Widths, precision: str = FP32) -> bytes:
 
 
 def chain_bytes(length: int) -> bytes:
-    """Return a model of so many operators in a row that do next to nothing."""
+    """Return a model with a chain of trivial operators."""
     graph = _Graph({})
     graph.inputs.append(_value_info("x", (1, 8)))
     for k in range(length):
@@ -77,7 +77,7 @@ def chain_bytes(length: int) -> bytes:
 
 
 def _made(kernel: Kernel, sizes: Mapping[str, int], shapes: Mapping[str, Tuple[int, ...]]) -> Tuple[int, ...]:
-    """The result's shape; what is joined is as long as its pieces, whatever the widths say."""
+    """Return the result's shape; the length of a concatenation is that of its pieces."""
     shape = list(resolved(kernel.shape, sizes))
     first = kernel.steps[0]
     if first.op == "Concat":
@@ -87,7 +87,7 @@ def _made(kernel: Kernel, sizes: Mapping[str, int], shapes: Mapping[str, Tuple[i
 
 
 def _prepared(steps: Sequence[Step]) -> List[Step]:
-    """Operators as the quantiser's preparation leaves them in a file of any batch: spelt out, or folded."""
+    """Return operators as after the quantizer's preprocessing: decomposed, or folded."""
     done: List[Step] = []
     at: Dict[Any, Any] = {}
 
@@ -116,7 +116,7 @@ def _groups(op: str, x: Sequence[int], weight: Sequence[int], made: Sequence[int
 
 
 class _Graph:
-    """An ONNX graph while it is being put together."""
+    """Builder of an ONNX graph."""
 
     def __init__(self, shapes: Mapping[str, Tuple[int, ...]]) -> None:
         self.inputs: List[bytes] = []
@@ -132,7 +132,7 @@ class _Graph:
         self._nodes.append(b"".join(parts + [_message(5, _attribute(k, v)) for k, v in sorted(attributes.items())]))
 
     def feed(self, operand: Operand) -> None:
-        """Make a value an input, behind a blocked operator where it is an image."""
+        """Add an input; images pass through a blocked operator."""
         name, shape = operand.name, self._shapes[operand.name]
         image = operand.kind == "image" and len(shape) == 4
         given = f"{CONTEXT}{name}_in" if image else name
@@ -140,7 +140,7 @@ class _Graph:
         self._named[name] = self.context(given, shape[1], f"{CONTEXT}{name}") if image else name
 
     def context(self, value: str, channels: int, name: str) -> str:
-        """Append a blocked operator that reads `value`; nothing is fused into a pooling."""
+        """Append a blocked operator that reads `value`: a pooling, into which nothing is fused."""
         self._weights[f"{name}_weight"] = np.full((channels, 1, 1, 1), 0.5, np.float32)
         shaped = {"group": channels, "kernel_shape": (1, 1)}
         self.add("Conv", [value, f"{name}_weight"], f"{name}_conv", f"{name}_conv", shaped)
@@ -148,7 +148,7 @@ class _Graph:
         return name
 
     def name_of(self, reference: Any) -> str:
-        """Return the name of an input of a step; constants and weights are made on first use."""
+        """Return the name of an input of a step; constants and weights are created on first use."""
         if reference is None:
             return ""
         if not isinstance(reference, str):
@@ -169,7 +169,7 @@ class _Graph:
         return self._named[key]
 
     def model(self, result: str, shape: Sequence[int]) -> bytes:
-        """Return the model that gives `result`."""
+        """Return the model with output `result`."""
         graph = b"".join(
             [_message(1, node) for node in self._nodes]
             + [_text(2, "kernel")]
@@ -181,19 +181,19 @@ class _Graph:
 
 
 class _Quantised(_Graph):
-    """The same graph as ONNX Runtime's quantiser writes it, in QDQ format.
+    """Builder of the same graph in QDQ format, as written by ONNX Runtime's quantizer.
 
-    Between two operators in 8 bits a value goes through a `QuantizeLinear` and a `DequantizeLinear`, which the runtime
-    takes into the operators. Those that it cannot take in are part of the kernel, unless they are the context's.
+    Between two 8-bit operators, a value passes through `QuantizeLinear` and `DequantizeLinear`, which the runtime fuses
+    into the operators. Those that it cannot fuse are part of the kernel, unless they belong to the context.
     """
 
     def __init__(self, shapes: Mapping[str, Tuple[int, ...]]) -> None:
         super().__init__(shapes)
-        self._bits: Dict[str, str] = {}  # value → what its numbers of 8 bits are called
-        self._read: Dict[str, str] = {}  # what those are called → the value that is read from them
+        self._bits: Dict[str, str] = {}  # value → name of its 8-bit tensor
+        self._read: Dict[str, str] = {}  # name of an 8-bit tensor → its dequantized value
 
     def add(self, op: str, inputs: Sequence[str], output: str, name: str, attributes: Mapping[str, Any]) -> None:
-        """Append one operator, in 8 bits where the quantiser would."""
+        """Append one operator, in 8 bits if the quantizer supports it."""
         part = CONTEXT if name.startswith(CONTEXT) else KERNEL
         if op in BY_RANGE and inputs[0] in self._bits:
             self._bits[output] = self._bits[inputs[0]]
@@ -207,18 +207,18 @@ class _Quantised(_Graph):
             super().add(op, given, output, name, attributes)
 
     def feed(self, operand: Operand) -> None:
-        """Make a value an input, in 8 bits as the operator before it leaves it."""
+        """Add an input in 8 bits, as left by the previous operator."""
         super().feed(operand)
         self._quantise(self._named[operand.name], CONTEXT)
 
     def model(self, result: str, shape: Sequence[int]) -> bytes:
-        """Return the model that gives `result`: in 8 bits within, in float for who calls it."""
+        """Return the model with output `result`: 8-bit inside, float outside."""
         self._quantise(result, KERNEL)
         self._read.pop(self._bits[result], None)
         return super().model(self._reading(result, f"{CONTEXT}out_"), shape)
 
     def _operand(self, op: str, place: int, value: str, part: str, axis: int) -> str:
-        """The name under which an operator in 8 bits reads a value, a weight or a bias."""
+        """Return the name of the dequantized value, weight or bias that an 8-bit operator reads."""
         weight = self._weights.get(value)
         if not value or (weight is not None and weight.dtype != np.float32) or (op == "Resize" and place):
             return value
@@ -232,7 +232,7 @@ class _Quantised(_Graph):
         return self._constant(value, np.int8, axis if op != "MatMul" or weight.ndim == 2 else None, part)
 
     def _quantise(self, value: str, part: str) -> None:
-        """Append what makes numbers of 8 bits of a value, once."""
+        """Append `QuantizeLinear` for a value, once."""
         if value not in self._bits:
             self._bits[value] = value
             self._weights[f"{value}_scale"] = np.asarray(_ACTIVATION, np.float32)
@@ -241,7 +241,7 @@ class _Quantised(_Graph):
             super().add("QuantizeLinear", names, f"{value}_bits", f"{part}{value}_quantise", {})
 
     def _reading(self, value: str, part: str, axis: Optional[int] = None) -> str:
-        """Append what reads a value from its numbers of 8 bits, once; returns the name of what is read."""
+        """Append `DequantizeLinear` for an 8-bit tensor, once; returns the name of its result."""
         bits = self._bits[value]
         if bits not in self._read:
             self._read[bits] = f"{bits}_{part}read"
@@ -263,7 +263,7 @@ class _Quantised(_Graph):
 
 
 def _channels(op: str, attributes: Mapping[str, Any]) -> int:
-    """The axis of a weight that holds what comes out."""
+    """Return the output axis of a weight."""
     return 0 if op == "Conv" or attributes.get("transB") else 1
 
 

@@ -1,6 +1,6 @@
-"""Where a model's time goes: milliseconds by operator, from ONNX Runtime's own profiler.
+"""Milliseconds by operator, from ONNX Runtime's profiler.
 
-Profiling itself takes time: these figures are good for shares; latencies are measured by the timer.
+Profiling adds overhead, so these figures are suitable for shares only; latencies are measured by the timer.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ WARM_RUNS, RUNS = 3, 20
 
 
 def by_operator(path: str | Path, settings: Settings, *, runs: int = RUNS) -> Mapping[str, float]:
-    """Return operator type → median milliseconds of a run, the costliest first.
+    """Return operator type → median milliseconds per run, in descending order.
 
-    Operators are those that are run: after ONNX Runtime has fused and rearranged what it can.
+    Operators are those executed, after ONNX Runtime's fusions and other optimisations.
 
     Args:
         path: ONNX file.
-        settings: how it is run.
-        runs: that are profiled.
+        settings: session settings.
+        runs: number of profiled runs.
 
     Raises:
         InvalidInput: the file cannot be loaded or run.

@@ -1,10 +1,10 @@
-"""Latency in ONNX Runtime, measured as a model runs in service: hot, and alone.
+"""Latency in ONNX Runtime, measured as in serving: warm, with one model at a time.
 
-Models are timed in blocks of runs, in shuffled order, round after round. One session is alive at a time: it is created,
-warmed up, timed and destroyed, so that no idle thread pool spins beside another model and no model runs on the caches
-that another one left (strict A B A B alternation does both). Each round gives one ratio of block medians per model, and
-rounds go on until every ratio's 95 % interval is narrow. A second entry of the baseline's own file, the A/A row, goes
-through all of it: where that does not come out at 1, the figures are marked unreliable. Needs no torch.
+Models are timed in rounds of blocks, in shuffled order. Only one session exists at a time: it is created, warmed up,
+timed and destroyed, so that no idle thread pool spins next to another model and no model runs on caches left by another
+(strict A B A B alternation has both problems). Each round gives one ratio of block medians per model, and rounds
+continue until every ratio's 95 % interval is narrow. The baseline's file is timed a second time as the A/A row; if its
+ratio differs from 1, the figures are marked as unreliable. Needs no torch.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Row:
         p99_ms: None under 1000 runs.
         quantiles_ms: of single runs, from the shortest to the longest in steps of five hundredths.
         throughput_per_s: batch items per second, from the mean latency.
-        runs: timed runs, warm-up not counted.
+        runs: timed runs, without warm-up.
         ratio: latency relative to the baseline's, below 1 is faster.
         speedup: 1 / ratio.
-        load_ms: time to create the session in a fresh process; None where not asked for.
-        peak_memory_bytes: largest resident set of that process, interpreter and runtime included.
-        floor_memory_bytes: what was resident in it before the model was loaded.
-        file_bytes: size on disk, external weights included.
+        load_ms: time to create the session in a fresh process; None if not requested.
+        peak_memory_bytes: peak resident set of that process, including interpreter and runtime.
+        floor_memory_bytes: resident set before the model was loaded.
+        file_bytes: size on disk, including external weights.
     """
 
     name: str
@@ -63,19 +63,19 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What `time` measured.
+    """Result of `time`.
 
     Attributes:
         rows: one per model, in the order given.
         baseline: name of the model the ratios refer to.
-        aa: the baseline against itself in sessions of its own; None where not asked for.
+        aa: the baseline against its own copy in separate sessions; None if not requested.
         reliable: whether `aa` lies within 1.00 ± 0.02, on enough rounds.
         why: the reason for `reliable`, in words.
-        rounds: number of rounds that count; each holds one block of every model. Rounds in which other processes used
-            more than a tenth of the machine are left out, as long as twelve others remain.
-        stopped: which rule ended the measurement.
-        environment: runtime, processor, session options; `other_processes`, the share of the machine that others used
-            in the rounds that count; `disturbed_rounds`, how many rounds they disturbed.
+        rounds: number of rounds used, each with one block of every model. Rounds in which other processes used more
+            than a tenth of the machine are excluded, if twelve others remain.
+        stopped: the rule that ended the measurement.
+        environment: runtime, processor, session options; `other_processes`, the share of the machine used by other
+        processes in these rounds; `disturbed_rounds`, the number of disturbed rounds.
         settings: batch, seed and limits as given.
     """
 
@@ -90,7 +90,7 @@ class Timing:
     settings: Mapping[str, Any]
 
     def row(self, name: str) -> Row:
-        """Return the row called `name`; raises InvalidInput where there is none."""
+        """Return the row called `name`; raises InvalidInput if there is none."""
         for row in self.rows:
             if row.name == name:
                 return row
@@ -116,12 +116,12 @@ def time(
     Args:
         models: name → ONNX file.
         settings: batch, threads, provider, seed and input shapes; by default batch 1 on one thread of the CPU.
-        limits: how many runs and seconds, and how narrow the intervals.
+        limits: limits on runs, seconds and interval widths.
         baseline: the model ratios refer to; the first by default.
-        aa: time a copy of the baseline too, the timer's test of itself.
+        aa: also time a copy of the baseline, as a test of the timer.
         fresh: measure load time and peak memory, in one child process per model.
-        progress: called with what is being done and the fraction of the measurement behind it (0 to 1). Work it leaves
-            running in other threads disturbs the measurement.
+        progress: called with the current stage and the completed fraction (0 to 1). It must not leave work running in
+            other threads, which would disturb the measurement.
 
     Raises:
         InvalidInput: a file cannot be read, loaded or run, or there is no such baseline.
@@ -192,7 +192,7 @@ def _row(name: str, m: Measurement, first: FirstRuns | None) -> Row:
 
 
 def _other_processes(m: Measurement) -> dict[str, Any]:
-    """Return what other processes used of the machine in the rounds that count, and how many were disturbed."""
+    """Return the share of the machine used by other processes, and the number of disturbed rounds."""
     shares = [m.watch.shares[i] for i in m.used if i < len(m.watch.shares)]
     return {
         "other_processes": round(float(np.mean(shares)), 3) if shares else None,
@@ -201,7 +201,7 @@ def _other_processes(m: Measurement) -> dict[str, Any]:
 
 
 def _verdict(aa: Interval | None, m: Measurement) -> tuple[bool, str]:
-    """Return whether the figures can be believed, and the reason."""
+    """Return whether the figures are reliable, and the reason."""
     if aa is None:
         return False, "the timer was not tested against a copy of the baseline (aa=False)"
     found = f"the baseline against its own copy came out at {aa.value:.3f} [{aa.low:.3f}, {aa.high:.3f}]"

@@ -1,8 +1,8 @@
-"""Sessions of ONNX Runtime and how they are timed, here and on devices: Python 3.8, numpy and onnxruntime.
+"""ONNX Runtime sessions and their timing, here and on devices: Python 3.8, numpy and onnxruntime.
 
-Whole models are timed by the clock, in blocks of runs. Small models of one kernel are timed by ONNX Runtime's profiler,
-which reports the time of each operator by itself. Between runs of a kernel a buffer is written that is as large
-as the network, so that weights come from where they come from there.
+Whole models are timed by wall time, in blocks of runs. Models of one kernel are timed by ONNX Runtime's profiler, which
+reports the time of each operator. Between runs of a kernel, a buffer as large as the network is written, so that
+weights are read from the same level of the memory hierarchy as in the network.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Conditions:
-    """What kernels are timed under, and latency tables hold for, on one device.
+    """Conditions of kernel measurements, for which a latency table is valid.
 
     Attributes:
-        threads: of ONNX Runtime.
-        flush_mib: how much of the caches the rest of the network takes between two runs of a kernel; 0 for a small one.
+        threads: threads of ONNX Runtime.
+        flush_mib: cache overwritten by the rest of the network between two runs of a kernel; 0 for a small network.
         precision: `fp32` or `int8`.
     """
 
@@ -55,7 +55,7 @@ class Conditions:
 
 
 def session_options(threads: int, profile: str = "") -> Any:
-    """Return the options of every session; with `profile`, operators are profiled into a file whose path begins so."""
+    """Return session options; `profile` is the path prefix of an operator profile, if any."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -79,13 +79,13 @@ def random_values(name: str, kind: str, shape: Sequence[int], seed: int = 0) -> 
     """Return random values of an input: floats normal, integers 0 or 1, which are always valid as an index.
 
     Args:
-        name: of the input; inputs of one name get the same values, in any model.
-        kind: as ONNX Runtime calls it, for example ``tensor(float)``.
-        shape: of the values.
-        seed: of the values.
+        name: name of the input; equal names get equal values, in any model.
+        kind: ONNX Runtime's type, for example ``tensor(float)``.
+        shape: shape of the values.
+        seed: random seed.
 
     Raises:
-        TypeError: the input is no numeric tensor.
+        TypeError: the input is not a numeric tensor.
     """
     dtype = _DTYPES.get(kind[len("tensor(") : -1])
     if dtype is None:
@@ -95,9 +95,9 @@ def random_values(name: str, kind: str, shape: Sequence[int], seed: int = 0) -> 
 
 
 def block_ms(session: Any, inputs: Mapping[str, Any], runs: int) -> Any:
-    """Return the milliseconds of so many runs of a session, (runs,), after some that are not timed.
+    """Return the milliseconds of timed runs of a session, (runs,), after warm-up.
 
-    Those let the memory arena, weights and clock frequency settle. Garbage is not collected meanwhile.
+    Warm-up lets the memory arena, weights and clock frequency settle. Garbage collection is disabled meanwhile.
     """
     times = np.empty(runs)
     collecting = gc.isenabled()
@@ -118,7 +118,7 @@ def block_ms(session: Any, inputs: Mapping[str, Any], runs: int) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what ONNX Runtime says is wrong."""
+    """Return the first line of ONNX Runtime's error message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".;")
 
 
@@ -126,10 +126,9 @@ def first_line(error: Exception) -> str:
 
 
 class KernelTimer:
-    """Times models by their operators; profiles are written into `folder` and removed.
+    """Times kernels by operator profiles, which are written to `folder` and removed.
 
-    Before each run as many MiB are written to as the conditions say: a large network pushes a kernel's weights out of
-    the caches, a small one leaves them there.
+    Before each run `flush_mib` are overwritten, since a large network evicts a kernel's weights from the caches.
     """
 
     def __init__(self, conditions: Conditions, folder: str) -> None:
@@ -137,7 +136,7 @@ class KernelTimer:
         self._buffer = np.zeros(max(1, conditions.flush_mib << 18), np.float32)
 
     def kernel_ms(self, model: bytes) -> float:
-        """Return the median milliseconds that the kernel in an ONNX model takes: its operators, not its context."""
+        """Return the median milliseconds of the kernel in an ONNX model, without its context."""
         options = session_options(self._threads, self._profile)
         session = onnxruntime.InferenceSession(model, options, providers=[PROVIDER])
         inputs = _inputs(session)
@@ -152,10 +151,10 @@ class KernelTimer:
         return float(np.median(kernel_runs_ms(profiled(session))[1:]))  # the first run warms up
 
     def try_ms(self, model: bytes) -> Optional[float]:
-        """Return the same, or None where ONNX Runtime cannot run the model."""
+        """Like `kernel_ms`, but return None if ONNX Runtime cannot run the model."""
         try:
             return self.kernel_ms(model)
-        except Exception:  # ONNX Runtime's exceptions have no base class of their own
+        except Exception:  # ONNX Runtime's exceptions have no common base class
             return None
 
     def wall_ms(self, model: bytes, runs: int = 300) -> float:
@@ -173,7 +172,7 @@ Operators = List[Tuple[str, str, int]]
 
 
 def profiled(session: Any) -> List[Operators]:
-    """Return for each run of a session that was profiled the operators that ran; the profile is removed."""
+    """Return the executed operators for each run of a profiled session, and remove the profile."""
     path = session.end_profiling()
     with open(path, encoding="utf-8") as stream:
         events = json.load(stream)
@@ -195,16 +194,16 @@ def operators_by_run(events: Sequence[Mapping[str, Any]]) -> List[Operators]:
 
 
 def kernel_runs_ms(runs: Sequence[Operators]) -> List[float]:
-    """Return for each run the milliseconds of the kernel's own operators."""
+    """Return the milliseconds of the kernel's own operators for each run."""
     return [_own(run) / 1e3 for run in runs]
 
 
 _TO_BLOCKS, _FROM_BLOCKS = ("ReorderInput", "Transpose"), ("ReorderOutput", "Transpose")
-"""Changes of layout that a runtime puts in: to blocks of channels in float, to channels last in int8."""
+"""Layout changes inserted by the runtime: to blocks of channels in float, to channels-last in int8."""
 
 
 def _own(run: Operators) -> float:
-    """Sum the microseconds of one run, without the context and the changes of layout at the model's ends."""
+    """Sum the microseconds of one run, without the context and the layout changes at the model's ends."""
     total = 0.0
     for k, (op, name, duration) in enumerate(run):
         after = run[k + 1][1] if k + 1 < len(run) else ""
@@ -218,7 +217,7 @@ def _own(run: Operators) -> float:
 
 
 def describe(conditions: Conditions) -> dict[str, Any]:
-    """Return what a latency depends on, as JSON values: runtime, build, provider, options, processor, conditions."""
+    """Return what latencies depend on, as JSON values: runtime, build, provider, options, processor, conditions."""
     brand, flags = processor()
     return {
         "onnxruntime": onnxruntime.__version__,
@@ -233,7 +232,7 @@ def describe(conditions: Conditions) -> dict[str, Any]:
 
 
 def processor() -> tuple[str, list[str]]:
-    """Return the processor's name and its instruction sets, as far as the system reports them; Linux does."""
+    """Return the processor's name and instruction sets, if the system reports them (Linux)."""
     brand = platform.processor() or "unknown"
     flags: List[str] = []
     try:

@@ -1,8 +1,8 @@
-"""The latency of one model relative to another's, each time from a fresh process.
+"""The latency of one model relative to another's, measured in fresh processes.
 
-A process has its own memory layout and its own luck with it, so that two processes agree less well than two blocks of
-one: the median over several processes is what a budget is judged by. ``python -m surgery.latency.ratio REQUEST``
-answers one request with one line of JSON.
+Times depend on the memory layout of the process, so that they vary more between processes than between blocks of one. A
+budget is therefore judged by the median over several processes. ``python -m surgery.latency.ratio REQUEST`` answers one
+request with one line of JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TIMEOUT_S = 1800.0
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """What several processes found.
+    """Ratio measured in several processes.
 
     Attributes:
         value: median of the ratios.
@@ -43,7 +43,7 @@ class Ratio:
     compact_ms: float
 
     def __add__(self, other: Ratio) -> Ratio:
-        """Return what both found together; milliseconds are the mean of both."""
+        """Return the combined result; milliseconds are the mean of both."""
         ratios = (*self.ratios, *other.ratios)
         own, all_ = len(self.ratios), len(ratios)
 
@@ -82,7 +82,7 @@ def measure(
             **{"dense": str(dense.resolve()), "compact": str(compact.resolve())},
             **{"max_seconds": seconds, **asdict(settings), "seed": settings.seed + k},
         }
-        # -P keeps the working folder off the child's path: users have folders of their own called like ours.
+        # -P keeps the working folder off the child's path, since it may contain folders with our packages' names.
         arguments = ["-P", "-m", "surgery.latency.ratio", json.dumps(request)]
         answers.append(ask(arguments, f"latency of {compact}", timeout_s=TIMEOUT_S))
     keys = ("ratio", "dense_ms", "compact_ms")

@@ -1,6 +1,6 @@
-"""One ONNX Runtime session, set up the same way wherever it is timed, and random inputs that fit it.
+"""ONNX Runtime sessions with one configuration for all measurements, and random inputs for them.
 
-Load time, memory and latency are all measured in such sessions, so that they belong to the same configuration.
+Load time, memory and latency are all measured with the same configuration.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from surgery.latency.probe import PROVIDER, available_cores, first_line, random_
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a model is run.
+    """Session settings.
 
     Attributes:
-        batch: length of the batch axis: axis 0 where it is dynamic, and any axis named `batch`.
-        threads: `intra_op_num_threads`; operators themselves run one after the other.
-        seed: of the random inputs.
+        batch: length of the batch axis: axis 0 if dynamic, and any axis named `batch`.
+        threads: `intra_op_num_threads`; operators run sequentially.
+        seed: seed of the random inputs.
         shapes: input name → whole shape, for inputs with dynamic axes other than the batch axis.
         provider: execution provider of ONNX Runtime.
 
@@ -62,7 +62,7 @@ class Settings:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Settings:
-        """Return what `asdict` and JSON made of settings."""
+        """Restore settings from the JSON values of `asdict`."""
         return cls(**{**fields, "shapes": {name: tuple(shape) for name, shape in fields["shapes"].items()}})
 
 
@@ -82,13 +82,13 @@ def model_file(path: str | Path) -> Path:
 
 
 def file_bytes(path: Path) -> int:
-    """Return the size of the model on disk, in bytes, with weights kept beside it in ``<name>.data``."""
+    """Return the size of the model on disk in bytes, including weights in ``<name>.data``."""
     beside = path.with_name(path.name + ".data")
     return path.stat().st_size + (beside.stat().st_size if beside.is_file() else 0)
 
 
 def open_session(path: Path, settings: Settings, *, profile: str = "") -> onnxruntime.InferenceSession:
-    """Return a session; `profile` begins the path of a profile, if operators are to be timed.
+    """Return a session; `profile` is the path prefix of an operator profile, if any.
 
     Raises:
         InvalidInput: ONNX Runtime cannot load the file, or the provider cannot start.
@@ -96,10 +96,10 @@ def open_session(path: Path, settings: Settings, *, profile: str = "") -> onnxru
     options = session_options(settings.threads, profile)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[settings.provider])
-    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class
         why = first_line(error)
         raise InvalidInput(f"ONNX Runtime cannot load {path}: {why}; check or re-export the file") from error
-    if (started := session.get_providers()[0]) != settings.provider:  # it falls back without an exception
+    if (started := session.get_providers()[0]) != settings.provider:  # ONNX Runtime falls back without an exception
         raise InvalidInput(f"provider '{settings.provider}' did not start: {path} would run by {started} instead")
     return session
 
@@ -125,7 +125,7 @@ def random_inputs(session: onnxruntime.InferenceSession, path: Path, settings: S
 
 
 def run_once(session: onnxruntime.InferenceSession, inputs: Mapping[str, NDArray[Any]], path: Path) -> None:
-    """Run the session and throw the outputs away; raises InvalidInput where the model refuses its inputs."""
+    """Run the session and discard the outputs; raises InvalidInput if the model rejects its inputs."""
     try:
         session.run(None, inputs)
     except Exception as error:  # as above
@@ -139,7 +139,7 @@ EXAMPLES = "example_shapes"
 
 
 def _examples(session: onnxruntime.InferenceSession) -> dict[str, list[int]]:
-    """The shapes that a file says it was exported with, for axes that it leaves open; none where it says nothing."""
+    """Return the export shapes recorded in a file, for dynamic axes; empty if there are none."""
     try:
         found = json.loads(session.get_modelmeta().custom_metadata_map.get(EXAMPLES, "{}"))
         return {str(name): [int(size) for size in shape] for name, shape in found.items()}

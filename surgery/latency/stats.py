@@ -1,4 +1,4 @@
-"""From block medians to a ratio that can be believed: a robust centre of paired ratios, with its bootstrap interval."""
+"""Robust estimate of a latency ratio from block medians, with a bootstrap interval."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ UNITY = Interval(1.0, 1.0, 1.0)
 
 
 def paired_ratio(model_ms: Sequence[float], baseline_ms: Sequence[float], *, seed: int) -> Interval:
-    """Return how long the model takes relative to the baseline, from block medians of the same rounds.
+    """Return the model's latency relative to the baseline's, from block medians of the same rounds.
 
-    Each round gives one ratio, so that what slows a whole round down cancels. The centre is the interquartile mean of
-    the log ratios: deaf to a quarter of disturbed rounds on either side, and smoother under resampling than a median.
+    Each round gives one ratio, so that slowdowns of a whole round cancel. The estimate is the interquartile mean of the
+    log ratios: robust to a quarter of disturbed rounds on either side, and smoother under resampling than a median.
 
     Args:
         model_ms: block medians, one per round, (R,).
         baseline_ms: the baseline's block medians in the same rounds, (R,).
-        seed: of the resampling.
+        seed: seed of the resampling.
 
     Returns:
         The ratio and its percentile-bootstrap 95 % interval over rounds.

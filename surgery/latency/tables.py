@@ -1,8 +1,8 @@
-"""Latency tables: how many milliseconds kernels take at which widths, on one device.
+"""Latency tables: milliseconds of kernels by width, on one device.
 
-A table holds for each kernel a grid over its widths, and single points measured since. Between grid lines time is
-taken to run straight; grid lines are the edges of the device's stairs, and a width off an edge is paid like the next
-edge above it.
+For each kernel, a table has a grid over its widths, and single points measured later. Times are interpolated linearly
+between grid lines, which are edges of the device's latency staircase; a width off an edge costs like the next edge
+above it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from surgery.errors import InvalidInput
 
 SCHEMA = 1
 LADDER = 2
-"""Kernels with more widths than this are tabulated along the diagonal only: all widths shrink together."""
+"""Kernels with more widths than this are tabulated along the diagonal only, where all widths shrink together."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of one kernel.
+    """Measurements of one kernel.
 
     Attributes:
-        axes: for each width the lengths at which it was measured, increasing; one axis of elements in all where the
-            kernel has more than `LADDER` widths.
+        axes: measured values of each width, increasing; a single axis with the number of elements if the kernel has
+            more than `LADDER` widths.
         grid: milliseconds at each combination, the last axis fastest.
-        points: milliseconds at other widths, which were asked for since.
+        points: milliseconds at other widths, measured later.
     """
 
     axes: tuple[tuple[int, ...], ...]
@@ -41,7 +41,7 @@ class Entry:
     points: Mapping[Widths, float] = field(default_factory=dict)
 
     def at(self, place: Sequence[int]) -> float:
-        """Return the milliseconds at a place: on the grid, between its lines, or in proportion beyond them."""
+        """Return the milliseconds at a position, interpolated within the grid and in proportion outside."""
         corners = [_between(axis, x) for axis, x in zip(self.axes, place)]
         total = 0.0
         for corner in product(*corners):
@@ -53,7 +53,7 @@ class Entry:
 
 
 def _between(axis: Sequence[int], x: int) -> list[tuple[int, float]]:
-    """The neighbouring lines of a grid, and their weights; below the first line time falls in proportion."""
+    """Return the neighbouring grid lines and their weights; below the first line, time is proportional."""
     k = bisect_left(axis, x)
     if k < len(axis) and axis[k] == x:
         return [(k, 1.0)]
@@ -66,10 +66,10 @@ def _between(axis: Sequence[int], x: int) -> list[tuple[int, float]]:
 
 @dataclass(frozen=True)
 class Stairs:
-    """How a kind of kernel pays for widths on a device.
+    """Latency staircase of a kind of kernel on a device.
 
     Attributes:
-        step: widths that are no multiple of it cost like the next one that is, or more; 1 where time falls evenly.
+        step: widths that are not a multiple of it cost at least as much as the next multiple; 1 if time is linear.
         curve: width → milliseconds of a square kernel of the kind.
     """
 
@@ -83,9 +83,9 @@ class LatencyTable:
 
     Attributes:
         device: runtime, provider, options, processor and its instruction sets, threads.
-        stairs: kind of kernel → the curve that its stairs were found on.
-        overhead_ms: what an operator takes beside its kernel's own time.
-        entries: kernel key → what is known of it.
+        stairs: kind of kernel → its staircase.
+        overhead_ms: overhead per operator in addition to its kernel's time.
+        entries: kernel key → its measurements.
     """
 
     device: Mapping[str, Any]
@@ -99,12 +99,12 @@ class LatencyTable:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def step(self, kernel: Kernel) -> int:
-        """Return the step of the stairs that a kernel's widths stand on."""
+        """Return the stair step for a kernel's widths."""
         found = self.stairs.get(kind_of(kernel))
         return found.step if found else 1
 
     def ms(self, kernel: Kernel, widths: Widths) -> Optional[float]:
-        """Return the kernel's time at these widths, or None where the table does not hold the kernel."""
+        """Return the kernel's time at these widths, or None if the kernel is not in the table."""
         for same, theirs in self._like(kernel, widths):
             entry = self.entries[same.key]
             if theirs in entry.points:
@@ -124,9 +124,9 @@ class LatencyTable:
         )
 
     def _like(self, kernel: Kernel, widths: Widths) -> Iterator[Tuple[Kernel, Widths]]:
-        """Yield the table's kernels that are this one at these widths, with the widths in their letters.
+        """Yield the table's kernels that match this one at these widths, with the values of their letters.
 
-        The kernel itself comes first. Others have open widths where this one's are fixed, by --keep for example.
+        The kernel itself comes first. Others have variable widths where this one's are fixed, for example by --keep.
         """
         if kernel.key in self.entries:
             yield kernel, tuple(widths)
@@ -144,21 +144,21 @@ class LatencyTable:
         return found
 
     def only(self, points: Sequence[Tuple[Kernel, Widths]]) -> LatencyTable:
-        """Return the table with only the entries that these kernels' times come from."""
+        """Return the table with only the entries used for these kernels."""
         found = (next(self._like(kernel, widths), None) for kernel, widths in points)
         return replace(self, entries={like[0].key: self.entries[like[0].key] for like in found if like is not None})
 
     def relative(self, kernel: Kernel) -> Optional[Entry]:
-        """Return what is known of the kernel that is most like one which the table lacks, or None where none is.
+        """Return the entry of the kernel most similar to a missing one, or None if there is none.
 
-        Both begin with the same operator on tensors of the same shapes; what follows it may differ.
+        Both start with the same operator on tensors of the same shapes; the following operators may differ.
         """
         kin = [other for other in map(Kernel.from_key, self.entries) if _start(other) == _start(kernel)]
         kin = [other for other in kin if len(other.letters) == len(kernel.letters)]
         return self.entries[max(kin, key=lambda other: _likeness(other, kernel)).key] if kin else None
 
     def with_entries(self, entries: Mapping[str, Entry]) -> LatencyTable:
-        """Return the table with these entries put in; of kernels that it holds the wider grid stays, and all points."""
+        """Return the table with these entries merged; for existing kernels, the larger grid and all points are kept."""
         merged = dict(self.entries)
         for key, entry in entries.items():
             old = merged.get(key)
@@ -192,7 +192,7 @@ class LatencyTable:
 
     @classmethod
     def from_json(cls, text: str, origin: str) -> LatencyTable:
-        """Parse what `to_json` wrote; raises InvalidInput where the text is no table of this schema."""
+        """Parse the output of `to_json`; raises InvalidInput if the text is not a table of this schema."""
         try:
             data = json.loads(text)
             if data["schema"] != SCHEMA:
@@ -226,7 +226,7 @@ class LatencyTable:
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:
-        """Read a table; raises InvalidInput where the file is missing or is no table."""
+        """Read a table; raises InvalidInput if the file is missing or not a table."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
@@ -247,12 +247,12 @@ class LatencyTable:
 
 
 def _is_time(ms: float) -> bool:
-    """Whether a figure can be the time of one kernel: not below zero, and not a day."""
+    """Return whether a figure is a plausible time of one kernel: non-negative and below a day."""
     return 0.0 <= ms < 1e8
 
 
 def _step(value: Any) -> int:
-    """The step of stairs as it is given; raises ValueError where it can be none."""
+    """Return a valid stair step; raises ValueError otherwise."""
     if type(value) is not int or not 1 <= value <= _LARGEST_STEP:
         raise ValueError(f"its stairs are damaged: a step of {value!r:.20}")
     return value
@@ -266,13 +266,13 @@ def _steps_key(kernel: Kernel) -> str:
 
 
 def _matched(pattern: Kernel, kernel: Kernel, widths: Widths) -> Optional[Widths]:
-    """Return what a kernel's letters would have to stand for to be another one, or None where nothing would do."""
+    """Return values of a kernel's letters that make it equal to another one, or None."""
     bound = _bound(pattern, kernel, dict(zip(kernel.letters, widths)))
     return None if bound is None else tuple(int(bound[letter]) for letter in pattern.letters)
 
 
 def _bound(pattern: Kernel, kernel: Kernel, sizes: Mapping[str, Size]) -> Optional[Dict[str, Size]]:
-    """What a pattern's letters stand for where its shapes are a kernel's; None where one fixed or twice differs."""
+    """Bind a pattern's letters to a kernel's shapes; None if a fixed or repeated length differs."""
     bound: Dict[str, Size] = {}
     pairs = list(zip(pattern.operands, kernel.operands))
     shapes = [(p.shape, k.shape) for p, k in pairs] + [(pattern.shape, kernel.shape)]
@@ -285,7 +285,7 @@ def _bound(pattern: Kernel, kernel: Kernel, sizes: Mapping[str, Size]) -> Option
 
 
 def kind_of(kernel: Kernel) -> str:
-    """Return which stairs a kernel stands on: ``conv``, ``conv 1x1``, ``depthwise``, ``matmul`` or ``other``."""
+    """Return the kind of a kernel: ``conv``, ``conv 1x1``, ``depthwise``, ``matmul`` or ``other``."""
     first = kernel.steps[0]
     if first.op == "Conv":
         shape = next(o.shape for o in kernel.operands if o.name == first.inputs[1])
@@ -296,21 +296,21 @@ def kind_of(kernel: Kernel) -> str:
 
 
 def _start(kernel: Kernel) -> Tuple[Any, ...]:
-    """The first operator, and the shapes of what it reads."""
+    """Return the first operator, and the shapes of its inputs."""
     first = kernel.steps[0]
     names = {str(x).partition(":")[0] for x in first.inputs}
     return first.op, first.attributes, tuple(o.shape for o in kernel.operands if o.name in names)
 
 
 def _likeness(a: Kernel, b: Kernel) -> Tuple[int, int, bool]:
-    """How many operators are the same from the first on, and how many more either has."""
+    """Return the number of equal leading operators, and of the remaining ones."""
     ops_a, ops_b = ([(s.op, s.attributes) for s in kernel.steps] for kernel in (a, b))
     same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(ops_a, ops_b))))
     return same, -abs(len(ops_a) - len(ops_b)), a.image == b.image
 
 
 def place_of(kernel: Kernel, widths: Widths) -> tuple[int, ...]:
-    """Return where widths lie on the axes of a kernel's entry: as they are, or the number of elements in all."""
+    """Return the position of widths on the axes of a kernel's entry: unchanged, or the number of elements."""
     if len(kernel.letters) <= LADDER:
         return tuple(widths)
     sizes = dict(zip(kernel.letters, widths))
@@ -318,5 +318,5 @@ def place_of(kernel: Kernel, widths: Widths) -> tuple[int, ...]:
 
 
 def _edge(axis: Sequence[int], width: int, step: int) -> int:
-    """The next stair edge at or above a width; widths that were measured themselves stay."""
+    """Return the next stair edge at or above a width; measured widths are unchanged."""
     return width if width in axis else min(-(-width // step) * step, max(axis[-1], width))

@@ -1,12 +1,11 @@
-"""Load time and peak memory of one model, from a fresh process that does nothing else.
+"""Load time and peak memory of one model, measured in a fresh process.
 
-`fresh_process` starts ``python -m surgery.latency.worker``. What is reported:
+`fresh_process` starts ``python -m surgery.latency.worker``, which reports:
 
-* load time: wall time to create the session (read, parse, optimise, pack weights), the file being wherever the
-  operating system has it, usually in its cache;
-* peak memory: the process's own largest resident set, in bytes, up to the end of a few runs. It contains the
-  interpreter, NumPy and ONNX Runtime; nothing is subtracted. Their share is reported beside it as the floor: what was
-  resident just before the session was created.
+* load time: wall time to create the session (read, parse, optimise, pack weights), usually with the file in the
+operating system's cache;
+* peak memory: the peak resident set of the process in bytes, up to the end of a few runs. It includes the interpreter,
+NumPy and ONNX Runtime; the resident set just before the session was created is reported separately as the floor.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ TIMEOUT_S = 900.0
 
 @dataclass(frozen=True, slots=True)
 class FirstRuns:
-    """What a fresh process measured; see the module's description."""
+    """Measurements of a fresh process; see the module's description."""
 
     load_ms: float
     peak_memory_bytes: int
@@ -37,14 +36,14 @@ class FirstRuns:
 
 
 def fresh_process(path: Path, settings: Settings) -> FirstRuns:
-    """Load and run the model in a new process and return what that took.
+    """Load and run the model in a new process and return the measurements.
 
     Raises:
         InvalidInput: the model cannot be loaded or run.
         TimerFailed: the process died, or gave no answer in 15 minutes.
     """
     request = json.dumps({"path": str(path.resolve()), **asdict(settings)})
-    # -P keeps the working folder off the child's path: users have folders of their own called like ours.
+    # -P keeps the working folder off the child's path, since it may contain folders with our packages' names.
     arguments = ["-P", "-m", "surgery.latency.worker", request]
     return FirstRuns(**ask(arguments, f"memory of {path}", timeout_s=TIMEOUT_S))
 
