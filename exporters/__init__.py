@@ -1,4 +1,4 @@
-"""Exports of torch models to files that a runtime executes, each compared with its model before it is written."""
+"""Export torch models to ONNX and other formats, verified against the model before they are written."""
 
 from pkgutil import extend_path
 

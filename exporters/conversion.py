@@ -1,7 +1,7 @@
 """From a torch module to an ONNX graph in memory, by torch's own exporters and without output on the terminal.
 
-Inputs, outputs and dynamic axes get their names, and everything the exporter noted about the machine it ran on is taken
-out (stack traces, file paths, class names). What cannot be exported is refused with the user's own source line.
+Inputs, outputs and dynamic axes are named, and exporter metadata about the machine (stack traces, file paths, class
+names) is removed. If a model cannot be exported, the error names the user's source line.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def convert(
 
     Args:
         model: in eval mode, on the CPU; may be changed by the exporter, so pass a copy.
-        call: example inputs, at a batch above 1 where the batch is dynamic.
+        call: example inputs, with a batch above 1 if the batch is dynamic.
         axes: dynamic axes by input name; an axis that torch then finds to be fixed is an error.
         outputs: output names, in the order in which the model returns its tensors.
         opset: ONNX operator set to write.
         dynamo: by `torch.export`; else by the TorchScript tracer, which follows the example's path through the code.
 
     Raises:
-        UnsupportedModel: with the user's source line, where there is one.
+        UnsupportedModel: the model cannot be exported; the message names the user's source line if known.
     """
     try:
         if dynamo:
@@ -138,7 +138,7 @@ _NO_VIEW = "Cannot view a tensor"
 def _reshaping(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None, shapes: Any
 ) -> torch.export.ExportedProgram:
-    """Capture with reshapes for views, and the results of attention laid out in one way.
+    """Capture with reshapes instead of views, and a uniform memory layout of attention results.
 
     Whether a view is possible depends on strides, and torch's decompositions lay attention out unlike its kernel.
     """
@@ -184,7 +184,7 @@ def _by_torchscript(model: torch.nn.Module, call: Call, axes: Axes, outputs: Seq
 
 def _arguments(call: Call) -> tuple[tuple[Any, ...], dict[str, Any] | None]:
     """Return ``(args, kwargs)`` for torch.onnx.export."""
-    # A tensor given for two inputs would become one input of the program: each gets storage of its own.
+    # A tensor passed as two inputs would become one input of the program, so each gets its own storage.
     args, kwargs = call.arguments({name: tensor.detach().clone() for name, tensor in call.tensors.items()})
     if args and isinstance(args[-1], dict) and not kwargs:
         args = (*args, {})  # a dictionary in last place would be taken for the keyword inputs
@@ -192,7 +192,7 @@ def _arguments(call: Call) -> tuple[tuple[Any, ...], dict[str, Any] | None]:
 
 
 def _tidy(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str], axes: Axes) -> ir.Model:
-    """Name inputs, outputs and axes, drop what nothing uses, and clear every note the exporter left."""
+    """Name inputs, outputs and axes, and remove unused values and exporter metadata."""
     found = [str(value.name) for value in model.graph.inputs]
     if len(found) < len(inputs):  # the TorchScript tracer, which was given the names, drops inputs that nothing uses
         inputs = [name for name in inputs if name in found]
@@ -307,7 +307,7 @@ _RULES = """
 
 
 def _simplify(model: ir.Model) -> None:
-    """Fold constants, fold batch norms into convolutions, and drop what nothing uses, in place.
+    """Fold constants, fold batch norms into convolutions, and remove unused nodes, in place.
 
     torch's own `optimize=True` does the same, and also tries to turn pairs of slices into splits by looking at every
     pair of nodes: more than a quarter of the time that exporting torchvision's swin_t takes.
@@ -330,7 +330,7 @@ def _simplify(model: ir.Model) -> None:
 
 
 def _keep_zeros_in_maxima(model: ir.Model) -> None:
-    """Name the axes of every padding that a maximum is taken over.
+    """Make the axes of paddings before max-poolings explicit.
 
     ONNX Runtime makes one MaxPool of a Pad with zeros and a MaxPool, whose own padding is below any number: where all
     of a window is negative the result differs (seen in 1.31). It leaves a Pad that names its axes alone.
@@ -356,7 +356,7 @@ _PAD_INPUTS = 4
 
 
 def source_line(error: BaseException) -> str | None:
-    """Return the user's ``file:line`` that led to `error`; None where neither a frame nor a graph's node knows it."""
+    """Return the user's ``file:line`` that led to `error`, from stack frames or graph nodes, or None."""
     if (found := where_raised(error)) != UNKNOWN:
         return found
     traces = (trace for link in _chain(error) for trace in _node_traces(link))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Convert = Callable[[Path, Path, Mapping[str, "NDArray[Any]"]], object]
-"""From an ONNX file to a target path, with example inputs by name to compare the two on."""
+"""(ONNX file, target path, example inputs by name for the comparison)."""
 
 ONNX = "onnx"
 """The format that is always written."""
@@ -28,14 +28,13 @@ ONNX = "onnx"
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A format of files.
+    """A file format.
 
     Attributes:
-        name: as in `--format`.
-        suffix: of its files.
-        precisions: those of an ONNX file in which it is written: `fp32`, `fp16`, `int8`.
-        convert: writes a file; raises an error of `surgery.errors` where it cannot, or where the file computes
-            something else.
+        name: name in `--format`.
+        suffix: file suffix.
+        precisions: supported precisions of the ONNX file: `fp32`, `fp16`, `int8`.
+        convert: writes a file; raises an error of `surgery.errors` if it fails, or if the file differs.
     """
 
     name: str
@@ -52,10 +51,10 @@ FORMATS: Mapping[str, Format] = MappingProxyType(_FORMATS)
 def register_format(
     name: str, *, suffix: str, precisions: tuple[str, ...] = ("fp32", "fp16", "int8")
 ) -> Callable[[Convert], Convert]:
-    """Return a decorator that registers a function from an ONNX file to a file of another format.
+    """Return a decorator that registers a conversion from an ONNX file to another format.
 
     Raises:
-        ValueError: a format of this name or suffix is registered.
+        ValueError: the name or suffix is already registered.
     """
     if name == ONNX or name in FORMATS or suffix in (f.suffix for f in FORMATS.values()):
         raise ValueError(f"a format '{name}', or one with the suffix {suffix}, is registered already")
@@ -68,7 +67,7 @@ def register_format(
 
 
 def validate_formats(names: tuple[str, ...]) -> None:
-    """Raise InvalidInput where a name is neither `onnx` nor that of a registered format."""
+    """Raise InvalidInput if a name is neither `onnx` nor a registered format."""
     known = (ONNX, *sorted(FORMATS))
     if unknown := [name for name in names if name not in known]:
         raise InvalidInput(f"format '{unknown[0]}' is not accepted; give some of {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""ONNX files that are known to compute what the torch model computes.
+"""Export ONNX files, verified against the torch model.
 
 They are exported by torch, named by the model's own signature, checked by ONNX's checker, and compared with the model
 in ONNX Runtime. Only then does a file replace an older one at the same path.
@@ -42,11 +42,11 @@ _NOT_INSTALLED = "not installed"
 
 @dataclass(frozen=True, slots=True)
 class ExportSettings:
-    """How to export.
+    """Export settings.
 
     Attributes:
-        opset: ONNX operator set; None: 20, or less where `min_ort` is older.
-        min_ort: version of the oldest ONNX Runtime that is to read the file, such as `1.16`.
+        opset: ONNX operator set; None: 20, or less if `min_ort` is older.
+        min_ort: oldest ONNX Runtime version that must read the file, such as `1.16`.
         check: False skips the comparison in ONNX Runtime, not the ONNX checker.
         dynamo: False exports by the TorchScript tracer, for models that `torch.export` cannot capture: the file then
             holds the one path through the code that the example takes.
@@ -73,7 +73,7 @@ class ExportSettings:
 
     @property
     def reader(self) -> Reader | None:
-        """What the oldest ONNX Runtime reads."""
+        """The oldest ONNX Runtime that must read the file."""
         return None if self.min_ort is None else Reader.of(self.min_ort)
 
     @property
@@ -86,17 +86,17 @@ class ExportSettings:
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """An ONNX file that was written.
+    """A written ONNX file.
 
     Attributes:
-        path: of the file.
-        bytes: its size, external data included.
+        path: path of the file.
+        bytes: its size, including external data.
         opset: ONNX operator set.
-        dynamic: input name → what its dynamic axes are called, by axis.
+        dynamic: input name → names of its dynamic axes, by axis.
         error: largest difference from the torch model in ONNX Runtime, relative to the part of the output that varies
             with the input; None where `check` was off.
         varying: share of the output that varies with the input, on the real weights; None where `check` was off.
-        notes: what the user should know: a static axis, a cast to float32, a comparison on other weights.
+        notes: notes for the user, such as a static axis, a cast to float32, or a comparison on other weights.
     """
 
     path: Path
@@ -142,7 +142,7 @@ def export(
     `output_0`.. or like the keys of the dictionary that forward returns. Weights above 2 GB go to ``<path>.data``.
 
     Args:
-        model: left unchanged, in mode, device and values.
+        model: unchanged, including mode and device.
         example_inputs: a tensor, or the tuple of positional inputs.
         path: of the file; its folder must exist.
         settings: operator set, exporter and check.
@@ -156,7 +156,7 @@ def export(
         InvalidInput: inputs the model does not take, an unknown axis, an unwritable path.
         UnsupportedModel: the model cannot be exported, and the message has the user's source line; or it needs an
             operator that `min_ort` does not know, which the message names.
-        CheckFailed: the file is invalid or computes something else, or the comparison cannot tell.
+        CheckFailed: the file is invalid or differs, or the comparison is inconclusive.
     """
     settings = settings or ExportSettings()
     target = Path(path)
@@ -252,7 +252,7 @@ def _write(job: _Job, model: torch.nn.Module, axes: Axes, file: Path) -> ir.Mode
 
 
 def _verify(job: _Job, axes: Axes) -> tuple[float, float, list[str]]:
-    """Return (error, varying share, notes); raises CheckFailed where the file differs or the comparison is blind."""
+    """Return (error, varying share, notes); raises CheckFailed if it differs or is inconclusive."""
     real, near = _compare(job, job.model, job.file, near=False)
     notes = ["one path exported: compared near the example only, away from it the torch model differs"] if near else []
     if any(0 in chosen for chosen in axes.values()):

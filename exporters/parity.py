@@ -1,8 +1,8 @@
-"""Does an ONNX file compute what the torch model computes?
+"""Compare an ONNX file with its torch model.
 
-Both run on random inputs, at several batch sizes, and the difference is measured against the part of the output that
-varies with the input: a constant offset common to all outputs would otherwise hide a wrong program. Where hardly
-anything varies, the comparison is blind, and says so.
+Both run on random inputs, at several batch sizes, and the difference is measured relative to the part of the output
+that varies with the input, since a constant offset could otherwise hide an error. If hardly anything varies, the
+comparison is reported as inconclusive.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from surgery.errors import CheckFailed, InvalidInput
 TOLERANCE = 1e-4
 """Largest relative error of an export in float32."""
 BLIND = 1e-3
-"""Where less than this share of an output varies with the input, comparing it proves nothing."""
+"""If less than this share of an output varies with the input, its comparison is inconclusive."""
 ROUNDING = 1e-5
 """Differences up to this share of the whole output are float32 rounding, summed over a network."""
 
@@ -60,7 +60,7 @@ class OutputParity:
 
     @property
     def blind(self) -> bool:
-        """Whether so little varies with the input that `error` says nothing."""
+        """Whether too little varies with the input for `error` to be meaningful."""
         return self.varying < BLIND
 
     def is_rounding(self, own: OutputParity) -> bool:
@@ -114,10 +114,10 @@ def parity(
         model: in eval mode, on the CPU; left unchanged.
         call: an example call, as `bind` returns it.
         near_example: stay within 5 % of the example, for a file that holds only the example's path through the code.
-        seed: of the inputs.
+        seed: seed of the inputs.
 
     Returns:
-        What was found, large errors included: the caller compares with `TOLERANCE`.
+        The errors of all outputs, to be compared with `TOLERANCE` by the caller.
 
     Raises:
         CheckFailed: ONNX Runtime cannot load or run the file, or its outputs have other names or shapes.

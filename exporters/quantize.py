@@ -28,9 +28,9 @@ from surgery.errors import CheckFailed, InvalidInput
 __all__ = ["METHODS", "Int8", "Quantised", "to_fp16", "to_int8"]
 
 METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
-"""How an activation's range follows from the calibration images → its name in ONNX Runtime."""
+"""Calibration method of activation ranges → its name in ONNX Runtime."""
 FEWEST = 8
-"""Images that a range is estimated from at least."""
+"""Minimum number of calibration images."""
 FIRST, LAST = "first", "last"
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _PERCENTILE = 99.999
@@ -46,7 +46,7 @@ _Outputs = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Int8:
-    """How to quantise.
+    """Quantization settings.
 
     Attributes:
         method: how an activation's range follows from the calibration images: `minmax`, `entropy` or `percentile`.
@@ -56,7 +56,7 @@ class Int8:
         reduce_range: weights of 7 bits, for x86 processors without VNNI, whose sums of products can saturate.
 
     Raises:
-        InvalidInput: there is no such method.
+        InvalidInput: the method is unknown.
     """
 
     method: str = "minmax"
@@ -70,10 +70,10 @@ class Int8:
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """A file that was written.
+    """A written low-precision file.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
         bytes: its size.
         layers: convolutions, linear layers and matrix products in 8 bits, of how many.
         cosine: between its outputs and the float file's, on the calibration images; the mean over images, of the

@@ -1,4 +1,4 @@
-"""Which ONNX Runtime reads what: the newest operator set and format version that each release loads."""
+"""ONNX Runtime releases: the newest operator set and IR version that each loads."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ FORMAT_OF = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """The oldest ONNX Runtime that is to read a file.
+    """The oldest ONNX Runtime that must read a file.
 
     Attributes:
-        version: as given, such as `1.16`.
+        version: version as given, such as `1.16`.
         opset: the newest operator set that it loads.
-        ir_version: the newest format that it loads.
+        ir_version: the newest IR version that it loads.
     """
 
     version: str

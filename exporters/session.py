@@ -24,7 +24,7 @@ def open_session(
     kind: type[SurgeryError] = InvalidInput,
     **more: Any,
 ) -> onnxruntime.InferenceSession:
-    """Return a session on the CPU, by default of one thread; raises `kind` where the file cannot be loaded."""
+    """Return a session on the CPU, by default with one thread; raises `kind` if the file cannot be loaded."""
     options = options or session_options()
     with explained(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}", kind):
         return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"], **more)

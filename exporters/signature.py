@@ -1,4 +1,4 @@
-"""Names for what goes into a model and what comes out.
+"""Names of a model's inputs and outputs.
 
 Inputs are called like the parameters of `forward`, outputs `output`, `output_0`.. or like the keys of the dictionary
 that `forward` returns. Everything the exporter and the parity check need to know about one call of a model lies here,
@@ -20,7 +20,7 @@ from surgery.errors import InvalidInput
 BATCH, HEIGHT, WIDTH = "batch", "height", "width"
 
 Axes = Mapping[str, tuple[int, ...]]
-"""Input name → axes whose size may change from call to call."""
+"""Input name → axes whose size may vary between calls."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,4 +1,4 @@
-"""The Python interface: `shrink` from a model to a checked compact one, `recover` a better one."""
+"""The Python interface: `shrink` prunes and verifies a model, `recover` improves its accuracy."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ def shrink(
     progress: Progress | None = None,
     **options: Any,
 ) -> Result:
-    """Return a physically smaller, checked copy of the model.
+    """Return a physically smaller, verified copy of the model.
 
     Args:
-        model: the dense model, bit-identical afterwards; or its name, as for `load_model`.
+        model: the dense model, unchanged; or its name, as in `load_model`.
         example_inputs: a tensor, or a tuple of forward's positional arguments; (N, C, H, W) for most vision models.
             For a name None: the model's own.
-        recipe: what is asked for, made by `surgery.recipe`; half of the dense model's latency by default.
+        recipe: options, made by `surgery.recipe`; by default, half of the dense model's latency.
         example_kwargs: forward's keyword arguments.
-        progress: called with a stage's name and 0.0 as it begins, 1.0 when it is done.
-        options: deprecated; keyword arguments of earlier versions, which are options of the recipe now.
+        progress: called with a stage's name and its completed fraction, from 0.0 to 1.0.
+        options: deprecated; keyword arguments of earlier versions, which are now options of the recipe.
 
     Returns:
         The compact model, its plan, and the report on both.
 
     Raises:
-        InvalidInput: arguments, shapes or weights that cannot be used.
+        InvalidInput: arguments, shapes or weights are invalid.
         UnsupportedModel: the model cannot be traced or cut; the message names the source line. Or, with `own_class`,
             the class cannot hold any cut model.
-        BudgetUnreachable: the message says what was reachable, and what is frozen.
-        CheckFailed: the compact model does not compute what the masked dense model computes.
+        BudgetUnreachable: the budget cannot be met; the message says what is reachable, and what is frozen.
+        CheckFailed: the compact model differs from the masked dense model.
     """
     asked = _asked(recipe, options)
     config.validate(asked)
@@ -73,17 +73,17 @@ def shrink(
 def recover(
     result: Result, recipe: Recipe | None = None, *, progress: Progress | None = None, **options: Any
 ) -> Result:
-    """Return a result whose compact model is nearer to the dense one; the given result stays as it is.
+    """Return a result with a recovered compact model; the given result is unchanged.
 
     Args:
-        result: what `shrink`, or an earlier `recover`, returned.
-        recipe: the method of recovery and the data, as in ``surgery.recipe(recover="distill", data=images)``; by
-            default `reconstruct` with data, else `fold`.
-        progress: called with a step's name and the fraction of it that is done.
-        options: deprecated; keyword arguments of earlier versions, which are options of the recipe now.
+        result: result of `shrink` or `recover`.
+        recipe: recovery method and data, as in ``surgery.recipe(recover="distill", data=images)``; by default
+        `reconstruct` with data, else `fold`.
+        progress: called with a step's name and its completed fraction.
+        options: deprecated; keyword arguments of earlier versions, which are now options of the recipe.
 
     Raises:
-        InvalidInput: data, method or settings that cannot be used.
+        InvalidInput: data, method or settings are invalid.
     """
     if not isinstance(result, Result):
         raise InvalidInput(f"recover takes what surgery.shrink returned, not an object of type {type(result).__name__}")
@@ -113,10 +113,10 @@ def compare(
     """Time ONNX files that take the same inputs against each other in ONNX Runtime, as `surgery bench` does.
 
     Args:
-        files: their paths.
-        recipe: of its options `threads`, `batch`, `seed` and `runs` count.
-        baseline: the file that the others are relative to; None: the first.
-        progress: called with what is done and the fraction of it that is done.
+        files: paths of the files.
+        recipe: the options `threads`, `batch`, `seed` and `runs` are used.
+        baseline: the file that ratios refer to; None: the first.
+        progress: called with the current stage and its completed fraction.
 
     Returns:
         The measurements as plain JSON values: a row for each file, with its ratio to the baseline and 95 % interval.

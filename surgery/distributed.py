@@ -25,7 +25,7 @@ _WORD = "surgery: what went wrong"
 
 
 def processes() -> int:
-    """Return how many processes there are, as `torchrun` and `accelerate launch` tell."""
+    """Return the number of processes, as set by `torchrun` or `accelerate launch`."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -35,7 +35,7 @@ def rank() -> int:
 
 
 def follows() -> bool:
-    """Return whether this process stands beside the first on its host, and would tell of the same mistakes."""
+    """Return whether this process runs on the first one's host, and would report the same errors."""
     return 0 < rank() == int(os.environ.get("LOCAL_RANK", rank()))
 
 
@@ -77,7 +77,7 @@ def lost(error: BaseException) -> bool:
 
 
 def leave_word(sentence: str) -> bool:
-    """In the other processes: leave word for the first of what went wrong; return whether they have met by then."""
+    """In the other processes: report an error to the first one; return whether communication was set up."""
     try:
         store = _store()
         if store is not None:
@@ -88,7 +88,7 @@ def leave_word(sentence: str) -> bool:
 
 
 def word() -> str:
-    """In the first process: return what another one has left word of; an empty string for nothing."""
+    """In the first process: return the error reported by another one, or an empty string."""
     try:
         store = _store()
         return str(store.get(_WORD).decode()) if store is not None and store.check([_WORD]) else ""
@@ -97,7 +97,7 @@ def word() -> str:
 
 
 def _store() -> Any:
-    """What all processes can write to and read from, once they have met; None before."""
+    """The key-value store of all processes; None before communication is set up."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
@@ -131,7 +131,7 @@ def meet(recipe: Recipe) -> bool:
 
 
 def follow(loaded: LoadedModel, recipe: Recipe) -> None:
-    """Do what all processes but the first do: nothing, unless something is trained."""
+    """Run all processes except the first: participate in training, if any."""
     from surgery import pipeline  # torch, seconds
     from surgery.api import opened
     from surgery.planning import as_planned, repeat

@@ -1,7 +1,7 @@
-"""Every error the package raises on purpose, and the exit code the command line gives it.
+"""Exceptions raised by the package, with the exit codes of the command line.
 
-One small hierarchy under `SurgeryError`: catch that, and nothing that was foreseen escapes. A message says what, where
-(the user's own ``file:line`` where there is one), why, and the next step. Imports neither torch nor anything of ours.
+All derive from `SurgeryError`. A message says what failed, where (the user's ``file:line`` if known), why, and what to
+do next. Imports neither torch nor other modules of the package.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ INTERNAL = 1
 
 
 class SurgeryError(Exception):
-    """Base of all errors raised on purpose; `exit_code` is what the command line returns for it."""
+    """Base class of all exceptions of the package; `exit_code` is the exit code of the command line."""
 
     exit_code = INTERNAL
 
 
 class InvalidInput(SurgeryError):
-    """Arguments, files, shapes or weights that cannot be used as given."""
+    """Invalid arguments, files, shapes or weights."""
 
     exit_code = 2
 
@@ -33,11 +33,11 @@ class UnsupportedModel(SurgeryError):
 
 
 class IllegalCut(UnsupportedModel):
-    """A cut would leave survivors that do not form whole slabs, or an empty axis."""
+    """A cut would leave an empty axis, or survivors that do not form a rectangle."""
 
 
 class CheckFailed(SurgeryError):
-    """The compact model does not compute what the masked dense model computes, or the check cannot tell."""
+    """The compact model differs from the masked dense model, or the verification is inconclusive."""
 
     exit_code = 4
 

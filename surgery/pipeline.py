@@ -1,6 +1,6 @@
-"""From a decision to a compact model: cut, checked, corrected by measurements, recovered, and described.
+"""From a decision to a compact model: cut, verify, refine by measurements, recover, and report.
 
-Each stage is a function that can be called alone; nothing here knows how any of them works.
+Each stage is a function that can be called separately.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from surgery.report import as_json, describe, layer_shapes
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Result:
-    """A checked compact model and everything that led to it.
+    """A verified compact model, with its plan and report.
 
     Attributes:
         model: the compact `nn.Module`: the dense model's call signature, trainable.
         kind: `module` for the user's own class, `graph` for the rewritten program.
-        plan: which units died; `apply(plan, copy_of_the_dense_model)` does it again.
-        check: what the oracle found.
-        report: what report.json holds; without files and times, which `save` adds.
+        plan: the removed units; `apply(plan, copy_of_the_dense_model)` repeats it.
+        check: result of the verification.
+        report: contents of report.json, without files and times, which `save` adds.
         program: the traced dense model.
         coupling: its groups.
-        compact: the compact model, with the reason for its kind; where a part was shrunk, the part alone.
-        whole: where a part was shrunk, the dense model that it belongs to; `model` is then the whole compact one.
-        recipe: what was asked for.
-        recovery: its steps, each with how the compact model did after it, and the images; None for none.
+        compact: the compact model, or compact submodule, with the reason for its kind.
+        whole: the dense model around a pruned submodule, if any; `model` is then the whole compact model.
+        recipe: the recipe.
+        recovery: recovery steps with evaluations, and the images; None without recovery.
     """
 
     model: torch.nn.Module = field(repr=False)
@@ -78,7 +78,7 @@ Share = Callable[[Plan, torch.nn.Module], None]
 
 
 def realise(decision: Decision, *, progress: Progress | None = None, share: Share | None = None) -> Result:
-    """Cut what was decided and check it; raises CheckFailed where the compact model is not the masked dense one.
+    """Cut and verify a decision; raises CheckFailed if the compact model differs from the masked dense one.
 
     `share` is given the plan and the compact model before that is trained, where other processes take part.
     """
@@ -135,7 +135,7 @@ def realise(decision: Decision, *, progress: Progress | None = None, share: Shar
 
 
 def follow(decision: Decision, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Take part, as one of several processes, in the training that the first one leads.
+    """Participate in distributed training led by the first process.
 
     Args:
         decision: the first one's plan on this process's copy of the model.
@@ -159,8 +159,8 @@ def apply(
     """Return the compact model of another copy of the dense model.
 
     Args:
-        plan: what `shrink` decided, or `Plan.load` read.
-        dense_model: same architecture as the plan was made for, any weights; left unchanged.
+        plan: plan of `shrink` or `Plan.load`.
+        dense_model: model of the plan's dense architecture, with any weights; unchanged.
         example_inputs: as for `shrink`; None: made from the plan's input signature.
         example_kwargs: as for `shrink`; numbers, strings and flags are in the plan.
 

@@ -1,4 +1,4 @@
-"""Registries: what can be chosen by name, ours and what users add.
+"""Registries of criteria and recovery methods, built-in and user-defined.
 
 A registry belongs to a package of which each module registers one entry under the module's own name (``bn_gamma.py``:
 `bn-gamma`). Names are listed from the files, so that a command line can offer them without loading torch; a module is
@@ -19,12 +19,12 @@ from surgery.errors import InvalidInput
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
-    """A way to score units.
+    """A criterion for scoring units.
 
     Attributes:
         name: by which it is chosen.
         function: see `surgery.criterion`.
-        needs: what it reads besides the weights.
+        needs: inputs besides the weights.
         head_members: criterion of the same kind as one without needs, for the members of each attention head.
     """
 
@@ -36,12 +36,12 @@ class Criterion:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryMethod:
-    """A way to recover a compact model.
+    """A recovery method.
 
     Attributes:
         name: by which it is chosen.
         function: see `surgery.recovery_method`.
-        needs: what it reads besides the two models.
+        needs: inputs besides the two models.
         after: name of the method that runs before it; empty for none.
         undo_if_worse: whether its changes are undone where they leave the outputs further from the dense model's.
     """
@@ -60,9 +60,9 @@ class Registry(Generic[Entry]):
     """Entries by name.
 
     Args:
-        kind: what an entry is called in messages.
-        package: whose modules register entries under their own names.
-        needs: what an entry may need.
+        kind: name of an entry in messages.
+        package: package whose modules register entries under their own names.
+        needs: allowed needs of an entry.
     """
 
     def __init__(self, kind: str, package: str, needs: Collection[str]) -> None:

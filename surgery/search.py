@@ -43,7 +43,7 @@ def decide(
 
 
 def realise(decision: Decision, *, progress: Progress | None = None, share: Share | None = None) -> Result:
-    """Return the checked and recovered compact model; arguments and errors are those of `pipeline.realise`."""
+    """Return the verified and recovered compact model; arguments and errors are those of `pipeline.realise`."""
     if decision.recipe.selection.max_drop is not None:
         return fastest(decision, progress)
     return pipeline.realise(decision, progress=progress, share=share)
@@ -53,9 +53,9 @@ def realise(decision: Decision, *, progress: Progress | None = None, share: Shar
 
 FIRST = 0.5
 NEAR = 0.04
-"""The search ends once the interval is this narrow, in fractions of the dense latency."""
+"""The search ends when the interval is this narrow, as a fraction of the dense latency."""
 MOST = 7
-"""Models that are recovered at most."""
+"""Maximum number of recovered models."""
 
 
 @dataclass(frozen=True, slots=True)

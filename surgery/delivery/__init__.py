@@ -1,4 +1,4 @@
-"""The files of a finished run: exported, timed, written as a set.
+"""Export, time and write the files of a run.
 
 Its public names are listed in `__init__.pyi` and loaded on first use.
 """

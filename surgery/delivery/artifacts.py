@@ -2,7 +2,7 @@
 
 A run writes into a hidden sibling folder, ``.NAME.partial-XXXX``, which replaces ``NAME`` in one step at the end. If
 the run ends before that (a failed check, Ctrl-C, SIGTERM, a power cut), the previous set is unchanged. A run locks its
-sibling folder, so that the next one can tell the leftovers of killed runs, which it removes, from running ones.
+sibling folder, so that the next run can distinguish remains of killed runs, which it removes, from running ones.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ COMPACT_WEIGHTS = "compact.safetensors"
 PLAN = "plan.json"
 RECIPE = "recipe.toml"
 NAMES = (DENSE_ONNX, COMPACT_ONNX, COMPACT_PT2, COMPACT_WEIGHTS, PLAN, RECIPE, *REPORT_FILES[:3])
-"""What a finished set consists of; models above 2 GB bring a ``.data`` file beside their ``.onnx``."""
+"""Files of a complete set; models above 2 GB have an additional ``.data`` file."""
 
 FEWER_BITS = tuple(f"{name}.{precision}.onnx" for name in ("dense", "compact") for precision in ("fp16", "int8"))
-"""Where they are asked for."""
+"""Files written on request."""
 _OURS = {*NAMES, *FEWER_BITS, *REPORT_FILES, f"{DENSE_ONNX}.data", f"{COMPACT_ONNX}.data"}
 _USERS_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EBUSY}
 _AT_FDCWD = -100
@@ -39,19 +39,19 @@ _RENAME_EXCHANGE = 2
 
 
 def prepare(out: str | Path) -> Path:
-    """Return the absolute output folder, after checking, before the long work, that a set can be written there.
+    """Return the absolute output folder, after an early check that it can be written.
 
-    Leftovers of killed runs are removed, and a set that one of them had moved aside is put back.
+    Remains of killed runs are removed, and a set that one of them had moved aside is restored.
 
     Args:
-        out: the output folder; need not exist, nor its parents.
+        out: the output folder; it and its parents need not exist.
 
     Raises:
-        InvalidInput: the place cannot be written, or holds files that a swap of the whole folder would remove.
+        InvalidInput: it cannot be written, or contains files that replacing the folder would remove.
     """
     try:
         target = Path(out).expanduser().resolve()
-        target.exists()  # a name that is too long, or has a NUL in it, shows here
+        target.exists()  # raised if the name is too long or contains NUL
     except (OSError, ValueError, TypeError) as error:
         raise InvalidInput(f"--out {out!r}: no name for a folder ({error}); name another") from error
     above = next(folder for folder in target.parents if folder.exists())
@@ -69,16 +69,16 @@ def prepare(out: str | Path) -> Path:
 
 @contextmanager
 def output_set(out: str | Path) -> Iterator[Path]:
-    """Yield an empty folder; what the block leaves in it becomes `out` as a whole when the block succeeds.
+    """Yield an empty folder, which replaces `out` if the block succeeds.
 
     Args:
-        out: the final folder; an earlier set in it stays untouched until the swap, and is removed after it.
+        out: the final folder; an earlier set is unchanged until the swap, and then removed.
 
     Yields:
         The folder to write into, on the same file system as `out`.
 
     Raises:
-        InvalidInput: the place cannot be written (no permission, no space), or holds foreign files.
+        InvalidInput: it cannot be written (no permission, no space), or contains other files.
     """
     target = prepare(out)
     try:
@@ -99,7 +99,7 @@ def output_set(out: str | Path) -> Iterator[Path]:
 
 
 def _refuse_unsafe(target: Path) -> None:
-    """Raise InvalidInput where swapping the whole folder would take something of the user's with it."""
+    """Raise InvalidInput if replacing the folder would remove the user's files."""
     if not target.exists():
         return
     if not target.is_dir():
@@ -117,13 +117,13 @@ def _refuse_unsafe(target: Path) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    """Whether a file is of a set: one of those that are always there, or a compact file in another format."""
+    """Return whether a file belongs to a set, including compact files in other formats."""
     others = {f"compact{bits}{form.suffix}" for form in FORMATS.values() for bits in ("", ".fp16", ".int8")}
     return name in _OURS or name in others
 
 
 def _tidy(target: Path) -> None:
-    """Put back a set that a killed run had moved aside, and remove the folders of runs that no longer live."""
+    """Restore a set that a killed run had moved aside, and remove folders of dead runs."""
     for aside in sorted(target.parent.glob(f"{_prefix(target, 'previous')}*")):
         if not target.exists() and _abandoned(aside):
             aside.rename(target)
@@ -134,7 +134,7 @@ def _tidy(target: Path) -> None:
 
 
 def _swap(partial: Path, target: Path) -> None:
-    """Replace `target` by `partial`, which afterwards is gone or holds the previous set."""
+    """Replace `target` by `partial`, which afterwards is gone or contains the previous set."""
     if not target.exists():
         partial.rename(target)
         return
@@ -145,7 +145,7 @@ def _swap(partial: Path, target: Path) -> None:
     try:
         partial.rename(target)
     except BaseException:
-        # Ctrl-C between the two steps, too, must not leave the user without either set.
+        # Ctrl-C between the two steps must not lose both sets.
         if not target.exists():
             aside.rename(target)
         raise
@@ -153,7 +153,7 @@ def _swap(partial: Path, target: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Exchange two folders in one step of the file system; False where that is not supported (not Linux, NFS)."""
+    """Exchange two folders atomically; returns False if not supported (not Linux, NFS)."""
     if not sys.platform.startswith("linux"):
         return False
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -164,10 +164,10 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _lock(folder: Path) -> int | None:
-    """Hold the folder as this run's own until `_unlock` or the end of the process; None without such locks."""
+    """Lock the folder for this run until `_unlock` or the end of the process; None if locks are unsupported."""
     try:
         import fcntl
-    except ImportError:  # Windows: leftovers are then never cleared, which is safe.
+    except ImportError:  # Windows: remains are never removed, which is safe.
         return None
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -184,7 +184,7 @@ def _unlock(handle: int | None) -> None:
 
 
 def _abandoned(folder: Path) -> bool:
-    """Whether no living run holds the folder."""
+    """Return whether no running process has locked the folder."""
     try:
         handle = _lock(folder)
     except OSError:

@@ -1,6 +1,6 @@
-"""The model files of a result: ONNX in each precision and format, an exported program, and the weights.
+"""Write the model files of a result: ONNX in each precision and format, an exported program, and weights.
 
-ONNX files hold the whole model where a part of it was shrunk, if that can be exported, else the part.
+If a submodule was pruned, ONNX files contain the whole model if it can be exported, else the submodule.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from surgery.planning import int8_of
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Subject:
-    """The model in the ONNX files: the one that was shrunk, or the whole one around the part that was.
+    """The model in the ONNX files: the pruned model, or the whole model around a pruned submodule.
 
     Attributes:
         dense: the dense model.
-        around: compact or masked part → the model in the file.
+        around: compact or masked submodule → the model in the file.
         args: example inputs.
         kwargs: example keyword inputs.
-        dynamic: dynamic axes of each tensor input; None where they are not known: the first may be the batch.
-        whole: whether only a part of it was shrunk.
+        dynamic: dynamic axes of each tensor input; None if unknown, when axis 0 may be the batch.
+        whole: whether only a submodule was pruned.
     """
 
     dense: torch.nn.Module
@@ -62,20 +62,20 @@ class Subject:
 
     @property
     def batch(self) -> int:
-        """Of the example inputs."""
+        """Batch size of the example inputs."""
         first = next(iter(self.tensors.values()), None)
         return first.shape[0] if first is not None and first.dim() else 1
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """The model files that were written.
+    """The written model files.
 
     Attributes:
-        exports: `dense`, `masked` and `compact` → their float32 file.
-        quantised: `dense int8`, for example → its file.
-        subject: the model in them.
-        notes: for the user.
+        exports: `dense`, `masked` and `compact` → float32 file.
+        quantised: name such as `dense int8` → file.
+        subject: the model in the files.
+        notes: notes for the user.
     """
 
     exports: Mapping[str, onnx.ExportResult]
@@ -91,16 +91,16 @@ class Files:
 
     @property
     def fixed_batch(self) -> int | None:
-        """The batch that a file fixes; None where all of them leave it open."""
+        """The static batch size of a file; None if dynamic in all files."""
         open_batch = all(any(0 in axes for axes in export.dynamic.values()) for export in self.exports.values())
         return None if open_batch else self.subject.batch
 
 
 def write_files(result: Result, recipe: Recipe, folder: Path, scratch: Path, clock: Clock) -> Files:
-    """Write plan, weights and models into `folder`; the masked model, which is only timed, into `scratch`.
+    """Write plan, weights and models to `folder`, and the masked model, which is only timed, to `scratch`.
 
     Raises:
-        InvalidInput, UnsupportedModel, CheckFailed: a file cannot be written, or computes something else.
+        InvalidInput, UnsupportedModel, CheckFailed: a file cannot be written, or fails verification.
     """
     result.plan.save(folder / PLAN)
     (folder / COMPACT_WEIGHTS).write_bytes(weights_bytes(result.model))
@@ -118,7 +118,7 @@ def write_files(result: Result, recipe: Recipe, folder: Path, scratch: Path, clo
 
 
 def weights_bytes(module: torch.nn.Module) -> bytes:
-    """Return the state dictionary in safetensors format: the same bytes for the same tensors, tied ones written out."""
+    """Return the state dict in safetensors format, deterministic and with tied tensors duplicated."""
     state = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
     return bytes(to_safetensors(state))
 
@@ -129,7 +129,7 @@ def fewer_bits(recipe: Recipe) -> tuple[str, ...]:
 
 
 def images_of(result: Result) -> Calibration | None:
-    """Return the images that files in fewer bits can be calibrated on."""
+    """Return the calibration images of files in lower precision."""
     return result.recovery.seen if result.recovery is not None else None
 
 
@@ -149,7 +149,7 @@ def _subject_of(result: Result, *, whole: bool) -> Subject:
 def _export_around(
     result: Result, recipe: Recipe, folder: Path, scratch: Path, clock: Clock
 ) -> tuple[dict[str, onnx.ExportResult], Subject, list[str]]:
-    """Export the three models: around the part that was shrunk, if any and if possible."""
+    """Export the three models, with the whole model around a submodule if possible."""
     notes = []
     if result.whole is not None:
         name = result.whole.name
@@ -198,7 +198,7 @@ def _export(
 
 
 def _export_notes(exports: Mapping[str, onnx.ExportResult]) -> list[str]:
-    """Each note once, with the models it is about."""
+    """Return each note once, with its models."""
     about: dict[str, list[str]] = {}
     for name, export in exports.items():
         for note in export.notes:
@@ -207,7 +207,7 @@ def _export_notes(exports: Mapping[str, onnx.ExportResult]) -> list[str]:
 
 
 def _fixed_sizes(result: Result, subject: Subject, export: onnx.ExportResult) -> list[str]:
-    """Images whose height and width the file fixes, where the program's own notes do not say so already."""
+    """Return notes on static height and width that the program's notes do not mention."""
     if subject.dynamic is not None and result.program.has_graph:
         return []
     images = [n for n, t in subject.tensors.items() if t.dim() == 4 and not {2, 3} & set(export.dynamic.get(n, {}))]
@@ -233,7 +233,7 @@ def _save_program(result: Result, path: Path) -> list[str]:
     module = result.compact.module
     with evaluating(module), quiet(), torch.no_grad():
         exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
-        for node in exported.graph.nodes:  # they name files of this machine
+        for node in exported.graph.nodes:  # they contain local file names
             node.meta.pop("stack_trace", None)
         torch.export.save(exported, path)
     return [f"{path.name} holds the part '{result.whole.name}' alone"] if result.whole else []
@@ -274,7 +274,7 @@ def _quantise(
 
 
 def _convert(form: Format, files: Files) -> None:
-    """Write the compact files in another format, too, in the precisions that it takes."""
+    """Also write the compact files in other formats, in their supported precisions."""
     inputs = {name: tensor.numpy(force=True) for name, tensor in files.subject.tensors.items()}
     for name, path in files.paths.items():
         model, _, precision = name.partition(" ")
@@ -283,7 +283,7 @@ def _convert(form: Format, files: Files) -> None:
 
 
 def deployed_recipe(result: Result, recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """Return the recipe with the precision that the plan is for, if there are images to calibrate it on, and notes."""
+    """Return the recipe with the plan's precision, if there are calibration images, and notes."""
     deploy, int8 = (result.plan.settings.get(key) for key in ("deploy", "int8"))
     wanted = recipe
     if deploy and deploy not in recipe.precisions:

@@ -1,7 +1,7 @@
-"""Save a result and load it again: `save` exports, times and writes the set of files, `load` reads it back.
+"""Save and load results: `save` exports, times and writes the files, `load` reads the compact model back.
 
-The set is described in `artifacts`, the report in docs/reference/report.md. Every file but the report is a function of
-the model, the seed and the arguments; the plan and the weights are so byte by byte.
+The set is described in `artifacts`, the report in docs/reference/report.md. All files except the report are
+determined by the model, the seed and the arguments; plan and weights are byte-identical.
 """
 
 from __future__ import annotations
@@ -48,22 +48,22 @@ def save(
     evaluate: Evaluate | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Export, time and write the set of files; `out` is replaced as a whole once everything is done.
+    """Export, time and write the set of files; `out` is replaced as a whole at the end.
 
     Args:
-        result: what `shrink` returned.
-        out: the output folder; one that holds files of yours is refused.
-        recipe: how to export and time; None: as the result's.
-        evaluate: a function of a model that returns figures by name; it judges the files in ONNX Runtime.
+        result: result of `shrink`.
+        out: the output folder; must not contain other files.
+        recipe: export and timing options; None: those of the result.
+        evaluate: a function of a model that returns figures by name, to evaluate the files in ONNX Runtime.
         progress: called with each step.
 
     Returns:
-        The result's report with sizes, times and digests of the files: what report.json holds.
+        The contents of report.json: the result's report with sizes, times and digests of the files.
 
     Raises:
         InvalidInput: the folder cannot be written.
         UnsupportedModel: the model cannot be exported.
-        CheckFailed: an exported model does not compute what the torch model computes.
+        CheckFailed: an exported model differs from the torch model.
     """
     if not isinstance(result, Result):
         raise InvalidInput(f"save takes what surgery.shrink returned, not an object of type {type(result).__name__}")
@@ -87,7 +87,7 @@ def save(
 
 
 def validate_output(recipe: Recipe) -> None:
-    """Raise InvalidInput, before the long work, where files cannot be written as asked, or need images."""
+    """Raise InvalidInput early if the requested files cannot be written, or need images."""
     _validate_runtime(recipe)
     if fewer_bits(recipe) and recipe.data.data is None:
         asked = ",".join(fewer_bits(recipe))
@@ -104,13 +104,13 @@ def load(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> torch.nn.Module:
-    """Return the finished compact model of a folder that `save` or `surgery shrink` wrote, with its weights.
+    """Return the compact model, with its weights, from a folder written by `save` or `surgery shrink`.
 
     Args:
-        folder: holds plan.json and compact.safetensors.
-        dense_model: same architecture as was shrunk, any weights; left unchanged.
-        example_inputs: as for `shrink`; None: made from the plan's input signature.
-        example_kwargs: as for `shrink`; numbers, strings and flags are in the plan.
+        folder: contains plan.json and compact.safetensors.
+        dense_model: model of the dense architecture, with any weights; unchanged.
+        example_inputs: as in `shrink`; None: made from the plan's input signature.
+        example_kwargs: as in `shrink`; numbers, strings and flags are in the plan.
 
     Raises:
         PlanMismatch: there is no plan, or it was made for another architecture.
@@ -148,7 +148,7 @@ def _validate_images(result: Result, recipe: Recipe) -> None:
 
 
 def _described(result: Result, files: Files, recipe: Recipe, notes: list[str], clock: Clock) -> dict[str, Any]:
-    """The report's values with sizes, times and agreement of the files."""
+    """Return the report's values with sizes, times and agreement of the files."""
     timing, batch_notes = _time(files, recipe, clock)
     deployed = deployed_precision(result.report)
     notes = [*files.notes, *batch_notes, *notes, *standings.notes(files.quantised, timing, deployed)]
@@ -171,7 +171,7 @@ def _described(result: Result, files: Files, recipe: Recipe, notes: list[str], c
 
 
 def _model_rows(result: Result, files: Files) -> list[dict[str, Any]]:
-    """The float rows, with parameters and MACs of the whole model where the files hold it."""
+    """Return the float rows, with parameters and MACs of the whole model if the files contain it."""
     rows: list[dict[str, Any]] = result.report["models"]
     if not files.subject.whole:
         return rows
@@ -187,7 +187,7 @@ def _model_rows(result: Result, files: Files) -> list[dict[str, Any]]:
 
 
 def _judged(result: Result, files: Files, recipe: Recipe, clock: Clock) -> dict[str, Agreement]:
-    """Each row's agreement: of the float ones as torch models, which the files are verified to equal."""
+    """Return each row's agreement; float rows use the torch models, against which the files are verified."""
     recovery = result.recovery
     found = standings.agreement_of_steps(recovery)
     reference = recovery.reference if recovery is not None else None
@@ -200,7 +200,7 @@ def _judged(result: Result, files: Files, recipe: Recipe, clock: Clock) -> dict[
 
 
 def _time(files: Files, recipe: Recipe, clock: Clock) -> tuple[dict[str, Any], list[str]]:
-    """Return the timer's findings as JSON values, and a note where another batch than asked for was timed."""
+    """Return measured times as JSON values, with a note if a batch other than requested was timed."""
     batch, target = files.fixed_batch or recipe.target.batch, recipe.target
     notes = [f"timed at batch {batch}, which the model fixes"] if batch != target.batch else []
     shapes = {name: tuple(tensor.shape) for name, tensor in files.subject.tensors.items()}
@@ -211,7 +211,7 @@ def _time(files: Files, recipe: Recipe, clock: Clock) -> tuple[dict[str, Any], l
 
 
 def _operators(timing: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, dict[str, float]]:
-    """Milliseconds by operator of each file but the masked one, run as it was timed."""
+    """Return milliseconds by operator of each file except the masked one."""
     how = timing["settings"]
     settings = Settings.from_json({name: how[name] for name in ("batch", "threads", "seed", "shapes", "provider")})
     return {name: dict(by_operator(path, settings)) for name, path in files.items() if name != "masked"}

@@ -1,4 +1,4 @@
-"""Each file's latency and accuracy beside the others': the rows of the report, and which row dominates which."""
+"""Latency and accuracy of each file: rows of the report, and dominated rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from exporters.session import OnnxModel
 from surgery.recovery import Agreement, Recovery, Reference
 
 FASTER = 0.97
-"""A file in fewer bits is called faster where the upper end of its relative time's interval is below this."""
+"""A low-precision file is called faster if the upper end of its ratio's interval is below this."""
 
 
 def judge(files: Mapping[str, Path], reference: Reference, threads: int) -> dict[str, Agreement]:
@@ -26,7 +26,7 @@ def judge(files: Mapping[str, Path], reference: Reference, threads: int) -> dict
 
 
 def agreement_of_steps(recovery: Recovery | None) -> dict[str, Agreement]:
-    """Return the agreement of the float rows' torch models: dense, masked (the one as cut) and compact."""
+    """Return the agreement of the torch models of the float rows: dense, masked and compact."""
     steps = recovery.steps if recovery is not None else ()
     known = {step.name: step.agreement for step in steps}
     found = {"dense": known.get("dense"), "masked": known.get("cut")}
@@ -41,7 +41,7 @@ def rows(
     judged: Mapping[str, Agreement],
     timing: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """Return the report's rows, those in fewer bits included, with their agreement and the row that dominates them."""
+    """Return the report's rows, with their agreement and the row that dominates them."""
     float_rows = {row["name"]: row for row in models}
     listed: list[dict[str, Any]] = [{**row, "precision": "fp32"} for row in models]
     for name, file in quantised.items():
@@ -60,9 +60,9 @@ def rows(
 
 
 def _lost(agreement: Mapping[str, Any]) -> tuple[float, float, float]:
-    """What a row loses and its interval: points of accuracy, of agreement without labels, else of cosine.
+    """Return a row's loss with interval: in accuracy, or else agreement, or else cosine.
 
-    The uncertainty of a cosine is unknown: its interval is open.
+    The interval of a cosine is unbounded, since its uncertainty is unknown.
     """
     for key in ("drop", "differs"):
         if agreement[key] is not None:
@@ -79,14 +79,14 @@ class Standing:
     loss: tuple[float, float, float]
 
     def beats(self, other: Standing) -> bool:
-        """Whether it is no worse in either, and better in one of them by intervals that do not overlap."""
+        """Return whether it is not worse in either, and better in one of them with disjoint intervals."""
         ours, theirs = (self.time, self.loss), (other.time, other.loss)
         no_worse = all(a[0] <= b[0] for a, b in zip(ours, theirs, strict=True))
         return no_worse and any(a[2] < b[1] for a, b in zip(ours, theirs, strict=True))
 
 
 def standing(ratio: Mapping[str, float], loss: tuple[float, float, float]) -> Standing:
-    """Return the standing of a row with this relative time and loss."""
+    """Return the standing of a row."""
     return Standing((ratio["value"], ratio["low"], ratio["high"]), loss)
 
 
@@ -99,7 +99,7 @@ def dominating(name: str, standings: Mapping[str, Standing]) -> str | None:
 
 
 def notes(quantised: Mapping[str, Quantised], timing: Mapping[str, Any], deployed: str = "fp32") -> list[str]:
-    """Return notes on the files in fewer bits: doubts, and those that are no faster."""
+    """Return notes on low-precision files: caveats, and files that are not faster."""
     found = list(dict.fromkeys(f"int8: {note}" for file in quantised.values() for note in file.notes))
     times = {t["name"]: t["ratio"] for t in timing["rows"]}
     unsure = "" if timing["reliable"] else " (in times that are unreliable)"

@@ -1,4 +1,4 @@
-"""Scores, costs and a budget → a plan; with measurements of the plan, a better one.
+"""Make a plan from scores, costs and a budget, and refine it by measurements.
 
 Its public names are listed in `__init__.pyi` and loaded on first use.
 """

@@ -21,15 +21,15 @@ _HINT = "`python PACK.zip accept compact.onnx` writes one on the device"
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """What was measured on a device.
+    """A measurement on a device.
 
     Attributes:
-        origin: what to call it.
-        ratio: the compact model's latency relative to the dense one's, as measured.
-        predicted: that ratio by the latency table, when the plan was made.
+        origin: name in messages.
+        ratio: measured latency of the compact model relative to the dense one.
+        predicted: the ratio predicted by the latency table when the plan was made.
         dense_ms: the dense model's measured latency.
-        device: what was measured on, as in latency tables.
-        fingerprint: of the architecture that was cut.
+        device: the device, as in latency tables.
+        fingerprint: fingerprint of the dense architecture.
         batch: items per timed run.
     """
 
@@ -43,7 +43,7 @@ class Acceptance:
 
     @classmethod
     def load(cls, path: str | Path) -> Acceptance:
-        """Read what a pack wrote; raises InvalidInput where the file is missing, or cannot be aimed by."""
+        """Read the output of a pack; raises InvalidInput if the file is missing or unsuitable for calibration."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if data["schema"] != SCHEMA:
@@ -70,18 +70,18 @@ class Acceptance:
             raise InvalidInput(f"{path}: not an acceptance ({error!s:.120}); {_HINT}") from error
 
     def aim(self, target: float) -> float:
-        """Return the fraction to aim at by the table, so that the device may measure `target`."""
+        """Return the fraction to aim at by the table so that the device measures `target`."""
         return min(target * self.predicted / self.ratio, MOST)
 
     def note(self, aim: float) -> str:
-        """Say where the aim comes from."""
+        """Return a note on the calibrated aim."""
         return (
             f"aimed at {aim:.4f} of the dense latency by the table, calibrated with a measurement from the device: "
             f"{self.ratio:.4f} where the table predicted {self.predicted:.4f}"
         )
 
     def validate_device(self, device: Mapping[str, Any], fingerprint: str, batch: int) -> None:
-        """Raise InvalidInput where the table is of another device, or the plan for another architecture or batch."""
+        """Raise InvalidInput if the table is from another device, or the plan for another architecture or batch."""
         names = sorted(name for name in {*device, *self.device} if device.get(name) != self.device.get(name))
         if names:
             raise InvalidInput(
@@ -107,10 +107,10 @@ def _above_zero(value: Any) -> float:
 
 
 def acceptance_of(recipe: Recipe) -> Acceptance | None:
-    """Return the acceptance that a recipe brings, if any.
+    """Return the acceptance of a recipe, if any.
 
     Raises:
-        InvalidInput: it cannot be read, or comes without a latency table.
+        InvalidInput: it cannot be read, or there is no latency table.
     """
     target = recipe.target
     if target.acceptance is None:

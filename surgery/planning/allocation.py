@@ -1,8 +1,8 @@
-"""Scores, costs and a budget make a plan: plain arithmetic, no torch.
+"""Make a plan from scores, costs and a budget. Does not import torch.
 
-Cost falls along a schedule of steps, so the first state that meets the budget is found by bisection, in a dozen or so
-calls of the cost function; by construction, putting back its last step would exceed the budget. `plan_from_dead` is the
-one place where dead units become dead positions of tensors.
+Cost decreases along a schedule of steps, so the first state that meets the budget is found by bisection, in about a
+dozen calls of the cost function; undoing its last step would exceed the budget. Only `plan_from_dead` converts units to
+positions of tensors.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ def allocate(
     selection: Selection | None = None,
     settings: Mapping[str, Any] = NO_SETTINGS,
 ) -> Plan:
-    """Return the plan that removes least, in order of score, and meets the budget.
+    """Return the plan that meets the budget with the fewest removals, in order of score.
 
     Args:
-        program: that the plan is for, as it was traced.
+        program: the program, as traced.
         coupling: its groups.
-        scores: importance per unit; within a group the lowest goes first, ties in order of the units.
+        scores: importance per unit; within a group the lowest is removed first, ties in order of the units.
         budget: fraction of the dense model to keep.
-        cost: dead units per group name → MACs or parameters of what is left, whichever the budget names; None for
-            `channels`, which are counted here: the fraction of the units of all groups.
-        dense: cost of the dense model, if `cost` is of a model without some of its blocks.
-        selection: how units are chosen; of its options these count here. `scope`: `global` ranks the steps of all
-            groups by their units' mean score; `uniform` keeps one fraction of every group, rounded up to a size that
-            the group may have. `round_to`: what is left of a group that is cut is a multiple of this, counted in
-            positions along the longest stretch that the group has on a first axis (the output channels of its widest
-            producer). `inexact`: `never` leaves inexact groups whole, `if-needed` cuts them only if the budget cannot
-            be met without (and then ranks them with the others), `always` ranks them with the others from the start.
-        settings: criterion, seed and the like, kept in the plan as given.
+        cost: removed units per group name → remaining MACs or parameters, according to the budget; None for `channels`,
+        which is the fraction of the units of all groups.
+        dense: cost of the dense model, if `cost` is for a model without some of its blocks.
+        selection: selection of units, with these options. `scope`: `global` ranks the steps of all groups by their
+            units' mean score; `uniform` keeps one fraction of every group, rounded up to a permitted size. `round_to`:
+            the remaining size of a pruned group is a multiple of this, counted in positions along the group's longest
+            extent on a first axis (the output channels of its widest producer). `inexact`: `never` leaves inexact
+            groups untouched, `if-needed` prunes them, ranked with the others, only if the budget cannot be met
+            otherwise, `always` ranks them with the others.
+        settings: criterion, seed and so on, stored in the plan unchanged.
 
     Returns:
-        A plan whose kept cost is at most the budget's fraction of the dense cost, and more than it with the last step
-        put back: one unit, or what `round_to` makes of it, one of each piece if pieces stay equal; one width level
-        with `uniform`. Every group keeps a unit, or with `round_to` a whole multiple.
+        A plan whose remaining cost is at most the budget's fraction of the dense cost, but exceeds it if the last step
+        is undone. A step is one unit (a multiple for `round_to`, one of each piece if pieces must stay equal), or one
+        width level with `uniform`. Every group keeps at least one unit, or one multiple of `round_to`.
 
     Raises:
         BudgetUnreachable: not even the smallest model meets the budget.
-        InvalidInput: scores that do not fit the groups, or no cost function.
-        IllegalCut: an axis would be left empty.
+        InvalidInput: scores do not fit the groups, or there is no cost function.
+        IllegalCut: an axis would become empty.
     """
     selection = selection or Selection()
     _validate_scores(coupling, scores)
@@ -80,7 +80,7 @@ def allocate(
 def _least(
     coupling: Coupling, ladders: Sequence[Ladder], meter: _Meter, selection: Selection
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """The fewest dead units that meet the budget, and notes for the plan."""
+    """Return the fewest removed units that meet the budget, and notes for the plan."""
     round_to, inexact = selection.round_to, selection.inexact
     make_schedule = global_schedule if selection.scope == "global" else uniform_schedule
     notes: list[str] = []
@@ -108,7 +108,7 @@ class Schedule:
     taken: Callable[[int], Sequence[int]]
 
     def dead(self, state: int) -> dict[str, tuple[int, ...]]:
-        """Group name → dead units, for the groups that are cut."""
+        """Return group name → removed units, for pruned groups."""
         dead: dict[str, list[int]] = {}
         for ladder, steps in zip(self.ladders, self.taken(state), strict=True):
             for name, unit in ladder.order[: ladder.ends[steps - 1]] if steps else ():
@@ -129,7 +129,7 @@ def global_schedule(ladders: Sequence[Ladder]) -> Schedule:
 
 
 def uniform_schedule(ladders: Sequence[Ladder]) -> Schedule:
-    """Take all groups down together: at level f each keeps the smallest size it may have that is at least f of it."""
+    """Shrink all groups together: at level f each keeps the smallest permitted size of at least fraction f."""
     fractions = [np.array(ladder.fractions) for ladder in ladders]
     levels = sorted({fraction for ladder in ladders for fraction in ladder.fractions}, reverse=True)
 
@@ -141,7 +141,7 @@ def uniform_schedule(ladders: Sequence[Ladder]) -> Schedule:
 
 @dataclass(frozen=True, slots=True)
 class _Meter:
-    """What is left, in the currency of the budget."""
+    """The remaining cost, in the budget's unit."""
 
     kind: str
     fraction: float
@@ -158,18 +158,18 @@ class _Meter:
         return cls(budget.kind, budget.amount, cost({}) if dense is None else dense, cost)
 
     def share(self, dead: Mapping[str, Sequence[int]]) -> float:
-        """Fraction of the dense cost that is left (a quotient: 29 of 100 is 0.29, as 0.29 * 100 is not)."""
+        """Remaining fraction of the dense cost (as a quotient, since 0.29 * 100 is not 29)."""
         return self.cost(dead) / self.dense if self.dense else 1.0
 
     def kept(self, dead: Mapping[str, Sequence[int]]) -> str:
-        """What is left, in words."""
+        """Return a description of the remaining cost."""
         return f"{self.cost(dead):,} of {self.dense:,} {self.kind} ({_percent(self.share(dead))})"
 
 
 def _first_within(schedule: Schedule, meter: _Meter) -> dict[str, tuple[int, ...]] | None:
-    """Dead units of the first state within the budget, or None; the state before it exceeds the budget."""
+    """Return the removed units of the first state within the budget, or None."""
     if meter.share({}) <= meter.fraction:
-        return {}  # blocks that are gone were enough
+        return {}  # dropping blocks was sufficient
     over, within = 0, schedule.length
     if meter.share(schedule.dead(within)) > meter.fraction:
         return None
@@ -183,14 +183,15 @@ def _first_within(schedule: Schedule, meter: _Meter) -> dict[str, tuple[int, ...
 
 
 def attempts(coupling: Coupling, inexact: str) -> list[frozenset[str]]:
-    """Return names of the groups that may be cut: sets to be tried in turn."""
+    """Return sets of names of groups that may be pruned, to be tried in turn."""
     every = frozenset(group.name for group in coupling.groups)
     exact = frozenset(group.name for group in coupling.groups if group.inexact is None)
     attempts = {"never": [exact], "always": [every], "if-needed": [exact, every]}[inexact]
     return attempts[:1] if exact == every else attempts
 
 
-# Words. --------------------------------------------------------------------------------------------------------------
+# Messages.
+# --------------------------------------------------------------------------------------------------------------
 
 
 def _percent(fraction: float) -> str:
@@ -200,7 +201,7 @@ def _percent(fraction: float) -> str:
 def _left_whole(
     coupling: Coupling, chosen: frozenset[str], ladders: Sequence[Ladder], *, inexact: str, round_to: int
 ) -> list[str]:
-    """Why groups were not considered at all."""
+    """Return notes on groups that were not considered."""
     notes = []
     spared = Counter(group.inexact for group in coupling.groups if group.name not in chosen)
     why = "inexact cuts were ruled out" if inexact == "never" else "exact groups sufficed"
@@ -217,13 +218,13 @@ def _left_whole(
 
 
 def _unreachable(meter: _Meter, reached: str, coupling: Coupling, hints: Sequence[str]) -> str:
-    """What was reachable, what is frozen, what to do."""
+    """Return an error that says what was reachable, what is frozen, and what to change."""
     wish = f"cannot get down to {_percent(meter.fraction)} of the {meter.kind}: {reached}"
     return f"{wish}; frozen: {'; '.join(_frozen_reasons(coupling)) or 'nothing'}; {' or '.join(hints)}"
 
 
 def _hints(coupling: Coupling, *, shrinks: bool, inexact: str, round_to: int) -> list[str]:
-    """What would help, each only where it can."""
+    """Return suggestions that apply to this model."""
     hints = ["raise the budget"] if shrinks else []
     if any(frozen.reason.startswith(KEPT) for frozen in coupling.frozen):
         hints.append("narrow the --keep patterns")
@@ -235,7 +236,7 @@ def _hints(coupling: Coupling, *, shrinks: bool, inexact: str, round_to: int) ->
 
 
 def _frozen_reasons(coupling: Coupling, most: int = 3) -> list[str]:
-    """The reasons that hold most parameters; a tensor with several frozen axes counts once per reason."""
+    """Return the reasons affecting most parameters; a tensor counts once per reason."""
     tensors: dict[str, set[str]] = {}
     for frozen in coupling.frozen:
         tensors.setdefault(frozen.reason, set()).add(frozen.tensor)

@@ -1,4 +1,4 @@
-"""Candidates: the traced program without some of its blocks, coupled, scored and ready to be planned for."""
+"""Candidates: the traced program without some of its blocks, coupled and scored for planning."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from surgery.inputs import Calibration
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A program without some of its blocks, and what planning needs to know about it.
+    """A program without some of its blocks, with the data needed for planning.
 
     Attributes:
-        program: without those blocks.
+        program: the program without those blocks.
         coupling: its groups.
-        orders: of the members of its heads.
+        orders: its head orders.
         costs: cost functions by kind.
     """
 
@@ -44,7 +44,7 @@ class Candidate:
 
     @cached_property
     def scores(self) -> Scores:
-        """Importance per unit; computed on first use, since a plan that is carried over needs none."""
+        """Importance per unit; computed on first use, since a transferred plan needs none."""
         recipe, seen, clock = self._recipe, self._seen, self._clock
         order = reorderings(self.coupling, self.orders)
         with clock("score"):
@@ -64,7 +64,7 @@ class Candidate:
 
 
 def candidate_of(program: Program, recipe: Recipe, seen: Calibration | None, clock: Clock) -> Candidate:
-    """Return a program as a candidate: coupled, with cost functions and orders of its heads."""
+    """Return a program as a candidate, with coupling, cost functions and head orders."""
     tracer = tracer_of(recipe.selection.tracer)
     with clock("couple"):
         coupling = tracer.couple(program, keep=recipe.selection.keep)
@@ -79,10 +79,10 @@ class DroppableBlocks:
     """The blocks of a program that may be dropped.
 
     Attributes:
-        program: as it was traced.
-        blocks: those that may go: none of their tensors is to be kept.
-        dead: those that are dropped in any case because their branch is constant, with the constant of each channel.
-        notes: what to report about the dead ones.
+        program: the program as traced.
+        blocks: droppable blocks, which contain no tensor to be kept.
+        dead: blocks that are always dropped because their branch is constant, with the constant of each channel.
+        notes: notes on the dead blocks.
     """
 
     program: Program
@@ -97,7 +97,7 @@ class DroppableBlocks:
 
 
 def droppable_blocks(program: Program, recipe: Recipe) -> DroppableBlocks:
-    """Return the blocks that a recipe allows to drop; none is dead if all are, as in a model before training."""
+    """Return the blocks that a recipe allows to drop; if all are dead, as before training, none is treated as dead."""
     if not recipe.selection.drop_layers or not program.has_graph:
         return DroppableBlocks(program)
     every = find_blocks(program)

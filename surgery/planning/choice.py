@@ -1,4 +1,4 @@
-"""What planning chooses: a plan with the program it is for, and for a latency budget how the plan was refined."""
+"""Result of planning: a plan with its program, and for latency budgets the refinement log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from surgery.latency import FP32
 from surgery.planning.forecast import Staircase
 
 LOWEST, HIGHEST = 0.92, 1.03
-"""The measured ratio over the target: between these a plan meets its budget."""
+"""A plan meets its budget if the measured ratio over the target is between these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +22,8 @@ class Iteration:
     """One plan of a refinement.
 
     Attributes:
-        aim: the fraction of the dense latency that it was made for, by the table.
-        predicted: the fraction that the table predicts for it.
+        aim: the fraction of the dense latency that it was made for.
+        predicted: the fraction predicted by the table.
         measured: the measured fraction, the median of `ratios`.
         ratios: one per process.
     """
@@ -36,17 +36,17 @@ class Iteration:
 
 @dataclass(frozen=True, slots=True)
 class RefinementLog:
-    """The latency of a plan, predicted and measured, and the plans that were tried before it.
+    """The predicted and measured latency of a plan, and the plans tried before it.
 
     Attributes:
-        target: the fraction of the dense latency that was asked for.
+        target: the requested fraction of the dense latency.
         dense_ms: the dense model's measured latency; None if nothing was measured.
         predicted_dense_ms: the dense model's latency by the table.
         predicted_ms: the plan's latency by the table.
-        iterations: in order; the plan that was taken is that of iteration `taken`.
-        taken: index of that iteration; -1 if nothing was measured.
+        iterations: iterations in order.
+        taken: index of the iteration with the final plan; -1 if nothing was measured.
         verdict: whether the budget is met, or why not.
-        device: what the times were taken on, and in which precision.
+        device: the device and precision of the measurements.
     """
 
     target: float
@@ -72,7 +72,7 @@ class RefinementLog:
 
     @property
     def dense(self) -> str:
-        """What the latency is relative to, for readers."""
+        """Description of what the latency is relative to."""
         precision = self.device.get("precision", FP32)
         return "the dense" if precision == FP32 else f"the dense {precision}"
 
@@ -86,16 +86,16 @@ class RefinementLog:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Choice:
-    """A plan and the program that it is for.
+    """A plan and its program.
 
     Attributes:
-        program: the traced program without the blocks that are dropped.
+        program: the traced program without the dropped blocks.
         coupling: its groups.
-        plan: which units die.
+        plan: the plan.
         costs: ``params``, ``macs``, ``channels`` → (dense, kept).
         refinement: the plan's latency; None for other budgets.
-        warnings: what the user should know about the latency table.
-        stairs: the costliest kernels' times over their widths; empty for other budgets.
+        warnings: warnings about the latency table.
+        stairs: times of the costliest kernels by width; empty for other budgets.
     """
 
     program: Program
@@ -113,7 +113,7 @@ class Choice:
 
 
 def plan_settings(recipe: Recipe, seen: Calibration | None) -> dict[str, Any]:
-    """Return what a plan records, so that it can be applied again: JSON values, without the budget."""
+    """Return the settings recorded in a plan, so that it can be applied again: JSON values, without the budget."""
     selection, target, criterion = recipe.selection, recipe.target, recipe.criterion
     found: dict[str, Any] = {
         "criterion": criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "custom"),

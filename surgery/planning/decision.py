@@ -1,4 +1,4 @@
-"""From a module to a decision: traced, coupled, scored and planned; or a plan repeated on another copy."""
+"""From a module to a decision: trace, couple, score and plan, or repeat a plan on another copy."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from surgery.report import describe
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decision:
-    """What would be cut, and why.
+    """What will be pruned, and why.
 
     Attributes:
-        recipe: what was asked for, with the data opened.
-        choice: the plan, with the program that it is for, and its costs.
-        stages_s: seconds each stage took.
-        whole: if a part is shrunk, the dense model that it belongs to.
-        seen: the images of `data` that were looked at; None without data.
-        between: steps of recovery of the models on the way, if it is cut in several steps.
-        planner: for a latency budget, makes other plans; else None.
+        recipe: the recipe, with opened data.
+        choice: the plan, its program and costs.
+        stages_s: seconds of each stage.
+        whole: the dense model around a submodule, if any.
+        seen: the images read from `data`; None without data.
+        between: recovery steps of intermediate models in iterative pruning.
+        planner: for a latency budget, makes further plans; else None.
     """
 
     recipe: Recipe
@@ -49,7 +49,7 @@ class Decision:
 
     @property
     def report(self) -> dict[str, Any]:
-        """What report.json would hold, before anything is cut."""
+        """The data of report.json before anything is cut."""
         choice = self.choice
         data = describe(choice.program, choice.coupling, choice.plan, costs=choice.costs, loop=choice.refinement)
         return {**data, "notes": [*data["notes"], *choice.warnings], "stages_s": dict(self.stages_s)}
@@ -63,9 +63,9 @@ def decide(
     example_kwargs: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Decision:
-    """Return what would be cut from the model, which stays as it is; arguments and errors are those of `shrink`."""
+    """Return what would be pruned, without changing the model; arguments and errors are those of `shrink`."""
     validate(recipe)
-    acceptance_of(recipe)  # refused before the long work
+    acceptance_of(recipe)  # checked before long computations
     clock = Clock(progress)
     with clock("trace"):
         part = recipe.selection.submodule
@@ -112,7 +112,7 @@ def _chosen(
 
 
 def _in_the_way(choice: Choice, recipe: Recipe, clock: Clock) -> str:
-    """Return the submodule that has to stay whole for the model's own class to fit, or "" if the class fits."""
+    """Return the submodule that must not be pruned for the model's own class to work, or "" if it works."""
     program = choice.program
     with clock("fit"):
         compact = tracer_of(recipe.selection.tracer).cut(choice.cut)
@@ -135,7 +135,7 @@ def _in_the_way(choice: Choice, recipe: Recipe, clock: Clock) -> str:
 def traced(
     plan: Plan, dense_model: torch.nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None
 ) -> tuple[Program, parts.Whole | None]:
-    """Return the program that a plan was made for, as it was traced, and the whole model where that is a part.
+    """Return the traced program of a plan, and the whole model if the program is a submodule.
 
     Arguments and errors are those of `surgery.apply`.
     """
@@ -160,7 +160,7 @@ def traced(
 
 
 def as_planned(recipe: Recipe, plan: Plan) -> Recipe:
-    """Return the recipe with what the plan was made by."""
+    """Return the recipe with the plan's settings."""
     names = ("keep", "tracer", "seed", "deploy")
     settings = {name: plan.settings[name] for name in names if name in plan.settings}
     return recipe.but(budget=plan.budget or Budget(), submodule=plan.settings.get("part"), **settings)
@@ -174,7 +174,7 @@ def repeat(
     example_kwargs: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Decision:
-    """Return a plan as a decision on this model, to be realised; arguments and errors are those of `surgery.apply`."""
+    """Return a plan as a decision for this model; arguments and errors are those of `surgery.apply`."""
     clock = Clock(progress)
     recipe = as_planned(Recipe(), plan)
     tracer = tracer_of(recipe.selection.tracer)

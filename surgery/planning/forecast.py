@@ -1,7 +1,7 @@
-"""The latency of a state of the search, by a latency table: kernels at the widths that the surviving units leave.
+"""Predict the latency of a search state by a latency table, from kernels at the remaining widths.
 
-A state says how many steps each ladder has taken, and which blocks are dropped. A move changes few kernels, and only
-those are computed again, so that a search may look at thousands of moves a second.
+A state consists of the steps taken on each ladder, and the dropped blocks. A move changes few kernels, and only those
+are recomputed, so that a search can evaluate thousands of moves per second.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from surgery.planning.ladders import Ladder
 from surgery.planning.lowering import Lowered
 
 _REMEMBERED = 200_000
-"""Changes of a forecast that are kept at most: some hundred bytes each."""
+"""Maximum number of cached changes of a forecast, of a few hundred bytes each."""
 SHOWN = 4
 """Staircases at most."""
 _POINTS = 96
@@ -41,21 +41,21 @@ class State:
 def widths_of(
     lowered: Lowered, labelled: LabelledGraph, dead: Mapping[str, Sequence[int]]
 ) -> list[tuple[Kernel, Widths]]:
-    """Return each kernel of a program with the widths that a plan's dead units leave."""
+    """Return each kernel of a program with its widths after pruning."""
     lengths = lowered.sizes.lengths(labelled.dead_roots(dead))
     return [(p.kernel, tuple(lengths[s] for s in p.slots)) for p in lowered.placed]
 
 
 def predicted_ms(points: Sequence[tuple[Kernel, Widths]], table: LatencyTable) -> float:
-    """Return the milliseconds that kernels take one after the other; those that the table lacks count as nothing."""
+    """Return the sum of the kernels' milliseconds; kernels missing in the table count zero."""
     return sum((table.ms(kernel, widths) or 0.0) + table.overhead_ms for kernel, widths in points)
 
 
 def group_steps(lowered: Lowered, coupling: Coupling, table: LatencyTable, *, most: int) -> dict[str, int]:
-    """Return for each group the step that its widths should be multiples of.
+    """Return, for each group, the step of which its widths should be multiples.
 
-    It is the largest step of the kernels that the group's units reach; if the device shows no stairs, one that gives
-    `most` steps, since a finer search gains nothing.
+    It is the largest step of the kernels affected by the group's units; if the device has no stairs, one that gives
+    `most` steps, since a finer search brings no benefit.
     """
     labelled = coupling.labelled
     owners = _owners(labelled)
@@ -75,7 +75,7 @@ def _owners(labelled: LabelledGraph) -> dict[int, str]:
 
 @dataclass(frozen=True, slots=True)
 class _Axis:
-    """One slot: for each layer of its labels, which ladder takes each index away, and when."""
+    """One slot: for each layer of its labels, the ladder and step that removes each index."""
 
     ladders: tuple[int, ...]
     layers: tuple[tuple[Any, Any], ...]
@@ -86,10 +86,10 @@ class Forecast:
 
     Args:
         lowered: the kernels.
-        table: holds all of them; those it lacks count as nothing.
-        coupling: of the same program.
-        ladders: by which groups shrink.
-        blocks: for each block that may go, the names of the operations that go with it.
+        table: latency table; missing kernels count zero.
+        coupling: coupling of the same program.
+        ladders: ladders of the groups.
+        blocks: for each droppable block, the names of the operations removed with it.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Forecast:
         return sum(self._ms(k, state) for k in self._there(range(len(self._placed)), state))
 
     def change(self, state: State, ladder: int, to: int) -> float:
-        """Return by how many milliseconds a state changes if one ladder goes to another level."""
+        """Return the change in milliseconds if one ladder moves to another level."""
         ladders, blocks = self._near[ladder]
         key = (ladder, to, tuple(state.levels[k] for k in ladders), tuple(b for b in blocks if b in state.dropped))
         if key not in self._changes:
@@ -135,15 +135,15 @@ class Forecast:
         return self._changes[key]
 
     def cost(self, state: State, ladder: int) -> float:
-        """Return the milliseconds of all kernels that one ladder's units reach."""
+        """Return the milliseconds of all kernels affected by one ladder."""
         return sum(self._ms(k, state) for k in self._there(self._touched[ladder], state))
 
     def block(self, state: State, block: int) -> float:
-        """Return the milliseconds that a block takes in a state in which it is still there."""
+        """Return the milliseconds of a block in a state that contains it."""
         return sum(self._ms(k, state) for k in self._there(self._gone[block], state))
 
     def kernel(self, k: int, state: State) -> float:
-        """Return the milliseconds of one kernel in a state in which it is still there."""
+        """Return the milliseconds of one kernel in a state that contains it."""
         return self._ms(k, state)
 
     def points(self, state: State) -> list[tuple[Kernel, Widths]]:
@@ -152,12 +152,12 @@ class Forecast:
         return [(self._placed[k].kernel, self._widths(self._placed[k], state)) for k in there]
 
     def kinds(self, ladder: int) -> list[str]:
-        """Return the kinds of kernels that one ladder's units reach."""
+        """Return the kinds of kernels affected by one ladder."""
         return sorted({kind_of(self._placed[k].kernel) for k in self._touched[ladder]})
 
     @property
     def dependencies(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """For each kernel the ladders that its widths depend on, and the blocks that it goes with."""
+        """For each kernel, the ladders that determine its widths, and the blocks it belongs to."""
         return [
             (
                 tuple(ladder for ladder, touched in enumerate(self._touched) if k in touched),
@@ -167,12 +167,12 @@ class Forecast:
         ]
 
     def _around(self, kernels: Collection[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The ladders that widths of these kernels depend on, and the blocks that some of them go with."""
+        """Return the ladders that determine the widths of these kernels, and the blocks they belong to."""
         ladders = {ladder for k in kernels for slot in self._placed[k].slots for ladder in self._axes[slot].ladders}
         return tuple(sorted(ladders)), tuple(b for b, gone in enumerate(self._gone) if not gone.isdisjoint(kernels))
 
     def _there(self, kernels: Iterable[int], state: State) -> list[int]:
-        """Those of the kernels that no dropped block has taken away."""
+        """Return the kernels that do not belong to a dropped block."""
         gone = frozenset[int]().union(*(self._gone[b] for b in state.dropped))
         return [k for k in kernels if k not in gone]
 
@@ -203,7 +203,7 @@ class Forecast:
 
 
 def _axis(layers: Layers, ladders: Sequence[Ladder], labelled: LabelledGraph) -> _Axis:
-    """Where each index of an axis stands in the order of removal; owner -1, the last of all, never goes."""
+    """Return the position of each index of an axis in the removal order; owner -1 is never removed."""
     places: Mapping[int, tuple[int, int]] = _places(ladders, labelled)
     made = []
     for layer in layers:
@@ -224,13 +224,13 @@ def _places(ladders: Sequence[Ladder], labelled: LabelledGraph) -> dict[int, tup
 
 @dataclass(frozen=True, slots=True)
 class Staircase:
-    """A kernel's time over its last width, that of its result as a rule; the others are such as the plan leaves them.
+    """A kernel's time over its last width, usually that of its result; other widths are as planned.
 
     Attributes:
-        title: what kernel it is.
-        nodes: the operations that it stands for.
-        widths: at which the table was read.
-        ms: its milliseconds there.
+        title: description of the kernel.
+        nodes: the operations it covers.
+        widths: widths at which the table was evaluated.
+        ms: milliseconds at these widths.
         dense: the width before.
         kept: the width after.
     """
@@ -246,13 +246,13 @@ class Staircase:
 def staircases(
     lowered: Lowered, labelled: LabelledGraph, table: LatencyTable, dead: Mapping[str, Sequence[int]]
 ) -> tuple[Staircase, ...]:
-    """Return the curves of the kernels that take most of the dense network's time, one of each sort, cut ones first.
+    """Return the curves of the dense network's costliest kernels, one of each kind, pruned ones first.
 
     Args:
-        lowered: the network's kernels, without the blocks that are gone.
-        labelled: of the same program.
-        table: of the device.
-        dead: the plan's.
+        lowered: the network's kernels, without dropped blocks.
+        labelled: labels of the same program.
+        table: latency table of the device.
+        dead: removed units of the plan.
     """
     dense, kept = (widths_of(lowered, labelled, gone) for gone in ({}, dead))
     rows = list(zip(lowered.placed, dense, kept, strict=True))
@@ -270,7 +270,7 @@ def staircases(
 def _curve(
     kernel: Kernel, table: LatencyTable, before: Widths, after: Widths, nodes: Sequence[str]
 ) -> Staircase | None:
-    """Over the last width; None if the table does not hold the kernel."""
+    """Return the curve over the last width; None if the kernel is not in the table."""
     dense = before[-1]
     step = max(1, dense // _POINTS)
     widths = sorted({*range(step, dense + 1, step), dense, max(1, after[-1])})

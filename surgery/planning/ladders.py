@@ -1,6 +1,6 @@
-"""By which steps groups may shrink, and in which order: plain arithmetic, no torch.
+"""Steps and order in which groups may shrink. Does not import torch.
 
-A *ladder* is the steps by which one group may shrink, or several that must stay alike.
+A *ladder* is the sequence of steps in which a group, or several that must have equal sizes, may shrink.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Unit = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Ladder:
-    """How one group may shrink, or several together.
+    """The steps in which one group, or several together, may shrink.
 
     Attributes:
-        groups: their names.
-        order: all their units, in the order in which they go.
+        groups: names of the groups.
+        order: all their units, in removal order.
         ends: number of units removed after each step, increasing; every group keeps a unit.
-        keys: importance of each step: mean score of its units; never falls along the ladder.
+        keys: importance of each step: mean score of its units, non-decreasing along the ladder.
     """
 
     groups: tuple[str, ...]
@@ -35,18 +35,18 @@ class Ladder:
 
     @property
     def fractions(self) -> tuple[float, ...]:
-        """The fraction of the units kept after each step."""
+        """The remaining fraction of the units after each step."""
         size = len(self.order)
         return tuple((size - end) / size for end in self.ends)
 
 
 def ladders_of(coupling: Coupling, scores: Scores, round_to: int | Mapping[str, int]) -> list[Ladder]:
-    """Return the ladders of all groups, in the order of the groups; those that must stay alike share one.
+    """Return the ladders of all groups, in order of the groups; groups that must have equal sizes share one.
 
     Args:
         coupling: the groups.
         scores: importance per unit.
-        round_to: what is left of a group that is cut is a multiple of this; one number, or one per group.
+        round_to: the remaining size of a pruned group is a multiple of this; one number, or one per group.
     """
     multiples = dict.fromkeys((g.name for g in coupling.groups), round_to) if isinstance(round_to, int) else round_to
     bundles = {piece[0][0]: pieces for pieces in coupling.equal_pieces if (piece := pieces[0])}
@@ -62,7 +62,7 @@ def ladders_of(coupling: Coupling, scores: Scores, round_to: int | Mapping[str, 
 
 
 def _single(group: Group, scores: Sequence[float], round_to: int, floors: Sequence[Sequence[int]]) -> Ladder:
-    """Units go one by one, the least important first; of each floor the best stays."""
+    """Remove units one by one, the least important first; the best of each required set remains."""
     ranked = sorted(range(group.size), key=lambda unit: scores[unit])
     staying = {max(units, key=lambda unit: (scores[unit], unit)) for units in floors} or {ranked[-1]}
     order = [u for u in ranked if u not in staying] + [u for u in ranked if u in staying]
@@ -82,7 +82,7 @@ def _alike(
     round_to: Mapping[str, int],
     coupling: Coupling,
 ) -> Ladder:
-    """Units go in rounds: the least important of each piece, then the next of each; the last round stays."""
+    """Remove the least important unit of each piece, then the next of each, and so on; the last round remains."""
     names = tuple(dict.fromkeys(name for piece in pieces for name, _ in piece))
     ranked = [sorted(piece, key=lambda u: scores[u[0]][u[1]]) for piece in pieces]
     order = [unit for turn in zip(*ranked, strict=True) for unit in turn]
@@ -102,14 +102,14 @@ def _alike(
 def _ladder(names: tuple[str, ...], order: Sequence[Unit], ends: Sequence[int], scores: Scores) -> Ladder:
     values = np.array([scores[name][unit] for name, unit in order], dtype=np.float64)
     means = [float(values[start:end].mean()) for start, end in pairwise([0, *ends])]
-    keys = np.maximum.accumulate(means) if means else np.empty(0)  # sorted already, but for rounding and pieces
+    keys = np.maximum.accumulate(means) if means else np.empty(0)  # already sorted, except for rounding and pieces
     return Ladder(names, tuple(order), tuple(ends), tuple(keys.tolist()))
 
 
 def _widths(group: Group) -> list[int]:
-    """Positions per unit along the longest stretch of the group on a first axis: the channels that a runtime sees.
+    """Return positions per unit along the group's longest extent on a first axis, the channels seen by a runtime.
 
-    Later axes may hold a channel many times over (a linear layer after a flattened image), which would hide its width.
+    Later axes may repeat a channel many times (a linear layer after flattening), which would hide its width.
     """
 
     def stretch(site: Site) -> int:

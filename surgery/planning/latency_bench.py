@@ -1,4 +1,4 @@
-"""Compact models timed against the dense one, as ONNX files in ONNX Runtime."""
+"""Time compact models against the dense one, as ONNX files in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from surgery.latency import INT8, Settings, ratio as timer
 
 
 def int8_of(recipe: Recipe) -> Int8:
-    """Return how files in int8 are made."""
+    """Return the quantization settings."""
     output = recipe.output
     return Int8(output.int8_method, output.int8_keep, output.int8_reduce_range)
 
@@ -27,12 +27,12 @@ class LatencyBench:
     """The dense model as an ONNX file, and compact ones to be timed against it.
 
     Args:
-        program: of the dense model.
-        folder: where files are written.
+        program: the dense program.
+        folder: output folder.
         recipe: threads, batch and precision.
         seen: images to calibrate int8 files on, if any.
-        progress: called with what is exported and timed.
-        for_accuracy: whether accuracy is measured on the files too, so that int8 files are calibrated on all images.
+        progress: called with the current export or measurement.
+        for_accuracy: whether accuracy is also measured, so that int8 files are calibrated on all images.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class LatencyBench:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Input name → shape as it is timed."""
+        """Input name → timed shape."""
         free = {name for name, axes in self._axes.items() if 0 in axes}
         shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         return {name: (self._batch, *shape[1:]) if name in free else shape for name, shape in shapes.items()}
@@ -78,7 +78,7 @@ class LatencyBench:
         return path
 
     def ratio(self, compact: Path, *, processes: int, after: timer.Ratio | None = None) -> timer.Ratio:
-        """Return a file's latency relative to the dense model's, from so many processes, those of `after` included."""
+        """Return a file's latency relative to the dense model's, from several processes including those of `after`."""
         done = len(after.ratios) if after is not None else 0
         found = timer.measure(
             self.dense, compact, self._settings(seed=done), processes=processes - done, progress=self._progress
@@ -94,9 +94,9 @@ class LatencyBench:
         return Settings(self._batch, recipe.target.threads, recipe.selection.seed + seed, self.shapes)
 
     def _calibration(self, path: Path) -> list[dict[str, Any]]:
-        """The images; some of them if files are only timed, or the example inputs if there are none.
+        """Return the calibration images: a few if files are only timed, the example inputs if there are none.
 
-        Ranges change what a file computes, and not how long it takes.
+        Calibration ranges affect a file's results, but not its time.
         """
         seen = self._seen
         batches = seen.batches if seen is not None else [tuple(self._tensors.values())] * FEWEST

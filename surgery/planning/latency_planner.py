@@ -1,4 +1,4 @@
-"""Plans for a latency budget: a latency table and scores become a plan that meets it, with a reason for every width."""
+"""Plans for latency budgets, from a latency table and scores, with a reason for every width."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from surgery.planning.latency_search import ImportanceLoss, ladder_losses, searc
 from surgery.planning.lowering import Lowered, lower
 
 FINEST = 32
-"""Steps of a group if the device shows no stairs."""
+"""Number of steps of a group if the device has no stairs."""
 REFINEMENTS = 4
-"""How often the points that a plan uses are measured, and the plan made again."""
+"""Number of times that the points used by a plan are measured, and the plan is updated."""
 
 
 def conditions_of(program: Program, recipe: Recipe) -> Conditions:
@@ -38,20 +38,20 @@ def conditions_of(program: Program, recipe: Recipe) -> Conditions:
 
 
 class LatencyPlanner:
-    """Makes plans for a latency budget, by a latency table that is given or measured on this machine.
+    """Makes plans for a latency budget, by a given or measured latency table.
 
-    Blocks and widths are searched together, on the program without its dead blocks; the plan is then carried over to
-    the program without the blocks that it drops.
+    Blocks and widths are searched jointly, on the program without its dead blocks; the plan is then transferred to the
+    program without the dropped blocks.
 
     Args:
-        recipe: what was asked for.
-        seen: images that the importance of units is measured on, if any.
-        droppable: the blocks that may go, of the traced program.
+        recipe: the recipe.
+        seen: images to measure importance on, if any.
+        droppable: droppable blocks of the traced program.
         clock: reports progress.
 
     Attributes:
-        source: of the latency table.
-        warnings: what the user should know about the table; grows as it is read.
+        source: source of the latency table.
+        warnings: warnings about the table, extended while it is read.
     """
 
     def __init__(self, recipe: Recipe, seen: Calibration | None, droppable: DroppableBlocks, clock: Clock) -> None:
@@ -80,7 +80,7 @@ class LatencyPlanner:
 
     @cached_property
     def calibration(self) -> Acceptance | None:
-        """A measurement of an earlier plan from the table's device; raises InvalidInput if it is of another device."""
+        """A measurement of an earlier plan from the table's device; raises InvalidInput if from another device."""
         found = acceptance_of(self._recipe)
         if found is not None:
             found.validate_device(self.source.device, self._program.fingerprint, self._recipe.target.batch)
@@ -88,9 +88,9 @@ class LatencyPlanner:
 
     @cached_property
     def target(self) -> float:
-        """The fraction of the dense latency that is asked for.
+        """The requested fraction of the dense latency.
 
-        Milliseconds are taken of the dense model's measured latency; if it is not measured, of that by the table.
+        Milliseconds refer to the dense model's measured latency, or to the table's if it is not measured.
         """
         recipe, dense_ms = self._recipe, self.dense_ms
         if self.calibration is not None:
@@ -102,7 +102,7 @@ class LatencyPlanner:
         return fraction_of(recipe.goal, dense_ms)
 
     def first_plan(self) -> Choice:
-        """Return the plan for the target, calibrated with a measurement from the device if there is one."""
+        """Return the plan for the target, calibrated by a measurement from the device if available."""
         if self.calibration is not None:
             return self.plan(self.calibration.aim(self.target))
         try:
@@ -113,7 +113,7 @@ class LatencyPlanner:
             raise BudgetUnreachable(f"--max-drop: nothing can be cut that takes time ({error})") from error
 
     def plan(self, fraction: float) -> Choice:
-        """Return a plan that is predicted to take at most this fraction of the dense model's latency.
+        """Return a plan with a predicted latency of at most this fraction of the dense model's.
 
         Raises:
             BudgetUnreachable: the smallest model is predicted to take longer.
@@ -148,7 +148,7 @@ class LatencyPlanner:
         )
 
     def _carried(self, found: Solution) -> tuple[Candidate, Plan]:
-        """The solution as a plan, and the program without the blocks that it drops."""
+        """Return the solution as a plan, with the program without the dropped blocks."""
         base = self._base
         plan = plan_from_dead(
             base.coupling,
@@ -195,14 +195,14 @@ class LatencyPlanner:
         )
 
     def _blocks_left(self, program: Program) -> tuple[Block, ...]:
-        """The blocks that may go of what is left, under their first names: dropping others may have changed them."""
+        """Return the remaining droppable blocks under their original names, which dropping others may have changed."""
         droppable = self._droppable
         left = {block.sum: block for block in (find_blocks(program) if droppable.blocks else ())}
         alive = (block for block in droppable.blocks if block.name not in droppable.dead and block.sum in left)
         return tuple(replace(left[block.sum], name=block.name) for block in alive)
 
     def _signal(self, base: Candidate, blocks: tuple[Block, ...]) -> Signal:
-        """Which layers read the units, and what is lost with units and blocks, by the criterion that was asked for."""
+        """Return consumers and importance losses of units and blocks, by the requested criterion."""
         recipe, seen = self._recipe, self._seen
         order = reorderings(base.coupling, base.orders)
         parameters = reordered(weights_of(base.program, base.coupling), order)
@@ -218,10 +218,10 @@ class LatencyPlanner:
 
 
 def fraction_of(budget: Budget, dense_ms: float) -> float:
-    """Return the fraction of the dense latency that a budget asks for.
+    """Return the fraction of the dense latency that a budget requests.
 
     Raises:
-        InvalidInput: the milliseconds are no less than what the dense model takes already.
+        InvalidInput: the milliseconds are not below the dense model's latency.
     """
     if budget.latency is not None:
         return budget.latency
@@ -234,9 +234,9 @@ def fraction_of(budget: Budget, dense_ms: float) -> float:
 
 
 def carried_over(plan: Plan, coupling: Coupling) -> Plan:
-    """Return the plan for its program without some blocks: units go if all their positions go in the plan.
+    """Transfer a plan to its program without some blocks: remove units whose positions are all removed in the plan.
 
-    Without a block fewer axes are tied to each other, never more; so what lived and died together still can.
+    Without a block, fewer axes are tied to each other, so units of the plan can still be removed together.
     """
     going = {(cut.tensor, cut.axis): frozenset(cut.dead) for cut in plan.cuts}
     dead: dict[str, list[int]] = {}
@@ -252,21 +252,21 @@ def carried_over(plan: Plan, coupling: Coupling) -> Plan:
 
 
 def covered(source: Source, points: Sequence[tuple[Kernel, Widths]]) -> LatencyTable:
-    """Return a table that holds a dense program's kernels, measured at these widths themselves."""
+    """Return a table with a dense program's kernels, measured at these widths."""
     table = source.cover(points)
     return source.refine(points) or table
 
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """What `WidthSearch` found.
+    """Result of `WidthSearch`.
 
     Attributes:
-        dead: group name → dead units.
-        dropped: names of the blocks that are dropped; the units inside are not among the dead ones of necessity.
-        ms: predicted by the table.
-        notes: what the plan should say.
-        reasons: group or block name → why it is as large as it is.
+        dead: group name → removed units.
+        dropped: names of the dropped blocks, whose units are not necessarily in `dead`.
+        ms: latency predicted by the table.
+        notes: notes for the plan.
+        reasons: group or block name → reason for its size.
     """
 
     dead: Mapping[str, Sequence[int]]
@@ -278,7 +278,7 @@ class Solution:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Problem:
-    """What `search` solves: ladders and blocks, what they save and what is lost with them."""
+    """Input of `search`: ladders and blocks with time savings and importance losses."""
 
     ladders: Sequence[Ladder]
     forecast: Forecast
@@ -287,16 +287,16 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WidthSearch:
-    """Chooses widths of groups and blocks to drop, for one program and one device.
+    """Chooses group widths and blocks to drop, for one program and one device.
 
     Attributes:
         coupling: the groups.
         scores: importance per unit.
         lowered: the program's kernels.
-        source: of the latency table, which grows as more points are asked for.
-        signal: which layers read the units, and what is lost with them and with blocks.
-        inexact: as for `allocate`.
-        blocks: those that may be dropped.
+        source: source of the latency table, which is extended as needed.
+        signal: consumers and importance losses of units and blocks.
+        inexact: as in `allocate`.
+        blocks: droppable blocks.
     """
 
     coupling: Coupling
@@ -312,7 +312,7 @@ class WidthSearch:
         return covered(self.source, widths_of(self.lowered, self.coupling.labelled, {}))
 
     def solve(self, target_ms: float) -> Solution:
-        """Return widths and blocks that are predicted to take at most so many milliseconds.
+        """Return widths and dropped blocks with a predicted latency of at most `target_ms`.
 
         Raises:
             BudgetUnreachable: the smallest model is predicted to take longer.
@@ -326,7 +326,7 @@ class WidthSearch:
         return self._solution(problem, state, target_ms)
 
     def problems(self, table: LatencyTable) -> Iterator[Problem]:
-        """Yield what is to be searched; if inexact cuts are a last resort, first without them."""
+        """Yield search problems; for `if-needed`, first without inexact groups."""
         steps = group_steps(self.lowered, self.coupling, table, most=FINEST)
         ladders = ladders_of(self.coupling, self.scores, steps)
         taken = [{*block.nodes, block.sum} for block in self.blocks]
@@ -402,7 +402,7 @@ class WidthSearch:
 
 
 def _untimed(lowered: Lowered, table: LatencyTable) -> list[str]:
-    """What counts as nothing: operators without a timed form, and kernels that do not run by themselves."""
+    """Return a note on operations that count zero: not timed, or kernels that do not run alone."""
     idle = [p for p in lowered.placed if (entry := table.entries.get(p.kernel.key)) and not any(entry.grid)]
     names = [*lowered.untimed, *(name for placed in idle for name in placed.nodes[:1])]
     if not names:
@@ -426,7 +426,7 @@ def _why_block(problem: Problem, state: State, b: int) -> str:
 
 
 def _why_width(problem: Problem, state: State, k: int) -> str:
-    """What the groups of a ladder cost, what a smaller width would save, and why they are as wide as they are."""
+    """Return the cost of a ladder's groups, the savings of smaller widths, and the reason for the width."""
     ladder, forecast, level = problem.ladders[k], problem.forecast, state.levels[k]
     sizes = [len(ladder.order), *(len(ladder.order) - end for end in ladder.ends)]
     here, size = forecast.cost(state, k), sizes[level]
@@ -445,7 +445,7 @@ def _why_width(problem: Problem, state: State, k: int) -> str:
 
 
 def _why_stair(size: int, kinds: Sequence[str], table: LatencyTable) -> list[str]:
-    """What one unit less would cost, by the curve of the kind of kernel that pays in the widest steps."""
+    """Return the effect of one unit less, by the staircase with the largest step."""
     found = [table.stairs[kind] for kind in kinds if kind in table.stairs]
     stairs: Stairs | None = max(found, key=lambda s: s.step, default=None)
     if stairs is None or stairs.step == 1 or size % stairs.step:

@@ -1,11 +1,11 @@
-"""The search behind a latency budget: the least importance lost within a time. Plain arithmetic, no torch.
+"""Search for latency budgets: minimise the importance lost within a time. Does not import torch.
 
-Latency does not fall evenly with channels: a step of the device's stairs saves much, all widths between two edges cost
-like the upper edge, and what a step saves depends on the widths around it. So the search moves from edge to edge, takes
-each time the move that saves most time for the importance it loses, and computes all costs again after each move; a
-last pass exchanges moves as long as that keeps more importance. Blocks that may be dropped compete with channels in the
-same currency. They are large, and a greedy search misjudges them: it runs several times, with blocks priced lower and
-higher than what they lose, and the best of its results, at the true price, is taken.
+Latency is not linear in channels: all widths between two edges of the device's staircase cost like the upper edge, and
+the saving of a step depends on neighbouring widths. The search therefore moves from edge to edge, each time by the move
+with the best ratio of saved time to lost importance, and recomputes all costs after each move; a final pass exchanges
+moves as long as this increases the importance kept. Droppable blocks compete with channels by the same measure. Since
+blocks are large, greedy search misjudges them: it is run several times, with the loss of blocks scaled down and up, and
+the best result by true loss is used.
 
 Source: after Yang et al. 2018, NetAdapt (arXiv:1804.03230), and Shen et al. 2022, HALP (arXiv:2110.10811).
 """
@@ -22,20 +22,20 @@ from surgery.planning.forecast import Forecast, State
 from surgery.planning.ladders import Ladder
 
 LOOK_AHEAD = 4
-"""How many steps of a ladder one move may take: single steps may save nothing if several units share a stair."""
+"""Maximum steps of a ladder per move; single steps may save nothing if several units share a stair."""
 EXCHANGES = 200
 PRICES = (1.0, 0.7, 0.55, 1.5)
-"""By what the loss of blocks is multiplied, in one search after the other."""
+"""Factors for the loss of blocks in successive searches."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImportanceLoss:
-    """Importance lost at each level of each ladder, and with each block.
+    """Importance lost at each level of each ladder, and by each block.
 
     Attributes:
-        ladders: for each ladder, importance lost at level 0, 1, ..: begins with 0 and never falls.
-        blocks: importance lost with each block.
-        inside: for each block, the ladders all of whose units go with it.
+        ladders: for each ladder, importance lost at level 0, 1, ..: starts at 0 and is non-decreasing.
+        blocks: importance lost by dropping each block.
+        inside: for each block, the ladders whose units all belong to it.
         within: for each block, the blocks that are part of it.
     """
 
@@ -45,18 +45,18 @@ class ImportanceLoss:
     within: tuple[frozenset[int], ...] = ()
 
     def of(self, state: State) -> float:
-        """Return the importance that a state has lost."""
+        """Return the importance lost in a state."""
         gone = self.gone_with_blocks(state)
         levels = zip(self.ladders, state.levels, strict=True)
         widths = sum(lost[level] for k, (lost, level) in enumerate(levels) if k not in gone)
         return widths + sum(self.blocks[b] for b in state.dropped)
 
     def gone_with_blocks(self, state: State) -> frozenset[int]:
-        """Return the ladders whose units are gone with the dropped blocks."""
+        """Return the ladders whose units all belong to dropped blocks."""
         return frozenset[int]().union(*(self.inside[b] for b in state.dropped))
 
     def without(self, state: State, block: int) -> State | None:
-        """Return the state with one block more dropped; None if it is gone, by itself or with another."""
+        """Return the state with one more dropped block; None if it is already gone, possibly with another."""
         parts = self.within or (frozenset(),) * len(self.blocks)
         if block in state.dropped or any(block in parts[b] for b in state.dropped):
             return None
@@ -64,15 +64,15 @@ class ImportanceLoss:
 
 
 def ladder_losses(ladders: Sequence[Ladder], signal: Signal) -> tuple[tuple[float, ...], ...]:
-    """Return what is lost at each level of each ladder: how much of the signal the layers that read it lose.
+    """Return the importance lost at each level of each ladder: the signal lost by the consumers.
 
-    If the losses were measured on images, those are summed up. Otherwise narrowing one layer to nothing costs more than
-    taking as many units from several, and a unit of a residual stream, which many layers read, costs more than one that
-    a single layer reads.
+    Losses measured on images are summed. Otherwise, narrowing one layer to nothing costs more than removing as many
+    units from several layers, and a unit of a residual stream, with many consumers, costs more than one with a single
+    consumer.
 
     Args:
-        ladders: by which groups shrink.
-        signal: which layers read the units, or what is lost with each unit.
+        ladders: ladders of the groups.
+        signal: consumers of the units, or measured losses of units.
     """
     if signal.losses is not None:
         return tuple(_summed(ladder, signal.losses) for ladder in ladders)
@@ -100,7 +100,7 @@ def _lost_to_consumers(ladder: Ladder, consumers: Mapping[str, Sequence[Consumer
 
 
 def search(forecast: Forecast, loss: ImportanceLoss, target_ms: float) -> State | None:
-    """Return a state that takes at most `target_ms` and loses little importance; None if none is fast enough."""
+    """Return a state within `target_ms` that loses little importance; None if none is fast enough."""
     dense = State((0,) * len(loss.ladders))
     found = []
     for price in PRICES if loss.blocks else PRICES[:1]:
@@ -112,14 +112,14 @@ def search(forecast: Forecast, loss: ImportanceLoss, target_ms: float) -> State 
 
 
 def _descend(forecast: Forecast, loss: ImportanceLoss, state: State, target_ms: float) -> State | None:
-    """Take the best move until the time is met."""
+    """Take the best move until the target is met."""
     left = forecast.total(state)
     while left > target_ms:
         moves = [(move, saved) for move in _moves(loss, state) if (saved := move.saved(forecast, state)) > 0]
         if not moves:
             return None
         excess = left - target_ms
-        # Time saved for importance lost; what is saved beyond the target does not count.
+        # Time saved per importance lost; savings beyond the target do not count.
         move, saved = max(moves, key=lambda m: (min(m[1], excess) / max(m[0].lost, 1e-12), -m[0].lost))
         state, left = move.after(loss, state), left - saved
     return state
@@ -127,7 +127,7 @@ def _descend(forecast: Forecast, loss: ImportanceLoss, state: State, target_ms: 
 
 @dataclass(frozen=True, slots=True)
 class _Move:
-    """Something more that may go: a ladder down to a level, or a block."""
+    """A further removal: a ladder down to a level, or a block."""
 
     lost: float
     ladder: int = -1
@@ -157,7 +157,7 @@ def _moves(loss: ImportanceLoss, state: State) -> Iterator[_Move]:
 
 
 def _exchange(forecast: Forecast, loss: ImportanceLoss, state: State, target_ms: float) -> State:
-    """Undo moves, or exchange one for another, as long as that keeps more importance within the time."""
+    """Undo moves, or exchange one for another, as long as this increases the importance kept within the time."""
     for _ in range(EXCHANGES):
         better = _best_exchange(forecast, loss, state, target_ms - forecast.total(state))
         if better is None:
@@ -167,7 +167,7 @@ def _exchange(forecast: Forecast, loss: ImportanceLoss, state: State, target_ms:
 
 
 def _best_exchange(forecast: Forecast, loss: ImportanceLoss, state: State, slack: float) -> State | None:
-    """The exchange that keeps most; those that cannot keep more than the best so far are skipped."""
+    """Return the exchange that keeps most importance, skipping those that cannot beat the best so far."""
     lost = loss.of(state)
     most, best = 1e-9 * max(1.0, lost), None
     undone = [(lost - loss.of(before), before, saved) for before, saved in _undone(forecast, loss, state)]
@@ -187,7 +187,7 @@ def _best_exchange(forecast: Forecast, loss: ImportanceLoss, state: State, slack
 
 
 def _undone(forecast: Forecast, loss: ImportanceLoss, state: State) -> Iterator[tuple[State, float]]:
-    """States in which something is back, and the time that it saves: below zero."""
+    """Yield states with a removal undone, and the (negative) time saved."""
     for k in range(len(loss.ladders)):
         level = state.levels[k]
         for to in range(max(0, level - LOOK_AHEAD), level):

@@ -1,8 +1,8 @@
-"""Program → kernels: what a runtime will run, operator by operator, with the widths left open.
+"""Program → kernels: the operators that a runtime will run, with variable widths.
 
-Each operator's rule says which ONNX operators it becomes. Batch norms are folded into the convolution before them, as
-the exporter does, and element-wise operators join the kernel whose result nobody else reads: whether a runtime fuses
-them is measured, not assumed.
+Each operator's rule defines its ONNX operators. Batch norms are folded into the preceding convolution, as by the
+exporter, and element-wise operators join the kernel whose result has no other user: whether a runtime fuses them is
+measured, not assumed.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from surgery.coupling import Sizes
 from surgery.ops import Rule, rules
 
 _BLOCKED = {"Conv", "MaxPool", "AveragePool", "GlobalAveragePool", "BatchNormalization", "Resize"}
-"""Operators that runtimes let hold channels in blocks, and that so decide it for what lies between them."""
+"""Operators that runtimes run in blocked channel layouts, which operators in between then inherit."""
 
 _IDEMPOTENT = {"Relu"}
-"""Once is enough, and exporters know it."""
+"""Idempotent operators, which exporters deduplicate."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,9 +43,9 @@ class Lowered:
     """The kernels of a program.
 
     Attributes:
-        placed: in order of the program.
-        sizes: lengths of the axes that the kernels' slots number.
-        untimed: names of operations that no kernel stands for, though they may cost something.
+        placed: kernels in order of the program.
+        sizes: lengths of the axes indexed by the kernels' slots.
+        untimed: names of operations without a kernel that may take time.
     """
 
     placed: tuple[Placed, ...]
@@ -55,7 +55,7 @@ class Lowered:
 
 @dataclass(slots=True)
 class _Draft:
-    """A kernel that operators are still added to."""
+    """An unfinished kernel."""
 
     steps: list[Step] = field(default_factory=list)
     operands: list[Operand] = field(default_factory=list)
@@ -65,7 +65,7 @@ class _Draft:
 
 
 def lower(program: Program, coupling: Coupling, *, batch: int = 1) -> Lowered:
-    """Return the kernels of a program at a batch size; letters are numbered by the axes they stand for."""
+    """Return the kernels of a program at a batch size."""
     return _Lowering(program, coupling.labelled, batch).run()
 
 
@@ -77,7 +77,7 @@ class _Lowering:
         self._drafts: list[_Draft] = []
         self._home: dict[torch.fx.Node, _Draft] = {}
         self._images: set[torch.fx.Node] = set()
-        self._source: dict[torch.fx.Node, torch.fx.Node] = {}  # what a free operator's result is made of
+        self._source: dict[torch.fx.Node, torch.fx.Node] = {}  # source of a free operator's result
         self._untimed: list[str] = []
 
     def run(self) -> Lowered:
@@ -101,7 +101,7 @@ class _Lowering:
             self._place(node, rule, steps, tensors)
 
     def _pass(self, node: torch.fx.Node, source: torch.fx.Node | None) -> None:
-        """A free operator: its result is its argument's, in another shape perhaps."""
+        """Handle a free operator, whose result is that of its argument, possibly reshaped."""
         if source is not None and self._shape(source) == self._shape(node):
             self._source[node] = source
             if source in self._images:
@@ -125,7 +125,7 @@ class _Lowering:
             self._images.add(node)
 
     def _joins(self, given: torch.fx.Node, source: torch.fx.Node, node: torch.fx.Node, rule: Rule, steps: Any) -> bool:
-        """Whether the operator goes into the kernel that makes this argument."""
+        """Return whether the operator joins the kernel that produces this argument."""
         draft = self._home.get(source)
         if draft is None or draft.last is not source or len(given.users) > 1 or len(source.users) > 1:
             return False
@@ -134,7 +134,7 @@ class _Lowering:
         return rule.family == "element-wise" and self._shape(source) == self._shape(node)
 
     def _fold(self, draft: _Draft, node: torch.fx.Node) -> None:
-        """A batch norm behind a convolution costs nothing but a bias."""
+        """Fold a batch norm into the preceding convolution, which gets a bias."""
         last = draft.steps[-1]
         if len(last.inputs) == 2:
             name = f"w{len(draft.operands)}"
@@ -174,7 +174,7 @@ class _Lowering:
         return node
 
     def _read_as_image(self, draft: _Draft) -> bool:
-        """Whether what comes out may stay in blocks: some reader is no view, no transposition and no linear layer."""
+        """Return whether the result may stay in blocks: some user is not a view, transposition or linear layer."""
         if draft.last not in self._images:
             return False
         table = rules()
@@ -200,7 +200,7 @@ class _Lowering:
 
 
 def _placed(draft: _Draft, *, image: bool) -> Placed:
-    """Exchange the numbers of axes for letters, in order of first use."""
+    """Replace axis numbers by letters, in order of first use."""
     sizes = [s for operand in draft.operands for s in operand.shape] + list(draft.shape)
     numbers = list(dict.fromkeys(s for s in sizes if isinstance(s, str)))
     letters = {number: _letter(k) for k, number in enumerate(numbers)}
@@ -227,7 +227,7 @@ def _batch_symbol(program: Program) -> Any:
 
 
 def _tensors(arguments: Mapping[str, Any]) -> dict[str, torch.fx.Node]:
-    """The arguments that are computed values of tensors, those in lists as ``name.k``."""
+    """Return the arguments that are computed tensors, those in lists as ``name.k``."""
     found: dict[str, torch.fx.Node] = {}
     for name, argument in arguments.items():
         items = {f"{name}.{k}": x for k, x in enumerate(argument)} if isinstance(argument, (list, tuple)) else {}

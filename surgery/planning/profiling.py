@@ -1,7 +1,7 @@
-"""A model's kernels and what each takes: measured here, or packed to be measured on a device.
+"""Profile a model's kernels: on this machine, or on a device by a pack.
 
-A plan may take blocks out, and runtimes then fuse other operators around the gap. So the kernels of the model
-without every other block, and without any, are timed as well: a table made here serves plans that drop blocks.
+A plan may drop blocks, and runtimes then fuse operators differently around the gap. Kernels of the model without every
+other block, and without all blocks, are therefore timed too, so that the table also covers such plans.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DEVICE_FILES = (
     "surgery/core/kernels.py",
     *(f"surgery/latency/{name}.py" for name in ("tables", "micro", "probe", "fill", "child", "device")),
 )
-"""What a pack holds of this package, unchanged."""
+"""Files of this package that a pack contains unchanged."""
 
 PACK_MAIN = '''"""Measures a model's kernels on this device: python THIS_FILE.zip --help."""
 
@@ -67,7 +67,7 @@ PACK_TEXTS = {
     "surgery/core/__init__.py": "from surgery.core.files import replacing\nfrom surgery.core.kernels import *\n",
     "surgery/latency/__init__.py": "",
 }
-"""What a pack holds beside those files: packages that load nothing else."""
+"""Further files of a pack: minimal package `__init__` files."""
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _SHOWN = 20
@@ -75,13 +75,13 @@ _SHOWN = 20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Survey:
-    """What there is to time of a model.
+    """The kernels of a model to time.
 
     Attributes:
-        program: as it was traced.
-        recipe: what was asked for.
+        program: the program as traced.
+        recipe: the recipe.
         dense: the program's kernels with their widths, in order.
-        others: those that come up where blocks are gone.
+        others: kernels that occur if blocks are dropped.
     """
 
     program: Program
@@ -91,7 +91,7 @@ class Survey:
 
     @property
     def keys(self) -> dict[str, list[tuple[int, ...]]]:
-        """Kernel key → the widths that it has."""
+        """Kernel key → its widths."""
         found: dict[str, dict[tuple[int, ...], None]] = {}
         for kernel, widths in (*self.dense, *self.others):
             found.setdefault(kernel.key, {})[widths] = None
@@ -106,10 +106,10 @@ def survey(
     example_kwargs: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Survey:
-    """Return what there is to time of a model, which stays as it is; of the recipe, the budget does not count.
+    """Return the kernels of a model to time; the recipe's budget is ignored.
 
     Raises:
-        InvalidInput: inputs that the model does not take, a part that it does not have.
+        InvalidInput: the model does not accept the inputs, or has no such submodule.
         UnsupportedModel: the model cannot be traced.
     """
     run = Clock(progress)
@@ -144,13 +144,13 @@ def survey(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Profile:
-    """What a model's kernels take on this machine.
+    """Kernel times of a model on this machine.
 
     Attributes:
-        survey: what was timed.
-        table: of this machine, with this model's kernels alone.
-        cached: where the machine's whole table lies.
-        warnings: what the user should know of it.
+        survey: the timed kernels.
+        table: this machine's table, restricted to this model's kernels.
+        cached: path of the machine's complete table.
+        warnings: warnings about the table.
     """
 
     survey: Survey
@@ -160,7 +160,7 @@ class Profile:
 
 
 def measure(subject: Survey, *, progress: Progress | None = None) -> Profile:
-    """Time on this machine what its table lacks, the dense widths themselves included."""
+    """Time kernels missing in this machine's table, including those at the dense widths."""
     warnings: list[str] = []
     recipe = subject.recipe
     source = Measured(
@@ -175,7 +175,7 @@ def measure(subject: Survey, *, progress: Progress | None = None) -> Profile:
 
 
 def describe(profile: Profile, *, name: str) -> dict[str, Any]:
-    """Return a profile as JSON values: the device, its stairs, and kernels from the costliest on."""
+    """Return a profile as JSON values: the device, its stairs, and kernels in descending order of time."""
     table, dense = profile.table, profile.survey.dense
     total = predicted_ms(dense, table)
     counted = Counter((kernel.key, widths) for kernel, widths in dense)
@@ -199,7 +199,7 @@ def describe(profile: Profile, *, name: str) -> dict[str, Any]:
 
 
 def render_terminal(data: Mapping[str, Any], console: Console) -> None:
-    """Print what `describe` returned: the costliest kernels, and the device's stairs."""
+    """Print the result of `describe`: the costliest kernels, and the device's stairs."""
     where = data["device"]
     rows = [
         (
@@ -227,12 +227,12 @@ def render_terminal(data: Mapping[str, Any], console: Console) -> None:
 
 
 def pack(subject: Survey, path: str | Path, *, name: str, progress: Progress | None = None) -> None:
-    """Write one zip file that measures the model's kernels where there are Python, numpy and onnxruntime alone.
+    """Write a zip file that measures the model's kernels on a device with only Python, numpy and onnxruntime.
 
     Args:
-        subject: what is to be timed.
-        path: of the file; replaced once everything is in it.
-        name: of the model.
+        subject: the kernels to time.
+        path: path of the file, which is replaced atomically.
+        name: name of the model.
         progress: called with each step.
 
     Raises:
@@ -256,12 +256,12 @@ def pack(subject: Survey, path: str | Path, *, name: str, progress: Progress | N
 
 def _entry(model: Path) -> zipfile.ZipInfo:
     entry = zipfile.ZipInfo(model.name, _EPOCH)
-    entry.file_size = model.stat().st_size  # large ones take another header
+    entry.file_size = model.stat().st_size  # large files need another header
     return entry
 
 
 def _asked(subject: Survey, bench: LatencyBench, name: str) -> dict[str, Any]:
-    """What the device reads."""
+    """Return the request that the device reads."""
     recipe = subject.recipe
     conditions = asdict(conditions_of(subject.program, recipe))
     return {
@@ -278,13 +278,13 @@ def _asked(subject: Survey, bench: LatencyBench, name: str) -> dict[str, Any]:
 
 
 def _own(file: str) -> str:
-    """The text of a file of this package."""
+    """Return the text of a file of this package."""
     package, _, module = file.partition("/")
     return files(package).joinpath(module).read_text("utf-8")
 
 
 def refuse_unwritable(option: str, path: Path) -> None:
-    """Raise InvalidInput where a file cannot be written, before the long work for it."""
+    """Raise InvalidInput if a file cannot be written, before long computations."""
     if path.is_dir():
         raise InvalidInput(f"{option} {path}: is a folder; name a file in it")
     if not path.resolve().parent.is_dir():

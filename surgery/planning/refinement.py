@@ -1,7 +1,7 @@
-"""Plan refinement: a plan by the table is cut, exported, timed against the dense model, and corrected.
+"""Plan refinement: cut and export a plan, time it against the dense model, and correct it.
 
-A table knows operators one by one. What a whole network makes of them (caches, the runtime's own fusions) is measured
-on the exported files, in fresh processes, and the plan's aim is moved until the measured ratio meets the target.
+A table contains isolated operators. Effects in the whole network (caches, the runtime's fusions) are measured on the
+exported files, in fresh processes, and the plan's aim is adjusted until the measured ratio meets the target.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from surgery.planning.latency_planner import LatencyPlanner
 
 ITERATIONS = 4
 NEAR = 0.02
-"""A ratio of one process that is this near the target is measured in other processes too."""
+"""A ratio from one process this close to the target is also measured in other processes."""
 CLOSE = 0.015
-"""Refinement ends once the measured ratio is this near the target, relative to it."""
+"""Refinement ends when the measured ratio is this close to the target, relative to it."""
 HIGHEST_AIM = 0.999
-"""Corrections upwards end at this fraction of the dense latency."""
+"""Upper limit of corrections, as a fraction of the dense latency."""
 
 
 def refined(decision: Decision, clock: Clock) -> Decision:
-    """Time the compact model against the dense one and correct the plan, if the budget is time on this machine."""
+    """Time the compact model against the dense one and correct the plan, if the budget is latency on this machine."""
     planner, choice, recipe = decision.planner, decision.choice, decision.recipe
     if planner is None or not (recipe.target.correct and planner.source.live):
         return decision
@@ -53,16 +53,16 @@ def refine(
 ) -> Choice:
     """Correct a plan until its measured ratio is the target, in at most `ITERATIONS` iterations.
 
-    A plan that one process finds near the target is measured in `ratio.PROCESSES` of them.
+    A plan near the target in one process is measured in `ratio.PROCESSES` processes.
 
     Args:
-        first: the plan that aims at the target, by the table.
-        planner: makes other plans.
+        first: the plan for the target by the table.
+        planner: makes further plans.
         cut: plan → compact module.
-        bench: where modules are timed.
+        bench: times modules.
 
     Returns:
-        The plan whose measured ratio is nearest to the target, one within bounds before any other, with the log.
+        The plan whose measured ratio is nearest to the target, preferably within bounds, with the log.
     """
     target = _log(first).target
     choices, files, dense_ms = [first], list[Path](), list[float]()
@@ -95,11 +95,11 @@ def refine(
 def _another(
     iterations: Sequence[Iteration], target: float, choices: Sequence[Choice], planner: LatencyPlanner
 ) -> tuple[tuple[float, Choice] | None, str]:
-    """Return the next aim and its plan, one that was not timed yet; if there is no such plan, None and why."""
+    """Return the next aim and a plan not timed yet; if there is none, None and the reason."""
     for aim in dict.fromkeys(_aims(iterations, target)):
         try:
             found = planner.plan(aim)
-        except BudgetUnreachable:  # and so are those that follow, which ask for less
+        except BudgetUnreachable:  # also for the following, smaller aims
             return None, "every group is at its smallest"
         if not any(found.plan.dead == c.plan.dead and found.plan.dropped == c.plan.dropped for c in choices):
             return (aim, found), ""
@@ -109,9 +109,9 @@ def _another(
 
 
 def _aims(iterations: Sequence[Iteration], target: float) -> Iterator[float]:
-    """Corrections of the last aim, the best first.
+    """Yield corrections of the last aim, the best first.
 
-    In proportion; but between two aims, one of which took too long and one less than asked for, if there are such.
+    Proportional; interpolated if one aim was too slow and another too fast.
     """
     last = iterations[-1]
     factor = target / last.measured

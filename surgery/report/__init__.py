@@ -1,4 +1,4 @@
-"""What a run found: as data, and as sections that a terminal, Markdown and an HTML page show.
+"""Reports: data of a run, and sections rendered on a terminal, in Markdown and in HTML.
 
 Its public names are listed in `__init__.pyi` and loaded on first use.
 """

@@ -1,4 +1,4 @@
-"""Charts of a report as SVG: text in the colour of the page, no background, the same bytes for the same data."""
+"""Charts of a report as SVG: page-coloured text, no background, byte-identical for the same data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 INK = "#010203"
-"""Stands for the colour of text until the SVG is written."""
+"""Placeholder for the text colour until the SVG is written."""
 DENSE, COMPACT, OTHER, LIGHT = "#8a97a6", "#2f7fd0", "#d9822b", "#b9c2cc"
 _STYLE = {
     "svg.hashsalt": "surgery",
@@ -29,14 +29,14 @@ _PIXELS_PER_POINT = 1.6
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chart:
-    """A drawing that is made when it is rendered.
+    """A chart, drawn when it is rendered.
 
     Attributes:
-        description: in words, for readers who cannot see it.
+        description: alternative text.
         size: width and height in inches.
-        draw: draws on as many matplotlib axes as there are `columns`.
+        draw: draws on a list of `columns` matplotlib axes.
         columns: number of axes side by side.
-        file: name of the SVG file of its own that it gets in a finished set; None for none.
+        file: name of its own SVG file in the output folder; None for none.
     """
 
     description: str
@@ -47,7 +47,7 @@ class Chart:
 
     def to_svg(self) -> str:
         """Return an SVG document."""
-        import matplotlib as mpl  # takes a second, which `surgery --help` need not wait for
+        import matplotlib as mpl  # imported here because it takes a second, to keep `surgery --help` fast
 
         with mpl.rc_context(_STYLE):
             from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ class Chart:
         return stream.getvalue().replace(INK, "currentColor")
 
     def to_inline_svg(self) -> str:
-        """Return an SVG element for a page: as wide as there is room, and with the description."""
+        """Return an SVG element for a page, with flexible width and the description."""
         from markupsafe import escape
 
         svg = self.to_svg()
@@ -71,7 +71,7 @@ class Chart:
 
 
 def run_times(rows: Sequence[Mapping[str, Any]]) -> Chart:
-    """Each file's run times: 5th to 95th percentile, the middle half as the thick part, the median as a dot."""
+    """Each file's run times: 5th to 95th percentile, thick interquartile range, median as a dot."""
 
     def draw(axes: Any) -> None:
         for k, row in enumerate(rows):
@@ -89,7 +89,7 @@ def run_times(rows: Sequence[Mapping[str, Any]]) -> Chart:
 
 
 def operator_times(before: Mapping[str, float], after: Mapping[str, float], name: str) -> Chart:
-    """Milliseconds by operator of a compact file of this name and of the dense one in the same precision."""
+    """Milliseconds by operator of a compact file and the dense one in the same precision."""
     names = sorted({*before, *after}, key=lambda op: -max(before.get(op, 0.0), after.get(op, 0.0)))[:_MOST_OPERATORS]
     dense = name.replace("compact", "dense")
 

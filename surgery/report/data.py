@@ -1,7 +1,7 @@
-"""What a run found, as plain data: the dictionary that report.json holds, documented in docs/reference/report.md.
+"""Report data: the contents of report.json, documented in docs/reference/report.md.
 
-`describe` says what was decided and verified, `with_files` adds the files and their times, `with_origin` the model's
-origin. Costs and times are arguments, so that a report can be rendered again from its JSON, without torch.
+`describe` returns decisions and verification, `with_files` adds files and times, `with_origin` the model's origin.
+Costs and times are arguments, so that a report can be rendered from its JSON without torch.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ def describe(
     costs: Mapping[str, tuple[int, int]],
     loop: Any = None,
 ) -> dict[str, Any]:
-    """Return the report on a decision: what is cut, what stays and why, and what the check found.
+    """Return the report on a decision: what is pruned, what is left untouched and why, and the verification.
 
     Args:
         program: the traced dense model.
         coupling: its groups.
         plan: the units to remove.
-        compact: the smaller model, or None where nothing was cut yet (`surgery show`).
-        verdict: what the check found, or None where nothing was checked.
+        compact: the compact model, or None if not cut yet (`surgery show`).
+        verdict: result of the verification, or None.
         costs: ``params``, ``macs`` and ``channels`` → (dense, kept), in parameters, MACs per batch element, units.
-        loop: for a latency budget, how the plan was found; None for other budgets.
+        loop: refinement log of a latency budget; None for other budgets.
 
     Returns:
         JSON-ready data of schema `SCHEMA`, without files and times.
@@ -91,7 +91,7 @@ def with_files(
     files_sha256: Mapping[str, str],
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the report with the sizes and digests of files, and the timer's findings."""
+    """Return the report with sizes and digests of files, and measured times."""
     return {
         **data,
         "models": [{**row, "onnx_bytes": onnx_bytes.get(row["name"])} for row in data["models"]],
@@ -110,7 +110,7 @@ def with_origin(
     command: str | None = None,
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the report with the model's origin, the command that was typed and the one to run next."""
+    """Return the report with the model's origin, the command line and the command to run next."""
     return {
         **data,
         "accuracy": {**data["accuracy"], "next_command": next_command},
@@ -121,7 +121,7 @@ def with_origin(
 
 
 def as_json(value: Any) -> Any:
-    """Return a dataclass as JSON values: tuples become lists, as when the report is read back."""
+    """Return a dataclass as JSON values, with tuples as lists."""
     return json.loads(json.dumps(asdict(value)))
 
 

@@ -1,4 +1,4 @@
-"""Figures as text."""
+"""Format numbers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A report as text on a terminal, as Markdown, and as one HTML page: each shows the sections one after the other.
+"""Render the sections of a report on a terminal, as Markdown, and as an HTML page.
 
-Nothing that a user named, such as a model or a layer, is markup in any of them.
+Names from the user, such as models or layers, are escaped.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 REPORT_FILES = ("report.json", "report.md", "report.html", "recovery.svg")
-"""What `Report.write` may write."""
+"""Files that `Report.write` may write."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A report; `data` is what report.json holds: plain JSON, documented in docs/reference/report.md."""
+    """A report; `data` is the contents of report.json, documented in docs/reference/report.md."""
 
     data: Mapping[str, Any]
 
     @property
     def sections(self) -> list[Section]:
-        """What every rendering shows, in order."""
+        """The sections of every rendering, in order."""
         return sections_of(self.data)
 
     def to_json(self) -> str:
@@ -66,8 +66,8 @@ class Report:
         return "\n".join(lines)
 
     def to_html(self) -> str:
-        """Return the report as one page that needs no network and no script, for a screen, a phone and paper."""
-        import jinja2  # a tenth of a second, which `surgery --help` need not wait for
+        """Return the report as one page without network access or scripts, for screens, phones and print."""
+        import jinja2  # imported here because it takes 0.1 s, to keep `surgery --help` fast
 
         template = files("surgery.report").joinpath("templates/report.html.j2").read_text("utf-8")
         environment = jinja2.Environment(
@@ -75,7 +75,7 @@ class Report:
             undefined=jinja2.StrictUndefined,
         )  # fmt: skip
         (verdict, _), (name, weights) = headline(self.data), _origin(self.data)
-        # Parts of one kind that follow each other share a row.
+        # Consecutive parts of one kind share a row.
         sections = [
             (section.title, [(kind.__name__, list(parts)) for kind, parts in groupby(section.parts, type)])
             for section in self.sections
@@ -86,7 +86,7 @@ class Report:
         return page
 
     def write(self, folder: Path) -> Report:
-        """Write report.json, report.md, report.html and charts with a file of their own into a folder.
+        """Write report.json, report.md, report.html and separate chart files to a folder.
 
         Returns:
             The report with the digests of the charts.
@@ -114,7 +114,7 @@ def _origin(data: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def print_parts(parts: Iterable[Part], console: Console) -> None:
-    """Print parts of a section, charts left out."""
+    """Print parts of a section, except charts."""
     for part in parts:
         if isinstance(part, Table):
             console.print("", rich_table(part), "", sep="\n")

@@ -1,7 +1,7 @@
-"""The sections of a report: every rendering shows these, in this order.
+"""The sections of a report, in order.
 
 A section is a function of report.json's data that yields its parts: paragraphs, figures, tables, lists, code, charts.
-`section` registers one under its title; one that yields nothing is left out.
+`section` registers one under its title; empty sections are omitted.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from surgery.report.data import deployed_precision
 from surgery.report.formatting import figure, percent, ratio, si, size, visible
 
 MOST_LAYERS = 120
-"""Layers whose widths are drawn; report.json has all of them."""
+"""Maximum number of layers in the chart of widths; report.json has all of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A number that matters, what it is a number of, and a detail."""
+    """A key figure: value, description and detail."""
 
     value: str
     what: str
@@ -31,14 +31,14 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of text under column names; columns without any value are left out unless `all_columns`."""
+    """Rows of text under column names; empty columns are omitted unless `all_columns`."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     all_columns: bool = False
 
     def filled(self) -> Table:
-        """Return the table as it is shown."""
+        """Return the table without empty columns."""
         used = [
             k
             for k in range(len(self.columns))
@@ -63,14 +63,14 @@ class Code:
 
 
 Part = str | Figure | Table | Items | Code | Chart
-"""Of a section; a string is a paragraph."""
+"""A part of a section; a string is a paragraph."""
 Data = Mapping[str, Any]
 """What report.json holds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A title and what is below it; on a terminal only where `on_terminal`."""
+    """A title and its parts; shown on a terminal only if `on_terminal`."""
 
     title: str
     parts: tuple[Part, ...]
@@ -86,11 +86,11 @@ def section(
     """Register a function of report.json's data as a section of every report.
 
     Args:
-        title: its heading.
-        on_terminal: whether a terminal shows it, too.
+        title: heading.
+        on_terminal: whether it is also shown on a terminal.
 
     Raises:
-        ValueError: there is a section of this title.
+        ValueError: a section of this title is already registered.
     """
 
     def register(function: Callable[[Data], Iterator[Part]]) -> Callable[[Data], Iterator[Part]]:
@@ -103,14 +103,14 @@ def section(
 
 
 def sections_of(data: Data) -> list[Section]:
-    """Return the sections of a report that have something to say; control characters in texts are written out."""
+    """Return the non-empty sections of a report, with control characters in text escaped."""
     clean = _visible(data)
     made = (Section(title, tuple(function(clean)), shown) for title, (function, shown) in _REGISTRY.items())
     return [section for section in made if section.parts]
 
 
 def headline(data: Data) -> tuple[str, str]:
-    """Return the verdict on accuracy, which every rendering begins with, and the command to run next."""
+    """Return the verdict on accuracy, shown first in every rendering, and the command to run next."""
     accuracy = _visible(data["accuracy"])
     return accuracy["verdict"], accuracy["next_command"] or "evaluate the compact model on your own data"
 
@@ -128,7 +128,7 @@ def _visible(value: Any) -> Any:
 
 @section("Summary")
 def summary(data: Data) -> Iterator[Part]:
-    """The few figures that matter, and one sentence for each stage."""
+    """Key figures, and one sentence per stage."""
     yield from _figures(data)
     if budget := data["budget"]:
         yield (
@@ -237,7 +237,7 @@ def models(data: Data) -> Iterator[Part]:
 
 @section("Accuracy and latency")
 def accuracy_and_latency(data: Data) -> Iterator[Part]:
-    """What each file costs in accuracy for its latency."""
+    """Latency and accuracy of each file."""
     times = {row["name"]: row for row in (data["timing"] or {"rows": ()})["rows"]}
     rows = [
         (
@@ -294,7 +294,7 @@ def recovery_steps(data: Data) -> Iterator[Part]:
 
 @section("Time by operator")
 def time_by_operator(data: Data) -> Iterator[Part]:
-    """Where each compact file spends its time."""
+    """Time by operator of each compact file."""
     found = data.get("operators") or {}
     for name, after in found.items():
         before = found.get(name.replace("compact", "dense"))
@@ -302,7 +302,7 @@ def time_by_operator(data: Data) -> Iterator[Part]:
             yield charts.operator_times(before, after, name)
 
 
-# What was cut, and what was not. -------------------------------------------------------------------------------------
+# Pruned and untouched parts. -----------------------------------------------------------------------------------------
 
 
 @section("Pruned units")
@@ -341,7 +341,7 @@ def inexact(data: Data) -> Iterator[Part]:
 
 @section("Left untouched, and why")
 def untouched(data: Data) -> Iterator[Part]:
-    """Reasons for leaving axes whole, the most frequent first, each with an example."""
+    """Reasons for untouched axes, the most frequent first, each with an example."""
     count = Counter(frozen["reason"] for frozen in data["frozen"])
     example = {f["reason"]: f"{f['tensor']}:{f['axis']}" for f in reversed(data["frozen"])}
     if count:
@@ -356,7 +356,7 @@ def untouched(data: Data) -> Iterator[Part]:
 
 @section("Costliest kernels", on_terminal=False)
 def kernels(data: Data) -> Iterator[Part]:
-    """Time over width of the kernels that take longest."""
+    """Time over width of the slowest kernels."""
     yield from map(charts.staircase, data.get("stairs") or ())
 
 
@@ -365,7 +365,7 @@ def kernels(data: Data) -> Iterator[Part]:
 
 @section("Notes")
 def notes(data: Data) -> Iterator[Part]:
-    """Fallbacks, losses in training, doubts about check and timer."""
+    """Fallbacks, features lost in training, and caveats of verification and timing."""
     steps = (data.get("recovery") or {"steps": ()})["steps"]
     lost = (data["compact"] or {}).get("lost_in_training", [])
     lines = [
@@ -404,7 +404,7 @@ def _search_lines(data: Data) -> Iterator[str]:
 
 @section("Machine, settings, and how to repeat the run", on_terminal=False)
 def origin(data: Data) -> Iterator[Part]:
-    """Where the figures come from."""
+    """Machine, settings and commands behind the figures."""
     rows = [("tool", f"{data['tool']['name']} {data['tool']['version']}")]
     if data["timing"]:
         where, how = data["timing"]["environment"], data["timing"]["settings"]
