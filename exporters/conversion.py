@@ -183,7 +183,6 @@ def _by_torchscript(model: torch.nn.Module, call: Call, axes: Axes, outputs: Seq
 
 
 def _arguments(call: Call) -> tuple[tuple[Any, ...], dict[str, Any] | None]:
-    """Return ``(args, kwargs)`` for torch.onnx.export."""
     # A tensor passed as two inputs would become one input of the program, so each gets its own storage.
     args, kwargs = call.arguments({name: tensor.detach().clone() for name, tensor in call.tensors.items()})
     if args and isinstance(args[-1], dict) and not kwargs:

@@ -110,7 +110,7 @@ class ExportResult:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
-    """What to export: a float32 copy in eval mode on the CPU, one call of it, and where to write.
+    """An export job: a float32 copy in eval mode on the CPU, an example call, and the output file.
 
     Attributes:
         file: in a temporary folder.
@@ -209,7 +209,6 @@ def _attempts(axes: Axes) -> Iterator[tuple[Axes, str]]:
 
 
 def _attempt(job: _Job, axes: Axes, notes: list[str]) -> ExportResult:
-    """Export, check and compare."""
     saved = _write(job, job.model, axes, job.file)
     error, varying, found = _verify(job, axes) if job.settings.check else (None, None, ["not compared"])
     dynamic = _dynamic(saved)

@@ -31,7 +31,7 @@ ROUNDING = 1e-5
 """Differences up to this share of the whole output are float32 rounding, summed over a network."""
 
 ROUNDINGS = 16
-"""How many times torch's own float32 rounding, measured against float64, a difference may be and still be rounding."""
+"""Differences up to this multiple of torch's own float32 rounding (against float64) count as rounding."""
 CLEAR = 0.75
 """Share of the draws on which that rounding must itself be small: the others prove little."""
 
@@ -44,7 +44,7 @@ _TINY = 1e-30
 
 @dataclass(frozen=True, slots=True)
 class OutputParity:
-    """How one output compares: the worst of all runs. For integers, shares of differing elements instead.
+    """Comparison of one output: maximum over all runs. For integers, shares of differing elements.
 
     Attributes:
         error: largest difference over the largest value of the part that varies with the input.
@@ -64,7 +64,7 @@ class OutputParity:
         return self.varying < BLIND
 
     def is_rounding(self, own: OutputParity) -> bool:
-        """Whether the differences are those of rounding, draw by draw; `own`: those of torch from its float64."""
+        """Return whether the differences are rounding in each draw; `own`: differences of torch from its float64."""
         if len(self.errors) != len(own.errors):
             return False
         pairs = list(zip(self.errors, own.errors, strict=True))
@@ -172,7 +172,7 @@ def _compared(model: torch.nn.Module, call: Call, other: _Run, draws: _Draws, wh
 
 @dataclass(frozen=True, slots=True)
 class _Draws:
-    """Which inputs to draw: sizes, whether near the example, and the seed."""
+    """Random inputs to draw: sizes, whether near the example, and the seed."""
 
     sizes: tuple[_Shapes, ...]
     near: bool
@@ -237,7 +237,6 @@ def _draw_one(example: torch.Tensor, shape: Sequence[int], generator: torch.Gene
 
 
 def _tiled(example: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Return `example` repeated or cropped to `shape`."""
     for axis, length in enumerate(shape):
         example = example.index_select(axis, torch.arange(length) % example.shape[axis])
     return example

@@ -192,7 +192,7 @@ def _calibration(
 
 
 def _kept(model: onnx.ModelProto, keep: Sequence[str]) -> list[str]:
-    """Names of the nodes that stay in float32."""
+    """Return the names of nodes that stay in float32."""
     layers = {n.name: (_module_of(n), n.name, n.op_type) for n in model.graph.node if n.op_type in _LAYERS}
     names, chosen = list(layers), list[str]()
     for pattern in keep:
@@ -218,7 +218,7 @@ def _module_of(node: onnx.NodeProto) -> str:
 
 
 def _fold(source: Any, folded: Path) -> None:
-    """Batch norms into convolutions, shapes filled in: ONNX Runtime's own preparation."""
+    """Run ONNX Runtime's preprocessing: fold batch norms into convolutions, infer shapes."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with explained(f"{source} cannot be prepared for quantization"):
@@ -275,7 +275,7 @@ def _quantise(folded: Path, file: Path, seen: Sequence[Batch], how: Int8, kept: 
 
 
 def _carry_over(source: Any, file: Path) -> None:
-    """The source's metadata and format, and none of the preparation's."""
+    """Copy metadata and IR version of the source instead of the preprocessed file's."""
     model, origin = onnx.load(file), onnx.load(os.fspath(source), load_external_data=False)
     del model.metadata_props[:]
     used = {node.domain for node in model.graph.node}
@@ -288,7 +288,7 @@ def _carry_over(source: Any, file: Path) -> None:
 
 
 def _counted(file: Path) -> tuple[int, int]:
-    """Layers whose weights are 8 bits, and all layers."""
+    """Return the number of layers with 8-bit weights, and of all layers."""
     graph = onnx.load(file).graph
     made = {out: node for node in graph.node for out in node.output}
     layers = [node for node in graph.node if node.op_type in _LAYERS]
@@ -300,7 +300,7 @@ def _counted(file: Path) -> tuple[int, int]:
 
 
 def _agreement(own: _Outputs, file: Path, seen: Sequence[Batch]) -> tuple[float, float | None]:
-    """Mean cosine between the two files' outputs, where it is least, and the share of equal first places."""
+    """Return the mean cosine of the two files' outputs (minimum over outputs), and the share of equal top-1 classes."""
     with explained(f"{file.name} does not run", CheckFailed):
         other = _outputs(open_session(file, kind=CheckFailed), seen)
     cosines = []
@@ -320,7 +320,7 @@ def _agreement(own: _Outputs, file: Path, seen: Sequence[Batch]) -> tuple[float,
 
 
 def _cosine(wanted: NDArray[Any], found: NDArray[Any]) -> float:
-    """Mean over images; where one of the two is all zeros, whether both are."""
+    """Return the mean over images; if one of the two is all zeros, 1 if both are, else 0."""
     a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (wanted, found))
     scale = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     same = np.where(scale > 0, (a * b).sum(1) / np.where(scale > 0, scale, 1), a.any(1) == b.any(1))
@@ -336,7 +336,7 @@ def _outputs(session: onnxruntime.InferenceSession, seen: Sequence[Batch]) -> _O
 
 @cache
 def saturates() -> bool:
-    """Whether this is an x86 processor whose 8-bit products are added up in 16 bits: the first time takes a second."""
+    """Return whether this x86 processor accumulates 8-bit products in 16 bits; the first call takes a second."""
     import platform
 
     import cpuinfo

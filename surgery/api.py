@@ -199,7 +199,6 @@ def _loaded(model: Any, example_inputs: Any, example_kwargs: Mapping[str, Any] |
 
 
 def _asked(recipe: Recipe | None, options: Mapping[str, Any]) -> Recipe:
-    """The recipe with keyword arguments of earlier versions."""
     if recipe is not None and not isinstance(recipe, Recipe):
         raise InvalidInput(f"recipe is of type {type(recipe).__name__}; make one with surgery.recipe(latency=0.5)")
     if not options:

@@ -1,7 +1,7 @@
-"""The command line: options in, a table or JSON out, one sentence and an exit code for everything that goes wrong.
+"""The command line: prints a table or JSON; errors are reported in one sentence, with an exit code.
 
-Nothing heavy is imported until a command runs. Standard output carries the result alone; progress, warnings and
-whatever libraries or the user's own file print go to standard error.
+Large packages are imported only when a command runs. Standard output contains only the result; progress, warnings and
+output of libraries or the user's own file go to standard error.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def options(markdown: bool) -> None:
 
 
 def _recipe(parameters: Mapping[str, Any]) -> Recipe:
-    """What the command line and the recipe that it names ask for."""
+    """Return the recipe of the command line and its recipe file."""
     typed, said = config.current(given(parameters))
     path = typed.pop("recipe_file", None)
     read, of_file = config.read_recipe(path) if path is not None else ({}, [])
@@ -273,7 +273,7 @@ def _recipe(parameters: Mapping[str, Any]) -> Recipe:
 
 
 def _refuse_huge_batch(loaded: LoadedModel, batch: int) -> None:
-    """Refuse before the long work what could not be timed after it."""
+    """Raise early if the batch is too large to be timed."""
     import psutil
     from torch import Tensor
     from torch.utils import _pytree
@@ -381,9 +381,9 @@ def _stopped(code: int) -> str:
 
 
 def _explain(error: BaseException, session: Session) -> int:
-    """Say on standard error what went wrong, in one sentence, and return the exit code for it.
+    """Print the error to standard error, in one sentence, and return its exit code.
 
-    Of several processes the first speaks, for the others too once they have met.
+    In distributed runs the first process prints, also for the others if they are connected.
     """
     if session.debug:
         traceback.print_exception(error)
@@ -396,7 +396,6 @@ def _explain(error: BaseException, session: Session) -> int:
 
 
 def _told(error: BaseException, session: Session) -> tuple[str, int]:
-    """The sentence and the exit code."""
     if session.stopped or isinstance(error, KeyboardInterrupt):
         return _stopped(session.stopped or INTERRUPTED), session.stopped or INTERRUPTED
     if isinstance(error, MemoryError):

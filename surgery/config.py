@@ -30,11 +30,11 @@ class Kind:
     """The values that an option accepts.
 
     Attributes:
-        metavar: what stands for a value in the help.
-        accepts: the accepted values in words, after "give".
-        check: value → the value in its one form; raises ValueError for what is not accepted.
+        metavar: placeholder of a value in the help.
+        accepts: description of the accepted values, after "give".
+        check: value → normalized value; raises ValueError if it is not accepted.
         parse: text of the command line → value.
-        choices: all accepted words, where they are few.
+        choices: all accepted words, if few.
         multiple: whether the option may be repeated on the command line.
     """
 
@@ -161,15 +161,15 @@ FRACTION = number("R", above=0, below=1)
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What is declared of a field beside its name.
+    """Declaration of a field.
 
     Attributes:
-        kind: accepted values; None is accepted as well where it is the default.
+        kind: accepted values; None is also accepted if it is the default.
         help: one or two sentences.
         group: heading in the help.
         common: whether it is on the first page of the help.
-        unset: in words, what None stands for.
-        was: names of earlier versions, with the value that they stood for; None for the value given.
+        unset: description of the meaning of None.
+        was: names in earlier versions → the implied value, or None for the given value.
     """
 
     kind: Kind
@@ -193,7 +193,7 @@ def option_of(declared: Any) -> Option:
 
 
 class Group:
-    """Base of the groups: each field is checked, and brought to its one form, as the group is made."""
+    """Base class of the groups; fields are checked and normalized on construction."""
 
     __slots__ = ()
 
@@ -204,7 +204,7 @@ class Group:
 
 
 def checked(declared: Any, value: Any, told: str) -> Any:
-    """Return the value of a field in its one form; raises InvalidInput, with `told` in front, where it is not one."""
+    """Return the normalized value of a field; raises InvalidInput, prefixed by `told`, if it is not accepted."""
     found = option_of(declared)
     if value is None and declared.default is None:
         return None
@@ -217,7 +217,7 @@ def checked(declared: Any, value: Any, told: str) -> Any:
 # The groups. ---------------------------------------------------------------------------------------------------------
 
 TRACERS = {"export": True, "torch-pruning": False}
-"""How a model is captured → whether that gives a graph of its operators."""
+"""Tracer → whether it provides a graph of operators."""
 DEPLOYED = ("fp32", "int8")
 """Precisions that a latency budget may refer to."""
 
@@ -258,7 +258,7 @@ class Model(Group):
 
 @dataclass(frozen=True, slots=True)
 class Budget(Group):
-    """What to keep: a fraction of the dense model (0 < R < 1), or milliseconds. At most one is set.
+    """The target: a fraction of the dense model (0 < R < 1), or milliseconds. At most one is set.
 
     Attributes:
         latency: fraction of the dense model's latency in ONNX Runtime.
@@ -290,7 +290,7 @@ class Budget(Group):
 
     @property
     def is_set(self) -> bool:
-        """Whether there is one."""
+        """Whether a budget is set."""
         return any(v is not None for v in asdict(self).values())
 
     @property
@@ -308,13 +308,13 @@ class Budget(Group):
 
     @property
     def is_latency(self) -> bool:
-        """Whether it is one of time."""
+        """Whether it is a latency budget."""
         return self.latency is not None or self.latency_ms is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Selection(Group):
-    """What may be removed, and in which order."""
+    """Selection of what to remove."""
 
     max_drop: float | None = option(
         None, number("P", above=0, below=100),
@@ -362,13 +362,13 @@ class Selection(Group):
 
     @property
     def has_graph(self) -> bool:
-        """Whether the operators of the model are known."""
+        """Whether the tracer provides a graph of operators."""
         return TRACERS[self.tracer]
 
 
 @dataclass(frozen=True, slots=True)
 class Target(Group):
-    """Where the compact model will run."""
+    """Deployment target of the compact model."""
 
     deploy: str = option(
         "fp32", choice(*DEPLOYED),
@@ -393,7 +393,7 @@ class Target(Group):
 
 @dataclass(frozen=True, slots=True)
 class Data(Group):
-    """Images to choose by, to recover with and to judge by."""
+    """Images for calibration, recovery and evaluation."""
 
     data: Any = option(
         None, anything("IMAGES", _IMAGES),
@@ -432,7 +432,7 @@ class Data(Group):
 
 @dataclass(frozen=True, slots=True)
 class Recovery(Group):
-    """How the compact model is brought back to the dense one."""
+    """Recovery of the compact model's accuracy."""
 
     recover: str | None = option(
         None, registered(RECOVERY_METHODS, "METHOD"),
@@ -468,7 +468,7 @@ class Recovery(Group):
 
 @dataclass(frozen=True, slots=True)
 class Output(Group):
-    """Which files are written, and how they are timed."""
+    """Output files and their timing."""
 
     out: str | None = option(
         None, text("DIR", "a folder's path"), "Output folder, replaced as a whole.", "Output", common=True,
@@ -508,7 +508,7 @@ class Output(Group):
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What is asked for: every option, in groups. `recipe` makes one from flat names."""
+    """All options of a run, in groups. `recipe` makes one from flat names."""
 
     model: Model = field(default_factory=Model)
     budget: Budget = field(default_factory=Budget)
@@ -554,12 +554,12 @@ class Recipe:
 
 DEFAULT_BUDGET = Budget(latency=0.5)
 MILDEST = Budget(latency=0.95)
-"""Where a search over latencies gives up: what cannot be cut so little is not cut."""
+"""Mildest cut that the max-drop search tries, as a fraction of the dense latency."""
 WITHOUT_PROGRAM = Budget(macs=0.5)
 """The default for models that `torch.export` cannot capture, whose operators at run time are not known."""
 
 ONE_OF = (*(f.name for f in fields(Budget)), "max_drop")
-"""Of these options a run has one at most."""
+"""Mutually exclusive options."""
 
 GROUPS: Mapping[str, type[Any]] = {f.name: f.default_factory for f in fields(Recipe)}  # type: ignore[misc]
 OPTIONS: Mapping[str, tuple[str, Any]] = {f.name: (group, f) for group, kind in GROUPS.items() for f in fields(kind)}
@@ -567,14 +567,14 @@ OPTIONS: Mapping[str, tuple[str, Any]] = {f.name: (group, f) for group, kind in 
 
 
 def known(name: str) -> str:
-    """Return the name of an option; raises InvalidInput, with the nearest one, for another."""
+    """Return the name of an option; raises InvalidInput, with the nearest name, if there is none."""
     if name not in OPTIONS:
         raise InvalidInput(f"there is no option '{name}'{nearest(name)}")
     return name
 
 
 def nearest(name: str) -> str:
-    """Say which option may have been meant."""
+    """Return a hint with the nearest option."""
     found = difflib.get_close_matches(name, OPTIONS, 1, 0.5)
     return f"; the nearest is '{found[0]}'" if found else ""
 
@@ -589,7 +589,7 @@ def recipe(**options: Any) -> Recipe:
 
 
 def current(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return options with those of earlier versions under their new names, and a sentence on each of these."""
+    """Return options with old names replaced by new ones, and a deprecation message for each."""
     found: dict[str, Any] = {}
     said: list[str] = []
     for name, value in options.items():
@@ -608,7 +608,7 @@ def current(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def read_recipe(path: str | Path) -> tuple[dict[str, Any], list[str]]:
-    """Return the options that a TOML file gives, and a sentence on each that has another name by now.
+    """Return the options in a TOML file, and a deprecation message for each old name.
 
     Raises:
         InvalidInput: the file cannot be read; or a key or value is not accepted: the message names its line.
@@ -636,7 +636,7 @@ def _line_of(key: str, content: str) -> int:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """Return the recipe as TOML, with the defaults written out; objects of Python stand there as comments."""
+    """Return the recipe as TOML, including defaults; Python objects become comments."""
     parts, tables = list[str](), dict[str, Any]()
     for group in GROUPS:
         values = {f.name: getattr(getattr(recipe, group), f.name) for f in fields(GROUPS[group])}
@@ -677,12 +677,12 @@ def options_table() -> str:
 
 
 def flag(name: str) -> str:
-    """Return an option as it is typed on the command line."""
+    """Return an option as on the command line."""
     return f"--{name.replace('_', '-')}"
 
 
 def shown_default(declared: Any) -> str:
-    """Return the default of a field in words; empty for none."""
+    """Return a description of a field's default; empty for none."""
     if option_of(declared).unset:
         return option_of(declared).unset
     default = declared.default
@@ -701,11 +701,11 @@ def _cell(text: str) -> str:
 
 
 def resolved(recipe: Recipe, *, trained: bool = False) -> Recipe:
-    """Return the recipe with the defaults that depend on other options.
+    """Return the recipe with defaults resolved that depend on other options.
 
     Args:
-        recipe: what is asked for.
-        trained: whether the weights are known to be trained, and images can be made up for them.
+        recipe: the recipe.
+        trained: whether the weights are known to be trained, so that synthetic images are useful.
     """
     default = "reconstruct" if recipe.data.data is not None else "fold" if trained else "none"
     budget = recipe.budget if recipe.selection.max_drop is not None else recipe.goal
@@ -713,7 +713,7 @@ def resolved(recipe: Recipe, *, trained: bool = False) -> Recipe:
 
 
 def validate(recipe: Recipe) -> None:
-    """Raise InvalidInput where options do not go together."""
+    """Raise InvalidInput if options are incompatible."""
     rules = (_budget_rules, _latency_rules, _max_drop_rules, _steps_rules, _data_rules)
     for wrong in (sentence for rule in rules for sentence in rule(recipe)):
         raise InvalidInput(wrong)

@@ -70,7 +70,7 @@ class Result:
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """Of recovery: the dense model, the one as cut, and what was done."""
+        """Recovery steps: the dense model, the model as cut, and each method."""
         return self.recovery.steps if self.recovery is not None else ()
 
 
@@ -80,7 +80,7 @@ Share = Callable[[Plan, torch.nn.Module], None]
 def realise(decision: Decision, *, progress: Progress | None = None, share: Share | None = None) -> Result:
     """Cut and verify a decision; raises CheckFailed if the compact model differs from the masked dense one.
 
-    `share` is given the plan and the compact model before that is trained, where other processes take part.
+    `share` is called with the plan and the compact model before distributed training.
     """
     run = Clock(progress)
     decision = refined(decision, run)

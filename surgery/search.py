@@ -63,10 +63,10 @@ class Attempt:
     """One model of the search.
 
     Attributes:
-        aim: fraction of the dense latency that its plan aims at, by the table.
-        lost: points.
-        upper: the bound by which it is judged: of the 95 % interval where there is one.
-        measured: its latency as a fraction of the dense one's; None where it lost too much to be timed.
+        aim: target of its plan, as a fraction of the dense latency by the table.
+        lost: points lost.
+        upper: upper bound of the points lost, of the 95 % interval if there is one.
+        measured: its latency as a fraction of the dense one's; None if it lost too much to be timed.
     """
 
     aim: float
@@ -76,7 +76,7 @@ class Attempt:
 
 
 def lost_by(steps: tuple[Step, ...]) -> tuple[float, float, str]:
-    """Return points lost from the dense model to the last step, their upper bound, and what they are points of."""
+    """Return points lost from the dense model to the last step, their upper bound, and the metric."""
     first, last = steps[0], steps[-1]
     if last.agreement is not None and last.agreement.drop is not None:
         return last.agreement.drop[0], last.agreement.drop[2], "accuracy"
@@ -145,7 +145,7 @@ def fastest(decision: Decision, progress: Progress | None) -> Result:
 
 
 def _with_last(found: Result, file: Path, recipe: Recipe) -> tuple[Step, ...]:
-    """The result's steps; where the model will run in fewer bits, the last one as its file does.
+    """Return the result's steps; for low-precision deployment, the last one is evaluated on its file.
 
     The file of a part does not take the images that the whole model is judged by: of those the float model counts.
     """
@@ -159,7 +159,7 @@ def _with_last(found: Result, file: Path, recipe: Recipe) -> tuple[Step, ...]:
 
 
 def _at(decision: Decision, aim: float, progress: Progress | None) -> Result | None:
-    """The result for one latency; None where it cannot be reached."""
+    """Return the result for one latency; None if it cannot be reached."""
     assert decision.planner is not None
     try:
         choice = decision.planner.plan(aim)

@@ -1,7 +1,7 @@
-"""What the user sees of a command: options and help made of the fields of `config`, progress, and the result.
+"""The terminal interface of commands: options and help from the fields of `config`, progress, and results.
 
-Imports nothing heavy, so that `--help` and mistyped options answer at once. Progress goes to standard error, the result
-alone to standard output.
+Imports no large packages, so that `--help` and errors in options are fast. Progress goes to standard error, and only
+the result to standard output.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ In every case but 0 an earlier set of files in --out stays as it was."""
 
 @dataclass
 class Session:
-    """What one call of the command line must remember outside its options."""
+    """State of one command-line call besides its options."""
 
     arguments: tuple[str, ...] = ()
     debug: bool = False
@@ -104,7 +104,7 @@ class Row(click.Option):
         self.heading, self.common, self.field = heading, common, field
 
     def row(self, ctx: click.Context, case: Recipe | None, *, every: bool) -> tuple[str, str] | None:
-        """Return what the help says: the first sentence on the first page; the default for the case at hand."""
+        """Return the help row: only the first sentence on the first page, and the default in this case."""
         found = self.get_help_record(ctx)
         if found is None:
             return None
@@ -133,7 +133,7 @@ class Command(click.Command):
             self.epilog = EXIT_CODES
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Show the help where it is asked for, by what else is given."""
+        """Show the help on request, with defaults for the other given options."""
         asked = {*HELP, HELP_ALL} & set(args)
         if not asked:
             return super().parse_args(ctx, args)
@@ -177,7 +177,7 @@ class Commands(click.Group):
 
 
 def _case(ctx: click.Context) -> Recipe | None:
-    """What is asked for beside the help, with the defaults that follow; None where nothing is."""
+    """Return the recipe given with the help option, with resolved defaults; None if there is none."""
     known = {name: value for name, value in given(ctx.params).items() if name in OPTIONS}
     try:
         asked = Recipe().but(**known)
@@ -191,7 +191,7 @@ def _case(ctx: click.Context) -> Recipe | None:
 
 
 def of_recipe(*names: str, without: Iterable[str] = ()) -> list[Row]:
-    """Return the options of these groups, or of these fields; none has a default, so that what is given is known."""
+    """Return the options of these groups or fields, without defaults, so that given options are known."""
     chosen = [f.name for name in names for f in (fields(GROUPS[name]) if name in GROUPS else [OPTIONS[name][1]])]
     found = []
     for name in chosen:
@@ -226,7 +226,7 @@ def _typed(told: Option) -> dict[str, Any]:
 
 
 def given(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that were given, of a command's parameters; those that were repeated are put together."""
+    """Return the given options among a command's parameters, merging repeated ones."""
     found = {name: value for name, value in parameters.items() if value is not None and value != ()}
     for name in found.keys() & OPTIONS.keys():
         kind = option_of(OPTIONS[name][1]).kind
@@ -246,7 +246,7 @@ def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 
 
 def of_run() -> list[Row]:
-    """Return the options of every command that does the long work."""
+    """Return the options common to all commands that run a model."""
     return [
         Row("--json", "as_json", is_flag=True, help="Print the report as JSON and nothing else."),
         Row("--quiet", is_flag=True, help="No progress."),
@@ -348,16 +348,16 @@ def with_options(*rows: list[Row]) -> Callable[[Decorated], Decorated]:
 # Progress and results. ------------------------------------------------------------------------------------------------
 
 PLAIN_WIDTH = 110
-"""Columns of tables where standard output is a file or a pipe."""
+"""Width of tables if standard output is a file or a pipe."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where the program stands, so that everything is cleaned up as for Ctrl-C."""
+    """SIGTERM as an exception, so that cleanup runs as for Ctrl-C."""
 
 
 @contextlib.contextmanager
 def work(session: Session, *, quiet: bool) -> Iterator[Progress]:
-    """Keep standard output clean while stages run, and yield the function that shows how far they are."""
+    """Keep standard output clean while stages run, and yield the function that shows progress."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn
 
@@ -400,7 +400,7 @@ def _only_result_on_stdout() -> Iterator[None]:
 
 
 def print_report(data: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print the report as a table or as JSON, the last thing that standard output gets."""
+    """Print the report as a table or as JSON; nothing follows on standard output."""
     from rich.console import Console
 
     from surgery.report import Report
@@ -417,7 +417,7 @@ def print_report(data: Mapping[str, Any], *, as_json: bool) -> None:
 def print_found(
     data: Mapping[str, Any], render: Callable[[Mapping[str, Any], Console], None], *, as_json: bool
 ) -> None:
-    """Print what a command found as JSON, or by the function that renders it."""
+    """Print a command's result as JSON, or by the given function."""
     from rich.console import Console
 
     if as_json:
@@ -455,7 +455,7 @@ def say(sentence: str) -> None:
 
 
 def command_to_evaluate(out: Path, loaded: LoadedModel, recipe: Recipe) -> str:
-    """Return the command that leaves `dense` and `compact` at a Python prompt, to be evaluated or trained."""
+    """Return the command that opens a Python prompt with `dense` and `compact`, to evaluate or train them."""
     asked = recipe.model
     weights = "random" if loaded.weights.startswith("random") else asked.weights
     known: dict[str, object] = {

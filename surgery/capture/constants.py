@@ -137,7 +137,6 @@ def _learned(graph: fx.GraphModule, names: tuple[str, ...]) -> list[str]:
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
-    """A node and all its transitive inputs."""
     found: set[fx.Node] = set()
     todo = [node]
     while todo:
@@ -154,7 +153,6 @@ def _parameter(graph: fx.GraphModule, weight: fx.Node) -> nn.Parameter:
 
 
 def _evaluated(graph: fx.GraphModule, wanted: fx.Node) -> Any:
-    """Evaluate a node that depends on no inputs."""
     with torch.no_grad():
         return Executor(graph, {}, device=None).only(Frontier(0, {}), wanted.name)
 

@@ -109,7 +109,6 @@ def inline_regions(graph: fx.GraphModule) -> None:
 
 
 def _region(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, list[Any]]:
-    """The region's body and operands."""
     if node.target is wrap_with_set_grad_enabled:
         _, body, *operands = node.args
     elif node.target is wrap_with_autocast:

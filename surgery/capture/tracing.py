@@ -220,7 +220,6 @@ def _export(model: nn.Module, inputs: Inputs, batch: Any, space: Any) -> _Captur
 
 
 def _export_fixed(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> _Capture:
-    """Capture at the example's own sizes."""
     try:
         return _export(model, (args, kwargs), None, None)
     except Exception as error:  # torch.export raises whatever the user's forward or its own passes raise
@@ -263,7 +262,6 @@ def _input_specs(graph: torch.fx.GraphModule) -> tuple[InputSpec, ...]:
 
 
 def _notes_on_space(inputs: tuple[InputSpec, ...]) -> Iterator[str]:
-    """Notes on dynamic and fixed height and width of images."""
     for spec in inputs:
         if len(spec.shape) != 4:
             continue

@@ -98,7 +98,6 @@ class Executor:
 
     @cached_property
     def _last(self) -> Mapping[torch.fx.Node, int]:
-        """Position of each value's last use."""
         return {node: max((self.place[user.name] for user in node.users), default=-1) for node in self.nodes}
 
     @cached_property
@@ -107,7 +106,6 @@ class Executor:
 
     @cached_property
     def _written(self) -> set[torch.fx.Node]:
-        """Parameters and buffers that are written to."""
         return {source for node in self._writers for source in node.all_input_nodes if source.op == "get_attr"}
 
     def run(self, *inputs: Any) -> Any:

@@ -372,5 +372,4 @@ class CheckResult:
 
 
 def _fields_of(value: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass by name, without copying."""
     return {f.name: getattr(value, f.name) for f in fields(value)}

@@ -130,7 +130,6 @@ def _like_input(op: Any) -> Any:
 
 @contextmanager
 def _entry(table: dict[Any, Any], key: Any, value: Any) -> Iterator[None]:
-    """Put a value into a dictionary within the block."""
     missing = object()
     before = table.get(key, missing)
     table[key] = value

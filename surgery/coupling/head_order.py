@@ -25,7 +25,7 @@ Index = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where one tensor axis holds the members of heads.
+    """Positions of the members of heads on a tensor axis.
 
     Attributes:
         tensor: name of a parameter or buffer.

@@ -135,7 +135,6 @@ def trail(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 def _describe(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, dynamic: tuple[int, ...]
 ) -> Iterator[InputSpec]:
-    """Name the tensor inputs after forward's parameters."""
     bound = inspect.signature(model.forward).bind(*args, **kwargs)
     for name, value in bound.arguments.items():
         leaves = [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]

@@ -222,7 +222,6 @@ def raised_in(error: BaseException, model: nn.Module) -> str:
 
 
 def _copy_around(model: nn.Module, sliced: Mapping[str, Tensor]) -> nn.Module:
-    """Deep-copy the module except for the replaced tensors."""
     memo: dict[int, Any] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         memo[id(tensor)] = sliced[name]

@@ -233,7 +233,6 @@ def _shaped(tensors: list[Tensor], like: list[Tensor]) -> list[Tensor]:
 
 
 def _outputs_or_none(run: Executor, rounds: list[list[Tensor]]) -> list[list[Tensor]] | None:
-    """Return outputs by round; None if the run fails."""
     try:
         with torch.no_grad():
             return [flat_outputs(run.run(*inputs)) for inputs in rounds]

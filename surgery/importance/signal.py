@@ -218,7 +218,6 @@ def _passed_on(inputs: Sequence[Any], shape: Any) -> Any:
 
 
 def _relevance(program: Program, known: Mapping[str, Any]) -> dict[str, float]:
-    """Return the output relevance of each value."""
     table, relevance = rules(), dict[str, float]()
     for node in reversed(program.graph.graph.nodes):
         by_users = (relevance[u.name] * _share_of(node, u, known, table.get(str(u.target))) for u in node.users)

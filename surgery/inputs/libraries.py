@@ -158,7 +158,6 @@ def _torchvision_preprocessing(weights: Any) -> Preprocessing:
 
 
 def _timm_preprocessing(module: nn.Module) -> Preprocessing:
-    """Return the preprocessing of the model's data configuration."""
     import_timm()
     from timm.data import resolve_model_data_config
 

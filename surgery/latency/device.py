@@ -112,7 +112,6 @@ def _conditions(options: argparse.Namespace, request: Mapping[str, Any]) -> prob
 
 
 def _request(archive: str) -> Dict[str, Any]:
-    """Return the pack's request."""
     try:
         with zipfile.ZipFile(archive) as pack:
             request: Dict[str, Any] = json.loads(pack.read(REQUEST))
@@ -293,7 +292,6 @@ def _session(path: str, threads: int) -> Any:
 
 
 def _inputs(session: Any, path: str, shapes: Mapping[str, Sequence[int]]) -> Dict[str, Any]:
-    """Return random inputs of the dense model's shapes."""
     inputs = {}
     for item in session.get_inputs():
         if item.name not in shapes:

@@ -263,7 +263,6 @@ class _Quantised(_Graph):
 
 
 def _channels(op: str, attributes: Mapping[str, Any]) -> int:
-    """Return the output axis of a weight."""
     return 0 if op == "Conv" or attributes.get("transB") else 1
 
 

@@ -201,7 +201,6 @@ def _other_processes(m: Measurement) -> dict[str, Any]:
 
 
 def _verdict(aa: Interval | None, m: Measurement) -> tuple[bool, str]:
-    """Return whether the figures are reliable, and the reason."""
     if aa is None:
         return False, "the timer was not tested against a copy of the baseline (aa=False)"
     found = f"the baseline against its own copy came out at {aa.value:.3f} [{aa.low:.3f}, {aa.high:.3f}]"

@@ -54,7 +54,6 @@ def paired_ratio(model_ms: Sequence[float], baseline_ms: Sequence[float], *, see
 
 
 def _interquartile_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the mean of the middle half along the last axis: (.., R) → (..)."""
     length = values.shape[-1]
     middle = np.sort(values, axis=-1)[..., length // 4 : length - length // 4]
     means: NDArray[np.float64] = middle.mean(axis=-1)

@@ -224,7 +224,6 @@ def _unreachable(meter: _Meter, reached: str, coupling: Coupling, hints: Sequenc
 
 
 def _hints(coupling: Coupling, *, shrinks: bool, inexact: str, round_to: int) -> list[str]:
-    """Return suggestions that apply to this model."""
     hints = ["raise the budget"] if shrinks else []
     if any(frozen.reason.startswith(KEPT) for frozen in coupling.frozen):
         hints.append("narrow the --keep patterns")

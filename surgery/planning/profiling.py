@@ -261,7 +261,6 @@ def _entry(model: Path) -> zipfile.ZipInfo:
 
 
 def _asked(subject: Survey, bench: LatencyBench, name: str) -> dict[str, Any]:
-    """Return the request that the device reads."""
     recipe = subject.recipe
     conditions = asdict(conditions_of(subject.program, recipe))
     return {
@@ -278,7 +277,6 @@ def _asked(subject: Survey, bench: LatencyBench, name: str) -> dict[str, Any]:
 
 
 def _own(file: str) -> str:
-    """Return the text of a file of this package."""
     package, _, module = file.partition("/")
     return files(package).joinpath(module).read_text("utf-8")
 

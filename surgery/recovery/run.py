@@ -119,7 +119,6 @@ def recovered(
 
 
 def _methods(level: str) -> list[str]:
-    """Return the methods of a level, in order."""
     if not level or level == "none":
         return []
     return [*_methods(RECOVERY_METHODS[level].after), level]

@@ -116,7 +116,6 @@ def _trained(
 
 @contextmanager
 def _alone(student: nn.Module, learning: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Train only these parameters within the block."""
     chosen = {id(p) for p in learning}
     before = [(p, p.requires_grad) for p in student.parameters()]
     try:

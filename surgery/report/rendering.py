@@ -105,7 +105,6 @@ class Report:
 
 
 def _origin(data: Mapping[str, Any]) -> tuple[str, str]:
-    """The model's name and its weights."""
     model = data["model"]
     return visible(model["name"]), visible(model["weights"] or "as given")
 

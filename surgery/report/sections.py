@@ -65,7 +65,7 @@ class Code:
 Part = str | Figure | Table | Items | Code | Chart
 """A part of a section; a string is a paragraph."""
 Data = Mapping[str, Any]
-"""What report.json holds."""
+"""Contents of report.json."""
 
 
 @dataclass(frozen=True, slots=True)
