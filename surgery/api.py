@@ -18,7 +18,7 @@ from surgery.errors import InvalidInput
 from surgery.inputs import Images, LoadedModel, load_model, open_images
 from surgery.latency import Limits, Settings, comparison
 from surgery.pipeline import Result
-from surgery.recovery import Training, checked, copy_of, open_evaluation, recovered, with_recovery
+from surgery.recovery import Subject, Training, checked, copy_of, open_evaluation, recovered, with_recovery
 
 
 def shrink(
@@ -98,7 +98,7 @@ def recover(
     with torch.random.fork_rng(devices=()), buffers_kept(result.model):
         compact = copy_of(result.compact)
         model = whole.around(compact.module) if whole else compact.module
-        found = recovered(result.cut, compact, model, whole, asked, Clock(progress).progress)
+        found = recovered(Subject.of(result.cut, compact, model, whole), asked, Clock(progress).progress)
     report = with_recovery(result.report, found)
     return replace(result, model=model, compact=compact, report=report, recovery=found or result.recovery)
 

@@ -29,7 +29,7 @@ from surgery.coupling import Cut, batch_size, drop
 from surgery.cutting import check_whole, describe_whole, notes_on_whole, tracer_of
 from surgery.errors import UnsupportedModel
 from surgery.planning import Decision, refined, traced
-from surgery.recovery import Recovery, Step, recovered, run as recovery, with_recovery
+from surgery.recovery import Recovery, Step, Subject, recovered, run as recovery, with_recovery
 from surgery.report import as_json, describe, layer_shapes
 
 
@@ -96,16 +96,9 @@ def realise(decision: Decision, *, progress: Progress | None = None, share: Shar
             verdict = check_whole(whole, tracer.reference(cut), model, verdict, program)
     with run("count"), buffers_kept(compact.module):
         costs, notes = _counted(decision, compact)
+    subject = Subject.of(cut, compact, model, whole)
     regained = recovered(
-        cut,
-        compact,
-        model,
-        whole,
-        decision.recipe,
-        run.progress,
-        seen=decision.seen,
-        between=decision.between,
-        share=share,
+        subject, decision.recipe, run.progress, seen=decision.seen, between=decision.between, share=share
     )
     data = describe(program, coupling, plan, compact=compact, verdict=verdict, costs=costs, loop=choice.refinement)
     if whole is not None:
@@ -146,7 +139,7 @@ def follow(decision: Decision, tensors: Mapping[str, torch.Tensor]) -> None:
     compact = tracer.cut(choice.cut)
     compact.module.load_state_dict(tensors)
     model = whole.around(compact.module) if whole else compact.module
-    recovery.follow(choice.cut, compact, model, whole, decision.recipe)
+    recovery.follow(Subject.of(choice.cut, compact, model, whole), decision.recipe)
 
 
 def apply(

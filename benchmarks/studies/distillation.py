@@ -31,7 +31,7 @@ from benchmarks.studies.views import Sight, batches
 from surgery.capture import trace
 from surgery.core import Callee
 from surgery.errors import InvalidInput
-from surgery.recovery import History, Training, train
+from surgery.recovery import History, Training, TrainingRun, train
 
 CANVAS = 288
 """Side in pixels to which photos are resized; views are cropped from them."""
@@ -243,17 +243,9 @@ def learn(
     for each in (module, dense):
         each.to(memory_format=LAYOUT)  # type: ignore[call-overload]
     torch.manual_seed(0)
-    history = train(
-        Callee.of(program, module),
-        Callee.of(program, dense),
-        images,
-        training,
-        inputs=program.inputs,
-        learning=list(module.parameters()),
-        labels=labels,
-        key=key,
-        progress=progress,
-    )
+    models = Callee.of(program, module), Callee.of(program, dense)
+    run = TrainingRun(*models, images, training, program.inputs, list(module.parameters()), labels, key)
+    history = train(run, progress)
     module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return history
 

@@ -16,6 +16,12 @@ from .run import (
     verdict_on as verdict_on,
     with_recovery as with_recovery,
 )
-from .steps import Outcome as Outcome, Step as Step, Task as Task, recovery_method as recovery_method
+from .steps import (
+    Outcome as Outcome,
+    Step as Step,
+    Subject as Subject,
+    Task as Task,
+    recovery_method as recovery_method,
+)
 from .teaching import History as History, Training as Training
-from .training import refuse_batch as refuse_batch, train as train
+from .training import TrainingRun as TrainingRun, refuse_batch as refuse_batch, train as train

@@ -16,7 +16,7 @@ from surgery.errors import InvalidInput
 from surgery.inputs import Images, as_dataset, derived_seed, evenly_spaced, read_item
 from surgery.recovery.steps import Outcome, Subject, Task
 from surgery.recovery.teaching import History, Training
-from surgery.recovery.training import train
+from surgery.recovery.training import TrainingRun, train
 
 SAMPLED = 32
 """Number of images whose content identifies a run."""
@@ -38,17 +38,9 @@ def distilled(task: Task, name: str, *, labels: bool) -> Outcome:
         raise InvalidInput(f"{name}: no parameter of the compact model wants gradients: call requires_grad_() on some")
     training, data = training_of(recipe), as_dataset(recipe.data.data)
     identity = _identity(data, subject, training.seed)
-    history = train(
-        subject.model,
-        subject.dense,
-        data,
-        training,
-        inputs=subject.inputs,
-        learning=learning,
-        labels=labels,
-        key=f"{subject.cut.plan.digest} {task.seen.digest} {name} {training} {identity}",
-        progress=task.progress,
-    )
+    key = f"{subject.cut.plan.digest} {task.seen.digest} {name} {training} {identity}"
+    run = TrainingRun(subject.model, subject.dense, data, training, subject.inputs, learning, labels, key)
+    history = train(run, task.progress)
     return Outcome(tuple(f"{name}: {note}" for note in _notes(history)), history=history)
 
 

@@ -12,15 +12,14 @@ import torch
 
 from surgery.capture import Whole, evaluating
 from surgery.config import Recipe, validate
-from surgery.core import Callee, CompactModel, InputSpec, Plan, Program, Progress, flat_outputs
-from surgery.coupling import Cut
+from surgery.core import Callee, CompactModel, Plan, Program, Progress, flat_outputs
 from surgery.errors import InvalidInput
 from surgery.inputs import Calibration, Images, as_dataset, calibration_images, classes_of
 from surgery.recovery.agreement import Agreement, Judged, Reference
 from surgery.recovery.distillation import classes_in
 from surgery.recovery.judging import Pairs
 from surgery.recovery.random_images import drawn_batches
-from surgery.recovery.steps import Judge, Step, Subject, Task, in_eval_mode, peak_memory, run_method
+from surgery.recovery.steps import Judge, Step, Subject, Task, in_eval_mode, input_specs, peak_memory, run_method
 from surgery.recovery.teaching import NO_CLASSES, out_of_range
 from surgery.registry import RECOVERY_METHODS
 
@@ -64,10 +63,7 @@ def level_of(recipe: Recipe) -> str:
 
 
 def recovered(
-    cut: Cut,
-    compact: CompactModel,
-    model: torch.nn.Module,
-    whole: Whole | None,
+    subject: Subject,
     recipe: Recipe,
     progress: Progress,
     *,
@@ -78,10 +74,7 @@ def recovered(
     """Recover a compact model in place; returns None if nothing was requested and there is nothing to evaluate on.
 
     Args:
-        cut: the dense program and its plan.
-        compact: the compact model, which is `model` or part of it.
-        model: the compact model, including the model around a submodule.
-        whole: the dense model around a submodule, if any.
+        subject: the compact model and the dense model it was cut from.
         recipe: the recipe, with opened data.
         progress: called for each step.
         seen: images read from `data`; None if not read yet.
@@ -89,11 +82,10 @@ def recovered(
         share: called with the plan and the compact model before distributed training.
     """
     validate(recipe)
-    level = level_of(recipe)
+    level, program, whole = level_of(recipe), subject.cut.program, subject.whole
     if seen is None and recipe.data.data is not None:
-        seen = calibration_images(recipe.data.data, cut.program, whole, recipe.data.max_images, recipe.selection.seed)
-    validate_training(cut.program, whole, recipe.but(recover=level), seen)
-    subject = _subject(cut, compact, model, whole)
+        seen = calibration_images(recipe.data.data, program, whole, recipe.data.max_images, recipe.selection.seed)
+    validate_training(program, whole, recipe.but(recover=level), seen)
     reference, notes = _reference(subject, recipe, seen), list[str]()
     steps = list[Step]()
     alike = reference is not None and recipe.data.val is None and whole is None
@@ -104,7 +96,7 @@ def recovered(
         steps[1:1] = between
     for name in _methods(level):
         if "gradients" in RECOVERY_METHODS[name].needs and share is not None:
-            share(cut.plan, compact.module)
+            share(subject.cut.plan, subject.compact.module)
         task = _task(name, subject, recipe, seen)
         steps.append(run_method(name, task, judge, steps[-1].agreement if steps else None, progress))
     for given in (recipe.data.data, recipe.data.val):
@@ -151,7 +143,7 @@ def validate_training(program: Program, whole: Whole | None, recipe: Recipe, see
 
     Checks for a fixed batch, labels out of range (as far as known without reading all images), and missing labels.
     """
-    first = _specs(whole, program)[0]
+    first = input_specs(program, whole)[0]
     if RECOVERY_METHODS.has_need(recipe.recovery.recover, "gradients") and 0 not in first.dynamic:
         raise InvalidInput(
             f"--recover {recipe.recovery.recover} needs a model that takes any number of images, and this one takes "
@@ -160,7 +152,7 @@ def validate_training(program: Program, whole: Whole | None, recipe: Recipe, see
     given = {"val": recipe.data.val}
     if RECOVERY_METHODS.has_need(recipe.recovery.recover, "labels"):
         given["data"] = recipe.data.data
-    inputs = len(_specs(whole, program))
+    inputs = len(input_specs(program, whole))
     read = {"data": seen}
     known = {k: _range_of(as_dataset(x, option=k), inputs, read.get(k)) for k, x in given.items()}
     if "data" in known and known["data"] is None:
@@ -188,33 +180,12 @@ def _range_of(data: Any, inputs: int, seen: Calibration | None) -> tuple[int, in
     return (int(known.min()), int(known.max())) if known is not None else None
 
 
-def follow(
-    cut: Cut,
-    compact: CompactModel,
-    model: torch.nn.Module,
-    whole: Whole | None,
-    recipe: Recipe,
-) -> None:
+def follow(subject: Subject, recipe: Recipe) -> None:
     """Participate in training led by the first process; arguments are those of `recovered`."""
-    subject = _subject(cut, compact, model, whole)
-    seen = calibration_images(recipe.data.data, cut.program, whole, recipe.data.max_images, recipe.selection.seed)
+    data, seed = recipe.data, recipe.selection.seed
+    seen = calibration_images(data.data, subject.cut.program, subject.whole, data.max_images, seed)
     method = RECOVERY_METHODS[level_of(recipe)]
     method.function(_task(method.name, subject, recipe, seen))
-
-
-def _subject(
-    cut: Cut,
-    compact: CompactModel,
-    model: torch.nn.Module,
-    whole: Whole | None,
-) -> Subject:
-    program = cut.program
-    part = Callee.of(program, compact.module)
-    if whole is None or whole.example is None:
-        dense, ours = part.on(program.dense.model), part
-    else:
-        dense, ours = whole.example, whole.example.on(model)
-    return Subject(cut, compact, dense, ours, part, _specs(whole, program))
 
 
 def _reference(subject: Subject, recipe: Recipe, seen: Calibration | None) -> Reference | None:
@@ -227,14 +198,6 @@ def _reference(subject: Subject, recipe: Recipe, seen: Calibration | None) -> Re
         return None
     batches: Judged = [(batch, None) for batch in seen.given or seen.batches]
     return Reference.of(in_eval_mode(subject.dense), batches, f"{seen.count} images of --data, those it was made with")
-
-
-def _specs(whole: Whole | None, program: Program) -> Sequence[InputSpec]:
-    if whole is None or whole.example is None:
-        return program.inputs
-    tensors = whole.example.tensors
-    names = [str(x.dtype).removeprefix("torch.") for x in tensors]
-    return [InputSpec("input", tuple(x.shape), n, tuple(range(x.dim()))) for x, n in zip(tensors, names, strict=True)]
 
 
 def copy_of(compact: CompactModel) -> CompactModel:
@@ -256,7 +219,7 @@ def _verdict(recovery: Recovery) -> dict[str, Any]:
     before, after = recovery.steps[0].metrics, recovery.steps[-1].metrics
     if before and after and (last is None or last.accuracy is None):
         told = ", ".join(f"{name} {after[name]:.4g}, dense {before[name]:.4g}" for name in before if name in after)
-        return {"status": "measured", "verdict": f"by --eval: {told}"}
+        return {"status": "measured", "verdict": f"by --metric: {told}"}
     return verdict_on(recovery, last)
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.capture import evaluating
+from surgery.capture import Whole, evaluating
 from surgery.config import Recipe
-from surgery.core import Callee, CompactModel, InputSpec
+from surgery.core import Callee, CompactModel, InputSpec, Program
 from surgery.coupling import Cut
 from surgery.inputs import Calibration
 from surgery.recovery.agreement import Agreement, Model, Reference
@@ -38,7 +38,7 @@ class Subject:
         dense: the dense model, including the model around a submodule.
         model: the compact model, likewise.
         part: the compact module with the program's inputs.
-        inputs: input signature of `dense` and `model`.
+        whole: the dense model around a submodule, if any.
     """
 
     cut: Cut
@@ -46,7 +46,29 @@ class Subject:
     dense: Callee
     model: Callee
     part: Callee
-    inputs: Sequence[InputSpec]
+    whole: Whole | None = None
+
+    @classmethod
+    def of(cls, cut: Cut, compact: CompactModel, model: torch.nn.Module, whole: Whole | None) -> Subject:
+        """Return a compact model with its callables; `model` is the compact model, or the whole one that holds it."""
+        part = Callee.of(cut.program, compact.module)
+        if whole is None or whole.example is None:
+            return cls(cut, compact, part.on(cut.program.dense.model), part, part, whole)
+        return cls(cut, compact, whole.example, whole.example.on(model), part, whole)
+
+    @property
+    def inputs(self) -> Sequence[InputSpec]:
+        """Inputs of `dense` and `model`."""
+        return input_specs(self.cut.program, self.whole)
+
+
+def input_specs(program: Program, whole: Whole | None) -> Sequence[InputSpec]:
+    """Return the inputs of the program, or of the whole model that it is a submodule of."""
+    if whole is None or whole.example is None:
+        return program.inputs
+    tensors = whole.example.tensors
+    names = [str(x.dtype).removeprefix("torch.") for x in tensors]
+    return [InputSpec("input", tuple(x.shape), n, tuple(range(x.dim()))) for x, n in zip(tensors, names, strict=True)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

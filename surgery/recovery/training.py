@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from math import cos, isfinite, pi
 from typing import Any
@@ -34,36 +35,43 @@ JUDGED_BY = 512
 """Images of a DataLoader used to evaluate training, since none can be held out."""
 
 
-def train(
-    student: Callee,
-    teacher: Callee,
-    data: Any,
-    how: Training,
-    *,
-    inputs: Sequence[InputSpec],
-    learning: Sequence[nn.Parameter],
-    labels: bool,
-    key: str,
-    progress: Callable[[float], None],
-) -> History:
-    """Train the student in place; must be called by all processes with the same arguments.
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingRun:
+    """What is trained, on which data, and how.
+
+    Attributes:
+        compact: the compact model, trained in place.
+        dense: the dense model, whose outputs are the targets; left unchanged.
+        data: a map-style Dataset of images and classes, or a DataLoader of batches, used as given.
+        settings: of training.
+        inputs: the models' tensor inputs.
+        parameters: those that may change.
+        labels: whether classes are learned too, beside the dense model's outputs.
+        key: identifies the run; a checkpoint with another key is not resumed.
+    """
+
+    compact: Callee
+    dense: Callee
+    data: Any
+    settings: Training
+    inputs: Sequence[InputSpec]
+    parameters: Sequence[nn.Parameter]
+    labels: bool
+    key: str
+
+
+def train(run: TrainingRun, progress: Callable[[float], None]) -> History:
+    """Train the compact model in place; must be called by all processes with the same arguments.
 
     Args:
-        student: the compact model.
-        teacher: the dense model; unchanged.
-        data: a map-style Dataset of images and classes, or a DataLoader of batches, used unchanged.
-        how: training settings.
-        inputs: the models' tensor inputs.
-        learning: the parameters to train.
-        labels: whether to train on classes in addition to the teacher's outputs.
-        key: identity of the run, for checkpoints.
+        run: what is trained, on which data, and how.
         progress: called with the completed fraction.
 
     Raises:
-        InvalidInput: there are too few images, required classes are missing, or the loss is NaN.
+        InvalidInput: there are too few images, no classes where they are needed, or the loss is not finite.
     """
     with _own_state():
-        return _trained(student, teacher, data, how, inputs, learning, labels, key, progress)
+        return _trained(run, progress)
 
 
 @contextmanager
@@ -81,37 +89,28 @@ def _own_state() -> Iterator[None]:
         shared.update(known)
 
 
-def _trained(
-    student: Callee,
-    teacher: Callee,
-    data: Any,
-    how: Training,
-    inputs: Sequence[InputSpec],
-    learning: Sequence[nn.Parameter],
-    labels: bool,
-    key: str,
-    progress: Callable[[float], None],
-) -> History:
+def _trained(run: TrainingRun, progress: Callable[[float], None]) -> History:
     from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 
     try:
         accelerator = Accelerator(
-            mixed_precision=how.mixed_precision,
+            mixed_precision=run.settings.mixed_precision,
             cpu=not torch.cuda.is_available(),
             dataloader_config=DataLoaderConfiguration(split_batches=True),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
     except (ValueError, ImportError) as error:
-        raise InvalidInput(f"mixed precision {how.mixed_precision} cannot be had here: {first_line(error)}") from error
-    for module in (student, teacher):
+        what = f"mixed precision {run.settings.mixed_precision}"
+        raise InvalidInput(f"{what} is not available on this machine: {first_line(error)}") from error
+    for module in (run.compact, run.dense):
         module.to(accelerator.device)
-    run = _Run(student, teacher, data, how, accelerator, inputs, learning, labels, key)
-    with evaluating(student), evaluating(teacher), _alone(student, learning):
-        run.all(progress)
-    student.to("cpu")
-    teacher.to("cpu")
+    loop = _Loop(run, accelerator)
+    with evaluating(run.compact), evaluating(run.dense), _alone(run.compact, run.parameters):
+        loop.all(progress)
+    run.compact.to("cpu")
+    run.dense.to("cpu")
     progress(1.0)
-    return run.history
+    return loop.history
 
 
 @contextmanager
@@ -128,24 +127,15 @@ def _alone(student: nn.Module, learning: Sequence[nn.Parameter]) -> Iterator[Non
             p.grad = None
 
 
-class _Run:
+class _Loop:
     """One training run, in each of its processes."""
 
-    def __init__(
-        self,
-        student: Callee,
-        teacher: Callee,
-        data: Any,
-        how: Training,
-        accelerator: Any,
-        inputs: Sequence[InputSpec],
-        learning: Sequence[nn.Parameter],
-        labels: bool,
-        key: str,
-    ) -> None:
-        self._student, self._teacher, self._how, self._accelerator = student, teacher, how, accelerator
-        self._inputs, self._labels, self.history = inputs, labels, History(processes=accelerator.num_processes)
-        self._loader, self._judged = _loaders(data, how, accelerator.num_processes, labels, inputs)
+    def __init__(self, run: TrainingRun, accelerator: Any) -> None:
+        how, learning = run.settings, run.parameters
+        self._student, self._teacher, self._how, self._accelerator = run.compact, run.dense, how, accelerator
+        self._inputs, self._labels = run.inputs, run.labels
+        self.history = History(processes=accelerator.num_processes)
+        self._loader, self._judged = _loaders(run.data, how, accelerator.num_processes, run.labels, run.inputs)
         views = isinstance(self._loader.dataset, Views)
         self._views = (self._loader.dataset, self._loader.sampler) if views else None
         self._each = len(self._loader)
@@ -160,10 +150,10 @@ class _Run:
         self._average = [p.detach().clone() for p in self._learning]
         self._best = [p.detach().clone() for p in self._learning]
         self._step, self._since, self._summed = 0, 0, 0.0
-        self._checkpoint = Checkpoint(how.checkpoint, key) if how.checkpoint is not None else None
+        self._checkpoint = Checkpoint(how.checkpoint, run.key) if how.checkpoint is not None else None
         self._resume()
-        with seeded(self._loader, how.seed):  # Accelerate stores and seeds the generators that it finds
-            self._wrapped, self._stepper, self._loader = accelerator.prepare(student, self._optimizer, self._loader)
+        with seeded(self._loader, how.seed):  # Accelerate keeps, and sets, the generators that it finds
+            self._wrapped, self._stepper, self._loader = accelerator.prepare(run.compact, self._optimizer, self._loader)
 
     def all(self, progress: Callable[[float], None]) -> None:
         """Train to the end, and load the best weights into the student."""
