@@ -129,8 +129,8 @@ def apply(session: Session, /, plan: Path, as_json: bool, quiet: bool, **paramet
         from surgery.planning import as_planned, repeat
 
         decided = Plan.load(plan)
-        recipe = as_planned(recipe, decided)
         _validate_output(recipe)
+        recipe = as_planned(recipe, decided)
         loaded = _load(recipe, progress)
         if distributed.rank() > 0:
             return distributed.follow(loaded, recipe)

@@ -290,9 +290,10 @@ def deployed_recipe(result: Result, recipe: Recipe) -> tuple[Recipe, list[str]]:
         wanted = recipe.but(precision=(*recipe.output.precision, deploy))
     if int8 is not None and int8_of(recipe) == Int8():  # made as it was timed, unless asked otherwise
         wanted = replace(wanted, output=replace(wanted.output, **_int8_options(int8)))
-    if wanted.precisions == recipe.precisions or images_of(result) is not None:
+    if deploy in (None, "fp32", *recipe.output.precision) or images_of(result) is not None:
         return wanted, []
-    return recipe, [f"the widths were chosen for {deploy}; without --data there is nothing to calibrate such files on"]
+    note = f"the widths were chosen for {deploy}; without --data there is nothing to calibrate such files on"
+    return recipe.but(deploy="fp32"), [note]
 
 
 def _int8_options(made: Any) -> dict[str, Any]:

@@ -106,7 +106,8 @@ def _chosen(
             selection=recipe.selection,
             settings={**plan_settings(recipe, seen), **parts.plain_arguments(program)},
         )
-    plan = replace(settled(plan, left.orders), dropped=droppable.dead, notes=(*plan.notes, *droppable.notes))
+    plan = settled(plan, left.orders)
+    plan = replace(plan, dropped=droppable.dead, notes=(*plan.notes, *droppable.notes))
     costs = kept_costs(dense.coupling, dense.costs, left.coupling, left.costs, plan)
     return Choice(left.program, left.coupling, plan, costs), None
 

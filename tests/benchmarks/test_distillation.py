@@ -133,5 +133,5 @@ def test_a_lesson_of_what_was_not_planned_is_refused(
     known: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distillation, "network", lambda name, root, jpeg: known)
-    with pytest.raises(InvalidInput, match="holds no network gone"):
+    with pytest.raises(InvalidInput, match="contains no network gone"):
         distillation.distill("gone", replace(RUNS["resnet56.int8"], teacher="net"), tmp_path, tmp_path)

@@ -143,7 +143,7 @@ def test_a_rival_that_cuts_nothing_is_not_its_best(
     bench = SimpleNamespace(to_latency=lambda *_, **__: SimpleNamespace(share=0.5))
     (found,) = rows._at_latency(case, bench, 0.7, False)
     assert found[0].criterion == "l1" and case.subject.kept(found[1]) < 0.5
-    assert "bn-scale, round_to 16: cuts nothing" in capsys.readouterr().err
+    assert "bn-scale, round_to 16: removes nothing" in capsys.readouterr().err
 
 
 def test_networks_of_torchvision_are_written_in_other_processes(
@@ -180,7 +180,7 @@ def test_a_network_that_does_not_go_to_another_process_is_written_in_this_one(
 def test_distillation_is_described() -> None:
     facts = {"epochs": 28.0, "images": 57728, "seconds": 204, "trained_on": "a card", "lr": 0.001, "tried": []}
     text = table.distillation({"rows": [row("dense", 1, (0, 0, 0)), row("distilled", 0.5, (0, 0, 0), **facts)]})
-    assert "28 epochs of 57,728 images, 204 seconds by" in text and "on a card; learning rate 0.001." in text
+    assert "28 epochs of 57,728 images, 204 seconds with" in text and "on a card; learning rate 0.001." in text
     tried = [{"divergence": 0.5}, {"lr": 0.001, "divergence": 0.25}, {"lr": 0.01, "divergence": 0.75}]
     assert "0.001 (0.25), 0.01 (0.75)" in table.distillation(
         {"rows": [row("distilled", 0.5, (0, 0, 0), **facts | {"tried": tried})]}

@@ -29,7 +29,6 @@ WITHOUT_TORCH = {
     "surgery.latency",
     "surgery.latency.ort",
     "surgery.latency.comparison",
-    "surgery.planning.allocation",
     "surgery.config",
     "surgery.distributed",
     "surgery.terminal",

@@ -267,7 +267,7 @@ def test_all_files_are_written_timed_and_judged(shrink: Shrink, tmp_path: Path) 
     [
         (("--precision", "int8"), "needs images to calibrate on: give them with --data"),
         (("--precision", "int4", "--data", "nets.py:data"), "'int4' is not accepted; give some of fp32, fp16, int8"),
-        (("--format", "tflite"), "'tflite' is none of onnx, ort"),
+        (("--format", "tflite"), "format 'tflite' is not accepted; give some of onnx, ort"),
         (("--min-ort", "0.9"), "older than 1.14"),
         (("--precision", "int8", "--data", "nets.py:few", "--recover", "none"), "calibrate int8 files on (4)"),
         (("--precision", "int8", "--data", "nets.py:data", "--int8-keep", "nothing"), "names no layer"),

@@ -292,7 +292,7 @@ def test_a_criterion_registered_from_outside_is_chosen_by_name(registered: None)
     with pytest.raises(InvalidInput, match="criterion mean-input looks at images"):
         score(program, coupling, "mean-input")
     for name in ("first-weight", "mean-input"):
-        found = surgery.shrink(model, x, budget=surgery.Budget(channels=0.5), criterion=name, data=x, recover="none")
+        found = surgery.shrink(model, x, surgery.recipe(channels=0.5, criterion=name, data=x, recover="none"))
         assert found.plan.settings["criterion"] == name
     assert found.plan.dead["0.weight:0"] == (0, 1, 2, 3)
     for name, needs in (("l1", []), ("first-weight", []), ("other", ["luck"])):

@@ -436,7 +436,7 @@ def test_what_a_loader_draws_is_the_same_for_a_killed_run(
         if shuffled != "not: a data set":
             own = generator if shuffled == "by its own" else None
             data = DataLoader(data, batch_size=32, shuffle=True, generator=own)
-        training = replace(how, checkpoint=folder)
+        training = {**how, "checkpoint": folder}
         return surgery.recover(
             cut, surgery.recipe(data=data, recover="finetune", max_images=64, **training), progress=progress
         )
@@ -613,7 +613,7 @@ def test_without_images_a_trained_model_is_folded(place: Path) -> None:
         (["--data", "train.npz", "--metric", "judge.py:wrong"], "'spread' is nan"),
         (["--data", "train.npz", "--metric", "judge.py"], "write FILE.py:CALLABLE"),
         (["--val", "val.npz", "--recover", "reconstruct"], "--recover reconstruct learns from images"),
-        (["--data", "train.npz", "--max-drop", "1"], "a run has one budget"),
+        (["--data", "train.npz", "--max-drop", "1"], "--max-drop looks for the lowest latency"),
         (["--data", "photos", "--recover", "distill", "--train-batch", "128"], ""),
     ],
 )
