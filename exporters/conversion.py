@@ -61,7 +61,7 @@ def convert(
         else:
             with _quiet_descriptors():
                 graph = _by_torchscript(model, call, axes, outputs, opset)
-    except Exception as error:  # torch's exporters pass on whatever any line of the model raises
+    except Exception as error:  # torch's exporters pass on any exception of the model
         raise UnsupportedModel(_refusal(model, error, dynamo=dynamo)) from error
     return _tidy(graph, list(call.tensors), outputs, axes)
 

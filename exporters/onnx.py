@@ -114,7 +114,7 @@ class _Job:
 
     Attributes:
         file: in a temporary folder.
-        name: of the file to be, for messages.
+        name: name of the output file, for messages.
     """
 
     model: torch.nn.Module
@@ -144,7 +144,7 @@ def export(
     Args:
         model: unchanged, including mode and device.
         example_inputs: a tensor, or the tuple of positional inputs.
-        path: of the file; its folder must exist.
+        path: output path; its folder must exist.
         settings: operator set, exporter and check.
         example_kwargs: keyword inputs.
         dynamic_axes: input name → axes that may change from call to call, 2 and 3 of images ``(N, C, H, W)`` being
@@ -380,7 +380,7 @@ def _run(model: torch.nn.Module, call: Call) -> Any:
     try:
         with torch.no_grad():
             return model(*args, **kwargs)
-    except Exception as error:  # whatever a line of the model raises
+    except Exception as error:  # any exception the model raises
         place = f" at {line}" if (line := source_line(error)) else ""
         raise InvalidInput(
             f"{type(model).__name__} does not run on the example inputs{place}: {reason(error)}; "

@@ -28,7 +28,7 @@ def to_ort(source: str | os.PathLike[str], target: str | os.PathLike[str], input
 
     Args:
         source: ONNX file.
-        target: of the `.ort` file; its folder must exist.
+        target: path of the `.ort` file; its folder must exist.
         inputs: by name, to compare on.
 
     Raises:

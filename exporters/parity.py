@@ -330,12 +330,12 @@ def well_conditioned(
 ) -> torch.nn.Module:
     """Return a deep copy whose parameters and norm statistics are random, distinct and of ordinary size.
 
-    Freshly initialised networks often have a head of zeros or layer scales of 1e-6: their output hardly depends on the
-    input, and a wrong program agrees with a right one. Batch norms take the statistics of what reaches them, so that no
-    signal dies or explodes in a deep network; other buffers (tables of indices, anchors) stay.
+    Freshly initialised networks often have a zero head or layer scales of 1e-6: their output hardly depends on the
+    input, so that errors are not detected. Batch norms get the statistics of their input, so that activations neither
+    vanish nor explode; other buffers (index tables, anchors) are unchanged.
 
     Args:
-        model: left unchanged.
+        model: the model, unchanged.
         seed: the same seed gives the same values.
         run: calls the model on inputs like those that it will be compared on.
     """

@@ -103,8 +103,8 @@ def to_int8(
 
     Args:
         source: ONNX file.
-        target: of the int8 file, in QDQ format; its folder must exist.
-        batches: of the file's inputs by name, each (N, ...), normalised as the model expects.
+        target: path of the int8 file, in QDQ format; its folder must exist.
+        batches: batches of the file's inputs by name, each (N, ...), normalised as the model expects.
         settings: how to quantise.
         check: refuse a file that computes something else; False for files that are only timed.
 
@@ -139,7 +139,7 @@ def to_fp16(source: str | os.PathLike[str], target: str | os.PathLike[str], batc
 
     Args:
         source: ONNX file.
-        target: of the fp16 file; its folder must exist.
+        target: path of the fp16 file; its folder must exist.
         batches: inputs to compare on, as for `to_int8`; at least one.
 
     Raises:
@@ -328,7 +328,7 @@ def _cosine(wanted: NDArray[Any], found: NDArray[Any]) -> float:
 
 
 def _outputs(session: onnxruntime.InferenceSession, seen: Sequence[Batch]) -> _Outputs:
-    """All floating outputs by name, each (N, ...)."""
+    """Return all floating outputs by name, each (N, ...)."""
     names = [x.name for x in session.get_outputs() if "float" in x.type]
     found = [session.run(names, dict(batch)) for batch in seen]
     return {name: np.concatenate([x[k] for x in found]) for k, name in enumerate(names)}

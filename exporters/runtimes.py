@@ -71,7 +71,7 @@ def require_readable(model: onnx.ModelProto, reader: Reader, name: str) -> None:
     Args:
         model: its weights are not looked at.
         reader: the release.
-        name: of the file, for the message.
+        name: name of the file, for the message.
     """
     opset = next((x.version for x in model.opset_import if x.domain in _OWN_DOMAINS), 0)
     nodes = [node for node in model.graph.node if node.domain in _OWN_DOMAINS]

@@ -42,7 +42,7 @@ class OnnxModel:
     """A file in ONNX Runtime: called with tensors, it returns tensors.
 
     Args:
-        path: of the file.
+        path: path of the file.
         threads: intra-op threads.
 
     Raises:
@@ -79,7 +79,7 @@ class OnnxModel:
         """Yield inputs by name, in pieces of the file's own batch where it fixes one; a smaller last piece is left out.
 
         Args:
-            tensors: of the model's inputs in order, each (N, ...).
+            tensors: the model's inputs in order, each (N, ...).
             names: of them; None: the file's own.
         """
         named = dict(zip(names or self._inputs, tensors, strict=False))

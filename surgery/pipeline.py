@@ -132,7 +132,7 @@ def follow(decision: Decision, tensors: Mapping[str, torch.Tensor]) -> None:
 
     Args:
         decision: the first one's plan on this process's copy of the model.
-        tensors: of its compact model, by name.
+        tensors: tensors of its compact model, by name.
     """
     choice, whole = decision.choice, decision.whole
     tracer = tracer_of(choice.program.tracer)

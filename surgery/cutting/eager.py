@@ -98,7 +98,7 @@ def _takes_any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
         once = [twice(x) for x in tensors(model(*args, **kwargs))]
         try:
             both = tensors(model(*pytree.tree_map(twice, args), **pytree.tree_map(twice, dict(kwargs))))
-        except Exception:  # whatever the user's forward raises
+        except Exception:  # any exception the user's forward raises
             return False
     return len(once) == len(both) and all(
         a.shape == b.shape and torch.allclose(a, b, 1e-3, 1e-4, equal_nan=True) for a, b in zip(once, both, strict=True)

@@ -143,7 +143,7 @@ def _fails_in_training(program: Program, module: nn.Module) -> str | None:
     try:
         with torch.no_grad():
             trial(*program.example_args, **program.example_kwargs)
-    except Exception as error:  # whatever the user's forward raises
+    except Exception as error:  # any exception the user's forward raises
         return f"its forward in training mode also runs '{unseen[0]}', which was not traced: {first_line(error)}"
     return None
 

@@ -79,7 +79,7 @@ def check_whole(
         return replace(verdict, notes=(*verdict.notes, f"part '{whole.name}' was checked on its own only: {why}"))
     try:
         got, _ = _run_whole(whole, compact, dtype)
-    except Exception as error:  # whatever the user's forward raises
+    except Exception as error:  # any exception the user's forward raises
         raise CheckFailed(
             f"the whole model does not run around the compact part '{whole.name}': {where_raised(error)}: "
             f"{first_line(error)}; nothing was written"

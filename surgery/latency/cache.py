@@ -122,7 +122,7 @@ class Given:
 
     The first call of `cover` is for the whole model, all of whose kernels must be in the table. Later calls are for the
     model without some of its blocks, for which runtimes fuse operators differently: for missing kernels, the time of
-        the most similar one is used.
+    the most similar one is used.
 
     Args:
         table: the table, used unchanged.

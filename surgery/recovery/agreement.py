@@ -223,7 +223,7 @@ def paired_drop(dense: Tensor, compact: Tensor) -> tuple[float, float, float]:
     """Return the accuracy lost in points, with its 95 % interval, paired on the same images.
 
     The bootstrap is unreliable if few images differ: up to `FEW`, the interval is Tango's score interval, from `MANY`
-        the percentile bootstrap, with a transition in between. Both ends are monotonic in images lost and won.
+    the percentile bootstrap, with a transition in between. Both ends are monotonic in images lost and won.
 
     Args:
         dense: whether each image is classified correctly, (N,), or the share of several models that do so.

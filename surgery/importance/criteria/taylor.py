@@ -16,7 +16,7 @@ def taylor(evidence: Evidence) -> Scores:
     """Mean squared derivative of the log-likelihood of sampled outputs with respect to a scale of the unit.
 
     Source: after Molchanov et al. 2019 (arXiv:1906.10771), with outputs sampled from the model's own distribution
-        instead of labels.
+    instead of labels.
     """
     groups = evidence.coupling.groups
     touched = {site.tensor for group in groups for site in group.sites}
