@@ -84,6 +84,12 @@ class Registry(Generic[Entry]):
             raise ValueError(f"there is a {self._kind} '{entry.name}' already: choose another name")
         self._entries[entry.name] = entry
 
+    def remove(self, name: str) -> None:
+        """Remove an entry that a user registered; built-in entries stay, as their modules are loaded only once."""
+        if self._entries[name].function.__module__.startswith(f"{self._package}."):
+            raise ValueError(f"{self._kind} '{name}' is built in and cannot be removed")
+        del self._entries[name]
+
     def has_need(self, name: str | None, need: str) -> bool:
         """Return whether the entry of this name, if there is one, needs something."""
         return name is not None and need in self[name].needs

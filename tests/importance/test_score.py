@@ -265,10 +265,12 @@ def test_a_coupling_of_another_model_is_refused(model: nn.Module) -> None:
 @pytest.fixture
 def registered() -> Iterator[None]:
     """Entries that a test registers are forgotten after it."""
-    before = dict(CRITERIA._entries)
+    built_in = CRITERIA.names()
     yield
-    CRITERIA._entries.clear()
-    CRITERIA._entries.update(before)
+    for name in set(CRITERIA.names()).difference(built_in):
+        CRITERIA.remove(name)
+    with pytest.raises(ValueError, match="built in"):
+        CRITERIA.remove(CRITERIA["l1"].name)
 
 
 def test_a_criterion_registered_from_outside_is_chosen_by_name(registered: None) -> None:

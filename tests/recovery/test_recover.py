@@ -8,7 +8,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -196,10 +196,18 @@ def test_criteria_that_look_at_images_beat_chance(
     assert kept(criterion) >= kept("random") - 0.02
 
 
+@pytest.fixture
+def registered() -> Iterator[None]:
+    """Methods that a test registers are removed after it."""
+    built_in = RECOVERY_METHODS.names()
+    yield
+    for name in set(RECOVERY_METHODS.names()).difference(built_in):
+        RECOVERY_METHODS.remove(name)
+
+
 def test_a_method_registered_from_outside_is_chosen_by_name_and_undone_where_it_makes_it_worse(
-    cut: surgery.Result, monkeypatch: pytest.MonkeyPatch
+    cut: surgery.Result, registered: None
 ) -> None:
-    monkeypatch.setattr(RECOVERY_METHODS, "_entries", dict(RECOVERY_METHODS._entries))
 
     def scale(task: Task, factor: float) -> Outcome:
         with torch.no_grad():
