@@ -26,7 +26,7 @@ from surgery.core import (
     count_params,
 )
 from surgery.coupling import Cut, batch_size, drop
-from surgery.cutting import check_whole, describe_whole, notes_on_whole, tracer_of
+from surgery.cutting import check_whole, describe_whole, tracer_of
 from surgery.errors import UnsupportedModel
 from surgery.planning import Decision, refined, traced
 from surgery.recovery import Recovery, Step, Subject, recovered, run as recovery, with_recovery
@@ -102,8 +102,8 @@ def realise(decision: Decision, *, progress: Progress | None = None, share: Shar
     )
     data = describe(program, coupling, plan, compact=compact, verdict=verdict, costs=costs, loop=choice.refinement)
     if whole is not None:
-        data["part"] = describe_whole(whole, model, verdict)
-        notes = [*notes, *notes_on_whole(data["part"])]
+        data["part"], note = describe_whole(whole, model, verdict)
+        notes = [*notes, note]
     data = {
         **data,
         "layers": layer_shapes(program.dense.model, compact.module),

@@ -1,29 +1,41 @@
-"""Removable blocks: find them, and build the program without them.
+"""Find removable blocks, from the graph and not by names, and those that are dead.
 
 A block is a residual branch (computed from the same value as the operand it is added to, so that the sum without it has
-the same shape and source) or a depthwise layer. Blocks are found from the graph, not by names.
+the same shape and source) or a depthwise layer that keeps its shape. Such a layer ties its outputs to its inputs
+channel by channel, so removing it changes no shape, whatever is cut. Other layers with equal numbers of outputs and
+inputs belong to two groups, which may be cut differently.
 """
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import isfinite
+from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from surgery.capture import describe_graph, module_of, source_of
-from surgery.core import Block, Program, all_tensors, arguments_of, hint
-from surgery.coupling.compact_graph import CompactGraph, hold
-from surgery.coupling.constants import BranchConstants, channel_axes, fold, spread
-from surgery.coupling.depthwise import depthwise_layers
-from surgery.coupling.placeholders import CannotReplace, model_without, shared_path
-from surgery.errors import PlanMismatch
+from surgery.capture import module_of, source_of
+from surgery.core import (
+    TOLERANCE,
+    Block,
+    Executor,
+    Program,
+    all_tensors,
+    arguments_of,
+    elsewhere,
+    hint,
+    interpret,
+    is_symbolic,
+    shapes_of,
+    state_of,
+)
 from surgery.ops import rules
+
+_NORM = "aten.batch_norm.default"
+_CONVOLUTIONS = ("aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default")
 
 
 def find_blocks(program: Program) -> tuple[Block, ...]:
@@ -31,11 +43,10 @@ def find_blocks(program: Program) -> tuple[Block, ...]:
     if not program.has_graph:
         return ()
     order = {node: k for k, node in enumerate(program.graph.graph.nodes)}
-    layers = {layer.sum: layer for layer in depthwise_layers(program)}
-    found = [block for node in order if (block := layers.get(node.name) or _block(node, order)) is not None]
-    many = Counter(block.module for block in found)
-    seen: Counter[str] = Counter()
-    out = []
+    layers = {layer[-1]: layer for node in order if _is_depthwise(node) for layer in [_with_followers(node)]}
+    ends = [_layer(layers[node]) if node in layers else _branch(node, order) for node in order]
+    found = [block for block in ends if block is not None]
+    many, seen, out = Counter(block.module for block in found), Counter[str](), []
     for block in found:
         seen[block.module] += 1
         number = f"#{seen[block.module]}" if many[block.module] > 1 else ""
@@ -43,34 +54,36 @@ def find_blocks(program: Program) -> tuple[Block, ...]:
     return tuple(out)
 
 
-def _block(node: torch.fx.Node, order: Mapping[torch.fx.Node, int]) -> Block | None:
+def shared_path(paths: Iterable[str]) -> str:
+    """Return the path of the innermost module that contains, or is, all these modules."""
+    together = takewhile(lambda names: len(set(names)) == 1, zip(*(path.split(".") for path in paths), strict=False))
+    return ".".join(names[0] for names in together)
+
+
+def _kind(node: torch.fx.Node) -> tuple[Any, ...] | None:
+    """Return shape and dtype of a tensor, else None."""
+    value = node.meta.get("val")
+    return (*(hint(s) for s in value.shape), value.dtype) if isinstance(value, Tensor) else None
+
+
+# Residual branches. --------------------------------------------------------------------------------------------------
+
+
+def _branch(node: torch.fx.Node, order: Mapping[torch.fx.Node, int]) -> Block | None:
     """Return the block that ends in this sum, if any; of two branches from one value, the one with more operations."""
     operands = _operands(node)
-    if operands is None:
-        return None
     candidates = []
-    for stays, branch in (operands, operands[::-1]):
-        nodes, origin = _exclusive(branch, node), _origin(stays, node)
+    for stays, branch in (operands, operands[::-1]) if operands is not None else ():
+        nodes, origin = exclusive(branch, node), _origin(stays, node)
         if nodes and _entries(nodes) == {origin} and not _carries(branch, origin) and _learns(nodes):
             candidates.append((len(nodes), stays, branch, nodes))
     if not candidates:
         return None
     _, stays, branch, nodes = max(candidates, key=lambda c: c[0])
-    calls = sorted((n for n in nodes if n.op == "call_function"), key=order.__getitem__)
-    tensors = tuple(str(n.target) for n in sorted(nodes, key=order.__getitem__) if n.op == "get_attr")
-    names = tuple(n.name for n in calls)
-    plain = _origin(stays, node) is stays
-    return Block(
-        "",
-        module_of(node),
-        node.name,
-        stays.name,
-        branch.name,
-        names,
-        tensors,
-        source_of(node),
-        plain,
-    )
+    inside = sorted(nodes, key=order.__getitem__)
+    calls = tuple(n.name for n in inside if n.op == "call_function")
+    tensors, plain = tuple(str(n.target) for n in inside if n.op == "get_attr"), _origin(stays, node) is stays
+    return Block("", module_of(node), node.name, stays.name, branch.name, calls, tensors, source_of(node), plain)
 
 
 def _operands(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node] | None:
@@ -81,16 +94,10 @@ def _operands(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node] | None
     a, b = raw["self"], raw["other"]
     if raw.get("alpha", 1) != 1 or not all(isinstance(x, torch.fx.Node) for x in (a, b)) or a is b:
         return None
-    kinds = [_kind(x) for x in (a, b, node)]
-    return (a, b) if kinds[0] is not None and kinds[0] == kinds[1] == kinds[2] else None
+    return (a, b) if _kind(a) is not None and _kind(a) == _kind(b) == _kind(node) else None
 
 
-def _kind(node: torch.fx.Node) -> tuple[Any, ...] | None:
-    value = node.meta.get("val")
-    return (*(hint(s) for s in value.shape), value.dtype) if isinstance(value, Tensor) else None
-
-
-def _exclusive(branch: torch.fx.Node, sink: torch.fx.Node) -> set[torch.fx.Node]:
+def exclusive(branch: torch.fx.Node, sink: torch.fx.Node) -> set[torch.fx.Node]:
     """Return nodes used only by the branch: all of their users lead to `sink` through it."""
     if set(branch.users) != {sink}:
         return set()
@@ -100,8 +107,7 @@ def _exclusive(branch: torch.fx.Node, sink: torch.fx.Node) -> set[torch.fx.Node]
         node = waiting.pop()
         if node not in inside and node.op in ("call_function", "get_attr") and set(node.users) <= inside:
             inside.add(node)
-            waiting.extend(node.all_input_nodes)
-            waiting.extend(n for m in inside for n in m.all_input_nodes if n not in inside and set(n.users) <= inside)
+            waiting.extend(n for m in inside for n in m.all_input_nodes if n not in inside)
     return inside
 
 
@@ -111,188 +117,171 @@ def _entries(nodes: Collection[torch.fx.Node]) -> set[torch.fx.Node]:
     return {n for n in outside if n.op != "get_attr" and isinstance(n.meta.get("val"), Tensor)}
 
 
-def _shortcut(program: Program, block: Block) -> str:
-    """Return the path of the module that projects the branch's input on the shortcut; empty for an identity."""
-    nodes = {node.name: node for node in program.graph.graph.nodes}
-    projects = () if block.plain else _exclusive(nodes[block.stays], nodes[block.sum])
-    return shared_path([module_of(node) for node in projects if node.op == "call_function"])
-
-
 def _origin(stays: torch.fx.Node, sink: torch.fx.Node) -> torch.fx.Node:
     """Return the source of the remaining operand: itself, or the input of its own branch (a projection)."""
-    entries = _entries(_exclusive(stays, sink))
+    entries = _entries(exclusive(stays, sink))
     return entries.pop() if len(entries) == 1 else stays
 
 
 def _carries(node: torch.fx.Node, origin: torch.fx.Node) -> bool:
     """Return whether a value is its source plus something: the residual stream, not a branch."""
-    if node is origin:
-        return True
-    operands = _operands(node)
-    return operands is not None and any(_carries(x, origin) for x in operands)
+    return node is origin or any(_carries(x, origin) for x in _operands(node) or ())
 
 
 def _learns(nodes: Collection[torch.fx.Node]) -> bool:
     """Return whether a branch contains a contraction with a weight."""
     table = rules()
-    return any(
-        (rule := table.get(str(n.target))) is not None
-        and rule.masked
-        and any(a.op == "get_attr" for a in n.all_input_nodes)
-        for n in nodes
-    )
+    weighted = (n for n in nodes if any(a.op == "get_attr" for a in n.all_input_nodes))
+    return any((rule := table.get(str(n.target))) is not None and rule.masked for n in weighted)
 
 
-# Programs without blocks. -------------------------------------------------------------------------------------------
+# Depthwise layers. ---------------------------------------------------------------------------------------------------
 
 
-def drop(program: Program, constants: Mapping[str, Sequence[float]], blocks: Sequence[Block] | None = None) -> Program:
-    """Return the program without some of its blocks.
+def _is_depthwise(node: torch.fx.Node) -> bool:
+    """Return whether a node is a depthwise convolution with its own weight that keeps its shape."""
+    if node.op != "call_function" or str(node.target) not in _CONVOLUTIONS:
+        return False
+    raw = arguments_of(node)
+    weight, image = (raw[name].meta.get("val") for name in ("weight", "input"))
+    if not isinstance(weight, Tensor) or not isinstance(image, Tensor) or raw["weight"].op != "get_attr":
+        return False
+    depthwise = weight.shape[1] == 1 and raw.get("groups", 1) == weight.shape[0] > 1 and image.dim() == weight.dim()
+    return depthwise and node.args[:1] == (raw["input"],) and _kind(raw["input"]) == _kind(node)
 
-    Args:
-        program: the program as traced; unchanged.
-        constants: name of each dropped block → the constant per channel that replaces it, empty if none.
-        blocks: result of `find_blocks`, if available.
 
-    Raises:
-        PlanMismatch: the program has no block of that name, or its number of channels differs.
+def _with_followers(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """Return the layer with the norm and the activations after it, each the only user of its predecessor."""
+    layer, table = [node], rules()
+    while len(layer[-1].users) == 1:
+        reader = next(iter(layer[-1].users))
+        rule = table.get(str(reader.target))
+        computed = [n for n in reader.all_input_nodes if n.op != "get_attr"]
+        unary = rule is not None and rule.family == "element-wise" and len(reader.all_input_nodes) == 1
+        if not (unary or str(reader.target) == _NORM) or len(computed) != 1:
+            break
+        if reader.args[:1] != (computed[0],) or _kind(reader) != _kind(node):
+            break
+        layer.append(reader)
+    return layer
+
+
+def _layer(layer: Sequence[torch.fx.Node]) -> Block:
+    own = (n for node in layer for n in node.all_input_nodes if n.op == "get_attr" and set(n.users) <= set(layer))
+    tensors, inside = tuple(dict.fromkeys(str(n.target) for n in own)), tuple(n.name for n in layer[:-1])
+    path, stays = shared_path(map(module_of, layer)), layer[0].all_input_nodes[0].name
+    return Block("", path, layer[-1].name, stays, "", inside, tensors, source_of(layer[0]), True)
+
+
+# Dead blocks. --------------------------------------------------------------------------------------------------------
+
+Known = Mapping[str, Tensor | None]
+"""Node name → its value if independent of the input, else None."""
+
+
+def dead_blocks(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[float, ...]]:
+    """Return the blocks whose branch is a constant per channel for every input of every size, and that constant.
+
+    An operator with an all-zero weight, or a product with zeros, does not depend on its input; the values that follow
+    are computed by running the operators in float64.
+
+    Returns:
+        Block name → the constant of each channel (axis 1, or the last); empty if zero.
     """
-    if not constants:
-        return program
-    gone = _named_blocks(program, constants, blocks)
-    _require_constants(program, gone, constants)
-    graph, left = _without(program, gone, constants)
-    lost = _lost(program, graph)
-    tensors = {name: t for name, t in all_tensors(program).items() if name not in lost}
-    shifted = {name: _shifted(tensors[name], by) for name, by in left.shifts.items()}
-    kinds = {str(n.target): n.meta["val"].dtype for n in graph.nodes if n.op == "get_attr" and n.target in left.added}
-    device = next((p.device for p in program.model.parameters()), None)
-    added = {name: nn.Parameter(value.to(device, kinds[name])) for name, value in left.added.items()}
-    root = hold(nn.Module(), {**tensors, **shifted, **added}, program.model)
-    held = CompactGraph(root, graph, type(program.model).__name__)
-    paths = {block.name: _shortcut(program, block) for block in gone}
-    replaced, why = {id(tensors[name]): t for name, t in shifted.items()}, ""
-    try:
-        model: nn.Module = model_without(program, gone, paths, held, added, replaced)
-    except CannotReplace as error:
-        training = program.model.training
-        model = CompactGraph(root, copy.deepcopy(graph), type(program.model).__name__).train() if training else held
-        why = str(error)
-    held.eval()  # programs are in eval mode; the model keeps its own mode
-    return replace(
-        program,
-        graph=held,
-        nodes=describe_graph(graph),
-        model=model,
-        why_graph=why,
-        materialised={name: sources for name, sources in program.materialised.items() if name in tensors},
-        notes=program.notes,
-        whole=program,
-    )
-
-
-def _named_blocks(program: Program, names: Collection[str], blocks: Sequence[Block] | None = None) -> list[Block]:
-    known = {block.name: block for block in (find_blocks(program) if blocks is None else blocks)}
-    strange = [name for name in names if name not in known]
-    if strange:
-        raise PlanMismatch(
-            f"no block '{strange[0]}' in this model: the plan was made for another architecture; make a new plan"
-        )
-    return [known[name] for name in names]
-
-
-def _require_constants(program: Program, gone: Sequence[Block], constants: Mapping[str, Sequence[float]]) -> None:
-    nodes = {node.name: node for node in program.graph.graph.nodes}
-    for block in gone:
-        values, shape = constants[block.name], nodes[block.sum].meta["val"].shape
-        numbers = all(isinstance(x, (int, float)) and isfinite(x) for x in values)
-        fits = len(values) in {hint(shape[a]) for a in channel_axes(shape)}
-        if values and (block.is_layer or not numbers or not fits):
-            raise PlanMismatch(
-                f"block '{block.name}' leaves {len(values)} constants, not one number per channel: the plan was "
-                "edited, or made for another architecture; make a new plan"
-            )
-
-
-def branch_constants(program: Program, constants: Mapping[str, Sequence[float]]) -> BranchConstants:
-    """Return where `drop` adds the constants of dropped blocks; arguments and errors are the same."""
-    return _without(program, _named_blocks(program, constants), constants)[1]
-
-
-def _without(
-    program: Program, gone: Sequence[Block], constants: Mapping[str, Sequence[float]]
-) -> tuple[torch.fx.Graph, BranchConstants]:
-    """Copy the graph; each sum becomes the remaining operand, plus the branch's constant unless a bias absorbs it."""
-    skipped = {name for block in gone for name in block.nodes}
-    sums = {block.sum: block for block in gone}
-    graph = torch.fx.Graph()
-    graph.set_codegen(copy.deepcopy(program.graph.graph._codegen))
-    new: dict[torch.fx.Node, torch.fx.Node] = {}
-    tensors = all_tensors(program)
-    added: dict[str, Tensor] = {}
-    for node in program.graph.graph.nodes:
-        if node.op == "output":
-            _return(graph, node, new)
-        elif node.name in skipped:
-            continue
-        elif node.name in sums:
-            block = sums[node.name]
-            new[node] = stays = next(copy for old, copy in new.items() if old.name == block.stays)
-            if constants[block.name]:
-                name = _name_of(block, tensors)
-                added[name] = spread(constants[block.name], node.meta["val"].shape)
-                new[node] = _plus(graph, node, stays, name, added[name])
-        else:
-            new[node] = graph.node_copy(node, lambda n: new[n])
-            new[node].meta = dict(node.meta)
-    for node in reversed(list(graph.nodes)):
-        if node.op == "get_attr" and not node.users:
-            graph.erase_node(node)
-    own = {name: tensor for name, tensor in tensors.items() if name not in program.materialised}
-    return graph, fold(graph, added, own)
-
-
-def _return(graph: torch.fx.Graph, output: torch.fx.Node, new: Mapping[torch.fx.Node, torch.fx.Node]) -> None:
-    """Restore the outputs; distinct output tensors must not become aliases of each other or of the input."""
-    returned: dict[torch.fx.Node, torch.fx.Node] = {}
-    for node in output.all_input_nodes:
-        value = returned[node] = new[node]
-        shared = value in [returned[other] for other in returned if other is not node]
-        if isinstance(node.meta.get("val"), Tensor) and (shared or value.op != node.op):
-            returned[node] = graph.call_function(torch.ops.aten.clone.default, (value,))
-            returned[node].meta = dict(node.meta)
-    graph.output(torch.fx.map_arg(output.args[0], lambda n: returned[n])).meta = dict(output.meta)
-
-
-def _name_of(block: Block, tensors: Collection[str]) -> str:
-    """Return the name of a block's constant: that of `Placeholder` if it replaces the block's module."""
-    name = f"{block.module}.constant"
-    plain = block.plain and block.name == block.module and name not in tensors
-    return name if plain else f"{block.name.replace('.', '_').replace('#', '_')}_left"
-
-
-def _plus(graph: torch.fx.Graph, node: torch.fx.Node, stays: torch.fx.Node, name: str, value: Tensor) -> torch.fx.Node:
-    attribute = graph.create_node("get_attr", name, name=name.replace(".", "_"))
-    attribute.meta["val"] = value.to(node.meta["val"].dtype)
-    total = graph.create_node("call_function", node.target, (stays, attribute), name=node.name)
-    total.meta = dict(node.meta)
-    return total
-
-
-def _shifted(tensor: Tensor, by: Tensor) -> Tensor:
-    """Return a copy of a parameter or buffer with a constant added in float64."""
-    value = (tensor.detach().double() + by.to(tensor.device)).to(tensor.dtype)
-    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-
-
-def _lost(program: Program, graph: torch.fx.Graph) -> set[str]:
-    """Return tensors that the whole program reads, but the remaining one does not."""
-    read = {str(n.target) for n in program.graph.graph.nodes if n.op == "get_attr"}
-    return read - {str(n.target) for n in graph.nodes if n.op == "get_attr"}
-
-
-def blocks_within(blocks: Sequence[Block], kept: Collection[str]) -> Iterator[Block]:
-    """Yield the blocks that contain no tensor to be kept."""
+    if not blocks or not program.has_graph:
+        return {}
+    known = _known(program)
+    traced = {node.name: node.meta.get("val") for node in program.graph.graph.nodes}
+    dead: dict[str, tuple[float, ...]] = {}
     for block in blocks:
-        if not set(block.tensors) & set(kept):
-            yield block
+        value = known.get(block.branch)  # empty for layers: dropping one would make it an identity
+        if value is not None and (row := _per_channel(value, traced[block.branch].shape)) is not None:
+            dead[block.name] = tuple(row.tolist()) if bool(row.any()) else ()
+    if not dead:
+        return {}
+    branches = {block.name: block.branch for block in blocks if block.name in dead}
+    state = in_float64(state_of(program))
+
+    def values(inputs: list[Tensor]) -> dict[str, Tensor]:
+        seen: dict[str, Tensor] = {}
+
+        def record(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
+            if node.name not in branches.values():
+                return NotImplemented
+            seen[node.name] = node.target(*args, **kwargs)  # type: ignore[operator]
+            return seen[node.name]
+
+        with torch.no_grad():
+            Executor(program.graph, state, record, torch.float64).run(*inputs)
+        return seen
+
+    found = elsewhere(program, values, seed=77)  # unlike a sum over pixels, a constant is the same at other sizes
+
+    def holds(name: str) -> bool:
+        wanted = spread(dead[name], traced[branches[name]].shape) if dead[name] else torch.zeros(()).double()
+        allowed = TOLERANCE[torch.float64] * float(wanted.abs().max())
+        return all(bool(((x[branches[name]] - wanted).abs() <= allowed).all()) for _, x in found or ())
+
+    return {name: row for name, row in dead.items() if found is not None and holds(name)}
+
+
+def in_float64(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return floating tensors in float64, others unchanged."""
+    return {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def channel_axes(shape: Sequence[Any]) -> tuple[int, ...]:
+    """Return the possible channel axes of a value: axis 1, and the last one if its size differs.
+
+    Axes of dynamic size are excluded.
+    """
+    axes = [a for a in (1, len(shape) - 1) if 1 <= a < len(shape) and not is_symbolic(shape[a])]
+    return tuple(a for k, a in enumerate(axes) if all(hint(shape[b]) != hint(shape[a]) for b in axes[:k]))
+
+
+def spread(values: Sequence[float], shape: Sequence[Any]) -> Tensor:
+    """Return a constant per channel as a float64 tensor that broadcasts to this traced shape."""
+    axis = next(a for a in channel_axes(shape) if hint(shape[a]) == len(values))
+    return torch.tensor(values, dtype=torch.float64).reshape([-1 if a == axis else 1 for a in range(len(shape))])
+
+
+def _per_channel(value: Tensor, shape: Sequence[Any]) -> Tensor | None:
+    """Return a value per channel if it does not vary along other axes; `shape` is as traced."""
+    if not bool(value.any()):
+        return value.new_zeros(1)
+    for axis in channel_axes(shape):
+        corner = value[tuple(slice(None) if a == axis else slice(0, 1) for a in range(value.dim()))]
+        if torch.equal(value, corner.expand_as(value)):
+            return corner.flatten()
+    return None
+
+
+def _known(program: Program) -> Known:
+    """Return values that are the same for every input, by node name."""
+    tensors, table = in_float64({name: t.detach().cpu() for name, t in all_tensors(program).items()}), rules()
+
+    def call(node: torch.fx.Node, known: Known) -> Tensor | None:
+        read = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+        if not read or not isinstance(node.meta.get("val"), Tensor):
+            return None
+        arguments, rule = arguments_of(node), table.get(str(node.target))
+        factors = [arguments.get(name) for name in rule.factors] if rule is not None else []
+        values = [known[factor.name] for factor in factors if isinstance(factor, torch.fx.Node)]
+        stops = any(value is not None and not bool(value.any()) for value in values)  # the other operands do not count
+        if not stops and any(known[n.name] is None for n in read):
+            return None
+
+        def value_of(n: torch.fx.Node) -> Any:
+            shape = shapes_of(n.meta.get("val"))
+            if (constant := known[n.name]) is not None:
+                return constant
+            return torch.zeros(shape, dtype=torch.float64) if isinstance(shape, tuple) else shape
+
+        try:
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value_of)
+            result = node.target(*args, **kwargs)  # type: ignore[operator]
+        except (RuntimeError, TypeError, ValueError):  # an operator without float64, or that computes sizes itself
+            return None
+        return result if isinstance(result, Tensor) else None
+
+    return interpret(program.graph.graph, placeholder=lambda node: None, parameter=tensors.__getitem__, call=call)

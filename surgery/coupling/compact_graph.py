@@ -12,9 +12,10 @@ from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 
-_TRAINING_ARGUMENT = {aten.batch_norm.default: 5, aten.instance_norm.default: 5}
+_NORMS = {aten.batch_norm.default: 5, aten.instance_norm.default: 5}
+_FLAGS = {**_NORMS, aten.dropout.default: 2, aten.feature_dropout.default: 2, aten.alpha_dropout.default: 2}
+"""Position of the argument that says whether the operator is in training mode."""
 _RUNNING_MEAN = 3
-_DROPOUT = {aten.dropout.default: 2, aten.feature_dropout.default: 2, aten.alpha_dropout.default: 2}
 
 
 class CompactGraph(torch.fx.GraphModule):
@@ -45,8 +46,8 @@ class CompactGraph(torch.fx.GraphModule):
         super().train(mode)
         changed = False
         for node in self.graph.nodes:
-            position = {**_TRAINING_ARGUMENT, **_DROPOUT}.get(node.target)
-            if node.target in _TRAINING_ARGUMENT and node.args[_RUNNING_MEAN] is None:
+            position = _FLAGS.get(node.target)
+            if node.target in _NORMS and node.args[_RUNNING_MEAN] is None:
                 continue  # without running statistics, both modes use batch statistics
             if position is not None and len(node.args) > position and node.args[position] is not mode:
                 node.update_arg(position, mode)
@@ -56,19 +57,24 @@ class CompactGraph(torch.fx.GraphModule):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompactGraph:
-        before = _kind(self)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        after = _kind(self)
-        if before is not None and after is not None and before != after:
-            self._rewrite_literals(dict(zip(before, after, strict=True)))
-        return self
+        def kind() -> tuple[torch.dtype, torch.device] | None:
+            return next(((p.dtype, p.device) for p in self.parameters() if p.is_floating_point()), None)
 
-    def _rewrite_literals(self, table: Mapping[Any, Any]) -> None:
-        for node in self.graph.nodes:
-            if node.op == "call_function":
-                node.args = tuple(_swapped(a, table) for a in node.args)
-                node.kwargs = {k: _swapped(a, table) for k, a in node.kwargs.items()}
-        self.recompile()
+        before = kind()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = kind()
+        if before is not None and after is not None and before != after:
+            table: dict[Any, Any] = dict(zip(before, after, strict=True))
+
+            def swapped(x: Any) -> Any:
+                return table.get(x, x) if isinstance(x, (torch.dtype, torch.device)) else x
+
+            for node in self.graph.nodes:
+                if node.op == "call_function":
+                    node.args = tuple(map(swapped, node.args))
+                    node.kwargs = {name: swapped(x) for name, x in node.kwargs.items()}
+            self.recompile()
+        return self
 
     def __reduce__(self) -> Any:
         _, (state, imports) = super().__reduce__()
@@ -89,48 +95,31 @@ def _require_fixed_sizes(graph: nn.Module, args: tuple[Any, ...]) -> None:
 def _restore(state: dict[Any, Any], imports: str, training: bool) -> CompactGraph:
     held = nn.Module()
     held.__dict__.update(state)
-    plain = reduce_graph_module(state, imports)
-    nodes: Any = plain.graph
-    for name in {str(n.target) for n in nodes.nodes if n.op == "get_attr" and "." not in str(n.target)}:
+    plain: Any = reduce_graph_module(state, imports)
+    for name in {str(n.target) for n in plain.graph.nodes if n.op == "get_attr" and "." not in str(n.target)}:
         value = getattr(plain, name, None)  # retracing gives constants new names
         if isinstance(value, Tensor) and not hasattr(held, name):
             held.register_buffer(name, value, persistent=False)
-    graph = CompactGraph(held, plain.graph)  # type: ignore[arg-type]
+    graph = CompactGraph(held, plain.graph)
     for module in graph.modules():
         module.training = training
     return graph
-
-
-def _kind(module: nn.Module) -> tuple[torch.dtype, torch.device] | None:
-    for tensor in module.parameters():
-        if tensor.is_floating_point():
-            return tensor.dtype, tensor.device
-    return None
-
-
-def _swapped(argument: Any, table: Mapping[Any, Any]) -> Any:
-    return table.get(argument, argument) if isinstance(argument, (torch.dtype, torch.device)) else argument
 
 
 def hold(root: nn.Module, tensors: Mapping[str, Tensor], like: nn.Module) -> nn.Module:
     """Register `tensors` below `root` under their dotted names, as parameters or buffers like in `like`."""
     sources = dict(like.named_modules(remove_duplicate=False))
     for name, tensor in tensors.items():
-        owner, leaf = _owner(root, name)
-        source = sources.get(name.rpartition(".")[0])
+        path, _, leaf = name.rpartition(".")
+        owner = root
+        for part in path.split(".") if path else ():
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner._modules[part]  # type: ignore[assignment]
         if isinstance(tensor, nn.Parameter):
             owner.register_parameter(leaf, tensor)
         else:
-            known = source is not None and leaf in source._buffers
-            hidden = source is None or leaf in source._non_persistent_buffers_set
-            owner.register_buffer(leaf, tensor, persistent=known and not hidden)
+            source = sources.get(path)
+            persistent = source is not None and leaf in source._buffers.keys() - source._non_persistent_buffers_set
+            owner.register_buffer(leaf, tensor, persistent=persistent)
     return root
-
-
-def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
-    *path, leaf = name.split(".")
-    for part in path:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root._modules[part]  # type: ignore[assignment]
-    return root, leaf

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import log
-from typing import Any
 
 import numpy as np
 
 from surgery.core import CostFn, Coupling, LabelledGraph, Layers, Mask, Plan, Program, Scores, Value
+from surgery.coupling.masking import batch_size, values_in
 from surgery.ops import Shape, rules
 
 
 class Sizes:
-    """Surviving lengths of many axes at once; axes with equal labels are counted once."""
+    """Surviving lengths of many axes at once; axes with equal labels are counted once.
+
+    Attributes:
+        axes: the labels of each slot's axis, as roots.
+    """
 
     def __init__(self, labelled: LabelledGraph) -> None:
         self._labelled = labelled
         self._slots: dict[tuple[bytes, ...], int] = {}
-        self._axes: list[Layers] = []
         self._known: dict[int, tuple[Value, list[int]]] = {}
+        self.axes: list[Layers] = []
 
     def track(self, value: Value) -> list[int]:
         """For each axis of `value`, its slot, or its negated fixed length less one."""
@@ -33,19 +37,14 @@ class Sizes:
             return -1 - value.shape[axis]
         key = tuple(layer.tobytes() for layer in layers)
         if key not in self._slots:
-            self._slots[key] = len(self._axes)
-            self._axes.append(layers)
+            self._slots[key] = len(self.axes)
+            self.axes.append(layers)
         return self._slots[key]
-
-    @property
-    def axes(self) -> Sequence[Layers]:
-        """The labels of each slot's axis, as roots."""
-        return self._axes
 
     def lengths(self, dead: Mask) -> list[int]:
         """Surviving length per slot."""
         alive = ~dead
-        return [int(np.logical_and.reduce([alive[layer] for layer in layers]).sum()) for layers in self._axes]
+        return [int(np.logical_and.reduce([alive[layer] for layer in layers]).sum()) for layers in self.axes]
 
 
 def _shape(slots: Sequence[int], lengths: Sequence[int]) -> Shape:
@@ -65,16 +64,13 @@ def cost_functions(program: Program, coupling: Coupling) -> Mapping[str, CostFn]
 
 
 def _macs(program: Program, labelled: LabelledGraph) -> CostFn:
-    table, sizes = rules(), Sizes(labelled)
+    table, sizes, batch = rules(), Sizes(labelled), batch_size(program)
     terms: list[tuple[Callable[[Mapping[str, Shape], Shape], int], dict[str, list[int]], list[int]]] = []
     for node in program.nodes:
         rule = table.get(node.op)
         if rule is not None and rule.macs is not None:
             tensors = {k: sizes.track(v) for k, v in labelled.calls[node.name].items() if isinstance(v, Value)}
-            out: Any = labelled.values[node.name]
-            first = out[0] if isinstance(out, (tuple, list)) else out
-            terms.append((rule.macs, tensors, sizes.track(first)))
-    batch = batch_size(program)
+            terms.append((rule.macs, tensors, sizes.track(values_in(labelled.values[node.name])[0])))
 
     def macs(dead: Mapping[str, Sequence[int]]) -> int:
         lengths = sizes.lengths(labelled.dead_roots(dead))
@@ -85,6 +81,20 @@ def _macs(program: Program, labelled: LabelledGraph) -> CostFn:
         return total // batch
 
     return macs
+
+
+def _params(program: Program, labelled: LabelledGraph) -> CostFn:
+    sizes, tracked = Sizes(labelled), dict[int, list[int]]()
+    for name, parameter in program.model.named_parameters(remove_duplicate=False):
+        if name in labelled.params:
+            tracked.setdefault(id(parameter), sizes.track(labelled.params[name]))
+    fixed: int = sum(p.numel() for p in program.model.parameters() if id(p) not in tracked)
+
+    def params(dead: Mapping[str, Sequence[int]]) -> int:
+        lengths = sizes.lengths(labelled.dead_roots(dead))
+        return fixed + sum(int(np.prod(_shape(s, lengths), dtype=np.int64)) for s in tracked.values())
+
+    return params
 
 
 FLUSHES_MIB = (4, 12, 24)
@@ -103,42 +113,8 @@ def flush_mib(program: Program, precision: str = "fp32") -> int:
     return min(FLUSHES_MIB, key=lambda size: abs(log(size / (KEPT * held)))) if held > 1 else 0
 
 
-def batch_size(program: Program) -> int:
-    """Return the batch size of the example inputs."""
-    first = program.inputs[0].shape if program.inputs else ()
-    return first[0] if first else 1
-
-
-def _params(program: Program, labelled: LabelledGraph) -> CostFn:
-    sizes = Sizes(labelled)
-    tracked: list[list[int]] = []
-    fixed = 0
-    seen: set[int] = set()
-    for name, parameter in program.model.named_parameters(remove_duplicate=False):
-        if id(parameter) in seen:
-            continue
-        if name in labelled.params:
-            tracked.append(sizes.track(labelled.params[name]))
-            seen.add(id(parameter))
-    for parameter in program.model.parameters():
-        if id(parameter) not in seen:
-            fixed += parameter.numel()
-
-    def params(dead: Mapping[str, Sequence[int]]) -> int:
-        lengths = sizes.lengths(labelled.dead_roots(dead))
-        return fixed + sum(int(np.prod(_shape(s, lengths), dtype=np.int64)) for s in tracked)
-
-    return params
-
-
 def priced(scores: Scores, coupling: Coupling, cost: CostFn) -> Scores:
-    """Return importance per saved cost, in millionths of the dense cost, averaged over half of the unit's group.
-
-    Args:
-        scores: importance loss of each unit.
-        coupling: the groups.
-        cost: removed units per group name → cost of the pruned network.
-    """
+    """Return importance per saved cost, in millionths of the dense cost, averaged over half of the unit's group."""
     dense, out = cost({}), {}
     for group in coupling.groups:
         half = max(1, group.size // 2) if group.size > 1 else 0

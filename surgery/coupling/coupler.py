@@ -2,7 +2,7 @@
 
 Every axis of every parameter and buffer starts with fresh labels; network inputs have none, and labels that reach a
 network output are frozen. Operator rules tie labels. The remaining equivalence classes are the units; units that occur
-on the same axes in the same way form a group.
+on the same axes in the same way form a group. With locked labels, the same code replays a cut program.
 
 Source: coupled groups after Fang et al. 2023 (arXiv:2301.12900); axes as conjunctions of factors after Shardy's
 sharding rules; running movement operators on integer labels is original.
@@ -12,19 +12,41 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from surgery.core import KEPT, Coupling, Frozen, Group, LabelledGraph, LabelSet, Mask, Program, Site, Value, all_tensors
-from surgery.coupling.labelled_graph import dense_shapes, index_table, propagate_labels
-from surgery.coupling.pieces import equal_pieces, required_units
-from surgery.coupling.zeros import not_zeros
+from surgery.capture import source_of
+from surgery.core import (
+    KEPT,
+    Coupling,
+    Frozen,
+    Group,
+    LabelledGraph,
+    LabelSet,
+    Layer,
+    Mask,
+    Program,
+    Site,
+    Value,
+    all_tensors,
+    arguments_of,
+    attribute,
+    interpret,
+    shapes_of,
+    with_values,
+)
+from surgery.coupling.masking import not_zeros, values_in
 from surgery.errors import InvalidInput
+from surgery.ops import Call, rules
+
+aten = torch.ops.aten
 
 
 def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
@@ -40,45 +62,39 @@ def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
     Raises:
         InvalidInput: a pattern matches nothing; the message lists similar names.
     """
-    labels = LabelSet()
+    labels, kept, tensors = LabelSet(), kept_names(program, keep), all_tensors(program)
     params: dict[str, Value] = {}
-    kept = kept_names(program, keep)
-
-    tensors = all_tensors(program)
     tied: dict[int, Value] = {}
 
     def labels_of(name: str, tensor: Tensor) -> Value:
         if name not in params:
             same = tied.get(id(tensors[name]))
             axes = same.axes if same else tuple((labels.fresh(size),) if size > 1 else () for size in tensor.shape)
-            params[name] = Value(tuple(tensor.shape), axes, name, index_table(tensor))
-            tied[id(tensors[name])] = params[name]
+            params[name] = tied[id(tensors[name])] = Value(tuple(tensor.shape), axes, name, index_table(tensor))
             if name in kept:
                 for layers in axes:
                     labels.freeze(layers, f"{KEPT} {kept[name]}")
         return params[name]
 
-    values, calls = propagate_labels(program.graph, labels_of, dense_shapes, labels)
+    values, calls = propagate_labels(program.graph, labels_of, lambda node: shapes_of(node.meta.get("val")), labels)
     params |= {n: replace(tied[id(t)], param=n) for n, t in tensors.items() if id(t) in tied and n not in params}
     labels.settle()
     groups = groups_of(labels, params)
-    labels.freeze(tuple(np.array(g.units) for g in groups if g.size == 1), _ALONE)
+    labels.freeze(tuple(np.array(g.units) for g in groups if g.size == 1), ALONE)
     groups = tuple(g for g in groups if g.size > 1)
-    roots = {group.name: group.units for group in groups}
-    labelled = LabelledGraph(labels, values, calls, params, roots)
-    shapes = {name: value.shape for name, value in params.items()}
+    labelled = LabelledGraph(labels, values, calls, params, {group.name: group.units for group in groups})
     reasons = not_zeros(program, labelled)
     groups = tuple(replace(g, inexact=g.inexact or reasons.get(g.name)) for g in groups)
-    required, equal = required_units(values, labels, roots), equal_pieces(program.graph, values, labels, roots)
+    shapes = {name: value.shape for name, value in params.items()}
+    required, equal = _required_units(labelled), _equal_pieces(program.graph, labelled)
     return Coupling(groups, tuple(frozen_axes(labels, params, groups)), shapes, labelled, required, equal)
 
 
 def kept_names(program: Program, patterns: Sequence[str]) -> dict[str, str]:
     """Return parameter or buffer name → the pattern that keeps it."""
+    names = list(all_tensors(program))
     if program.has_graph:
         names = [str(n.target) for n in program.graph.graph.nodes if n.op == "get_attr"]
-    else:
-        names = list(all_tensors(program))
     modules = [name for name, _ in program.model.named_modules() if name]
     kept: dict[str, str] = {}
     for pattern in patterns:
@@ -94,13 +110,91 @@ def kept_names(program: Program, patterns: Sequence[str]) -> dict[str, str]:
     return kept
 
 
+# Running a program on labels. ----------------------------------------------------------------------------------------
+
+
+def propagate_labels(
+    graph: torch.fx.GraphModule,
+    params: Callable[[str, Tensor], Value],
+    shapes: Callable[[torch.fx.Node], Any],
+    labels: LabelSet,
+    settled: Callable[[str, Any], Any] = lambda name, value: value,
+) -> tuple[dict[str, Any], dict[str, Mapping[str, Any]]]:
+    """Run a graph on labels.
+
+    Args:
+        graph: functional ATen graph.
+        params: returns the labels of a parameter or buffer by name.
+        shapes: returns the output shape of a node: one shape, a list of shapes, or a number for a symbolic size.
+        labels: open to couple, locked to verify.
+        settled: called with each computed value and its node name; returns the value to continue with.
+
+    Returns:
+        The value of every node, and the arguments of every operator call by name.
+    """
+    table = rules()
+    calls: dict[str, Mapping[str, Any]] = {}
+
+    def placeholder(node: torch.fx.Node) -> Any:
+        value = _plain(shapes(node))
+        if labels.is_locked or not isinstance(value, Value):
+            return value
+        axes = tuple((labels.fresh(size),) if size > 1 and a > 0 else () for a, size in enumerate(value.shape))
+        for layers in axes:
+            labels.freeze(layers, "network input")  # so that labels tied to them report this as the reason
+        return Value(value.shape, axes)
+
+    def computed(node: torch.fx.Node, raw: Mapping[str, Any]) -> Any:
+        shape = shapes(node)
+        if not isinstance(shape, (tuple, list)):  # a symbolic size: its concrete value is the example's
+            return shape
+        where = source_of(node)
+        labels.where = f"{node.target}" + (f" at {where}" if where else "")
+        many = isinstance(shape, list)
+        outputs = [s for s in shape if isinstance(s, tuple)] if isinstance(shape, list) else [shape]
+        call = Call(node.name, calls[node.name], outputs, labels, many=many, raw=raw)
+        rule = table.get(str(node.target))
+        if rule is None:
+            call.freeze_the_rest("no rule for this operator; to cut through it, add one in surgery/ops/")
+            return _plain(shape)
+        result = rule.couple(call)
+        call.freeze_the_rest("the operator needs this axis whole")
+        return result
+
+    def run(node: torch.fx.Node, values: Mapping[str, Any]) -> Any:
+        raw = arguments_of(node)
+        bound = calls[node.name] = with_values(raw, lambda n: values[n.name])
+        picked = node.target is operator.getitem
+        return settled(node.name, bound["0"][bound["1"]] if picked else computed(node, raw))
+
+    values = interpret(
+        graph.graph, placeholder=placeholder, parameter=lambda name: params(name, attribute(graph, name)), call=run
+    )
+    labels.where = "network output"
+    for source in next(n for n in graph.graph.nodes if n.op == "output").all_input_nodes:
+        for value in values_in(values[source.name]):
+            for layers in value.axes:
+                labels.freeze(layers, "network output")
+    return values, calls
+
+
+def _plain(shape: Any) -> Any:
+    if isinstance(shape, tuple):
+        return Value.plain(shape)
+    return [_plain(s) for s in shape] if isinstance(shape, list) else shape
+
+
+def index_table(tensor: Tensor) -> Layer | None:
+    """Return the values of a one-dimensional integer tensor, such as an index buffer; None for any other tensor."""
+    whole = tensor.dim() == 1 and tensor.dtype in (torch.int64, torch.int32)
+    return tensor.detach().cpu().numpy().astype(np.int64) if whole else None
+
+
+# Groups. -------------------------------------------------------------------------------------------------------------
+
+
 def groups_of(labels: LabelSet, params: Mapping[str, Value]) -> tuple[Group, ...]:
-    """Sort the units into groups with unique names."""
-    return tuple(_numbered(_groups(labels, params)))
-
-
-def _groups(labels: LabelSet, params: Mapping[str, Value]) -> Iterator[Group]:
-    """Group units that occur on the same axes in the same way, in order of first appearance."""
+    """Group the units that occur on the same axes in the same way, in order of first appearance, with unique names."""
     places: list[tuple[str, int]] = []  # one entry per layer of a parameter axis
     columns: list[Mask] = []
     for name, value in params.items():
@@ -109,30 +203,30 @@ def _groups(labels: LabelSet, params: Mapping[str, Value]) -> Iterator[Group]:
                 columns.append(np.stack((layer, np.full(len(layer), len(places)), np.arange(len(layer)))))
                 places.append((name, axis))
     if not places:
-        return
+        return ()
     root, place, position = np.concatenate(columns, axis=1)
     order = np.lexsort((position, place, root))
     root, place, position = root[order], place[order], position[order]
     members: dict[tuple[bytes, str | None], list[tuple[int, int, int]]] = {}
-    starts = np.flatnonzero(np.diff(root, prepend=-1))
-    for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(root)], strict=True):
-        label = int(root[start])
-        if label:
+    starts = np.flatnonzero(np.diff(root, prepend=-1)).tolist()
+    for start, stop in zip(starts, [*starts[1:], len(root)], strict=True):
+        if label := int(root[start]):
             key = (place[start:stop].tobytes(), labels.state.inexact.get(label))
             members.setdefault(key, []).append((start, stop, label))
+    groups, seen = [], Counter[str]()
     for (_, inexact), units in sorted(members.items(), key=lambda kv: (place[kv[1][0][0]], position[kv[1][0][0]])):
         units.sort(key=lambda u: int(position[u[0]]))
-        sites = tuple(_sites(units, places, place, position))
-        yield Group(_name(sites[0]), tuple(label for _, _, label in units), sites, inexact)
-
-
-def _numbered(groups: Iterator[Group]) -> Iterator[Group]:
-    """Number groups whose first units have the same name."""
-    seen: Counter[str] = Counter()
-    for group in groups:
-        seen[group.name] += 1
-        number = seen[group.name]
-        yield replace(group, name=f"{group.name}#{number}") if number > 1 else group
+        axes = [places[k] for k in place[units[0][0] : units[0][1]].tolist()]
+        rows = np.stack([position[a:b] for a, b, _ in units])
+        sites = []
+        for tensor, axis in dict.fromkeys(axes):  # layers of the same axis are merged
+            index = np.sort(rows[:, [k for k, own in enumerate(axes) if own == (tensor, axis)]], axis=1)
+            sites.append(Site(tensor, axis, tuple(map(tuple, index.tolist()))))
+        name = _name(sites[0])
+        seen[name] += 1
+        name += f"#{seen[name]}" if seen[name] > 1 else ""
+        groups.append(Group(name, tuple(label for _, _, label in units), tuple(sites), inexact))
+    return tuple(groups)
 
 
 def _name(site: Site) -> str:
@@ -144,36 +238,85 @@ def _name(site: Site) -> str:
     return name
 
 
-def _sites(
-    units: Sequence[tuple[int, int, int]], places: Sequence[tuple[str, int]], place: Any, position: Any
-) -> Iterator[Site]:
-    """Return the parameter axes of a group's units, merging layers of the same axis."""
-    start, stop, _ = units[0]
-    block = place[start:stop]
-    rows = np.stack([position[a:b] for a, b, _ in units])
-    by_axis: dict[tuple[str, int], list[Any]] = {}
-    for k in dict.fromkeys(block.tolist()):
-        by_axis.setdefault(places[k], []).append(rows[:, block == k])
-    for (tensor, axis), parts in by_axis.items():
-        index = np.sort(np.concatenate(parts, axis=1), axis=1)
-        yield Site(tensor, axis, tuple(tuple(row) for row in index.tolist()))
-
-
 def frozen_axes(labels: LabelSet, params: Mapping[str, Value], groups: Sequence[Group]) -> Iterator[Frozen]:
     """Return axes with indices that are never cut, except kernel axes."""
     cuttable = np.zeros(labels.count, dtype=np.bool_)
-    for group in groups:
-        cuttable[list(group.units)] = True
+    cuttable[[unit for group in groups for unit in group.units]] = True
     for name, value in params.items():
         for axis, layers in enumerate(value.axes):
             free = np.zeros(value.shape[axis], dtype=np.bool_)
             for layer in labels.canon(layers):
                 free |= cuttable[layer]
             whole: list[int] = layers[0][~free].tolist() if layers else []
-            reasons = dict.fromkeys(labels.reason(label) or _ALONE for label in whole)
-            for reason in reasons:
+            for reason in dict.fromkeys(labels.reason(label) or ALONE for label in whole):
                 if axis < 2 or "needs this axis whole" not in reason:
                     yield Frozen(name, axis, reason)
 
 
-_ALONE = "a single unit, which the axis cannot do without"
+ALONE = "a single unit, which the axis cannot do without"
+
+
+# Constraints on the choice of units. ---------------------------------------------------------------------------------
+
+
+def _unit_of(labelled: LabelledGraph) -> dict[int, tuple[str, int]]:
+    return {root: (name, unit) for name, roots in labelled.roots.items() for unit, root in enumerate(roots)}
+
+
+def _required_units(labelled: LabelledGraph) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Return, by group, sets of units that form the whole axis of a value without being all units of their group.
+
+    One unit of each set must remain, or the axis would become empty.
+    """
+    unit_of, seen = _unit_of(labelled), set[bytes]()
+    found: dict[str, dict[tuple[int, ...], None]] = {}
+    axes = (axis for value in labelled.values.values() for v in values_in(value) for axis in v.axes)
+    for layer in (layer for axis in axes for layer in labelled.labels.canon(axis)):
+        key = layer.tobytes()
+        if key in seen or not layer.all():
+            continue
+        seen.add(key)
+        owned: dict[str, list[int]] = {}
+        for root in np.unique(layer).tolist():
+            if root in unit_of:
+                owned.setdefault(unit_of[root][0], []).append(unit_of[root][1])
+        if owned and all(len(units) < len(labelled.roots[name]) for name, units in owned.items()):
+            name = max(owned, key=lambda n: len(owned[n]))
+            found.setdefault(name, {})[tuple(owned[name])] = None
+    return {name: tuple(sets) for name, sets in found.items()}
+
+
+_SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
+Pieces = tuple[tuple[tuple[str, int], ...], ...]
+"""For each piece, the group and unit of each index."""
+
+
+def _equal_pieces(graph: torch.fx.GraphModule, labelled: LabelledGraph) -> tuple[Pieces, ...]:
+    """Return equal pieces into which a chunk or split divides groups; the user's code works while they stay equal.
+
+    Omitted are pieces that contain part of a group only, and groups that are divided in two different ways.
+    """
+    unit_of = _unit_of(labelled)
+    found: dict[frozenset[str], Pieces | None] = {}
+
+    def units_of(piece: Value, dim: int) -> tuple[tuple[str, int], ...]:
+        """Return group and unit of each index; empty if an index has none, or several."""
+        layers = labelled.labels.canon(piece.axes[dim % len(piece.shape)])
+        if len(layers) != 1 or not all(root in unit_of for root in layers[0].tolist()):
+            return ()
+        return tuple(sorted(unit_of[root] for root in layers[0].tolist()))
+
+    for node in graph.graph.nodes:
+        pieces = labelled.values.get(node.name)
+        if node.target not in _SPLITS or not isinstance(pieces, tuple):
+            continue
+        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+        units = tuple(units_of(piece, dim) for piece in pieces)
+        held = [unit for piece in units for unit in piece]
+        groups = frozenset(name for name, _ in held)
+        if not held or len(set(held)) != len(held) or len(held) != sum(len(labelled.roots[name]) for name in groups):
+            continue
+        if len({len(piece) for piece in units}) == 1:
+            found[groups] = units if found.get(groups, units) == units else None
+    shared = [names for names in found if any(names & other for other in found if other != names)]
+    return tuple(units for names, units in found.items() if units is not None and names not in shared)

@@ -1,25 +1,44 @@
-"""From units to a plan, and from a plan and its program to a cut: the surviving positions of each tensor."""
+"""From units to a plan, and from a plan and its program to a cut: order and surviving positions of each tensor.
+
+Dimension d of all attention heads is one unit, and so is channel d of all convolution groups, because the remaining
+tensor must be a rectangle. But the members of each head may be reordered first (*head order*). If no operator combines
+member d of one head with member d of another, the network computes the same, and a unit can consist of the least
+important member of each head.
+"""
 
 from __future__ import annotations
 
 import operator
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from surgery.config import Budget
-from surgery.core import AxisCut, Coupling, Executor, Group, InputSpec, Masks, Plan, Program, all_tensors
-from surgery.coupling.head_order import Reordering, reorder, reordered, reorderings
+from surgery.core import (
+    Arrangement,
+    AxisCut,
+    Coupling,
+    Executor,
+    Group,
+    InputSpec,
+    Masks,
+    Plan,
+    Program,
+    Value,
+    all_tensors,
+)
 from surgery.coupling.masking import masked_run
-from surgery.errors import IllegalCut, PlanMismatch, SurgeryError
+from surgery.errors import IllegalCut, PlanMismatch
 
 NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
+Index = NDArray[np.int64]
 
 
 def plan_from_dead(
@@ -48,13 +67,7 @@ def plan_from_dead(
     Raises:
         PlanMismatch: the coupling does not have this group or unit.
         IllegalCut: a group, or an axis of a tensor, would become empty.
-        SurgeryError: two groups have the same name.
     """
-    shared = [name for name, count in Counter(group.name for group in coupling.groups).items() if count > 1]
-    if shared:
-        raise SurgeryError(
-            f"{len(shared)} names are borne by several groups, the first is '{shared[0]}': please report it"
-        )
     units = {name: _valid_units(coupling.group(name), indices) for name, indices in dead.items()}
     units = {group.name: units[group.name] for group in coupling.groups if units.get(group.name)}
     return Plan(
@@ -68,6 +81,34 @@ def plan_from_dead(
         notes=tuple(notes),
         reasons=dict(reasons),
     )
+
+
+def _valid_units(group: Group, indices: Iterable[int]) -> tuple[int, ...]:
+    try:
+        units = tuple(sorted({operator.index(index) for index in indices}))
+    except TypeError as error:
+        raise PlanMismatch(f"group '{group.name}': the units to remove must be whole numbers ({error})") from error
+    strange = [unit for unit in units if not 0 <= unit < group.size]
+    if strange:
+        raise PlanMismatch(f"group '{group.name}' has units 0 to {group.size - 1}, the plan removes unit {strange[0]}")
+    if len(units) == group.size:
+        raise IllegalCut(f"the plan removes all {group.size} units of group '{group.name}': at least one must remain")
+    return units
+
+
+def _cuts(coupling: Coupling, units: Mapping[str, Sequence[int]]) -> tuple[AxisCut, ...]:
+    """Return one cut per axis; a position of two units (a head and a head dimension) is removed with either."""
+    positions: dict[tuple[str, int], set[int]] = {}
+    for group in coupling.groups:
+        for site in group.sites if group.name in units else ():
+            owned = positions.setdefault((site.tensor, site.axis), set())
+            owned.update(position for unit in units[group.name] for position in site.index[unit])
+    cuts = [AxisCut(t, axis, coupling.shapes[t][axis], tuple(sorted(owned))) for (t, axis), owned in positions.items()]
+    for c in cuts:
+        if len(c.dead) == c.size:
+            said = f"the plan would leave nothing of axis {c.axis} of {c.tensor}, {c.size} long: remove fewer units"
+            raise IllegalCut(said)
+    return tuple(cut for cut in cuts if cut.dead)
 
 
 def require_own_cuts(plan: Plan, coupling: Coupling) -> None:
@@ -125,7 +166,7 @@ class Cut:
         out = dict(state)
         for c in self.plan.cuts:
             if c.tensor in out:
-                out[c.tensor] = out[c.tensor].detach().index_select(c.axis, survivors(c))
+                out[c.tensor] = out[c.tensor].detach().index_select(c.axis, _survivors(c))
         return out
 
     def tensors(self) -> dict[str, Tensor]:
@@ -137,14 +178,12 @@ class Cut:
         moving = {(id(tensors[x.tensor]), x.axis, x.orders.tobytes()): x for x in self.head_order}  # tied ones once
         cuts: dict[int, dict[int, Tensor]] = {}
         for c in self.plan.cuts:
-            cuts.setdefault(id(tensors[c.tensor]), {})[c.axis] = survivors(c)
+            cuts.setdefault(id(tensors[c.tensor]), {})[c.axis] = _survivors(c)
         copies: dict[int, Tensor] = {}
-        for tensor in tensors.values():
-            if id(tensor) in copies:
-                continue
+        for tensor in {id(t): t for t in tensors.values()}.values():
             value = tensor.detach()
             for key, reordering in moving.items():
-                value = reorder(value, reordering) if key[0] == id(tensor) else value
+                value = _reorder(value, reordering) if key[0] == id(tensor) else value
             for axis, index in cuts.get(id(tensor), {}).items():
                 value = value.index_select(axis, index.to(value.device))
             value = value.clone(memory_format=torch.contiguous_format)
@@ -160,48 +199,158 @@ class Cut:
         return masked_run(self.program, self.coupling.labelled, self.masks, state, dtype, batch=batch)
 
 
-def survivors(cut: AxisCut) -> Tensor:
-    """Return the surviving positions along an axis."""
-    return _others(cut.size, cut.dead)
-
-
-@lru_cache(maxsize=256)  # consecutive cuts of one group share their positions
-def _others(size: int, dead: tuple[int, ...]) -> Tensor:
-    alive = torch.ones(size, dtype=torch.bool)
-    alive[list(dead)] = False
+def _survivors(cut: AxisCut) -> Tensor:
+    alive = torch.ones(cut.size, dtype=torch.bool)
+    alive[list(cut.dead)] = False
     return alive.nonzero().squeeze(1)
 
 
-# From units to positions. --------------------------------------------------------------------------------------------
+# Head orders: positions of the members of heads. --------------------------------------------------------------------
 
 
-def _valid_units(group: Group, indices: Iterable[int]) -> tuple[int, ...]:
-    try:
-        units = tuple(sorted({operator.index(index) for index in indices}))
-    except TypeError as error:
-        raise PlanMismatch(f"group '{group.name}': the units to remove must be whole numbers ({error})") from error
-    strange = [unit for unit in units if not 0 <= unit < group.size]
-    if strange:
-        raise PlanMismatch(f"group '{group.name}' has units 0 to {group.size - 1}, the plan removes unit {strange[0]}")
-    if len(units) == group.size:
-        raise IllegalCut(f"the plan removes all {group.size} units of group '{group.name}': at least one must remain")
-    return units
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Positions of the members of heads on a tensor axis.
+
+    Attributes:
+        tensor: name of a parameter or buffer.
+        axis: axis of the members.
+        inner: member at each position along it, -1 for none.
+        by: axis of the heads; None if it is the same one.
+        outer: head at each position along that axis, -1 for none.
+    """
+
+    tensor: str
+    axis: int
+    inner: Index
+    by: int | None
+    outer: Index
+
+    def joint(self, members: int) -> Index:
+        """Return head and member, as one number, at each position of an axis that holds both; -1 for none."""
+        return np.where(self.inner >= 0, self.outer * members + self.inner, -1)
 
 
-def _cuts(coupling: Coupling, units: Mapping[str, Sequence[int]]) -> tuple[AxisCut, ...]:
-    """Return one cut per axis; a position of two units (a head and a head dimension) is removed with either."""
-    positions: dict[tuple[str, int], set[int]] = {}
-    for group in coupling.groups:
-        for site in group.sites if group.name in units else ():
-            owned = positions.setdefault((site.tensor, site.axis), set())
-            owned.update(position for unit in units[group.name] for position in site.index[unit])
-    cuts = []
-    for (tensor, axis), owned in positions.items():
-        size = coupling.shapes[tensor][axis]
-        if len(owned) == size:
-            raise IllegalCut(
-                f"the plan would leave nothing of axis {axis} of {tensor}, {size} long: remove fewer units"
-            )
-        if owned:
-            cuts.append(AxisCut(tensor, axis, size, tuple(sorted(owned))))
-    return tuple(cuts)
+@dataclass(frozen=True, slots=True)
+class Reordering:
+    """Position p along `axis` of `tensor` receives position `orders[which[q]][p]`; q is the position along `by`."""
+
+    tensor: str
+    axis: int
+    orders: Index
+    by: int | None = None
+    which: Index | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One layer of one axis of a value: group number and unit at each position, -1 for none."""
+
+    axis: int
+    group: Index
+    unit: Index
+
+
+class Places:
+    """Locates the groups of a coupling on the axes of values."""
+
+    def __init__(self, coupling: Coupling) -> None:
+        self.labelled = coupling.labelled
+        self.number = {group.name: k for k, group in enumerate(coupling.groups)}
+        self._group, self._unit = np.full((2, self.labelled.labels.count), -1, dtype=np.int64)
+        for k, group in enumerate(coupling.groups):
+            self._group[list(group.units)], self._unit[list(group.units)] = k, np.arange(group.size)
+        self._params = {name: self.held(value) for name, value in self.labelled.params.items()}
+
+    def held(self, value: Value) -> list[Held]:
+        """Return the layers of a value that contain units."""
+        layers = [(a, layer) for a, axis in enumerate(value.axes) for layer in self.labelled.labels.canon(axis)]
+        return [Held(a, self._group[x], self._unit[x]) for a, x in layers if (self._group[x] >= 0).any()]
+
+    def layouts(self, inner: str, outer: str) -> Iterator[Layout]:
+        """Yield the layout of each parameter and buffer that contains members `inner` of heads `outer`.
+
+        Raises:
+            PlanMismatch: a tensor contains members without their heads.
+        """
+        within, heads = self.number[inner], self.number[outer]
+        for name, held in self._params.items():
+            for members in held:
+                there = members.group == within
+                if not there.any():
+                    continue
+                unit = np.where(there, members.unit, -1)
+                same = [h for h in held if h.axis == members.axis and (h.group[there] == heads).all()]
+                other = [h for h in held if h.axis != members.axis and (h.group == heads).all()]
+                if same:
+                    yield Layout(name, members.axis, unit, None, np.where(there, same[0].unit, -1))
+                elif other:
+                    yield Layout(name, members.axis, unit, other[0].axis, other[0].unit)
+                else:
+                    said = f"'{name}' holds members of '{inner}' without heads of '{outer}'; make a new plan"
+                    raise PlanMismatch(said)
+
+
+def positions(owner: Index, count: int) -> Index:
+    """Return the positions of each of `count` owners, of shape (count, positions per owner).
+
+    Raises:
+        PlanMismatch: some own more than others.
+    """
+    found = np.argsort(owner, kind="stable")[int((owner < 0).sum()) :]
+    if len(found) % count or (np.bincount(owner[owner >= 0], minlength=count) != len(found) // count).any():
+        raise PlanMismatch("members of one head own more positions than those of another; make a new plan")
+    return found.reshape(count, -1)
+
+
+def reorderings(
+    coupling: Coupling, arranged: Sequence[Arrangement], places: Places | None = None
+) -> tuple[Reordering, ...]:
+    """Return the reorderings of each tensor; pass `places` to avoid computing it again.
+
+    Raises:
+        PlanMismatch: made for another architecture, or not permutations of the members.
+    """
+    if not arranged:
+        return ()
+    places, out = places or Places(coupling), []
+    for a in arranged:
+        inner, outer = coupling.group(a.group), coupling.group(a.outer)
+        if len(a.orders) != outer.size or any(sorted(order) != list(range(inner.size)) for order in a.orders):
+            raise PlanMismatch(f"the arrangement of '{a.group}' is no order of its members in each unit of '{a.outer}'")
+        orders = np.asarray(a.orders, dtype=np.int64)
+        out += [_reordering(layout, orders) for layout in places.layouts(a.group, a.outer)]
+    return tuple(out)
+
+
+def _reordering(layout: Layout, orders: Index) -> Reordering:
+    """The positions of member m of a head receive those of member `orders[head][m]`, in order."""
+    heads, members = orders.shape
+    if layout.by is not None:
+        owned = positions(layout.inner, members)  # (members, positions of one)
+        rows = np.tile(np.arange(len(layout.inner)), (heads, 1))
+        rows[:, owned.reshape(-1)] = owned[orders].reshape(heads, -1)
+        return Reordering(layout.tensor, layout.axis, rows, layout.by, layout.outer)
+    owned = positions(layout.joint(members), heads * members).reshape(heads, members, -1)
+    row = np.arange(len(layout.inner))
+    row[owned.reshape(-1)] = np.take_along_axis(owned, orders[:, :, None], axis=1).reshape(-1)
+    return Reordering(layout.tensor, layout.axis, row[None])
+
+
+def _reorder(tensor: Tensor, by: Reordering) -> Tensor:
+    if by.by is None or by.which is None:
+        return tensor.index_select(by.axis, torch.from_numpy(by.orders[0]).to(tensor.device))
+    index = torch.from_numpy(by.orders[by.which]).to(tensor.device)  # (size of `by`, size of `axis`)
+    if by.by > by.axis:
+        index = index.T
+    shape = [size if a in (by.by, by.axis) else 1 for a, size in enumerate(tensor.shape)]
+    return torch.take_along_dim(tensor, index.reshape(shape), dim=by.axis)
+
+
+def reordered(state: Mapping[str, Tensor], orders: Sequence[Reordering]) -> dict[str, Tensor]:
+    """Return reordered copies of the tensors by name."""
+    out = dict(state)
+    for order in orders:
+        if order.tensor in out:
+            out[order.tensor] = _reorder(out[order.tensor].detach(), order)
+    return out

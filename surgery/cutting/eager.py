@@ -1,21 +1,34 @@
-"""Trace, cut, count and verify a model without a traced program, by running the user's own module.
+"""Trace, couple, cut, count and verify a model that `torch.export` cannot capture, by running the user's own module.
+
+Groups come from torch-pruning's DependencyGraph, which follows autograd along the example's path through forward, so
+that data-dependent control flow is supported. torch-pruning maps indices of each layer to indices of the next; these
+pairs are tied as labels, which gives groups like those of `surgery.couple`. It treats every unknown operator as
+element-wise; here, channels that reach such an operator are frozen, with its name as the reason.
 
 There is no label replay, and only the example's path through forward is known. The module's tensors are sliced on a
 deep copy; the result is compared with the masked dense model on several inputs that take the same path.
+
+Source: Fang et al. 2023, DepGraph (arXiv:2301.12900).
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from surgery.capture import evaluating, require_finite, validate_inputs
@@ -28,7 +41,12 @@ from surgery.core import (
     CostFn,
     Coupling,
     InputSpec,
+    LabelSet,
+    Layer,
+    Layers,
+    Mask,
     Program,
+    Value,
     conditioned,
     copied,
     count_macs,
@@ -36,17 +54,15 @@ from surgery.core import (
     sample_inputs,
     where_raised,
 )
-from surgery.coupling import (
-    Cut,
-    plan_from_dead,
-)
-from surgery.cutting.comparison import relative_error, require
-from surgery.cutting.own_class import transplant
+from surgery.coupling import ALONE, Cut, batch_size, frozen_axes, groups_of, kept_names, plan_from_dead
+from surgery.cutting.rewrite import transplant
+from surgery.cutting.verify import relative_error, require
 from surgery.errors import CheckFailed, UnsupportedModel
 
 ONE_PATH = "no label replay, one path exported: the one that the example input takes through the model's forward"
 
-# -- tracing ---------------------------------------------------------------------------------------------------------
+
+# Tracing. ------------------------------------------------------------------------------------------------------------
 
 
 def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Program:
@@ -66,19 +82,30 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
     with evaluating(model):
         validate_inputs(model, args, kwargs)
         batched = _takes_any_batch(model, args, kwargs)
-        unseen = _off_the_path(model, args, kwargs)
+        seen = set(_trail(model, args, kwargs)[0])
     notes = [ONE_PATH]
     if not batched:
         notes.append("batch is fixed at the example's: the model computes something else on twice the batch")
-    if unseen:
+    holders = (name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False)))
+    if unseen := [name for name in holders if name not in seen]:
         notes.append(f"not on the example's path, and left whole: {', '.join(unseen)}")
+    inputs = []
+    for name, value in inspect.signature(model.forward).bind(*args, **kwargs).arguments.items():
+        for k, leaf in enumerate(x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)):
+            full, dtype = name if leaf is value else f"{name}_{k}", str(leaf.dtype).removeprefix("torch.")
+            inputs.append(InputSpec(full, tuple(leaf.shape), dtype, (0,) if batched and leaf.dim() else ()))
+    digest = hashlib.sha256()  # not of the path, which depends on the input
+    for name, module in model.named_modules():
+        digest.update(f"{name} {type(module).__qualname__} {module.extra_repr()}\n".encode())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
     return Program(
         graph=None,
         nodes=(),
-        inputs=tuple(_describe(model, args, kwargs, dynamic=(0,) if batched else ())),
+        inputs=tuple(inputs),
         example_args=args,
         example_kwargs=kwargs,
-        fingerprint=_fingerprint(model),
+        fingerprint=digest.hexdigest(),
         notes=tuple(notes),
         model=model,
         tracer="torch-pruning",
@@ -91,28 +118,19 @@ def _takes_any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
     def twice(x: Any) -> Any:
         return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x
 
-    def tensors(result: Any) -> list[Tensor]:
-        return [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
-
     with torch.no_grad():
-        once = [twice(x) for x in tensors(model(*args, **kwargs))]
+        once = [twice(x) for x in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(x, Tensor)]
         try:
-            both = tensors(model(*pytree.tree_map(twice, args), **pytree.tree_map(twice, dict(kwargs))))
+            result = model(*pytree.tree_map(twice, args), **pytree.tree_map(twice, dict(kwargs)))
         except Exception:  # any exception the user's forward raises
             return False
+    both = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
     return len(once) == len(both) and all(
         a.shape == b.shape and torch.allclose(a, b, 1e-3, 1e-4, equal_nan=True) for a, b in zip(once, both, strict=True)
     )
 
 
-def _off_the_path(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
-    """Return modules with their own parameters that the example does not run."""
-    seen = set(trail(model, args, kwargs)[0])
-    holders = (name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False)))
-    return [name for name in holders if name not in seen]
-
-
-def trail(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[str], Any]:
+def _trail(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[str], Any]:
     """Run the model and return the names of its modules in execution order, and the result.
 
     Two runs with equal trails are assumed to follow the same path.
@@ -125,35 +143,250 @@ def trail(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     hooks = [m.register_forward_pre_hook(hook(name)) for name, m in model.named_modules()]
     try:
         with torch.no_grad():
-            result = model(*args, **kwargs)
+            return names, model(*args, **kwargs)
     finally:
         for handle in hooks:
             handle.remove()
-    return names, result
 
 
-def _describe(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, dynamic: tuple[int, ...]
-) -> Iterator[InputSpec]:
-    bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    for name, value in bound.arguments.items():
-        leaves = [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
-        for k, leaf in enumerate(leaves):
-            full, dtype = name if leaf is value else f"{name}_{k}", str(leaf.dtype).removeprefix("torch.")
-            yield InputSpec(full, tuple(leaf.shape), dtype, dynamic if leaf.dim() else ())
+# Coupling. -----------------------------------------------------------------------------------------------------------
+
+# fmt: off
+_PER_CHANNEL = frozenset(
+    {
+        "Add", "Sub", "Mul", "Div", "Neg", "Abs", "Exp", "Log", "Sqrt", "Rsqrt", "Pow", "Clone", "Alias",
+        "ToCopy", "Clamp", "ClampMin", "ClampMax", "Relu", "Hardtanh", "Hardswish", "Hardsigmoid", "Silu",
+        "Gelu", "Sigmoid", "Tanh", "LeakyRelu", "Elu", "Celu", "Mish", "Softplus", "LogSigmoid", "Threshold",
+        "MaxPool2DWithIndices", "AvgPool2D", "AdaptiveAvgPool2D", "AdaptiveMaxPool2D", "UpsampleNearest2D",
+        "UpsampleBilinear2D", "UpsampleBicubic2D", "UpsampleNearestExact2D", "ReflectionPad2D",
+        "ReplicationPad2D",
+    }
+)
+# fmt: on
+"""Names that autograd gives to channel-wise operators."""
 
 
-def _fingerprint(model: nn.Module) -> str:
-    """Digest of the modules, their settings and tensor shapes, but not of the path, which depends on the input."""
-    digest = hashlib.sha256()
-    for name, module in model.named_modules():
-        digest.update(f"{name} {type(module).__qualname__} {module.extra_repr()}\n".encode())
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-    return digest.hexdigest()
+class _Index(NamedTuple):
+    """Index for torch-pruning's mappings: a position and its label."""
+
+    idx: int
+    root_idx: int
 
 
-# -- cutting ---------------------------------------------------------------------------------------------------------
+def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
+    """Find the groups of units that may be removed; arguments and errors are those of `surgery.couple`.
+
+    Raises:
+        InvalidInput: a pattern of `keep` matches nothing.
+        UnsupportedModel: torch-pruning cannot follow the model; the message names the user's source line.
+    """
+    model, graph, marks, sequences = _dependency_graph(program)
+    labels, params = LabelSet(), dict[str, Value]()
+    labels.where = "torch-pruning's dependency graph"
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):  # shared tensors once
+        axes = tuple((labels.fresh(size),) if size > 1 else () for size in tensor.shape)
+        params[name] = Value(tuple(tensor.shape), axes, name)
+    for name, pattern in (kept_names(program, keep) if keep else {}).items():
+        for layers in params[name].axes if name in params else ():
+            labels.freeze(layers, f"kept by --keep {pattern}")
+    contracted = _tie(graph, marks, _sides(model, sequences), params, labels)
+    groups = groups_of(labels, params)
+    for group in groups:
+        if not any((site.tensor, site.axis) in contracted for site in group.sites):
+            labels.freeze((np.array(group.units),), "no layer was found that sums over these channels")
+        elif group.size == 1:
+            labels.freeze((np.array(group.units),), ALONE)
+    kept = tuple(g for g in groups if labels.reason(g.units[0]) is None)
+    shapes = {name: value.shape for name, value in params.items()}
+    return Coupling(kept, tuple(frozen_axes(labels, params, kept)), shapes, contracted=frozenset(contracted))
+
+
+def _dependency_graph(program: Program) -> tuple[nn.Module, Any, list[Any], Set[nn.Module]]:
+    """Return a copy of the model, its graph, autograd nodes of the inputs, and linear layers over sequences."""
+    model = copied(program.model)
+    for tensor in model.parameters():
+        if tensor.is_floating_point():
+            tensor.requires_grad_(True)  # autograd is what torch-pruning follows
+    marks: list[Any] = []
+    sequences: set[nn.Module] = set()
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):  # its channels are not on the second axis, as torch-pruning assumes
+            layer.register_forward_pre_hook(lambda m, x: sequences.add(m) if x[0].dim() != 2 else None)
+
+    def marked(x: Any) -> Any:
+        if not (isinstance(x, Tensor) and x.is_floating_point()):
+            return x
+        out = x.detach().clone().requires_grad_(True) * 1.0
+        marks.append(out.grad_fn)
+        return out
+
+    def forward(model: nn.Module, inputs: Any) -> Any:
+        args, kwargs = pytree.tree_map(marked, (program.example_args, dict(program.example_kwargs)))
+        return model(*args, **kwargs)
+
+    def outputs(result: Any) -> list[Tensor]:
+        # The product gives each output its own operator, which torch-pruning recognizes as an output.
+        return [x * 1.0 for x in pytree.tree_leaves(result) if isinstance(x, Tensor) and x.requires_grad]
+
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        try:
+            graph = tp.DependencyGraph().build_dependency(
+                model, (), forward_fn=forward, output_transform=outputs, verbose=False
+            )
+        except Exception as error:  # any exception of the user's forward or torch-pruning
+            raise UnsupportedModel(
+                f"torch-pruning cannot follow this model, at {where_raised(error)}: {first_line(error)}; "
+                "try --submodule for a submodule that it can follow"
+            ) from error
+    return model, graph, marks, sequences
+
+
+_LEAVES = ("weight", "bias", "running_mean", "running_var")
+_Axes = list[tuple[str, int]]
+
+
+_Sides = Mapping[nn.Module, tuple[_Axes, _Axes]]
+"""Channel axes of layers: module → (output axes, input axes), each a list of (tensor, axis)."""
+
+
+def _sides(model: nn.Module, without: Set[nn.Module]) -> _Sides:
+    names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
+    sides = {}
+    for module in model.modules():
+        axes = _channel_axes(module)
+        if axes is not None and module not in without:
+            own = {leaf: names[id(t)] for leaf in _LEAVES if (t := getattr(module, leaf, None)) is not None}
+            out, into = ([(own[leaf], axis) for leaf, axis in side if leaf in own] for side in axes)
+            sides[module] = (out, into)
+    return sides
+
+
+def _channel_axes(module: nn.Module) -> tuple[_Axes, _Axes] | None:
+    """Return the axes of a standard layer's output and input channels in its tensors; None if unknown."""
+    own_forward = not (type(module).forward.__module__ or "").startswith("torch.nn.modules.")
+    if parametrize.is_parametrized(module) or own_forward:  # may do anything with the weights
+        return None
+    if isinstance(module, nn.Linear):
+        return [("weight", 0), ("bias", 0)], [("weight", 1)]
+    if isinstance(module, _ConvNd) and module.groups == 1:
+        out, into = (1, 0) if module.transposed else (0, 1)
+        return [("weight", out), ("bias", 0)], [("weight", into)]
+    same: _Axes | None = None
+    if isinstance(module, _ConvNd):
+        same = [("weight", 0), ("bias", 0)] if module.groups == module.in_channels == module.out_channels else None
+    elif isinstance(module, _NormBase):
+        same = [(leaf, 0) for leaf in _LEAVES]
+    elif isinstance(module, nn.PReLU):
+        same = [("weight", 0)] if module.num_parameters > 1 else []
+    return None if same is None else (same, same)
+
+
+def _tie(
+    graph: Any, marks: Sequence[Any], sides: _Sides, params: Mapping[str, Value], labels: LabelSet
+) -> set[tuple[str, int]]:
+    """Tie the channels of every layer to their dependents; returns the contracted axes."""
+    sites = {site for out, into in sides.values() for site in (*out, *into)}
+    met = {(t, axis): np.zeros(params[t].shape[axis], dtype=np.bool_) for t, axis in sites}
+    contracted: set[tuple[str, int]] = set()
+
+    for module, node in graph.module2node.items():
+        if not isinstance(module, (_ConvNd, nn.Linear)):
+            continue
+        fresh = labels.fresh(module.out_channels if isinstance(module, _ConvNd) else module.out_features)
+        start = [_Index(k, label) for k, label in enumerate(fresh.tolist())]
+        handler = graph.get_pruner_of_module(module).prune_out_channels
+        for target, inward, pairs, refusal in _walk(node, handler, start, partial(_refusal, marks=marks, sides=sides)):
+            carried = np.array([pair.root_idx for pair in pairs], dtype=np.int64)
+            if refusal is not None:
+                labels.freeze((carried,), refusal)
+                continue
+            out, into = sides.get(target.module, ([], []))
+            contracted.update(into if inward and into != out else ())
+            for site in into if inward else out:
+                _meet(labels, params[site[0]].axes[site[1]], [pair.idx for pair in pairs], carried, met[site])
+    for name, value in params.items():
+        for axis, layers in enumerate(value.axes):
+            rest = ~met[name, axis] if (name, axis) in met else slice(None)
+            labels.freeze(tuple(layer[rest] for layer in layers), _NOT_MET if axis < 2 else _KERNEL)
+    return contracted
+
+
+_NOT_MET = "fed by a network input, or by something that torch-pruning does not follow"
+_KERNEL = "the operator needs this axis whole"
+
+
+def _meet(labels: LabelSet, layers: Layers, where: list[int], carried: Layer, met: Mask) -> None:
+    """Tie channels to the positions that they reach."""
+    if not layers or max(where) >= len(met) or min(where) < 0:
+        labels.freeze((carried,), "meets a layer of another width: the channels are broadcast, or counted otherwise")
+        return
+    labels.tie((layers[0][where],), (carried,), len(where))
+    met[where] = True
+
+
+def _walk(
+    root: Any, handler: Any, start: list[_Index], refuse: Callable[[Any], str | None]
+) -> Iterator[tuple[Any, bool, list[_Index], str | None]]:
+    """Yield dependents of a layer's output channels: (node, whether on its input side, positions, refusal).
+
+    Like `DependencyGraph.get_pruning_group`, which however loses a tie if two channels reach one position, and
+    continues past unknown operators.
+    """
+    pending, seen = [(root, handler, start)], set()
+    while pending:
+        node, handler, pairs = pending.pop()
+        key = (id(node), handler, frozenset(pairs))
+        if key in seen:
+            continue
+        seen.add(key)
+        refusal = refuse(node)
+        yield node, handler.__name__ == "prune_in_channels", pairs, refusal
+        for dependency in node.dependencies if refusal is None else ():
+            if dependency.is_triggered_by(handler):
+                mapped = pairs
+                for mapping in dependency.index_mapping:
+                    mapped = mapping(mapped) if mapping is not None else mapped
+                if mapped:
+                    pending.append((dependency.target, dependency.handler, mapped))
+
+
+def _refusal(node: Any, marks: Sequence[Any], sides: _Sides) -> str | None:
+    """Return why channels that reach this node are not cut; None if it is channel-wise or contracts them."""
+    kind, grad = node.type, node.grad_fn
+    if kind == tp.ops.OPTYPE.OUTPUT:
+        return "network output"
+    if any(grad is mark for mark in marks):
+        return "tied to a network input"
+    if kind == tp.ops.OPTYPE.CONCAT:
+        fits = grad._saved_dim == 1 and node.module.offsets is not None
+        return None if fits else "torch.cat along another axis than the channels"
+    if kind == tp.ops.OPTYPE.RESHAPE:
+        size = getattr(grad, "_saved_self_sym_sizes", ())
+        return None if len(size) in (2, 4) else "a view that splits or joins other axes than those of an image"
+    if kind == tp.ops.OPTYPE.ELEMENTWISE:
+        # autograd shows the transposed weight of a linear layer as an extra input
+        transposed = not node.inputs and grad.name().startswith("TBackward")
+        return None if transposed else _unknown_operator(grad)
+    if node.module in sides:
+        return None
+    name = type(node.module).__name__
+    return f"{name}: only torch's own plain or depthwise convolutions, flat linear layers and batch norms are followed"
+
+
+def _unknown_operator(grad: Any) -> str | None:
+    """Return why an operator is not known to be channel-wise; None if it is."""
+    name = re.sub(r"Backward\d*$", "", grad.name())
+    if name == "Mean" and hasattr(grad, "_saved_dim"):
+        rank = len(grad._saved_self_sym_sizes)
+        if rank == 4 and {d % 2**64 if d < 2**63 else d - 2**64 + rank for d in grad._saved_dim} <= {2, 3}:
+            return None
+    if name == "ConstantPadNd" and len(grad._saved_pad) <= 4:
+        return None
+    return None if name in _PER_CHANNEL else f"operator {name}: not known to treat channel by channel"
+
+
+# Cutting and costs. --------------------------------------------------------------------------------------------------
 
 
 def slice_module(cut: Cut) -> CompactModel:
@@ -162,37 +395,24 @@ def slice_module(cut: Cut) -> CompactModel:
     Raises:
         UnsupportedModel: the forward does not run at the new sizes; the message names the user's source line.
     """
-    module = _sliced(cut)
-    with evaluating(module):
-        _run_at_new_sizes(module, cut.program)
-    return CompactModel(module, "module", "the forward as it stands runs at the new sizes", None)
-
-
-def _sliced(cut: Cut) -> nn.Module:
-    tensors, model = cut.tensors(), cut.program.model
-    grouped = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, _ConvNd) and m.groups > 1}
+    tensors, program = cut.tensors(), cut.program
+    grouped = {f"{n}.weight" for n, m in program.model.named_modules() if isinstance(m, _ConvNd) and m.groups > 1}
     # Only depthwise grouped convolutions are ever cut, with one group per channel.
     depthwise = {c.tensor: tensors[c.tensor].shape[0] for c in cut.plan.cuts if c.tensor in grouped}
-    module, _ = transplant(model, tensors, [], depthwise)
-    return module
-
-
-def _run_at_new_sizes(module: nn.Module, program: Program) -> None:
+    module = transplant(program.model, tensors, depthwise)
     try:
-        with torch.no_grad():
+        with evaluating(module), torch.no_grad():
             module(*program.example_args, **program.example_kwargs)
     except Exception as error:  # any exception the user's forward raises at unexpected sizes
         raise UnsupportedModel(
             f"the forward does not run at the new sizes, at {where_raised(error)}: {first_line(error)}; let that line "
             "take its sizes from the data (x.flatten(1), x.shape), or keep the layers before it whole with --keep"
         ) from error
-
-
-# -- costs -----------------------------------------------------------------------------------------------------------
+    return CompactModel(module, "module", "the forward as it stands runs at the new sizes", None)
 
 
 def cost_functions(program: Program, coupling: Coupling) -> Mapping[str, CostFn]:
-    """Return functions that compute the cost of a pruned network, like `surgery.coupling.cost.cost_functions`.
+    """Return functions that compute the cost of a pruned network, like `surgery.coupling.cost_functions`.
 
     MACs are counted by running a cut copy along the example's path, which takes about a second per new plan.
     """
@@ -206,8 +426,7 @@ def cost_functions(program: Program, coupling: Coupling) -> Mapping[str, CostFn]
         key = tuple(sorted((name, tuple(units)) for name, units in dead.items() if units))
         if key not in known:
             module = slice_module(cut(dead)).module
-            batch = program.inputs[0].shape[0] if program.inputs and program.inputs[0].shape else 1
-            known[key] = count_macs(module, program.example_args, program.example_kwargs, batch=batch)
+            known[key] = count_macs(module, program.example_args, program.example_kwargs, batch=batch_size(program))
         return known[key]
 
     def params(dead: Mapping[str, Sequence[int]]) -> int:
@@ -220,11 +439,16 @@ def cost_functions(program: Program, coupling: Coupling) -> Mapping[str, CostFn]
     return {"macs": macs, "params": params}
 
 
-# -- checking --------------------------------------------------------------------------------------------------------
+# Checking. -----------------------------------------------------------------------------------------------------------
 
 _ROUNDS = 4
 _TRIES = 40
 _SEEDS = 3
+_ADVICE = (
+    "torch-pruning's groups do not hold for this model, or its forward chooses its way by values, and a smaller model "
+    "may choose another; nothing was written; shrink a submodule that is without it, by --submodule"
+)
+_OFF_PATH = f"fewer than {_ROUNDS} of {_TRIES} inputs take the example's path through the model"
 
 
 def check_module(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResult:
@@ -238,9 +462,9 @@ def check_module(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResu
     Raises:
         CheckFailed: outputs differ by more than 1e-10 in float64 or 1e-4 in float32, or the check is inconclusive.
     """
-    program = cut.program
-    with evaluating(program.model):
-        path, _ = trail(program.model, program.example_args, program.example_kwargs)
+    model = cut.program.model
+    with evaluating(model):
+        path, _ = _trail(model, cut.program.example_args, cut.program.example_kwargs)
     error64, varying, doubts = _on_distinct_values(cut, compact.module, path, seed=seed)
     notes = [ONE_PATH, *doubts]
     if varying < BLIND:
@@ -249,33 +473,22 @@ def check_module(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResu
             "use an example input that reaches the output"
         )
     require(error64, torch.float64, "distinct, well-conditioned values", _ADVICE)
-    real = copied(program.model)
-    found = _compare(program, _mask(real, cut), compact.module, path, seed=seed, dtype=None)
+    found = _compare(cut.program, masked_copy(cut), compact.module, path, seed=seed, dtype=None)
     if found is None:
         raise CheckFailed(f"cannot tell on the real weights: {_OFF_PATH}")
     error, varying = found
     if varying < BLIND:
         notes.append(f"cannot tell on the real weights: only {varying:.1e} of their output varies with the input")
     else:
-        require(error, _precision(real), "the real weights", _ADVICE)
+        kinds = [p.dtype for p in model.parameters() if p.dtype in TOLERANCE]
+        require(error, max(kinds, key=lambda d: TOLERANCE[d], default=torch.float32), "the real weights", _ADVICE)
     reference = f"dense model with the dead input slices of every layer zeroed, on {_ROUNDS} inputs"
     return CheckResult(0, error64, None if varying < BLIND else error, varying, reference, tuple(notes))
 
 
-def masked_copy(cut: Cut) -> nn.Module:
-    """Return a copy of the dense module in which units are treated as removed."""
-    return _mask(copied(cut.program.model), cut)
-
-
-_ADVICE = (
-    "torch-pruning's groups do not hold for this model, or its forward chooses its way by values, and a smaller model "
-    "may choose another; nothing was written; shrink a submodule that is without it, by --submodule"
-)
-_OFF_PATH = f"fewer than {_ROUNDS} of {_TRIES} inputs take the example's path through the model"
-
-
-def _mask(dense: nn.Module, cut: Cut) -> nn.Module:
-    """Zero, in place, the dead slices along contracted axes; returns the module."""
+def masked_copy(cut: Cut, dense: nn.Module | None = None) -> nn.Module:
+    """Return a copy of the dense module, or the given one, with dead slices along contracted axes set to zero."""
+    dense = copied(cut.program.model) if dense is None else dense
     tensors = dict(dense.named_parameters())
     with torch.no_grad():
         for c in cut.plan.cuts:
@@ -298,7 +511,7 @@ def _on_distinct_values(
         with torch.no_grad():
             for name, tensor in (*small.named_parameters(), *small.named_buffers()):
                 tensor.copy_(state[name])
-        found = _compare(program, _mask(dense, cut), small, path, seed=seed, dtype=torch.float64)
+        found = _compare(program, masked_copy(cut, dense), small, path, seed=seed, dtype=torch.float64)
         if found is not None:
             elsewhere = ("well-conditioned values take another path: float64 was compared on the real weights",)
             return *found, elsewhere if attempt == _SEEDS else ()
@@ -307,6 +520,15 @@ def _on_distinct_values(
 
 def _condition(program: Program, model: nn.Module, path: list[str], *, seed: int) -> None:
     """Set every tensor to well-conditioned values, and batch norms to the statistics of their input."""
+
+    def settle(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0]
+        dims = [a for a in range(x.dim()) if a != 1]
+        mean, var = x.mean(dims), x.var(dims, unbiased=False)
+        spread = torch.linspace(0.7, 1.3, len(mean), dtype=x.dtype, device=x.device)
+        norm.running_mean.copy_(mean + 0.1 * var.sqrt() * (spread - 1))  # type: ignore[operator]
+        norm.running_var.copy_(var * spread + 1e-3 * var.mean() + 1e-6)  # type: ignore[operator]
+
     generator = torch.Generator().manual_seed(seed)
     statistics = ((n, b) for n, b in model.named_buffers() if n.endswith(("running_mean", "running_var")))
     with torch.no_grad():
@@ -314,66 +536,50 @@ def _condition(program: Program, model: nn.Module, path: list[str], *, seed: int
             if tensor.is_floating_point():
                 tensor.copy_(conditioned(name, tensor, generator))
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
-    hooks = [norm.register_forward_pre_hook(_settle) for norm in norms]
+    hooks = [norm.register_forward_pre_hook(settle) for norm in norms]
     try:
         with evaluating(model):
-            for args, kwargs in _inputs(program, seed=seed, dtype=torch.float64, count=_TRIES):
-                if trail(model, args, kwargs)[0] == path:
+            for args, kwargs in _inputs(program, seed=seed, dtype=torch.float64):
+                if _trail(model, args, kwargs)[0] == path:
                     break
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _settle(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    x = inputs[0]
-    dims = [a for a in range(x.dim()) if a != 1]
-    mean, var = x.mean(dims), x.var(dims, unbiased=False)
-    spread = torch.linspace(0.7, 1.3, len(mean), dtype=x.dtype, device=x.device)
-    norm.running_mean.copy_(mean + 0.1 * var.sqrt() * (spread - 1))  # type: ignore[operator]
-    norm.running_var.copy_(var * spread + 1e-3 * var.mean() + 1e-6)  # type: ignore[operator]
-
-
-def _inputs(program: Program, *, seed: int, dtype: torch.dtype | None, count: int) -> Iterator[tuple[Any, Any]]:
+def _inputs(program: Program, *, seed: int, dtype: torch.dtype | None) -> Iterator[tuple[Any, Any]]:
     """Yield random inputs, alternating with inputs near the example, which are more likely to take its path."""
     callee = Callee.of(program)
-    for k in range(count):
+
+    def near(example: Any, drawn: Any) -> Any:
+        if not (isinstance(drawn, Tensor) and drawn.is_floating_point()):
+            return drawn
+        example = example.to(drawn.dtype)
+        return example + 0.2 * example.abs().mean().clamp_min(1e-2) * drawn
+
+    for k in range(_TRIES):
         drawn = sample_inputs(program, seed=seed + 100 + k, dtype=dtype)
-        if k % 2:
-            drawn = [_near(e, x) for e, x in zip(callee.leaves, drawn, strict=True)]
-        yield callee.arguments(drawn)
-
-
-def _near(example: Any, drawn: Any) -> Any:
-    if not (isinstance(drawn, Tensor) and drawn.is_floating_point()):
-        return drawn
-    example = example.to(drawn.dtype)
-    return example + 0.2 * example.abs().mean().clamp_min(1e-2) * drawn
+        yield callee.arguments([near(*pair) for pair in zip(callee.leaves, drawn, strict=True)] if k % 2 else drawn)
 
 
 def _compare(
     program: Program, dense: nn.Module, compact: nn.Module, path: list[str], *, seed: int, dtype: torch.dtype | None
 ) -> tuple[float, float] | None:
     """Return relative error and varying share over inputs that take the path; None if too few do."""
+
+    def outputs(result: Any) -> list[Tensor]:
+        leaves = (x for x in pytree.tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point())
+        return [x if x.dim() else x[None] for x in leaves]
+
     wanted: list[list[Tensor]] = []
     got: list[list[Tensor]] = []
     with evaluating(dense), evaluating(compact), torch.no_grad():
-        for args, kwargs in _inputs(program, seed=seed, dtype=dtype, count=_TRIES):
-            taken, result = trail(dense, args, kwargs)
+        for args, kwargs in _inputs(program, seed=seed, dtype=dtype):
+            taken, result = _trail(dense, args, kwargs)
             if taken != path:
                 continue
-            wanted.append(_outputs(result))
-            got.append(_outputs(compact(*args, **kwargs)))
+            wanted.append(outputs(result))
+            got.append(outputs(compact(*args, **kwargs)))
             if len(wanted) == _ROUNDS:
                 return relative_error(wanted, got)
     return None
-
-
-def _outputs(result: Any) -> list[Tensor]:
-    leaves = (x for x in pytree.tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point())
-    return [x if x.dim() else x[None] for x in leaves]
-
-
-def _precision(model: nn.Module) -> torch.dtype:
-    found = [p.dtype for p in model.parameters() if p.dtype in TOLERANCE]
-    return max(found, key=lambda d: TOLERANCE[d]) if found else torch.float32

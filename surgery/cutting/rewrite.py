@@ -1,37 +1,51 @@
-"""The compact model as a program: slice every tensor and update literal sizes of calls.
+"""The compact model: slice every tensor and update literal sizes of calls, or return the user's own class.
 
-The program is always rewritten; the user's own class is returned instead if it computes the same.
+The program is always rewritten; the user's own class is returned instead if it computes the same, so that trainers,
+`isinstance` checks and methods continue to work. Standard torch modules are updated from their tensors. A user's class
+may store sizes that are literals in the program, such as `self.num_heads`: if a literal of a call in that module
+changed and an integer attribute of the module equals it, the attribute is changed too.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import lru_cache
 from math import gcd
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
-from surgery.capture import module_of, source_of
+from surgery.capture import evaluating, module_of
 from surgery.core import (
+    TOLERANCE,
+    Callee,
     CompactModel,
+    Executor,
     Program,
-    Value,
     arguments_of,
     copied,
+    empty_caches,
+    first_line,
+    flat_outputs,
+    other_sizes,
+    sample_inputs,
+    well_conditioned,
 )
-from surgery.coupling import (
-    CompactGraph,
-    Cut,
-    hold,
-    rewrite_view,
-)
-from surgery.cutting.own_class import Literal, lost_in_training, own_class
+from surgery.coupling import CompactGraph, Cut, InDouble, hold, values_in
 from surgery.errors import IllegalCut
-from surgery.ops import Replacement, Scaled, rules
+from surgery.ops import Replacement, Rewrite, Scaled, rules
+
+Literals = dict[tuple[str, int], set[int]]
+"""Module and size in one of its calls → the sizes that it changed to."""
 
 
 def rewrite_program(cut: Cut) -> CompactModel:
@@ -42,19 +56,18 @@ def rewrite_program(cut: Cut) -> CompactModel:
     """
     sliced = cut.tensors()
     graph, literals = _rewritten(cut, sliced)
-    module, why, stuck = own_class(cut, graph, sliced, literals)
+    module, why, stuck = _own_class(cut, graph, sliced, literals)
     graph.train(cut.program.model.training)
     if module is None:
-        return CompactModel(graph, "graph", why, graph, lost_in_training(cut.program), stuck)
+        return CompactModel(graph, "graph", why, graph, _lost_in_training(cut.program), stuck)
     return CompactModel(module, "module", why, graph)
 
 
 def masked(cut: Cut) -> nn.Module:
     """Return a copy of the dense model with dead slices set to zero, as masking tools do."""
-    program = cut.program
-    module: nn.Module = copied(program.dense.model)
+    module: nn.Module = copied(cut.program.dense.model)
     tensors = dict(module.named_parameters(remove_duplicate=False))
-    left = {name for name, _ in program.model.named_parameters(remove_duplicate=False)}
+    left = {name for name, _ in cut.program.model.named_parameters(remove_duplicate=False)}
     with torch.no_grad():
         for name in tensors.keys() - left:  # of dropped blocks
             tensors[name].zero_()
@@ -67,15 +80,20 @@ def masked(cut: Cut) -> nn.Module:
     return module
 
 
-def _rewritten(cut: Cut, sliced: Mapping[str, Tensor]) -> tuple[CompactGraph, list[Literal]]:
+# The rewritten program. ----------------------------------------------------------------------------------------------
+
+
+def _rewritten(cut: Cut, sliced: Mapping[str, Tensor]) -> tuple[CompactGraph, Literals]:
     """Copy the graph with arguments at the new sizes; also return the changed sizes."""
-    _validate_not_empty(cut)
     program, labelled, table = cut.program, cut.coupling.labelled, rules()
+    for name, value in labelled.values.items():
+        if any(axis and not cut.masks(v, a).any() for v in values_in(value) for a, axis in enumerate(v.axes)):
+            raise IllegalCut(f"the plan leaves nothing of a value at node '{name}'; remove fewer units there")
     root = hold(nn.Module(), sliced, program.model)
     graph = torch.fx.Graph()
     graph.set_codegen(copy.deepcopy(program.graph.graph._codegen))
     new: dict[torch.fx.Node, torch.fx.Node] = {}
-    literals: list[Literal] = []
+    literals: Literals = {}
     for node in program.graph.graph.nodes:
         if node.op == "output":
             graph.output(torch.fx.map_arg(node.args[0], lambda n: new[n]))
@@ -84,32 +102,25 @@ def _rewritten(cut: Cut, sliced: Mapping[str, Tensor]) -> tuple[CompactGraph, li
         new[node].meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
         rule = table.get(str(node.target))
         if node.op == "call_function" and rule is not None and rule.rewrite is not None and node.name in labelled.calls:
-            raw = arguments_of(node)
-            change = rule.rewrite(rewrite_view(labelled, cut.masks, node.name, raw))
-            literals += _literals(node, raw, change)
-            new[node] = _apply_change(graph, root, new[node], change, new)
-    root.fixed_sizes = _fixed_sizes(program)  # type: ignore[assignment]
-    module = CompactGraph(root, graph, "Compact")
-    module.eval()
-    return module, literals
-
-
-def _fixed_sizes(program: Program) -> tuple[tuple[int, int, int], ...]:
+            raw, out = arguments_of(node), labelled.values[node.name]
+            outputs = tuple(out) if isinstance(out, (tuple, list)) else (out,)
+            change = rule.rewrite(Rewrite(labelled.calls[node.name], raw, outputs, cut.masks))
+            for name, value in change.items() if not isinstance(change, Replacement) else ():
+                for a, b in zip(pytree.tree_leaves(raw[name]), pytree.tree_leaves(value), strict=False):
+                    if isinstance(a, int) and isinstance(b, int) and a != b:
+                        literals.setdefault((module_of(node), a), set()).add(b)
+            _apply_change(graph, root, new[node], change, new)
     leaves = pytree.tree_leaves(program.example_args)
     places = [k for k, x in enumerate(leaves) if isinstance(x, Tensor)]
-    return tuple(
+    root.fixed_sizes = tuple(  # type: ignore[assignment]
         (place, axis, size)
         for place, spec in zip(places, program.inputs, strict=False)
         for axis, size in enumerate(spec.shape)
         if axis not in spec.dynamic
     )
-
-
-def _validate_not_empty(cut: Cut) -> None:
-    for name, value in cut.coupling.labelled.values.items():
-        for v in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(v, Value) and any(x and not cut.masks(v, a).any() for a, x in enumerate(v.axes)):
-                raise IllegalCut(f"the plan leaves nothing of a value at node '{name}'; remove fewer units there")
+    module = CompactGraph(root, graph)
+    module.eval()
+    return module, literals
 
 
 def _apply_change(
@@ -118,52 +129,237 @@ def _apply_change(
     node: torch.fx.Node,
     change: Mapping[str, Any] | Replacement,
     new: Mapping[torch.fx.Node, torch.fx.Node],
-) -> torch.fx.Node:
+) -> None:
+    """Change the arguments, or the operator, of a call in place."""
+
     def resolved(x: Any) -> Any:
         if isinstance(x, torch.fx.Node):
             return new.get(x, x)
         if isinstance(x, Scaled):
-            return _scaled(graph, new[x.node], x.numerator, x.denominator)
+            shared, size = gcd(x.numerator, x.denominator), new[x.node]
+            # A name of its own, because values are compared by the names of the dense program's nodes.
+            for op, number in ((operator.mul, x.numerator // shared), (operator.floordiv, x.denominator // shared)):
+                size = graph.create_node("call_function", op, (size, number), name="_scaled_size")
+            return size
         if isinstance(x, Tensor):
             name = f"_index_{node.name}"
             root.register_buffer(name, x, persistent=False)
             return graph.get_attr(name)
-        if isinstance(x, (list, tuple)):
-            return type(x)(resolved(y) for y in x)
-        return x
+        return type(x)(resolved(y) for y in x) if isinstance(x, (list, tuple)) else x
 
     with graph.inserting_before(node):
         if isinstance(change, Replacement):
             node.args, node.kwargs, node.target = tuple(resolved(a) for a in change.args), {}, change.op
-            return node
+            return
         names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
         raw = arguments_of(node)
         for name, value in change.items():
-            position = names.index(name)
             if raw.get(name) == value:
                 continue
-            if position < len(node.args):
+            if (position := names.index(name)) < len(node.args):
                 node.update_arg(position, resolved(value))
             else:
                 node.update_kwarg(name, resolved(value))
-    return node
 
 
-def _scaled(graph: torch.fx.Graph, size: torch.fx.Node, numerator: int, denominator: int) -> torch.fx.Node:
-    shared = gcd(numerator, denominator)
-    # Unique names, because values are compared by the names of the dense program's nodes.
-    product = graph.create_node("call_function", operator.mul, (size, numerator // shared), name="_scaled_size")
-    return graph.create_node("call_function", operator.floordiv, (product, denominator // shared), name="_scaled_size")
+# The user's own class. -----------------------------------------------------------------------------------------------
 
 
-def _literals(node: torch.fx.Node, raw: Mapping[str, Any], change: Mapping[str, Any] | Replacement) -> list[Literal]:
-    """Return the integers that changed, and where the user's code computed them."""
-    if isinstance(change, Replacement):
-        return [Literal(module_of(node), None, None, f"{node.target} at {source_of(node)}")]
-    out = []
-    for name, value in change.items():
-        before, after = pytree.tree_leaves(raw[name]), pytree.tree_leaves(value)
-        for a, b in zip(before, after, strict=False):
-            if isinstance(a, int) and isinstance(b, int) and a != b:
-                out.append(Literal(module_of(node), a, b, f"{node.target} at {source_of(node)}"))
-    return out
+def _own_class(
+    cut: Cut, graph: CompactGraph, sliced: Mapping[str, Tensor], literals: Literals
+) -> tuple[nn.Module | None, str, str]:
+    """Return the user's class with sliced submodules if it computes the same as the rewritten program.
+
+    Returns:
+        The module or None; the reason; and the submodule whose forward does not run at the new sizes, "" if none.
+    """
+    program = cut.program
+    if isinstance(program.model, torch.fx.GraphModule):
+        return None, program.why_graph or "the model is a graph already", ""
+    if program.materialised:
+        first = next(iter(program.materialised))
+        return None, f"forward computes the weight '{first}' from others, at its old size", ""
+    named = {n for n, _ in program.model.named_parameters(remove_duplicate=False)}
+    named |= {n for n, _ in program.model.named_buffers()}
+    stray = [c.tensor for c in cut.plan.cuts if c.tensor not in named]
+    if stray:
+        return None, f"forward builds the tensor '{stray[0]}' itself, at a size that would have to change", ""
+    groups: dict[str, int] = {}
+    for node in graph.graph.nodes:
+        raw = arguments_of(node) if node.op == "call_function" else {}
+        weight, count = raw.get("weight"), raw.get("groups", raw.get("num_groups"))
+        if isinstance(weight, torch.fx.Node) and isinstance(count, int):
+            groups[str(weight.target)] = count
+    module = transplant(program.model, sliced, groups)
+    repaired = _repair(module, literals)
+    differs, stuck = _differs(cut, graph, module)
+    if why := differs or _fails_in_training(program, module):
+        return None, why, stuck or repaired
+    return module, "its forward computes the same at the new sizes", ""
+
+
+def _differs(cut: Cut, graph: CompactGraph, module: nn.Module) -> tuple[str | None, str]:
+    """Return why the user's class differs from the rewritten program (None if it does not), and in which submodule."""
+    state = cut.kept(well_conditioned(cut.program))
+    named = {k: state[k] for k, _ in module.named_parameters() if k in state}
+    callee = Callee.of(cut.program, module)
+    for sizes, inputs, wanted in _runs(cut.program, graph, state):
+        args, kwargs = callee.arguments(inputs)
+        # forward may write to its buffers
+        named |= {k: state.get(k, buffer).clone() for k, buffer in module.named_buffers()}
+        try:
+            with torch.no_grad(), evaluating(module), InDouble():
+                got = flat_outputs(torch.func.functional_call(module, named, args, kwargs))
+        except Exception as error:  # any exception the user's forward raises at unexpected sizes
+            return f"its forward does not run at {sizes}: {first_line(error)}", _raised_in(error, module)
+        if [t.shape for t in got] != [t.shape for t in wanted]:
+            return f"its forward returns other shapes at {sizes}", ""
+        pairs = [(a, b) for a, b in zip(got, wanted, strict=True) if a.numel()]
+        worst = max((float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs), default=0.0)
+        if not worst <= TOLERANCE[torch.float64]:
+            return f"its forward computes something else at {sizes} (relative difference {worst:.1e})", ""
+    return None, ""
+
+
+def _runs(
+    program: Program, graph: CompactGraph, state: Mapping[str, Tensor]
+) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
+    """Run the rewritten program at the example's sizes, and on one sample of other sizes if dynamic.
+
+    Yields:
+        Description of the sizes, the inputs, the outputs.
+    """
+
+    def outputs(inputs: list[Tensor]) -> list[Tensor]:
+        with torch.no_grad(), evaluating(graph):
+            return flat_outputs(Executor(graph, state, dtype=torch.float64).run(*inputs))
+
+    inputs = sample_inputs(program, seed=7, dtype=torch.float64)
+    yield "the new sizes", inputs, outputs(inputs)
+    batched = all(0 in spec.dynamic for spec in program.inputs)
+    for by in (*other_sizes(program), 0):
+        given = sample_inputs(program, seed=7, dtype=torch.float64, by=by)
+        single = [x[:1] if batched and isinstance(x, Tensor) else x for x in given]
+        if any(isinstance(x, Tensor) and x.shape != y.shape for x, y in zip(single, inputs, strict=True)):
+            with suppress(Exception):  # the dense model may not accept this size either
+                yield "the new sizes, for another batch or image", single, outputs(single)
+                return
+
+
+def _raised_in(error: BaseException, model: nn.Module) -> str:
+    """Return the path of the innermost non-torch module in whose code the error was raised; "" if none."""
+    paths: dict[int, str] = {id(module): path for path, module in model.named_modules()}
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and not type(module).__module__.startswith("torch.nn.modules."):
+            return paths.get(id(module), "")
+    return ""
+
+
+def transplant(model: nn.Module, sliced: Mapping[str, Tensor], groups: Mapping[str, int]) -> nn.Module:
+    """Return a copy of `model` with the sliced tensors, and sizes of standard modules updated from them.
+
+    Args:
+        model: the dense module, left unchanged.
+        sliced: every parameter and buffer, at its new size.
+        groups: weight name → remaining groups of its convolution or normalisation.
+    """
+    own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    made: nn.Module = copied(model, {id(tensor): sliced[name] for name, tensor in own})
+    empty_caches(made)
+    for name, module in made.named_modules():
+        weight, count = module._parameters.get("weight"), groups.get(f"{name}.weight")
+        if isinstance(module, _NormBase):
+            sized = weight if weight is not None else module._buffers.get("running_mean")
+            module.num_features = sized.shape[0] if sized is not None else module.num_features
+        elif weight is None:
+            continue
+        elif isinstance(module, _ConvNd):
+            module.groups = count or module.groups
+            first, second = weight.shape[0], weight.shape[1] * module.groups
+            module.in_channels, module.out_channels = (first, second) if module.transposed else (second, first)
+        elif isinstance(module, nn.Linear):
+            module.out_features, module.in_features = weight.shape
+        elif isinstance(module, nn.GroupNorm):
+            module.num_groups, module.num_channels = count or module.num_groups, weight.shape[0]
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            module.normalized_shape = tuple(weight.shape)
+        elif isinstance(module, nn.Embedding):
+            module.num_embeddings, module.embedding_dim = weight.shape
+        elif isinstance(module, nn.PReLU):
+            module.num_parameters = weight.shape[0]
+    return made
+
+
+def _repair(model: nn.Module, literals: Literals) -> str:
+    """Update integer attributes from the literals of calls in their module; returns the first changed module.
+
+    This guess is safe, because the class is only used if it computes the same as the rewritten program.
+    """
+    modules, repaired = dict(model.named_modules()), []
+    for (path, before), after in literals.items():
+        module = modules.get(path)
+        if module is None or len(after) > 1 or type(module).__module__.startswith("torch.nn.modules.conv"):
+            continue
+        for name, value in list(vars(module).items()):
+            if type(value) is int and value == before and not name.startswith("_"):
+                setattr(module, name, next(iter(after)))
+                repaired.append(path)
+    return next(iter(repaired), "")
+
+
+# Training mode. ------------------------------------------------------------------------------------------------------
+
+
+def _fails_in_training(program: Program, module: nn.Module) -> str | None:
+    """Return why forward fails in training mode, whose branches were not traced."""
+    unseen = _unseen(program)
+    if not unseen:
+        return None
+    trial = copied(module)
+    for m in trial.modules():
+        m.training = True
+    try:
+        with torch.no_grad():
+            trial(*program.example_args, **program.example_kwargs)
+    except Exception as error:  # any exception the user's forward raises
+        return f"its forward in training mode also runs '{unseen[0]}', which was not traced: {first_line(error)}"
+    return None
+
+
+def _unseen(program: Program) -> list[str]:
+    """Return parameters that the traced program does not read."""
+    seen = {str(n.target) for n in program.graph.graph.nodes if n.op == "get_attr"}
+    seen |= {name for sources in program.materialised.values() for name in sources}
+    return [n for n, _ in program.model.named_parameters() if n not in seen]
+
+
+@lru_cache(maxsize=256)
+def _reads_training(kind: type[nn.Module]) -> bool:
+    """Return whether the source of forward mentions the mode, whose branches were traced only in eval mode."""
+    try:
+        return "self.training" in inspect.getsource(kind.forward)
+    except (OSError, TypeError):
+        return False
+
+
+def _lost_in_training(program: Program) -> tuple[str, ...]:
+    """Return training-time behaviour that the traced program loses, since eval mode does not run it."""
+    lost = []
+    traced = {module_of(n) for n in program.graph.graph.nodes if "dropout" in str(n.target)}
+    for name, module in program.model.named_modules():
+        kind = type(module).__name__
+        rates = [float(r) for a in ("p", "drop_prob") if isinstance(r := getattr(module, a, None), (int, float))]
+        if ("Drop" in kind or "StochasticDepth" in kind) and rates and rates[0] > 0 and name not in traced:
+            lost.append(f"{kind} '{name}'")
+        if isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
+            lost.append(f"attention dropout of '{name}'")
+        if isinstance(module, _BatchNorm) and module.momentum is None and module.track_running_stats:
+            lost.append(f"cumulative statistics of '{name}' (momentum None)")
+        if not type(module).__module__.startswith("torch.nn.") and _reads_training(type(module)):  # type: ignore[arg-type]
+            lost.append(f"what forward of '{name or kind}' does only where self.training is set")
+    if any(isinstance(m, _BatchNorm) for m in program.model.modules()):
+        lost.append("num_batches_tracked, which batch norms count up")
+    lost += [f"the computation of '{name}' from {', '.join(s)}" for name, s in program.materialised.items()]
+    heads = dict.fromkeys(name.split(".")[0] for name in _unseen(program))
+    return (*lost, *(f"'{head}', which evaluation mode does not run" for head in heads))

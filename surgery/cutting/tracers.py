@@ -7,7 +7,7 @@ operators, for models that `torch.export` cannot capture.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -15,9 +15,7 @@ from surgery.capture import trace
 from surgery.core import CheckResult, CompactModel, CostFn, Coupling, Plan, Program
 from surgery.coupling import Cut, cost_functions, couple
 from surgery.cutting.rewrite import rewrite_program
-from surgery.cutting.verify import check_cut
-from surgery.cutting.verify_dropped import check_dropped
-from surgery.cutting.verify_whole import masked_part
+from surgery.cutting.verify import MaskedPart, check_cut
 from surgery.errors import InvalidInput
 
 
@@ -26,7 +24,6 @@ class Tracer:
     """The stages that depend on how a model was captured.
 
     Attributes:
-        name: name in `--tracer`.
         trace: arguments and errors as in `surgery.trace`.
         couple: arguments and errors as in `surgery.couple`.
         cost_functions: returns budget name → cost function of the pruned network.
@@ -35,7 +32,6 @@ class Tracer:
         reference: returns the masked dense model as a module.
     """
 
-    name: str
     trace: Callable[..., Program]
     couple: Callable[..., Coupling]
     cost_functions: Callable[[Program, Coupling], Mapping[str, CostFn]]
@@ -51,20 +47,13 @@ class Tracer:
 def tracer_of(name: str) -> Tracer:
     """Return the tracer called `name`; raises InvalidInput if there is none."""
     if name == "export":
-        return Tracer("export", trace, couple, cost_functions, rewrite_program, _check_graph, masked_part)
+        return Tracer(trace, couple, cost_functions, rewrite_program, check_cut, MaskedPart)
     if name == "torch-pruning":
-        from surgery.cutting import eager, torch_pruning  # imported here because importing torch-pruning takes seconds
+        from surgery.cutting import eager  # imported here because importing torch-pruning takes seconds
 
-        stages = eager.trace, torch_pruning.couple, eager.cost_functions, eager.slice_module, eager.check_module
-        return Tracer("torch-pruning", *stages, eager.masked_copy)
+        stages = eager.trace, eager.couple, eager.cost_functions, eager.slice_module, eager.check_module
+        return Tracer(*stages, eager.masked_copy)
     raise InvalidInput(f"no tracer '{name}'; there are export and torch-pruning")
-
-
-def _check_graph(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResult:
-    verdict = check_cut(cut, compact, seed=seed)
-    if cut.program.whole is None:
-        return verdict
-    return replace(verdict, notes=(*verdict.notes, *check_dropped(cut.program, cut.plan, seed=seed)))
 
 
 def cut(program: Program, plan: Plan, *, coupling: Coupling | None = None) -> CompactModel:
@@ -82,7 +71,7 @@ def cut(program: Program, plan: Plan, *, coupling: Coupling | None = None) -> Co
         PlanMismatch: the plan was made for another architecture, or contradicts itself.
         IllegalCut: an axis would become empty.
 
-    Source: coupled groups after Fang et al. 2023 (arXiv:2301.12900); label propagation is derived in `couple.py`.
+    Source: coupled groups after Fang et al. 2023 (arXiv:2301.12900); label propagation is derived in `coupler.py`.
     """
     tracer = tracer_of(program.tracer)
     return tracer.cut(tracer.cut_of(program, plan, coupling))

@@ -3,53 +3,77 @@
 There are two independent checks. *Label replay* runs the rewritten program on the survivors' labels, with the same
 operator rules and locked labels: on integers, without data or tolerances. The *numerical comparison* runs the dense
 program with dead input slices of contractions zeroed, and the compact model, on distinct well-conditioned values in
-float64, then on the real weights.
+float64, then on the real weights. Dropped blocks, and the model around a submodule, are compared likewise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from surgery.capture import evaluating
+from surgery.capture import Whole, evaluating
 from surgery.core import (
     BLIND,
+    ROUNDINGS,
     TOLERANCE,
+    Block,
     Callee,
     CheckResult,
     CompactModel,
     Executor,
     LabelMismatch,
     Layers,
+    Plan,
+    Program,
     Value,
+    copied,
+    count_macs,
+    count_params,
+    elsewhere,
     first_line,
     flat_outputs,
+    fresh,
     gather,
     is_constant,
+    is_symbolic,
+    names_dtype,
     narrowest,
     other_sizes,
     sample_inputs,
     shapes_of,
     state_of,
     well_conditioned,
+    where_raised,
 )
 from surgery.coupling import (
+    BranchConstants,
     Cut,
     InDouble,
+    branch_constants,
+    dead_blocks,
+    find_blocks,
+    in_float64,
     index_table,
     propagate_labels,
+    spread,
+    values_in,
 )
-from surgery.cutting.comparison import REPORT, apart, relative_error, require, rounds_of, within_rounding
-from surgery.errors import CheckFailed
+from surgery.errors import CheckFailed, InvalidInput, SurgeryError
 
 _DRAWS = 4
 """Draws of well-conditioned values until the output varies."""
+REPORT = "nothing was written; please report this model"
+_DISTINCT = "distinct, well-conditioned values"
+
+Rounds = list[list[Tensor]]
+"""Inputs or outputs of each run."""
 
 
 def check_cut(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResult:
@@ -73,10 +97,26 @@ def check_cut(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResult:
             f"cannot tell: on well-conditioned values, drawn {_DRAWS} times, only {varying:.1e} of the output varies "
             "with the input; cut less, or use an example input that reaches the output"
         )
-    require(error64, torch.float64, "distinct, well-conditioned values")
+    require(error64, torch.float64, _DISTINCT)
     notes += _require_other_sizes(drawn)
-    error, varying, more = _on_real_weights(cut, compact, seed)
-    return CheckResult(replayed, error64, error, varying, _meaning(cut), notes + more)
+    state, rounds = cut.reordered(state_of(cut.program)), _rounds(cut.program, seed)
+    reference, error = cut.masked_run(state), None
+    found = [_of_graph(compact, None, rounds), *_of_module(cut, compact, None, rounds)]
+    difference, varying = _compare(reference, rounds, found)
+    if varying < BLIND:
+        notes += (
+            f"cannot tell on the real weights: only {varying:.1e} of their output varies with the input "
+            "(a zero head, or untrained layer scales); equality was shown on well-conditioned values",
+        )
+    else:
+        error = difference
+        notes += _explained(reference, rounds, error, narrowest(cut.program), "the real weights")
+    if cut.program.whole is not None:
+        notes += check_dropped(cut.program, cut.plan, seed=seed)
+    meaning = "dense model with the dead input slices of every contraction zeroed"
+    if any(group.inexact and cut.plan.dead.get(group.name) for group in cut.coupling.groups):
+        meaning += ", norms, means and sums over the survivors"
+    return CheckResult(replayed, error64, error, varying, meaning, notes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,8 +136,8 @@ class _Drawn:
     compact: CompactModel
     dense: Mapping[str, Tensor]
     kept: Mapping[str, Tensor]
-    rounds: list[list[Tensor]]
-    outputs: list[list[Tensor]]
+    rounds: Rounds
+    outputs: Rounds
 
     def reference(self, batch: int | None = None) -> Executor:
         """The masked dense program."""
@@ -107,44 +147,41 @@ class _Drawn:
 def _draw(cut: Cut, compact: CompactModel, seed: int) -> tuple[_Drawn, Mapping[str, Any]]:
     """Draw well-conditioned values, and record the shapes of all values of the rewritten program."""
     dense = cut.reordered(well_conditioned(cut.program, seed=seed))
-    kept, rounds = cut.kept(dense), _rounds(cut, seed, torch.float64)
-    outputs, shapes = _recorded(compact, kept, rounds)
+    kept, rounds = cut.kept(dense), _rounds(cut.program, seed, torch.float64)
+    shapes: dict[str, Any] = {}
+
+    def record(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
+        try:
+            result = node.target(*args, **kwargs)  # type: ignore[operator]
+        except Exception as error:  # torch raises several exception types for mismatched sizes
+            raise _mismatch(f"node '{node.name}' ({node.target}) does not run: {first_line(error)}") from error
+        shapes.setdefault(node.name, shapes_of(result))
+        return result
+
+    outputs = _of_graph(compact, kept, rounds, record)
+    placeholders = [n.name for n in compact.graph.graph.nodes if n.op == "placeholder"]
+    shapes |= {name: shapes_of(x) for name, x in zip(placeholders, rounds[0], strict=True)}
     return _Drawn(cut, compact, dense, kept, rounds, outputs), shapes
 
 
-def _rounds(cut: Cut, seed: int, dtype: torch.dtype | None = None) -> list[list[Tensor]]:
-    count = rounds_of(cut.program)
-    return [sample_inputs(cut.program, seed=seed + 100 + k, dtype=dtype) for k in range(count)]
+def _rounds(program: Program, seed: int, dtype: torch.dtype | None = None, by: int = 0) -> Rounds:
+    """Draw the inputs of a comparison.
 
-
-def _on_real_weights(cut: Cut, compact: CompactModel, seed: int) -> tuple[float | None, float, tuple[str, ...]]:
-    """Return the error in the weights' own precision (None if inconclusive), the varying share, and notes."""
-    state, rounds = cut.reordered(state_of(cut.program)), _rounds(cut, seed)
-    reference, precision = cut.masked_run(state), narrowest(cut.program)
-    found = [_of_graph(compact, None, rounds), *_of_module(cut, compact, None, rounds)]
-    error, varying = _compare(reference, rounds, found)
-    if varying < BLIND:
-        return (
-            None,
-            varying,
-            (
-                f"cannot tell on the real weights: only {varying:.1e} of their output varies with the input "
-                "(a zero head, or untrained layer scales); equality was shown on well-conditioned values",
-            ),
-        )
-    if error <= TOLERANCE[precision]:
-        return error, varying, ()
-    return error, varying, (within_rounding(reference, rounds, state, error, precision, "the real weights"),)
+    One run of two samples suffices if the batch is the first axis of every output; otherwise two runs are compared.
+    """
+    output = next(n for n in program.graph.graph.nodes if n.op == "output")
+    values = [n.meta.get("val") for n in output.all_input_nodes]
+    per_sample = all(isinstance(v, Tensor) and v.dim() > 0 and is_symbolic(v.shape[0]) for v in values)
+    count = 1 if values and per_sample else 2
+    return [sample_inputs(program, seed=seed + 100 + k, dtype=dtype, by=by) for k in range(count)]
 
 
 def _require_order_exact(cut: Cut, drawn: _Drawn, seed: int) -> tuple[str, ...]:
     """Raise unless the dense network computes the same in the plan's head order."""
-    own, what = well_conditioned(cut.program, seed=seed), "members in another order"
-    error = apart(cut.program, own, drawn.dense, seed)
-    if error <= TOLERANCE[torch.float64]:
-        return ()
-    reference = Executor(cut.program.graph, own, dtype=torch.float64)
-    return (within_rounding(reference, drawn.rounds, own, error, torch.float64, what),)
+    program, own = cut.program, well_conditioned(cut.program, seed=seed)
+    error, _ = relative_error(outputs_of(program, own, seed), outputs_of(program, drawn.dense, seed))
+    reference = Executor(program.graph, own, dtype=torch.float64)
+    return _explained(reference, drawn.rounds, error, torch.float64, "members in another order")
 
 
 def _require_slices(cut: Cut, compact: CompactModel) -> None:
@@ -163,9 +200,6 @@ def _require_slices(cut: Cut, compact: CompactModel) -> None:
                     f"'{name}' is not the slice of the dense tensor that the plan says; nothing was written; if its "
                     "weights were not changed after the cut, please report this model"
                 )
-
-
-# -- other sizes of the inputs ---------------------------------------------------------------------------------------
 
 
 def _require_other_sizes(drawn: _Drawn) -> tuple[str, ...]:
@@ -192,9 +226,8 @@ def _require_other_sizes(drawn: _Drawn) -> tuple[str, ...]:
 def _compare_at(drawn: _Drawn, batch: int | None, by: int = 0) -> tuple[str, ...] | None:
     """Compare at another batch, with images larger by `by` pixels; None if the dense model does not run."""
     cut, compact = drawn.cut, drawn.compact
-    count = len(drawn.rounds)
-    sized = [sample_inputs(cut.program, seed=55 + k, dtype=torch.float64, by=by) for k in range(count)]
-    rounds, reference = _batched(sized if by else drawn.rounds, batch), drawn.reference(batch)
+    rounds = _batched(_rounds(cut.program, 55, torch.float64, by) if by else drawn.rounds, batch)
+    reference = drawn.reference(batch)
     wanted = _outputs_or_none(reference, rounds)
     if wanted is None:
         plain = Executor(cut.program.graph, reference.state, dtype=torch.float64)
@@ -211,13 +244,15 @@ def _compare_at(drawn: _Drawn, batch: int | None, by: int = 0) -> tuple[str, ...
             f"the compact model does not do what the dense one does on {what}, though it does on the example's: "
             f"{first_line(raised)}; {REPORT}"
         ) from raised
-    error = max(relative_error(wanted, [_shaped(y, wanted[0]) for y in got])[0] for got in found)
-    if error <= TOLERANCE[torch.float64]:
-        return ()
-    return (within_rounding(reference, rounds, reference.state, error, torch.float64, what),)
+    worst = 0.0
+    for got in found:  # axes of length one may be missing at a batch of one
+        pairs = [zip(outputs, wanted[0], strict=True) for outputs in got]
+        like = [[x.reshape(y.shape) if x.numel() == y.numel() else x for x, y in pair] for pair in pairs]
+        worst = max(worst, relative_error(wanted, like)[0])
+    return _explained(reference, rounds, worst, torch.float64, what)
 
 
-def _batched(rounds: list[list[Tensor]], batch: int | None) -> list[list[Tensor]]:
+def _batched(rounds: Rounds, batch: int | None) -> Rounds:
     """Return rounds at a batch of three, from two samples, or from two rounds of one; None: unchanged."""
     if batch is None:
         return rounds
@@ -226,13 +261,7 @@ def _batched(rounds: list[list[Tensor]], batch: int | None) -> list[list[Tensor]
     return [[torch.cat([x, x[:1]]) if isinstance(x, Tensor) else x for x in inputs] for inputs in rounds]
 
 
-def _shaped(tensors: list[Tensor], like: list[Tensor]) -> list[Tensor]:
-    """Restore axes of length one that are missing at a batch of one."""
-    pairs = zip(tensors, like, strict=True)
-    return [x.reshape(y.shape) if x.numel() == y.numel() else x for x, y in pairs]
-
-
-def _outputs_or_none(run: Executor, rounds: list[list[Tensor]]) -> list[list[Tensor]] | None:
+def _outputs_or_none(run: Executor, rounds: Rounds) -> Rounds | None:
     try:
         with torch.no_grad():
             return [flat_outputs(run.run(*inputs)) for inputs in rounds]
@@ -240,13 +269,7 @@ def _outputs_or_none(run: Executor, rounds: list[list[Tensor]]) -> list[list[Ten
         return None
 
 
-def _meaning(cut: Cut) -> str:
-    inexact = any(group.inexact and cut.plan.dead.get(group.name) for group in cut.coupling.groups)
-    zeroed = "dense model with the dead input slices of every contraction zeroed"
-    return f"{zeroed}, norms, means and sums over the survivors" if inexact else zeroed
-
-
-# -- label replay ----------------------------------------------------------------------------------------------------
+# Label replay. -------------------------------------------------------------------------------------------------------
 
 
 def replay(cut: Cut, compact: CompactModel, shapes: Mapping[str, Any]) -> int:
@@ -264,17 +287,33 @@ def replay(cut: Cut, compact: CompactModel, shapes: Mapping[str, Any]) -> int:
     locked = labelled.labels.locked(labelled.dead_roots(cut.plan.dead))
     compared: list[int] = []
 
+    def survivors(value: Value) -> Value:
+        axes = [
+            gather(labelled.labels.canon(layers), np.flatnonzero(cut.masks(value, a))) if layers else ()
+            for a, layers in enumerate(value.axes)
+        ]
+        return Value(cut.masks.shape(value), tuple(axes), value.param, value.table)
+
     def labels(name: str, tensor: Tensor) -> Value:
         value = labelled.params.get(name)
         if value is None:
             return Value(tuple(tensor.shape), ((),) * tensor.dim(), name, index_table(tensor))
-        expected = _survivors(value, cut)
+        expected = survivors(value)
         if expected.shape != tuple(tensor.shape):
             raise LabelMismatch(f"'{name}' has shape {tuple(tensor.shape)}, its survivors {expected.shape}")
         return expected
 
     def settled(name: str, value: Any) -> Any:
-        verified = [_verified(name, *pair, cut) for pair in _pairs(name, labelled.values.get(name), value)]
+        dense, found = values_in(labelled.values.get(name)), values_in(value)
+        if dense and len(dense) != len(found):
+            raise LabelMismatch(f"node '{name}' gives {len(found)} tensors, the dense one {len(dense)}")
+        verified = [survivors(x) for x in dense]  # operators lose the labels of an axis that shrank to one index
+        for wanted, got in zip(verified, found, strict=False):
+            if wanted.shape != got.shape:
+                raise LabelMismatch(f"value '{name}' has shape {got.shape}, its survivors {wanted.shape}")
+            for a, layers in enumerate(got.axes):
+                if not _equal(wanted.axes[a], labelled.labels.canon(layers)):
+                    raise LabelMismatch(f"axis {a} of value '{name}' holds other units than the dense program's")
         compared.append(len(verified))
         return value if not verified else tuple(verified) if isinstance(value, (tuple, list)) else verified[0]
 
@@ -283,41 +322,6 @@ def replay(cut: Cut, compact: CompactModel, shapes: Mapping[str, Any]) -> int:
     except LabelMismatch as error:
         raise _mismatch(error) from error
     return sum(compared)
-
-
-def _survivors(value: Value, cut: Cut) -> Value:
-    labels, axes = cut.coupling.labelled.labels, []
-    for a, layers in enumerate(value.axes):
-        index = np.flatnonzero(cut.masks(value, a)) if layers else None
-        axes.append(gather(labels.canon(layers), index) if index is not None else ())
-    return Value(cut.masks.shape(value), tuple(axes), value.param, value.table)
-
-
-def _pairs(name: str, dense: Any, compact: Any) -> list[tuple[Value, Value]]:
-    """Yield the tensors of a value in the dense program and in the cut one."""
-    before, after = _tensors(dense), _tensors(compact)
-    if before and len(before) != len(after):
-        raise LabelMismatch(f"node '{name}' gives {len(after)} tensors, the dense one {len(before)}")
-    return list(zip(before, after, strict=False))
-
-
-def _tensors(value: Any) -> list[Value]:
-    items = value if isinstance(value, (tuple, list)) else (value,)
-    return [v for v in items if isinstance(v, Value)]
-
-
-def _verified(name: str, dense: Value, compact: Value, cut: Cut) -> Value:
-    """Return the survivors of the dense value of this name; raise if the computed value differs.
-
-    Operators lose the labels of an axis that shrank to one index; returning the survivors restores them.
-    """
-    expected = _survivors(dense, cut)
-    if expected.shape != compact.shape:
-        raise LabelMismatch(f"value '{name}' has shape {compact.shape}, its survivors {expected.shape}")
-    for a in range(len(compact.shape)):
-        if not _equal(expected.axes[a], cut.coupling.labelled.labels.canon(compact.axes[a])):
-            raise LabelMismatch(f"axis {a} of value '{name}' holds other units than the dense program's survivors")
-    return expected
 
 
 def _equal(wanted: Layers, found: Layers) -> bool:
@@ -338,16 +342,82 @@ def _mismatch(what: Any) -> CheckFailed:
     return CheckFailed(f"label replay: {what}; {REPORT}")
 
 
-def _tensors_of(graph: torch.nn.Module) -> dict[str, Tensor]:
-    named: dict[str, Tensor] = dict(graph.named_parameters(remove_duplicate=False))
-    named |= dict(graph.named_buffers(remove_duplicate=False))
-    return {name: tensor.detach().cpu() for name, tensor in named.items()}
+# Numbers. ------------------------------------------------------------------------------------------------------------
 
 
-# -- numbers ---------------------------------------------------------------------------------------------------------
+def relative_error(wanted: Rounds, got: Rounds) -> tuple[float, float]:
+    """Compare outputs over several samples.
+
+    Args:
+        wanted: output tensors of each run; inputs differ between runs, or between samples along the first axis.
+        got: the outputs to compare, likewise.
+
+    Returns:
+        The largest difference divided by the largest deviation from the mean over samples (maximum over outputs), and
+        the share of an output's magnitude that varies (minimum over outputs).
+    """
+    worst, share = 0.0, 1.0
+    for outputs, others in zip(zip(*wanted, strict=True), zip(*got, strict=True), strict=True):
+        reference, other = (torch.cat([t.double().reshape(t.shape or (1,)) for t in x]) for x in (outputs, others))
+        if reference.shape != other.shape:
+            return float("inf"), share
+        deviation = (reference - reference.mean(0, keepdim=True)).abs().max()
+        difference, scale = (reference - other).abs().max(), reference.abs().max()
+        if not bool(torch.isfinite(reference).all()):
+            raise InvalidInput("the dense model's own output is not finite; load weights that do not overflow")
+        if not bool(torch.isfinite(difference)):
+            return float("inf"), share
+        share = min(share, float(deviation / scale.clamp_min(1e-300)))
+        worst = max(worst, float(difference / deviation.clamp_min(1e-300)) if difference > 0 else 0.0)
+    return worst, share
 
 
-def _compare(reference: Executor, rounds: list[list[Tensor]], found: list[list[list[Tensor]]]) -> tuple[float, float]:
+def outputs_of(program: Program, state: Mapping[str, Tensor], seed: int) -> Rounds:
+    """Return the dense program's outputs with these weights, in float64, on random inputs, by run."""
+    run = Executor(program.graph, state, dtype=torch.float64)
+    with torch.no_grad():
+        return [flat_outputs(run.run(*inputs)) for inputs in _rounds(program, seed, torch.float64)]
+
+
+def require(error: float, dtype: torch.dtype, what: str, advice: str = REPORT) -> None:
+    """Raise CheckFailed if an error exceeds the tolerance of this precision."""
+    tolerance = TOLERANCE[dtype]
+    if not error <= tolerance:
+        raise CheckFailed(
+            f"the compact model differs from the masked dense model by {error:.1e} on {what} "
+            f"(allowed: {tolerance:.0e}); {advice}"
+        )
+
+
+def _explained(reference: Executor, rounds: Rounds, error: float, dtype: torch.dtype, what: str) -> tuple[str, ...]:
+    """Return a note if an error above the tolerance is explained by rounding in the reference; raise if it is not.
+
+    A deep network may amplify rounding errors beyond the tolerance. This is measured by moving every weight by one unit
+    in the last place and comparing the outputs.
+    """
+    if error <= TOLERANCE[dtype]:
+        return ()
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        sign = torch.randint(0, 2, x.shape, generator=generator) * 2 - 1
+        return x * (1 + torch.finfo(x.dtype).eps * sign.to(x.dtype))
+
+    other = reference.on({name: moved(tensor) for name, tensor in reference.state.items()})
+    with torch.no_grad():
+        runs = [[flat_outputs(run.run(*inputs)) for inputs in rounds] for run in (reference, other)]
+    rounding, _ = relative_error(*runs)
+    if not (error <= ROUNDINGS * rounding and rounding < BLIND):
+        require(error, dtype, what)
+    return (
+        f"rounding is amplified on {what}: moving each weight by its last bit moves the dense output by "
+        f"{rounding:.1e}, the difference is {error:.1e}",
+    )
+
+
+def _compare(reference: Executor, rounds: Rounds, found: list[Rounds]) -> tuple[float, float]:
     """Return the largest relative error over all ways to run the compact model, and the varying share."""
     with torch.no_grad():
         wanted = [flat_outputs(reference.run(*inputs)) for inputs in rounds]
@@ -355,28 +425,15 @@ def _compare(reference: Executor, rounds: list[list[Tensor]], found: list[list[l
     return max(error for error, _ in errors), errors[0][1]
 
 
-def _recorded(
-    compact: CompactModel, state: Mapping[str, Tensor], rounds: list[list[Tensor]]
-) -> tuple[list[list[Tensor]], dict[str, Any]]:
-    """Return outputs of the rewritten program by round, in float64, and the shapes of all values in the first."""
-    shapes: dict[str, Any] = {}
-
-    def record(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
-        try:
-            result = node.target(*args, **kwargs)  # type: ignore[operator]
-        except Exception as error:  # torch raises several exception types for mismatched sizes
-            raise _mismatch(f"node '{node.name}' ({node.target}) does not run: {first_line(error)}") from error
-        shapes.setdefault(node.name, shapes_of(result))
-        return result
-
-    outputs = _of_graph(compact, state, rounds, record)
-    placeholders = [n.name for n in compact.graph.graph.nodes if n.op == "placeholder"]
-    return outputs, shapes | {name: shapes_of(x) for name, x in zip(placeholders, rounds[0], strict=True)}
+def _tensors_of(graph: nn.Module) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = dict(graph.named_parameters(remove_duplicate=False))
+    named |= dict(graph.named_buffers(remove_duplicate=False))
+    return {name: tensor.detach().cpu() for name, tensor in named.items()}
 
 
 def _of_graph(
-    compact: CompactModel, state: Mapping[str, Tensor] | None, rounds: list[list[Tensor]], override: Any = None
-) -> list[list[Tensor]]:
+    compact: CompactModel, state: Mapping[str, Tensor] | None, rounds: Rounds, override: Any = None
+) -> Rounds:
     """Return the rewritten program's outputs by round, in float64 on `state`, or on its own weights if None."""
     tensors = state if state is not None else _tensors_of(compact.graph)
     run = Executor(compact.graph, tensors, override, torch.float64 if state is not None else None)
@@ -384,9 +441,7 @@ def _of_graph(
         return [flat_outputs(run.run(*inputs)) for inputs in rounds]
 
 
-def _of_module(
-    cut: Cut, compact: CompactModel, state: Mapping[str, Tensor] | None, rounds: list[list[Tensor]]
-) -> list[list[list[Tensor]]]:
+def _of_module(cut: Cut, compact: CompactModel, state: Mapping[str, Tensor] | None, rounds: Rounds) -> list[Rounds]:
     """Return the outputs of the user's class, if that is the compact model, in a list of at most one item."""
     if compact.kind != "module":
         return []
@@ -402,3 +457,210 @@ def _of_module(
 
     with torch.no_grad(), evaluating(module), nullcontext() if state is None else InDouble():
         return [[call(inputs) for inputs in rounds]]
+
+
+# Dropped blocks. -----------------------------------------------------------------------------------------------------
+
+
+def check_dropped(program: Program, plan: Plan, *, seed: int = 0) -> tuple[str, ...]:
+    """Verify a program without blocks against the program as it was traced.
+
+    In the traced program, dropped branches are replaced by their constants, and dropped layers by their inputs, on
+    distinct, well-conditioned values. Dead branches are compared unchanged on the real weights. Both run in float64.
+
+    Args:
+        program: result of `drop`.
+        plan: plan with these `dropped` blocks.
+        seed: seed of values and inputs.
+
+    Returns:
+        Notes on the comparisons.
+
+    Raises:
+        CheckFailed: outputs differ by more than 1e-10 of what varies with the input.
+    """
+    whole = program.dense
+    gone = [block for block in find_blocks(whole) if block.name in plan.dropped]
+    constants = branch_constants(whole, plan.dropped)
+    _require_shifted(program, constants)
+    worst = _apart(program, plan, gone, constants, well_conditioned(whole, seed=seed), seed)
+    require(worst, torch.float64, f"dropping {len(gone)} blocks, on {_DISTINCT}")
+    names = dead_blocks(whole, gone)
+    dead = [block for block in gone if block.name in names and not block.is_layer]
+    if not dead:
+        return ()
+    inside = {name for block in dead for name in block.nodes}
+    others = [block for block in gone if block not in dead and not {*block.nodes, block.sum} <= inside]
+    worst = _apart(program, plan, others, constants, in_float64(state_of(whole)), seed)
+    require(worst, torch.float64, f"taking out {len(dead)} dead blocks, on the real weights")
+    return (f"{len(dead)} dead blocks taken out: relative error {worst:.1e} in float64 on the real weights",)
+
+
+def _apart(
+    program: Program,
+    plan: Plan,
+    gone: Collection[Block],
+    constants: BranchConstants,
+    state: Mapping[str, Tensor],
+    seed: int,
+) -> float:
+    """Return the relative difference between the traced program with these blocks overridden, and that without blocks.
+
+    Also at other sizes.
+    """
+    whole = program.dense
+    branches = {block.branch: plan.dropped[block.name] for block in gone if not block.is_layer}
+    layers = {name for block in gone if block.is_layer for name in (*block.nodes, block.sum)}
+
+    def override(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.name not in branches:  # the last node of a branch may also be that of a layer within it
+            return args[0] if node.name in layers else NotImplemented
+        value = torch.zeros_like(node.target(*args, **kwargs))  # type: ignore[operator]
+        constant = branches[node.name]
+        return value + spread(constant, node.meta["val"].shape).to(value.dtype) if constant else value
+
+    own = in_float64(state_of(program))
+    small = {name: state.get(name, constants.added.get(name, value)) for name, value in own.items()}
+    small |= {name: small[name] + shift for name, shift in constants.shifts.items() if name in small}
+    reference = Executor(whole.graph, state, override, torch.float64)
+    shifted = Executor(program.graph, small, dtype=torch.float64)
+
+    def outputs(inputs: list[Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            return flat_outputs(reference.run(*inputs))
+
+    inputs = sample_inputs(whole, seed=seed + 31, dtype=torch.float64)
+    worst = 0.0
+    for given, wanted in [(inputs, outputs(inputs)), *(elsewhere(whole, outputs, seed=seed + 32) or ())]:
+        with torch.no_grad():
+            found = flat_outputs(shifted.run(*given))
+        if [x.shape for x in wanted] != [x.shape for x in found] or not wanted:
+            raise CheckFailed("the model without its blocks returns other outputs; please report it")
+        worst = max(worst, relative_error([wanted], [found])[0])
+    return worst
+
+
+def _require_shifted(program: Program, constants: BranchConstants) -> None:
+    """Raise unless tensors that absorb a constant contain it, and all others are unchanged."""
+    before, after = state_of(program.dense), state_of(program)
+    for name in after.keys() & before.keys():
+        wanted = before[name]
+        if name in constants.shifts:
+            wanted = (wanted.double() + constants.shifts[name]).to(wanted.dtype)
+        if not torch.equal(after[name], wanted):
+            raise CheckFailed(f"'{name}' is not what it was, or does not hold the constant that it is to take up")
+    for name, value in constants.added.items():
+        if name not in after or not torch.equal(after[name], value.to(after[name].dtype)):
+            raise CheckFailed(f"'{name}' does not hold the constant that a block left behind")
+
+
+# The whole model around a submodule. ---------------------------------------------------------------------------------
+
+
+class MaskedPart(nn.Module):
+    """The masked dense submodule, run in the precision of its inputs."""
+
+    def __init__(self, cut: Cut) -> None:
+        super().__init__()
+        self._cut = cut
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MaskedPart:
+        return self  # shares the dense model's tensors, and does not modify them
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the masked program returns."""
+        leaves = pytree.tree_leaves((args, kwargs))
+        dtype = next((x.dtype for x in leaves if isinstance(x, Tensor) and x.is_floating_point()), torch.float32)
+        state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in state_of(self._cut.program).items()}
+        return self._cut.masked_run(self._cut.reordered(state)).run(*leaves)
+
+
+_INSIDE = "and in the whole model"
+
+
+def check_whole(
+    whole: Whole, reference: nn.Module, compact: nn.Module, verdict: CheckResult, program: Program
+) -> CheckResult:
+    """Compare the whole model around the compact submodule with that around the masked dense one.
+
+    Args:
+        whole: the dense model and its example call.
+        reference: the masked submodule.
+        compact: the whole model around the compact submodule.
+        verdict: result of verifying the submodule alone.
+        program: the dense submodule, traced.
+
+    Returns:
+        The result, with a note on what was compared.
+
+    Raises:
+        CheckFailed: the dense model runs, but the compact one fails or differs.
+    """
+    calls: list[int] = []
+    try:
+        with_reference = whole.around(reference)
+        with_reference.get_submodule(whole.name).register_forward_pre_hook(lambda module, inputs: calls.append(1))
+        wanted, dtype = _run_whole(whole, with_reference)
+    except Exception as error:  # the dense model may fail outside the submodule, for instance for a missing operator
+        why = f"the whole model does not run here ({first_line(error)})"
+        return replace(verdict, notes=(*verdict.notes, f"part '{whole.name}' was checked on its own only: {why}"))
+    try:
+        got, _ = _run_whole(whole, compact, dtype)
+    except Exception as error:  # any exception the user's forward raises
+        raise CheckFailed(
+            f"the whole model does not run around the compact part '{whole.name}': {where_raised(error)}: "
+            f"{first_line(error)}; nothing was written"
+        ) from error
+    inside = narrowest(program) if program.has_graph and names_dtype(program) else dtype
+    allowed = max(TOLERANCE[dtype], TOLERANCE[inside])
+    difference = 0.0 if [x.shape for x in wanted] == [x.shape for x in got] else float("inf")
+    for x, y in zip(wanted, got, strict=True) if difference == 0 else ():
+        if x.numel():
+            a, b = x.double(), y.double()
+            difference = max(difference, float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)))
+    if not difference <= allowed:
+        raise CheckFailed(
+            f"around the compact part '{whole.name}' the whole model differs by {difference:.1e} from what it computes "
+            f"around the masked one (allowed: {allowed:.0e}); {REPORT}"
+        )
+    times = "; it is called several times, the first call's inputs were used" if len(calls) > 1 else ""
+    note = f"part '{whole.name}' was checked on its own {_INSIDE} (difference {difference:.1e}){times}"
+    return replace(verdict, notes=(*verdict.notes, note))
+
+
+def _run_whole(whole: Whole, model: nn.Module, dtype: torch.dtype | None = None) -> tuple[list[Tensor], torch.dtype]:
+    """Run in float64 if the model permits, else in its own precision; return flat outputs."""
+    if dtype is None:
+        try:
+            return _run_whole(whole, model, torch.float64)
+        except Exception:  # any exception the user's forward raises, typically for a fixed dtype
+            dtype = next((p.dtype for p in whole.model.parameters() if p.dtype in TOLERANCE), torch.float32)
+    subject = copied(model).to(dtype)
+    example = whole.example.example if whole.example is not None else ((), {})
+    args, kwargs = pytree.tree_map(
+        lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, fresh(example)
+    )
+    with evaluating(subject), torch.no_grad():
+        result = subject(*args, **kwargs)
+    return [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)], dtype
+
+
+def describe_whole(whole: Whole, compact: nn.Module, verdict: CheckResult) -> tuple[dict[str, Any], str]:
+    """Return report data on the submodule (its name, what was verified, the whole model's costs), and a note."""
+    inside = any(_INSIDE in note for note in verdict.notes)
+    params, macs = [count_params(whole.model), count_params(compact)], None
+    if inside and whole.example is not None:
+        try:
+            macs = [count_macs(model, *whole.example.example) for model in (whole.model, compact)]
+        except SurgeryError:
+            macs = None
+    counted = f"MACs of the example {macs[0]:,} → {macs[1]:,}" if macs else "its MACs cannot be counted"
+    data = {
+        "name": whole.name,
+        "checked": f"on its own {_INSIDE}" if inside else "on its own",
+        "whole": {"params": params, "macs": macs},
+    }
+    return data, (
+        f"part '{whole.name}': the budget is the part's alone; "
+        f"the whole model: parameters {params[0]:,} → {params[1]:,}, {counted}"
+    )

@@ -8,7 +8,7 @@ with members in random order, which must not change the outputs.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import ceil, lgamma, log
 from typing import Any
@@ -17,11 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surgery.core import TOLERANCE, Arrangement, Coupling, Group, Plan, Program, Site, Value, well_conditioned
-from surgery.coupling import Held, Layout, Places, layouts, positions, reordered, reorderings
+from surgery.core import TOLERANCE, Arrangement, Coupling, Group, Plan, Program, Site, well_conditioned
+from surgery.coupling import Places, positions, reordered, reorderings, values_in
 from surgery.cutting import outputs_of, relative_error
 from surgery.errors import PlanMismatch
 from surgery.importance.scoring import score_members, weights_of
+
+Pair = tuple[Group, Group]
+"""Group of members, group of heads."""
 
 
 def arrange(program: Program, coupling: Coupling, criterion: Any = "l1", *, seed: int = 0) -> tuple[Arrangement, ...]:
@@ -38,10 +41,9 @@ def arrange(program: Program, coupling: Coupling, criterion: Any = "l1", *, seed
     """
     if not isinstance(criterion, str) or not program.has_graph:
         return ()
-    places = Places(coupling)
+    places, out = Places(coupling), []
     pairs = _pairs(places, coupling)
     parameters = weights_of(program, coupling) if pairs else {}
-    out = []
     for inner, outer in _reorderable(program, places, coupling, pairs, seed):
         joint, theirs = _joint(places, inner, outer, parameters)
         scores = np.asarray(score_members(joint, theirs, criterion, seed=seed)).reshape(outer.size, inner.size)
@@ -69,53 +71,30 @@ def settled(plan: Plan, arrangements: Sequence[Arrangement]) -> Plan:
     return replace(plan, arranged=tuple(out), notes=(*plan.notes, *said))
 
 
-# Groups. -------------------------------------------------------------------------------------------------------------
-
-
-Pair = tuple[Group, Group]
-"""Group of members, group of heads."""
-
-
 def _pairs(places: Places, coupling: Coupling) -> list[Pair]:
     """Return groups of members, each with the group of heads that every value with these members also has."""
     candidates: dict[int, set[int]] = {}
-    for value in _values(places):
-        held = places.held(value)
+    values = (v for value in places.labelled.values.values() for v in values_in(value))
+    for held in (places.held(value) for value in (*places.labelled.params.values(), *values)):
         for members in held:
             for number in set(members.group.tolist()) - {-1}:
-                found = _named_with(members, held, number)
+                there, found = members.group == number, set[int]()
+                for other in held:  # a unit at every position of the members, or on the whole of another axis
+                    groups = set((other.group[there] if other.axis == members.axis else other.group).tolist())
+                    found |= groups if other is not members and len(groups) == 1 else set()
+                found -= {-1, number}
                 candidates[number] = candidates[number] & found if number in candidates else found
     named = {number: next(iter(found)) for number, found in candidates.items() if len(found) == 1}
     pairs = [(coupling.groups[inner], coupling.groups[outer]) for inner, outer in sorted(named.items())]
     return [pair for pair in pairs if _regular(places, *pair)]
 
 
-def _values(places: Places) -> Iterator[Value]:
-    yield from places.labelled.params.values()
-    for found in places.labelled.values.values():
-        for value in found if isinstance(found, (tuple, list)) else (found,):
-            if isinstance(value, Value):
-                yield value
-
-
-def _named_with(members: Held, held: Sequence[Held], number: int) -> set[int]:
-    """Return groups with a unit at every position of the members, or on the whole of another axis."""
-    there = members.group == number
-    out = set()
-    for other in held:
-        if other is not members:
-            groups = set((other.group[there] if other.axis == members.axis else other.group).tolist())
-            out |= groups if len(groups) == 1 else set()
-    return out - {-1, number}
-
-
 def _regular(places: Places, inner: Group, outer: Group) -> bool:
     """Return whether every tensor contains equally many positions of each member."""
     try:
-        for layout in layouts(places, inner.name, outer.name):
+        for layout in places.layouts(inner.name, outer.name):
             if layout.by is None:
-                joint = np.where(layout.inner >= 0, layout.outer * inner.size + layout.inner, -1)
-                positions(joint, outer.size * inner.size)
+                positions(layout.joint(inner.size), outer.size * inner.size)
             else:
                 positions(layout.inner, inner.size)
                 positions(layout.outer, outer.size)
@@ -155,46 +134,39 @@ class _Shuffle:
         self._rng, self._runs = np.random.default_rng(seed), _RUNS
 
     def passing(self, pairs: Sequence[Pair]) -> list[Pair]:
-        """Return the pairs whose random orders do not change the outputs; tests all at once, then smaller sets."""
+        """Return the pairs whose random orders do not change the outputs.
+
+        All are tested at once, then those of similar blocks (named alike but for numbers), then halves.
+        """
         if not pairs or not self._runs:
             return []
         self._runs -= 1
         if self._same(pairs):
             return list(pairs)
-        return [pair for part in _parts(pairs) for pair in self.passing(part)]
+        kinds: dict[str, list[Pair]] = {}
+        for pair in pairs:
+            kinds.setdefault(re.sub(r"\d+", "", pair[0].name), []).append(pair)
+        half = len(pairs) // 2
+        halves = [pairs[:half], pairs[half:]] if half else []
+        return [pair for part in (kinds.values() if len(kinds) > 1 else halves) for pair in self.passing(part)]
 
     def _same(self, pairs: Sequence[Pair]) -> bool:
-        for k in range(max(_draws(inner.size) for inner, _ in pairs)):
-            orders = [self._random_order(*pair) for pair in pairs if k < _draws(pair[0].size)]
+        # After so many random orders, two heads have always agreed with probability below 1e-3.
+        draws = [max(1, ceil(log(1e3) / lgamma(inner.size + 1))) for inner, _ in pairs]
+        for k in range(max(draws)):
+            orders = []
+            for (inner, outer), count in zip(pairs, draws, strict=True):
+                if k < count:
+                    rows = (tuple(self._rng.permutation(inner.size).tolist()) for _ in range(outer.size))
+                    orders.append(Arrangement(inner.name, outer.name, tuple(rows)))
             state = reordered(self._state, reorderings(self._coupling, orders, self._places))
             error, _ = relative_error(self._wanted, outputs_of(self._program, state, self._seed))
             if not error <= TOLERANCE[torch.float64]:
                 return False
         return True
 
-    def _random_order(self, inner: Group, outer: Group) -> Arrangement:
-        rows = (tuple(self._rng.permutation(inner.size).tolist()) for _ in range(outer.size))
-        return Arrangement(inner.name, outer.name, tuple(rows))
-
 
 _RUNS = 10
-
-
-def _parts(some: Sequence[Pair]) -> list[list[Pair]]:
-    """Split by names without numbers (similar blocks behave alike), else into halves; empty for a single pair."""
-    kinds: dict[str, list[Pair]] = {}
-    for pair in some:
-        kinds.setdefault(re.sub(r"\d+", "", pair[0].name), []).append(pair)
-    half = len(some) // 2
-    return list(kinds.values()) if len(kinds) > 1 else [list(some[:half]), list(some[half:])] if half else []
-
-
-def _draws(members: int) -> int:
-    """Return the number of random orders after which two heads always agree with probability below 1e-3."""
-    return max(1, ceil(log(1e3) / lgamma(members + 1)))
-
-
-# Importance of members. ----------------------------------------------------------------------------------------------
 
 
 def _joint(
@@ -202,23 +174,19 @@ def _joint(
 ) -> tuple[Group, dict[str, Tensor]]:
     """Return a group with every member of every head as a unit, and the weights of which these units own slices."""
     weights, sites, count = dict(parameters), [], inner.size * outer.size
-    for layout in layouts(places, inner.name, outer.name):
+    for layout in places.layouts(inner.name, outer.name):
+        name, axis = layout.tensor, layout.axis
         if layout.by is None:
-            owned = positions(np.where(layout.inner >= 0, layout.outer * inner.size + layout.inner, -1), count)
-            sites.append(Site(layout.tensor, layout.axis, tuple(map(tuple, owned.tolist()))))
-        elif layout.tensor in parameters:
-            laid = f"{layout.tensor}:{layout.axis}"  # the tensor may have members on another axis too
-            weights[laid], owned = _per_head(parameters[layout.tensor], layout, inner.size, outer.size)
-            sites.append(Site(laid, 0, tuple(map(tuple, owned.tolist()))))
+            owned = positions(layout.joint(inner.size), count)
+        elif name in parameters:  # concatenate the slices of all heads: (heads * positions, slice)
+            rows = positions(layout.outer, outer.size)
+            weight = parameters[name].movedim((layout.by, axis), (0, 1))
+            weight = weight.reshape(*weight.shape[:2], -1)  # (by, axis, rest)
+            name, axis = f"{name}:{axis}", 0  # the tensor may have members on another axis too
+            weights[name] = torch.cat([weight[torch.from_numpy(row)].movedim(1, 0).flatten(1) for row in rows])
+            per_head = positions(layout.inner, inner.size)
+            owned = np.concatenate([per_head + k * len(layout.inner) for k in range(outer.size)])
+        else:
+            continue
+        sites.append(Site(name, axis, tuple(map(tuple, owned.tolist()))))
     return Group(inner.name, tuple(range(count)), tuple(sites), inner.inexact), weights
-
-
-def _per_head(weight: Tensor, layout: Layout, members: int, heads: int) -> tuple[Tensor, Any]:
-    """Concatenate the slices of all heads: (heads * positions, slice), and their owners."""
-    assert layout.by is not None
-    rows = positions(layout.outer, heads)
-    weight = weight.movedim((layout.by, layout.axis), (0, 1))
-    weight = weight.reshape(*weight.shape[:2], -1)  # (by, axis, rest)
-    parts = [weight[torch.from_numpy(row)].movedim(1, 0).flatten(1) for row in rows]
-    owned = positions(layout.inner, members)
-    return torch.cat(parts), np.concatenate([owned + k * len(layout.inner) for k in range(heads)])

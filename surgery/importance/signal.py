@@ -29,7 +29,6 @@ from surgery.core import (
     shapes_of,
     with_values,
 )
-from surgery.coupling import input_correlation
 from surgery.importance.unit_weights import power_sum
 from surgery.ops import Moments, Rule, compressed, rules, through
 
@@ -117,12 +116,44 @@ def block_worth(program: Program, blocks: Sequence[Block]) -> dict[str, float]:
 
 def _block_lost(program: Program, known: Mapping[str, Any], block: Block) -> float:
     if block.is_layer:
-        return loss_of(1.0, 1.0 - input_correlation(program, block, known))
+        return loss_of(1.0, 1.0 - _input_correlation(program, block, known))
     branch, stays = (known[name].variance for name in (block.branch, block.stays))
     if branch == 0:  # it does not vary with the input, but its constant counts
         branch, stays = (known[name].energy for name in (block.branch, block.stays))
     whole = branch + stays
     return loss_of(1.0, branch / whole if whole > 0 else 0.5)
+
+
+def _input_correlation(program: Program, block: Block, known: Mapping[str, Any]) -> float:
+    """Return the squared correlation of a depthwise layer's output with its input.
+
+    Neighbouring pixels are assumed to be independent, so that a channel correlates with its input through the central
+    weight; activations are assumed not to change the correlation.
+    """
+    nodes, tensors = {node.name: node for node in program.graph.graph.nodes}, all_tensors(program)
+    layer = [nodes[name] for name in (*block.nodes, block.sum)]
+
+    def weight_of(node: torch.fx.Node) -> Tensor | None:
+        given = arguments_of(node).get("weight")
+        return tensors[str(given.target)].detach().cpu().double() if isinstance(given, torch.fx.Node) else None
+
+    def variances(name: str) -> Tensor:
+        """Return the variance of each channel over its positions."""
+        var: Tensor = known[name].var
+        rows = var.movedim(1, 0).flatten(1).mean(1) if var.dim() > 1 else var.reshape(-1)
+        return rows.expand(len(alike))
+
+    weight = weight_of(layer[0])
+    if weight is None or any(size % 2 == 0 for size in weight.shape[2:]):
+        return 0.0
+    taps = weight.flatten(1)
+    alike = taps[:, taps.shape[1] // 2] / taps.norm(dim=1).clamp_min(1e-30)
+    for node in layer[1:]:
+        scale = weight_of(node) if node.target is torch.ops.aten.batch_norm.default else None
+        alike = alike * (scale.sign() if scale is not None else 1.0)
+    before, after = variances(block.stays), variances(block.sum)
+    whole = float(before.sum() * after.sum())
+    return float((alike * (before * after).sqrt()).sum().clamp_min(0)) ** 2 / whole if whole > 0 else 0.0
 
 
 # Forward: moments. ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from functools import cached_property
 from surgery.config import Recipe
 from surgery.core import Arrangement, Block, Clock, CostFn, Coupling, Program, Scores
 from surgery.coupling import (
-    blocks_within,
     dead_blocks,
     drop,
     find_blocks,
@@ -101,7 +100,8 @@ def droppable_blocks(program: Program, recipe: Recipe) -> DroppableBlocks:
     if not recipe.selection.drop_layers or not program.has_graph:
         return DroppableBlocks(program)
     every = find_blocks(program)
-    blocks = tuple(blocks_within(every, kept_names(program, recipe.selection.keep)))
+    kept = kept_names(program, recipe.selection.keep).keys()
+    blocks = tuple(block for block in every if kept.isdisjoint(block.tensors))
     dead = dead_blocks(program, blocks)
     if dead and len(dead) == sum(not block.is_layer for block in every):
         note = f"all {len(dead)} residual branches give a constant, as before training: they stay"

@@ -24,7 +24,7 @@ from surgery import __version__
 from surgery.capture import submodule as parts
 from surgery.config import Recipe
 from surgery.core import Clock, Program, Progress, replacing
-from surgery.coupling import blocks_within, dead_blocks, drop, find_blocks, kept_names
+from surgery.coupling import dead_blocks, drop, find_blocks, kept_names
 from surgery.cutting import tracer_of
 from surgery.errors import InvalidInput
 from surgery.latency import LatencyTable, Measured, Point, device
@@ -126,8 +126,8 @@ def survey(
     with run("couple"):
         dense = points(program)
     with run("couple without blocks"):
-        found = find_blocks(program)
-        blocks = list(blocks_within(found, kept_names(program, recipe.selection.keep)))
+        found, kept = find_blocks(program), kept_names(program, recipe.selection.keep).keys()
+        blocks = [block for block in found if kept.isdisjoint(block.tensors)]
         dead = dead_blocks(program, blocks)
         names = [block.name for block in blocks]
         gone = {frozenset(chosen).union(dead) for chosen in (names[::2], names[1::2], names, ())} - {frozenset()}

@@ -18,10 +18,10 @@ from benchmarks.studies.networks import CifarResNet
 from exporters import onnx as exporter
 from surgery.capture.tracing import trace
 from surgery.core.ir import Program
-from surgery.coupling.blocks import drop, find_blocks
+from surgery.coupling.blocks import dead_blocks, find_blocks
 from surgery.coupling.coupler import couple
-from surgery.coupling.dead import dead_blocks
-from surgery.cutting.verify_dropped import check_dropped
+from surgery.coupling.dropping import drop
+from surgery.cutting.verify import check_dropped
 from surgery.errors import CheckFailed, InvalidInput, PlanMismatch
 from surgery.inputs.compat import import_torchvision
 

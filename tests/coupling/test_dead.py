@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 import surgery
 from surgery.capture.tracing import trace
-from surgery.coupling.blocks import drop, find_blocks
+from surgery.coupling.blocks import dead_blocks, find_blocks
 from surgery.coupling.coupler import couple
-from surgery.coupling.dead import dead_blocks
-from surgery.cutting.verify_dropped import check_dropped
+from surgery.coupling.dropping import drop
+from surgery.cutting.verify import check_dropped
 from surgery.inputs.compat import import_torchvision
 
 WIDTH = 16

@@ -14,10 +14,10 @@ import surgery
 from exporters import onnx as exporter
 from surgery.capture.tracing import trace
 from surgery.core.ir import Block, Program
-from surgery.coupling.blocks import drop, find_blocks
+from surgery.coupling.blocks import dead_blocks, find_blocks
 from surgery.coupling.coupler import couple
-from surgery.coupling.dead import dead_blocks
-from surgery.cutting.verify_dropped import check_dropped
+from surgery.coupling.dropping import drop
+from surgery.cutting.verify import check_dropped
 from surgery.errors import CheckFailed
 from surgery.importance.block_ablation import BlockAblation
 from surgery.importance.signal import block_worth

@@ -13,10 +13,9 @@ import surgery
 from exporters import onnx as exporter
 from surgery.capture.tracing import trace
 from surgery.core.ir import Program
-from surgery.coupling.blocks import branch_constants, drop, find_blocks
-from surgery.coupling.dead import dead_blocks
-from surgery.coupling.placeholders import Placeholder
-from surgery.cutting.verify_dropped import check_dropped
+from surgery.coupling.blocks import dead_blocks, find_blocks
+from surgery.coupling.dropping import Placeholder, branch_constants, drop
+from surgery.cutting.verify import check_dropped
 from surgery.errors import CheckFailed
 
 WIDTH = 12

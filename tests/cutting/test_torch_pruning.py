@@ -16,7 +16,7 @@ import surgery
 from surgery.capture.tracing import trace
 from surgery.core.ir import Coupling
 from surgery.coupling.coupler import couple
-from surgery.cutting import eager, torch_pruning
+from surgery.cutting import eager
 from surgery.errors import CheckFailed, UnsupportedModel
 from surgery.inputs.compat import import_torchvision
 
@@ -89,7 +89,7 @@ def test_both_tracers_find_the_same_units_and_groups(name: str) -> None:
     model = import_torchvision().models.get_model(name, weights=None)
     x = torch.randn(2, 3, 33, 33)
     ours = couple(trace(model, x))
-    theirs = torch_pruning.couple(eager.trace(model, x))
+    theirs = eager.couple(eager.trace(model, x))
     assert owned(theirs) == owned(ours)
     assert grouped(theirs) == grouped(ours)
     assert sum(group.size for group in theirs.groups) == sum(group.size for group in ours.groups) > 1000
@@ -130,7 +130,7 @@ def test_what_is_not_followed_is_frozen_with_a_reason() -> None:
             y = self.c(x + self.b(self.a(x)))
             return self.d(self.norm(y).softmax(1))
 
-    coupling = torch_pruning.couple(eager.trace(Net(), torch.randn(1, 3, 8, 8)))
+    coupling = eager.couple(eager.trace(Net(), torch.randn(1, 3, 8, 8)))
     assert [group.name for group in coupling.groups] == ["a.weight:0"]
     reasons = {(frozen.tensor, frozen.axis): frozen.reason for frozen in coupling.frozen}
     assert reasons["b.weight", 0] == "tied to a network input"
@@ -141,7 +141,7 @@ def test_what_is_not_followed_is_frozen_with_a_reason() -> None:
 def test_swapped_channels_are_found(nets) -> None:
     model, x = nets["branching"]()
     program = eager.trace(model, x)
-    coupling = torch_pruning.couple(program)
+    coupling = eager.couple(program)
     scores = surgery.score(program, coupling)
     plan = surgery.allocate(program, coupling, scores, surgery.Budget(channels=0.5), cost=None)
     compact = surgery.cut(program, plan, coupling=coupling)

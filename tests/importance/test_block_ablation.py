@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.capture.tracing import trace
-from surgery.coupling.blocks import drop, find_blocks
+from surgery.coupling.blocks import find_blocks
 from surgery.coupling.coupler import couple
+from surgery.coupling.dropping import drop
 from surgery.importance.block_ablation import BlockAblation, block_losses
 from surgery.importance.outputs import first
 from surgery.importance.signal import block_worth

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from surgery.config import Budget, Selection
 from surgery.core.ir import AxisCut, CostFn, Coupling, Frozen, Group, InputSpec, Plan, Program, Scores, Site
 from surgery.coupling.plans import plan_from_dead
-from surgery.errors import BudgetUnreachable, IllegalCut, InvalidInput, PlanMismatch, SurgeryError
+from surgery.errors import BudgetUnreachable, IllegalCut, InvalidInput, PlanMismatch
 from surgery.planning.allocation import allocate
 
 INPUTS = (InputSpec("x", (2, 3, 8, 8), "float32", (0,)),)
@@ -296,12 +296,6 @@ def test_an_axis_is_never_emptied() -> None:
     coupling = Coupling(groups=halves, frozen=(), shapes={"w": (2, 2)})
     with pytest.raises(IllegalCut, match="axis 0 of w"):
         plan_from_dead(coupling, {"a:0": [0], "b:0": [0]}, fingerprint="f", inputs=INPUTS)
-
-
-def test_groups_that_share_a_name_are_refused() -> None:
-    twins = (Group("w:0", (1, 2), (Site("w", 0, singles(2)),)), Group("w:0", (3, 4), (Site("w", 0, singles(2, 2)),)))
-    with pytest.raises(SurgeryError, match="'w:0'"):
-        plan_from_dead(Coupling(twins, (), {"w": (4, 4)}), {"w:0": [0]}, fingerprint="f", inputs=INPUTS)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,447 @@
+"""Programs without some of their blocks, and the user's own model without them.
+
+A dropped branch may leave a constant per channel. A constant that is added to a value can instead be added to the bias,
+shift or operand of a sum from which the value is computed, if no intermediate value has other users; or subtracted from
+the running means of batch norms, if these are the only users. If there is an activation in between, one sum remains.
+The user's tensors are not changed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from surgery.capture import describe_graph, evaluating, module_of
+from surgery.core import (
+    Block,
+    Program,
+    all_tensors,
+    arguments_of,
+    buffers_kept,
+    copied,
+    first_line,
+    flat_outputs,
+    fresh,
+    hint,
+)
+from surgery.coupling.blocks import channel_axes, exclusive, find_blocks, shared_path, spread
+from surgery.coupling.compact_graph import CompactGraph, hold
+from surgery.errors import PlanMismatch
+
+
+def drop(program: Program, constants: Mapping[str, Sequence[float]], blocks: Sequence[Block] | None = None) -> Program:
+    """Return the program without some of its blocks.
+
+    Args:
+        program: the program as traced; unchanged.
+        constants: name of each dropped block → the constant per channel that replaces it, empty if none.
+        blocks: result of `find_blocks`, if available.
+
+    Raises:
+        PlanMismatch: the program has no block of that name, or its number of channels differs.
+    """
+    if not constants:
+        return program
+    gone = _dropped(program, constants, blocks)
+    graph, left = _without(program, gone, constants)
+    read, reads = ({str(n.target) for n in g.nodes if n.op == "get_attr"} for g in (program.graph.graph, graph))
+    tensors = {name: t for name, t in all_tensors(program).items() if name in reads or name not in read}
+    shifted: dict[str, Tensor] = {}
+    for name, by in left.shifts.items():
+        old = tensors[name]
+        new = (old.detach().double() + by.to(old.device)).to(old.dtype)
+        shifted[name] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    kinds = {str(n.target): n.meta["val"].dtype for n in graph.nodes if n.op == "get_attr" and n.target in left.added}
+    device = next((p.device for p in program.model.parameters()), None)
+    added = {name: nn.Parameter(value.to(device, kinds[name])) for name, value in left.added.items()}
+    root = hold(nn.Module(), {**tensors, **shifted, **added}, program.model)
+    name, why = type(program.model).__name__, ""
+    held = CompactGraph(root, graph, name)
+    try:
+        model = _model_without(program, gone, held, added, {id(tensors[name]): t for name, t in shifted.items()})
+    except _CannotReplace as error:
+        training = program.model.training
+        model, why = CompactGraph(root, copy.deepcopy(graph), name).train() if training else held, str(error)
+    held.eval()  # programs are in eval mode; the model keeps its own mode
+    return replace(
+        program,
+        graph=held,
+        nodes=describe_graph(graph),
+        model=model,
+        why_graph=why,
+        materialised={name: sources for name, sources in program.materialised.items() if name in tensors},
+        whole=program,
+    )
+
+
+def _dropped(
+    program: Program, constants: Mapping[str, Sequence[float]], blocks: Sequence[Block] | None = None
+) -> list[Block]:
+    """Return the blocks of these names; raise PlanMismatch if there is none, or the constants do not fit it."""
+    known = {block.name: block for block in (find_blocks(program) if blocks is None else blocks)}
+    nodes = {node.name: node for node in program.graph.graph.nodes}
+    for name, values in constants.items():
+        if name not in known:
+            raise PlanMismatch(
+                f"no block '{name}' in this model: the plan was made for another architecture; make a new plan"
+            )
+        shape = nodes[known[name].sum].meta["val"].shape
+        numbers = all(isinstance(x, (int, float)) and isfinite(x) for x in values)
+        fits = len(values) in {hint(shape[a]) for a in channel_axes(shape)}
+        if values and (known[name].is_layer or not numbers or not fits):
+            raise PlanMismatch(
+                f"block '{name}' leaves {len(values)} constants, not one number per channel: the plan was "
+                "edited, or made for another architecture; make a new plan"
+            )
+    return [known[name] for name in constants]
+
+
+def _without(
+    program: Program, gone: Sequence[Block], constants: Mapping[str, Sequence[float]]
+) -> tuple[torch.fx.Graph, BranchConstants]:
+    """Copy the graph; each sum becomes the remaining operand, plus the branch's constant unless a bias absorbs it."""
+    skipped = {name for block in gone for name in block.nodes}
+    sums = {block.sum: block for block in gone}
+    graph = torch.fx.Graph()
+    graph.set_codegen(copy.deepcopy(program.graph.graph._codegen))
+    new: dict[torch.fx.Node, torch.fx.Node] = {}
+    tensors, added = all_tensors(program), dict[str, Tensor]()
+    for node in program.graph.graph.nodes:
+        if node.op == "output":
+            _return(graph, node, new)
+        elif node.name in skipped:
+            continue
+        elif (block := sums.get(node.name)) is not None:
+            new[node] = stays = next(copy for old, copy in new.items() if old.name == block.stays)
+            if constants[block.name]:
+                name = f"{block.module}.constant"  # as in `Placeholder`, if that replaces the block's module
+                if not block.plain or block.name != block.module or name in tensors:
+                    name = f"{block.name.replace('.', '_').replace('#', '_')}_left"
+                added[name] = spread(constants[block.name], node.meta["val"].shape)
+                attribute = graph.create_node("get_attr", name, name=name.replace(".", "_"))
+                attribute.meta["val"] = added[name].to(node.meta["val"].dtype)
+                new[node] = graph.create_node("call_function", node.target, (stays, attribute), name=node.name)
+                new[node].meta = dict(node.meta)
+        else:
+            new[node] = graph.node_copy(node, lambda n: new[n])
+            new[node].meta = dict(node.meta)
+    for node in reversed(list(graph.nodes)):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+    own = {name: tensor for name, tensor in tensors.items() if name not in program.materialised}
+    return graph, _fold(graph, added, own)
+
+
+def _return(graph: torch.fx.Graph, output: torch.fx.Node, new: Mapping[torch.fx.Node, torch.fx.Node]) -> None:
+    """Restore the outputs; distinct output tensors must not become aliases of each other or of the input."""
+    returned: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in output.all_input_nodes:
+        value = returned[node] = new[node]
+        shared = value in [returned[other] for other in returned if other is not node]
+        if isinstance(node.meta.get("val"), Tensor) and (shared or value.op != node.op):
+            returned[node] = graph.call_function(torch.ops.aten.clone.default, (value,))
+            returned[node].meta = dict(node.meta)
+    graph.output(torch.fx.map_arg(output.args[0], lambda n: returned[n])).meta = dict(output.meta)
+
+
+# Constants of dropped branches. --------------------------------------------------------------------------------------
+
+_SUM = "aten.add.Tensor"
+_CHANNELS_FIRST = (
+    *("aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default"),
+    *("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input"),
+    *("aten.batch_norm.default", "aten.group_norm.default"),
+)
+"""Operators that finally add a bias along axis 1."""
+_CHANNELS_LAST = ("aten.linear.default", "aten.layer_norm.default")
+_SAME = ("aten.clone.default", "aten.contiguous.default", "aten.alias.default", "aten.detach.default")
+_VIEWS = ("aten.view.default", "aten.reshape.default")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BranchConstants:
+    """Where the constants are added; values are float64.
+
+    Attributes:
+        shifts: existing parameter or buffer → the constant added to it.
+        added: new parameter, read by a new sum → its value.
+    """
+
+    shifts: Mapping[str, Tensor]
+    added: Mapping[str, Tensor]
+
+
+def branch_constants(program: Program, constants: Mapping[str, Sequence[float]]) -> BranchConstants:
+    """Return where `drop` adds the constants of dropped blocks; arguments and errors are the same."""
+    return _without(program, _dropped(program, constants), constants)[1]
+
+
+def _fold(graph: torch.fx.Graph, added: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> BranchConstants:
+    """Remove sums with constants from a graph, in place, if a tensor of the graph can absorb the constant.
+
+    Args:
+        graph: each name of `added` is read by one sum, as second operand.
+        added: constants by name, in float64.
+        tensors: tensors that may be shifted, by name; those read twice, or under two names, are not.
+    """
+    reads = Counter(str(n.target) for n in graph.nodes if n.op == "get_attr" for _ in n.users)
+    names = Counter(id(t) for t in tensors.values())
+    single = {name for name, t in tensors.items() if names[id(t)] == 1 and t.is_floating_point()}
+    shapes = {name: tuple(t.shape) for name, t in (*tensors.items(), *added.items())}
+    free = {name: shapes[name] for name in (*single, *added) if reads[name] == 1}
+    shifts: dict[str, Tensor] = {}
+    left = dict(added)
+    for node in list(graph.nodes):
+        attribute = node.args[-1] if node.op == "call_function" and str(node.target) == _SUM else None
+        if not isinstance(attribute, torch.fx.Node) or attribute.op != "get_attr" or attribute.target not in added:
+            continue
+        name = str(attribute.target)
+        found = _homes(node, left[name], {other: shape for other, shape in free.items() if other != name})
+        for home, shift in found.items():
+            into = left if home in left else shifts
+            into[home] = into.get(home, torch.zeros((), dtype=torch.float64)) + shift
+        if found:
+            del left[name]
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            graph.erase_node(attribute)
+    return BranchConstants(shifts, left)
+
+
+Homes = dict[str, Tensor]
+"""Tensor name → the value added to it, broadcastable to its shape."""
+Free = Mapping[str, tuple[int, ...]]
+"""Tensors that may be shifted, with their shapes."""
+
+
+def _homes(node: torch.fx.Node, constant: Tensor, free: Free) -> Homes:
+    """Return the tensors that can absorb the constant of a sum, if any."""
+    if home := _behind(node.args[0], node, constant, free):
+        return home
+    readers = list(node.users)
+    if len(readers) == 1 and _is_sum(readers[0]):
+        other = next((x for x in readers[0].args if isinstance(x, torch.fx.Node) and x is not node), None)
+        same = other is not None and _dim(readers[0]) == constant.dim()
+        return _behind(other, readers[0], constant, free) if same else {}
+    homes: Homes = {}
+    for reader in readers:  # the running means of batch norms, if these are the only users of the sum
+        raw = arguments_of(reader) if reader.op == "call_function" else {}
+        mean = raw.get("running_mean")
+        known = str(reader.target) == "aten.batch_norm.default" and raw.get("input") is node
+        if not known or not isinstance(mean, torch.fx.Node) or mean.target not in free:
+            return {}
+        homes[str(mean.target)] = -constant.flatten()
+    return homes if constant.numel() == constant.shape[1] else {}
+
+
+def _behind(node: Any, reader: torch.fx.Node, constant: Tensor, free: Free) -> Homes:
+    """Search backwards for a tensor that can absorb the constant; `reader` is the value's only user."""
+    if not isinstance(node, torch.fx.Node) or set(node.users) != {reader}:
+        return {}
+    if sum(x is node for x in pytree.tree_leaves((reader.args, dict(reader.kwargs)))) != 1:  # added to itself
+        return {}
+    if node.op == "get_attr":
+        more = max(0, constant.dim() - len(free.get(str(node.target), ())))
+        wide = constant.shape[:more].numel() == 1  # else it varies along axes that the tensor does not have
+        return _taken(node, constant.reshape(constant.shape[more:]), free) if wide else {}
+    if node.op != "call_function" or _dim(node) != constant.dim():
+        return {}
+    target, raw = str(node.target), arguments_of(node)
+    if target in _CHANNELS_FIRST or target in _CHANNELS_LAST:
+        axis = constant.dim() - 1 if target in _CHANNELS_LAST else 1
+        batched = "conv" not in target or _dim(raw["weight"]) == constant.dim()
+        vector = batched and constant.numel() == constant.shape[axis]
+        return _taken(raw.get("bias"), constant.flatten(), free) if vector else {}
+    if _is_sum(node):  # operands that are not broadcast
+        operands = [x for x in (raw["self"], raw["other"]) if isinstance(x, torch.fx.Node)]
+        found = (_behind(x, node, constant, free) for x in operands if x.op == "get_attr" or _dim(x) == _dim(node))
+        return next((home for home in found if home), {})
+    before = _before(target, raw, constant)
+    return {} if before is None else _behind(node.all_input_nodes[0], node, before, free)
+
+
+def _before(target: str, raw: Mapping[str, Any], constant: Tensor) -> Tensor | None:
+    """Return the constant to add before a movement operator instead of after it; None for other operators."""
+    if target in _SAME or (target == "aten.dropout.default" and raw.get("p") == 0.0):
+        return constant
+    if target == "aten.transpose.int":
+        return constant.transpose(raw["dim0"], raw["dim1"])
+    if target == "aten.permute.default":
+        dims = [d % constant.dim() for d in raw["dims"]]
+        return constant.permute([dims.index(d) for d in range(len(dims))])
+    if target in _VIEWS and constant.numel() == constant.shape[-1]:
+        source = raw["self"].meta["val"]
+        kept = source.dim() > 0 and hint(source.shape[-1]) == constant.numel()
+        return constant.reshape([1] * (source.dim() - 1) + [-1]) if kept else None
+    return None
+
+
+def _taken(tensor: Any, shift: Tensor, free: Free) -> Homes:
+    """Return the tensor if it is free and the constant fits it."""
+    if not isinstance(tensor, torch.fx.Node) or tensor.op != "get_attr" or tensor.target not in free:
+        return {}
+    name = str(tensor.target)
+    pairs = zip(reversed(shift.shape), reversed(free[name]), strict=False)
+    return {name: shift} if shift.dim() <= len(free[name]) and all(a in (1, b) for a, b in pairs) else {}
+
+
+def _is_sum(node: torch.fx.Node) -> bool:
+    return node.op == "call_function" and str(node.target) == _SUM and arguments_of(node).get("alpha", 1) == 1
+
+
+def _dim(node: torch.fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else -1
+
+
+# The user's own model, with placeholder modules for those of the blocks. ---------------------------------------------
+
+
+class Placeholder(nn.Module):
+    """Replaces a residual block without its branch: optional projection, (N, C, ..) plus a constant, optional ReLU.
+
+    Attributes:
+        constant: (1, C, 1, ..), or None for nothing.
+        rectified: whether the block ends in a ReLU.
+        shortcut: name of the submodule that projects the input, or None.
+    """
+
+    def __init__(self, constant: nn.Parameter | None, *, rectified: bool, shortcut: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.constant: nn.Parameter | None
+        self.register_parameter("constant", constant)
+        self.rectified = rectified
+        self.shortcut = next(iter(shortcut), None)
+        for name, module in shortcut.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the input or its projection, plus the constant."""
+        stays: Tensor = x if self.shortcut is None else getattr(self, self.shortcut)(x)
+        y = stays if self.constant is None else stays + self.constant
+        return torch.relu(y) if self.rectified else y
+
+
+class _CannotReplace(Exception):
+    """Blocks of the user's model cannot be replaced by placeholder modules; the message says why."""
+
+
+def _model_without(
+    program: Program,
+    gone: Sequence[Block],
+    held: CompactGraph,
+    added: Mapping[str, nn.Parameter],
+    shifted: Mapping[int, Tensor],
+) -> nn.Module:
+    """Return the user's model with a placeholder for each module of a dropped block; raise _CannotReplace otherwise.
+
+    Args:
+        program: the program of the model, which is unchanged.
+        gone: the dropped blocks.
+        held: the program without the blocks, with which the model is compared.
+        added: constants that are added instead of blocks, by name.
+        shifted: id of a tensor of the model → its new value.
+    """
+    model: nn.Module = program.model
+    nodes = {node.name: node for node in program.graph.graph.nodes}
+    shortcuts: dict[str, str] = {}  # block's module → the submodule that projects its input, empty for an identity
+    endings: dict[torch.fx.Node, str] = {}  # ReLU that ends a block → the block's module
+    through, unclear = {block.sum: nodes[block.stays] for block in gone if block.is_layer}, set[str]()
+    for block in gone:
+        path, total = block.module, nodes[block.sum]
+        if not path or path not in dict(model.named_modules()):
+            raise _CannotReplace(f"block '{block.name}' is not computed in a submodule of its own")
+        projects = () if block.plain else exclusive(nodes[block.stays], total)
+        projection = shared_path(module_of(node) for node in projects if node.op == "call_function")
+        if not block.plain and not projection.startswith(f"{path}."):
+            raise _CannotReplace(f"the shortcut of block '{block.name}' is not a submodule of it")
+        shortcuts[path] = projection
+        for reader in total.users if len(total.users) == 1 else ():
+            if str(reader.target) == _RELU and _within(module_of(reader), path):
+                endings[reader] = path
+                unclear |= set() if _nonnegative(nodes[block.stays], through) else {path}
+    for name in added:
+        if name.removesuffix(".constant") not in shortcuts:
+            raise _CannotReplace(f"the constant '{name}' is added outside of the submodules that are gone")
+    _validate_nothing_else(program, gone, shortcuts.values(), endings.keys())
+    memo: dict[int, object] = {**{id(t): t for t in (*model.parameters(), *model.buffers())}, **shifted}
+    for path in sorted(shortcuts, reverse=True):  # a block may be part of another's shortcut
+        child = shortcuts[path].removeprefix(f"{path}.").split(".")[0]
+        shortcut = {child: copied(model.get_submodule(f"{path}.{child}"), memo)} if child else {}
+        constant = added.get(f"{path}.constant")
+        rectified = path in endings.values() and (constant is not None or bool(child) or path in unclear)
+        needed = constant is not None or rectified or shortcut
+        made = Placeholder(constant, rectified=rectified, shortcut=shortcut) if needed else nn.Identity()
+        memo[id(model.get_submodule(path))] = made
+    whole = copied(model, memo)
+    _validate_same(whole, held, program)
+    return whole
+
+
+def _within(path: str, module: str) -> bool:
+    return f"{path}.".startswith(f"{module}.")
+
+
+def _validate_nothing_else(
+    program: Program, gone: Sequence[Block], shortcuts: Collection[str], endings: Collection[torch.fx.Node]
+) -> None:
+    """Raise if the modules of the blocks compute anything else, which would be lost."""
+    known = {name for block in gone for name in (*block.nodes, block.sum)} | {node.name for node in endings}
+    for node in program.graph.graph.nodes:
+        if node.op != "call_function" or node.name in known or not isinstance(node.meta.get("val"), Tensor):
+            continue  # size computations may be recorded in any module
+        path = module_of(node)
+        kept = any(_within(path, own) for own in shortcuts if own)
+        if not kept and any(_within(path, block.module) for block in gone):
+            raise _CannotReplace(f"module '{path}' computes more than the block that is gone ({node.target})")
+
+
+def _validate_same(made: nn.Module, held: CompactGraph, program: Program) -> None:
+    """Raise unless outputs, modified inputs and memory sharing of outputs are as without placeholders."""
+
+    def called(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """Return a model's outputs on the example, and the inputs after the call."""
+        args, kwargs = fresh((program.example_args, dict(program.example_kwargs)))
+        with torch.no_grad(), evaluating(model), buffers_kept(model):
+            found = flat_outputs(model(*args, **kwargs))
+        return found, flat_outputs((args, kwargs))
+
+    def same(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
+        pairs = zip(found, wanted, strict=False)
+        return len(found) == len(wanted) and all(a.shape == b.shape and torch.allclose(a, b) for a, b in pairs)
+
+    def shared(tensors: Sequence[Tensor]) -> list[int]:
+        """Return, for each tensor, the first one with the same memory (an identity returns its input)."""
+        at = [x.untyped_storage().data_ptr() for x in tensors]
+        return [at.index(address) for address in at]
+
+    try:
+        found, after = called(made)
+    except Exception as error:  # any exception the user's forward raises with a replaced submodule
+        raise _CannotReplace(f"its forward does not run without the blocks: {first_line(error)}") from error
+    (wanted, _), (_, written) = called(held), called(program.model)
+    if not (same(found, wanted) and same(after, written) and shared(found) == shared(wanted)):
+        raise _CannotReplace("its forward computes something else without the blocks")
+
+
+_RELU = "aten.relu.default"
+_NOT_BELOW = (
+    *("aten.max_pool1d.default", "aten.max_pool2d.default", "aten.max_pool3d.default"),
+    *("aten.avg_pool2d.default", "aten.adaptive_avg_pool2d.default", "aten.dropout.default", *_SAME),
+)
+"""Operators that preserve non-negative values."""
+
+
+def _nonnegative(node: torch.fx.Node, through: Mapping[str, torch.fx.Node]) -> bool:
+    """Return whether a value is non-negative; `through`: last node of each dropped layer → its input."""
+    while node.name in through or (node.op == "call_function" and str(node.target) in _NOT_BELOW):
+        node = through[node.name] if node.name in through else node.all_input_nodes[0]
+    return node.op == "call_function" and str(node.target) in (_RELU, "aten.sigmoid.default")
