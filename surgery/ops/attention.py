@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod, sqrt
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core import Layers, Step, Value, step
-from surgery.ops.examples import Built, between_convs
+from surgery.ops.examples import between_convs
 from surgery.ops.registry import Call, Rewrite, Rule, Shape, register
 
 
@@ -91,38 +91,27 @@ class _Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(b, n, self.heads * self.size))
 
 
-def _attention_example() -> Built:
-    return _Attention(), (torch.randn(2, 6, 7),)
+def _softmax_rule(op: str, function: Callable[[Tensor], Tensor]) -> Rule:
+    def couple(call: Call) -> Value:
+        return call.out(call.axes(call.value("self"), (call["dim"],), "softmax runs over this axis"))
 
+    def onnx(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
+        return [step("LogSoftmax" if "log" in op else "Softmax", "self", axis=a["dim"])]
 
-def _couple_softmax(call: Call) -> Value:
-    x, dim = call.value("self"), call["dim"]
-    call.freeze(x, dim, "softmax runs over this axis")
-    kept = {a: call.passed(x, a) for a in range(len(x.shape)) if a != dim % len(x.shape)}
-    return call.out(kept)
-
-
-def _softmax_rule(op: str, function: Any) -> Rule:
-    return Rule(
-        op=op,
-        family="attention",
-        couple=_couple_softmax,
-        onnx=lambda a, shapes, out: [step("LogSoftmax" if "log" in op else "Softmax", "self", axis=a["dim"])],
-        example=between_convs(function),
-        summary="the axis it runs over is never cut",
-    )
+    summary = "the axis it runs over is never cut"
+    return Rule(op, "attention", couple, between_convs(function), onnx=onnx, summary=summary)
 
 
 register(
     Rule(
-        op="aten.scaled_dot_product_attention.default",
-        family="attention",
-        couple=_couple_sdpa,
-        rewrite=_explicit_scale,
+        "aten.scaled_dot_product_attention.default",
+        "attention",
+        _couple_sdpa,
+        lambda: (_Attention(), (torch.randn(2, 6, 7),)),
+        _explicit_scale,
         masked=("query", "key", "value"),
         macs=_sdpa_macs,
         onnx=_onnx_sdpa,
-        example=_attention_example,
         summary="heads tied, head dimensions of query and key contracted, tokens never cut; scale made explicit",
     ),
     _softmax_rule("aten.softmax.int", lambda x: torch.softmax(x, 3)),

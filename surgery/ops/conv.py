@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from surgery.core import Step, Value, step
@@ -19,15 +21,11 @@ def _couple(call: Call, *, transposed: bool) -> Value:
     """Input (N, C, ..), weight (O, C/g, ..), or (C, O/g, ..) when transposed; output (N, O, ..)."""
     x, weight, groups = call.value("input"), call.value("weight"), call["groups"]
     channel = len(x.shape) - len(weight.shape) + 1  # 0 for an input without batch axis
-    along_in, along_out = (0, 1) if transposed else (1, 0)
     inside = x.shape[channel] // groups
     outside = call.outputs[0][channel] // groups
-    if transposed:
-        weight_groups, weight_in = call.split(weight, along_in, (groups, inside))
-        weight_out = call.passed(weight, along_out)
-    else:
-        weight_groups, weight_out = call.split(weight, along_out, (groups, outside))
-        weight_in = call.passed(weight, along_in)
+    halves = call.split(weight, 0, (groups, inside if transposed else outside))
+    (weight_groups, first), second = halves, call.passed(weight, 1)
+    weight_in, weight_out = (first, second) if transposed else (second, first)
     x_groups, x_in = call.split(x, channel, (groups, inside))
     x_in = call.tie_layers(x_in, weight_in, inside)
     whole = call.tie_layers(x_groups, weight_groups, groups)
@@ -39,11 +37,10 @@ def _couple(call: Call, *, transposed: bool) -> Value:
     bias = call.optional("bias")
     if bias is not None:
         call.tie_layers(out, call.passed(bias, 0), groups * outside)
-    kept = {0: call.passed(x, 0)} if channel else {}
-    return call.out({**kept, channel: out})
+    return call.out({**({0: call.passed(x, 0)} if channel else {}), channel: out})
 
 
-def _groups(r: Rewrite, *, transposed: bool) -> Mapping[str, Any]:
+def _groups(r: Rewrite) -> Mapping[str, Any]:
     x, weight = r.bound["input"], r.bound["weight"]
     channel = len(x.shape) - len(weight.shape) + 1
     keep = r.keep("input", channel)
@@ -104,17 +101,17 @@ _EXAMPLES = {
 def _rule(name: str) -> Rule:
     transposed = "transpose" in name
     return Rule(
-        op=f"aten.{name}",
-        family="convolution",
-        couple=lambda call: _couple(call, transposed=transposed),
-        rewrite=lambda r: _groups(r, transposed=transposed),
+        f"aten.{name}",
+        "convolution",
+        partial(_couple, transposed=transposed),
+        _EXAMPLES[name],
+        _groups,
         masked=("input",),
         factors=("weight",),
         contracts={"weight": 0 if transposed else 1},
-        moments=lambda a: _moments(a, transposed=transposed),
-        macs=lambda shapes, out: _macs(shapes, out, transposed=transposed),
-        onnx=lambda a, shapes, out: _onnx(a, shapes, out, transposed=transposed),
-        example=_EXAMPLES[name],
+        moments=partial(_moments, transposed=transposed),
+        macs=partial(_macs, transposed=transposed),
+        onnx=partial(_onnx, transposed=transposed),
         summary="input channels contracted per group; groups die whole, or shrink alike; `groups` rewritten",
     )
 
@@ -136,21 +133,17 @@ def _couple_fold(call: Call) -> Value:
 
 register(
     Rule(
-        op="aten.im2col.default",
-        family="convolution",
-        couple=_couple_fold,
-        example=between_convs(
-            lambda x: nn.functional.unfold(x, 3, padding=1).reshape(x.shape[0], 72, x.shape[2], x.shape[3]), after=72
-        ),
+        "aten.im2col.default",
+        "convolution",
+        _couple_fold,
+        between_convs(lambda x: F.unfold(x, 3, padding=1).reshape(-1, 72, *x.shape[2:]), after=72),
         summary="channels repeat once per kernel position",
     ),
     Rule(
-        op="aten.col2im.default",
-        family="convolution",
-        couple=_couple_fold,
-        example=between_convs(
-            lambda x: nn.functional.fold(nn.functional.unfold(x, 2, stride=2), (10, 10), 2, stride=2)
-        ),
+        "aten.col2im.default",
+        "convolution",
+        _couple_fold,
+        between_convs(lambda x: F.fold(F.unfold(x, 2, stride=2), (10, 10), 2, stride=2)),
         summary="kernel positions of one channel are added up",
     ),
 )

@@ -1,8 +1,8 @@
-"""Lookups: embeddings and indexing with constant tables."""
+"""Reads and writes by index: embeddings, constant tables, slices, and functional writes to a part of a tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,54 +10,55 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from surgery.core import Value, gather
-from surgery.ops.examples import Built
+from surgery.core import Layers, Value, gather
+from surgery.ops.examples import Built, fork_convs
 from surgery.ops.registry import Call, Replacement, Rewrite, Rule, register
+
+aten = torch.ops.aten
+Changes = Mapping[str, Any] | Replacement
+
+# Lookups. -----------------------------------------------------------------------------------------------------------
 
 
 def _couple_embedding(call: Call) -> Value:
     """Weight (V, D), indices (..), output (.., D)."""
     weight, indices = call.value("weight"), call.value("indices")
-    call.freeze(weight, 0, "looked up by index")
-    kept = {a: call.passed(indices, a) for a in range(len(indices.shape))}
-    return call.out({**kept, len(indices.shape): call.passed(weight, 1)})
+    return call.out({**call.axes(indices), len(indices.shape): call.axes(weight, (0,), "looked up by index")[1]})
 
 
 def _couple_index_select(call: Call) -> Value:
     """A constant index maps units to positions; with any other index the axis is never cut."""
     x, index = call.value("self"), call.value("index")
-    rank = len(x.shape)
-    dim = call["dim"] % rank
-    axes = {a: call.passed(x, a) for a in range(rank) if a != dim}
+    dim = call["dim"] % len(x.shape)
     call.freeze(index, 0, "an index")
-    if index.table is None:
-        call.freeze(x, dim, "looked up by index")
-    else:
-        axes[dim] = gather(call.labels.canon(call.passed(x, dim)), index.table)
+    axes = call.axes(x, (dim,) if index.table is None else (), "looked up by index")
+    if index.table is not None:
+        axes[dim] = gather(call.labels.canon(axes[dim]), index.table)
     return call.out(axes)
+
+
+def _rewrite_index_select(r: Rewrite) -> Changes:
+    table = r.bound["index"].table
+    return {} if table is None else picked(r, r.bound["dim"] % len(r.bound["self"].shape), table)
 
 
 def _couple_index(call: Call) -> Value:
     """`x[:, i, j]`: axes without an index pass; a single constant index is applied to the labels."""
     x = call.value("self")
-    indices = [i for i in call["indices"] if isinstance(i, Value)]
     where = [a for a, i in enumerate(call["indices"]) if isinstance(i, Value)]
+    indices: list[Value] = [call["indices"][a] for a in where]
     for index in indices:
-        for a in range(len(index.shape)):
-            call.freeze(index, a, "an index")
+        call.axes(index, range(len(index.shape)), "an index")
     rank = max(len(i.shape) for i in indices)
     if len(call.outputs[0]) != len(x.shape) - len(where) + rank:  # a mask: known only at run time
         return call.out({})
-    adjacent = where == list(range(where[0], where[-1] + 1))
-    at = where[0] if adjacent else 0
-    free = [a for a in range(len(x.shape)) if a not in where]
-    axes = {k if k < at else k + rank: call.passed(x, a) for k, a in enumerate(free)}
     table = _constant_index(call.bound)
-    for a in where:
-        if table is None:
-            call.freeze(x, a, "looked up by index")
-        else:
-            axes[a] = gather(call.labels.canon(call.passed(x, a)), table)
+    found = call.axes(x, where if table is None else (), "looked up by index")
+    at = where[0] if where == list(range(where[0], where[-1] + 1)) else 0
+    free = [a for a in range(len(x.shape)) if a not in where]
+    axes = {k if k < at else k + rank: found[a] for k, a in enumerate(free)}
+    if table is not None:
+        axes[where[0]] = gather(call.labels.canon(found[where[0]]), table)
     return call.out(axes)
 
 
@@ -67,42 +68,107 @@ def _constant_index(bound: Mapping[str, Any]) -> NDArray[np.int64] | None:
     return indices[0].table if len(indices) == 1 else None
 
 
-def _rewrite_index(r: Rewrite) -> Mapping[str, Any] | Replacement:
+def _rewrite_index(r: Rewrite) -> Changes:
     table = _constant_index(r.bound)
     dim = next(a for a, i in enumerate(r.bound["indices"]) if isinstance(i, Value))
-    return {} if table is None or r.keep("self", dim).all() else picked(r, dim, table)
+    return {} if table is None else picked(r, dim, table)
 
 
-def picked(r: Rewrite, dim: int, source: NDArray[np.int64]) -> Replacement:
-    """Select the compact output along `dim` from the compact input; `source` holds dense positions."""
+def picked(r: Rewrite, dim: int, source: NDArray[np.int64]) -> Changes:
+    """Select the compact output along `dim` from the compact input, if cut; `source` holds dense positions."""
     keep = r.keep("self", dim)
-    position = np.cumsum(keep) - 1
-    index = position[source[keep[source]]]
-    return Replacement(torch.ops.aten.index_select.default, (r.raw["self"], dim, torch.from_numpy(index)))
-
-
-def _rewrite_index_select(r: Rewrite) -> Mapping[str, Any] | Replacement:
-    x, index, dim = r.bound["self"], r.bound["index"], r.bound["dim"]
-    if index.table is None or r.keep("self", dim).all():
+    if keep.all():
         return {}
-    return picked(r, dim % len(x.shape), index.table)
+    index = (np.cumsum(keep) - 1)[source[keep[source]]]
+    return Replacement(aten.index_select.default, (r.raw["self"], dim, torch.from_numpy(index)))
+
+
+# Slices. ------------------------------------------------------------------------------------------------------------
+
+_OPEN = 2**63 - 1
+"""The end of a slice without an explicit end."""
+
+
+def slice_bounds(r: Rewrite) -> Changes:
+    """Slice: start and end count survivors; with a step, the survivors are picked by a constant index."""
+    dim = r.bound["dim"] % len(r.bound["self"].shape)
+    keep = r.keep("self", dim)
+    if keep.all():
+        return {}
+    size = len(keep)
+    start, stop, step = _range(r.bound, size)
+    if step != 1:
+        return picked(r, dim, np.arange(start, stop, step))
+    # Keep bounds relative to the end: the axis may be longer in another call.
+    first, last = r.bound["start"] or 0, r.bound["end"]
+    begin = -int(keep[start:].sum()) if first < 0 else int(keep[:start].sum())
+    if last is None or last > size or (last == size and not isinstance(r.raw["end"], int)):
+        return {"start": begin, "end": _OPEN}
+    return {"start": begin, "end": (-int(keep[stop:].sum()) or _OPEN) if last < 0 else int(keep[:stop].sum())}
+
+
+def _range(bound: Mapping[str, Any], size: int) -> tuple[int, int, int]:
+    return slice(bound.get("start"), bound.get("end"), bound.get("step", 1)).indices(size)
+
+
+def _couple_slice_scatter(call: Call) -> Value:
+    """`x[.., start:end, ..] = src`: the range of the axis is tied to src's, like all other axes."""
+    x, src = call.value("self"), call.value("src")
+    dim = call["dim"] % len(x.shape)
+    axes = {a: call.tie(x, a, src, a) for a in range(len(x.shape)) if a != dim and x.shape[a] > 1}
+    start, stop, step = _range(call.bound, x.shape[dim])
+    if step != 1:
+        call.freeze(x, dim, "written at every few indices")
+        call.freeze(src, dim, "written at every few indices")
+        return call.out(axes)
+    inside = tuple(layer[start:stop] for layer in call.labels.canon(call.passed(x, dim)))
+    call.tie_layers(inside, call.passed(src, dim), stop - start)
+    return call.out({**axes, dim: call.passed(x, dim)})
+
+
+def _rewrite_slice_scatter(r: Rewrite) -> Changes:
+    keep = r.keep("self", r.bound["dim"])
+    if keep.all():
+        return {}
+    start, stop, _ = _range(r.bound, len(keep))
+    first = int(keep[:start].sum())
+    return {"start": first, "end": first + int(keep[start:stop].sum())}
+
+
+def _couple_select_scatter(call: Call) -> Value:
+    """`x[.., index, ..] = src`: the axis is never cut, the others are tied."""
+    x, src = call.value("self"), call.value("src")
+    others = call.axes(x, (call["dim"],), "a single index of this axis is written")
+    return call.out({a: call.tie(x, a, src, k) for k, a in enumerate(others) if x.shape[a] > 1})
+
+
+def _couple_copy(call: Call) -> Value:
+    """`x.copy_(src)`: src broadcast to x, whose own values are lost."""
+    x, src = call.value("self"), call.value("src")
+    lead = len(x.shape) - len(src.shape)
+    axes: dict[int, Layers] = {}
+    for a, size in enumerate(x.shape):
+        wide = size > 1 and a >= lead and src.shape[a - lead] == size
+        axes[a] = call.tie(x, a, src, a - lead) if wide else call.passed(x, a)
+    return call.out(axes)
+
+
+# Rules. -------------------------------------------------------------------------------------------------------------
 
 
 class _Table(nn.Module):
     """A learned vector per token, selected by an index buffer, added to projected tokens."""
 
-    def __init__(self, *, embedding: bool) -> None:
+    def __init__(self, look_up: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.before, self.after = nn.Linear(7, 12), nn.Linear(12, 5)
-        self.table = nn.Embedding(9, 12)
-        self.embedding = embedding
+        self.before, self.after, self.table = nn.Linear(7, 12), nn.Linear(12, 5), nn.Embedding(9, 12)
+        self.look_up = look_up
         self.index: Tensor
         self.register_buffer("index", torch.tensor([0, 2, 4, 6, 8, 1]))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 6, 7) to (B, 6, 5)."""
-        rows = self.table(self.index) if self.embedding else self.table.weight.index_select(0, self.index)
-        y: Tensor = self.after(self.before(x) + rows)
+        y: Tensor = self.after(self.before(x) + self.look_up(self.table.weight, self.index))
         return y
 
 
@@ -124,32 +190,54 @@ class _Positions(nn.Module):
         return y
 
 
-def _example(*, embedding: bool) -> Built:
-    return _Table(embedding=embedding), (torch.randn(2, 6, 7),)
+def _example(network: Callable[[], nn.Module]) -> Callable[[], Built]:
+    return lambda: (network(), (torch.randn(2, 6, 7),))
 
 
 register(
     Rule(
-        op="aten.embedding.default",
-        family="look-up",
-        couple=_couple_embedding,
-        example=lambda: _example(embedding=True),
+        "aten.embedding.default",
+        "look-up",
+        _couple_embedding,
+        _example(lambda: _Table(lambda table, index: nn.functional.embedding(index, table))),
         summary="rows are never cut, features pass",
     ),
     Rule(
-        op="aten.index.Tensor",
-        family="look-up",
-        couple=_couple_index,
-        rewrite=_rewrite_index,
-        example=lambda: (_Positions(), (torch.randn(2, 6, 7),)),
+        "aten.index.Tensor",
+        "look-up",
+        _couple_index,
+        _example(_Positions),
+        _rewrite_index,
         summary="other axes pass; one constant list of indices is run on labels, other indexed axes stay whole",
     ),
     Rule(
-        op="aten.index_select.default",
-        family="look-up",
-        couple=_couple_index_select,
-        rewrite=_rewrite_index_select,
-        example=lambda: _example(embedding=False),
+        "aten.index_select.default",
+        "look-up",
+        _couple_index_select,
+        _example(lambda: _Table(lambda table, index: table.index_select(0, index))),
+        _rewrite_index_select,
         summary="a constant index is run on labels; with any other the indexed axis is never cut",
+    ),
+    Rule(
+        "aten.slice_scatter.default",
+        "movement",
+        _couple_slice_scatter,
+        fork_convs(lambda a, b: aten.slice_scatter.default(a, b[:, 2:5], 1, 2, 5)),
+        _rewrite_slice_scatter,
+        summary="ties what is written with the range it is written to",
+    ),
+    Rule(
+        "aten.select_scatter.default",
+        "movement",
+        _couple_select_scatter,
+        fork_convs(lambda a, b: aten.select_scatter.default(a, b[:, :, 0], 2, 3)),
+        summary="the axis whose index is written is never cut, the others are tied",
+    ),
+    Rule(
+        "aten.copy.default",
+        "movement",
+        _couple_copy,
+        fork_convs(lambda a, b: aten.copy.default(a, b)),
+        summary="ties what is written with where it goes",
     ),
 )

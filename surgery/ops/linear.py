@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from surgery.core import Layers, Step, Value, step
 from surgery.ops.examples import WithParameters, between_linears, fork_linears
 from surgery.ops.moments import Moments, contracted
-from surgery.ops.registry import Call, Rule, Shape, register, to_onnx
+from surgery.ops.registry import Call, Example, Rule, Shape, register, to_onnx
 
 
 def _couple_linear(call: Call) -> Value:
@@ -22,8 +22,7 @@ def _couple_linear(call: Call) -> Value:
     out = call.passed(weight, 0)
     if bias is not None:
         out = call.tie(weight, 0, bias, 0)
-    last = len(x.shape) - 1
-    return call.out({**{a: call.passed(x, a) for a in range(last)}, last: out})
+    return call.out({**call.axes(x), len(x.shape) - 1: out})
 
 
 def _matmul(call: Call, a: Value, b: Value) -> Value:
@@ -70,16 +69,15 @@ def _onnx_linear(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) 
     return [product] if "bias" not in shapes else [product, step("Add", "%0", "bias")]
 
 
-def _of_two(op: str, first: str, second: str, summary: str) -> Rule:
-    function: Callable[[Tensor, Tensor], Tensor] = torch.bmm if op == "aten.bmm.default" else torch.matmul
+def _of_two(op: str, first: str, second: str, function: Callable[[Tensor, Tensor], Tensor], summary: str) -> Rule:
     return Rule(
-        op=op,
-        family="matrix product",
-        couple=lambda call: _matmul(call, call.value(first), call.value(second)),
+        op,
+        "matrix product",
+        lambda call: _matmul(call, call.value(first), call.value(second)),
+        fork_linears(lambda a, b: function(function(a, b.transpose(1, 2)), b)),
         masked=(first, second),
         macs=lambda shapes, out: prod(out) * shapes[first][-1],
         onnx=to_onnx("MatMul", first, second),
-        example=fork_linears(lambda a, b: function(function(a, b.transpose(1, 2)), b)),
         summary=summary,
     )
 
@@ -94,52 +92,59 @@ def _addmm_moments(a: Mapping[str, Any]) -> Moments:
     return contracted(a["mat2"].mean.T, bias if bias.numel() > 1 else None, a["mat1"], -1, 2)
 
 
-def _addmm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.addmm(bias, x.flatten(0, 1), weight).reshape(x.shape[0], x.shape[1], 10)
+def _over_tokens(function: Callable[..., Tensor], *shapes: int | tuple[int, ...]) -> Example:
+    """A function of a matrix and of parameters, between two linear layers."""
 
+    def each(x: Tensor, *parameters: Tensor) -> Tensor:
+        return function(x.flatten(0, 1), *parameters).reshape(*x.shape[:2], 10)
 
-def _mm(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.mm(x.flatten(0, 1), weight).reshape(x.shape[0], x.shape[1], 10)
+    return between_linears(WithParameters(each, *shapes), after=10)
 
 
 register(
     Rule(
-        op="aten.linear.default",
-        family="matrix product",
-        couple=_couple_linear,
+        "aten.linear.default",
+        "matrix product",
+        _couple_linear,
+        between_linears(nn.Linear(12, 9), after=9),
         factors=("weight",),
         contracts={"weight": 1},
         moments=_linear_moments,
         masked=("input",),
         macs=lambda shapes, out: prod(shapes["input"]) * shapes["weight"][0],
         onnx=_onnx_linear,
-        example=between_linears(nn.Linear(12, 9), after=9),
         summary="input features contracted",
     ),
-    _of_two("aten.matmul.default", "self", "other", "inner axes contracted, outer ones pass, leading ones tied"),
-    _of_two("aten.bmm.default", "self", "mat2", "inner axes contracted, batch axis tied"),
+    _of_two(
+        "aten.matmul.default",
+        "self",
+        "other",
+        torch.matmul,
+        "inner axes contracted, outer ones pass, leading ones tied",
+    ),
+    _of_two("aten.bmm.default", "self", "mat2", torch.bmm, "inner axes contracted, batch axis tied"),
     Rule(
-        op="aten.mm.default",
-        family="matrix product",
-        couple=lambda call: _matmul(call, call.value("self"), call.value("mat2")),
+        "aten.mm.default",
+        "matrix product",
+        lambda call: _matmul(call, call.value("self"), call.value("mat2")),
+        _over_tokens(torch.mm, (12, 10)),
         masked=("self",),
         contracts={"mat2": 0},
         moments=lambda a: contracted(a["mat2"].mean.T, None, a["self"], -1, 2),
         macs=lambda shapes, out: prod(out) * shapes["self"][-1],
         onnx=to_onnx("MatMul", "self", "mat2"),
-        example=between_linears(WithParameters(_mm, (12, 10)), after=10),
         summary="inner axes contracted",
     ),
     Rule(
-        op="aten.addmm.default",
-        family="matrix product",
-        couple=_couple_addmm,
+        "aten.addmm.default",
+        "matrix product",
+        _couple_addmm,
+        _over_tokens(lambda x, weight, bias: torch.addmm(bias, x, weight), (12, 10), 10),
         masked=("mat1",),
         contracts={"mat2": 0},
         moments=_addmm_moments,
         macs=lambda shapes, out: prod(out) * shapes["mat1"][-1],
         onnx=to_onnx("Gemm", "mat1", "mat2", "self"),
-        example=between_linears(WithParameters(_addmm, (12, 10), 10), after=10),
         summary="inner axes contracted, bias tied to the outputs",
     ),
 )

@@ -13,111 +13,61 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.core import Step, Value, step
+from surgery.core import Layers, Step, Value, step
 from surgery.ops.examples import WithParameters, between_convs, between_linears
 from surgery.ops.moments import Moments, normed
 from surgery.ops.registry import Call, Coupled, Dead, Macs, Rewrite, Rule, Shape, join, register, to_onnx
+
+
+def _tied(call: Call, axis: int, other_axis: int, *names: str) -> Layers:
+    """Tie an axis of the input to scale, shift and the like, where given."""
+    x = call.value("input")
+    layers = call.passed(x, axis)
+    for name in names or ("weight", "bias"):
+        if (other := call.optional(name)) is not None:
+            layers = call.tie(x, axis, other, other_axis)
+    return layers
 
 
 def _couple_batch(call: Call) -> Coupled:
     """Input (N, C, ..), every other tensor (C,); statistics of the input are taken over its other axes."""
     x = call.value("input")
     channel = 1 if len(x.shape) > 1 else 0
-    layers = call.passed(x, channel)
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        other = call.optional(name)
-        if other is not None:
-            layers = call.tie(x, channel, other, 0)
-    kept = {a: call.passed(x, a) for a in range(len(x.shape)) if a != channel}
-    if call.bound.get("training") or call.bound.get("use_input_stats") or call.optional("running_mean") is None:
-        for a in kept:
-            call.freeze(x, a, "normalises over this axis")
-    out = call.out({**kept, channel: layers})
+    layers = _tied(call, channel, 0, "weight", "bias", "running_mean", "running_var")
+    own = call.bound.get("training") or call.bound.get("use_input_stats") or call.optional("running_mean") is None
+    others = [a for a in range(len(x.shape)) if a != channel]
+    if own:
+        call.axes(x, others, "normalises over this axis")
+    out = call.out({**{a: call.passed(x, a) for a in others}, channel: layers})
     return (out, *(Value.plain(s) for s in call.outputs[1:])) if call.many else out
-
-
-def _normalised(x: Value, call_shape: Any) -> int:
-    return len(x.shape) - len(call_shape)
 
 
 def _couple_layer(call: Call) -> Value:
     """Input (.., *normalized_shape), weight and bias (*normalized_shape)."""
     x = call.value("input")
-    first = _normalised(x, call["normalized_shape"])
-    axes = {a: call.passed(x, a) for a in range(len(x.shape))}
+    first = len(x.shape) - len(call["normalized_shape"])
+    axes = call.axes(x)
     for a in range(first, len(x.shape)):
-        for name in ("weight", "bias"):
-            other = call.optional(name)
-            if other is not None:
-                axes[a] = call.tie(x, a, other, a - first)
+        axes[a] = _tied(call, a, a - first)
         call.labels.claim(axes[a])
         call.labels.mark_inexact(axes[a], f"{call.labels.where} normalises over the survivors")
     return call.out(axes)
 
 
 def _rewrite_layer(r: Rewrite) -> Mapping[str, Any]:
-    x = r.bound["input"]
-    return {"normalized_shape": list(r.shape("input")[_normalised(x, r.bound["normalized_shape"]) :])}
-
-
-def _moments(x: Tensor, alive: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return mean and variance over `dims` of the elements where `alive` (broadcastable to x) is true."""
-    weight = alive.to(x.dtype).expand_as(x)
-    count = weight.sum(dims, keepdim=True)
-    mean = (x * weight).sum(dims, keepdim=True) / count
-    return mean, ((x - mean) ** 2 * weight).sum(dims, keepdim=True) / count
-
-
-def _alive(dead: Dead, x: Tensor, name: str = "input") -> Tensor:
-    mask = torch.ones([1] * x.dim(), dtype=torch.bool)
-    for (owner, axis), alive in dead.alive.items():
-        if owner == name:
-            mask = mask & alive.reshape([-1 if a == axis else 1 for a in range(x.dim())])
-    return mask
-
-
-def _affine(dead: Dead, y: Tensor, shape: list[int]) -> Tensor:
-    if dead.bound.get("weight") is not None:
-        y = y * dead.bound["weight"].reshape(shape)
-    if dead.bound.get("bias") is not None:
-        y = y + dead.bound["bias"].reshape(shape)
-    return y
-
-
-def _reference_layer(dead: Dead) -> Tensor:
-    x: Tensor = dead.bound["input"]
-    shape = list(dead.bound["normalized_shape"])
-    mean, var = _moments(x, _alive(dead, x), tuple(range(x.dim() - len(shape), x.dim())))
-    return _affine(dead, (x - mean) / torch.sqrt(var + dead.bound["eps"]), shape)
-
-
-def _reference_rms(dead: Dead) -> Tensor:
-    x: Tensor = dead.bound["input"]
-    shape = list(dead.bound["normalized_shape"])
-    dims = tuple(range(x.dim() - len(shape), x.dim()))
-    weight = _alive(dead, x).to(x.dtype).expand_as(x)
-    eps = dead.bound["eps"]
-    square = (x * x * weight).sum(dims, keepdim=True) / weight.sum(dims, keepdim=True)
-    return _affine(dead, x / torch.sqrt(square + (torch.finfo(x.dtype).eps if eps is None else eps)), shape)
+    return {"normalized_shape": list(r.shape_of(r.bound["input"])[-len(r.bound["normalized_shape"]) :])}
 
 
 def _couple_group(call: Call) -> Value:
     """Input (N, C, ..): removing whole groups is exact; removing the same members of every group is inexact."""
     x, groups = call.value("input"), call["num_groups"]
-    size = x.shape[1] // groups
-    flat = call.passed(x, 1)
-    for name in ("weight", "bias"):
-        other = call.optional(name)
-        if other is not None:
-            flat = call.tie(x, 1, other, 0)
-    outer, inner = call.split_layers(flat, (groups, size))
+    sizes = groups, x.shape[1] // groups
+    outer, inner = call.split_layers(_tied(call, 1, 0), sizes)
     call.labels.claim(outer)
     call.labels.claim(inner)
     call.labels.mark_inexact(inner, f"{call.labels.where} normalises over the survivors")
-    kept = {a: call.passed(x, a) for a in range(len(x.shape)) if a != 1}
-    for a in range(2, len(x.shape)):
-        call.freeze(x, a, "normalises over this axis")
-    return call.out({**kept, 1: join(outer, inner, (groups, size))})
+    call.axes(x, range(2, len(x.shape)), "normalises over this axis")
+    return call.out({**call.axes(x), 1: join(outer, inner, sizes)})
 
 
 def _rewrite_group(r: Rewrite) -> Mapping[str, Any]:
@@ -125,16 +75,52 @@ def _rewrite_group(r: Rewrite) -> Mapping[str, Any]:
     return {"num_groups": int(keep.any(axis=1).sum())}
 
 
+# What norms compute over the survivors. -----------------------------------------------------------------------------
+
+
+def _normalised(dead: Dead, x: Tensor, alive: Tensor, axes: int, *, centred: bool = True) -> Tensor:
+    """Normalise over the elements of the last axes where `alive` (broadcastable to x) is true."""
+    weight, dims = alive.to(x.dtype).expand_as(x), tuple(range(-axes, 0))
+    count, eps = weight.sum(dims, keepdim=True), dead.bound["eps"]
+    if centred:
+        x = x - (x * weight).sum(dims, keepdim=True) / count
+    square = (x * x * weight).sum(dims, keepdim=True) / count
+    return x / torch.sqrt(square + (torch.finfo(x.dtype).eps if eps is None else eps))
+
+
+def _alive(dead: Dead) -> Tensor:
+    rank = dead.bound["input"].dim()
+    mask = torch.ones([1] * rank, dtype=torch.bool)
+    for (name, axis), alive in dead.alive.items():
+        if name == "input":
+            mask = mask & alive.reshape([-1 if a == axis else 1 for a in range(rank)])
+    return mask
+
+
+def _affine(dead: Dead, y: Tensor, shape: Sequence[int]) -> Tensor:
+    if dead.bound.get("weight") is not None:
+        y = y * dead.bound["weight"].reshape(shape)
+    if dead.bound.get("bias") is not None:
+        y = y + dead.bound["bias"].reshape(shape)
+    return y
+
+
+def _reference_layer(dead: Dead, *, centred: bool = True) -> Tensor:
+    shape = dead.bound["normalized_shape"]
+    return _affine(dead, _normalised(dead, dead.bound["input"], _alive(dead), len(shape), centred=centred), shape)
+
+
 def _reference_group(dead: Dead) -> Tensor:
     x: Tensor = dead.bound["input"]
     groups = dead.bound["num_groups"]
-    split = x.reshape(x.shape[0], groups, -1)
-    alive = _alive(dead, x)  # (N or 1, ..): heads may have been folded into the batch
+    alive = _alive(dead)  # (N or 1, ..): heads may have been folded into the batch
     alive = alive.expand(alive.shape[0], *x.shape[1:]).reshape(alive.shape[0], groups, -1)
     alive = alive | ~alive.any(dim=2, keepdim=True)  # the value of a dead group is irrelevant, but must not be NaN
-    mean, var = _moments(split, alive, (2,))
-    y = ((split - mean) / torch.sqrt(var + dead.bound["eps"])).reshape(x.shape)
+    y = _normalised(dead, x.reshape(x.shape[0], groups, -1), alive, 1).reshape(x.shape)
     return _affine(dead, y, [1, -1] + [1] * (x.dim() - 2))
+
+
+# Estimates. ---------------------------------------------------------------------------------------------------------
 
 
 def _channel_moments(a: Mapping[str, Any]) -> Moments:
@@ -171,37 +157,37 @@ def _rms(x: Tensor, weight: Tensor) -> Tensor:
 
 
 _BATCH = Rule(
-    op="aten.batch_norm.default",
-    family="norm",
-    couple=_couple_batch,
+    "aten.batch_norm.default",
+    "norm",
+    _couple_batch,
+    between_convs(nn.BatchNorm2d(8)),
     onnx=to_onnx("BatchNormalization", "input", "weight", "bias", "running_mean", "running_var"),
     factors=("weight",),
     macs=_counted(1, affine=2),
     moments=_channel_moments,
-    example=between_convs(nn.BatchNorm2d(8)),
     summary="one scale and shift per channel: ties them",
 )
 _LAYER = Rule(
-    op="aten.layer_norm.default",
-    family="norm",
-    couple=_couple_layer,
+    "aten.layer_norm.default",
+    "norm",
+    _couple_layer,
+    between_linears(nn.LayerNorm(12)),
+    _rewrite_layer,
+    reference=_reference_layer,
     onnx=_onnx_layer,
     factors=("weight",),
-    rewrite=_rewrite_layer,
-    reference=_reference_layer,
     macs=_counted(4, affine=5),
     moments=_last_axis_moments,
-    example=between_linears(nn.LayerNorm(12)),
     summary="inexact where the normalised axis is cut: normalises over the survivors",
 )
 _INSTANCE = Rule(
-    op="aten.instance_norm.default",
-    family="norm",
-    couple=_couple_batch,
+    "aten.instance_norm.default",
+    "norm",
+    _couple_batch,
+    between_convs(nn.InstanceNorm2d(8, affine=True)),
     onnx=to_onnx("InstanceNormalization", "input", "weight", "bias"),
     macs=_counted(4, affine=5),
     moments=_channel_moments,
-    example=between_convs(nn.InstanceNorm2d(8, affine=True)),
     summary="normalises each channel over space: ties scale and shift",
 )
 
@@ -213,19 +199,19 @@ register(
     replace(
         _LAYER,
         op="aten.rms_norm.default",
-        reference=_reference_rms,
+        example=between_linears(WithParameters(_rms, 12)),
+        reference=lambda dead: _reference_layer(dead, centred=False),
         factors=(),
         macs=None,
         onnx=None,
-        example=between_linears(WithParameters(_rms, 12)),
     ),
     replace(
         _INSTANCE,
         op="aten.group_norm.default",
         couple=_couple_group,
+        example=between_convs(nn.GroupNorm(4, 8)),
         rewrite=_rewrite_group,
         reference=_reference_group,
-        example=between_convs(nn.GroupNorm(4, 8)),
         summary="whole groups die exactly; members of all groups alike, inexactly",
     ),
 )

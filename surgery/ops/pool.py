@@ -17,16 +17,6 @@ from surgery.ops.registry import Call, Coupled, Lowering, Macs, Rule, Shape, one
 aten = torch.ops.aten
 
 
-def _couple(call: Call, spatial: int) -> Coupled:
-    x = call.tensors()[0]
-    for a in range(len(x.shape) - spatial, len(x.shape)):
-        call.freeze(x, a, "pooled or resized")
-    kept = {a: call.passed(x, a) for a in range(len(x.shape) - spatial)}
-    if call.many:
-        return tuple(call.out(kept, index=k) for k in range(len(call.outputs)))
-    return call.out(kept)
-
-
 def _onnx_window(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
     spatial = len(shapes[next(iter(shapes))]) - 2
     kernel, stride, pads = (one_per_axis(a[name], spatial) for name in ("kernel_size", "stride", "padding"))
@@ -65,16 +55,12 @@ def _rule(
     macs: Macs | None = None,
     onnx: Lowering | None = None,
 ) -> Rule:
+    def couple(call: Call) -> Coupled:
+        return call.outs(call.axes(call.tensors()[0], range(-spatial, 0), "pooled or resized"))
+
     example = _line(function) if spatial == 1 else between_convs(function)
-    return Rule(
-        op=f"aten.{name}",
-        family="pooling and resizing",
-        couple=lambda call: _couple(call, spatial),
-        example=example,
-        macs=macs,
-        onnx=onnx,
-        summary="passes batch and channels",
-    )
+    summary = "passes batch and channels"
+    return Rule(f"aten.{name}", "pooling and resizing", couple, example, macs=macs, onnx=onnx, summary=summary)
 
 
 def _volume(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

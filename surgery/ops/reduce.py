@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surgery.core import Layers, Step, Value, step
+from surgery.core import Step, Value, step
 from surgery.ops.examples import between_convs, between_linears
 from surgery.ops.registry import Call, Coupled, Dead, Rule, Shape, register
 
@@ -23,32 +22,26 @@ def _dims(call_dim: Any, rank: int) -> list[int]:
     return [d % rank for d in dims] or list(range(rank))
 
 
-def _passed(call: Call, x: Value, reduced: list[int]) -> Coupled:
-    keepdim = bool(call.bound.get("keepdim", False))
-    axes: dict[int, Layers] = {}
-    position = 0
-    for a in range(len(x.shape)):
-        if a not in reduced:
-            axes[position] = call.passed(x, a)
-        position += a not in reduced or keepdim
-    outs = tuple(call.out(axes, index=k) for k in range(len(call.outputs)))
-    return outs if call.many else outs[0]
+def _reduction(treat: Callable[[Call, Value, int], object]) -> Callable[[Call], Coupled]:
+    """Treat each reduced axis; the others pass."""
+
+    def couple(call: Call) -> Coupled:
+        x = call.value("self")
+        reduced = _dims(call.bound.get("dim"), len(x.shape))
+        for a in reduced:
+            treat(call, x, a)
+        kept = [a for a in range(len(x.shape)) if call.bound.get("keepdim", False) or a not in reduced]
+        return call.outs({k: call.passed(x, a) for k, a in enumerate(kept) if a not in reduced})
+
+    return couple
 
 
-def _couple_sum(call: Call) -> Coupled:
-    x = call.value("self")
-    reduced = _dims(call.bound.get("dim"), len(x.shape))
-    for a in reduced:
-        call.passed(x, a)
-    return _passed(call, x, reduced)
+def _mark_inexact(call: Call, x: Value, axis: int) -> None:
+    call.labels.mark_inexact(call.passed(x, axis), f"{call.labels.where} averages over the survivors")
 
 
-def _couple_moment(call: Call) -> Coupled:
-    x = call.value("self")
-    reduced = _dims(call.bound.get("dim"), len(x.shape))
-    for a in reduced:
-        call.labels.mark_inexact(call.passed(x, a), f"{call.labels.where} averages over the survivors")
-    return _passed(call, x, reduced)
+_couple_sum = _reduction(Call.passed)
+_couple_frozen = _reduction(lambda call, x, axis: call.freeze(x, axis, "depends on every index of this axis"))
 
 
 def _reference_moment(dead: Dead) -> Any:
@@ -60,15 +53,6 @@ def _reference_moment(dead: Dead) -> Any:
     return dead.run(self=x)
 
 
-def _couple_frozen(call: Call) -> Coupled:
-    """Axes on whose every index the result depends are never cut; the others pass."""
-    x = call.value("self")
-    reduced = _dims(call.bound.get("dim"), len(x.shape))
-    for a in reduced:
-        call.freeze(x, a, "depends on every index of this axis")
-    return _passed(call, x, reduced)
-
-
 def _couple_norm(call: Call) -> Coupled:
     """Zeros do not change a norm of order 0 or more, so removed indices count as zeros."""
     return _couple_sum(call) if call.bound.get("ord", 2) >= 0 else _couple_frozen(call)
@@ -76,22 +60,12 @@ def _couple_norm(call: Call) -> Coupled:
 
 def _couple_scan(call: Call) -> Coupled:
     """Same shape out: the axis it runs along is never cut."""
-    x = call.value("self")
-    dim = call["dim"] % len(x.shape)
-    call.freeze(x, dim, "depends on every index of this axis")
-    kept = {a: call.passed(x, a) for a in range(len(x.shape)) if a != dim}
-    outs = tuple(call.out(kept, index=k) for k in range(len(call.outputs)))
-    return outs if call.many else outs[0]
+    return call.outs(call.axes(call.value("self"), (call["dim"],), "depends on every index of this axis"))
 
 
 def _frozen(name: str, function: Callable[[Tensor], Tensor], *, scan: bool = False) -> Rule:
-    return Rule(
-        op=f"aten.{name}",
-        family="reduction",
-        couple=_couple_scan if scan else _couple_frozen,
-        example=between_convs(function),
-        summary="the axis it runs over is never cut",
-    )
+    couple, summary = _couple_scan if scan else _couple_frozen, "the axis it runs over is never cut"
+    return Rule(f"aten.{name}", "reduction", couple, between_convs(function), summary=summary)
 
 
 def _onnx_mean(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
@@ -101,36 +75,34 @@ def _onnx_mean(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) ->
 
 def _moment(name: str, function: Callable[[Tensor], Tensor]) -> Rule:
     return Rule(
-        op=f"aten.{name}",
-        family="reduction",
-        couple=_couple_moment,
+        f"aten.{name}",
+        "reduction",
+        _reduction(_mark_inexact),
+        between_linears(function),
         masked=("self",),
         reference=_reference_moment,
         onnx=_onnx_mean if name.startswith("mean") else None,
-        example=between_linears(function),
         summary="inexact where the reduced axis is cut: averages over the survivors",
     )
 
 
-_SUM = Rule(
-    op="aten.sum.dim_IntList",
-    family="reduction",
-    couple=_couple_sum,
-    masked=("self",),
-    example=between_linears(lambda x: x * x.sum(-1, keepdim=True)),
-    summary="a contraction with ones",
-)
+def _sum(
+    name: str,
+    function: Callable[[Tensor], Tensor],
+    couple: Callable[[Call], Coupled] = _couple_sum,
+    summary: str = "a contraction with ones",
+) -> Rule:
+    return Rule(f"aten.{name}", "reduction", couple, between_linears(function), masked=("self",), summary=summary)
+
 
 register(
-    _SUM,
-    replace(_SUM, op="aten.sum.default", example=between_linears(lambda x: x * x.sum())),
-    Rule(
-        op="aten.linalg_vector_norm.default",
-        family="reduction",
-        couple=_couple_norm,
-        masked=("self",),
-        example=between_linears(lambda x: nn.functional.normalize(x, dim=-1)),
-        summary="removed indices add nothing; of negative order: never cut",
+    _sum("sum.dim_IntList", lambda x: x * x.sum(-1, keepdim=True)),
+    _sum("sum.default", lambda x: x * x.sum()),
+    _sum(
+        "linalg_vector_norm.default",
+        lambda x: nn.functional.normalize(x, dim=-1),
+        _couple_norm,
+        "removed indices add nothing; of negative order: never cut",
     ),
     _moment("mean.dim", lambda x: x * x.mean(-1, keepdim=True)),
     _moment("mean.default", lambda x: x * x.mean()),

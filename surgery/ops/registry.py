@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from surgery.core import LabelSet, Layers, Mask, Step, Value, step
 from surgery.ops.moments import MomentRule
@@ -25,39 +26,36 @@ Shape = tuple[int, ...]
 Coupled = Value | tuple[Value, ...]
 
 
+@dataclass
 class Call:
     """One operator call as its `couple` function sees it.
 
     Tensor arguments are `Value`s, all others are concrete. Labelled axes of tensor arguments that the rule does not
     handle (by `passed`, `tie`, `split`, `freeze` or `move`) are frozen afterwards, so a forgotten axis is never cut.
+
+    Attributes:
+        key: name of the node.
+        bound: argument name → `Value` or concrete value.
+        outputs: shapes of the results.
+        labels: open to couple, locked to verify.
+        many: whether the operator returns several results.
+        raw: argument name → argument in the graph.
     """
 
-    def __init__(
-        self,
-        key: str,
-        bound: Mapping[str, Any],
-        outputs: Sequence[Shape],
-        labels: LabelSet,
-        *,
-        many: bool = False,
-        raw: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.key = key
-        self.bound = bound
-        self._raw = raw or {}
-        self.outputs = tuple(outputs)
-        self.labels = labels
-        self.many = many
-        self._handled: set[tuple[int, int]] = set()
+    key: str
+    bound: Mapping[str, Any]
+    outputs: Sequence[Shape]
+    labels: LabelSet
+    many: bool = False
+    raw: Mapping[str, Any] = field(default_factory=dict)
+    _handled: set[tuple[int, int]] = field(default_factory=set)
 
     def __getitem__(self, name: str) -> Any:
         return self.bound[name]
 
     def value(self, name: str) -> Value:
         """The tensor argument `name`."""
-        found = self.bound[name]
-        if not isinstance(found, Value):
-            raise TypeError(f"{self.labels.where}: argument {name} is not a tensor")
+        found: Value = self.bound[name]
         return found
 
     def optional(self, name: str) -> Value | None:
@@ -65,24 +63,28 @@ class Call:
         found = self.bound.get(name)
         return found if isinstance(found, Value) else None
 
-    def raw_size(self, axis: int) -> Any:
-        """The size of an output axis as in the graph: an int, or a node if known only at run time."""
-        sizes = self._raw.get("size", ())
-        return sizes[axis] if axis < len(sizes) else None
-
     def tensors(self) -> list[Value]:
         """All tensor arguments in order, including those in lists."""
-        out: list[Value] = []
-        for arg in self.bound.values():
-            items = arg if isinstance(arg, (list, tuple)) else (arg,)
-            out.extend(x for x in items if isinstance(x, Value))
-        return out
+        return [x for x in pytree.tree_leaves(list(self.bound.values())) if isinstance(x, Value)]
 
     def passed(self, value: Value, axis: int) -> Layers:
         """Return the labels of an axis, and mark it as handled by the rule."""
         axis %= len(value.shape)
         self._handled.add((id(value), axis))
         return value.axes[axis]
+
+    def axes(self, value: Value, frozen: Iterable[int] = (), why: str = "") -> dict[int, Layers]:
+        """Pass all axes of a value but those in `frozen`, which are never cut, with the reason `why`."""
+        whole = {axis % len(value.shape) for axis in frozen}
+        for axis in sorted(whole):
+            self.freeze(value, axis, why)
+        return {axis: self.passed(value, axis) for axis in range(len(value.shape)) if axis not in whole}
+
+    def created(self, axis: int, size: int) -> Layers:
+        """Return new labels for an output axis along which values are equal, if its size is a literal."""
+        sizes = self.raw.get("size", ())
+        literal = size > 1 and axis < len(sizes) and isinstance(sizes[axis], int)
+        return (self.labels.created(f"{self.key}:{axis}", size),) if literal else ()
 
     def tie(self, a: Value, axis_a: int, b: Value, axis_b: int) -> Layers:
         """Tie two axes of equal length index by index, and return their labels."""
@@ -124,6 +126,10 @@ class Call:
             if shape[axis] > 1 or self.labels.is_locked:
                 layers[axis % len(shape)] = tuple(labels)
         return Value(shape, tuple(layers))
+
+    def outs(self, axes: Mapping[int, Layers]) -> Coupled:
+        """Return the output, or each of several, with labels on these axes only."""
+        return tuple(self.out(axes, k) for k in range(len(self.outputs))) if self.many else self.out(axes)
 
     def move(self, value: Value, function: Callable[[Tensor], Any]) -> Coupled:
         """Run a movement operator on the labels of one tensor argument."""
@@ -186,10 +192,6 @@ class Rewrite:
     outputs: tuple[Value, ...]
     mask: Callable[[Value, int], Mask]
 
-    def shape(self, name: str) -> Shape:
-        """Compact shape of the tensor argument `name`."""
-        return self.shape_of(self.bound[name])
-
     def shape_of(self, value: Value) -> Shape:
         """Compact shape of a value."""
         return tuple(int(self.mask(value, a).sum()) for a in range(len(value.shape)))
@@ -199,15 +201,20 @@ class Rewrite:
         value: Value = self.bound[name]
         return self.mask(value, axis % len(value.shape))
 
-    def sizes(self, name: str, dense: Sequence[int], compact: Sequence[int]) -> list[Any]:
-        """Return literal sizes changed from dense to compact; -1 and unchanged sizes stay."""
-        out: list[Any] = []
-        for raw, d, c in zip(self.raw[name], dense, compact, strict=True):
-            if d == c or (isinstance(raw, int) and raw == -1):
-                out.append(raw)
-            else:
-                out.append(c if isinstance(raw, int) else Scaled(raw, c, d))
-        return out
+
+def follow_sizes(argument: str) -> Callable[[Rewrite], Mapping[str, Any]]:
+    """Rewrite literal sizes of the output (of `unflatten`: of the axes it makes) to those of the survivors."""
+
+    def rewrite(r: Rewrite) -> Mapping[str, Any]:
+        dense, compact = r.outputs[0].shape, r.shape_of(r.outputs[0])
+        first = r.bound["dim"] % len(r.bound["self"].shape) if "dim" in r.bound else 0
+        sizes = list(r.raw[argument])
+        for k, (raw, d, c) in enumerate(zip(r.raw[argument], dense[first:], compact[first:], strict=False)):
+            if d != c and not (isinstance(raw, int) and raw == -1):
+                sizes[k] = c if isinstance(raw, int) else Scaled(raw, c, d)
+        return {argument: sizes}
+
+    return rewrite
 
 
 @dataclass(frozen=True)
