@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from surgery.core import Executor, Frontier, attribute
+from surgery.core import Executor, Frontier, arguments_of, attribute
 from surgery.ops import rules
 
 aten = torch.ops.aten
-_CONTRACTIONS = {f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)} | {"linear"}
 _SCALARS = (aten.item.default, aten._local_scalar_dense.default)
 _PER_SLICE = {"movement", "element-wise", "creation", "look-up"}
 """Families of operators that commute with slicing a weight."""
@@ -42,24 +41,16 @@ def constants_of(graph: fx.GraphModule) -> Constants:
 def scalars_of_constants(graph: fx.GraphModule) -> Iterator[fx.Node]:
     """Return numbers read from constant tensors, such as the strides of a detector's levels."""
     constants = constants_of(graph)
-    for node in constants:
-        if node.target in _SCALARS and not _learned(graph, constants[node]):
-            yield node
+    return (n for n in constants if n.target in _SCALARS and not _learned(graph, constants[n]))
 
 
 def fold_scalars(graph: fx.GraphModule) -> None:
     """Replace numbers read from constant tensors by literals."""
-    for node in list(scalars_of_constants(graph)):
-        _replace_by_number(node, _evaluated(graph, node))
+    numbers = {node: _evaluated(graph, node) for node in scalars_of_constants(graph)}
+    for user in [user for node in numbers for user in node.users]:
+        user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda n: numbers.get(n, n))
+    for node in numbers:
         graph.graph.erase_node(node)
-
-
-def _replace_by_number(node: fx.Node, number: float) -> None:
-    def replaced(argument: fx.Node) -> Any:
-        return number if argument is node else argument
-
-    for user in list(node.users):
-        user.args, user.kwargs = fx.map_arg(user.args, replaced), fx.map_arg(user.kwargs, replaced)
 
 
 def computed_weights(graph: fx.GraphModule) -> Iterator[fx.Node]:
@@ -83,7 +74,9 @@ def compute_weights(graph: fx.GraphModule) -> None:
         # A module that is called twice computes its weight twice.
         name = next(same, None) or _free_name(graph, _learned(graph, origin), named)
         if name not in named:
-            _set(graph, name, value)
+            owner, _, leaf = name.rpartition(".")
+            vars(graph.get_submodule(owner)).pop(leaf, None)
+            graph.get_submodule(owner).register_parameter(leaf, value)
         with graph.graph.inserting_before(weight):
             held = graph.graph.get_attr(name)
         held.meta = {"val": weight.meta.get("val"), SOURCES: origin}
@@ -111,17 +104,14 @@ def _computed_weights_of(node: fx.Node, constants: Container[fx.Node]) -> Iterat
     """
     if node.op != "call_function" or node in constants:
         return
-    kind = str(node.target).split(".")[1] if "." in str(node.target) else ""
-    own = [*node.args[1:2], node.kwargs.get("weight")] if kind in _CONTRACTIONS else []
+    rule = rules().get(str(node.target))
+    own = arguments_of(node)["weight"] if rule is not None and "weight" in rule.contracts else None
     for weight in node.all_input_nodes:
         if weight.op != "call_function" or weight not in constants:
             continue
         families = {_family(n) for n in _ancestors(weight) if n.op == "call_function"}
-        if weight in own:
-            whole = not families <= _PER_SLICE
-        else:
-            whole = bool(families & _MIXING) and families <= _PER_SLICE | _MIXING and weight.meta["val"].numel() > 1
-        if whole:
+        mixed = bool(families & _MIXING) and families <= _PER_SLICE | _MIXING and weight.meta["val"].numel() > 1
+        if not families <= _PER_SLICE if weight is own else mixed:
             yield weight
 
 
@@ -167,10 +157,3 @@ def _free_name(graph: fx.GraphModule, sources: list[str], taken: Container[str])
     name = f"{owner}.{leaf.partition('.')[0]}" if leaf else f"{largest}_computed"
     numbered = (name if k == 1 else f"{name}_{k}" for k in count(1))
     return next(candidate for candidate in numbered if candidate not in taken)
-
-
-def _set(graph: fx.GraphModule, path: str, value: nn.Parameter) -> None:
-    owner, _, leaf = path.rpartition(".")
-    module = graph.get_submodule(owner)
-    module.__dict__.pop(leaf, None)
-    module.register_parameter(leaf, value)

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -33,14 +32,14 @@ _SIZES = 48
 _NAMES = {"max": max, "min": min, "abs": abs, "int": int, "float": float, "__builtins__": {}}
 
 
-def wrong_at_other_batch(exported: Any, graph: torch.fx.GraphModule, model: nn.Module, inputs: Inputs) -> str:
+def wrong_at_other_batch(exported: Any, graph: torch.fx.GraphModule, inputs: Inputs, model: nn.Module) -> str:
     """Return a condition on the batch size that the graph requires, or an empty string.
 
     Args:
         exported: result of `torch.export`.
         graph: the same program as a module.
-        model: the captured model.
         inputs: inputs of the capture, with a batch of two or more.
+        model: the captured model.
     """
     sizes = [{0: batch} for batch in BATCHES]
     guard = _broken_guard(exported, model, inputs, lambda shape, change: (change[0], *shape[1:]), sizes)
@@ -56,26 +55,16 @@ def wrong_at_other_space(exported: Any, model: nn.Module, inputs: Inputs) -> str
         return ""
     smallest = [min(x.shape[axis] for x in tensors) for axis in (-2, -1)]
 
-    def changed(shape: tuple[int, ...], change: Mapping[int, int]) -> tuple[int, ...]:
+    def changed(shape: torch.Size, change: Mapping[int, int]) -> tuple[int, ...]:
         return (*shape[:-2], shape[-2] + change[-2], shape[-1] + change[-1]) if len(shape) in (4, 5) else shape
 
-    return _broken_guard(exported, model, inputs, changed, [{-2: h, -1: w} for h, w in _changes(*smallest)])
+    return _broken_guard(exported, model, inputs, changed, _changes(*smallest))
 
 
 # Guards. ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Sized:
-    """Substitute for a tensor in a guard."""
-
-    shape: tuple[int, ...]
-
-    def size(self) -> tuple[int, ...]:
-        return self.shape
-
-
-def _changes(height: int, width: int) -> Iterator[tuple[int, int]]:
+def _changes(height: int, width: int) -> Iterator[dict[int, int]]:
     """Return changes of height and width: equal ones, and several random pairs."""
     random = np.random.default_rng(0)
     lines = []
@@ -83,18 +72,18 @@ def _changes(height: int, width: int) -> Iterator[tuple[int, int]]:
         low, high = -(size // 2), (LARGEST - 1) * size
         spread = np.unique(np.linspace(low, high, _SIZES, dtype=np.int64)).tolist()
         lines.append(sorted({*spread, *(d for d in range(-4, 5) if low <= d <= high)}))
-    yield from ((d, d) for d in lines[0] if d in lines[1] or height == width)
+    yield from ({-2: d, -1: d} for d in lines[0] if d in lines[1] or height == width)
     for _ in range(4):
-        first, second = random.permutation(lines[0]), random.permutation(lines[1])
-        yield from ((int(h), int(w)) for h, w in zip(first, second, strict=False))
+        pairs = zip(*(random.permutation(line).tolist() for line in lines), strict=False)
+        yield from ({-2: h, -1: w} for h, w in pairs)
 
 
 def _broken_guard(
     exported: Any,
     model: nn.Module,
     inputs: Inputs,
-    changed: Callable[[tuple[int, ...], Mapping[int, int]], tuple[int, ...]],
-    sizes: list[dict[int, int]],
+    changed: Callable[[torch.Size, Mapping[int, int]], tuple[int, ...]],
+    sizes: Iterable[dict[int, int]],
 ) -> str:
     codes = getattr(exported, "_guards_code", None)
     if codes is None:
@@ -103,7 +92,7 @@ def _broken_guard(
     guards = [(code, compile(code, "<guard>", "eval")) for code in codes]
     for change in sizes:
         named = pytree.tree_map(
-            lambda x, by=change: _Sized(changed(tuple(x.shape), by)) if isinstance(x, Tensor) and x.dim() else x, bound
+            lambda x, by=change: torch.empty(changed(x.shape, by), device="meta") if _has_axes(x) else x, bound
         )
         for code, guard in guards:
             try:
@@ -119,7 +108,7 @@ def _broken_guard(
 
 
 def _differs_at_batch_one(graph: torch.fx.GraphModule, model: nn.Module, inputs: Inputs) -> str:
-    single = pytree.tree_map(lambda x: x[:1] if isinstance(x, Tensor) and x.dim() else x, inputs)
+    single = pytree.tree_map(lambda x: x[:1] if _has_axes(x) else x, inputs)
     with torch.no_grad():
         try:
             args, kwargs = fresh(single)
@@ -133,6 +122,10 @@ def _differs_at_batch_one(graph: torch.fx.GraphModule, model: nn.Module, inputs:
             return f"the batch is larger than 1 ({first_line(error)})"
     same = len(wanted) == len(got) and all(_close(a, b) for a, b in zip(wanted, got, strict=True))
     return "" if same else "the batch is larger than 1"
+
+
+def _has_axes(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() > 0
 
 
 def _tensors(tree: Any) -> list[Tensor]:

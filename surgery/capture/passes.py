@@ -1,13 +1,12 @@
 """Passes from the graph captured by `torch.export` to the graph of the later stages: `PASSES`, in order.
 
-Each pass declares the kinds of nodes that must be absent before it and those absent after it; no later pass may
-reintroduce them. `normalise(..., checked=True)` verifies these declarations after each pass.
+Each pass declares the kind of nodes absent after it; no later pass may reintroduce them. `normalise(..., checked=True)`
+verifies this after each pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,51 +28,35 @@ Nodes = Callable[[fx.GraphModule], Iterator[fx.Node]]
 """Returns the nodes of one kind in a graph."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """One rewrite of a graph, in place.
-
-    Attributes:
-        run: the rewrite.
-        requires: kinds of nodes that must be absent before.
-        ensures: kinds of nodes that are absent afterwards.
-    """
-
-    run: Callable[[fx.GraphModule], None]
-    requires: tuple[Nodes, ...]
-    ensures: tuple[Nodes, ...]
-
-
 def normalise(exported: Any, graph: fx.GraphModule, *, checked: bool = False) -> fx.GraphModule:
     """Return an exported program as a plain graph module that later stages can label and rewrite.
 
     Args:
         exported: result of `torch.export`.
         graph: its `module()`; modified in place.
-        checked: after each pass, verify the declarations of all passes so far.
+        checked: after each pass, verify what all passes so far ensure.
 
     Raises:
         UnsupportedModel: the program cannot be expressed as plain functions from values to values.
     """
     try:
-        _apply(PASSES, graph, checked)
+        _apply(graph, checked)
     except NeedsFunctionalization:
         graph = exported.run_decompositions({}).module(check_guards=False)
-        _apply(PASSES, graph, checked, without=functionalize)
+        _apply(graph, checked, without=functionalize)
+    graph.graph.eliminate_dead_code()
     return _plain_module(graph)
 
 
-def _apply(
-    passes: tuple[Pass, ...], graph: fx.GraphModule, checked: bool, without: Callable[..., None] | None = None
-) -> None:
-    gone: list[Nodes] = []
-    for step in passes:
-        if step.run is not without:
-            step.run(graph)
-        gone += step.ensures
-        for kind in gone if checked else ():
-            if found := list(kind(graph)):
-                raise AssertionError(f"after {step.run.__name__}: {kind.__name__} are left: {found}")
+def _apply(graph: fx.GraphModule, checked: bool, without: Callable[..., None] | None = None) -> None:
+    absent: list[Nodes] = []
+    for run, kind in PASSES:
+        if run is not without:
+            run(graph)
+        absent.append(kind)
+        for each in absent if checked else ():
+            if found := list(each(graph)):
+                raise AssertionError(f"after {run.__name__}: {each.__name__} are left: {found}")
 
 
 # Regions: code inside `torch.autocast(enabled=False)` or `torch.no_grad()`. --------------------------------------
@@ -109,29 +92,28 @@ def inline_regions(graph: fx.GraphModule) -> None:
 
 
 def _region(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, list[Any]]:
+    arguments: list[Any] = list(node.args)
     if node.target is wrap_with_set_grad_enabled:
-        _, body, *operands = node.args
-    elif node.target is wrap_with_autocast:
-        device, _, enabled, _, body, *operands = node.args
-        if enabled and device == "cpu":
-            traces = (_line_of(n) for n in attribute(graph, str(body.target)).graph.nodes)  # type: ignore[union-attr]
-            line = next(filter(None, traces), "")
-            raise UnsupportedModel(
-                f"forward enables autocast on the CPU{line and f' around {line}'}; remove it, and cast the model itself"
-            )
-    else:
+        return arguments[1], arguments[2:]
+    if node.target is not wrap_with_autocast:
         raise UnsupportedModel(
             f"'{node.target}' at {_line_of(node) or UNKNOWN} branches or loops on values of tensors; write forward "
             "without it, or shrink a submodule that does not contain it by --submodule"
         )
-    return body, operands  # type: ignore[return-value]
+    device, _, enabled, _, body, *operands = arguments
+    if enabled and device == "cpu":
+        line = next(filter(None, map(_line_of, attribute(graph, str(body.target)).graph.nodes)), "")
+        raise UnsupportedModel(
+            f"forward enables autocast on the CPU{line and f' around {line}'}; remove it, and cast the model itself"
+        )
+    return body, operands
 
 
 def _line_of(node: fx.Node) -> str:
     return last_own_line(str(node.meta.get("stack_trace", "")))
 
 
-# Assertions, sizes, unused nodes. -----------------------------------------------------------------------------------
+# Assertions and sizes. -----------------------------------------------------------------------------------
 
 
 def assertions(graph: fx.GraphModule) -> Iterator[fx.Node]:
@@ -187,27 +169,17 @@ def reshape_to_sizes(graph: fx.GraphModule) -> None:
         node.target, node.args = aten.reshape.default, (x, sizes)
 
 
-def unused(graph: fx.GraphModule) -> Iterator[fx.Node]:
-    """Return nodes without users."""
-    return (n for n in graph.graph.nodes if not n.users and n.op != "placeholder" and not n.is_impure())
-
-
-def drop_unused(graph: fx.GraphModule) -> None:
-    """Erase nodes without users."""
-    graph.graph.eliminate_dead_code()
-
-
-PASSES = (
-    Pass(inline_regions, requires=(), ensures=(regions,)),
-    Pass(drop_assertions, requires=(regions,), ensures=(assertions,)),
-    Pass(functionalize, requires=(regions, assertions), ensures=(writes,)),
-    Pass(validate_sizes, requires=(regions,), ensures=(value_dependent_sizes,)),
-    Pass(reshape_to_sizes, requires=(writes,), ensures=(reshapes_like_another,)),
-    Pass(expand_einsums, requires=(regions,), ensures=(einsums,)),
-    Pass(fold_scalars, requires=(writes,), ensures=(scalars_of_constants,)),
-    Pass(compute_weights, requires=(writes, scalars_of_constants), ensures=(computed_weights,)),
-    Pass(drop_unused, requires=(writes,), ensures=(unused,)),
+PASSES: tuple[tuple[Callable[[fx.GraphModule], None], Nodes], ...] = (
+    (inline_regions, regions),
+    (drop_assertions, assertions),
+    (functionalize, writes),
+    (validate_sizes, value_dependent_sizes),
+    (reshape_to_sizes, reshapes_like_another),
+    (expand_einsums, einsums),
+    (fold_scalars, scalars_of_constants),
+    (compute_weights, computed_weights),
 )
+"""Each rewrites a graph in place, and the kind of nodes absent afterwards."""
 
 
 def _plain_module(graph: fx.GraphModule) -> fx.GraphModule:
@@ -216,9 +188,10 @@ def _plain_module(graph: fx.GraphModule) -> fx.GraphModule:
     If all inputs are plain arguments, the graph itself rebuilds the outputs (it can return tuples and dictionaries), so
     that the module can be copied and saved without pytree information.
     """
-    info = getattr(graph.graph._codegen, "pytree_info", None)
-    output = graph.graph.output_node()
-    if info is not None and _flat_inputs(info.in_spec) and _plain_containers(info.out_spec):
+    info: Any = getattr(graph.graph._codegen, "pytree_info", None)
+    flat = info is not None and all(leaf.is_leaf() for part in info.in_spec.children() for leaf in part.children())
+    if flat and _plain_containers(info.out_spec):
+        output = graph.graph.output_node()
         output.args = (pytree.tree_unflatten(list(output.args[0]), info.out_spec),)  # type: ignore[arg-type]
         graph.graph.set_codegen(fx.graph.CodeGen())
     plain = fx.GraphModule(graph, graph.graph, "Program")
@@ -226,12 +199,6 @@ def _plain_module(graph: fx.GraphModule) -> fx.GraphModule:
     return plain
 
 
-def _flat_inputs(spec: Any) -> bool:
-    return all(leaf.is_leaf() for part in spec.children() for leaf in part.children())
-
-
 def _plain_containers(spec: Any) -> bool:
     """Return whether a graph can rebuild outputs of this structure without pytree information."""
-    if spec.is_leaf():
-        return True
-    return spec.type in (tuple, list, dict) and all(_plain_containers(child) for child in spec.children())
+    return spec.is_leaf() or (spec.type in (tuple, list, dict) and all(map(_plain_containers, spec.children())))

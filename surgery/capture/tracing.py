@@ -12,8 +12,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +31,11 @@ from surgery.core import (
     buffers_kept,
     first_line,
     fresh,
-    hint,
     is_symbolic,
     last_own_line,
     lean,
     quiet,
+    shapes_of,
     traceable,
     where_raised,
 )
@@ -68,9 +67,8 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
     kwargs = _in_forward_order(model, example_kwargs or {})
     require_finite(model)
     with evaluating(model), buffers_kept(model), quiet():
-        captured = _capture(traceable(model), args, kwargs)
-        graph = normalise(captured.exported, captured.graph)
-    args, kwargs = captured.inputs
+        (exported, captured, (args, kwargs)), notes = _capture(traceable(model), args, kwargs)
+        graph = normalise(exported, captured)
     inputs = _input_specs(graph)
     computed = sources_of_weights(graph.graph)
     weights = (f"'{name}' holds the weight that forward computed from {', '.join(s)}" for name, s in computed.items())
@@ -81,7 +79,7 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
         example_args=args,
         example_kwargs=kwargs,
         fingerprint=_fingerprint(graph),
-        notes=(*captured.notes, *_notes_on_space(inputs), *weights),
+        notes=(*notes, *_notes_on_space(inputs), *weights),
         model=model,
         materialised=computed,
     )
@@ -116,24 +114,20 @@ def _in_forward_order(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, 
     return dict(sorted(kwargs.items(), key=lambda item: order.index(item[0])))
 
 
-def _at_batch_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _at_batch_two(args: Args, kwargs: dict[str, Any]) -> Inputs:
     """Repeat inputs of batch 1; inputs with different first axes stay unchanged."""
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     if not tensors:
-        raise InvalidInput(
-            "example inputs hold no tensor; pass a tensor or a tuple of tensors such as (1, 3, 224, 224)"
-        )
+        raise InvalidInput("example inputs hold no tensor; pass one, or a tuple of some, such as (1, 3, 224, 224)")
     if any(t.numel() == 0 for t in tensors):
         raise InvalidInput("an example input is empty; pass at least one sample, such as (1, 3, 224, 224)")
     single = all(t.dim() > 0 and t.shape[0] == 1 for t in tensors)
 
     def twice(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        x = x.detach()
-        return torch.cat([x, x.flip(-1) if x.is_floating_point() else x]) if single else x
+        x = x.detach() if isinstance(x, Tensor) else x
+        return torch.cat([x, x.flip(-1) if x.is_floating_point() else x]) if single and isinstance(x, Tensor) else x
 
-    doubled: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(twice, (args, kwargs))
+    doubled: Inputs = pytree.tree_map(twice, (args, kwargs))
     return doubled
 
 
@@ -163,38 +157,36 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 # Capture. -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Capture:
-    """Result of `torch.export`, the same program as a module, its inputs, and notes for the user."""
+class _Capture(NamedTuple):
+    """Result of `torch.export`, the same program as a module, and its inputs."""
 
     exported: Any
     graph: torch.fx.GraphModule
     inputs: Inputs
-    notes: tuple[str, ...] = ()
 
 
-def _capture(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> _Capture:
-    """Capture with dynamic batch, height and width if valid; else with dynamic batch; else without dynamic axes."""
+def _capture(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> tuple[_Capture, tuple[str, ...]]:
+    """Capture with dynamic batch, height and width if valid; else with dynamic batch; else without dynamic axes.
+
+    Returns:
+        The capture, and notes for the user.
+    """
     twice = _at_batch_two(args, kwargs)
     if not slow_to_capture(model, twice):
         with suppress(Exception):  # torch.export raises whatever the user's forward or its own passes raise
             found = _export(model, twice, Dim.DYNAMIC, Dim.AUTO)
-            if not (wrong_at_other_space(found.exported, model, twice) or _wrong_at_other_batch(found, model, twice)):
-                return found
+            if not wrong_at_other_space(found.exported, model, twice) and not wrong_at_other_batch(*found, model):
+                return found, ()
     try:
         found = _export(model, twice, Dim.DYNAMIC, None)
     except Exception as error:  # likewise
         reason = f"{where_raised(error)}: {first_line(error)}".removeprefix(f"{UNKNOWN}: ")
     else:
-        if not (condition := _wrong_at_other_batch(found, model, twice)):
-            return found
+        if not (condition := wrong_at_other_batch(*found, model)):
+            return found, ()
         reason = f"forward takes another path unless {condition}"
     note = f"batch is fixed at the example's: a dynamic one could not be traced ({reason})"
-    return replace(_export_fixed(model, args, kwargs), notes=(note,))
-
-
-def _wrong_at_other_batch(found: _Capture, model: nn.Module, inputs: Inputs) -> str:
-    return wrong_at_other_batch(found.exported, found.graph, model, inputs)
+    return _export_fixed(model, args, kwargs), (note,)
 
 
 def _export(model: nn.Module, inputs: Inputs, batch: Any, space: Any) -> _Capture:
@@ -256,23 +248,21 @@ def _input_specs(graph: torch.fx.GraphModule) -> tuple[InputSpec, ...]:
         value = node.meta.get("val")
         if node.op == "placeholder" and isinstance(value, Tensor):
             dynamic = tuple(a for a, s in enumerate(value.shape) if is_symbolic(s))
-            shape = tuple(hint(s) for s in value.shape)
-            specs.append(InputSpec(str(node.target), shape, str(value.dtype).removeprefix("torch."), dynamic))
+            dtype = str(value.dtype).removeprefix("torch.")
+            specs.append(InputSpec(str(node.target), shapes_of(value), dtype, dynamic))
     return tuple(specs)
 
 
 def _notes_on_space(inputs: tuple[InputSpec, ...]) -> Iterator[str]:
     for spec in inputs:
-        if len(spec.shape) != 4:
-            continue
-        free, fixed = [a for a in (2, 3) if a in spec.dynamic], [a for a in (2, 3) if a not in spec.dynamic]
-        if free:
+        free, fixed = ([a for a in (2, 3) if (a in spec.dynamic) is yes] for yes in (True, False))
+        if len(spec.shape) == 4 and free:
             low, high = (
                 " x ".join(map(str, sizes))
                 for sizes in ([-(-spec.shape[a] // 2) for a in free], [LARGEST * spec.shape[a] for a in free])
             )
             yield f"input '{spec.name}': axes {free} may be {low} to {high}; other sizes were not examined"
-        if fixed:
+        if len(spec.shape) == 4 and fixed:
             size = " x ".join(str(spec.shape[a]) for a in fixed)
             yield (
                 f"input '{spec.name}': the size of axes {fixed} is fixed at {size}, in the ONNX files too: the model "
@@ -294,13 +284,12 @@ def module_of(node: torch.fx.Node) -> str:
 
 def describe_graph(graph: torch.fx.Graph) -> tuple[Node, ...]:
     """Return the operations of a graph in order."""
-    return tuple(_describe(n) for n in graph.nodes if n.op == "call_function")
-
-
-def _describe(node: torch.fx.Node) -> Node:
-    value = node.meta.get("val")
-    shape = tuple(hint(s) for s in value.shape) if isinstance(value, Tensor) else ()
-    return Node(node.name, str(node.target), shape, source_of(node), module_of(node))
+    called = [n for n in graph.nodes if n.op == "call_function"]
+    shapes = [shapes_of(n.meta.get("val")) for n in called]
+    return tuple(
+        Node(n.name, str(n.target), shape if isinstance(shape, tuple) else (), source_of(n), module_of(n))
+        for n, shape in zip(called, shapes, strict=True)
+    )
 
 
 def _fingerprint(graph: torch.fx.GraphModule) -> str:

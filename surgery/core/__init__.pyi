@@ -6,20 +6,25 @@ from .blame import (
     user_line as user_line,
     where_raised as where_raised,
 )
-from .callee import Callee as Callee
-from .conditioning import (
-    conditioned as conditioned,
-    elsewhere as elsewhere,
-    other_sizes as other_sizes,
-    sample_inputs as sample_inputs,
-    well_conditioned as well_conditioned,
-)
-from .copies import (
+from .callee import (
+    Callee as Callee,
     buffers_kept as buffers_kept,
     copied as copied,
     empty_caches as empty_caches,
     fresh as fresh,
     traceable as traceable,
+)
+from .conditioning import (
+    BLIND as BLIND,
+    ROUNDINGS as ROUNDINGS,
+    TOLERANCE as TOLERANCE,
+    conditioned as conditioned,
+    elsewhere as elsewhere,
+    names_dtype as names_dtype,
+    narrowest as narrowest,
+    other_sizes as other_sizes,
+    sample_inputs as sample_inputs,
+    well_conditioned as well_conditioned,
 )
 from .counting import count_macs as count_macs, count_params as count_params
 from .executor import Compute as Compute, Executor as Executor, Frontier as Frontier, interpret as interpret
@@ -29,9 +34,9 @@ from .graphs import (
     arguments_of as arguments_of,
     attribute as attribute,
     flat_outputs as flat_outputs,
+    hint as hint,
+    is_symbolic as is_symbolic,
     mutates as mutates,
-    names_dtype as names_dtype,
-    narrowest as narrowest,
     shapes_of as shapes_of,
     state_of as state_of,
     with_values as with_values,
@@ -76,8 +81,5 @@ from .labels import (
     gather as gather,
     is_constant as is_constant,
 )
-from .progress import Clock as Clock, Progress as Progress
-from .silence import quiet as quiet
-from .sizes import hint as hint, is_symbolic as is_symbolic
-from .tolerances import BLIND as BLIND, ROUNDINGS as ROUNDINGS, TOLERANCE as TOLERANCE
+from .stages import Clock as Clock, Progress as Progress, quiet as quiet
 from .torch_speed import ONE_AT_A_TIME as ONE_AT_A_TIME, instead as instead, lean as lean

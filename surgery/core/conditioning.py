@@ -1,4 +1,4 @@
-"""Well-conditioned weights and inputs for comparisons, also at other batch and image sizes.
+"""Well-conditioned weights and inputs for comparisons, also at other batch and image sizes; tolerances.
 
 A vision transformer's default head is all zero, and permuting channels of a deep network with default weights may
 change its output by only 1e-6, so that a comparison on such values detects nothing. Every parameter therefore gets
@@ -7,8 +7,9 @@ distinct values of moderate magnitude, and batch norms the running statistics of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod, sqrt
+from types import MappingProxyType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -22,6 +23,30 @@ from surgery.core.ir import Program
 
 aten = torch.ops.aten
 
+TOLERANCE = MappingProxyType(
+    {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2},
+)
+"""By dtype, the largest error at which results count as equal, relative to the part that varies with the input."""
+
+BLIND = 1e-3
+"""If less than this share of the output varies with the input, a comparison is inconclusive."""
+
+ROUNDINGS = 16
+"""On the real weights, the error accepted as rounding, as a multiple of the effect of one ulp in every weight."""
+
+
+def narrowest(program: Program) -> torch.dtype:
+    """Return the lowest-precision floating dtype among the program's weights and values."""
+    values = pytree.tree_leaves([n.meta.get("val") for n in program.graph.graph.nodes])
+    found = {x.dtype for x in (*values, *state_of(program).values()) if isinstance(x, Tensor)} & TOLERANCE.keys()
+    return max(found, key=lambda dtype: TOLERANCE[dtype], default=torch.float32)
+
+
+def names_dtype(program: Program) -> bool:
+    """Return whether forward casts to an explicit floating dtype, which determines its precision."""
+    given = pytree.tree_leaves([(n.args, dict(n.kwargs)) for n in program.graph.graph.nodes])
+    return any(isinstance(x, torch.dtype) and x.is_floating_point for x in given)
+
 
 def sample_inputs(program: Program, *, seed: int, dtype: torch.dtype | None = None, by: int = 0) -> list[Tensor]:
     """Return random inputs in the order of the graph's placeholders; integer inputs keep the example's values.
@@ -30,15 +55,17 @@ def sample_inputs(program: Program, *, seed: int, dtype: torch.dtype | None = No
     per channel and coarse pattern. `by`: pixels added to height and width where these are dynamic.
     """
     generator = torch.Generator().manual_seed(seed)
-    leaves = pytree.tree_leaves((program.example_args, dict(program.example_kwargs)))
-    if by:
-        leaves = _resized(leaves, program, by)
-    return [
-        _textured(leaf, generator).to(dtype or leaf.dtype)
-        if isinstance(leaf, Tensor) and leaf.is_floating_point()
-        else (leaf.cpu() if isinstance(leaf, Tensor) else leaf)
-        for leaf in leaves
-    ]
+    leaves, specs = pytree.tree_leaves((program.example_args, dict(program.example_kwargs))), iter(program.inputs)
+    out: list[Any] = []
+    for leaf in leaves:
+        spec = next(specs, None) if isinstance(leaf, Tensor) else None
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            free = {2, 3} & set(spec.dynamic if spec is not None else ())
+            shape = [size + by if a in free else size for a, size in enumerate(leaf.shape)]
+            out.append(_textured(shape, generator).to(dtype or leaf.dtype))
+        else:
+            out.append(leaf.cpu() if isinstance(leaf, Tensor) else leaf)
+    return out
 
 
 def other_sizes(program: Program) -> list[int]:
@@ -85,31 +112,19 @@ def elsewhere(program: Program, run: Callable[[list[Tensor]], T], *, seed: int) 
     return None if any(x is None for x in found) else [pair for x in found for pair in x or ()]
 
 
-def _resized(leaves: list[Any], program: Program, by: int) -> list[Any]:
-    specs = iter(program.inputs)
-    out = []
-    for leaf in leaves:
-        spec = next(specs) if isinstance(leaf, Tensor) else None
-        if spec is not None and {2, 3} & set(spec.dynamic) and leaf.is_floating_point():
-            shape = [size + by if a in (2, 3) and a in spec.dynamic else size for a, size in enumerate(leaf.shape)]
-            leaf = leaf.new_zeros(shape)
-        out.append(leaf)
-    return out
+def _textured(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator, dtype=torch.float64)
 
-
-def _textured(like: Tensor, generator: torch.Generator) -> Tensor:
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    noise = normal(*like.shape)
-    if like.dim() < 2:
+    noise = normal(*shape)
+    if len(shape) < 2:
         return noise
-    lead = (*like.shape[:2], *[1] * (like.dim() - 2))
-    contrast = torch.exp(0.7 * normal(like.shape[0], *[1] * (like.dim() - 1)))
-    if like.dim() == 4:
-        coarse = normal(*like.shape[:2], min(4, like.shape[2]), min(4, like.shape[3]))
-        noise = 0.5 * noise + torch.nn.functional.interpolate(coarse, like.shape[2:], mode="bilinear")
-    return contrast * noise + normal(*lead)
+    ones = [1] * (len(shape) - 2)
+    contrast = torch.exp(0.7 * normal(shape[0], 1, *ones))
+    if len(shape) == 4:
+        coarse = normal(*shape[:2], min(4, shape[2]), min(4, shape[3]))
+        noise = 0.5 * noise + torch.nn.functional.interpolate(coarse, tuple(shape[2:]), mode="bilinear")
+    return contrast * noise + normal(*shape[:2], *ones)
 
 
 def well_conditioned(program: Program, *, seed: int = 0) -> dict[str, Tensor]:
@@ -166,15 +181,14 @@ def conditioned(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor
 
 def _settle_statistics(state: dict[str, Tensor]) -> Compute:
     def override(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
-        if node.target is aten.batch_norm.default and args[3] is not None:
-            x: Tensor = args[0]
-            dims = [a for a in range(x.dim()) if a != 1]
-            mean, var = x.mean(dims), x.var(dims, unbiased=False)
-            names = [str(n.target) for n in node.args[3:5]]  # type: ignore[union-attr]
-            state[names[0]] = mean + 0.1 * var.sqrt() * state[names[0]]
-            state[names[1]] = var * state[names[1]] + 0.1 * var.mean() + 1e-6  # avoid exploding a channel by chance
-            args = (*args[:3], state[names[0]], state[names[1]], *args[5:])
-            return node.target(*args, **kwargs)
-        return NotImplemented
+        if node.target is not aten.batch_norm.default or args[3] is None:
+            return NotImplemented
+        x: Tensor = args[0]
+        dims = [a for a in range(x.dim()) if a != 1]
+        mean, var = x.mean(dims), x.var(dims, unbiased=False)
+        names = [str(n.target) for n in node.args[3:5]]  # type: ignore[union-attr]
+        state[names[0]] = mean + 0.1 * var.sqrt() * state[names[0]]
+        state[names[1]] = var * state[names[1]] + 0.1 * var.mean() + 1e-6  # avoid exploding a channel by chance
+        return node.target(*args[:3], *(state[name] for name in names), *args[5:], **kwargs)
 
     return override

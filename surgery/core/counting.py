@@ -13,67 +13,42 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from math import isqrt, prod
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from fvcore.nn import FlopCountAnalysis
-from fvcore.nn.jit_handles import (
-    batchnorm_flop_jit,
-    conv_flop_count,
-    elementwise_flop_counter,
-    get_shape,
-    matmul_flop_jit,
-    norm_flop_counter,
-)
+from fvcore.nn.jit_handles import batchnorm_flop_jit, conv_flop_count, get_shape, matmul_flop_jit
 from torch import Tensor, fx, nn
 
 from surgery.core.callee import Callee
 from surgery.errors import InvalidInput, UnsupportedModel
 
-Handle = Callable[[Sequence[Any], Sequence[Any]], Any]
-"""Inputs and outputs of one traced operator (`torch._C.Value`) → its MACs."""
-
 
 def count_macs(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, batch: int | None = None
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, batch: int = 1
 ) -> int:
-    """Return the multiply-adds of one forward pass.
+    """Return the multiply-adds of one forward pass, divided by `batch` and rounded down.
 
-    Args:
-        module: a module or graph module; left unchanged. It is counted in eval mode, without gradients.
-        args: positional arguments of `forward`.
-        kwargs: keyword arguments of `forward`.
-        batch: number of samples in the inputs; the result is then per sample, rounded down.
+    The module is left unchanged; it is counted in eval mode, without gradients.
 
     Raises:
-        InvalidInput: the arguments contain no tensor, or `batch` is below 1.
+        InvalidInput: the arguments contain no tensor.
         UnsupportedModel: the module cannot be copied or run on these arguments.
     """
-    if batch is not None and batch < 1:
-        raise InvalidInput(f"batch={batch}: the number of samples in the inputs must be at least 1")
-    return sum(count_by_operator(module, args, kwargs).values()) // (batch or 1)
+    return sum(count_by_operator(module, args, kwargs).values()) // batch
 
 
 def count_by_operator(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
 ) -> dict[str, int]:
-    """Return the multiply-adds of one forward pass per operator (fvcore's names, `conv` for all convolutions).
-
-    Args:
-        module: see `count_macs`.
-        args: see `count_macs`.
-        kwargs: see `count_macs`.
-
-    Raises:
-        InvalidInput: no tensor among the arguments.
-        UnsupportedModel: the module cannot be copied or run on these arguments.
-    """
+    """Return what `count_macs` counts per operator, by fvcore's names (`conv` for all convolutions)."""
     callee = Callee(module, args, kwargs)
     if not callee.tensors:
         raise InvalidInput("MACs are counted by running the module: its example inputs hold no tensor")
     try:
-        analysis = _analysis(_Counted(_private_copy(module), args, kwargs), callee.tensors)
+        analysis = FlopCountAnalysis(_Counted(_private_copy(module), args, kwargs), callee.tensors)
+        analysis.set_op_handle(**_HANDLES).tracer_warnings("none")
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         with torch.no_grad(), _attention_spelled_out():
             counts = analysis.by_operator()
     except Exception as error:  # any exception the user's forward raises
@@ -112,25 +87,16 @@ def _private_copy(module: nn.Module) -> nn.Module:
 
 def _avoid_untraceable(module: fx.GraphModule) -> None:
     """Replace operators on which torch's tracer fails (it records them with too few arguments) by equivalents."""
-    swapped = [node for node in module.graph.nodes if node.target in _TRACEABLE]
-    for node in swapped:
-        node.target = _TRACEABLE[node.target]
-    if swapped:
-        module.recompile()
+    for node in module.graph.nodes:
+        node.target = _TRACEABLE.get(node.target, node.target)
+    module.recompile()
 
 
-_TRACEABLE = MappingProxyType(
-    {
-        torch.ops.aten.fill.Scalar: torch.ops.aten.full_like.default,
-        torch.ops.aten.fill.Tensor: torch.ops.aten.copy.default,
-        torch.ops.aten.zero.default: torch.ops.aten.zeros_like.default,
-    }
-)
-
-
-def _analysis(module: nn.Module, tensors: tuple[Tensor, ...]) -> Any:
-    analysis = FlopCountAnalysis(module, tensors).set_op_handle(**EXTRA_HANDLES)
-    return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+_TRACEABLE: Mapping[Any, Any] = {
+    torch.ops.aten.fill.Scalar: torch.ops.aten.full_like.default,
+    torch.ops.aten.fill.Tensor: torch.ops.aten.copy.default,
+    torch.ops.aten.zero.default: torch.ops.aten.zeros_like.default,
+}
 
 
 @contextmanager
@@ -144,101 +110,61 @@ def _attention_spelled_out() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-# --- handles: shapes of inputs and outputs → MACs ----------------------------------------------------------------
+# Handles: inputs and outputs of one traced operator (`torch._C.Value`) → its MACs. ----------------------------------
+
+Handle = Callable[[Sequence[Any], Sequence[Any]], Any]
 
 
-def _shape(value: Any) -> list[int]:
-    return list(get_shape(value))
+def _of_shapes(formula: Callable[..., int]) -> Handle:
+    """Count by the shapes of the output and of each input (None: not a tensor)."""
+    return lambda inputs, outputs: formula(get_shape(outputs[0]), *map(get_shape, inputs))
 
 
-def _numel(value: Any) -> int:
-    return prod(_shape(value))
-
-
-def _scaled_dot_product_attention(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+def _attention(out: list[int], query: list[int], key: list[int], value: list[int], *_: Any) -> int:
     """(.., L, E) x (.., S, E) → (.., L, S); (.., L, S) x (.., S, Ev) → (.., L, Ev)."""
-    rows = prod(_shape(outputs[0])[:-1])  # batch, heads and L, after broadcasting
-    keys, width = _shape(inputs[1])[-2:]
-    return rows * keys * (width + _shape(inputs[2])[-1])
+    return prod(out[:-1]) * key[-2] * (key[-1] + value[-1])  # leading axes after broadcasting
 
 
-def _convolution_mode(inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
-    """A convolution whose padding is given by name ('same', 'valid')."""
-    return conv_flop_count(_shape(inputs[0]), _shape(inputs[1]), _shape(outputs[0]))
-
-
-def _per_output(position: int) -> Handle:
-    """Count, per output element, the length of the last axis of the input at `position`."""
-
-    def handle(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-        return _numel(outputs[0]) * _shape(inputs[position])[-1]
-
-    return handle
-
-
-def _addbmm(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-    """(B, N, K) x (B, K, M), summed over B."""
-    return _numel(inputs[1]) * _shape(inputs[2])[-1]
-
-
-def _tensordot(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+def _tensordot(out: list[int], a: list[int], b: list[int], *_: Any) -> int:
     """(F, K) x (K, G) → (F, G), each letter for several axes: the product of the input sizes is F * K * K * G."""
-    result = _numel(outputs[0])
-    return result * isqrt(_numel(inputs[0]) * _numel(inputs[1]) // result) if result else 0
+    return prod(out) * isqrt(prod(a) * prod(b) // prod(out)) if prod(out) else 0
 
 
-def _bilinear(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+def _bilinear(out: list[int], a: list[int], b: list[int], weight: list[int], *_: Any) -> int:
     """(.., I) and (.., J) with weight (O, I, J): first to (.., O, J), then to (.., O)."""
-    out, _, second = _shape(inputs[2])
-    return _numel(inputs[0]) * out * second + _numel(outputs[0]) * second
+    return prod(a) * weight[0] * weight[2] + prod(out) * weight[2]
 
 
 def _matmul(inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
     """Extend fvcore's handle to a vector as second factor."""
-    if len(_shape(inputs[1])) == 1:
-        return _numel(inputs[0])
-    return matmul_flop_jit(inputs, outputs)
+    vector = len(get_shape(inputs[1])) == 1
+    return prod(get_shape(inputs[0])) if vector else matmul_flop_jit(inputs, outputs)
 
 
-def _norm(affine_position: int) -> Handle:
-    """Extend fvcore's handle, by the same formula, to inputs of fewer than 2 or more than 5 axes."""
-    fvcore = norm_flop_counter(affine_position)
-
-    def handle(inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
-        if 2 <= len(_shape(inputs[0])) <= 5:
-            return fvcore(inputs, outputs)
-        return _numel(inputs[0]) * (4 if get_shape(inputs[affine_position]) is None else 5)
-
-    return handle
+def _norm(affine: int, plain: int = 4) -> Handle:
+    """Fvcore's formula, for inputs of any rank: the scale is input number `affine`; `plain`: without one."""
+    return _of_shapes(lambda out, *inputs: prod(inputs[0]) * (plain + (inputs[affine] is not None)))
 
 
-def _batch_norm_eval(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-    """Count batch norm in eval mode by fvcore's formula: scale and shift."""
-    return _numel(inputs[0]) * (1 if get_shape(inputs[1]) is None else 2)
-
-
-EXTRA_HANDLES: Mapping[str, Handle] = MappingProxyType(
-    {
-        "aten::scaled_dot_product_attention": _scaled_dot_product_attention,
-        "aten::_scaled_dot_product_attention_math": _scaled_dot_product_attention,
-        "aten::_scaled_dot_product_flash_attention_for_cpu": _scaled_dot_product_attention,
-        "aten::_convolution_mode": _convolution_mode,
-        "aten::matmul": _matmul,
-        "aten::baddbmm": _per_output(1),
-        "aten::addbmm": _addbmm,
-        "aten::mv": _per_output(0),
-        "aten::addmv": _per_output(1),
-        "aten::dot": _per_output(0),
-        "aten::vdot": _per_output(0),
-        "aten::inner": _per_output(0),
-        "aten::tensordot": _tensordot,
-        "aten::bilinear": _bilinear,
-        "aten::layer_norm": _norm(2),
-        "aten::native_layer_norm": _norm(2),
-        "aten::native_group_norm": _norm(1),
-        "aten::native_batch_norm": batchnorm_flop_jit,
-        "aten::_native_batch_norm_legit_no_training": _batch_norm_eval,
-        "aten::_adaptive_avg_pool2d": elementwise_flop_counter(1, 0),
-    }
-)
-"""Operator name → handle, in addition to fvcore's table (or where its handle raises)."""
+_FIRST = _of_shapes(lambda out, a, *_: prod(out) * a[-1])
+_SECOND = _of_shapes(lambda out, added, a, *_: prod(out) * a[-1])
+_HANDLES: Mapping[str, Handle] = {
+    "aten::scaled_dot_product_attention": _of_shapes(_attention),
+    "aten::_scaled_dot_product_attention_math": _of_shapes(_attention),
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _of_shapes(_attention),
+    "aten::_convolution_mode": _of_shapes(lambda out, x, weight, *_: conv_flop_count(x, weight, out)),
+    "aten::matmul": _matmul,
+    "aten::baddbmm": _SECOND,
+    "aten::addbmm": _of_shapes(lambda out, added, a, b, *_: prod(a) * b[-1]),
+    "aten::addmv": _SECOND,
+    **dict.fromkeys(("aten::mv", "aten::dot", "aten::vdot", "aten::inner"), _FIRST),
+    "aten::tensordot": _of_shapes(_tensordot),
+    "aten::bilinear": _of_shapes(_bilinear),
+    "aten::layer_norm": _norm(2),
+    "aten::native_layer_norm": _norm(2),
+    "aten::native_group_norm": _norm(1),
+    "aten::native_batch_norm": batchnorm_flop_jit,
+    "aten::_native_batch_norm_legit_no_training": _norm(1, plain=1),
+    "aten::_adaptive_avg_pool2d": _of_shapes(lambda out, x, *_: prod(x)),
+}
+"""In addition to fvcore's table, or where its handle raises."""

@@ -137,23 +137,16 @@ class Executor:
 
     def only(self, run: Frontier, wanted: str) -> Any:
         """Return one value, running only what it needs; raises KeyError if a required value has been freed."""
-        values = dict(run.values)
-        target = self.nodes[self.place[wanted]]
-        pending = [target]
-        while pending:
-            node = pending[-1]
-            if node in values or node.op == "get_attr":
-                pending.pop()
-                continue
-            if node.op != "call_function" or self.place[node.name] < run.position:
-                raise KeyError(node.name)
-            missing = [n for n in node.all_input_nodes if n not in values and n.op != "get_attr"]
-            if missing:
-                pending.extend(missing)
-                continue
-            values[node] = self.call(node, values)
-            pending.pop()
-        return values[target]
+        end = self.place[wanted]
+        values, needed = dict(run.values), {self.nodes[end]}
+        ahead = self.nodes[run.position : end + 1]
+        for node in reversed(ahead):
+            if node in needed and node not in values:
+                needed.update(node.all_input_nodes)
+        for node in ahead:
+            if node in needed and node not in values and node.op == "call_function":
+                values[node] = self.call(node, values)
+        return values[self.nodes[end]]
 
     def output(self, run: Frontier) -> Any:
         """Run to the end and return what the graph returns."""
@@ -176,13 +169,10 @@ class Executor:
         result = NotImplemented if self._compute is None else self._compute(node, args, kwargs)
         if result is NotImplemented:
             result = node.target(*args, **kwargs)  # type: ignore[operator]
-        return self._created(result, args, kwargs) if self._dtype is not None else result
-
-    def _created(self, result: Any, *arguments: Any) -> Any:
-        """Return the tensor an operator without tensor arguments creates, in the dtype of the run."""
-        if not isinstance(result, Tensor) or not result.is_floating_point() or result.dtype == self._dtype:
+        if self._dtype is None or not isinstance(result, Tensor) or not result.is_floating_point():
             return result
-        return result if any(isinstance(x, Tensor) for x in pytree.tree_leaves(arguments)) else result.to(self._dtype)
+        made = not any(isinstance(x, Tensor) for x in pytree.tree_leaves((args, kwargs)))
+        return result.to(self._dtype) if made else result
 
     def _literal(self, x: Any) -> Any:
         if isinstance(x, torch.device):

@@ -10,8 +10,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from surgery.core.ir import Program
-from surgery.core.sizes import hint
-from surgery.core.tolerances import TOLERANCE
+
+
+def is_symbolic(size: Any) -> bool:
+    """Return whether a traced size may vary between calls."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
+
+
+def hint(size: Any) -> int:
+    """Return the example's value of a size that may be symbolic."""
+    return int(size.node.hint if is_symbolic(size) else size)
 
 
 def arguments_of(node: torch.fx.Node) -> dict[str, Any]:
@@ -19,15 +27,9 @@ def arguments_of(node: torch.fx.Node) -> dict[str, Any]:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return {str(k): a for k, a in enumerate(node.args)} | dict(node.kwargs)
-    found: dict[str, Any] = {}
-    for k, argument in enumerate(schema.arguments):
-        if k < len(node.args):
-            found[argument.name] = node.args[k]
-        elif argument.name in node.kwargs:
-            found[argument.name] = node.kwargs[argument.name]
-        elif argument.has_default_value():
-            found[argument.name] = argument.default_value
-    return found
+    known = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    known |= dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    return {a.name: known[a.name] for a in schema.arguments if a.name in known}
 
 
 def with_values(arguments: Mapping[str, Any], lookup: Callable[[torch.fx.Node], Any]) -> dict[str, Any]:
@@ -84,16 +86,3 @@ def state_of(program: Program) -> dict[str, Tensor]:
     tensors = all_tensors(program)
     read = {id(tensors[str(n.target)]) for n in program.graph.graph.nodes if n.op == "get_attr"}
     return {name: tensor.detach().cpu() for name, tensor in sorted(tensors.items()) if id(tensor) in read}
-
-
-def narrowest(program: Program) -> torch.dtype:
-    """Return the lowest-precision floating dtype among the program's weights and values."""
-    values = pytree.tree_leaves([n.meta.get("val") for n in program.graph.graph.nodes])
-    found = {x.dtype for x in (*values, *state_of(program).values()) if isinstance(x, Tensor)} & TOLERANCE.keys()
-    return max(found, key=lambda dtype: TOLERANCE[dtype], default=torch.float32)
-
-
-def names_dtype(program: Program) -> bool:
-    """Return whether forward casts to an explicit floating dtype, which determines its precision."""
-    given = pytree.tree_leaves([(n.args, dict(n.kwargs)) for n in program.graph.graph.nodes])
-    return any(isinstance(x, torch.dtype) and x.is_floating_point for x in given)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.config import Budget
 from surgery.core.files import replacing
+from surgery.core.kernels import as_tuples
 from surgery.errors import PlanMismatch
 
 if TYPE_CHECKING:  # labels need numpy
@@ -292,23 +293,11 @@ class Plan:
             schema = data.pop("schema")
             if schema != PLAN_SCHEMA:
                 raise PlanMismatch(f"{origin}: plan schema {schema}, this version reads {PLAN_SCHEMA}; make a new plan")
-            return cls(
-                dead={k: tuple(v) for k, v in data["dead"].items()},
-                sizes=dict(data["sizes"]),
-                cuts=tuple(AxisCut(c["tensor"], c["axis"], c["size"], tuple(c["dead"])) for c in data["cuts"]),
-                fingerprint=data["fingerprint"],
-                inputs=tuple(
-                    InputSpec(i["name"], tuple(i["shape"]), i["dtype"], tuple(i["dynamic"])) for i in data["inputs"]
-                ),
-                budget=Budget(**data["budget"]) if data["budget"] else None,
-                settings=data["settings"],
-                notes=tuple(data["notes"]),
-                arranged=tuple(
-                    Arrangement(a["group"], a["outer"], tuple(map(tuple, a["orders"]))) for a in data["arranged"]
-                ),
-                dropped={name: tuple(values) for name, values in data["dropped"].items()},
-                reasons=dict(data["reasons"]),
-            )
+            given = {f.name: as_tuples(data[f.name]) for f in fields(cls)}
+            for name, kind in (("cuts", AxisCut), ("inputs", InputSpec), ("arranged", Arrangement)):
+                given[name] = tuple(kind(**each) for each in given[name])
+            budget = Budget(**data["budget"]) if data["budget"] else None
+            return cls(**given | {"budget": budget, "settings": data["settings"]})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanMismatch(
                 f"{origin}: not a plan file ({error}); `surgery shrink` writes one as plan.json"

@@ -92,7 +92,7 @@ class Kernel:
         try:
             steps, operands, shape, image = json.loads(key)
             return cls(
-                tuple(Step(op, _tuples(inputs), tuple(sorted(_tuples(a).items()))) for op, inputs, a in steps),
+                tuple(Step(op, as_tuples(inputs), tuple(sorted(as_tuples(a).items()))) for op, inputs, a in steps),
                 tuple(Operand(name, tuple(sizes), kind) for name, sizes, kind in operands),
                 tuple(shape),
                 bool(image),
@@ -117,10 +117,11 @@ class Kernel:
         return " ".join(words) + "".join(f" + {s.op}" for s in self.steps[1:])
 
 
-def _tuples(value: Any) -> Any:
+def as_tuples(value: Any) -> Any:
+    """Return parsed JSON with tuples instead of lists."""
     if isinstance(value, list):
-        return tuple(_tuples(v) for v in value)
-    return {k: _tuples(v) for k, v in value.items()} if isinstance(value, dict) else value
+        return tuple(as_tuples(v) for v in value)
+    return {k: as_tuples(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def resolved(shape: Iterable[Size], sizes: Mapping[str, int]) -> tuple[int, ...]:

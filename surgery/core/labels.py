@@ -195,8 +195,6 @@ class LabelSet:
         state = self.state
         state.equations += 1
         state.parent[high] = low
-        if high in state.claimed:
-            state.claimed.add(low)
         if high in state.inexact:
             state.inexact.setdefault(low, state.inexact[high])
         if high in state.axis_size:
@@ -204,11 +202,8 @@ class LabelSet:
 
     def _define_root(self, label: int, parts: tuple[int, ...]) -> None:
         self._must_be_open(f"unit {label} to be split")
-        for part in parts:
-            if label in self.state.inexact:
-                self.state.inexact.setdefault(part, self.state.inexact[label])
-            if label in self.state.claimed:
-                self.state.claimed.add(part)
+        for part in parts if label in self.state.inexact else ():
+            self.state.inexact.setdefault(part, self.state.inexact[label])
         self.state.equations += 1
         self.state.parts[label] = parts
 
@@ -348,12 +343,13 @@ class LabelSet:
         claimed, the one on the longest axis remains removable.
         """
         state = self.state
+        claimed = {slot for label in state.claimed for slot in self.slots(label)}
         unwanted: set[int] = set()
         wanted: set[int] = set()
         for label in list(state.parts):
             parts = self.expand(label)
-            claimed = [p for p in parts if p in state.claimed]
-            chosen = claimed or [max(parts, key=lambda p: state.axis_size.get(p, 0))] if parts else []
+            own = [p for p in parts if p in claimed]
+            chosen = own or [max(parts, key=lambda p: state.axis_size.get(p, 0))] if parts else []
             wanted.update(chosen)
             unwanted.update(p for p in parts if p not in chosen and p in state.axis_size)
         for root in sorted(unwanted - wanted):
@@ -387,14 +383,11 @@ def _aligned(conjunctions: Sequence[Sequence[int]]) -> list[list[int]]:
 
 def _without_shared(left: Layers, right: Layers) -> tuple[Layers, Layers]:
     """Drop the layers that both sides have."""
-    shared = [x for x in left if any(np.array_equal(x, y) for y in right)]
-    if not shared:
-        return left, right
 
-    def rest(layers: Layers) -> Layers:
-        return tuple(x for x in layers if not any(np.array_equal(x, y) for y in shared))
+    def rest(layers: Layers, others: Layers) -> Layers:
+        return tuple(x for x in layers if not any(np.array_equal(x, y) for y in others))
 
-    return rest(left), rest(right)
+    return rest(left, right), rest(right, left)
 
 
 def gather(layers: Iterable[Layer], index: NDArray[np.int64]) -> Layers:

@@ -75,8 +75,7 @@ def _moments(a: Mapping[str, Any], *, transposed: bool) -> Moments:
     if transposed:  # (C, O/g, ..) → (O, C/g, ..)
         groups = a["groups"]
         weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-    bias = a["bias"].mean if a.get("bias") is not None else None
-    return contracted(weight, bias, x, channel, len(x.shape))
+    return contracted(weight, a.get("bias"), x, channel, len(x.shape))
 
 
 def _between(module: nn.Module, *image: int) -> Built:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from surgery.core import Layers, Step, Value, step
 from surgery.ops.examples import WithParameters, between_linears, fork_linears
-from surgery.ops.moments import Moments, contracted
+from surgery.ops.moments import contracted
 from surgery.ops.registry import Call, Example, Rule, Shape, register, to_onnx
 
 
@@ -82,16 +82,6 @@ def _of_two(op: str, first: str, second: str, function: Callable[[Tensor, Tensor
     )
 
 
-def _linear_moments(a: Mapping[str, Any]) -> Moments:
-    bias = a["bias"].mean if a.get("bias") is not None else None
-    return contracted(a["weight"].mean, bias, a["input"], -1, len(a["input"].shape))
-
-
-def _addmm_moments(a: Mapping[str, Any]) -> Moments:
-    bias = a["self"].mean.reshape(-1)
-    return contracted(a["mat2"].mean.T, bias if bias.numel() > 1 else None, a["mat1"], -1, 2)
-
-
 def _over_tokens(function: Callable[..., Tensor], *shapes: int | tuple[int, ...]) -> Example:
     """A function of a matrix and of parameters, between two linear layers."""
 
@@ -109,7 +99,7 @@ register(
         between_linears(nn.Linear(12, 9), after=9),
         factors=("weight",),
         contracts={"weight": 1},
-        moments=_linear_moments,
+        moments=lambda a: contracted(a["weight"].mean, a.get("bias"), a["input"], -1, len(a["input"].shape)),
         masked=("input",),
         macs=lambda shapes, out: prod(shapes["input"]) * shapes["weight"][0],
         onnx=_onnx_linear,
@@ -142,7 +132,7 @@ register(
         _over_tokens(lambda x, weight, bias: torch.addmm(bias, x, weight), (12, 10), 10),
         masked=("mat1",),
         contracts={"mat2": 0},
-        moments=_addmm_moments,
+        moments=lambda a: contracted(a["mat2"].mean.T, a["self"], a["mat1"], -1, 2),
         macs=lambda shapes, out: prod(out) * shapes["mat1"][-1],
         onnx=to_onnx("Gemm", "mat1", "mat2", "self"),
         summary="inner axes contracted, bias tied to the outputs",

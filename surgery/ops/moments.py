@@ -43,16 +43,12 @@ class Moments:
     @property
     def energy(self) -> float:
         """Sum of the mean squares of a sample's positions."""
-        return _total(self.mean.square() + self.var, self.shape)
+        return float((self.mean.square() + self.var).mean()) * prod(self.shape[1:])
 
     @property
     def variance(self) -> float:
         """Sum of the variances of a sample's positions."""
-        return _total(self.var, self.shape)
-
-
-def _total(values: Tensor, shape: tuple[int, ...]) -> float:
-    return float(values.mean()) * prod(shape[1:])
+        return float(self.var.mean()) * prod(self.shape[1:])
 
 
 def through(function: Callable[[Tensor], Tensor], x: Moments) -> Moments:
@@ -66,12 +62,12 @@ def through(function: Callable[[Tensor], Tensor], x: Moments) -> Moments:
     return Moments(first, (share * (values - first).square()).sum(0))
 
 
-def contracted(weight: Tensor, bias: Tensor | None, x: Moments, axis: int, rank: int) -> Moments:
+def contracted(weight: Tensor, bias: Moments | None, x: Moments, axis: int, rank: int) -> Moments:
     """Return the moments of a contraction of one axis of a value.
 
     Args:
         weight: (outputs, inputs of its group, ..); the other axes are positions in space.
-        bias: (outputs,), or None.
+        bias: (outputs,), or of length one for all, or None.
         x: moments of the input.
         axis: axis contracted in the input, and new in the result.
         rank: rank of the result.
@@ -81,7 +77,7 @@ def contracted(weight: Tensor, bias: Tensor | None, x: Moments, axis: int, rank:
     flat = weight.to(torch.float64).reshape(outputs, inside, -1)
     mean, var = (_over(t, axis, x.shape).reshape(groups, 1, inside) for t in (x.mean, x.var))
     sums, squares = (t.reshape(groups, outputs // groups, inside) for t in (flat.sum(2), flat.square().sum(2)))
-    shift = 0.0 if bias is None else bias.to(torch.float64)
+    shift = 0.0 if bias is None else bias.mean.to(torch.float64).flatten()
     layout = [-1 if a == axis % rank else 1 for a in range(rank)]
     mean, var = (sums * mean).sum(2).flatten() + shift, (squares * var).sum(2).flatten()
     return Moments(mean.reshape(layout), var.reshape(layout))
@@ -103,8 +99,7 @@ def summed(a: Moments | float, b: Moments | float, scale: float = 1.0) -> Moment
 def multiplied(a: Moments | float, b: Moments | float) -> Moments:
     """Return the moments of ``a * b``."""
     a, b = _lifted(a), _lifted(b)
-    var = a.var * b.var + a.var * b.mean.square() + b.var * a.mean.square()
-    return Moments(a.mean * b.mean, var)
+    return Moments(a.mean * b.mean, a.var * b.var + a.var * b.mean.square() + b.var * a.mean.square())
 
 
 def _lifted(x: Moments | float) -> Moments:
@@ -123,27 +118,6 @@ def joined(parts: Sequence[Moments], axis: int) -> Moments:
         return torch.cat([f.expand(size) for f, size in zip(full, sizes, strict=True)], axis)
 
     return Moments(laid([p.mean for p in parts]), laid([p.var for p in parts]))
-
-
-def normed(
-    x: Moments, weight: Moments | None, bias: Moments | None, axis: int | None, left: Tensor | float = 1.0
-) -> Moments:
-    """Return the moments of a norm's output.
-
-    Args:
-        x: moments of its input.
-        weight: scale, or None.
-        bias: shift, or None.
-        axis: channel axis of scale and shift; None if they are aligned with the last axes.
-        left: the output's variance before the scale, 1 for an ideal norm.
-    """
-    rank = len(x.shape)
-    var = left * (weight.mean.square() if weight is not None else torch.ones(1, dtype=torch.float64))
-    mean = bias.mean if bias is not None else torch.zeros(1, dtype=torch.float64)
-    if axis is None:
-        return Moments(mean, var)
-    layout = [-1 if a == axis else 1 for a in range(rank)]
-    return Moments(mean.reshape(layout), var.reshape(layout))
 
 
 def compressed(values: Tensor) -> Tensor:

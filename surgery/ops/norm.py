@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from surgery.core import Layers, Step, Value, step
 from surgery.ops.examples import WithParameters, between_convs, between_linears
-from surgery.ops.moments import Moments, normed
+from surgery.ops.moments import Moments
 from surgery.ops.registry import Call, Coupled, Dead, Macs, Rewrite, Rule, Shape, join, register, to_onnx
 
 
@@ -88,15 +89,6 @@ def _normalised(dead: Dead, x: Tensor, alive: Tensor, axes: int, *, centred: boo
     return x / torch.sqrt(square + (torch.finfo(x.dtype).eps if eps is None else eps))
 
 
-def _alive(dead: Dead) -> Tensor:
-    rank = dead.bound["input"].dim()
-    mask = torch.ones([1] * rank, dtype=torch.bool)
-    for (name, axis), alive in dead.alive.items():
-        if name == "input":
-            mask = mask & alive.reshape([-1 if a == axis else 1 for a in range(rank)])
-    return mask
-
-
 def _affine(dead: Dead, y: Tensor, shape: Sequence[int]) -> Tensor:
     if dead.bound.get("weight") is not None:
         y = y * dead.bound["weight"].reshape(shape)
@@ -107,13 +99,14 @@ def _affine(dead: Dead, y: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _reference_layer(dead: Dead, *, centred: bool = True) -> Tensor:
     shape = dead.bound["normalized_shape"]
-    return _affine(dead, _normalised(dead, dead.bound["input"], _alive(dead), len(shape), centred=centred), shape)
+    y = _normalised(dead, dead.bound["input"], dead.survivors("input"), len(shape), centred=centred)
+    return _affine(dead, y, shape)
 
 
 def _reference_group(dead: Dead) -> Tensor:
     x: Tensor = dead.bound["input"]
     groups = dead.bound["num_groups"]
-    alive = _alive(dead)  # (N or 1, ..): heads may have been folded into the batch
+    alive = dead.survivors("input")  # (N or 1, ..): heads may have been folded into the batch
     alive = alive.expand(alive.shape[0], *x.shape[1:]).reshape(alive.shape[0], groups, -1)
     alive = alive | ~alive.any(dim=2, keepdim=True)  # the value of a dead group is irrelevant, but must not be NaN
     y = _normalised(dead, x.reshape(x.shape[0], groups, -1), alive, 1).reshape(x.shape)
@@ -123,15 +116,20 @@ def _reference_group(dead: Dead) -> Tensor:
 # Estimates. ---------------------------------------------------------------------------------------------------------
 
 
-def _channel_moments(a: Mapping[str, Any]) -> Moments:
-    """Running statistics, if any, determine how far epsilon reduces a small variance."""
-    seen = a.get("running_var")
+def _moments(a: Mapping[str, Any], axis: int | None) -> Moments:
+    """Of a norm with scale and shift along `axis`, or aligned with the last axes (None).
+
+    Running statistics, if any, determine how far epsilon reduces a small variance.
+    """
+    seen, weight, bias = (a.get(name) for name in ("running_var", "weight", "bias"))
+    one = torch.ones(1, dtype=torch.float64)
     left = seen.mean / (seen.mean + a.get("eps", 1e-5)) if seen is not None else 1.0
-    return normed(a["input"], a.get("weight"), a.get("bias"), 1, left)
-
-
-def _last_axis_moments(a: Mapping[str, Any]) -> Moments:
-    return normed(a["input"], a.get("weight"), a.get("bias"), None)
+    var = left * (weight.mean.square() if weight is not None else one)
+    mean = bias.mean if bias is not None else torch.zeros_like(one)
+    if axis is None:
+        return Moments(mean, var)
+    layout = [-1 if k == axis else 1 for k in range(len(a["input"].shape))]
+    return Moments(mean.reshape(layout), var.reshape(layout))
 
 
 def _counted(per_element: int, *, affine: int) -> Macs:
@@ -152,10 +150,6 @@ class _Decomposed(nn.BatchNorm2d):
         return y
 
 
-def _rms(x: Tensor, weight: Tensor) -> Tensor:
-    return nn.functional.rms_norm(x, [x.shape[-1]], weight, 1e-6)
-
-
 _BATCH = Rule(
     "aten.batch_norm.default",
     "norm",
@@ -164,7 +158,7 @@ _BATCH = Rule(
     onnx=to_onnx("BatchNormalization", "input", "weight", "bias", "running_mean", "running_var"),
     factors=("weight",),
     macs=_counted(1, affine=2),
-    moments=_channel_moments,
+    moments=partial(_moments, axis=1),
     summary="one scale and shift per channel: ties them",
 )
 _LAYER = Rule(
@@ -177,7 +171,7 @@ _LAYER = Rule(
     onnx=_onnx_layer,
     factors=("weight",),
     macs=_counted(4, affine=5),
-    moments=_last_axis_moments,
+    moments=partial(_moments, axis=None),
     summary="inexact where the normalised axis is cut: normalises over the survivors",
 )
 _INSTANCE = Rule(
@@ -187,7 +181,7 @@ _INSTANCE = Rule(
     between_convs(nn.InstanceNorm2d(8, affine=True)),
     onnx=to_onnx("InstanceNormalization", "input", "weight", "bias"),
     macs=_counted(4, affine=5),
-    moments=_channel_moments,
+    moments=partial(_moments, axis=1),
     summary="normalises each channel over space: ties scale and shift",
 )
 
@@ -199,7 +193,9 @@ register(
     replace(
         _LAYER,
         op="aten.rms_norm.default",
-        example=between_linears(WithParameters(_rms, 12)),
+        example=between_linears(
+            WithParameters(lambda x, weight: nn.functional.rms_norm(x, [x.shape[-1]], weight, 1e-6), 12)
+        ),
         reference=lambda dead: _reference_layer(dead, centred=False),
         factors=(),
         macs=None,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from surgery.core import LabelSet, Layers, Mask, Step, Value, step
+from surgery.core import LabelSet, Layers, Mask, Masks, Step, Value, step
 from surgery.ops.moments import MomentRule
 
 Shape = tuple[int, ...]
@@ -190,16 +190,15 @@ class Rewrite:
     bound: Mapping[str, Any]
     raw: Mapping[str, Any]
     outputs: tuple[Value, ...]
-    mask: Callable[[Value, int], Mask]
+    mask: Masks
 
     def shape_of(self, value: Value) -> Shape:
         """Compact shape of a value."""
-        return tuple(int(self.mask(value, a).sum()) for a in range(len(value.shape)))
+        return self.mask.shape(value)
 
     def keep(self, name: str, axis: int) -> Mask:
         """Mask of the surviving indices of an axis of the tensor argument `name`."""
-        value: Value = self.bound[name]
-        return self.mask(value, axis % len(value.shape))
+        return self.mask(self.bound[name], axis)
 
 
 def follow_sizes(argument: str) -> Callable[[Rewrite], Mapping[str, Any]]:
@@ -231,14 +230,19 @@ class Dead:
     bound: Mapping[str, Any]
     alive: Mapping[tuple[str, int], Tensor]
 
+    def survivors(self, name: str) -> Tensor:
+        """Return the mask of a tensor argument's survivors, broadcastable to it."""
+        rank = self.bound[name].dim()
+        mask = torch.ones([1] * rank, dtype=torch.bool)
+        for (owner, axis), alive in self.alive.items():
+            if owner == name:
+                mask = mask & alive.reshape([-1 if a == axis else 1 for a in range(rank)])
+        return mask
+
     def zeroed(self, name: str) -> Tensor:
         """Return the tensor argument with its removed slices set to zero."""
         tensor: Tensor = self.bound[name]
-        for (owner, axis), alive in self.alive.items():
-            if owner == name:
-                shape = [-1 if a == axis else 1 for a in range(tensor.dim())]
-                tensor = torch.where(alive.reshape(shape), tensor, torch.zeros((), dtype=tensor.dtype))
-        return tensor
+        return torch.where(self.survivors(name), tensor, torch.zeros((), dtype=tensor.dtype))
 
     def run(self, /, **changed: Any) -> Any:
         """Run the operator with some arguments replaced."""
@@ -291,7 +295,7 @@ class Rule:
     is_sum: bool = False
     moments: MomentRule | None = None
     gate: bool = False
-    summary: str = field(default="")
+    summary: str = ""
 
 
 _RULES: dict[str, Rule] = {}

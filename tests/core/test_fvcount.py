@@ -172,8 +172,6 @@ def test_a_forward_that_fails_is_reported_and_leaves_no_hooks() -> None:
 def test_arguments_that_cannot_be_counted() -> None:
     with pytest.raises(InvalidInput, match="no tensor"):
         count_macs(nn.Identity(), (3,))
-    with pytest.raises(InvalidInput, match="batch=0"):
-        count_macs(nn.Identity(), (torch.zeros(1),), batch=0)
 
 
 def test_shared_parameters_count_once() -> None:

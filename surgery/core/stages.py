@@ -1,12 +1,15 @@
-"""Progress reports and stage timings."""
+"""Around a stage: progress reports, timings, and suppressed output of libraries."""
 
 from __future__ import annotations
 
+import io
+import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
-from surgery.core.torch_speed import rare_collections
+from surgery.core.torch_speed import ONE_AT_A_TIME, rare_collections
 
 Progress = Callable[[str, float], None]
 """Called with the name of the stage and its completed fraction (0 to 1)."""
@@ -28,3 +31,17 @@ class Clock:
             yield
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
         self.progress(stage, 1.0)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Suppress warnings, log records and prints within the block (process-wide)."""
+    out = io.StringIO()
+    with ONE_AT_A_TIME, warnings.catch_warnings(), redirect_stdout(out), redirect_stderr(out):
+        warnings.simplefilter("ignore")
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(before)
