@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
-from surgery.core.torch_speed import ONE_AT_A_TIME, rare_collections
+from surgery.core.torch_speed import ONE_AT_A_TIME
 
 Progress = Callable[[str, float], None]
 """Called with the name of the stage and its completed fraction (0 to 1)."""
@@ -27,8 +27,7 @@ class Clock:
         """Time the block as one stage."""
         self.progress(stage, 0.0)
         start = time.perf_counter()
-        with rare_collections():
-            yield
+        yield
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
         self.progress(stage, 1.0)
 

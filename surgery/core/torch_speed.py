@@ -1,12 +1,11 @@
 """Changes to torch's internals that make captures faster. Nothing else in the package patches torch for speed.
 
-`benchmarks/studies/capture_time.py` measures each. Together they bring `trace` of MobileNetV2 from 5.4 to 1.4 CPU
+`benchmarks/studies/capture_time.py` measures each. Together they bring `trace` of MobileNetV2 from 3.6 to 1.4 CPU
 seconds. Patches of attributes that the installed torch does not have are skipped.
 """
 
 from __future__ import annotations
 
-import gc
 import inspect
 import sys
 import threading
@@ -22,7 +21,6 @@ from torch._decomp import decomposition_table
 from torch._subclasses import fake_impls, fake_tensor
 from torch.fx import proxy
 from torch.fx.experimental import proxy_tensor
-from torch.fx.experimental.sym_node import SymNode
 
 from surgery.core.blame import foreign
 
@@ -33,7 +31,7 @@ ONE_AT_A_TIME = threading.RLock()
 @contextmanager
 def lean() -> Iterator[None]:
     """Make `torch.export` faster within the block."""
-    with ONE_AT_A_TIME, rare_collections(), ExitStack() as stack:
+    with ONE_AT_A_TIME, ExitStack() as stack:
         for patch in _patches().values():
             stack.enter_context(patch)
         yield
@@ -41,34 +39,13 @@ def lean() -> Iterator[None]:
 
 def _patches() -> Mapping[str, AbstractContextManager[None]]:
     """Patches of `lean`; comments give the CPU seconds each saves in `trace` of MobileNetV2."""
-    graphs, formats = torch.fx.GraphModule, "suggest_memory_format"
+    formats = "suggest_memory_format"
     return {
-        "shapes of activations": _same_shape(),  # 2.5
-        "arithmetic on symbolic sizes": _remembered_arithmetic(),  # 0.6
+        "shapes of activations": _same_shape(),  # 1.5
         "stack traces": instead(proxy, "CapturedTraceback", _OwnFrames),  # 0.3
         "tensor metadata": instead(proxy_tensor, "_extract_tensor_metadata", lambda *_, **__: None),  # 0.2
-        "code of graphs": instead(graphs, "recompile", _on_first_call(graphs.recompile)),  # 0; 1.4 of an ONNX export
         "memory formats": instead(fake_tensor, formats, _memory_format(getattr(fake_tensor, formats, None))),  # 0.2
     }
-
-
-_OBJECTS = 100_000
-_open_blocks: list[tuple[int, int, int]] = []
-"""Thresholds before the outermost block, once per open block, in any thread."""
-
-
-@contextmanager
-def rare_collections() -> Iterator[None]:
-    """Run Python's garbage collector only once per 100,000 new objects, since graphs are large and live long."""
-    before = _open_blocks[0] if _open_blocks else gc.get_threshold()
-    _open_blocks.append(before)
-    gc.set_threshold(max(before[0], _OBJECTS) if before[0] else 0, *before[1:])
-    try:
-        yield
-    finally:
-        _open_blocks.pop()
-        if not _open_blocks:
-            gc.set_threshold(*before)
 
 
 @contextmanager
@@ -100,14 +77,16 @@ def _same_shape() -> Iterator[None]:
     with ExitStack() as stack:
         meta = torch._C.DispatchKey.Meta
         for op in _overloads(f"{name}_" for name in _ACTIVATIONS):
-            if meta in getattr(op, "py_kernels", ()):
+            if meta in (kernels := getattr(op, "py_kernels", {})):
                 stack.callback(op._dispatch_cache.clear)  # kernels are cached: clear them now and at the end
-                stack.enter_context(_entry(op.py_kernels, meta, lambda x, *_, **__: x))
+                stack.callback(kernels.__setitem__, meta, kernels[meta])
+                kernels[meta] = lambda x, *_, **__: x
                 op._dispatch_cache.clear()
         known: dict[Any, Any] = getattr(fake_impls, "get_fast_op_impls", dict)()
         for op in _overloads((*_ACTIVATIONS, _NORM)):
             if op in decomposition_table and op not in known:
-                stack.enter_context(_entry(known, op, _like_input(op)))
+                stack.callback(known.pop, op)
+                known[op] = _like_input(op)
         yield
 
 
@@ -128,46 +107,7 @@ def _like_input(op: Any) -> Any:
     return shape
 
 
-@contextmanager
-def _entry(table: dict[Any, Any], key: Any, value: Any) -> Iterator[None]:
-    missing = object()
-    before = table.get(key, missing)
-    table[key] = value
-    try:
-        yield
-    finally:
-        if before is missing:
-            del table[key]
-        else:
-            table[key] = before
-
-
 # Symbolic sizes. -----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _remembered_arithmetic() -> Iterator[None]:
-    """Compute each sum and comparison of the same symbolic sizes once."""
-    known: dict[Any, Any] = {}
-    with ExitStack() as stack:
-        for name in ("add", "sub", "mul", "eq", "ne", "ge", "gt", "le", "lt"):
-            stack.enter_context(instead(SymNode, name, _once(name, known)))
-        yield
-
-
-def _once(name: str, known: dict[Any, Any]) -> Any:
-    """Cache the results of a method of symbolic sizes, except while the calculation itself is captured."""
-    compute = getattr(SymNode, name, None)
-
-    def magic(left: Any, right: Any) -> Any:
-        if proxy_tensor.get_proxy_mode():
-            return compute(left, right)  # type: ignore[misc]
-        key = name, left.shape_env, left._expr, right._expr, left.pytype, right.pytype
-        if key not in known:
-            known[key] = compute(left, right)  # type: ignore[misc]
-        return known[key]
-
-    return magic
 
 
 class LongSizes(Exception):
@@ -198,23 +138,7 @@ def _steps(size: Any) -> int:
     return int(size.count_ops())
 
 
-# Graph modules and stack traces. --------------------------------------------------------------------------------------
-
-
-def _on_first_call(recompile: Any) -> Any:
-    """Generate a graph's Python code on its first call instead of on every change."""
-
-    def deferred(graph: torch.fx.GraphModule) -> None:
-        def forward(module: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-            recompile(module)
-            return module.forward(*args, **kwargs)
-
-        type(graph).forward = forward  # each graph module has a class of its own
-        structure = getattr(graph.graph._codegen, "pytree_info", None)
-        if structure is not None:  # `recompile` sets these too, and other passes read them
-            graph._in_spec, graph._out_spec = structure.in_spec, structure.out_spec
-
-    return deferred
+# Stack traces. --------------------------------------------------------------------------------------------------------
 
 
 class _OwnFrames:

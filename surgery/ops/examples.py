@@ -14,42 +14,25 @@ Built = tuple[nn.Module, tuple[Tensor, ...]]
 class Between(nn.Module):
     """first layer → the operator under test → last layer."""
 
-    def __init__(self, before: nn.Module, middle: Callable[[Tensor], Tensor] | nn.Module, after: nn.Module) -> None:
+    def __init__(self, before: nn.Module, middle: Callable[[Tensor], Tensor], after: nn.Module) -> None:
         super().__init__()
-        self.before, self.after = before, after
-        if isinstance(middle, nn.Module):
-            self.middle = middle
-        else:
-            self.function = middle
+        self.before, self.middle, self.after = before, middle, after
 
     def forward(self, x: Tensor) -> Any:
         """Run the three in a row."""
-        middle = self.middle if "middle" in self._modules else self.function
-        return self.after(middle(self.before(x)))
+        return self.after(self.middle(self.before(x)))
 
 
-def between_convs(
-    middle: Callable[[Tensor], Tensor] | nn.Module, *, channels: int = 8, after: int = 0
-) -> Callable[[], Built]:
-    """A convolution to `channels`, the operator, a convolution from `after` (default: `channels`) channels."""
+class Fork(nn.Module):
+    """Two layers on one input, joined by the operator under test, and a layer after it."""
 
-    def build() -> Built:
-        last = nn.Conv2d(after or channels, 4, 3)
-        return Between(nn.Conv2d(3, channels, 3), middle, last), (torch.randn(2, 3, 12, 12),)
+    def __init__(self, left: nn.Module, right: nn.Module, join: Callable[[Tensor, Tensor], Tensor], after: nn.Module):
+        super().__init__()
+        self.left, self.right, self.after, self.join = left, right, after, join
 
-    return build
-
-
-def between_linears(
-    middle: Callable[[Tensor], Tensor] | nn.Module, *, width: int = 12, after: int = 0
-) -> Callable[[], Built]:
-    """A linear layer to `width` over 6 tokens, the operator, a linear layer from `after` or `width` features."""
-
-    def build() -> Built:
-        last = nn.Linear(after or width, 5)
-        return Between(nn.Linear(7, width), middle, last), (torch.randn(2, 6, 7),)
-
-    return build
+    def forward(self, x: Tensor) -> Any:
+        """Run both branches, join them, run the last layer."""
+        return self.after(self.join(self.left(x), self.right(x)))
 
 
 class WithParameters(nn.Module):
@@ -65,16 +48,14 @@ class WithParameters(nn.Module):
         return self.function(x, *self.tensors)
 
 
-class Fork(nn.Module):
-    """Two layers on one input, joined by the operator under test, and a layer after it."""
+def between_convs(middle: Callable[[Tensor], Tensor], *, after: int = 0) -> Callable[[], Built]:
+    """A convolution to 8 channels, the operator, a convolution from `after` or 8 channels."""
+    return lambda: (Between(nn.Conv2d(3, 8, 3), middle, nn.Conv2d(after or 8, 4, 3)), (torch.randn(2, 3, 12, 12),))
 
-    def __init__(self, left: nn.Module, right: nn.Module, join: Callable[[Tensor, Tensor], Tensor], after: nn.Module):
-        super().__init__()
-        self.left, self.right, self.after, self.join = left, right, after, join
 
-    def forward(self, x: Tensor) -> Any:
-        """Run both branches, join them, run the last layer."""
-        return self.after(self.join(self.left(x), self.right(x)))
+def between_linears(middle: Callable[[Tensor], Tensor], *, after: int = 0) -> Callable[[], Built]:
+    """A linear layer to 12 features over 6 tokens, the operator, a linear layer from `after` or 12."""
+    return lambda: (Between(nn.Linear(7, 12), middle, nn.Linear(after or 12, 5)), (torch.randn(2, 6, 7),))
 
 
 def fork_convs(join: Callable[[Tensor, Tensor], Tensor], *, after: int = 8) -> Callable[[], Built]:
@@ -86,10 +67,6 @@ def fork_convs(join: Callable[[Tensor, Tensor], Tensor], *, after: int = 8) -> C
     return build
 
 
-def fork_linears(join: Callable[[Tensor, Tensor], Tensor], *, after: int = 12) -> Callable[[], Built]:
-    """Two linears to 12 features each, joined."""
-
-    def build() -> Built:
-        return Fork(nn.Linear(7, 12), nn.Linear(7, 12), join, nn.Linear(after, 5)), (torch.randn(2, 6, 7),)
-
-    return build
+def fork_linears(join: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Built]:
+    """Two linear layers to 12 features each, joined."""
+    return lambda: (Fork(nn.Linear(7, 12), nn.Linear(7, 12), join, nn.Linear(12, 5)), (torch.randn(2, 6, 7),))

@@ -78,7 +78,7 @@ def _frozen_axis(name: str, function: Callable[[Tensor], Tensor], *, argument: s
 
 def _twice(op: Any) -> Callable[[Tensor], Tensor]:
     """A transposition of matrices, and back."""
-    return lambda x: op(op(x.flatten(0, 1))).unflatten(0, (-1, 6))
+    return lambda x: op(op(x.flatten(0, 1))).reshape(-1, 6, 12)
 
 
 # Views and orders. --------------------------------------------------------------------------------------------------
