@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from surgery.errors import InvalidInput
 from surgery.inputs import Images, LoadedModel, load_model, open_images
 from surgery.latency import Limits, Settings, comparison
 from surgery.pipeline import Result
-from surgery.recovery import Subject, Training, checked, copy_of, open_evaluation, recovered, with_recovery
+from surgery.recovery import Subject, copy_of, open_metric, recovered, with_recovery
 
 
 def shrink(
@@ -176,10 +176,8 @@ def opened(recipe: Recipe, loaded: LoadedModel, *, trained: bool) -> Recipe:
             raise InvalidInput(
                 f"too few images to calibrate int8 files on ({count}); give {FEWEST} or more with --data"
             )
-    if isinstance(given.metric, str):
-        found["metric"] = open_evaluation(given.metric)
-    elif given.metric is not None:
-        found["metric"] = checked(given.metric, "metric")
+    if given.metric is not None:
+        found["metric"] = open_metric(given.metric)
     can_fold = trained and recipe.selection.has_graph and len(shape) == 4
     return recipe.but(recover=config.resolved(recipe, trained=can_fold).recovery.recover, **found)
 
@@ -205,10 +203,7 @@ def _asked(recipe: Recipe | None, options: Mapping[str, Any]) -> Recipe:
         return recipe or Recipe()
     found: dict[str, Any] = {}
     for name, value in options.items():
-        if name == "training" and isinstance(value, Training):
-            told = {"batch": "train_batch", "every": "checkpoint_steps"}
-            found |= {told.get(f.name, f.name): getattr(value, f.name) for f in fields(value) if f.name != "seed"}
-        elif name == "int8" and value is not None:
+        if name == "int8" and value is not None:
             found |= {"int8_method": value.method, "int8_keep": value.keep, "int8_reduce_range": value.reduce_range}
         elif value is not None:
             found["recover" if name == "level" else name] = value

@@ -177,10 +177,9 @@ def profile(
             profiles.pack(found, pack, name=loaded.name, progress=progress)
             data = {"pack": str(pack), "kernels": len(found.keys)}
         else:
-            measured = profiles.measure(found, progress=progress)
-            data = profiles.describe(measured, name=loaded.name)
+            table, data = profiles.measure(found, name=loaded.name, progress=progress)
             if out is not None:
-                measured.table.save(out)
+                table.save(out)
     print_profile(data, out=out, as_json=as_json)
 
 

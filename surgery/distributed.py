@@ -123,9 +123,9 @@ def meet(recipe: Recipe) -> bool:
     """
     if not RECOVERY_METHODS.has_need(recipe.recovery.recover, "gradients"):
         return False
-    from surgery.recovery import refuse_batch, training_of  # torch, seconds
+    from surgery.recovery import refuse_batch  # torch, seconds
 
-    refuse_batch(recipe.data.data, training_of(recipe), processes())
+    refuse_batch(recipe.data.data, recipe.recovery, processes())
     _connect()
     return True
 

@@ -55,7 +55,6 @@ class MadeUp:
 
 def table_of(program: Any, coupling: Any, *, batch: int = 1) -> LatencyTable:
     """The made-up device's table for a network."""
-    from surgery.planning.forecast import widths_of
     from surgery.planning.lowering import lower
 
-    return MadeUp().cover(widths_of(lower(program, coupling, batch=batch), coupling.labelled, {}))
+    return MadeUp().cover(lower(program, coupling, batch=batch).points())

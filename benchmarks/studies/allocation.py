@@ -32,7 +32,7 @@ from surgery.errors import InvalidInput
 from surgery.importance import score, signal_of, weights_of
 from surgery.inputs import load_model
 from surgery.latency import Conditions, table_source
-from surgery.planning import Forecast, ImportanceLoss, State, WidthSearch, lower, predicted_ms, search, widths_of
+from surgery.planning import Forecast, ImportanceLoss, State, WidthSearch, lower, predicted_ms, search
 
 NETWORKS = ("resnet18", "vgg16_bn", "mobilenet_v2", "resnet50")
 TRAINED = ("resnet20", "resnet56")
@@ -174,7 +174,7 @@ def compared(network: str, program: Program, seconds: float) -> Iterator[Row]:
         blocks=blocks,
     )
     table = searched.table()
-    dense_ms = predicted_ms(widths_of(searched.lowered, coupling.labelled, {}), table)
+    dense_ms = predicted_ms(searched.lowered.points(), table)
     for target in TARGETS:
         problem = next(searched.problems(table))
         started = time.perf_counter()

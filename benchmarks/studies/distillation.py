@@ -29,9 +29,10 @@ from benchmarks.studies.ours import holds, keep_weights, kept, with_weights
 from benchmarks.studies.recovery.subjects import Network, logits, network, to_learn_from
 from benchmarks.studies.views import Sight, batches
 from surgery.capture import trace
+from surgery.config import Recovery
 from surgery.core import Callee
 from surgery.errors import InvalidInput
-from surgery.recovery import History, Training, TrainingRun, train
+from surgery.recovery import History, TrainingRun, train
 
 CANVAS = 288
 """Side in pixels to which photos are resized; views are cropped from them."""
@@ -67,17 +68,17 @@ class DistillationRun:
     tried: int = 0
     ema: float = 0.999
 
-    def training(self, checkpoint: Path | None) -> Training:
+    def training(self, checkpoint: Path | None) -> Recovery:
         """Return the training settings of the first setting; steps are divided into `MARKS` epochs."""
-        return Training(
+        return Recovery(
             epochs=MARKS,
-            batch=self.batch,
+            train_batch=self.batch,
             lr=self.settings[0].lr,
             temperature=self.settings[0].temperature,
             ema=self.ema,
             mixed_precision="bf16",
             patience=MARKS,
-            checkpoint=checkpoint,
+            checkpoint=None if checkpoint is None else str(checkpoint),
         )
 
 
@@ -232,7 +233,7 @@ def learn(
     teacher: Subject,
     module: nn.Module,
     images: Any,
-    training: Training,
+    training: Recovery,
     *,
     labels: bool = False,
     key: str = "",

@@ -2,24 +2,30 @@
 
 Cost decreases along a schedule of steps, so the first state that meets the budget is found by bisection, in about a
 dozen calls of the cost function; undoing its last step would exceed the budget. Only `plan_from_dead` converts units to
-positions of tensors.
+positions of tensors. A *ladder* is the sequence of steps in which a group, or several that must have equal sizes, may
+shrink.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from surgery.config import Budget, Selection
-from surgery.core import KEPT, CostFn, Coupling, Plan, Program, Scores
+from surgery.core import KEPT, CostFn, Coupling, Group, Plan, Program, Scores, Site
 from surgery.coupling import NO_SETTINGS, plan_from_dead
 from surgery.errors import BudgetUnreachable, InvalidInput
-from surgery.planning.ladders import Ladder, ladders_of
+
+Unit = tuple[str, int]
+"""A group's name, and a unit of it."""
+_Dead = dict[str, tuple[int, ...]]
 
 
 def allocate(
@@ -79,64 +85,46 @@ def allocate(
 
 def _least(
     coupling: Coupling, ladders: Sequence[Ladder], meter: _Meter, selection: Selection
-) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+) -> tuple[_Dead, list[str]]:
     """Return the fewest removed units that meet the budget, and notes for the plan."""
-    round_to, inexact = selection.round_to, selection.inexact
-    make_schedule = global_schedule if selection.scope == "global" else uniform_schedule
     notes: list[str] = []
-    for chosen in attempts(coupling, inexact):
-        schedule = make_schedule([ladder for ladder in ladders if chosen.issuperset(ladder.groups)])
-        dead = _first_within(schedule, meter)
+    for chosen in attempts(coupling, selection.inexact):
+        allowed = [ladder for ladder in ladders if chosen.issuperset(ladder.groups)]
+        last, state = _global_schedule(allowed) if selection.scope == "global" else _uniform_schedule(allowed)
+        dead = _first_within(last, state, meter)
         if dead is not None:
-            left_whole = _left_whole(coupling, chosen, ladders, inexact=inexact, round_to=round_to)
+            left_whole = _left_whole(coupling, chosen, ladders, selection)
             return dead, [*notes, f"kept {meter.kept(dead)}", *left_whole]
-        smallest = schedule.dead(schedule.length)
+        smallest = state(last)
         notes.append(
             f"with {len(chosen)} of {len(coupling.groups)} groups at their smallest, {meter.kept(smallest)} remain"
         )
+    wish = f"cannot get down to {_percent(meter.fraction)} of the {meter.kind}"
     reached = notes[-1] if ladders else "no unit of it can be removed"
-    hints = _hints(coupling, shrinks=meter.share(smallest) < 1, inexact=inexact, round_to=round_to)
-    raise BudgetUnreachable(_unreachable(meter, reached, coupling, hints))
+    frozen = "; ".join(_frozen_reasons(coupling)) or "nothing"
+    hints = _hints(coupling, selection, shrinks=meter.share(smallest) < 1)
+    raise BudgetUnreachable(f"{wish}: {reached}; frozen: {frozen}; {' or '.join(hints)}")
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """States 0 (dense) to `length`; `taken(state)` is the number of steps taken on each ladder."""
-
-    ladders: Sequence[Ladder]
-    length: int
-    taken: Callable[[int], Sequence[int]]
-
-    def dead(self, state: int) -> dict[str, tuple[int, ...]]:
-        """Return group name → removed units, for pruned groups."""
-        dead: dict[str, list[int]] = {}
-        for ladder, steps in zip(self.ladders, self.taken(state), strict=True):
-            for name, unit in ladder.order[: ladder.ends[steps - 1]] if steps else ():
-                dead.setdefault(name, []).append(unit)
-        return {name: tuple(sorted(units)) for name, units in dead.items()}
+def _first_within(last: int, state: Callable[[int], _Dead], meter: _Meter) -> _Dead | None:
+    """Return the removed units of the first state within the budget, or None; 0 if dropping blocks was sufficient."""
+    k = bisect_left(range(last + 1), True, key=lambda k: meter.share(state(k)) <= meter.fraction)
+    return state(k) if k <= last else None
 
 
-def global_schedule(ladders: Sequence[Ladder]) -> Schedule:
+def _global_schedule(ladders: Sequence[Ladder]) -> tuple[int, Callable[[int], _Dead]]:
     """Take steps one at a time, least important first; ties in the order of groups, then of steps."""
     owners = np.array([k for k, ladder in enumerate(ladders) for _ in ladder.ends], dtype=np.int64)
     keys = np.array([key for ladder in ladders for key in ladder.keys], dtype=np.float64)
     ranked = owners[np.argsort(keys, kind="stable")]
-
-    def taken(state: int) -> list[int]:
-        return [int(steps) for steps in np.bincount(ranked[:state], minlength=len(ladders))]
-
-    return Schedule(ladders, len(ranked), taken)
+    return len(ranked), lambda state: removed(ladders, np.bincount(ranked[:state], minlength=len(ladders)).tolist())
 
 
-def uniform_schedule(ladders: Sequence[Ladder]) -> Schedule:
+def _uniform_schedule(ladders: Sequence[Ladder]) -> tuple[int, Callable[[int], _Dead]]:
     """Shrink all groups together: at level f each keeps the smallest permitted size of at least fraction f."""
-    fractions = [np.array(ladder.fractions) for ladder in ladders]
-    levels = sorted({fraction for ladder in ladders for fraction in ladder.fractions}, reverse=True)
-
-    def taken(state: int) -> list[int]:
-        return [int((kept >= levels[state - 1]).sum()) if state else 0 for kept in fractions]
-
-    return Schedule(ladders, len(levels), taken)
+    fractions = [np.array([(len(x.order) - end) / len(x.order) for end in x.ends]) for x in ladders]
+    levels = [np.inf, *sorted({fraction for kept in fractions for fraction in kept.tolist()}, reverse=True)]
+    return len(levels) - 1, lambda state: removed(ladders, [int((x >= levels[state]).sum()) for x in fractions])
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,22 +154,6 @@ class _Meter:
         return f"{self.cost(dead):,} of {self.dense:,} {self.kind} ({_percent(self.share(dead))})"
 
 
-def _first_within(schedule: Schedule, meter: _Meter) -> dict[str, tuple[int, ...]] | None:
-    """Return the removed units of the first state within the budget, or None."""
-    if meter.share({}) <= meter.fraction:
-        return {}  # dropping blocks was sufficient
-    over, within = 0, schedule.length
-    if meter.share(schedule.dead(within)) > meter.fraction:
-        return None
-    while within - over > 1:
-        middle = (over + within) // 2
-        if meter.share(schedule.dead(middle)) > meter.fraction:
-            over = middle
-        else:
-            within = middle
-    return schedule.dead(within)
-
-
 def attempts(coupling: Coupling, inexact: str) -> list[frozenset[str]]:
     """Return sets of names of groups that may be pruned, to be tried in turn."""
     every = frozenset(group.name for group in coupling.groups)
@@ -190,8 +162,103 @@ def attempts(coupling: Coupling, inexact: str) -> list[frozenset[str]]:
     return attempts[:1] if exact == every else attempts
 
 
-# Messages.
-# --------------------------------------------------------------------------------------------------------------
+# Ladders. -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """The steps in which one group, or several together, may shrink.
+
+    Attributes:
+        groups: names of the groups.
+        order: all their units, in removal order.
+        ends: number of units removed after each step, increasing; every group keeps a unit.
+        keys: importance of each step: mean score of its units, non-decreasing along the ladder.
+    """
+
+    groups: tuple[str, ...]
+    order: tuple[Unit, ...]
+    ends: tuple[int, ...]
+    keys: tuple[float, ...]
+
+
+def ladders_of(coupling: Coupling, scores: Scores, round_to: int | Mapping[str, int]) -> list[Ladder]:
+    """Return the ladders of all groups, in order of the groups; groups that must have equal sizes share one.
+
+    Args:
+        coupling: the groups.
+        scores: importance per unit.
+        round_to: the remaining size of a pruned group is a multiple of this; one number, or one per group.
+    """
+    multiples = dict.fromkeys((g.name for g in coupling.groups), round_to) if isinstance(round_to, int) else round_to
+    bundles = {pieces[0][0][0]: pieces for pieces in coupling.equal_pieces if pieces[0]}
+    together = {name for pieces in coupling.equal_pieces for piece in pieces for name, _ in piece}
+    groups = {group.name: group for group in coupling.groups}
+    alone = {g.name: [[(g.name, unit) for unit in range(g.size)]] for g in coupling.groups if g.name not in together}
+    pieces = {**alone, **bundles}
+    return [_ladder(pieces[name], groups, scores, multiples, coupling) for name in groups if name in pieces]
+
+
+def _ladder(
+    pieces: Sequence[Sequence[Unit]],
+    groups: Mapping[str, Group],
+    scores: Scores,
+    round_to: Mapping[str, int],
+    coupling: Coupling,
+) -> Ladder:
+    """Remove the least important unit of each piece, then the next of each, and so on.
+
+    Of a single piece the best unit of each required set remains; of several, the last of each.
+    """
+
+    def score(unit: Unit) -> float:
+        return scores[unit[0]][unit[1]]
+
+    names = tuple(dict.fromkeys(name for piece in pieces for name, _ in piece))
+    required = [{(name, unit) for unit in units} for name in names for units in coupling.required_units.get(name, ())]
+    ranked = [sorted(piece, key=score) for piece in pieces]
+    order, left = [unit for turn in zip(*ranked, strict=True) for unit in turn], len(pieces)
+    if len(pieces) == 1 and required:
+        staying = {max(units, key=lambda unit: (score(unit), unit[1])) for units in required}
+        order, left = sorted(order, key=staying.__contains__), len(staying)
+    widths = {name: _widths(groups[name]) for name in names}
+    sizes = {name: sum(width) for name, width in widths.items()}
+    ends = []
+    for count, (name, unit) in enumerate(order[:-left], start=1):
+        sizes[name] -= widths[name][unit]
+        whole = count % len(pieces) == 0 and all(n > 0 and n % round_to[owner] == 0 for owner, n in sizes.items())
+        if whole and (len(pieces) == 1 or all(units.intersection(order[count:]) for units in required)):
+            ends.append(count)
+    values = np.array([score(unit) for unit in order], dtype=np.float64)
+    means = [float(values[start:end].mean()) for start, end in pairwise([0, *ends])]
+    keys = np.maximum.accumulate(means) if means else np.empty(0)  # already sorted, except for rounding and pieces
+    return Ladder(names, tuple(order), tuple(ends), tuple(keys.tolist()))
+
+
+def removed(ladders: Sequence[Ladder], levels: Sequence[int]) -> _Dead:
+    """Return group name → removed units, for pruned groups, after these numbers of steps."""
+    dead: dict[str, list[int]] = {}
+    for ladder, level in zip(ladders, levels, strict=True):
+        for name, unit in ladder.order[: ladder.ends[level - 1]] if level else ():
+            dead.setdefault(name, []).append(unit)
+    return {name: tuple(sorted(units)) for name, units in dead.items()}
+
+
+def _widths(group: Group) -> list[int]:
+    """Return positions per unit along the group's longest extent on a first axis, the channels seen by a runtime.
+
+    Later axes may repeat a channel many times (a linear layer after flattening), which would hide its width.
+    """
+
+    def stretch(site: Site) -> int:
+        return sum(len(owned) for owned in site.index)
+
+    first = [site for site in group.sites if site.axis == 0]
+    widest = max(first or group.sites, key=stretch, default=None)
+    return [len(owned) for owned in widest.index] if widest else [1] * group.size
+
+
+# Messages. ------------------------------------------------------------------------------------------------------------
 
 
 def _percent(fraction: float) -> str:
@@ -199,13 +266,12 @@ def _percent(fraction: float) -> str:
 
 
 def _left_whole(
-    coupling: Coupling, chosen: frozenset[str], ladders: Sequence[Ladder], *, inexact: str, round_to: int
+    coupling: Coupling, chosen: frozenset[str], ladders: Sequence[Ladder], selection: Selection
 ) -> list[str]:
     """Return notes on groups that were not considered."""
-    notes = []
     spared = Counter(group.inexact for group in coupling.groups if group.name not in chosen)
-    why = "inexact cuts were ruled out" if inexact == "never" else "exact groups sufficed"
-    notes += [f"{count} inexact groups left whole, as {why}: {reason}" for reason, count in spared.items()]
+    why = "inexact cuts were ruled out" if selection.inexact == "never" else "exact groups sufficed"
+    notes = [f"{count} inexact groups left whole, as {why}: {reason}" for reason, count in spared.items()]
     narrow = [
         name
         for ladder in ladders
@@ -213,24 +279,18 @@ def _left_whole(
         if name in chosen and not ladder.ends and len(ladder.order) > len(ladder.groups)
     ]
     if narrow:
-        notes.append(f"left whole for want of a smaller multiple of {round_to}: {', '.join(narrow)}")
+        notes.append(f"left whole for want of a smaller multiple of {selection.round_to}: {', '.join(narrow)}")
     return notes
 
 
-def _unreachable(meter: _Meter, reached: str, coupling: Coupling, hints: Sequence[str]) -> str:
-    """Return an error that says what was reachable, what is frozen, and what to change."""
-    wish = f"cannot get down to {_percent(meter.fraction)} of the {meter.kind}: {reached}"
-    return f"{wish}; frozen: {'; '.join(_frozen_reasons(coupling)) or 'nothing'}; {' or '.join(hints)}"
-
-
-def _hints(coupling: Coupling, *, shrinks: bool, inexact: str, round_to: int) -> list[str]:
+def _hints(coupling: Coupling, selection: Selection, *, shrinks: bool) -> list[str]:
     hints = ["raise the budget"] if shrinks else []
     if any(frozen.reason.startswith(KEPT) for frozen in coupling.frozen):
         hints.append("narrow the --keep patterns")
-    if inexact == "never" and any(group.inexact for group in coupling.groups):
+    if selection.inexact == "never" and any(group.inexact for group in coupling.groups):
         hints.append("allow inexact groups to be cut")
-    if round_to > 1:
-        hints.append(f"round to less than {round_to}")
+    if selection.round_to > 1:
+        hints.append(f"round to less than {selection.round_to}")
     return hints or ["this model has nothing that could be removed"]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +18,10 @@ from surgery.cutting import tracer_of
 from surgery.errors import InvalidInput, PlanMismatch, UnsupportedModel
 from surgery.importance import settled
 from surgery.inputs import Calibration, calibration_images
-from surgery.planning.acceptance import acceptance_of
 from surgery.planning.allocation import allocate
-from surgery.planning.candidate import candidate_of, droppable_blocks
-from surgery.planning.choice import Choice, plan_settings
+from surgery.planning.choice import Candidate, Choice, droppable_blocks, plan_settings
 from surgery.planning.latency_planner import LatencyPlanner
+from surgery.planning.refinement import LatencyBench, refine
 from surgery.recovery import Step, validate_training
 from surgery.report import describe
 
@@ -65,7 +66,6 @@ def decide(
 ) -> Decision:
     """Return what would be pruned, without changing the model; arguments and errors are those of `shrink`."""
     validate(recipe)
-    acceptance_of(recipe)  # checked before long computations
     clock = Clock(progress)
     with clock("trace"):
         part = recipe.selection.submodule
@@ -91,8 +91,8 @@ def _chosen(
     if recipe.goal.is_latency:
         planner = LatencyPlanner(recipe, seen, droppable, clock)
         return planner.first_plan(), planner
-    left = candidate_of(droppable.program_without(droppable.dead), recipe, seen, clock)
-    dense = left if not droppable.dead else candidate_of(program, recipe, seen, clock)
+    left = Candidate.of(droppable.program_without(droppable.dead), recipe, seen, clock)
+    dense = left if not droppable.dead else Candidate.of(program, recipe, seen, clock)
     kind = recipe.goal.kind
     cost = left.costs.get(kind)
     with clock("allocate"):
@@ -104,12 +104,24 @@ def _chosen(
             cost=cost,
             dense=dense.costs[kind]({}) if cost and droppable.dead else None,
             selection=recipe.selection,
-            settings={**plan_settings(recipe, seen), **parts.plain_arguments(program)},
+            settings=plan_settings(program, recipe, seen),
         )
     plan = settled(plan, left.orders)
     plan = replace(plan, dropped=droppable.dead, notes=(*plan.notes, *droppable.notes))
     costs = kept_costs(dense.coupling, dense.costs, left.coupling, left.costs, plan)
     return Choice(left.program, left.coupling, plan, costs), None
+
+
+def refined(decision: Decision, clock: Clock) -> Decision:
+    """Time the compact model against the dense one and correct the plan, if the budget is latency on this machine."""
+    planner, choice, recipe = decision.planner, decision.choice, decision.recipe
+    if planner is None or not (recipe.target.correct and planner.source.live):
+        return decision
+    tracer = tracer_of(recipe.selection.tracer)
+    with clock("close the loop"), tempfile.TemporaryDirectory(prefix="surgery-") as folder:
+        bench = LatencyBench(choice.program.dense, Path(folder), recipe, decision.seen, clock.progress)
+        found = refine(choice, planner.plan, lambda choice: tracer.cut(choice.cut).module, bench)
+    return replace(decision, choice=found)
 
 
 def _in_the_way(choice: Choice, recipe: Recipe, clock: Clock) -> str:

@@ -2,34 +2,115 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import inf
 from pathlib import Path
+from typing import Any
 
-from surgery.capture import submodule as parts
-from surgery.config import Budget, Recipe
-from surgery.core import Block, Clock, Coupling, Kernel, Plan, Program, Scores, Widths
+from surgery.config import Recipe
+from surgery.core import Block, Clock, Coupling, Plan, Program, Scores
 from surgery.coupling import find_blocks, flush_mib, kept_costs, plan_from_dead, reordered, reorderings
 from surgery.errors import BudgetUnreachable, InvalidInput
 from surgery.importance import Signal, block_losses, measures_losses, settled, signal_of, weights_of
 from surgery.inputs import Calibration
-from surgery.latency import Conditions, LatencyTable, Source, Stairs, table_source
-from surgery.planning.acceptance import Acceptance, acceptance_of
-from surgery.planning.allocation import attempts
-from surgery.planning.candidate import Candidate, DroppableBlocks, candidate_of
-from surgery.planning.choice import Choice, RefinementLog, plan_settings
-from surgery.planning.forecast import Forecast, State, group_steps, predicted_ms, staircases, widths_of
-from surgery.planning.ladders import Ladder, ladders_of
-from surgery.planning.latency_bench import LatencyBench
-from surgery.planning.latency_search import ImportanceLoss, ladder_losses, search
-from surgery.planning.lowering import Lowered, lower
+from surgery.latency import Conditions, LatencyTable, Point, Source, Stairs, table_source
+from surgery.planning.allocation import Ladder, attempts, ladders_of, removed
+from surgery.planning.choice import Candidate, Choice, DroppableBlocks, RefinementLog, plan_settings
+from surgery.planning.latency_search import (
+    Forecast,
+    ImportanceLoss,
+    State,
+    group_steps,
+    ladder_losses,
+    predicted_ms,
+    search,
+    staircases,
+)
+from surgery.planning.lowering import Lowered
+from surgery.planning.refinement import LatencyBench
 
+SCHEMA = 1
+"""Schema of acceptances."""
+MOST = 0.999
+"""Upper limit of calibrated aims."""
 FINEST = 32
 """Number of steps of a group if the device has no stairs."""
 REFINEMENTS = 4
 """Number of times that the points used by a plan are measured, and the plan is updated."""
+_HINT = "`python PACK.zip accept compact.onnx` writes one on the device"
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """A compact model's latency measured on another device, which calibrates the next plan for that device.
+
+    ``python PACK.zip accept compact.onnx`` writes one on the device.
+
+    Attributes:
+        origin: name in messages.
+        ratio: measured latency of the compact model relative to the dense one.
+        predicted: the ratio predicted by the latency table when the plan was made.
+        dense_ms: the dense model's measured latency.
+        device: the device, as in latency tables.
+        fingerprint: fingerprint of the dense architecture.
+        batch: items per timed run.
+    """
+
+    origin: str
+    ratio: float
+    predicted: float
+    dense_ms: float
+    device: Mapping[str, Any]
+    fingerprint: str
+    batch: int
+
+    @classmethod
+    def load(cls, path: str | Path) -> Acceptance:
+        """Read the output of a pack; raises InvalidInput if the file is missing or unsuitable for calibration."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data["schema"] != SCHEMA:
+                raise InvalidInput(
+                    f"{path}: acceptance of schema {data['schema']}, this version reads {SCHEMA}; use a new pack"
+                )
+            if data["predicted_latency_ratio"] is None:
+                raise InvalidInput(
+                    f"{path}: its compact model does not say which latency was predicted for it; accept one that "
+                    "`surgery shrink --latency` wrote"
+                )
+            ratio, predicted, ms = (float(data[key]) for key in ("ratio", "predicted_latency_ratio", "dense_ms"))
+            if not all(0 < figure < inf for figure in (ratio, predicted, ms)):
+                raise ValueError("latencies must be positive")
+            fingerprint, batch = str(data["dense_fingerprint"]), int(data["batch"])
+            return cls(str(path), ratio, predicted, ms, dict(data["device"]), fingerprint, batch)
+        except OSError as error:
+            raise InvalidInput(f"cannot read acceptance {path}: {error}; {_HINT}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidInput(f"{path}: not an acceptance ({error!s:.120}); {_HINT}") from error
+
+    def aim(self, target: float) -> float:
+        """Return the fraction to aim at by the table so that the device measures `target`."""
+        return min(target * self.predicted / self.ratio, MOST)
+
+    def validate_device(self, device: Mapping[str, Any], fingerprint: str, batch: int) -> None:
+        """Raise InvalidInput if the table is from another device, or the plan for another architecture or batch."""
+        names = sorted(name for name in {*device, *self.device} if device.get(name) != self.device.get(name))
+        if names:
+            wrong = (
+                f"was measured on another device than the latency table: {', '.join(names)} differ; run the pack once "
+                "more there, for both"
+            )
+        elif batch != self.batch:
+            wrong = f"was measured with a batch of {self.batch}, the plan is for --batch {batch}; give both the same"
+        elif fingerprint != self.fingerprint:
+            wrong = "is of another architecture than this model; accept a compact model of this"
+        else:
+            return
+        raise InvalidInput(f"acceptance {self.origin} {wrong}")
 
 
 def conditions_of(program: Program, recipe: Recipe) -> Conditions:
@@ -51,6 +132,7 @@ class LatencyPlanner:
 
     Attributes:
         source: source of the latency table.
+        calibration: a measurement of an earlier plan from the table's device, if given.
         warnings: warnings about the table, extended while it is read.
     """
 
@@ -59,6 +141,8 @@ class LatencyPlanner:
         self._droppable, self._program = droppable, droppable.program
         self._candidates: dict[frozenset[str], Candidate] = {}
         self.warnings: list[str] = []
+        given = recipe.target.acceptance
+        self.calibration = None if given is None else Acceptance.load(given)
         self.source: Source = table_source(
             recipe.target.latency_table,
             conditions_of(self._program, recipe),
@@ -66,12 +150,13 @@ class LatencyPlanner:
             progress=clock.progress,
             warn=self.warnings.append,
         )
+        if self.calibration is not None:
+            self.calibration.validate_device(self.source.device, self._program.fingerprint, recipe.target.batch)
 
     @cached_property
     def dense_ms(self) -> float:
         """The dense model's latency by the table; raises InvalidInput if the table has none."""
-        dense = self._candidate(frozenset())
-        points = widths_of(self._lowered(dense), dense.coupling.labelled, {})
+        points = self._candidate(frozenset()).lowered.points()
         with self._clock("measure kernels"):
             found = predicted_ms(points, covered(self.source, points))
         if found <= 0:
@@ -79,34 +164,31 @@ class LatencyPlanner:
         return found
 
     @cached_property
-    def calibration(self) -> Acceptance | None:
-        """A measurement of an earlier plan from the table's device; raises InvalidInput if from another device."""
-        found = acceptance_of(self._recipe)
-        if found is not None:
-            found.validate_device(self.source.device, self._program.fingerprint, self._recipe.target.batch)
-        return found
-
-    @cached_property
     def target(self) -> float:
-        """The requested fraction of the dense latency.
+        """The requested fraction of the dense latency; raises InvalidInput if it is 1 or more.
 
         Milliseconds refer to the dense model's measured latency, or to the table's if it is not measured.
         """
         recipe, dense_ms = self._recipe, self.dense_ms
+        if recipe.goal.latency is not None:
+            return recipe.goal.latency
         if self.calibration is not None:
             dense_ms = self.calibration.dense_ms
-        elif recipe.goal.latency_ms is not None and recipe.target.correct and self.source.live:
+        elif recipe.target.correct and self.source.live:
             with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
                 bench = LatencyBench(self._program, Path(folder), recipe, self._seen, self._clock.progress)
                 dense_ms = bench.dense_ms()
-        return fraction_of(recipe.goal, dense_ms)
+        if recipe.goal.amount >= dense_ms:
+            raise InvalidInput(
+                f"latency_ms={recipe.goal.amount:g}: the dense model takes {dense_ms:.4g} ms already; ask for fewer "
+                "milliseconds"
+            )
+        return recipe.goal.amount / dense_ms
 
     def first_plan(self) -> Choice:
         """Return the plan for the target, calibrated by a measurement from the device if available."""
-        if self.calibration is not None:
-            return self.plan(self.calibration.aim(self.target))
         try:
-            return self.plan(self.target)
+            return self.plan(self.target if self.calibration is None else self.calibration.aim(self.target))
         except BudgetUnreachable as error:
             if self._recipe.selection.max_drop is None:
                 raise
@@ -119,17 +201,20 @@ class LatencyPlanner:
             BudgetUnreachable: the smallest model is predicted to take longer.
         """
         with self._clock("allocate"):
-            found = self._search.solve(fraction * self.dense_ms)
-            candidate, plan = self._carried(found)
-        predicted = found.ms / self.dense_ms
+            problem, state = self._search.solve(fraction * self.dense_ms)
+            ms = problem.forecast.total(state)
+            notes = [f"predicted by the latency table: {ms:.4g} ms, aimed at {fraction * self.dense_ms:.4g}"]
+            candidate, plan = self._carried(problem, state, [*notes, *_untimed(self._base.lowered, problem)])
         notes = [*plan.notes, *self._droppable.notes]
         if self.calibration is not None:
-            notes.append(self.calibration.note(self.calibration.aim(self.target)))
-        settings = {**plan.settings, "predicted_latency_ratio": round(predicted, 6)}
+            notes.append(
+                f"aimed at {self.calibration.aim(self.target):.4f} of the dense latency by the table, calibrated with "
+                f"a measurement from the device: {self.calibration.ratio:.4f} where the table predicted "
+                f"{self.calibration.predicted:.4f}"
+            )
+        settings = {**plan.settings, "predicted_latency_ratio": round(ms / self.dense_ms, 6)}
         plan = replace(plan, notes=tuple(notes), settings=settings)
-        lowered, labelled = self._lowered(candidate), candidate.coupling.labelled
-        table = self.source.cover(widths_of(lowered, labelled, {}))
-        dense = self._candidate(frozenset())
+        dense, table = self._candidate(frozenset()), self.source.cover(candidate.lowered.points())
         return Choice(
             candidate.program,
             candidate.coupling,
@@ -139,41 +224,38 @@ class LatencyPlanner:
                 self.target,
                 dense_ms=None,
                 predicted_dense_ms=self.dense_ms,
-                predicted_ms=found.ms,
+                predicted_ms=ms,
                 verdict="not timed: the latencies are the table's",
                 device=self.source.device,
             ),
             tuple(self.warnings),
-            staircases(lowered, labelled, table, plan.dead),
+            staircases(candidate.lowered, table, plan.dead),
         )
 
-    def _carried(self, found: Solution) -> tuple[Candidate, Plan]:
-        """Return the solution as a plan, with the program without the dropped blocks."""
+    def _carried(self, problem: Problem, state: State, notes: Sequence[str]) -> tuple[Candidate, Plan]:
+        """Return a solution as a plan, with the program without the dropped blocks."""
         base = self._base
         plan = plan_from_dead(
             base.coupling,
-            found.dead,
+            removed(problem.ladders, state.levels),
             fingerprint=self._program.fingerprint,
             inputs=self._program.inputs,
             budget=self._recipe.goal,
-            settings={**plan_settings(self._recipe, self._seen), **parts.plain_arguments(self._program)},
-            notes=found.notes,
-            reasons=found.reasons,
+            settings=plan_settings(self._program, self._recipe, self._seen),
+            notes=notes,
+            reasons=_reasons(problem, state),
         )
-        constants = {**self._droppable.dead, **dict.fromkeys(found.dropped, ())}
-        if found.dropped:
-            base = self._candidate(frozenset(constants))
+        dropped = {**self._droppable.dead, **{problem.blocks[b].name: () for b in sorted(state.dropped)}}
+        if state.dropped:
+            base = self._candidate(frozenset(dropped))
             plan = carried_over(plan, base.coupling)
-        return base, replace(settled(plan, base.orders), dropped=constants)
+        return base, replace(settled(plan, base.orders), dropped=dropped)
 
     def _candidate(self, dropped: frozenset[str]) -> Candidate:
         if dropped not in self._candidates:
             program = self._droppable.program_without(dropped)
-            self._candidates[dropped] = candidate_of(program, self._recipe, self._seen, self._clock)
+            self._candidates[dropped] = Candidate.of(program, self._recipe, self._seen, self._clock)
         return self._candidates[dropped]
-
-    def _lowered(self, candidate: Candidate) -> Lowered:
-        return lower(candidate.program, candidate.coupling, batch=self._recipe.target.batch)
 
     @property
     def _base(self) -> Candidate:
@@ -182,24 +264,12 @@ class LatencyPlanner:
 
     @cached_property
     def _search(self) -> WidthSearch:
-        base = self._base
-        blocks = self._blocks_left(base.program)
-        return WidthSearch(
-            base.coupling,
-            base.scores,
-            self._lowered(base),
-            self.source,
-            signal=self._signal(base, blocks),
-            inexact=self._recipe.selection.inexact,
-            blocks=blocks,
-        )
-
-    def _blocks_left(self, program: Program) -> tuple[Block, ...]:
-        """Return the remaining droppable blocks under their original names, which dropping others may have changed."""
-        droppable = self._droppable
-        left = {block.sum: block for block in (find_blocks(program) if droppable.blocks else ())}
+        base, droppable = self._base, self._droppable
+        left = {block.sum: block for block in (find_blocks(base.program) if droppable.blocks else ())}
         alive = (block for block in droppable.blocks if block.name not in droppable.dead and block.sum in left)
-        return tuple(replace(left[block.sum], name=block.name) for block in alive)
+        blocks = tuple(replace(left[block.sum], name=block.name) for block in alive)  # under their original names
+        signal, inexact = self._signal(base, blocks), self._recipe.selection.inexact
+        return WidthSearch(base.coupling, base.scores, base.lowered, self.source, signal, inexact, blocks)
 
     def _signal(self, base: Candidate, blocks: tuple[Block, ...]) -> Signal:
         """Return consumers and importance losses of units and blocks, by the requested criterion."""
@@ -215,22 +285,6 @@ class LatencyPlanner:
         if measures_losses(recipe.criterion):
             return replace(signal, losses=base.scores)
         return signal if recipe.criterion == "signal" else signal.ranked(base.scores)
-
-
-def fraction_of(budget: Budget, dense_ms: float) -> float:
-    """Return the fraction of the dense latency that a budget requests.
-
-    Raises:
-        InvalidInput: the milliseconds are not below the dense model's latency.
-    """
-    if budget.latency is not None:
-        return budget.latency
-    fraction = budget.amount / dense_ms
-    if fraction >= 1:
-        raise InvalidInput(
-            f"latency_ms={budget.amount:g}: the dense model takes {dense_ms:.4g} ms already; ask for fewer milliseconds"
-        )
-    return fraction
 
 
 def carried_over(plan: Plan, coupling: Coupling) -> Plan:
@@ -251,29 +305,10 @@ def carried_over(plan: Plan, coupling: Coupling) -> Plan:
 # The search on one program. ------------------------------------------------------------------------------------------
 
 
-def covered(source: Source, points: Sequence[tuple[Kernel, Widths]]) -> LatencyTable:
+def covered(source: Source, points: Sequence[Point]) -> LatencyTable:
     """Return a table with a dense program's kernels, measured at these widths."""
     table = source.cover(points)
     return source.refine(points) or table
-
-
-@dataclass(frozen=True, slots=True)
-class Solution:
-    """Result of `WidthSearch`.
-
-    Attributes:
-        dead: group name → removed units.
-        dropped: names of the dropped blocks, whose units are not necessarily in `dead`.
-        ms: latency predicted by the table.
-        notes: notes for the plan.
-        reasons: group or block name → reason for its size.
-    """
-
-    dead: Mapping[str, Sequence[int]]
-    dropped: tuple[str, ...]
-    ms: float
-    notes: tuple[str, ...]
-    reasons: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -281,6 +316,7 @@ class Problem:
     """Input of `search`: ladders and blocks with time savings and importance losses."""
 
     ladders: Sequence[Ladder]
+    blocks: Sequence[Block]
     forecast: Forecast
     loss: ImportanceLoss
 
@@ -309,9 +345,9 @@ class WidthSearch:
 
     def table(self) -> LatencyTable:
         """Return the table with all kernels of the program."""
-        return covered(self.source, widths_of(self.lowered, self.coupling.labelled, {}))
+        return covered(self.source, self.lowered.points())
 
-    def solve(self, target_ms: float) -> Solution:
+    def solve(self, target_ms: float) -> tuple[Problem, State]:
         """Return widths and dropped blocks with a predicted latency of at most `target_ms`.
 
         Raises:
@@ -323,7 +359,7 @@ class WidthSearch:
             if table is None:
                 break
             problem, state = self._searched(table, target_ms)
-        return self._solution(problem, state, target_ms)
+        return problem, state
 
     def problems(self, table: LatencyTable) -> Iterator[Problem]:
         """Yield search problems; for `if-needed`, first without inexact groups."""
@@ -332,7 +368,8 @@ class WidthSearch:
         taken = [{*block.nodes, block.sum} for block in self.blocks]
         for chosen in attempts(self.coupling, self.inexact):
             allowed = [ladder for ladder in ladders if chosen.issuperset(ladder.groups)]
-            yield Problem(allowed, Forecast(self.lowered, table, self.coupling, allowed, taken), self._loss(allowed))
+            forecast = Forecast(self.lowered, table, self.coupling, allowed, taken)
+            yield Problem(allowed, self.blocks, forecast, self._loss(allowed))
 
     def _loss(self, ladders: Sequence[Ladder]) -> ImportanceLoss:
         tensors = {group.name: {site.tensor for site in group.sites} for group in self.coupling.groups}
@@ -357,53 +394,35 @@ class WidthSearch:
             smallest = State(tuple(len(x.ends) for x in problem.ladders), frozenset(range(len(self.blocks))))
             least = min(least, problem.forecast.total(smallest))
         steps = group_steps(self.lowered, self.coupling, table, most=FINEST)
-        raise BudgetUnreachable(f"cannot get down to {target_ms:.4g} ms: {self._obstacle(least, steps)}")
-
-    def _obstacle(self, least: float, steps: Mapping[str, int]) -> str:
-        if not steps and not self.blocks:
-            return "nothing of the model may be cut, all of it is frozen or kept"
         step = max(steps.values(), default=1)
         why = f" (widths go in steps of {step} on this device)" if step > 1 else ""
-        return (
+        obstacle = (
             f"with every group at its smallest{why}, {least:.4g} ms are predicted; raise the budget, or set it in "
             "--macs, which takes any width"
         )
-
-    def _solution(self, problem: Problem, state: State, target_ms: float) -> Solution:
-        ms = problem.forecast.total(state)
-        dead: dict[str, list[int]] = {}
-        for ladder, level in zip(problem.ladders, state.levels, strict=True):
-            for name, unit in ladder.order[: ladder.ends[level - 1]] if level else ():
-                dead.setdefault(name, []).append(unit)
-        return Solution(
-            dead,
-            tuple(self.blocks[b].name for b in sorted(state.dropped)),
-            ms,
-            (
-                f"predicted by the latency table: {ms:.4g} ms, aimed at {target_ms:.4g}",
-                *_untimed(self.lowered, problem.forecast.table),
-            ),
-            self._reasons(problem, state),
-        )
-
-    def _reasons(self, problem: Problem, state: State) -> dict[str, str]:
-        reasons: dict[str, str] = {}
-        for k, ladder in enumerate(problem.ladders):
-            reasons.update(dict.fromkeys(ladder.groups, _why_width(problem, state, k)))
-        for gone in state.dropped:
-            names = [name for k in problem.loss.inside[gone] for name in problem.ladders[k].groups]
-            reasons.update(dict.fromkeys(names, f"goes with '{self.blocks[gone].name}', which is dropped"))
-        for b, block in enumerate(self.blocks):
-            reasons[block.name] = _why_block(problem, state, b)
-        return reasons
+        if not steps and not self.blocks:
+            obstacle = "nothing of the model may be cut, all of it is frozen or kept"
+        raise BudgetUnreachable(f"cannot get down to {target_ms:.4g} ms: {obstacle}")
 
 
 # Reasons. ------------------------------------------------------------------------------------------------------------
 
 
-def _untimed(lowered: Lowered, table: LatencyTable) -> list[str]:
+def _reasons(problem: Problem, state: State) -> dict[str, str]:
+    """Return group or block name → reason for its size."""
+    reasons: dict[str, str] = {}
+    for k, ladder in enumerate(problem.ladders):
+        reasons.update(dict.fromkeys(ladder.groups, _why_width(problem, state, k)))
+    for gone in state.dropped:
+        names = [name for k in problem.loss.inside[gone] for name in problem.ladders[k].groups]
+        reasons.update(dict.fromkeys(names, f"goes with '{problem.blocks[gone].name}', which is dropped"))
+    return reasons | {block.name: _why_block(problem, state, b) for b, block in enumerate(problem.blocks)}
+
+
+def _untimed(lowered: Lowered, problem: Problem) -> list[str]:
     """Return a note on operations that count zero: not timed, or kernels that do not run alone."""
-    idle = [p for p in lowered.placed if (entry := table.entries.get(p.kernel.key)) and not any(entry.grid)]
+    entries = problem.forecast.table.entries
+    idle = [p for p in lowered.placed if (entry := entries.get(p.kernel.key)) and not any(entry.grid)]
     names = [*lowered.untimed, *(name for placed in idle for name in placed.nodes[:1])]
     if not names:
         return []
@@ -431,11 +450,11 @@ def _why_width(problem: Problem, state: State, k: int) -> str:
     sizes = [len(ladder.order), *(len(ladder.order) - end for end in ladder.ends)]
     here, size = forecast.cost(state, k), sizes[level]
     cost = f"{size} of {sizes[0]}: its kernels take {here:.3g} ms"
-    words = [cost + (f", with all of them {here + forecast.change(state, k, 0):.3g}" if level else "")]
+    words = [cost + (f", with all of them {here - forecast.saved(state, k, 0):.3g}" if level else "")]
     if level:
-        words.append(f"{sizes[level - 1]} would add {forecast.change(state, k, level - 1):.3g} ms")
+        words.append(f"{sizes[level - 1]} would add {-forecast.saved(state, k, level - 1):.3g} ms")
     if level < len(ladder.ends):
-        saves = -forecast.change(state, k, level + 1)
+        saves = forecast.saved(state, k, level + 1)
         lost = problem.loss.ladders[k][level + 1] - problem.loss.ladders[k][level]
         gain = f"{saves:.3g} ms, {_rate(saves, lost)}" if saves > 0 else "nothing"
         words.append(f"{sizes[level + 1]} would save {gain}")

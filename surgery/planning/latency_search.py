@@ -1,31 +1,168 @@
 """Search for latency budgets: minimise the importance lost within a time. Does not import torch.
 
-Latency is not linear in channels: all widths between two edges of the device's staircase cost like the upper edge, and
-the saving of a step depends on neighbouring widths. The search therefore moves from edge to edge, each time by the move
-with the best ratio of saved time to lost importance, and recomputes all costs after each move; a final pass exchanges
-moves as long as this increases the importance kept. Droppable blocks compete with channels by the same measure. Since
-blocks are large, greedy search misjudges them: it is run several times, with the loss of blocks scaled down and up, and
-the best result by true loss is used.
+A state consists of the steps taken on each ladder, and the dropped blocks; its latency is predicted by a latency table,
+from the kernels at the remaining widths. Latency is not linear in channels: all widths between two edges of the
+device's staircase cost like the upper edge, and the saving of a step depends on neighbouring widths. The search
+therefore moves from edge to edge, each time by the move with the best ratio of saved time to lost importance, and
+recomputes all costs after each move; a final pass exchanges moves as long as this increases the importance kept.
+Droppable blocks compete with channels by the same measure. Since blocks are large, greedy search misjudges them: it is
+run several times, with the loss of blocks scaled down and up, and the best result by true loss is used.
 
 Source: after Yang et al. 2018, NetAdapt (arXiv:1804.03230), and Shen et al. 2022, HALP (arXiv:2110.10811).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from surgery.importance import Consumer, Signal, loss_of
-from surgery.planning.forecast import Forecast, State
-from surgery.planning.ladders import Ladder
+from surgery.core import Coupling, Widths
+from surgery.importance import Signal, loss_of
+from surgery.latency import LatencyTable, Point, kind_of
+from surgery.planning.allocation import Ladder
+from surgery.planning.lowering import Lowered
 
 LOOK_AHEAD = 4
 """Maximum steps of a ladder per move; single steps may save nothing if several units share a stair."""
 EXCHANGES = 200
 PRICES = (1.0, 0.7, 0.55, 1.5)
 """Factors for the loss of blocks in successive searches."""
+SHOWN, _POINTS = 4, 96
+"""Maximum number of staircases, and about how many widths each has."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Steps taken on each ladder, and the blocks that are dropped."""
+
+    levels: tuple[int, ...]
+    dropped: frozenset[int] = frozenset()
+
+    def moved(self, ladder: int, to: int) -> State:
+        """Return the state with one ladder at another level."""
+        return State((*self.levels[:ladder], to, *self.levels[ladder + 1 :]), self.dropped)
+
+
+def predicted_ms(points: Iterable[Point], table: LatencyTable) -> float:
+    """Return the sum of the kernels' milliseconds; kernels missing in the table count zero."""
+    return sum((table.ms(kernel, widths) or 0.0) + table.overhead_ms for kernel, widths in points)
+
+
+def group_steps(lowered: Lowered, coupling: Coupling, table: LatencyTable, *, most: int) -> dict[str, int]:
+    """Return, for each group, the step of which its widths should be multiples.
+
+    It is the largest step of the kernels affected by the group's units; if the device has no stairs, one that gives
+    `most` steps, since a finer search brings no benefit.
+    """
+    owners = {label: name for name, labels in coupling.labelled.roots.items() for label in labels}
+    steps: dict[str, int] = {}
+    for placed in lowered.placed:
+        step = table.step(placed.kernel)
+        for layer in (layer for slot in placed.slots for layer in lowered.sizes.axes[slot]):
+            for name in {owners[label] for label in np.unique(layer).tolist() if label in owners}:
+                steps[name] = max(steps.get(name, 1), step)
+    return {g.name: step if (step := steps.get(g.name, 1)) > 1 else max(1, g.size // most) for g in coupling.groups}
+
+
+class Forecast:
+    """Predicts the latency of states; a move recomputes only the kernels that it changes.
+
+    Args:
+        lowered: the kernels.
+        table: latency table; missing kernels count zero.
+        coupling: coupling of the same program.
+        ladders: ladders of the groups.
+        blocks: for each droppable block, the names of the operations removed with it.
+    """
+
+    def __init__(
+        self,
+        lowered: Lowered,
+        table: LatencyTable,
+        coupling: Coupling,
+        ladders: Sequence[Ladder],
+        blocks: Sequence[Collection[str]] = (),
+    ) -> None:
+        self.table, self._ladders, self._placed = table, ladders, lowered.placed
+        places = {
+            coupling.labelled.roots[name][unit]: (k, rank)
+            for k, ladder in enumerate(ladders)
+            for rank, (name, unit) in enumerate(ladder.order)
+        }
+        # For each slot's layers, the ladder (-1 for none) and step that removes each index.
+        self._axes: list[list[Any]] = [
+            [np.array([places.get(x, (-1, 0)) for x in layer.tolist()]).reshape(-1, 2).T for layer in axis]
+            for axis in lowered.sizes.axes
+        ]
+        self._owners = [sorted({int(k) for owner, _ in axis for k in np.unique(owner)} - {-1}) for axis in self._axes]
+        self._depends = [sorted({k for slot in p.slots for k in self._owners[slot]}) for p in self._placed]
+        self._touched = [[k for k, on in enumerate(self._depends) if ladder in on] for ladder in range(len(ladders))]
+        self._gone = [
+            frozenset(k for k, p in enumerate(self._placed) if not frozenset(nodes).isdisjoint(p.nodes))
+            for nodes in blocks
+        ]
+        self._lengths: dict[tuple[int, ...], int] = {}
+        self._times: dict[tuple[int, ...], float] = {}
+
+    def total(self, state: State) -> float:
+        """Return the predicted milliseconds of a state."""
+        return sum(self.kernel(k, state) for k in self._there(range(len(self._placed)), state))
+
+    def saved(self, state: State, ladder: int, to: int) -> float:
+        """Return the milliseconds saved if one ladder moves to another level."""
+        moved, there = state.moved(ladder, to), self._there(self._touched[ladder], state)
+        return sum(self.kernel(k, state) - self.kernel(k, moved) for k in there)
+
+    def cost(self, state: State, ladder: int) -> float:
+        """Return the milliseconds of all kernels affected by one ladder."""
+        return sum(self.kernel(k, state) for k in self._there(self._touched[ladder], state))
+
+    def block(self, state: State, block: int) -> float:
+        """Return the milliseconds of a block in a state that contains it."""
+        return sum(self.kernel(k, state) for k in self._there(self._gone[block], state))
+
+    def kernel(self, k: int, state: State) -> float:
+        """Return the milliseconds of one kernel in a state that contains it."""
+        key = (k, *(state.levels[ladder] for ladder in self._depends[k]))
+        if key not in self._times:
+            self._times[key] = predicted_ms([(self._placed[k].kernel, self._widths(k, state))], self.table)
+        return self._times[key]
+
+    def points(self, state: State) -> list[Point]:
+        """Return the kernels of a state with their widths."""
+        there = self._there(range(len(self._placed)), state)
+        return [(self._placed[k].kernel, self._widths(k, state)) for k in there]
+
+    def kinds(self, ladder: int) -> list[str]:
+        """Return the kinds of kernels affected by one ladder."""
+        return sorted({kind_of(self._placed[k].kernel) for k in self._touched[ladder]})
+
+    @property
+    def dependencies(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """For each kernel, the ladders that determine its widths, and the blocks it belongs to."""
+        gone = [tuple(b for b, kernels in enumerate(self._gone) if k in kernels) for k in range(len(self._placed))]
+        return list(zip(map(tuple, self._depends), gone, strict=True))
+
+    def _there(self, kernels: Iterable[int], state: State) -> list[int]:
+        """Return the kernels that do not belong to a dropped block."""
+        gone = frozenset[int]().union(*(self._gone[b] for b in state.dropped))
+        return [k for k in kernels if k not in gone]
+
+    def _widths(self, k: int, state: State) -> Widths:
+        return tuple(self._length(slot, state) for slot in self._placed[k].slots)
+
+    def _length(self, slot: int, state: State) -> int:
+        key = (slot, *(state.levels[ladder] for ladder in self._owners[slot]))
+        if key not in self._lengths:
+            steps = zip(self._ladders, state.levels, strict=True)
+            removed = np.array([*(ladder.ends[level - 1] if level else 0 for ladder, level in steps), 0])
+            alive = [rank >= removed[owner] for owner, rank in self._axes[slot]]
+            self._lengths[key] = int(np.sum(np.logical_and.reduce(alive)))
+        return self._lengths[key]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,29 +211,25 @@ def ladder_losses(ladders: Sequence[Ladder], signal: Signal) -> tuple[tuple[floa
         ladders: ladders of the groups.
         signal: consumers of the units, or measured losses of units.
     """
+    return tuple(tuple(_lost(ladder, signal).tolist()) for ladder in ladders)
+
+
+def _lost(ladder: Ladder, signal: Signal) -> Any:
+    """Return the importance lost at each level: a layer loses its shares of all groups of the ladder that it reads."""
+    ends = [0, *ladder.ends]
     if signal.losses is not None:
-        return tuple(_summed(ladder, signal.losses) for ladder in ladders)
-    return tuple(_lost_to_consumers(ladder, signal.consumers) for ladder in ladders)
+        return _sums([max(0.0, signal.losses[name][unit]) for name, unit in ladder.order])[ends]
+    total = np.zeros(len(ends))
+    consumers = [(name, consumer) for name in ladder.groups for consumer in signal.consumers[name]]
+    for layer, relevance in {consumer.name: consumer.relevance for _, consumer in consumers}.items():
+        shares = {name: consumer.shares for name, consumer in consumers if consumer.name == layer}
+        own = _sums([shares[name][unit] if name in shares else 0.0 for name, unit in ladder.order])
+        total += [loss_of(relevance, float(lost)) for lost in own[ends]]
+    return np.maximum.accumulate(total)
 
 
-def _summed(ladder: Ladder, losses: Mapping[str, Sequence[float]]) -> tuple[float, ...]:
-    sums = np.concatenate([[0.0], np.cumsum([max(0.0, losses[name][unit]) for name, unit in ladder.order])])
-    return tuple(float(sums[end]) for end in (0, *ladder.ends))
-
-
-def _lost_to_consumers(ladder: Ladder, consumers: Mapping[str, Sequence[Consumer]]) -> tuple[float, ...]:
-    """A layer that consumes several of the ladder's groups loses its shares of all of them."""
-    relevance = {consumer.name: consumer.relevance for name in ladder.groups for consumer in consumers[name]}
-    shares = {
-        layer: {name: c.shares for name in ladder.groups for c in consumers[name] if c.name == layer}
-        for layer in relevance
-    }
-    total = np.zeros(len(ladder.ends) + 1)
-    for layer in relevance:
-        own = [shares[layer][name][unit] if name in shares[layer] else 0.0 for name, unit in ladder.order]
-        sums = np.concatenate([[0.0], np.cumsum(own)])
-        total += [loss_of(relevance[layer], float(sums[end])) for end in (0, *ladder.ends)]
-    return tuple(float(x) for x in np.maximum.accumulate(total))
+def _sums(values: Sequence[float]) -> Any:
+    return np.concatenate([[0.0], np.cumsum(values)])
 
 
 def search(forecast: Forecast, loss: ImportanceLoss, target_ms: float) -> State | None:
@@ -115,45 +248,28 @@ def _descend(forecast: Forecast, loss: ImportanceLoss, state: State, target_ms: 
     """Take the best move until the target is met."""
     left = forecast.total(state)
     while left > target_ms:
-        moves = [(move, saved) for move in _moves(loss, state) if (saved := move.saved(forecast, state)) > 0]
+        excess = left - target_ms
+        moves = [(lost, after, ms) for lost, after, saved in _moves(forecast, loss, state) if (ms := saved()) > 0]
         if not moves:
             return None
-        excess = left - target_ms
         # Time saved per importance lost; savings beyond the target do not count.
-        move, saved = max(moves, key=lambda m: (min(m[1], excess) / max(m[0].lost, 1e-12), -m[0].lost))
-        state, left = move.after(loss, state), left - saved
+        _, state, ms = max(moves, key=lambda m: (min(m[2], excess) / max(m[0], 1e-12), -m[0]))
+        left -= ms
     return state
 
 
-@dataclass(frozen=True, slots=True)
-class _Move:
-    """A further removal: a ladder down to a level, or a block."""
-
-    lost: float
-    ladder: int = -1
-    to: int = 0
-    block: int = -1
-
-    def saved(self, forecast: Forecast, state: State) -> float:
-        if self.block >= 0:
-            return forecast.block(state, self.block)
-        return -forecast.change(state, self.ladder, self.to)
-
-    def after(self, loss: ImportanceLoss, state: State) -> State:
-        after = loss.without(state, self.block) if self.block >= 0 else state.moved(self.ladder, self.to)
-        assert after is not None, "moves begin where they can be made"
-        return after
-
-
-def _moves(loss: ImportanceLoss, state: State) -> Iterator[_Move]:
+def _moves(
+    forecast: Forecast, loss: ImportanceLoss, state: State
+) -> Iterator[tuple[float, State, Callable[[], float]]]:
+    """Yield further removals: importance lost, the state after it, and a function that returns the time saved."""
     gone = loss.gone_with_blocks(state)
     for k, lost in enumerate(loss.ladders):
         level = state.levels[k]
         for to in range(level + 1, min(level + 1 + LOOK_AHEAD, len(lost))) if k not in gone else ():
-            yield _Move(lost[to] - lost[level], k, to)
+            yield lost[to] - lost[level], state.moved(k, to), partial(forecast.saved, state, k, to)
     for b in range(len(loss.blocks)):
         if (after := loss.without(state, b)) is not None:
-            yield _Move(loss.of(after) - loss.of(state), block=b)
+            yield loss.of(after) - loss.of(state), after, partial(forecast.block, state, b)
 
 
 def _exchange(forecast: Forecast, loss: ImportanceLoss, state: State, target_ms: float) -> State:
@@ -170,18 +286,18 @@ def _best_exchange(forecast: Forecast, loss: ImportanceLoss, state: State, slack
     """Return the exchange that keeps most importance, skipping those that cannot beat the best so far."""
     lost = loss.of(state)
     most, best = 1e-9 * max(1.0, lost), None
-    undone = [(lost - loss.of(before), before, saved) for before, saved in _undone(forecast, loss, state)]
-    for won, before, saved in sorted(undone, key=lambda found: -found[0]):
+    undone = [(lost - loss.of(before), before, ms) for before, ms in _undone(forecast, loss, state)]
+    for won, before, ms in sorted(undone, key=lambda found: -found[0]):
         if won <= most:
             break
-        if saved + slack >= 0:
+        if ms + slack >= 0:
             most, best = won, before
             continue
-        for move in sorted(_moves(loss, before), key=lambda move: move.lost):
-            if won - move.lost <= most:
+        for lost_again, after, saved in sorted(_moves(forecast, loss, before), key=lambda move: move[0]):
+            if won - lost_again <= most:
                 break
-            if saved + move.saved(forecast, before) + slack >= 0:
-                most, best = won - move.lost, move.after(loss, before)
+            if ms + saved() + slack >= 0:
+                most, best = won - lost_again, after
                 break
     return best
 
@@ -191,7 +307,61 @@ def _undone(forecast: Forecast, loss: ImportanceLoss, state: State) -> Iterator[
     for k in range(len(loss.ladders)):
         level = state.levels[k]
         for to in range(max(0, level - LOOK_AHEAD), level):
-            yield state.moved(k, to), -forecast.change(state, k, to)
+            yield state.moved(k, to), forecast.saved(state, k, to)
     for b in state.dropped:
         before = replace(state, dropped=state.dropped - {b})
         yield before, -forecast.block(before, b)
+
+
+# Staircases. ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Staircase:
+    """A kernel's time over its last width, usually that of its result; other widths are as planned.
+
+    Attributes:
+        title: description of the kernel.
+        nodes: the operations it covers.
+        widths: widths at which the table was evaluated.
+        ms: milliseconds at these widths.
+        dense: the width before.
+        kept: the width after.
+    """
+
+    title: str
+    nodes: tuple[str, ...]
+    widths: tuple[int, ...]
+    ms: tuple[float, ...]
+    dense: int
+    kept: int
+
+
+def staircases(lowered: Lowered, table: LatencyTable, dead: Mapping[str, Sequence[int]]) -> tuple[Staircase, ...]:
+    """Return the curves of the dense network's costliest kernels, one of each kind, pruned ones first.
+
+    Args:
+        lowered: the network's kernels, without dropped blocks.
+        table: latency table of the device.
+        dead: removed units of the plan.
+    """
+    rows = [
+        (placed.nodes, kernel, before, after)
+        for placed, (kernel, before), (_, after) in zip(
+            lowered.placed, lowered.points(), lowered.points(dead), strict=True
+        )
+        if kernel.letters
+    ]
+    rows.sort(key=lambda row: (row[2][-1] == row[3][-1], -(table.ms(row[1], row[2]) or 0.0)))
+    found: dict[str, Staircase] = {}
+    for nodes, kernel, before, after in rows:
+        if kernel.title in found or len(found) == SHOWN:
+            continue
+        dense, kept = before[-1], after[-1]
+        step = max(1, dense // _POINTS)
+        widths = sorted({*range(step, dense + 1, step), dense, max(1, kept)})
+        times = [table.ms(kernel, (*after[:-1], width)) for width in widths]
+        if any(times) and None not in times:
+            ms = tuple(round(t or 0.0, 6) for t in times)
+            found[kernel.title] = Staircase(kernel.title, tuple(nodes), tuple(widths), ms, dense, kept)
+    return tuple(found.values())

@@ -7,7 +7,7 @@ measured, not assumed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,11 +29,14 @@ from surgery.core import (
     is_symbolic,
 )
 from surgery.coupling import Sizes
+from surgery.latency import Point
 from surgery.ops import Rule, rules
 
 _BLOCKED = {"Conv", "MaxPool", "AveragePool", "GlobalAveragePool", "BatchNormalization", "Resize"}
 """Operators that runtimes run in blocked channel layouts, which operators in between then inherit."""
 
+_READS_BLOCKS = {"convolution", "pooling and resizing", "element-wise", "norm"}
+"""Families of operators that read blocked layouts."""
 _IDEMPOTENT = {"Relu"}
 """Idempotent operators, which exporters deduplicate."""
 
@@ -46,11 +49,18 @@ class Lowered:
         placed: kernels in order of the program.
         sizes: lengths of the axes indexed by the kernels' slots.
         untimed: names of operations without a kernel that may take time.
+        labelled: labels of the program.
     """
 
     placed: tuple[Placed, ...]
     sizes: Sizes
     untimed: tuple[str, ...]
+    labelled: LabelledGraph
+
+    def points(self, dead: Mapping[str, Sequence[int]] | None = None) -> list[Point]:
+        """Return each kernel with its widths, without the removed units of each group."""
+        lengths = self.sizes.lengths(self.labelled.dead_roots(dead or {}))
+        return [(p.kernel, tuple(lengths[s] for s in p.slots)) for p in self.placed]
 
 
 @dataclass(slots=True)
@@ -71,7 +81,7 @@ def lower(program: Program, coupling: Coupling, *, batch: int = 1) -> Lowered:
 
 class _Lowering:
     def __init__(self, program: Program, labelled: LabelledGraph, batch: int) -> None:
-        self._program, self._labelled = program, labelled
+        self._nodes, self._labelled = program.graph.graph.nodes, labelled
         self._sizes = Sizes(labelled)
         self._batch = _batch_symbol(program), batch
         self._drafts: list[_Draft] = []
@@ -82,11 +92,11 @@ class _Lowering:
 
     def run(self) -> Lowered:
         table = rules()
-        for node in self._program.graph.graph.nodes:
+        for node in self._nodes:
             if node.op == "call_function" and isinstance(self._labelled.values.get(node.name), Value):
                 self._visit(node, table.get(str(node.target)))
         placed = tuple(_placed(draft, image=self._read_as_image(draft)) for draft in self._drafts)
-        return Lowered(placed, self._sizes, tuple(self._untimed))
+        return Lowered(placed, self._sizes, tuple(self._untimed), self._labelled)
 
     def _visit(self, node: torch.fx.Node, rule: Rule | None) -> None:
         arguments = arguments_of(node)
@@ -95,33 +105,32 @@ class _Lowering:
         steps = rule.onnx(arguments, shapes, self._shape(node)) if rule is not None and rule.onnx is not None else None
         if rule is None or steps is None:
             self._untimed.append(node.name)
-        elif not steps:
-            self._pass(node, next(iter(tensors.values()), None))
-        else:
+        elif steps:
             self._place(node, rule, steps, tensors)
-
-    def _pass(self, node: torch.fx.Node, source: torch.fx.Node | None) -> None:
-        """Handle a free operator, whose result is that of its argument, possibly reshaped."""
-        if source is not None and self._shape(source) == self._shape(node):
-            self._source[node] = source
+        elif tensors and self._shape(source := next(iter(tensors.values()))) == self._shape(node):  # free
+            self._source[node] = self._source.get(source, source)
             if source in self._images:
                 self._images.add(node)
 
     def _place(self, node: torch.fx.Node, rule: Rule, steps: Any, tensors: Mapping[str, torch.fx.Node]) -> None:
-        sources = {name: self._origin(source) for name, source in tensors.items()}
+        sources = {name: self._source.get(source, source) for name, source in tensors.items()}
         joined = next((name for name, s in sources.items() if self._joins(tensors[name], s, node, rule, steps)), None)
         draft = self._home[sources[joined]] if joined is not None else _Draft()
         if joined is None:
             self._drafts.append(draft)
         if joined is not None and steps[0].op == "BatchNormalization":
-            self._fold(draft, node)
-        else:
+            last = draft.steps[-1]
+            if len(last.inputs) == 2:  # a convolution, which gets a bias
+                name = f"w{len(draft.operands)}"
+                draft.operands.append(Operand(name, self._shape(node)[1:2], "weight"))
+                draft.steps[-1] = replace(last, inputs=(*last.inputs, name))
+        elif len(steps) > 1 or steps[0].op not in _IDEMPOTENT or joined is None or draft.steps[-1].op != steps[0].op:
             self._append(draft, steps, sources, joined)
         draft.shape, draft.last = self._shape(node), node
         draft.nodes.append(node.name)
         self._home[node] = draft
-        image = len(draft.shape) == 4
-        if image and (steps[-1].op in _BLOCKED or any(s in self._images for s in sources.values())):
+        image = steps[-1].op in _BLOCKED or not self._images.isdisjoint(sources.values())
+        if image and len(draft.shape) == 4:
             self._images.add(node)
 
     def _joins(self, given: torch.fx.Node, source: torch.fx.Node, node: torch.fx.Node, rule: Rule, steps: Any) -> bool:
@@ -129,17 +138,9 @@ class _Lowering:
         draft = self._home.get(source)
         if draft is None or draft.last is not source or len(given.users) > 1 or len(source.users) > 1:
             return False
-        if steps[0].op == "BatchNormalization":
-            return draft.steps[-1].op in ("Conv", "ConvTranspose") and self._shape(source) == self._shape(node)
-        return rule.family == "element-wise" and self._shape(source) == self._shape(node)
-
-    def _fold(self, draft: _Draft, node: torch.fx.Node) -> None:
-        """Fold a batch norm into the preceding convolution, which gets a bias."""
-        last = draft.steps[-1]
-        if len(last.inputs) == 2:
-            name = f"w{len(draft.operands)}"
-            draft.operands.append(Operand(name, self._shape(node)[1:2], "weight"))
-            draft.steps[-1] = replace(last, inputs=(*last.inputs, name))
+        folded = steps[0].op == "BatchNormalization"
+        fits = draft.steps[-1].op in ("Conv", "ConvTranspose") if folded else rule.family == "element-wise"
+        return fits and self._shape(source) == self._shape(node)
 
     def _append(self, draft: _Draft, steps: Any, sources: Mapping[str, torch.fx.Node], joined: str | None) -> None:
         offset = len(draft.steps)
@@ -154,34 +155,25 @@ class _Lowering:
             if name not in sources:
                 return None
             if name not in names:
-                names[name] = f"{'w' if sources[name].op == 'get_attr' else 'x'}{len(draft.operands)}"
-                kind = "weight" if sources[name].op == "get_attr" else "value"
-                kind = "image" if sources[name] in self._images else kind
+                weight, image = sources[name].op == "get_attr", sources[name] in self._images
+                names[name] = f"{'w' if weight else 'x'}{len(draft.operands)}"
+                kind = "image" if image else "weight" if weight else "value"
                 draft.operands.append(Operand(names[name], self._shape(sources[name]), kind))
             return f"{names[name]}:{turned}" if turned else names[name]
 
-        if [s.op for s in steps] == [draft.steps[-1].op if draft.steps else ""] and steps[0].op in _IDEMPOTENT:
-            return
         for s in steps:
             inputs = [named(x) for x in s.inputs]
             while inputs and inputs[-1] is None:
                 inputs.pop()
             draft.steps.append(replace(s, inputs=tuple(inputs)))
 
-    def _origin(self, node: torch.fx.Node) -> torch.fx.Node:
-        while node in self._source:
-            node = self._source[node]
-        return node
-
     def _read_as_image(self, draft: _Draft) -> bool:
         """Return whether the result may stay in blocks: some user is not a view, transposition or linear layer."""
         if draft.last not in self._images:
             return False
         table = rules()
-        readers = [table.get(str(user.target)) for user in draft.last.users]
-        families = {rule.family for rule in readers if rule is not None}
-        concatenates = any(rule is not None and "cat" in rule.op for rule in readers)
-        return concatenates or bool(families & {"convolution", "pooling and resizing", "element-wise", "norm"})
+        readers = [rule for user in draft.last.users if (rule := table.get(str(user.target))) is not None]
+        return any("cat" in rule.op or rule.family in _READS_BLOCKS for rule in readers)
 
     def _shape(self, node: torch.fx.Node) -> tuple[Size, ...]:
         value, traced = self._labelled.values[node.name], node.meta.get("val")
@@ -203,7 +195,7 @@ def _placed(draft: _Draft, *, image: bool) -> Placed:
     """Replace axis numbers by letters, in order of first use."""
     sizes = [s for operand in draft.operands for s in operand.shape] + list(draft.shape)
     numbers = list(dict.fromkeys(s for s in sizes if isinstance(s, str)))
-    letters = {number: _letter(k) for k, number in enumerate(numbers)}
+    letters = {number: chr(ord("a") + k) if k < 26 else f"a{k}" for k, number in enumerate(numbers)}
 
     def lettered(shape: tuple[Size, ...]) -> tuple[Size, ...]:
         return tuple(letters[s] if isinstance(s, str) else s for s in shape)
@@ -211,10 +203,6 @@ def _placed(draft: _Draft, *, image: bool) -> Placed:
     operands = tuple(replace(o, shape=lettered(o.shape)) for o in draft.operands)
     kernel = Kernel(tuple(draft.steps), operands, lettered(draft.shape), image)
     return Placed(kernel, tuple(int(number[1:]) for number in numbers), tuple(draft.nodes))
-
-
-def _letter(k: int) -> str:
-    return chr(ord("a") + k) if k < 26 else f"a{k}"
 
 
 def _batch_symbol(program: Program) -> Any:

@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,14 @@ from surgery import __version__
 from surgery.capture import submodule as parts
 from surgery.config import Recipe
 from surgery.core import Clock, Program, Progress, replacing
-from surgery.coupling import dead_blocks, drop, find_blocks, kept_names
 from surgery.cutting import tracer_of
 from surgery.errors import InvalidInput
 from surgery.latency import LatencyTable, Measured, Point, device
-from surgery.planning.forecast import predicted_ms, widths_of
-from surgery.planning.latency_bench import LatencyBench
+from surgery.planning.choice import droppable_blocks
 from surgery.planning.latency_planner import conditions_of
+from surgery.planning.latency_search import predicted_ms
 from surgery.planning.lowering import lower
+from surgery.planning.refinement import LatencyBench
 from surgery.report import Part, Table, print_parts
 
 DEVICE_FILES = (
@@ -121,109 +121,68 @@ def survey(
 
     def points(subject: Program) -> list[Point]:
         coupling = tracer.couple(subject, keep=recipe.selection.keep)
-        return widths_of(lower(subject, coupling, batch=recipe.target.batch), coupling.labelled, {})
+        return lower(subject, coupling, batch=recipe.target.batch).points()
 
     with run("couple"):
         dense = points(program)
     with run("couple without blocks"):
-        found, kept = find_blocks(program), kept_names(program, recipe.selection.keep).keys()
-        blocks = [block for block in found if kept.isdisjoint(block.tensors)]
-        dead = dead_blocks(program, blocks)
-        names = [block.name for block in blocks]
-        gone = {frozenset(chosen).union(dead) for chosen in (names[::2], names[1::2], names, ())} - {frozenset()}
-        others = [
-            point
-            for chosen in sorted(gone, key=sorted)
-            for point in points(drop(program, {name: dead.get(name, ()) for name in sorted(chosen)}, found))
-        ]
+        droppable = droppable_blocks(program, recipe)
+        names = [block.name for block in droppable.blocks]
+        chosen = (names[::2], names[1::2], names, ())
+        gone = {frozenset(some).union(droppable.dead) for some in chosen} - {frozenset()}
+        others = [p for some in sorted(gone, key=sorted) for p in points(droppable.program_without(some))]
     return Survey(program, recipe, tuple(dense), tuple(others))
 
 
-# Here. ---------------------------------------------------------------------------------------------------------------
+def measure(subject: Survey, *, name: str, progress: Progress | None = None) -> tuple[LatencyTable, dict[str, Any]]:
+    """Time kernels missing in this machine's table, including those at the dense widths.
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Profile:
-    """Kernel times of a model on this machine.
-
-    Attributes:
-        survey: the timed kernels.
-        table: this machine's table, restricted to this model's kernels.
-        cached: path of the machine's complete table.
-        warnings: warnings about the table.
+    Returns:
+        The table with only this model's kernels, and a profile of JSON values: the device, its stairs, and kernels in
+        descending order of time.
     """
-
-    survey: Survey
-    table: LatencyTable
-    cached: Path
-    warnings: tuple[str, ...]
-
-
-def measure(subject: Survey, *, progress: Progress | None = None) -> Profile:
-    """Time kernels missing in this machine's table, including those at the dense widths."""
     warnings: list[str] = []
-    recipe = subject.recipe
-    source = Measured(
-        conditions_of(subject.program, recipe),
-        seed=recipe.selection.seed,
-        progress=progress,
-        warn=warnings.append,
-    )
-    table = source.cover([*subject.dense, *subject.others])
-    table = source.refine(subject.dense) or table
-    return Profile(subject, table.only([*subject.dense, *subject.others]), source.path, tuple(warnings))
-
-
-def describe(profile: Profile, *, name: str) -> dict[str, Any]:
-    """Return a profile as JSON values: the device, its stairs, and kernels in descending order of time."""
-    table, dense = profile.table, profile.survey.dense
+    recipe, dense = subject.recipe, subject.dense
+    conditions = conditions_of(subject.program, recipe)
+    source = Measured(conditions, seed=recipe.selection.seed, progress=progress, warn=warnings.append)
+    table = source.cover([*dense, *subject.others])
+    table = (source.refine(dense) or table).only([*dense, *subject.others])
     total = predicted_ms(dense, table)
-    counted = Counter((kernel.key, widths) for kernel, widths in dense)
     kernels = {kernel.key: kernel for kernel, _ in dense}
     rows = []
-    for (key, widths), count in counted.items():
+    for (key, widths), count in Counter((kernel.key, widths) for kernel, widths in dense).items():
         ms = predicted_ms([(kernels[key], widths)] * count, table)
         row = {"title": kernels[key].title, "widths": list(widths), "count": count, "ms": ms, "share": ms / total}
         rows.append(row)
-    return {
+    return table, {
         "model": name,
-        "batch": profile.survey.recipe.target.batch,
+        "batch": recipe.target.batch,
         "device": dict(table.device),
         "predicted_ms": total,
         "overhead_ms": table.overhead_ms,
         "stairs": {kind: stairs.step for kind, stairs in table.stairs.items()},
         "kernels": sorted(rows, key=lambda row: -row["ms"]),
-        "cache": str(profile.cached),
-        "notes": list(profile.warnings),
+        "cache": str(source.path),
+        "notes": warnings,
     }
 
 
 def render_terminal(data: Mapping[str, Any], console: Console) -> None:
-    """Print the result of `describe`: the costliest kernels, and the device's stairs."""
-    where = data["device"]
+    """Print a profile: the costliest kernels, and the device's stairs."""
+    where, more = data["device"], len(data["kernels"]) - _SHOWN
     rows = [
-        (
-            row["title"],
-            "x".join(map(str, row["widths"])) or "-",
-            str(row["count"]),
-            f"{row['ms']:.3g}",
-            f"{row['share']:.1%}",
-        )
-        for row in data["kernels"]
+        (title, "x".join(map(str, widths)) or "-", str(count), f"{ms:.3g}", f"{share:.1%}")
+        for title, widths, count, ms, share in (row.values() for row in data["kernels"][:_SHOWN])
     ]
     parts: list[Part] = [
         f"{data['model']}, batch {data['batch']}: {data['predicted_ms']:.4g} ms by the sum of its kernels; "
         f"{where['precision']}, ONNX Runtime {where['onnxruntime']} on {where['cpu']}, threads {where['threads']}",
-        Table(("kernel", "widths", "count", "ms", "share"), rows[:_SHOWN]),
+        Table(("kernel", "widths", "count", "ms", "share"), rows),
+        *([f"… and {more} more (--json)"] if more > 0 else ()),
         f"hardware steps in channels: {', '.join(f'{kind} {step}' for kind, step in sorted(data['stairs'].items()))}",
         *(f"note: {note}" for note in data["notes"]),
     ]
-    if len(rows) > _SHOWN:
-        parts.insert(2, f"… and {len(rows) - _SHOWN} more (--json)")
     print_parts(parts, console)
-
-
-# On a device. --------------------------------------------------------------------------------------------------------
 
 
 def pack(subject: Survey, path: str | Path, *, name: str, progress: Progress | None = None) -> None:
@@ -239,46 +198,31 @@ def pack(subject: Survey, path: str | Path, *, name: str, progress: Progress | N
         InvalidInput: the file cannot be written.
         UnsupportedModel: the model cannot be exported.
     """
+    recipe, conditions = subject.recipe, conditions_of(subject.program, subject.recipe)
     with replacing(path) as file, tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        bench = LatencyBench(subject.program, Path(folder), subject.recipe, progress=progress)
-        texts = {
-            **PACK_TEXTS,
-            **{part: _own(part) for part in DEVICE_FILES},
-            device.REQUEST: json.dumps(_asked(subject, bench, name), indent=1) + "\n",
+        bench = LatencyBench(subject.program, Path(folder), recipe, progress=progress)
+        request = {
+            "model": name,
+            **{key: getattr(conditions, key) for key in ("flush_mib", "precision", "threads")},
+            "part": recipe.selection.submodule,
+            "tool_version": __version__,
+            "fingerprint": subject.program.fingerprint,
+            "batch": recipe.target.batch,
+            "seed": recipe.selection.seed,
+            "shapes": bench.shapes,
+            "kernels": subject.keys,
         }
+        package = files("surgery")
+        own = {part: package.joinpath(part.removeprefix("surgery/")).read_text("utf-8") for part in DEVICE_FILES}
+        texts = {**PACK_TEXTS, **own, device.REQUEST: json.dumps(request, indent=1) + "\n"}
         with zipfile.ZipFile(file, "w") as archive:
             for part, text in texts.items():
                 archive.writestr(zipfile.ZipInfo(part, _EPOCH), text, zipfile.ZIP_DEFLATED)
             for model in sorted(Path(folder).glob(f"{device.DENSE}*")):
-                with model.open("rb") as read, archive.open(_entry(model), "w") as write:
+                entry = zipfile.ZipInfo(model.name, _EPOCH)
+                entry.file_size = model.stat().st_size  # large files need another header
+                with model.open("rb") as read, archive.open(entry, "w") as write:
                     shutil.copyfileobj(read, write)
-
-
-def _entry(model: Path) -> zipfile.ZipInfo:
-    entry = zipfile.ZipInfo(model.name, _EPOCH)
-    entry.file_size = model.stat().st_size  # large files need another header
-    return entry
-
-
-def _asked(subject: Survey, bench: LatencyBench, name: str) -> dict[str, Any]:
-    recipe = subject.recipe
-    conditions = asdict(conditions_of(subject.program, recipe))
-    return {
-        "model": name,
-        **{key: conditions[key] for key in ("flush_mib", "precision", "threads")},
-        "part": recipe.selection.submodule,
-        "tool_version": __version__,
-        "fingerprint": subject.program.fingerprint,
-        "batch": recipe.target.batch,
-        "seed": recipe.selection.seed,
-        "shapes": bench.shapes,
-        "kernels": subject.keys,
-    }
-
-
-def _own(file: str) -> str:
-    package, _, module = file.partition("/")
-    return files(package).joinpath(module).read_text("utf-8")
 
 
 def refuse_unwritable(option: str, path: Path) -> None:

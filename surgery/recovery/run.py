@@ -1,27 +1,189 @@
-"""Run recovery: choose the methods of a level, the images to learn from, and those to evaluate on."""
+"""Run recovery: the methods of a level, one after the other, each evaluated against the dense model."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import resource
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from surgery.capture import Whole, evaluating
 from surgery.config import Recipe, validate
-from surgery.core import Callee, CompactModel, Plan, Program, Progress, flat_outputs
+from surgery.core import Callee, CompactModel, InputSpec, Plan, Program, Progress, flat_outputs
+from surgery.coupling import Cut
 from surgery.errors import InvalidInput
 from surgery.inputs import Calibration, Images, as_dataset, calibration_images, classes_of
-from surgery.recovery.agreement import Agreement, Judged, Reference
-from surgery.recovery.distillation import classes_in
-from surgery.recovery.judging import Pairs
+from surgery.recovery.evaluation import Agreement, Evaluate, Model, Pairs, Reference, validate_labels
 from surgery.recovery.random_images import drawn_batches
-from surgery.recovery.steps import Judge, Step, Subject, Task, in_eval_mode, input_specs, peak_memory, run_method
-from surgery.recovery.teaching import NO_CLASSES, out_of_range
-from surgery.registry import RECOVERY_METHODS
+from surgery.recovery.reconstruction import Fitted
+from surgery.recovery.training import NO_CLASSES, History, classes_in
+from surgery.registry import RECOVERY_METHODS, RecoveryMethod
+
+Batches = Sequence[Sequence[Tensor]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Subject:
+    """A compact model and the dense model it was cut from.
+
+    Attributes:
+        cut: the dense program and its plan.
+        compact: the compact model, whose tensors are modified.
+        dense: the dense model, including the model around a submodule.
+        model: the compact model, likewise.
+        part: the compact module with the program's inputs.
+        whole: the dense model around a submodule, if any.
+    """
+
+    cut: Cut
+    compact: CompactModel
+    dense: Callee
+    model: Callee
+    part: Callee
+    whole: Whole | None = None
+
+    @classmethod
+    def of(cls, cut: Cut, compact: CompactModel, model: torch.nn.Module, whole: Whole | None) -> Subject:
+        """Return a compact model with its callables; `model` is the compact model, or the whole one that holds it."""
+        part = Callee.of(cut.program, compact.module)
+        if whole is None or whole.example is None:
+            return cls(cut, compact, part.on(cut.program.dense.model), part, part, whole)
+        return cls(cut, compact, whole.example, whole.example.on(model), part, whole)
+
+    @property
+    def inputs(self) -> Sequence[InputSpec]:
+        """Inputs of `dense` and `model`."""
+        return _inputs_of(self.cut.program, self.whole)
+
+
+def _inputs_of(program: Program, whole: Whole | None) -> Sequence[InputSpec]:
+    """Return the inputs of the program, or of the whole model that it is a submodule of."""
+    if whole is None or whole.example is None:
+        return program.inputs
+    tensors = whole.example.tensors
+    names = [str(x.dtype).removeprefix("torch.") for x in tensors]
+    return [InputSpec("input", tuple(x.shape), n, tuple(range(x.dim()))) for x, n in zip(tensors, names, strict=True)]
+
+
+# Methods. ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Task:
+    """The argument of a recovery method.
+
+    Attributes:
+        subject: the compact model, to be modified in place, and the dense one.
+        recipe: the recipe, with opened data.
+        progress: called with the completed fraction.
+        images: batches of the program's inputs; empty if the method needs none.
+        held_out: batches on which the outputs are compared before and after.
+        seen: the user's images as read, if the method needs them.
+    """
+
+    subject: Subject
+    recipe: Recipe
+    progress: Callable[[float], None] = lambda fraction: None
+    images: Batches = ()
+    held_out: Batches = ()
+    seen: Calibration | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The result of a recovery method.
+
+    Attributes:
+        notes: notes for the user.
+        layers: results of fitted layers.
+        history: training history.
+        name: name of the method that ran instead of the requested one, or empty.
+    """
+
+    notes: tuple[str, ...] = ()
+    layers: tuple[Fitted, ...] = ()
+    history: History | None = None
+    name: str = ""
+
+
+def recovery_method(
+    name: str, *, needs: Collection[str] = (), after: str = "", undo_if_worse: bool = True
+) -> Callable[[Callable[[Task], Outcome]], Callable[[Task], Outcome]]:
+    """Register the decorated function as a recovery method, which modifies the compact model of a `Task` in place.
+
+    Args:
+        name: name of the method, as in ``surgery.recipe(recover="mine")``.
+        needs: `images` (of the user), `drawn-images` (synthetic), `graph` (of operators), `gradients` (it trains, in
+            all processes), `labels`.
+        after: name of the method that runs before it.
+        undo_if_worse: undo its changes if they increase the distance to the dense model's outputs.
+
+    Raises:
+        ValueError: the name is already registered, or a need is unknown.
+    """
+
+    def register(function: Callable[[Task], Outcome]) -> Callable[[Task], Outcome]:
+        RECOVERY_METHODS.add(RecoveryMethod(name, function, frozenset(needs), after, undo_if_worse))
+        return function
+
+    return register
+
+
+def _task(name: str, subject: Subject, recipe: Recipe, seen: Calibration | None) -> Task:
+    """Return the argument of a method; raises InvalidInput if its needs cannot be met."""
+    needs, program = RECOVERY_METHODS[name].needs, subject.cut.program
+    if "graph" in needs and not program.has_graph:
+        raise InvalidInput(
+            f"recover={name!r} needs the operators that torch.export captures; give images with --data, and "
+            "--recover bn"
+        )
+    if "images" in needs:
+        assert seen is not None, "validated"
+        return Task(subject, recipe, images=seen.batches, held_out=seen.batches, seen=seen)
+    if "drawn-images" not in needs:
+        return Task(subject, recipe)
+    spec, *others = program.inputs
+    if others or len(spec.shape) != 4 or "float" not in spec.dtype:
+        raise InvalidInput(f"recover={name!r} draws images (N, C, H, W); this model takes something else: give --data")
+    images, held_out = (drawn_batches(spec, recipe.selection.seed + k) for k in range(2))
+    return Task(subject, recipe, images=images, held_out=held_out[: max(1, len(held_out) // 4)])
+
+
+# Steps. --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Result of one step.
+
+    Attributes:
+        name: `dense`, `cut`, or a level.
+        seconds: duration.
+        peak_memory_bytes: peak memory of the process up to its end.
+        agreement: agreement with the dense model afterwards; None without evaluation images.
+        kept: False if it was undone because it increased the distance to the dense model's outputs.
+        notes: notes for the user.
+        layers: results of fitted layers.
+        history: training history.
+        metrics: result of the user's own metric.
+    """
+
+    name: str
+    seconds: float
+    peak_memory_bytes: int
+    agreement: Agreement | None
+    kept: bool = True
+    notes: tuple[str, ...] = ()
+    layers: tuple[Fitted, ...] = field(default=(), repr=False)
+    history: History | None = field(default=None, repr=False)
+    metrics: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +193,6 @@ class Recovery:
     Attributes:
         level: the requested level.
         steps: the dense model, the compact one as cut, and each recovery step.
-        judged_by: description of the evaluation images; empty for none.
-        labelled: whether their classes are known.
         notes: notes for the user.
         reference: reference to evaluate exported files; None without images.
         seen: images learnt from, used to calibrate files in lower precision; None without images.
@@ -40,26 +200,48 @@ class Recovery:
 
     level: str
     steps: tuple[Step, ...]
-    judged_by: str = ""
-    labelled: bool = False
     notes: tuple[str, ...] = ()
     reference: Reference | None = field(default=None, repr=False)
     seen: Calibration | None = field(default=None, repr=False)
 
+    @property
+    def judged_by(self) -> str:
+        """Description of the evaluation images; empty for none."""
+        return self.reference.named if self.reference is not None else ""
+
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+        """Return plain JSON values, with None for values that are not finite."""
         return {
             "level": self.level,
             "judged_by": self.judged_by,
-            "labelled": self.labelled,
-            "steps": [step.to_dict() for step in self.steps],
+            "labelled": self.reference is not None and self.reference.labels is not None,
+            "steps": [_plain(asdict(step)) for step in self.steps],
             "notes": list(self.notes),
         }
 
 
-def level_of(recipe: Recipe) -> str:
-    """Return the requested level, by default `reconstruct` with data, else `none`."""
-    return recipe.recovery.recover or ("reconstruct" if recipe.data.data is not None else "none")
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(x) for x in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Judge:
+    """Evaluates models by images, the user's own metric, both or nothing."""
+
+    reference: Reference | None
+    metric: Evaluate | None
+
+    def step(self, model: Callee, name: str, seconds: float = 0.0, **values: Any) -> Step:
+        """Return a step, with the evaluation of its result as far as not among `values`."""
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        if "agreement" not in values:
+            values["agreement"] = None if self.reference is None else self.reference.judge(in_eval_mode(model))
+        metrics = None if self.metric is None else self.metric(model.module)
+        return Step(name, round(seconds, 3), memory, metrics=metrics, **values)
 
 
 def recovered(
@@ -82,60 +264,71 @@ def recovered(
         share: called with the plan and the compact model before distributed training.
     """
     validate(recipe)
-    level, program, whole = level_of(recipe), subject.cut.program, subject.whole
-    if seen is None and recipe.data.data is not None:
-        seen = calibration_images(recipe.data.data, program, whole, recipe.data.max_images, recipe.selection.seed)
+    program, whole, data = subject.cut.program, subject.whole, recipe.data
+    level = recipe.recovery.recover or ("reconstruct" if data.data is not None else "none")
+    if seen is None and data.data is not None:
+        seen = calibration_images(data.data, program, whole, data.max_images, recipe.selection.seed)
     validate_training(program, whole, recipe.but(recover=level), seen)
-    reference, notes = _reference(subject, recipe, seen), list[str]()
-    steps = list[Step]()
-    alike = reference is not None and recipe.data.val is None and whole is None
-    judge = Judge(reference, recipe.data.metric, seen.batches if seen is not None and alike else None)
-    if reference is not None or recipe.data.metric is not None:
-        for name, (agreement, metrics) in (("dense", judge.dense(subject)), ("cut", judge.compact(subject))):
-            steps.append(Step(name, 0.0, peak_memory(), agreement, metrics=metrics))
-        steps[1:1] = between
+    judge = _Judge(_reference(subject, recipe, seen), data.metric)
+    reference, steps = judge.reference, list[Step]()
+    if reference is not None or judge.metric is not None:
+        exact = None if reference is None else reference.judge(None)
+        steps = [judge.step(subject.dense, "dense", agreement=exact), *between, judge.step(subject.model, "cut")]
+    by_data = data.val is None and whole is None
     for name in _methods(level):
         if "gradients" in RECOVERY_METHODS[name].needs and share is not None:
             share(subject.cut.plan, subject.compact.module)
-        task = _task(name, subject, recipe, seen)
-        steps.append(run_method(name, task, judge, steps[-1].agreement if steps else None, progress))
-    for given in (recipe.data.data, recipe.data.val):
-        notes += given.notes() if isinstance(given, Images) else []
-    if reference is not None:
-        notes += [*reference.notes, *(reference.batches.notes if isinstance(reference.batches, Pairs) else ())]
-    if not steps:
-        return None
-    named = reference.named if reference is not None else ""
-    labelled = reference is not None and reference.labels is not None
-    return Recovery(level, tuple(steps), named, labelled, tuple(notes), reference, seen)
+        task, before = _task(name, subject, recipe, seen), steps[-1].agreement if steps else None
+        steps.append(_run_method(name, task, judge, before if by_data and task.seen is not None else None, progress))
+    notes = [note for given in (data.data, data.val) if isinstance(given, Images) for note in given.notes()]
+    notes += reference.notes if reference is not None else ()
+    return Recovery(level, tuple(steps), tuple(notes), reference, seen) if steps else None
 
 
 def _methods(level: str) -> list[str]:
-    if not level or level == "none":
-        return []
-    return [*_methods(RECOVERY_METHODS[level].after), level]
+    return [] if level in ("", "none") else [*_methods(RECOVERY_METHODS[level].after), level]
 
 
-def _task(name: str, subject: Subject, recipe: Recipe, seen: Calibration | None) -> Task:
-    """Return the argument of a method; raises InvalidInput if its needs cannot be met."""
-    needs, program = RECOVERY_METHODS[name].needs, subject.cut.program
-    if "graph" in needs and not program.has_graph:
-        raise InvalidInput(
-            f"recover={name!r} needs the operators that torch.export captures; give images with --data, and "
-            "--recover bn"
-        )
-    task = Task(subject, recipe, lambda fraction: None)
-    if "images" in needs:
-        assert seen is not None, "refused before"
-        return dataclasses.replace(task, images=seen.batches, held_out=seen.batches, seen=seen)
-    if "drawn-images" not in needs:
-        return task
-    spec, *others = program.inputs
-    if others or len(spec.shape) != 4 or "float" not in spec.dtype:
-        raise InvalidInput(f"recover={name!r} draws images (N, C, H, W); this model takes something else: give --data")
-    seed = recipe.selection.seed
-    images, held_out = (drawn_batches(spec, seed + k) for k in range(2))
-    return dataclasses.replace(task, images=images, held_out=held_out[: max(1, len(held_out) // 4)])
+def _run_method(name: str, task: Task, judge: _Judge, before: Agreement | None, progress: Progress) -> Step:
+    """Run one recovery method and evaluate the compact model after it.
+
+    Its changes are undone if the outputs on the held-out images end up further from the dense model's, or not finite.
+    Both squared error and correlation must be worse, since batch norms alone may restore one and not the other.
+    `before` is the agreement before it, if the held-out images are those of the judge.
+    """
+    method, subject, guard = RECOVERY_METHODS[name], task.subject, None
+    state = {k: v.clone() for k, v in subject.compact.module.state_dict().items()}
+    if method.undo_if_worse and task.held_out:
+        guard = (judge.reference if before is not None else None) or _reference_on(subject, task.held_out)
+        before = before or guard.judge(in_eval_mode(subject.part))
+    progress(name, 0.0)
+    start = time.perf_counter()
+    outcome = method.function(replace(task, progress=lambda fraction: progress(name, min(0.999, fraction))))
+    seconds = time.perf_counter() - start
+    values: dict[str, Any] = {"notes": outcome.notes, "layers": outcome.layers, "history": outcome.history}
+    ran = outcome.name or name
+    if guard is not None and before is not None:
+        after = guard.judge(in_eval_mode(subject.part))
+        further = after.error > before.error and after.correlation < before.correlation
+        values["kept"] = not further and isfinite(after.error) and isfinite(after.correlation)
+        if not values["kept"]:
+            values["notes"] += (f"{ran} was undone: it left the outputs further from the dense model's than they were",)
+            with torch.no_grad():
+                for key, tensor in subject.compact.module.state_dict().items():
+                    tensor.copy_(state[key])
+        if guard is judge.reference:
+            values["agreement"] = after if values["kept"] else before
+    progress(name, 1.0)
+    return judge.step(subject.model, ran, seconds, **values)
+
+
+def follow(subject: Subject, recipe: Recipe) -> None:
+    """Participate in training led by the first process; arguments are those of `recovered`."""
+    data = recipe.data
+    seen = calibration_images(data.data, subject.cut.program, subject.whole, data.max_images, recipe.selection.seed)
+    assert recipe.recovery.recover is not None, "the first process trains"
+    method = RECOVERY_METHODS[recipe.recovery.recover]
+    method.function(_task(method.name, subject, recipe, seen))
 
 
 def validate_training(program: Program, whole: Whole | None, recipe: Recipe, seen: Calibration | None) -> None:
@@ -143,49 +336,33 @@ def validate_training(program: Program, whole: Whole | None, recipe: Recipe, see
 
     Checks for a fixed batch, labels out of range (as far as known without reading all images), and missing labels.
     """
-    first = input_specs(program, whole)[0]
-    if RECOVERY_METHODS.has_need(recipe.recovery.recover, "gradients") and 0 not in first.dynamic:
+    specs, method = _inputs_of(program, whole), recipe.recovery.recover
+    if RECOVERY_METHODS.has_need(method, "gradients") and 0 not in specs[0].dynamic:
         raise InvalidInput(
-            f"--recover {recipe.recovery.recover} needs a model that takes any number of images, and this one takes "
-            f"{first.shape[0]} at a time, as traced; --recover reconstruct does without"
+            f"--recover {method} needs a model that takes any number of images, and this one takes "
+            f"{specs[0].shape[0]} at a time, as traced; --recover reconstruct does without"
         )
-    given = {"val": recipe.data.val}
-    if RECOVERY_METHODS.has_need(recipe.recovery.recover, "labels"):
-        given["data"] = recipe.data.data
-    inputs = len(input_specs(program, whole))
-    read = {"data": seen}
-    known = {k: _range_of(as_dataset(x, option=k), inputs, read.get(k)) for k, x in given.items()}
-    if "data" in known and known["data"] is None:
-        raise InvalidInput(NO_CLASSES)
+    known = {"--val": _class_range(recipe.data.val, len(specs), "val")}
+    if RECOVERY_METHODS.has_need(method, "labels"):
+        found = _class_range(recipe.data.data, len(specs), "data") or (seen.classes if seen is not None else None)
+        if found is None:
+            raise InvalidInput(NO_CLASSES)
+        known["--data"] = found
     if not any(known.values()):
         return
     call = Callee.of(program, program.dense.model) if whole is None or whole.example is None else whole.example
     with evaluating(call), torch.no_grad():
         outputs = flat_outputs(call(*call.tensors))
-    if len(outputs) != 1 or outputs[0].dim() != 2:
-        return
-    for name, ends in known.items():
-        low, high = ends or (0, 0)
-        if low < 0 or high >= outputs[0].shape[1]:
-            option = given[name].option if isinstance(given[name], Images) else name
-            raise InvalidInput(out_of_range(option, low if low < 0 else high, outputs[0].shape[1]))
+    for option, ends in known.items():
+        if ends is not None and len(outputs) == 1 and outputs[0].dim() == 2:
+            validate_labels(option, *ends, outputs[0].shape[1])
 
 
-def _range_of(data: Any, inputs: int, seen: Calibration | None) -> tuple[int, int] | None:
-    """Return the minimum and maximum class, of the images read so far if not all are known; None if there are none."""
-    known = classes_in(data, inputs)
-    if known is None:
-        return seen.classes if seen is not None else None
-    known = classes_of([known], len(known))
-    return (int(known.min()), int(known.max())) if known is not None else None
-
-
-def follow(subject: Subject, recipe: Recipe) -> None:
-    """Participate in training led by the first process; arguments are those of `recovered`."""
-    data, seed = recipe.data, recipe.selection.seed
-    seen = calibration_images(data.data, subject.cut.program, subject.whole, data.max_images, seed)
-    method = RECOVERY_METHODS[level_of(recipe)]
-    method.function(_task(method.name, subject, recipe, seen))
+def _class_range(data: Any, inputs: int, option: str) -> tuple[int, int] | None:
+    """Return the minimum and maximum class of a dataset; None if unknown without reading its images."""
+    known = classes_in(as_dataset(data, option=option), inputs)
+    classes = classes_of([known], len(known)) if known is not None else None
+    return (int(classes.min()), int(classes.max())) if classes is not None else None
 
 
 def _reference(subject: Subject, recipe: Recipe, seen: Calibration | None) -> Reference | None:
@@ -193,34 +370,49 @@ def _reference(subject: Subject, recipe: Recipe, seen: Calibration | None) -> Re
     if recipe.data.val is not None:
         pairs = Pairs(recipe.data.val, subject.inputs, recipe.selection.seed)
         found = Reference.of(in_eval_mode(subject.dense), pairs, "--val")
-        return dataclasses.replace(found, named=f"{pairs.count} images of --val")
+        return replace(found, named=f"{pairs.count} images of --val")
     if seen is None:
         return None
-    batches: Judged = [(batch, None) for batch in seen.given or seen.batches]
+    batches = [(batch, None) for batch in seen.given or seen.batches]
     return Reference.of(in_eval_mode(subject.dense), batches, f"{seen.count} images of --data, those it was made with")
+
+
+def _reference_on(subject: Subject, batches: Batches) -> Reference:
+    """Return the dense program's reference on these images."""
+    dense = subject.part.on(subject.cut.program.dense.model)
+    return Reference.of(in_eval_mode(dense), [(batch, None) for batch in batches])
+
+
+def in_eval_mode(callee: Callee) -> Model:
+    """Return a function that runs a model on a batch of inputs in eval mode."""
+
+    def run(inputs: Sequence[Tensor]) -> Any:
+        with evaluating(callee):
+            return callee(*inputs)
+
+    return run
 
 
 def copy_of(compact: CompactModel) -> CompactModel:
     """Return a copy whose graph and module share tensors, like the original's."""
     module, graph = copy.deepcopy((compact.module, compact.graph))
-    return dataclasses.replace(compact, module=module, graph=graph)
+    return replace(compact, module=module, graph=graph)
+
+
+# The report. ---------------------------------------------------------------------------------------------------------
 
 
 def with_recovery(data: Mapping[str, Any], recovery: Recovery | None) -> dict[str, Any]:
     """Return the report with the recovery steps and the verdict on accuracy."""
     if recovery is None:
         return {**data, "recovery": data.get("recovery")}
-    accuracy = {**data["accuracy"], **_verdict(recovery)}
-    return {**data, "accuracy": accuracy, "recovery": recovery.to_dict(), "notes": [*data["notes"], *recovery.notes]}
-
-
-def _verdict(recovery: Recovery) -> dict[str, Any]:
-    last = recovery.steps[-1].agreement
-    before, after = recovery.steps[0].metrics, recovery.steps[-1].metrics
+    last, before, after = recovery.steps[-1].agreement, recovery.steps[0].metrics, recovery.steps[-1].metrics
+    verdict = verdict_on(recovery, last)
     if before and after and (last is None or last.accuracy is None):
-        told = ", ".join(f"{name} {after[name]:.4g}, dense {before[name]:.4g}" for name in before if name in after)
-        return {"status": "measured", "verdict": f"by --metric: {told}"}
-    return verdict_on(recovery, last)
+        values = ", ".join(f"{name} {after[name]:.4g}, dense {before[name]:.4g}" for name in before if name in after)
+        verdict = {"status": "measured", "verdict": f"by --metric: {values}"}
+    accuracy, notes = {**data["accuracy"], **verdict}, [*data["notes"], *recovery.notes]
+    return {**data, "accuracy": accuracy, "recovery": recovery.to_dict(), "notes": notes}
 
 
 def verdict_on(recovery: Recovery, last: Agreement | None, name: str = "") -> dict[str, Any]:
@@ -237,17 +429,11 @@ def verdict_on(recovery: Recovery, last: Agreement | None, name: str = "") -> di
     if last.accuracy is not None and last.drop is not None and dense.accuracy is not None:
         value, low, high = last.drop
         lost, won = last.traded or (0, 0)
-        return {
-            "status": "measured",
-            "verdict": (
-                f"{of}accuracy {100 * last.accuracy:.2f} %, dense {100 * dense.accuracy:.2f} %: {value:.2f} points "
-                f"lost [{low:.2f}, {high:.2f}], paired, on {recovery.judged_by}: {lost} lost, {won} won"
-            ),
-        }
-    told = f"logit cosine {last.cosine:.4f}"
-    if last.top1_match is not None:
-        told = f"top-1 match {100 * last.top1_match:.1f} %, {told}"
-    return {
-        "status": "agreement",
-        "verdict": f"accuracy unknown; {of}agreement with the dense model: {told}, on {recovery.judged_by}",
-    }
+        verdict = (
+            f"{of}accuracy {100 * last.accuracy:.2f} %, dense {100 * dense.accuracy:.2f} %: {value:.2f} points lost "
+            f"[{low:.2f}, {high:.2f}], paired, on {recovery.judged_by}: {lost} lost, {won} won"
+        )
+        return {"status": "measured", "verdict": verdict}
+    match = f"top-1 match {100 * last.top1_match:.1f} %, " if last.top1_match is not None else ""
+    verdict = f"{of}agreement with the dense model: {match}logit cosine {last.cosine:.4f}, on {recovery.judged_by}"
+    return {"status": "agreement", "verdict": f"accuracy unknown; {verdict}"}

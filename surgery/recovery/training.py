@@ -1,7 +1,8 @@
 """Distillation and fine-tuning: the compact model trained on the dense one's outputs, and on labels if given.
 
 Norms keep their statistics and dropout is off: the model is trained as it will be deployed. The result does not depend
-on the number of processes. A killed run resumes from its last checkpoint and gives the same weights.
+on the number of processes. A killed run resumes from its last checkpoint and gives the same weights: random draws
+depend only on the seed, the epoch and the image's index.
 
 Source: Hinton et al. 2015 (arXiv:1503.02531); identical views for teacher and student, and mixed images, after Beyer et
 al. 2022 (arXiv:2106.05237). Processes and precision are handled by Hugging Face Accelerate.
@@ -9,30 +10,86 @@ al. 2022 (arXiv:2106.05237). Processes and precision are handled by Hugging Face
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from math import cos, isfinite, pi
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.data_loader import SeedableRandomSampler
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from surgery import config
 from surgery.capture import evaluating
-from surgery.core import Callee, InputSpec, first_line, flat_outputs
+from surgery.core import Callee, InputSpec, first_line, flat_outputs, replacing
 from surgery.errors import InvalidInput
-from surgery.inputs import UNKNOWN, classes_of, derived_seed, read_batches, seeded, split_batch, validated_input
-from surgery.recovery.augmentation import Look, Order, Views
-from surgery.recovery.checkpoint import Checkpoint
-from surgery.recovery.teaching import NO_CLASSES, History, Mark, Training, loss_of
+from surgery.inputs import (
+    UNKNOWN,
+    Images,
+    classes_of,
+    derived_seed,
+    read_batches,
+    read_item,
+    seeded,
+    split_batch,
+    validated_input,
+)
+from surgery.recovery.evaluation import validate_labels
 
 WARM_UP = 0.05
 HELD_OUT_LEAST = 64
 JUDGED_BY = 512
 """Images of a DataLoader used to evaluate training, since none can be held out."""
+CHECKPOINT = "training.pt"
+"""Name of the file in the folder of checkpoints."""
+NO_CLASSES = (
+    "finetune learns classes, whole numbers, and these data have none: give a folder for each class, 'labels' in the "
+    ".npz file, or batches of images and classes; distill does without"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """One evaluation during training: the step, the mean training loss since the last one, and the held-out loss."""
+
+    step: int
+    epoch: float
+    lr: float
+    loss: float
+    held_out: float | None
+
+
+@dataclass(slots=True)
+class History:
+    """Training history.
+
+    Attributes:
+        marks: one per epoch.
+        steps: number of steps.
+        processes: number of processes.
+        resumed: step at which training resumed from a checkpoint; 0 for none.
+        passed_over: whether a checkpoint of another run (other data, weights, plan or settings) was ignored.
+        stopped: why it ended before its last epoch; empty if it did not.
+        best: the mark whose weights are kept; 0 for the initial weights.
+    """
+
+    marks: list[Mark] = field(default_factory=list)
+    steps: int = 0
+    processes: int = 1
+    resumed: int = 0
+    passed_over: bool = False
+    stopped: str = ""
+    best: int = -1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,16 +105,18 @@ class TrainingRun:
         parameters: those that may change.
         labels: whether classes are learned too, beside the dense model's outputs.
         key: identifies the run; a checkpoint with another key is not resumed.
+        seed: seed of all random draws.
     """
 
     compact: Callee
     dense: Callee
     data: Any
-    settings: Training
+    settings: config.Recovery
     inputs: Sequence[InputSpec]
     parameters: Sequence[nn.Parameter]
     labels: bool
-    key: str
+    key: str = ""
+    seed: int = 0
 
 
 def train(run: TrainingRun, progress: Callable[[float], None]) -> History:
@@ -70,288 +129,338 @@ def train(run: TrainingRun, progress: Callable[[float], None]) -> History:
     Raises:
         InvalidInput: there are too few images, no classes where they are needed, or the loss is not finite.
     """
-    with _own_state():
-        return _trained(run, progress)
-
-
-@contextmanager
-def _own_state() -> Iterator[None]:
-    """Restore Accelerate's process-wide state, which includes the precision, after the block."""
-    from accelerate.state import AcceleratorState
-
-    shared: dict[str, Any] = AcceleratorState._shared_state
+    learning = {id(p) for p in run.parameters}
+    frozen = [p for p in run.compact.parameters() if p.requires_grad and id(p) not in learning]
+    shared: dict[str, Any] = AcceleratorState._shared_state  # of the process, and possibly the user's
     known = dict(shared)
     shared.clear()
     try:
-        yield
+        accelerator = _accelerator(run.settings.mixed_precision)
+        run.compact.to(accelerator.device)
+        run.dense.to(accelerator.device)
+        for p in frozen:
+            p.requires_grad_(False)
+        with evaluating(run.compact), evaluating(run.dense):
+            return _Loop(run, accelerator).run(progress)
     finally:
         shared.clear()
         shared.update(known)
+        for p in frozen:
+            p.requires_grad_(True)
+        run.compact.to("cpu")
+        run.dense.to("cpu")
 
 
-def _trained(run: TrainingRun, progress: Callable[[float], None]) -> History:
-    from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
-
+def _accelerator(precision: str) -> Accelerator:
     try:
-        accelerator = Accelerator(
-            mixed_precision=run.settings.mixed_precision,
+        return Accelerator(
+            mixed_precision=precision,
             cpu=not torch.cuda.is_available(),
             dataloader_config=DataLoaderConfiguration(split_batches=True),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
     except (ValueError, ImportError) as error:
-        what = f"mixed precision {run.settings.mixed_precision}"
-        raise InvalidInput(f"{what} is not available on this machine: {first_line(error)}") from error
-    for module in (run.compact, run.dense):
-        module.to(accelerator.device)
-    loop = _Loop(run, accelerator)
-    with evaluating(run.compact), evaluating(run.dense), _alone(run.compact, run.parameters):
-        loop.all(progress)
-    run.compact.to("cpu")
-    run.dense.to("cpu")
-    progress(1.0)
-    return loop.history
-
-
-@contextmanager
-def _alone(student: nn.Module, learning: Sequence[nn.Parameter]) -> Iterator[None]:
-    chosen = {id(p) for p in learning}
-    before = [(p, p.requires_grad) for p in student.parameters()]
-    try:
-        for p, _ in before:
-            p.requires_grad_(id(p) in chosen)
-        yield
-    finally:
-        for p, wanted in before:
-            p.requires_grad_(wanted)
-            p.grad = None
+        what = f"mixed precision {precision} is not available on this machine"
+        raise InvalidInput(f"{what}: {first_line(error)}") from error
 
 
 class _Loop:
     """One training run, in each of its processes."""
 
-    def __init__(self, run: TrainingRun, accelerator: Any) -> None:
-        how, learning = run.settings, run.parameters
-        self._student, self._teacher, self._how, self._accelerator = run.compact, run.dense, how, accelerator
-        self._inputs, self._labels = run.inputs, run.labels
-        self.history = History(processes=accelerator.num_processes)
-        self._loader, self._judged = _loaders(run.data, how, accelerator.num_processes, run.labels, run.inputs)
-        views = isinstance(self._loader.dataset, Views)
-        self._views = (self._loader.dataset, self._loader.sampler) if views else None
+    def __init__(self, run: TrainingRun, accelerator: Accelerator) -> None:
+        self._run, self._how, self._accelerator = run, run.settings, accelerator
+        self._history = History(processes=accelerator.num_processes)
+        self._loader, self._judged = _loaders(run, accelerator.num_processes)
+        self._views = data if isinstance(data := self._loader.dataset, Views) else None
         self._each = len(self._loader)
-        self._steps = self._each * how.epochs
-        self._learning = list[Tensor](learning)
+        self._steps = self._each * self._how.epochs
+        self._weights = list[Tensor](run.parameters)
+        self._average, self._best = ([p.detach().clone() for p in run.parameters] for _ in range(2))
         groups = [
-            {"params": [p for p in learning if p.dim() > 1], "weight_decay": how.weight_decay},
-            {"params": [p for p in learning if p.dim() <= 1], "weight_decay": 0.0},
+            {"params": [p for p in run.parameters if p.dim() > 1], "weight_decay": self._how.weight_decay},
+            {"params": [p for p in run.parameters if p.dim() <= 1], "weight_decay": 0.0},
         ]
-        self._optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=how.lr)
-        self._slots = [p for g in self._optimizer.param_groups for p in g["params"]]
-        self._average = [p.detach().clone() for p in self._learning]
-        self._best = [p.detach().clone() for p in self._learning]
+        self._optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self._how.lr)
         self._step, self._since, self._summed = 0, 0, 0.0
-        self._checkpoint = Checkpoint(how.checkpoint, run.key) if how.checkpoint is not None else None
+        self._file = None if self._how.checkpoint is None else Path(self._how.checkpoint, CHECKPOINT)
         self._resume()
-        with seeded(self._loader, how.seed):  # Accelerate keeps, and sets, the generators that it finds
+        with seeded(self._loader, run.seed):  # Accelerate keeps, and sets, the generators that it finds
             self._wrapped, self._stepper, self._loader = accelerator.prepare(run.compact, self._optimizer, self._loader)
 
-    def all(self, progress: Callable[[float], None]) -> None:
-        """Train to the end, and load the best weights into the student."""
-        if not self.history.marks:
+    def run(self, progress: Callable[[float], None]) -> History:
+        """Train to the end, and load the best weights into the compact model."""
+        history = self._history
+        if not history.marks:
             self._mark(0.0)
-        while self._step < self._steps and not self.history.stopped:
+        while self._step < self._steps and not history.stopped:
             self._epoch(self._step // self._each, progress)
         with torch.no_grad():
-            for p, best in zip(self._learning, self._best, strict=True):
-                p.copy_(best)
-        self.history.steps = self._step
+            torch._foreach_copy_(self._weights, self._best)
+        history.steps = self._step
         self._accelerator.wait_for_everyone()
-        if self._checkpoint is not None and self._accelerator.is_main_process:
-            self._checkpoint.clear()
+        if self._file is not None and self._accelerator.is_main_process:
+            shutil.rmtree(self._file.parent, ignore_errors=True)
+        progress(1.0)
+        return history
 
     def _epoch(self, epoch: int, progress: Callable[[float], None]) -> None:
-        done = self._step - epoch * self._each
-        for batch in self._batches(epoch, done):
-            rate = _rate(self._step, self._steps)
+        for batch in self._batches(epoch, self._step - epoch * self._each):
             for group in self._optimizer.param_groups:
-                group["lr"] = self._how.lr * rate
-            inputs, classes = self._parted(batch)
-            with torch.no_grad(), self._accelerator.autocast():
-                wanted = flat_outputs(self._teacher(*inputs))
+                group["lr"] = self._rate()
+            inputs, classes = self._split(batch)
             with self._accelerator.autocast():
+                with torch.no_grad():
+                    wanted = flat_outputs(self._run.dense(*inputs))
                 loss = loss_of(flat_outputs(self._wrapped(*inputs)), wanted, classes, self._how.temperature)
             self._accelerator.backward(loss)
             self._stepper.step()
             self._stepper.zero_grad()
-            self._after(float(self._accelerator.reduce(loss.detach(), "mean")))
+            self._step, self._since = self._step + 1, self._since + 1
+            mean = float(self._accelerator.reduce(loss.detach(), "mean"))
+            self._summed += self._finite(mean, "the loss")
+            decay = min(self._how.ema, (1 + self._step) / (10 + self._step)) if self._how.ema else 0.0
+            with torch.no_grad():
+                torch._foreach_lerp_(self._average, self._weights, 1 - decay)
             progress(self._step / self._steps)
-            if self._step % self._how.every == 0:
+            if self._step % self._how.checkpoint_steps == 0:
                 self._save()
-        self._mark(self._how.lr * _rate(self._step, self._steps))
+        self._mark(self._rate())
         self._save()
+
+    def _rate(self) -> float:
+        """Return the learning rate of the next step: linear warm-up, then cosine decay."""
+        warm = max(1, int(WARM_UP * self._steps))
+        if self._step < warm:
+            return self._how.lr * (self._step + 1) / warm
+        return self._how.lr * 0.5 * (1 + cos(pi * (self._step - warm) / max(1, self._steps - warm)))
 
     def _batches(self, epoch: int, done: int) -> Iterator[Any]:
         """Yield an epoch's batches after the skipped ones; a user's loader reads those too, to advance its draws."""
-        seed = derived_seed(self._how.seed, epoch)
-        if self._views is None:
-            yield from islice(read_batches(self._loader, seed), done, None)
-            return
-        for x in self._views:
-            x.epoch = epoch
-        yield from read_batches(
-            self._accelerator.skip_first_batches(self._loader, done) if done else self._loader, seed
-        )
+        loader = self._loader
+        if self._views is not None:
+            self._views.epoch = epoch
+            loader, done = self._accelerator.skip_first_batches(loader, done), 0
+        loader.set_epoch(epoch)
+        yield from islice(read_batches(loader, derived_seed(self._run.seed, epoch)), done, None)
 
-    def _parted(self, batch: Any) -> tuple[list[Tensor], Tensor | None]:
+    def _split(self, batch: Any) -> tuple[list[Tensor], Tensor | None]:
         """Split a batch into inputs and, if used, classes."""
-        specs, device = self._inputs, self._accelerator.device
+        specs, device = self._run.inputs, self._accelerator.device
         found, rest = split_batch(batch, specs)
         inputs = [validated_input(x.to(device), spec) for x, spec in zip(found, specs, strict=True)]
-        if not self._labels:
+        if not self._run.labels:
             return inputs, None
         classes = classes_of(rest, len(inputs[0]))
         if classes is None or bool((classes == UNKNOWN).any()):
             raise InvalidInput(NO_CLASSES)
         return inputs, classes.to(device)
 
-    def _after(self, loss: float) -> None:
-        self._step += 1
-        if not isfinite(loss):
+    def _finite(self, value: float, what: str) -> float:
+        if not isfinite(value):
             raise InvalidInput(
-                f"training: the loss is not a number after {self._step} steps; lower the learning rate (--lr "
+                f"training: {what} is not a number after {self._step} steps; lower the learning rate (--lr "
                 f"{self._how.lr / 10:g}), and look for images that are not finite"
             )
-        self._since, self._summed = self._since + 1, self._summed + loss
-        decay = min(self._how.ema, (1 + self._step) / (10 + self._step)) if self._how.ema else 0.0
-        with torch.no_grad():
-            torch._foreach_lerp_(self._average, self._learning, 1 - decay)
+        return value
 
     def _mark(self, lr: float) -> None:
         """Evaluate the averaged weights on held-out images, and keep them if they are the best so far."""
-        history, held_out = self.history, self._held_out()
-        if held_out is not None and not isfinite(held_out):
-            raise InvalidInput(
-                f"training: the loss on images held out is not a number after {self._step} steps; look for images that "
-                f"are not finite, or lower the learning rate (--lr {self._how.lr / 10:g})"
-            )
+        history, held_out = self._history, None if self._judged is None else self._held_out(self._judged)
         mean = self._summed / self._since if self._since else float("nan")
         history.marks.append(Mark(self._step, self._step / self._each, lr, mean, held_out))
         self._since, self._summed = 0, 0.0
-        known = [m.held_out for m in history.marks if m.held_out is not None]
-        if held_out is None or held_out <= min(known):
+        if held_out is None or held_out <= min(m.held_out for m in history.marks if m.held_out is not None):
             history.best = len(history.marks) - 1
-            for best, kept in zip(self._best, self._average, strict=True):
-                best.copy_(kept)
+            torch._foreach_copy_(self._best, self._average)
         elif len(history.marks) - 1 - history.best >= self._how.patience:
             history.stopped = f"no progress in {self._how.patience} epochs"
 
-    def _held_out(self) -> float | None:
-        if self._judged is None:
-            return None
-        total, count = 0.0, 0
-        with torch.no_grad(), self._averaged():
-            for batch in read_batches(self._judged, self._how.seed):
-                inputs, classes = self._parted(batch)
-                found, wanted = (flat_outputs(model(*inputs)) for model in (self._student, self._teacher))
-                loss = loss_of(found, wanted, classes, self._how.temperature)
-                total, count = total + float(loss) * len(inputs[0]), count + len(inputs[0])
+    @torch.no_grad()
+    def _held_out(self, batches: Any) -> float:
+        total, count, own = 0.0, 0, [p.clone() for p in self._weights]
+        torch._foreach_copy_(self._weights, self._average)
+        for batch in read_batches(batches, self._run.seed):
+            inputs, classes = self._split(batch)
+            found, wanted = (flat_outputs(model(*inputs)) for model in (self._run.compact, self._run.dense))
+            loss = loss_of(found, wanted, classes, self._how.temperature)
+            total, count = total + float(loss) * len(inputs[0]), count + len(inputs[0])
+        torch._foreach_copy_(self._weights, own)
         mean = torch.tensor(total / count, dtype=torch.float64, device=self._accelerator.device)
-        return float(self._accelerator.reduce(mean, "mean"))  # a DataLoader's batches may differ between processes
-
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        own = [p.detach().clone() for p in self._learning]
-        for p, kept in zip(self._learning, self._average, strict=True):
-            p.detach().copy_(kept)
-        try:
-            yield
-        finally:
-            for p, value in zip(self._learning, own, strict=True):
-                p.detach().copy_(value)
+        mean = self._accelerator.reduce(mean, "mean")  # a DataLoader's batches may differ between processes
+        return self._finite(float(mean), "the loss on held-out images")
 
     # Checkpoints. ----------------------------------------------------------------------------------------------------
 
+    def _tensors(self) -> dict[str, list[Tensor]]:
+        return {"weights": [p.detach() for p in self._weights], "average": self._average, "best": self._best}
+
     def _save(self) -> None:
-        if self._checkpoint is None or not self._accelerator.is_main_process:
+        if self._file is None or not self._accelerator.is_main_process:
             return
-        tensors: dict[str, Tensor] = {}
-        for name, values in (("weight", self._learning), ("average", self._average), ("best", self._best)):
-            tensors |= {f"{name}.{k}": p.detach() for k, p in enumerate(values)}
-        for k, p in enumerate(self._slots):
-            tensors |= {f"{kind}.{k}": x for kind, x in self._optimizer.state[p].items() if isinstance(x, Tensor)}
-        told = {"step": self._step, "since": self._since, "summed": self._summed, "history": self.history.to_dict()}
-        if self._accelerator.scaler is not None:
-            told["scaler"] = self._accelerator.scaler.state_dict()
-        self._checkpoint.save(tensors, told)
+        scaler = self._accelerator.scaler
+        state = {
+            **self._tensors(),
+            "key": self._run.key,
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else {},
+            "counts": (self._step, self._since, self._summed),
+            "history": asdict(self._history),
+        }
+        with suppress(OSError):  # reported by the next line
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self._file) as file:
+            torch.save(state, file)
 
     def _resume(self) -> None:
-        if self._checkpoint is None:
+        if self._file is None or not self._file.exists():
             return
-        found = self._checkpoint.load()
-        self.history.passed_over = self._checkpoint.passed_over
-        if found is None:
+        found: dict[str, Any] = {}
+        with suppress(OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError):  # damaged
+            found = torch.load(self._file, map_location="cpu", weights_only=True)
+        self._history.passed_over = found.get("key") != self._run.key
+        if self._history.passed_over:
             return
-        tensors, told = found
-        with torch.no_grad():
-            for name, values in (("weight", self._learning), ("average", self._average), ("best", self._best)):
-                for k, p in enumerate(values):
-                    p.copy_(tensors[f"{name}.{k}"])
-        for k, p in enumerate(self._slots):
-            self._optimizer.state[p] = {
-                kind: tensors[f"{kind}.{k}"].to("cpu" if kind == "step" else p.device)
-                for kind in ("step", "exp_avg", "exp_avg_sq")
-                if f"{kind}.{k}" in tensors
-            }
-        if self._accelerator.scaler is not None and told.get("scaler"):
-            self._accelerator.scaler.load_state_dict(told["scaler"])
-        self._step, self._since, self._summed = told["step"], told["since"], told["summed"]
-        past = told["history"]
-        self.history.marks = [Mark(**mark) for mark in past["marks"]]
-        self.history.best, self.history.stopped, self.history.resumed = past["best"], past["stopped"], self._step
+        for name, values in self._tensors().items():
+            torch._foreach_copy_(values, found[name])
+        self._optimizer.load_state_dict(found["optimizer"])
+        if self._accelerator.scaler is not None:
+            self._accelerator.scaler.load_state_dict(found["scaler"])
+        self._step, self._since, self._summed = found["counts"]
+        past = {**found["history"], "marks": [Mark(**mark) for mark in found["history"]["marks"]]}
+        self._history = History(**{**past, "processes": self._history.processes, "resumed": self._step})
 
 
-def _rate(step: int, steps: int) -> float:
-    """Return the learning rate relative to its maximum: linear warm-up, then cosine decay."""
-    warm = max(1, int(WARM_UP * steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + cos(pi * (step - warm) / max(1, steps - warm)))
+def loss_of(found: Sequence[Tensor], wanted: Sequence[Tensor], classes: Tensor | None, temperature: float) -> Tensor:
+    """Return the loss between outputs and the teacher's outputs, and the classes if given.
+
+    Args:
+        found: outputs of the student.
+        wanted: outputs of the teacher. A single output (N, classes) is taken as logits, whose distributions are
+            compared; other outputs are compared by value.
+        classes: (N,), or None.
+        temperature: temperature of the distributions.
+
+    Raises:
+        InvalidInput: a class is out of range, or there are classes but no logits.
+    """
+    if len(wanted) == 1 and wanted[0].dim() == 2 and wanted[0].shape[1] > 1:
+        ours, theirs = (F.log_softmax(x[0].float() / temperature, 1) for x in (found, wanted))
+        loss = F.kl_div(ours, theirs, log_target=True, reduction="batchmean") * temperature**2
+        if classes is None:
+            return loss
+        validate_labels("data", int(classes.min()), int(classes.max()), wanted[0].shape[1])
+        return loss + F.cross_entropy(found[0].float(), classes)
+    if classes is not None:
+        raise InvalidInput("finetune learns classes, and this model's outputs are no logits (N, classes): use distill")
+    return torch.stack(
+        [
+            F.mse_loss(a.float(), b.float()) / b.float().var(correction=0).clamp_min(1e-12)
+            for a, b in zip(found, wanted, strict=True)
+        ]
+    ).mean()
 
 
-def refuse_batch(data: Any, how: Training, processes: int) -> None:
+# Data. ---------------------------------------------------------------------------------------------------------------
+
+
+class Views(Dataset[tuple[Tensor, ...]]):
+    """Augmented images of one epoch, with the other inputs and the class; determined by seed, epoch and index.
+
+    Args:
+        images: a map-style dataset.
+        chosen: indices of its items.
+        inputs: the model's inputs, of which the first is the image.
+        seed: seed of all random draws.
+        shift: shift images by up to this share of their size.
+        flip: flip half of the images left to right.
+        mix: mix half of the images with another one.
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        chosen: Sequence[int],
+        inputs: Sequence[InputSpec],
+        seed: int,
+        *,
+        shift: float = 0.0,
+        flip: bool = False,
+        mix: bool = False,
+    ) -> None:
+        self._images, self._chosen, self._inputs, self._seed = images, chosen, inputs, seed
+        self._shift, self._flip, self._mix = shift, flip, mix
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self._chosen)
+
+    def __getitem__(self, k: int) -> tuple[Tensor, ...]:
+        """Return the image, other inputs, and the class."""
+        index = self._chosen[k]
+        generator = torch.Generator().manual_seed(self._seed_of(index))
+        image, *rest = self._sample(index)
+        image = self._augmented(image, generator)
+        if self._mix and float(torch.rand((), generator=generator)) < 0.5:
+            other = self._chosen[int(torch.randint(len(self._chosen), (), generator=generator))]
+            share = float(torch.rand((), generator=generator))
+            image = share * image + (1 - share) * self._augmented(self._sample(other)[0], generator)
+        return image, *rest
+
+    def _seed_of(self, index: int) -> int:
+        return derived_seed(derived_seed(self._seed, self.epoch), index)
+
+    def _sample(self, index: int) -> tuple[Tensor, ...]:
+        inputs, rest = split_batch(read_item(self._images, index, self._seed_of(index)), self._inputs)
+        label = classes_of(rest, 1)
+        return *(x[0] for x in inputs), torch.tensor(UNKNOWN) if label is None else label[0]
+
+    def _augmented(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        if image.dim() != 3 or not image.is_floating_point():
+            return image
+        if self._flip and float(torch.rand((), generator=generator)) < 0.5:
+            image = image.flip(2)
+        down, right = (int(self._shift * size) for size in image.shape[1:])
+        top, left = (int(torch.randint(2 * most + 1, (), generator=generator)) for most in (down, right))
+        padded = F.pad(image[None], (right, right, down, down), mode="reflect")[0]
+        return padded[:, top : top + image.shape[1], left : left + image.shape[2]]
+
+
+def refuse_batch(data: Any, how: config.Recovery, processes: int) -> None:
     """Raise InvalidInput if the batch cannot be divided evenly among processes."""
     own = isinstance(data, DataLoader)
-    batch = (data.batch_size or getattr(data.batch_sampler, "batch_size", 0)) if own else how.batch
+    batch = (data.batch_size or getattr(data.batch_sampler, "batch_size", 0)) if own else how.train_batch
     if not batch:
         raise InvalidInput("the DataLoader has no batch_size: give it one, so that what is a step of training is known")
     if batch % processes:
-        told = "the DataLoader's batch_size" if own else "--train-batch"
-        raise InvalidInput(f"batch {batch}: it is shared by {processes} processes; give a multiple of that by {told}")
+        option = "the DataLoader's batch_size" if own else "--train-batch"
+        raise InvalidInput(f"batch {batch}: it is shared by {processes} processes; give a multiple of that by {option}")
 
 
-def _loaders(data: Any, how: Training, processes: int, labels: bool, inputs: Sequence[InputSpec]) -> tuple[Any, Any]:
+def _loaders(run: TrainingRun, processes: int) -> tuple[Any, Any]:
     """Return batches to train on, and held-out batches (or None)."""
+    data, how = run.data, run.settings
     refuse_batch(data, how, processes)
     if not isinstance(data, (Dataset, DataLoader)) or not hasattr(getattr(data, "dataset", data), "__len__"):
         raise InvalidInput("to be taught with, data are a folder, an .npz file, a Dataset or a DataLoader of a length")
     if isinstance(data, DataLoader):
-        return data, _first(data, how.seed)
+        return data, _first_batches(data, run.seed)
     count = len(data)  # type: ignore[arg-type]
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(how.seed)).tolist()
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(run.seed)).tolist()
     aside = max(int(how.held_out * count), min(HELD_OUT_LEAST, count // 5)) if how.held_out else 0
-    learnt, judged = order[aside:], order[:aside]
-    batch = min(how.batch, len(learnt) // processes * processes)
+    batch = min(how.train_batch, (count - aside) // processes * processes)
     if batch < 2:
         raise InvalidInput(f"training: {count} images are too few for {processes} processes; give more with --data")
-    flip = not labels if how.flip is None else how.flip
-    views = Views(data, Look(how.shift, flip, how.mix and not labels, how.seed), learnt, inputs)
-    loader = DataLoader(views, batch_size=batch, sampler=Order(len(learnt), how.seed), drop_last=True)
-    plain = Views(data, Look(0.0, False, False, how.seed), judged, inputs)
-    return loader, DataLoader(plain, batch_size=batch) if judged else None
+    flip = not run.labels if how.flip is None else how.flip
+    mix = how.mix and not run.labels
+    views = Views(data, order[aside:], run.inputs, run.seed, shift=how.shift, flip=flip, mix=mix)
+    sampler = SeedableRandomSampler(views, data_seed=run.seed)
+    loader = DataLoader(views, batch_size=batch, sampler=sampler, drop_last=True)
+    return loader, DataLoader(Views(data, order[:aside], run.inputs, run.seed), batch_size=batch) if aside else None
 
 
-def _first(loader: Any, seed: int) -> list[Any]:
-    """The first batches of a DataLoader, used for both training and evaluation since none can be held out."""
+def _first_batches(loader: Any, seed: int) -> list[Any]:
+    """Return the first batches of a DataLoader, used for training and evaluation since none can be held out."""
     found, count = [], 0
     for batch in read_batches(loader, seed):
         found.append(batch)
@@ -359,3 +468,10 @@ def _first(loader: Any, seed: int) -> list[Any]:
         if count >= JUDGED_BY:
             break
     return found
+
+
+def classes_in(data: Any, inputs: int) -> Tensor | None:
+    """Return the classes of a dataset if they are known without reading its images."""
+    if isinstance(data, Images):
+        return torch.tensor(data.classes) if data.classes else None
+    return data.tensors[inputs] if isinstance(data, TensorDataset) and len(data.tensors) > inputs else None

@@ -21,8 +21,7 @@ from surgery.cutting.verify import check_dropped
 from surgery.errors import CheckFailed
 from surgery.importance.block_ablation import BlockAblation
 from surgery.importance.signal import block_worth
-from surgery.planning.forecast import State
-from surgery.planning.latency_search import ImportanceLoss
+from surgery.planning.latency_search import ImportanceLoss, State
 
 IMAGE = torch.randn(2, 3, 16, 16)
 

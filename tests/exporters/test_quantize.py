@@ -21,7 +21,7 @@ from exporters.session import OnnxModel
 from surgery.cli import main
 from surgery.delivery import standings
 from surgery.errors import CheckFailed, InvalidInput
-from surgery.recovery.agreement import Agreement
+from surgery.recovery.evaluation import Agreement
 
 
 class Net(nn.Module):

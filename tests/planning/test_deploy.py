@@ -34,10 +34,9 @@ from surgery.latency.probe import Conditions
 from surgery.latency.tables import LatencyTable
 from surgery.ops.registry import rules
 from surgery.planning.decision import decide
-from surgery.planning.forecast import widths_of
-from surgery.planning.latency_bench import LatencyBench
 from surgery.planning.lowering import lower
-from surgery.recovery.steps import Step
+from surgery.planning.refinement import LatencyBench
+from surgery.recovery.run import Step
 
 ROOT = Path(__file__).resolve().parents[2]
 MOVED = {"QuantizeLinear", "DequantizeLinear", "Transpose"}
@@ -48,7 +47,7 @@ TIMED = sorted(op for op, rule in rules().items() if rule.onnx is not None)
 def kernels_of(model: nn.Module, x: torch.Tensor | tuple[torch.Tensor, ...]) -> list[tuple[Kernel, Widths]]:
     program = trace(model.eval(), x)
     coupling = couple(program)
-    return widths_of(lower(program, coupling), coupling.labelled, {})
+    return lower(program, coupling).points()
 
 
 def executed(path: Path) -> Counter[str]:

@@ -22,7 +22,6 @@ from surgery.latency.fill import REFERENCE, Wanted, fill
 from surgery.latency.micro import chain_bytes, model_bytes
 from surgery.latency.tables import LatencyTable
 from surgery.ops.registry import rules
-from surgery.planning.forecast import widths_of
 from surgery.planning.lowering import Lowered, lower
 
 
@@ -47,10 +46,10 @@ TIMED = sorted(op for op, rule in rules().items() if rule.onnx is not None)
 @pytest.mark.parametrize("op", TIMED)
 def test_every_rule_that_is_timed_makes_kernels_that_run(op: str) -> None:
     model, inputs = rules()[op].example()
-    program, coupling, low = lowered(model, inputs)
+    program, _, low = lowered(model, inputs)
     assert any(node.op == op for node in program.nodes)
     assert op not in {node.op for node in program.nodes if node.name in low.untimed}
-    for kernel, widths in widths_of(low, coupling.labelled, {}):
+    for kernel, widths in low.points():
         sizes = dict(zip(kernel.letters, widths, strict=True))
         assert run_kernel(kernel, widths) == resolved(kernel.shape, sizes)
         assert Kernel.from_key(kernel.key) == kernel
@@ -60,7 +59,7 @@ def test_batch_norms_are_folded_and_activations_join_the_convolution() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1), nn.SiLU()
     )
-    _, coupling, low = lowered(model, torch.randn(1, 3, 12, 12))
+    _, _, low = lowered(model, torch.randn(1, 3, 12, 12))
     assert [[s.op for s in placed.kernel.steps] for placed in low.placed] == [
         ["Conv", "Relu"],
         ["Conv", "Sigmoid", "Mul"],
@@ -69,7 +68,7 @@ def test_batch_norms_are_folded_and_activations_join_the_convolution() -> None:
     assert [o.kind for o in first.operands] == ["value", "weight", "weight"]
     assert [o.kind for o in second.operands] == ["image", "weight", "weight"]
     assert low.untimed == ()
-    assert widths_of(low, coupling.labelled, {})[1][1] == (16,)
+    assert low.points()[1][1] == (16,)
 
 
 def test_what_several_read_is_not_fused() -> None:
@@ -95,9 +94,9 @@ def test_networks_are_timed_whole(name: str) -> None:
     untimed = Counter(node.op for node in program.nodes if node.name in low.untimed)
     assert contractions
     assert not contractions.keys() & untimed.keys()
-    dense = widths_of(low, coupling.labelled, {})
+    dense = low.points()
     group = max(coupling.groups, key=lambda g: g.size)
-    cut = widths_of(low, coupling.labelled, {group.name: range(group.size // 2)})
+    cut = low.points({group.name: range(group.size // 2)})
     changed = [(a, b) for (_, a), (_, b) in zip(dense, cut, strict=True) if a != b]
     assert changed
     assert all(x >= y for a, b in changed for x, y in zip(a, b, strict=True))

@@ -24,7 +24,7 @@ from surgery.errors import BudgetUnreachable, InvalidInput
 from surgery.latency.ratio import PROCESSES, Ratio
 from surgery.latency.tables import LatencyTable
 from surgery.planning.choice import RefinementLog
-from surgery.planning.forecast import predicted_ms, widths_of
+from surgery.planning.latency_search import predicted_ms
 from surgery.planning.lowering import lower
 from surgery.planning.refinement import CLOSE, ITERATIONS, refine
 from surgery.registry import CRITERIA
@@ -56,7 +56,7 @@ def test_the_plan_takes_the_time_that_the_table_tells(table: LatencyTable, fract
     told = result.report["latency"]
     assert told["predicted_ms"] <= fraction * told["predicted_dense_ms"]
     low = lower(result.program, result.coupling)
-    again = predicted_ms(widths_of(low, result.coupling.labelled, result.plan.dead), table)
+    again = predicted_ms(low.points(result.plan.dead), table)
     assert again == pytest.approx(told["predicted_ms"])
     assert told["met"] is None
     assert result.check.error_float64 <= 1e-10
@@ -152,13 +152,6 @@ class Aimed:
     refinement: RefinementLog
 
 
-@dataclass(frozen=True)
-class Planner:
-    """Makes a plan for a fraction of the latency."""
-
-    plan: Callable[[float], Aimed]
-
-
 class Machine:
     """A made-up bench: what a plan takes is a function of what it aimed at."""
 
@@ -182,7 +175,7 @@ def aimed(fraction: float, step: float = 0.0) -> Aimed:
 
 
 def refined(plan: Callable[[float], Aimed], machine: Machine, first: Aimed | None = None) -> RefinementLog:
-    taken = refine(first or plan(0.5), Planner(plan), lambda a: a.refinement.predicted_ms, machine)  # type: ignore[arg-type, return-value]
+    taken = refine(first or plan(0.5), plan, lambda a: a.refinement.predicted_ms, machine)  # type: ignore[arg-type, return-value]
     assert taken.refinement is not None
     return taken.refinement
 

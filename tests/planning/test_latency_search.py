@@ -10,8 +10,7 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 
 from benchmarks.studies.allocation import Exact
-from surgery.planning.forecast import State
-from surgery.planning.latency_search import ImportanceLoss, search
+from surgery.planning.latency_search import ImportanceLoss, State, search
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,8 @@ class Chain:
     def total(self, state: State) -> float:
         return sum(self._ms(layer, state.levels) for layer in self._there(state.dropped))
 
-    def change(self, state: State, ladder: int, to: int) -> float:
-        return self.total(state.moved(ladder, to)) - self.total(state)
+    def saved(self, state: State, ladder: int, to: int) -> float:
+        return self.total(state) - self.total(state.moved(ladder, to))
 
     @property
     def dependencies(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -27,7 +27,7 @@ from surgery.errors import InvalidInput
 from surgery.latency.cache import Given
 from surgery.latency.tables import LatencyTable
 from surgery.planning import profiling as profile
-from surgery.planning.acceptance import Acceptance, acceptance_of
+from surgery.planning.latency_planner import Acceptance
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -347,7 +347,7 @@ def test_files_that_are_no_acceptance_are_refused(tmp_path: Path, changed: dict[
     path = tmp_path / "acceptance.json"
     path.write_text(json.dumps({**ACCEPTANCE, **changed}))
     with pytest.raises(InvalidInput, match=said):
-        acceptance_of(recipe(latency_table="table.json", acceptance=path))
+        Acceptance.load(path)
 
 
 def test_an_acceptance_needs_its_devices_table_and_a_budget_of_latency(tmp_path: Path) -> None:
@@ -356,7 +356,7 @@ def test_an_acceptance_needs_its_devices_table_and_a_budget_of_latency(tmp_path:
     with pytest.raises(InvalidInput, match="--acceptance is for budgets of time"):
         surgery.shrink(nn.Conv2d(3, 8, 1), torch.zeros(1, 3, 8, 8), surgery.recipe(macs=0.5, acceptance="a.json"))
     with pytest.raises(InvalidInput, match="cannot read acceptance"):
-        acceptance_of(recipe(latency_table="table.json", acceptance=tmp_path / "absent.json"))
+        Acceptance.load(tmp_path / "absent.json")
     with pytest.raises(InvalidInput, match="acceptance=3"):
         recipe(latency_table="table.json", acceptance=3)
 

@@ -24,8 +24,8 @@ from surgery.core.ir import InputSpec
 from surgery.errors import InvalidInput
 from surgery.inputs.datasets import open_images
 from surgery.inputs.preprocessing import Preprocessing
-from surgery.recovery import agreement, judging
-from surgery.recovery.agreement import Reference, paired_drop, score_interval
+from surgery.recovery import evaluation
+from surgery.recovery.evaluation import Pairs, Reference, paired_drop, score_interval
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = Preprocessing((0.0,) * 3, (1.0,) * 3)
@@ -105,10 +105,7 @@ class _Noisy(Dataset[tuple[Tensor, Tensor]]):
         return self._images[0][k] + 0.1 * noise, self._images[1][k]
 
 
-def test_images_that_are_others_each_time_are_refused_where_they_cannot_be_held(
-    cut: surgery.Result, images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(judging, "KEPT", 1000)
+def test_images_that_are_others_each_time_are_refused(cut: surgery.Result, images: tuple[Tensor, Tensor]) -> None:
     with pytest.raises(InvalidInput, match="val gives other images each time"):
         surgery.recover(
             cut,
@@ -127,7 +124,7 @@ def test_outputs_that_are_too_many_are_made_again(
 ) -> None:
     batches: Any = [((part,), None) for part in torch.split(images[0], 32)]
     held = Reference.of(lambda inputs: model(*inputs), batches, "images")
-    monkeypatch.setattr(agreement, "HELD", 100)
+    monkeypatch.setattr(evaluation, "HELD", 100)
     anew = Reference.of(lambda inputs: model(*inputs), batches, "images")
     assert held.outputs is not None
     assert anew.outputs is None
@@ -194,7 +191,7 @@ def test_many_images_that_differ_have_the_bootstraps_interval() -> None:
 @pytest.mark.parametrize("count", [96, 100])
 def test_a_fixed_batch_is_filled_from_batches_of_any_size(count: int, images: tuple[Tensor, Tensor]) -> None:
     x, y = images[0][:count], images[1][:count]
-    pairs = judging.Pairs(DataLoader(TensorDataset(x, y), batch_size=7), [InputSpec("x", (8, 3, 10, 10), "float32")])
+    pairs = Pairs(DataLoader(TensorDataset(x, y), batch_size=7), [InputSpec("x", (8, 3, 10, 10), "float32")])
     found = list(pairs)
     assert [len(batch[0]) for batch, _ in found] == [8] * 12
     assert torch.equal(torch.cat([batch[0] for batch, _ in found]), x[:96])
@@ -204,7 +201,7 @@ def test_a_fixed_batch_is_filled_from_batches_of_any_size(count: int, images: tu
 
 
 def test_too_few_images_for_a_fixed_batch_are_said_to_be_few(images: tuple[Tensor, Tensor]) -> None:
-    pairs = judging.Pairs(images[0][:5], [InputSpec("x", (8, 3, 10, 10), "float32")])
+    pairs = Pairs(images[0][:5], [InputSpec("x", (8, 3, 10, 10), "float32")])
     with pytest.raises(InvalidInput, match="val holds only 5 images, and the model takes 8 at a time"):
         list(pairs)
 
@@ -214,7 +211,7 @@ def test_a_file_that_cannot_be_read_is_not_judged_by(tmp_path: Path) -> None:
         make(tmp_path / f"{k:03}.png", k)
     (tmp_path / "007.png").write_text("no image")
     found = open_images(str(tmp_path), (1, 3, 10, 10), PLAIN, option="--val")
-    pairs = judging.Pairs(found, [InputSpec("x", (1, 3, 10, 10), "float32", (0,))])
+    pairs = Pairs(found, [InputSpec("x", (1, 3, 10, 10), "float32", (0,))])
     red = torch.cat([batch[0][:, 0, 0, 0] for batch, _ in pairs])
     assert pairs.count == 100
     assert [round(255 * float(x)) for x in red] == [k for k in range(101) if k != 7]
@@ -428,7 +425,7 @@ def test_a_checkpoint_of_another_run_is_not_taken_up(
     training = {"epochs": 4, "train_batch": 32, "checkpoint_steps": 2, "checkpoint": tmp_path / "training"}
     with pytest.raises(Stopped):
         surgery.recover(cut, surgery.recipe(data=images, recover="finetune", **training), progress=stop)
-    assert (tmp_path / "training" / "training.safetensors").is_file()
+    assert (tmp_path / "training" / "training.pt").is_file()
     x, y, result = images[0], images[1], cut
     if other == "labels":
         y = (y + 1) % 5

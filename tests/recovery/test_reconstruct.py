@@ -14,13 +14,15 @@ from hypothesis import example, given, settings, strategies as st
 from torch import Tensor, nn
 
 from surgery.capture.tracing import trace
+from surgery.config import Recipe
 from surgery.coupling.coupler import couple
 from surgery.coupling.plans import Cut
 from surgery.cutting import cut
 from surgery.errors import InvalidInput
 from surgery.recovery import reconstruction as module
-from surgery.recovery.batch_norm import estimate_norms
+from surgery.recovery.methods.bn import bn
 from surgery.recovery.reconstruction import reconstruct
+from surgery.recovery.run import Subject, Task
 
 
 def images(count: int = 96, channels: int = 3, size: int = 8, seed: int = 0) -> list[tuple[Tensor]]:
@@ -267,12 +269,10 @@ def test_norms_are_estimated_anew_and_parameters_stay() -> None:
         torch.zeros(2, 3, 8, 8),
     )
     parameters = [p.clone() for p in found.compact.module.parameters()]
-    call = lambda batch: found.compact.module(*batch)  # noqa: E731
-    assert estimate_norms(found.compact, images(), call=call, progress=lambda fraction: None) == 1
+    subject = Subject.of(found.cut, found.compact, found.compact.module, None)
+    assert bn(Task(subject, Recipe(), images=images())).notes == ()
     assert all(torch.equal(a, b) for a, b in zip(parameters, found.compact.module.parameters(), strict=True))
     read = torch.cat([found.compact.module[0](x) for (x,) in images()]).movedim(1, 0).flatten(1)
     assert torch.allclose(found.compact.module[1].running_mean, read.mean(1), atol=1e-5)
     assert torch.allclose(found.compact.module[1].running_var, read.var(1), rtol=1e-4)
-    bare = type(found.compact)(found.compact.module, "module", "", None)
-    assert estimate_norms(bare, images(), call=call, progress=lambda fraction: None) == 1
-    assert torch.allclose(found.compact.module[1].running_mean, read.mean(1), atol=1e-5)
+    assert torch.allclose(found.compact.graph.get_buffer("1.running_var"), read.var(1), rtol=1e-4)

@@ -28,12 +28,11 @@ from surgery.core.ir import InputSpec
 from surgery.coupling.coupler import couple
 from surgery.errors import BudgetUnreachable, InvalidInput
 from surgery.planning.decision import decide
-from surgery.recovery.agreement import Reference, paired_drop
-from surgery.recovery.augmentation import Look, Order, Views
-from surgery.recovery.checkpoint import Checkpoint
+from surgery.recovery import training
+from surgery.recovery.evaluation import Reference, paired_drop
 from surgery.recovery.random_images import drawn_images
-from surgery.recovery.steps import Outcome, Task
-from surgery.recovery.teaching import loss_of
+from surgery.recovery.run import Outcome, Task
+from surgery.recovery.training import Views, loss_of
 from surgery.registry import RECOVERY_METHODS
 from surgery.report import Report
 
@@ -360,17 +359,13 @@ def test_views_follow_from_seed_epoch_and_number() -> None:
         TensorDataset(torch.rand(20, 3, 16, 16), torch.arange(20)),
         [InputSpec("x", (1, 3, 16, 16), "float32")],
     )
-    views, again = (Views(data, Look(0.2, True, True, 3), list(range(20)), inputs) for _ in range(2))
+    views, again = (Views(data, range(20), inputs, 3, shift=0.2, flip=True, mix=True) for _ in range(2))
     assert torch.equal(views[5][0], again[5][0])
     before = views[5][0]
     views.epoch = 1
     assert not torch.equal(views[5][0], before)
-    plain = Views(data, Look(0.0, False, False, 3), list(range(20)), inputs)
+    plain = Views(data, range(20), inputs, 3)
     assert torch.equal(plain[5][0], data[5][0]) and int(plain[5][1]) == 5
-    order = Order(20, 3)
-    first = list(order)
-    order.epoch = 1
-    assert sorted(first) == list(range(20)) and first != list(order)
 
 
 def test_the_loss_is_least_where_the_outputs_are_the_teachers() -> None:
@@ -408,7 +403,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     whole = train(tmp_path / "whole")
     with pytest.raises(Killed):
         train(tmp_path / "killed", killing("distill", 0.5))
-    assert (tmp_path / "killed" / "training.safetensors").is_file()
+    assert (tmp_path / "killed" / "training.pt").is_file()
     resumed = train(tmp_path / "killed")
     assert resumed.steps[-1].history is not None and resumed.steps[-1].history.resumed > 0
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
@@ -495,7 +490,7 @@ def test_the_scale_of_losses_is_part_of_a_checkpoint(
             cut, surgery.recipe(data=images[0][:300], recover="distill", max_images=64, **how), progress=progress
         )
 
-    monkeypatch.setattr(accelerate, "Accelerator", Scaling)
+    monkeypatch.setattr(training, "Accelerator", Scaling)
     train(tmp_path / "whole")
     with pytest.raises(Killed):
         train(tmp_path / "killed", killing("distill", 0.8))
@@ -504,18 +499,18 @@ def test_the_scale_of_losses_is_part_of_a_checkpoint(
     assert resumed == whole and whole["scale"] > 2.0
 
 
-def test_a_checkpoint_of_another_run_or_half_of_one_is_not_taken_up(tmp_path: Path) -> None:
-    checkpoint = Checkpoint(tmp_path, "mine")
-    checkpoint.save({"a": torch.ones(3)}, {"step": 7})
-    found = checkpoint.load()
-    assert found is not None and found[1] == {"step": 7} and torch.equal(found[0]["a"], torch.ones(3))
-    another = Checkpoint(tmp_path, "another")
-    assert another.load() is None and another.passed_over and not checkpoint.passed_over
-    place = tmp_path / "training.safetensors"
-    place.write_bytes(place.read_bytes()[:-4])
-    assert checkpoint.load() is None
-    place.write_bytes(b"nothing")
-    assert checkpoint.load() is None
+@pytest.mark.parametrize("keep", [slice(-400), slice(0), slice(3, 90)])
+def test_a_damaged_checkpoint_is_not_used(
+    keep: slice, cut: surgery.Result, images: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    how = {"epochs": 2, "train_batch": 64, "checkpoint_steps": 2, "checkpoint": tmp_path / "training"}
+    asked = surgery.recipe(data=images[0][:192], recover="distill", **how)
+    with pytest.raises(Killed):
+        surgery.recover(cut, asked, progress=killing("distill", 0.6))
+    file = tmp_path / "training" / "training.pt"
+    file.write_bytes(file.read_bytes()[keep])
+    history = surgery.recover(cut, asked).steps[-1].history
+    assert history is not None and history.passed_over and history.resumed == 0
 
 
 # The command line. ---------------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ import surgery
 from benchmarks.studies.distillation import learn
 from benchmarks.studies.latency.bench import Bench, loop_of
 from benchmarks.studies.recovery.subjects import SEEDS, Network, against, judged_all, network, to_learn_from
-from surgery.recovery import Training
+from surgery.config import Recovery
 
-TO_MACS = Training(epochs=4, batch=128, lr=5e-4, mixed_precision="bf16")
+TO_MACS = Recovery(epochs=4, train_batch=128, lr=5e-4, mixed_precision="bf16")
 TO_LATENCY = replace(TO_MACS, epochs=8, lr=1e-3)
 """For 57,728 images. Learning rates of 0.0005 and 0.0015 were compared by the loss on held-out training images, on
 10,240 images: the lower one was better, by much after two epochs at 0.476 of the MACs, by little after four at 0.35.
@@ -92,7 +92,7 @@ def to_latency_of(known: Network, smaller: str, root: Path) -> list[dict[str, An
 
 
 def _distilled(
-    cut: surgery.Result, known: Network, root: Path, training: Training
+    cut: surgery.Result, known: Network, root: Path, training: Recovery
 ) -> tuple[surgery.Result, dict[str, Any]]:
     """Reconstruct with the images of the first seed, then distill with all images."""
     fitted = surgery.recover(cut, surgery.recipe(data=known.calibration(SEEDS[0]), recover="reconstruct"))
@@ -100,7 +100,7 @@ def _distilled(
     pixels = to_learn_from(known, root)
     options = {
         "epochs": training.epochs,
-        "train_batch": training.batch,
+        "train_batch": training.train_batch,
         "lr": training.lr,
         "mixed_precision": training.mixed_precision,
     }

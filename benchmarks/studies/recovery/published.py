@@ -24,7 +24,7 @@ from benchmarks.studies.latency.rivals import Subject
 from benchmarks.studies.networks import projected_resnet
 from benchmarks.studies.recovery.subjects import LOSSLESS, Judged, Network, judged_all, packed_jpegs
 from benchmarks.studies.views import Sight, accelerator, batches
-from surgery.recovery import Training
+from surgery.config import Recovery
 
 DENSE, CUT = "torchpruning_resnet56_groupsl_reg.pt", "torchpruning_resnet56_groupsl_pruned2.55x.pt"
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -106,6 +106,6 @@ def _finetuned_dense(module: nn.Module, images: Tensor, labels: Tensor, steps: i
 
 def _finetuned(module: nn.Module, dense: Subject, images: Tensor, labels: Tensor, steps: int) -> nn.Module:
     """Finetune a compact network with the classes and the dense network as a teacher."""
-    training = Training(epochs=MARKS, lr=RATE, ema=0.999, weight_decay=5e-4, mixed_precision="bf16", patience=MARKS)
+    training = Recovery(epochs=MARKS, lr=RATE, ema=0.999, weight_decay=5e-4, mixed_precision="bf16", patience=MARKS)
     learn(dense, module, batches(images, SIGHT, BATCH, steps // MARKS, labels), training, labels=True)
     return module.eval()

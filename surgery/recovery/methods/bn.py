@@ -1,16 +1,50 @@
-"""Batch-norm re-estimation."""
+"""Batch-norm re-estimation on images; parameters are unchanged."""
 
 from __future__ import annotations
 
-from surgery.recovery.batch_norm import estimate_norms
-from surgery.recovery.steps import Outcome, Task, recovery_method
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from surgery.capture import evaluating
+from surgery.recovery.run import Outcome, Task, recovery_method
 
 
 @recovery_method("bn", needs=["images"])
 def bn(task: Task) -> Outcome:
     """Re-estimate the running statistics of all batch norms on images."""
-    subject = task.subject
-    count = estimate_norms(
-        subject.compact, task.images, call=lambda batch: subject.part(*batch), progress=task.progress
-    )
-    return Outcome(() if count else ("the model has no batch norms with running statistics",))
+    mode, model = _Estimating(), task.subject.part
+    with torch.no_grad(), evaluating(model), mode:  # dropouts are off
+        for k, batch in enumerate(task.images):
+            task.progress(k / len(task.images))
+            model(*batch)
+    for count, mean, square, running_mean, running_var in mode.sums.values():
+        running_mean.copy_(mean)
+        running_var.copy_((square - mean.square()).clamp_min(0) * count / max(1, count - 1))
+    return Outcome(() if mode.sums else ("the model has no batch norms with running statistics",))
+
+
+class _Estimating(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Norms use batch statistics, as in training; mean and mean square over all batches are accumulated."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sums: dict[int, tuple[int, Tensor, Tensor, Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run one operator."""
+        if func is not torch.ops.aten.native_batch_norm.default:
+            return func(*args, **(kwargs or {}))
+        x, weight, bias, running_mean, running_var, _, momentum, eps = args
+        if running_mean is not None:
+            rows = x.double().movedim(1, 0).flatten(1)
+            count, mean, square, *_ = self.sums.get(id(running_mean), (0, torch.zeros(1), torch.zeros(1)))
+            share = rows.shape[1] / (count + rows.shape[1])
+            mean, square = mean + share * (rows.mean(1) - mean), square + share * (rows.square().mean(1) - square)
+            self.sums[id(running_mean)] = count + rows.shape[1], mean, square, running_mean, running_var
+        return func(x, weight, bias, None, None, True, momentum, eps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from surgery.recovery.methods.reconstruct import reconstruct
-from surgery.recovery.steps import Outcome, Task, recovery_method
+from surgery.recovery.run import Outcome, Task, recovery_method
 
 
 @recovery_method("fold", needs=["drawn-images", "graph"])

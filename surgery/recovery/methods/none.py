@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from surgery.recovery.steps import Outcome, Task, recovery_method
+from surgery.recovery.run import Outcome, Task, recovery_method
 
 
 @recovery_method("none")

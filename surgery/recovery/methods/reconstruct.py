@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from surgery.recovery import reconstruction
 from surgery.recovery.methods.bn import bn
-from surgery.recovery.steps import Outcome, Task, recovery_method
+from surgery.recovery.run import Outcome, Task, recovery_method
 
 
 @recovery_method("reconstruct", needs=["images"])
