@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, inf
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,13 @@ LITTLE, FEW_VALUES = 1e10, 1e8
 """Numbers of products, and of input values, per layer that count as cheap."""
 MOST_VALUES = 2**29
 """Maximum values kept for one layer, of both networks together: 2 GiB in float32."""
-_CLAMPS = {aten.hardtanh.default: ("min_val", "max_val"), aten.clamp.default: ("min", "max")}
+_CLAMPS: dict[Any, tuple[Any, Any]] = {
+    aten.relu.default: (0.0, None),
+    aten.relu6.default: (0.0, 6.0),
+    aten.hardtanh.default: ("min_val", "max_val"),
+    aten.clamp.default: ("min", "max"),
+}
+"""Operator → bounds, or the arguments that hold them."""
 _TINY = 1e-8
 _SAME = 1e-9
 """A layer whose relative error is below this is left unchanged."""
@@ -115,42 +122,35 @@ def reconstruct(
     Raises:
         InvalidInput: values within either model are not finite.
     """
-    with evaluating(compact.graph):  # its operators have their own flags
-        return _each(cut, compact, batches, seed, memory, progress)
-
-
-def _each(
-    cut: Cut,
-    compact: CompactModel,
-    batches: Batches,
-    seed: int,
-    memory: int,
-    progress: Callable[[float], None],
-) -> list[Fitted]:
-    labelled, whole = cut.coupling.labelled, cut.program.dense
+    labelled, whole, graph = cut.coupling.labelled, cut.program.dense, compact.graph
+    tensors = (*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False))
     dense = Folded(whole.graph, cut.reordered(state_of(whole)))
-    small = Folded(compact.graph, tensors_of(compact.graph))
+    small = Folded(graph, {name: tensor.detach() for name, tensor in tensors})
     found, sizes = [], [len(batch[0]) for batch in batches]
-    runs = [(dense.start(batch), small.start(batch)) for batch in batches]
-    layers = [
-        _fitting(c, labelled) for c in find_contractions(compact.graph, dense.place.keys()) if c.node in labelled.values
-    ]
-    ends = [dense.place[layer.aim] + 1 for layer in layers]
-    for k, layer in enumerate(layers):
-        progress(k / len(layers))
-        fit = _Fit(layer, dense, small, labelled.values[layer.aim], cut.masks, sizes, seed + k)
-        to = min(ends[k:]), small.place[layer.node]
-        runs = _march(dense, small, runs, to, fit, memory)
-        if (done := fit.finish()) is not None:
-            found.append(done)
+    with torch.no_grad(), evaluating(graph):  # its operators have their own flags
+        runs = [(dense.start(batch), small.start(batch)) for batch in batches]
+        layers = [
+            _fitting(c, labelled) for c in find_contractions(graph, dense.place.keys()) if c.node in labelled.values
+        ]
+        ends = [dense.place[layer.aim] + 1 for layer in layers]
+        for k, layer in enumerate(layers):
+            progress(k / len(layers))
+            fit = _Fit(layer, dense, small, labelled.values[layer.aim], cut.masks, sizes, seed + k)
+            to = min(ends[k:]), small.place[layer.node]
+            # The compact model's run stops before the layer, whose weights change; the dense one's after the target.
+            reached: list[tuple[Frontier, Frontier]] | None = []
+            for b, run in enumerate(runs):
+                a, z = dense.advance(run[0], to[0]), small.advance(run[1], to[1])
+                fit.add(b, a, z)
+                if b == 0 and (a.bytes + z.bytes) * len(runs) > memory:
+                    reached = None
+                if reached is not None:
+                    reached.append((a, z))
+            runs = runs if reached is None else reached
+            if (done := fit.finish()) is not None:
+                found.append(done)
     progress(1.0)
     return found
-
-
-def tensors_of(graph: torch.nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name, detached but sharing memory with the module."""
-    named = (graph.named_parameters(remove_duplicate=False), graph.named_buffers(remove_duplicate=False))
-    return {name: tensor.detach() for pairs in named for name, tensor in pairs}
 
 
 def _fitting(found: Contraction, labelled: LabelledGraph) -> Contraction:
@@ -161,64 +161,28 @@ def _fitting(found: Contraction, labelled: LabelledGraph) -> Contraction:
     return found
 
 
-def _march(
-    dense: Executor,
-    cut: Executor,
-    runs: list[tuple[Frontier, Frontier]],
-    to: tuple[int, int],
-    fit: _Fit,
-    memory: int,
-) -> list[tuple[Frontier, Frontier]]:
-    """Advance all runs to a layer and collect its rows; return where the next pass starts.
-
-    The compact model's run stops before the layer, whose weights will change; the dense one's after the target.
-    """
-    reached: list[tuple[Frontier, Frontier]] = []
-    with torch.no_grad():
-        for k, (a, b) in enumerate(runs):
-            a, b = dense.advance(a, to[0]), cut.advance(b, to[1])
-            fit.look(k, a, b)
-            if k == 0 and (a.bytes + b.bytes) * len(runs) > memory:
-                memory = -1
-            if memory >= 0:
-                reached.append((a, b))
-    return reached if memory >= 0 else runs
-
-
 def _rails(node: torch.fx.Node) -> tuple[float, float]:
     """Return the bounds below and above which an operation's result is constant in its input."""
-    if node.target == aten.relu.default:
-        return 0.0, inf
-    if node.target == aten.relu6.default:
-        return 0.0, 6.0
-    if node.target in _CLAMPS:
-        names = _CLAMPS[node.target]
-        given = arguments_of(node)
-        low, high = (given.get(name) for name in names)
-        if all(x is None or isinstance(x, (int, float)) for x in (low, high)):
-            return -inf if low is None else float(low), inf if high is None else float(high)
-    return -inf, inf
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Rows:
-    """Rows of one batch.
-
-    Attributes:
-        fold: the fold they belong to.
-        given: inputs, (rows, groups, n).
-        aim: the dense model's values, (rows, groups, outputs).
-        other: the sum's other operand, of the same shape; 0 if none.
-    """
-
-    fold: int
-    given: Tensor
-    aim: Tensor
-    other: Tensor | float
+    names = _CLAMPS.get(node.target)
+    ends = [arguments_of(node).get(name) if isinstance(name, str) else name for name in names or ()]
+    if not names or not all(end is None or isinstance(end, (int, float)) for end in ends):
+        return -inf, inf
+    low, high = ends
+    return -inf if low is None else float(low), inf if high is None else float(high)
 
 
 class _Fit:
-    """Collects the rows of one layer, and fits it; a second time if a rectifier follows."""
+    """Collects the rows of one layer, and fits it; a second time if a rectifier follows.
+
+    Args:
+        layer: the layer.
+        dense: runs the dense model.
+        cut: runs the compact model.
+        aim: labels of the target operation.
+        masks: masks of the removed units.
+        sizes: number of images of each batch.
+        seed: seed of the sampled positions.
+    """
 
     def __init__(
         self,
@@ -230,13 +194,14 @@ class _Fit:
         sizes: Sequence[int],
         seed: int,
     ) -> None:
-        self.layer, self._dense, self._cut, self._sizes = layer, dense, cut, sizes
+        self._layer, self._dense, self._cut, self._sizes = layer, dense, cut, sizes
         self._node = cut.nodes[cut.place[layer.node]]
         self._raw = arguments_of(self._node)
-        self._alive = [
-            torch.from_numpy(mask).nonzero().flatten() if axis and not (mask := masks(aim, a)).all() else None
+        self._alive = {
+            a: torch.from_numpy(mask).nonzero().flatten()
             for a, axis in enumerate(aim.axes)
-        ]
+            if axis and not (mask := masks(aim, a)).all()
+        }
         self._generator = torch.Generator().manual_seed(seed)
         self._weight = cut.state[layer.weight] if layer.weight else None
         if self._weight is None:
@@ -244,84 +209,70 @@ class _Fit:
         else:
             self._groups = int(self._raw["groups"]) if self._node.target in CONVOLUTIONS else 1
             self._inputs, self._outputs = self._weight[0].numel(), len(self._weight) // self._groups
+        read = self._groups * (self._inputs + 1)
+        cheap = min(MOST_ROWS, int(min(LITTLE / (self._inputs + 1) ** 2, FEW_VALUES / read)))
+        enough = max(FEWEST_ROWS, ROWS * (self._inputs + 1), cheap)
+        held = read + 2 * self._groups * self._outputs
+        self._most = ceil(max(1, min(enough, MOST_VALUES // held)) / sum(sizes))
         self._scale, _ = self._affine()
         self._prior = self._weights()
-        count = folds_for(self._inputs)
-        self._folds = [Moments.none(self._groups, self._inputs, self._outputs) for _ in range(count)]
-        self._rails = self._between()
-        self._rows: list[_Rows] | None = None if self._rails == (-inf, inf) else []
-
-    def _between(self) -> tuple[float, float]:
-        """Return the bounds outside which no consumer of the target depends on its value."""
-        users = self._cut.nodes[self._cut.place[self.layer.aim]].users
-        rails = [_rails(user) for user in users]
-        return min((low for low, _ in rails), default=-inf), max((high for _, high in rails), default=inf)
+        self._folds = [Moments.none(self._groups, self._inputs, self._outputs) for _ in range(folds_for(self._inputs))]
+        # Bounds outside which no consumer of the target depends on its value.
+        rails = [_rails(user) for user in cut.nodes[cut.place[layer.aim]].users]
+        self._rails = min((low for low, _ in rails), default=-inf), max((high for _, high in rails), default=inf)
+        self._rows: list[tuple[int, Tensor, Tensor, Tensor | float]] = []
+        """Fold, inputs (rows, groups, n), targets (rows, groups, outputs), and the sum's other operand."""
 
     def _affine(self) -> tuple[Tensor, Tensor]:
         """Return scale and offset per channel of the norm after the contraction."""
-        if not self.layer.norm:
-            width = len(self._cut.state[self.layer.weight])
+        if not self._layer.norm:
+            width = len(self._cut.state[self._layer.weight])
             return torch.ones(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
-        gamma, beta, mean, var = (self._cut.state[name].double() for name in self.layer.norm_names)
+        gamma, beta, mean, var = (self._cut.state[name].double() for name in self._layer.norm_names)
         scale = gamma / (var + self._epsilon()).sqrt()
         return scale, beta - scale * mean
 
     def _epsilon(self) -> float:
-        return float(arguments_of(self._cut.nodes[self._cut.place[self.layer.norm]])["eps"])
+        return float(arguments_of(self._cut.nodes[self._cut.place[self._layer.norm]])["eps"])
 
     def _weights(self) -> Tensor:
         """Return (groups, n + 1, outputs): the current weights including the norm's scale and shift."""
         scale, offset = self._affine()
-        if self._weight is None:
-            weight = torch.ones(self._groups, 1, 1, dtype=torch.float64)
-        else:
-            weight = self._per_group(self._weight)
-        bias = self._cut.state[self.layer.bias].double() if self.layer.bias else torch.zeros_like(offset)
-        shift = scale * bias + offset
+        weight = torch.ones(self._groups, 1, 1).double() if self._weight is None else self._per_group(self._weight)
+        bias = self._cut.state[self._layer.bias].double() if self._layer.bias else torch.zeros_like(offset)
         shape = (self._groups, 1, self._outputs)
-        return torch.cat([weight * scale.reshape(shape), shift.reshape(shape)], 1)
+        return torch.cat([weight * scale.reshape(shape), (scale * bias + offset).reshape(shape)], 1)
 
     def _per_group(self, weight: Tensor) -> Tensor:
         """(groups, n, outputs), float64."""
         return weight.double().reshape(self._groups, self._outputs, self._inputs).transpose(1, 2)
 
-    def look(self, k: int, dense: Frontier, cut: Frontier) -> None:
-        """Add one batch; the compact model's run is before the layer, the dense one's after the target."""
-        x = self._cut.value(self._raw["input"], cut.values)
-        wanted, linear = self._dense.only(dense, self.layer.aim), self._node.target == LINEAR
-        axis = wanted.dim() - 1 if linear else 1
-        for a, alive in enumerate(self._alive):
-            wanted = wanted if alive is None or a == axis else wanted.index_select(a, alive)
-        read = self._groups * (self._inputs + 1)
-        cheap = min(MOST_ROWS, int(min(LITTLE / (self._inputs + 1) ** 2, FEW_VALUES / read)))
-        enough = max(FEWEST_ROWS, ROWS * (self._inputs + 1), cheap)
-        held = read + 2 * self._groups * self._outputs
-        most = ceil(max(1, min(enough, MOST_VALUES // held)) / sum(self._sizes))
-        at = drawn(wanted.movedim(axis, -1).shape[1:-1], most, self._generator)
-
-        aim = value_rows(wanted, axis, 1, at)
-        if (alive := self._alive[axis]) is not None:
-            aim = aim.index_select(2, alive)
-        aim = aim.reshape(len(aim), self._groups, -1)
-        other: Tensor | float = 0.0
-        if self.layer.other:
-            other = value_rows(self._cut.only(cut, self.layer.other), axis, self._groups, at)
+    def add(self, k: int, dense: Frontier, cut: Frontier) -> None:
+        """Add rows of one batch; the compact model's run is before the layer, the dense one's after the target."""
+        x, target = self._cut.value(self._raw["input"], cut.values), self._dense.only(dense, self._layer.aim)
+        for a, alive in self._alive.items():
+            target = target.index_select(a, alive)
+        axis = target.dim() - 1 if self._node.target == LINEAR else 1
+        at = drawn(target.movedim(axis, -1).shape[1:-1], self._most, self._generator)
+        aim, other = value_rows(target, axis, self._groups, at), None
+        if self._layer.other:
+            other = value_rows(self._cut.only(cut, self._layer.other), axis, self._groups, at)
         if self._weight is not None and self._node.target in CONVOLUTIONS:
             given = convolution_rows(x, Window.of(self._raw, self._weight), self._groups, at)
         else:
             given = value_rows(x, axis, self._groups, at)
-        if len(given) > (limit := most * self._sizes[k]):  # positions are folded into the batch axis
+        if len(given) > (limit := self._most * self._sizes[k]):  # positions are folded into the batch axis
             some = torch.randperm(len(given), generator=self._generator)[:limit].sort().values
-            given, aim, other = given[some], aim[some], other[some] if isinstance(other, Tensor) else other
-        fold = k % len(self._folds)
-        self._folds[fold].add(given, aim - other)
-        if self._rows is not None:
-            self._rows.append(_Rows(fold, given, aim, other))
+            given, aim, other = given[some], aim[some], None if other is None else other[some]
+        fold, shift = k % len(self._folds), 0.0 if other is None else other
+        self._folds[fold].add(given, aim - shift)
+        if self._rails != (-inf, inf):
+            self._rows.append((fold, given, aim, shift))
 
     def finish(self) -> Fitted | None:
         """Fit and write the weights; returns None if the error was already negligible."""
-        shift, name = bool(self.layer.norm or self.layer.bias), self.layer.weight or self.layer.norm_names[0]
-        whole = sum(self._folds[1:], self._folds[0])
+        layer, whole = self._layer, sum(self._folds[1:], self._folds[0])
+        shift, name = bool(layer.norm or layer.bias), layer.weight or layer.norm_names[0]
         if not all(bool(sums.isfinite().all()) for sums in (whole.xx, whole.yy)):
             raise InvalidInput(
                 f"what {name} reads or gives is not finite on these images, so that it cannot be fitted to them: "
@@ -331,25 +282,23 @@ class _Fit:
         if solution.before <= _SAME:
             return None
         self._write(whole, solution)
-        if self._rows is not None:
-            folds = self._rectified(self._rows)
-            again = solve(folds, self._prior, shift=shift, ridge=solution.ridge)
-            self._write(whole, again)
+        if self._rows:
+            self._write(whole, solve(self._rectified(), self._prior, shift=shift, ridge=solution.ridge))
         return Fitted(name, whole.count, self._inputs, solution.ridge, solution.before, solution.after)
 
-    def _rectified(self, rows: Sequence[_Rows]) -> list[Moments]:
+    def _rectified(self) -> list[Moments]:
         """Return moments of the same rows, with targets outside the bounds replaced by the layer's output."""
         folds, (low, high) = [fold.wanting_nothing() for fold in self._folds], self._rails
-        weight = self._weights().to(torch.promote_types(rows[0].given.dtype, torch.float32))
-        for each in rows:
-            own = each.given.to(weight.dtype).transpose(0, 1) @ weight[:, :-1] + weight[:, -1:]
-            now, aim = own.transpose(0, 1) + each.other, each.aim
+        weight = self._weights().to(torch.promote_types(self._rows[0][1].dtype, torch.float32))
+        for fold, given, aim, other in self._rows:
+            own = given.to(weight.dtype).transpose(0, 1) @ weight[:, :-1] + weight[:, -1:]
+            now = own.transpose(0, 1) + other
             aim = torch.where(aim <= low, now.clamp_max(low), torch.where(aim >= high, now.clamp_min(high), aim))
-            folds[each.fold].want(each.given, aim - each.other)
+            folds[fold].want(given, aim - other)
         return folds
 
     def _write(self, whole: Moments, solution: Solution) -> None:
-        layer, state = self.layer, self._cut.state
+        layer, state = self._layer, self._cut.state
         weight, shift = solution.weight[:, :-1], solution.weight[:, -1].flatten()
         if self._weight is None:
             kernel, scale = torch.ones_like(weight), weight.flatten()
