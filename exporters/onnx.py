@@ -10,9 +10,10 @@ import contextlib
 import copy
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from importlib import metadata as packages
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,11 @@ import onnx_ir as ir
 import torch
 
 from exporters.conversion import convert, reason, source_line
-from exporters.parity import BATCHES, TOLERANCE, OutputParity, Parity, parity, rounding, well_conditioned
-from exporters.runtimes import Reader, format_of, require_readable
-from exporters.signature import Axes, Call, bind, check_axes, default_axes, name_outputs, with_batch
-from surgery.core import explained, quiet, replacing
+from exporters.parity import BATCHES, TOLERANCE, OutputParity, Parity, parity, well_conditioned
+from exporters.signature import Axes, Tensors, bind, check_axes, default_axes, name_outputs, with_batch
+from surgery import __version__
+from surgery.core import Callee, explained, file_bytes, quiet, replacing
 from surgery.errors import CheckFailed, InvalidInput, UnsupportedModel
-
-__all__ = ["DEFAULT_OPSET", "ExportResult", "ExportSettings", "bytes_of", "export", "parity"]
 
 DEFAULT_OPSET = 20
 """Has Gelu and is read by every ONNX Runtime since 1.17; later sets bring no faster convolution or matrix product."""
@@ -37,7 +36,6 @@ TORCHSCRIPT_NEWEST_OPSET = 20
 _ONE_FILE_BYTES = 2_000_000_000
 _SAMPLES = 4
 _TOOL = "model-surgery"
-_NOT_INSTALLED = "not installed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,27 +59,20 @@ class ExportSettings:
     dynamo: bool = True
 
     def __post_init__(self) -> None:
+        readable = newest_read(self.min_ort)[0] if self.min_ort is not None else DEFAULT_OPSET
+        opset = self.operator_set
+        if self.min_ort is not None and opset > readable:
+            raise InvalidInput(f"ONNX Runtime {self.min_ort} reads operator sets up to {readable}, not {opset}")
         newest = onnx.defs.onnx_opset_version() if self.dynamo else TORCHSCRIPT_NEWEST_OPSET
-        if self.reader is not None and self.operator_set > self.reader.opset:
-            raise InvalidInput(
-                f"ONNX Runtime {self.min_ort} reads operator sets up to {self.reader.opset}, not {self.operator_set}"
-            )
-        if not OLDEST_OPSET <= self.operator_set <= newest:
-            raise InvalidInput(
-                f"opset {self.operator_set} is out of range: this exporter writes {OLDEST_OPSET} to {newest}"
-            )
-
-    @property
-    def reader(self) -> Reader | None:
-        """The oldest ONNX Runtime that must read the file."""
-        return None if self.min_ort is None else Reader.of(self.min_ort)
+        if not OLDEST_OPSET <= opset <= newest:
+            raise InvalidInput(f"opset {opset} is out of range: this exporter writes {OLDEST_OPSET} to {newest}")
 
     @property
     def operator_set(self) -> int:
         """The operator set that is written."""
         if self.opset is not None:
             return self.opset
-        return DEFAULT_OPSET if self.reader is None else min(DEFAULT_OPSET, self.reader.opset)
+        return DEFAULT_OPSET if self.min_ort is None else min(DEFAULT_OPSET, newest_read(self.min_ort)[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,15 +101,15 @@ class ExportResult:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
-    """An export job: a float32 copy in eval mode on the CPU, an example call, and the output file.
+    """An export: the call of a float32 copy in eval mode on the CPU, its tensors by name, and the output file.
 
     Attributes:
         file: in a temporary folder.
         name: name of the output file, for messages.
     """
 
-    model: torch.nn.Module
-    call: Call
+    call: Callee
+    tensors: Tensors
     outputs: tuple[str, ...]
     file: Path
     name: str
@@ -160,31 +151,33 @@ def export(
     """
     settings = settings or ExportSettings()
     target = Path(path)
-    props = {"tool": _TOOL, "tool_version": _tool_version(), **{k: str(v) for k, v in (metadata or {}).items()}}
+    props = {"tool": _TOOL, "tool_version": __version__, **{k: str(v) for k, v in (metadata or {}).items()}}
     with quiet(), replacing(target) as file:
         subject, notes = _copy(model)
-        call, cast = _bind(subject, example_inputs, example_kwargs)
-        if cast and not notes:
+        call, given = bind(subject, example_inputs, example_kwargs)
+        tensors = {name: (t.float() if t.is_floating_point() else t).detach().cpu() for name, t in given.items()}
+        if not notes and any(tensors[name].dtype != t.dtype for name, t in given.items()):
             notes.append("floating-point inputs are exported as float32")
-        outputs = tuple(name_outputs(_run(subject, call), tuple(call.tensors)))
+        outputs = tuple(name_outputs(_run(call, tensors), tuple(tensors)))
         if not outputs:
             raise UnsupportedModel(f"{type(model).__name__} returns no tensor; an exported model needs an output")
-        axes = check_axes(call.tensors, default_axes(call.tensors) if dynamic_axes is None else dynamic_axes)
-        shapes = {name: list(tensor.shape) for name, tensor in call.tensors.items()}
+        axes = check_axes(tensors, default_axes(tensors) if dynamic_axes is None else dynamic_axes)
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         props["example_shapes"] = json.dumps(shapes, sort_keys=True)
-        found = _first_that_works(_Job(subject, call, outputs, file, target.name, props, settings), axes, notes)
+        job = _Job(call, tensors, outputs, file, target.name, props, settings)
+        found = _first_that_works(job, axes, notes)
     return replace(found, path=target)
-
-
-def bytes_of(path: str | os.PathLike[str]) -> int:
-    """Return the size of an ONNX file in bytes, with the weights in ``<path>.data`` beside it."""
-    return sum(part.stat().st_size for part in (Path(path), Path(f"{os.fspath(path)}.data")) if part.exists())
 
 
 def _first_that_works(job: _Job, axes: Axes, notes: list[str]) -> ExportResult:
     """Try the axes as asked for, then the batch alone, then fixed shapes."""
-    attempts = list(_attempts(axes))
-    for wanted, instead in attempts:
+    batch = {name: tuple(a for a in chosen if a == 0) for name, chosen in axes.items()}
+    attempts = [(axes, "")]
+    if batch != axes and any(batch.values()):
+        attempts.append((batch, "only the batch is dynamic"))
+    if any(axes.values()):
+        attempts.append((dict.fromkeys(axes, ()), "all shapes are static"))
+    for (wanted, _), (_, instead) in pairwise([*attempts, (axes, "")]):
         try:
             return _attempt(job, wanted, notes)
         except (UnsupportedModel, CheckFailed) as error:
@@ -197,26 +190,18 @@ def _first_that_works(job: _Job, axes: Axes, notes: list[str]) -> ExportResult:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _attempts(axes: Axes) -> Iterator[tuple[Axes, str]]:
-    """Yield axes to try, and the note on the next attempt if these fail ('' for the last)."""
-    batch = {name: tuple(a for a in chosen if a == 0) for name, chosen in axes.items()}
-    if any(axes.values()) and batch != axes and any(batch.values()):
-        yield axes, "only the batch is dynamic"
-        yield batch, "all shapes are static"
-    elif any(axes.values()):
-        yield axes, "all shapes are static"
-    yield dict.fromkeys(axes, ()), ""
-
-
 def _attempt(job: _Job, axes: Axes, notes: list[str]) -> ExportResult:
-    saved = _write(job, job.model, axes, job.file)
+    saved = _write(job, job.call, axes, job.file)
     error, varying, found = _verify(job, axes) if job.settings.check else (None, None, ["not compared"])
-    dynamic = _dynamic(saved)
-    unused = [name for name in job.call.tensors if name not in dynamic]
+    dynamic = {
+        str(x.name): {k: d.value for k, d in enumerate(x.shape or ()) if isinstance(d, ir.SymbolicDim) and d.value}
+        for x in saved.graph.inputs
+    }
+    unused = [name for name in job.tensors if name not in dynamic]
     found += [f"input '{name}' is not used by the model, and not in the file" for name in unused]
     return ExportResult(
         path=job.file,
-        bytes=bytes_of(job.file),
+        bytes=file_bytes(job.file),
         opset=saved.opset_imports[""],
         dynamic=dynamic,
         error=error,
@@ -225,17 +210,17 @@ def _attempt(job: _Job, axes: Axes, notes: list[str]) -> ExportResult:
     )
 
 
-def _write(job: _Job, model: torch.nn.Module, axes: Axes, file: Path) -> ir.Model:
-    """Export `model`, which may be a copy of the job's with other values, to `file`, and run ONNX's checker on it."""
-    batched = any(0 in chosen for chosen in axes.values())
-    rows = min((t.shape[0] for name, t in job.call.tensors.items() if 0 in axes[name]), default=1)
+def _write(job: _Job, call: Callee, axes: Axes, file: Path) -> ir.Model:
+    """Export the job's call, or that of a copy with other values, to `file`, and run ONNX's checker on it."""
+    rows = min((t.shape[0] for name, t in job.tensors.items() if 0 in axes[name]), default=0)
     # torch.export takes a batch of 1 for a constant.
-    call = job.call.with_tensors(with_batch(job.call.tensors, axes, 2)) if batched and rows == 1 else job.call
-    how, opset = job.settings, job.settings.operator_set
-    graph = convert(copy.deepcopy(model), call, axes=axes, outputs=job.outputs, opset=opset, dynamo=how.dynamo)
-    graph.ir_version = format_of(graph.opset_imports[""])
-    if how.reader is not None:
-        require_readable(ir.to_proto(graph), how.reader, job.name)
+    tensors = with_batch(job.tensors, axes, 2) if rows == 1 else job.tensors
+    dynamo, opset = job.settings.dynamo, job.settings.operator_set
+    own = call.on(copy.deepcopy(call.module))
+    graph = convert(own, tensors, axes=axes, outputs=job.outputs, opset=opset, dynamo=dynamo)
+    graph.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", graph.opset_imports[""])])
+    if job.settings.min_ort is not None:
+        require_readable(ir.to_proto(graph), job.settings.min_ort, job.name)
     if graph.opset_imports[""] != opset:
         raise InvalidInput(
             f"{job.name} cannot be written at opset {opset}: torch made {graph.opset_imports['']} of it; "
@@ -252,18 +237,21 @@ def _write(job: _Job, model: torch.nn.Module, axes: Axes, file: Path) -> ir.Mode
 
 def _verify(job: _Job, axes: Axes) -> tuple[float, float, list[str]]:
     """Return (error, varying share, notes); raises CheckFailed if it differs or is inconclusive."""
-    real, near = _compare(job, job.model, job.file, near=False)
+    real, near = _compare(job, job.call, job.file, near=False)
     notes = ["one path exported: compared near the example only, away from it the torch model differs"] if near else []
     if any(0 in chosen for chosen in axes.values()):
         if len(real.batches) == 1:
             raise UnsupportedModel(f"the torch model itself runs at batch {real.batches[0]} only")
         refused = [batch for batch in BATCHES if batch not in real.batches]
         notes += [f"the torch model itself does not run at batch {batch}" for batch in refused]
-    notes += (explained := _rounded(job, job.model, job.file, real, near=near)).values()
-    for name, found in real.outputs.items():
-        if name not in explained:
-            _accept(job, name, found)
-    unclear = [name for name, found in real.outputs.items() if found.unclear and name not in explained]
+    notes += [
+        f"output '{name}' differs by {output.error:.1e} of what varies with the input, torch's float32 from its "
+        f"float64 by {output.rounding:.1e}: rounding"
+        for name, output in real.outputs.items()
+        if output.rounding is not None
+    ]
+    _accept(job, real)
+    unclear = [name for name, found in real.outputs.items() if found.unclear]
     if not unclear:
         return real.error or 0.0, real.varying, notes
     conditioned = _conditioned(job, axes, near=near)
@@ -273,82 +261,61 @@ def _verify(job: _Job, axes: Axes) -> tuple[float, float, list[str]]:
             f"{job.name}: cannot tell whether it computes what the torch model computes: the output does not "
             "vary with the input, neither with the model's weights nor with well-conditioned ones"
         )
-    notes += [_unclear_note(job, name, real.outputs[name], conditioned.outputs[name]) for name in unclear]
+    notes += [_unclear_note(name, real.outputs[name], conditioned.outputs[name]) for name in unclear]
     trusted = [*clear, *(conditioned.outputs[name] for name in unclear if not conditioned.outputs[name].blind)]
     return max(found.error for found in trusted), real.varying, notes
 
 
-def _rounded(job: _Job, model: torch.nn.Module, file: Path, parity: Parity, *, near: bool) -> dict[str, str]:
-    """Notes on outputs that differ more than usual, but no more than torch's own rounding explains."""
-    seen = {name: found for name, found in parity.outputs.items() if found.error > TOLERANCE and not found.blind}
-    own = rounding(file, model, job.call, near_example=near) if seen else {}
-    return {
-        name: f"output '{name}' differs by {found.error:.1e} of what varies with the input, torch's float32 from its "
-        f"float64 by {own[name].error:.1e}: rounding"
-        for name, found in seen.items()
-        if name in own and found.is_rounding(own[name])
-    }
-
-
-def _compare(job: _Job, model: torch.nn.Module, file: Path, *, near: bool) -> tuple[Parity, bool]:
+def _compare(job: _Job, call: Callee, file: Path, *, near: bool) -> tuple[Parity, bool]:
     """Compare on random inputs, or (TorchScript only) near the example where random inputs take another path."""
     if not near:
         try:
-            found = parity(file, model, job.call)
-            if job.settings.dynamo or all(o.unclear or o.error <= TOLERANCE for o in found.outputs.values()):
+            found = parity(file, call, job.tensors)
+            if job.settings.dynamo or not any(output.wrong for output in found.outputs.values()):
                 return found, False
         except CheckFailed:
             if job.settings.dynamo:
                 raise
-    return parity(file, model, job.call, near_example=True), True
+    return parity(file, call, job.tensors, near_example=True), True
 
 
-def _accept(job: _Job, name: str, found: OutputParity) -> None:
-    if found.difference > TOLERANCE or (found.error > TOLERANCE and not found.unclear):
-        raise CheckFailed(
-            f"{job.name}: output '{name}' differs in ONNX Runtime from the torch model by "
-            f"{found.error:.1e} of the part that varies with the input, tolerance {TOLERANCE:.0e}; "
-            "nothing was written. Try another opset, or report the model"
-        )
+def _accept(job: _Job, found: Parity) -> None:
+    """Raise CheckFailed if an output differs."""
+    for name, output in found.outputs.items():
+        if output.wrong:
+            raise CheckFailed(
+                f"{job.name}: output '{name}' differs in ONNX Runtime from the torch model by "
+                f"{output.error:.1e} of the part that varies with the input, tolerance {TOLERANCE:.0e}; "
+                "nothing was written. Try another opset, or report the model"
+            )
 
 
 def _conditioned(job: _Job, axes: Axes, *, near: bool) -> Parity:
     """Export and compare the same program with well-conditioned values."""
-    drawn = _several(job.call, axes)
+    generator = torch.Generator().manual_seed(0)
+    several = any(0 in chosen for chosen in axes.values())
+    tensors = with_batch(job.tensors, axes, _SAMPLES) if several else job.tensors
+    drawn = {n: torch.randn(t.shape, generator=generator) if t.is_floating_point() else t for n, t in tensors.items()}
 
     def settle(model: torch.nn.Module) -> None:
         with contextlib.suppress(InvalidInput):  # a model may take no noise; the comparison draws like its example
-            _run(model, drawn)
+            _run(job.call.on(model), drawn)
 
-    conditioned = well_conditioned(job.model, run=settle)
+    conditioned = job.call.on(well_conditioned(job.call.module, run=settle))
     file = job.file.with_name("well_conditioned.onnx")
     _write(job, conditioned, axes, file)
     found, _ = _compare(job, conditioned, file, near=near)
-    explained = _rounded(job, conditioned, file, found, near=near)
-    for name, output in found.outputs.items():
-        if not output.blind and name not in explained:
-            _accept(job, name, output)
+    _accept(job, found)
     return found
 
 
-def _several(call: Call, axes: Axes) -> Call:
-    """The call with a few random samples instead of the example, where it takes several."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = with_batch(call.tensors, axes, _SAMPLES) if any(0 in chosen for chosen in axes.values()) else call.tensors
-    noise = {n: torch.randn(t.shape, generator=generator) if t.is_floating_point() else t for n, t in tensors.items()}
-    return call.with_tensors(noise)
-
-
-def _unclear_note(job: _Job, name: str, real: OutputParity, conditioned: OutputParity) -> str:
-    whose = "the real weights' output" if len(job.outputs) == 1 else f"the real weights' output '{name}'"
+def _unclear_note(name: str, real: OutputParity, conditioned: OutputParity) -> str:
     if conditioned.blind:
         return f"output '{name}' does not vary with the input, with any weights; its values agree"
-    if real.blind:
-        return f"{whose} does not vary with the input; parity shown on a copy with well-conditioned values"
-    return (
-        f"only {real.varying:.1e} of {whose} varies with the input, where float32 rounding hides differences; "
-        "parity shown on a copy with well-conditioned values"
-    )
+    little = "does not vary with the input"
+    if not real.blind:
+        little = f"varies by {real.varying:.1e} with the input, where float32 rounding hides differences"
+    return f"the real weights' output '{name}' {little}; parity shown on a copy with well-conditioned values"
 
 
 def _copy(model: torch.nn.Module) -> tuple[torch.nn.Module, list[str]]:
@@ -367,38 +334,72 @@ def _copy(model: torch.nn.Module) -> tuple[torch.nn.Module, list[str]]:
     return subject, [f"exported as float32 (the model is {', '.join(others)})"] if others else []
 
 
-def _bind(model: torch.nn.Module, inputs: Any, kwargs: Mapping[str, Any] | None) -> tuple[Call, bool]:
-    """Return the example call on the CPU in float32, and whether that took a cast."""
-    call = bind(model, inputs, kwargs)
-    ready = {name: (t.float() if t.is_floating_point() else t).detach().cpu() for name, t in call.tensors.items()}
-    cast = any(ready[name].dtype != t.dtype for name, t in call.tensors.items())
-    return call.with_tensors(ready), cast
-
-
-def _run(model: torch.nn.Module, call: Call) -> Any:
-    args, kwargs = call.arguments({name: tensor.clone() for name, tensor in call.tensors.items()})
+def _run(call: Callee, tensors: Tensors) -> Any:
+    args, kwargs = call.arguments(list(tensors.values()))
     try:
         with torch.no_grad():
-            return model(*args, **kwargs)
+            return call.module(*args, **kwargs)
     except Exception as error:  # any exception the model raises
         place = f" at {line}" if (line := source_line(error)) else ""
         raise InvalidInput(
-            f"{type(model).__name__} does not run on the example inputs{place}: {reason(error)}; "
+            f"{type(call.module).__name__} does not run on the example inputs{place}: {reason(error)}; "
             "check their shapes and types"
         ) from error
 
 
-def _dynamic(model: ir.Model) -> dict[str, dict[int, str]]:
-    return {
-        str(value.name): {
-            k: d.value for k, d in enumerate(value.shape or ()) if isinstance(d, ir.SymbolicDim) and d.value
-        }
-        for value in model.graph.inputs
-    }
+# Releases of ONNX Runtime. -------------------------------------------------------------------------------------------
+
+READ = {
+    (1, 14): (18, 8),
+    (1, 15): (19, 9),
+    (1, 17): (20, 9),
+    (1, 18): (21, 10),
+    (1, 21): (22, 10),
+    (1, 23): (23, 11),
+    (1, 24): (25, 13),
+}
+"""Release of ONNX Runtime → operator set and IR version from then on, by its release notes; tried from 1.15 on."""
 
 
-def _tool_version() -> str:
-    try:
-        return packages.version(_TOOL)
-    except packages.PackageNotFoundError:
-        return _NOT_INSTALLED
+def newest_read(version: str) -> tuple[int, int]:
+    """Return the newest operator set and IR version that a release loads; releases after the last known read the same.
+
+    Raises:
+        InvalidInput: not a version, or older than the oldest whose operators can be written.
+    """
+    found = re.fullmatch(r"(\d+)\.(\d+)(?:\.\d+)*", str(version))
+    if found is None:
+        raise InvalidInput(f"ONNX Runtime '{version}' is no version; write one such as 1.16")
+    release, oldest = (int(found[1]), int(found[2])), min(READ)
+    if release < oldest:
+        known = ".".join(map(str, oldest))
+        raise InvalidInput(f"ONNX Runtime {version} is older than {known}, the oldest that files are written for")
+    return READ[max(known for known in READ if known <= release)]
+
+
+def require_readable(model: onnx.ModelProto, version: str, name: str) -> None:
+    """Raise UnsupportedModel, with the operator's name, where a release does not load a model's operators or format.
+
+    Args:
+        model: its weights are not looked at.
+        version: the release.
+        name: name of the file, for the message.
+    """
+    newest, ir_version = newest_read(version)
+    opset = next((x.version for x in model.opset_import if x.domain in _OWN_DOMAINS), 0)
+    for node in model.graph.node:
+        if node.domain in _OWN_DOMAINS:
+            needed = onnx.defs.get_schema(node.op_type, opset, node.domain).since_version
+            if needed > newest:
+                raise UnsupportedModel(
+                    f"{name}: operator {node.op_type} ('{node.name}') is of operator set {needed}, and ONNX Runtime "
+                    f"{version} reads sets up to {newest}; ask for a newer one, or replace what makes it"
+                )
+    if opset > newest or model.ir_version > ir_version:
+        raise UnsupportedModel(
+            f"{name}: operator set {opset} in IR version {model.ir_version}, and ONNX Runtime {version} reads "
+            f"sets up to {newest} in IR versions up to {ir_version}"
+        )
+
+
+_OWN_DOMAINS = ("", "ai.onnx")

@@ -10,34 +10,28 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from exporters.session import open_session, session_options
-from exporters.signature import BATCH, HEIGHT, WIDTH, Call, name_outputs
-from surgery.core import conditioned, explained
+from exporters.signature import BATCH, HEIGHT, WIDTH, Tensors, name_outputs
+from surgery.core import BLIND, ROUNDINGS, TOLERANCE as TOLERANCES, Callee, conditioned, explained
 from surgery.errors import CheckFailed, InvalidInput
 
-TOLERANCE = 1e-4
-"""Largest relative error of an export in float32."""
-BLIND = 1e-3
-"""If less than this share of an output varies with the input, its comparison is inconclusive."""
+TOLERANCE = TOLERANCES[torch.float32]
 ROUNDING = 1e-5
 """Differences up to this share of the whole output are float32 rounding, summed over a network."""
-
-ROUNDINGS = 16
-"""Differences up to this multiple of torch's own float32 rounding (against float64) count as rounding."""
 CLEAR = 0.75
-"""Share of the draws on which that rounding must itself be small: the others prove little."""
+"""Share of the draws on which torch's own rounding must be small: the others prove little."""
 
 BATCHES = (1, 2, 7)
 DRAWS = 3
-_Run = Callable[[Mapping[str, torch.Tensor]], dict[str, np.ndarray]]
+_Outputs = Mapping[str, np.ndarray]
 _NEAR = 0.05
 _TINY = 1e-30
 
@@ -51,12 +45,14 @@ class OutputParity:
         varying: largest value of the part that varies with the input over the largest value of the output.
         difference: largest difference over the largest value of the output.
         errors: like `error`, of every single draw.
+        rounding: the torch model's own error, float32 against float64, if that explains `error`.
     """
 
     error: float
     varying: float
     difference: float
     errors: tuple[float, ...] = ()
+    rounding: float | None = None
 
     @property
     def blind(self) -> bool:
@@ -64,7 +60,7 @@ class OutputParity:
         return self.varying < BLIND
 
     def is_rounding(self, own: OutputParity) -> bool:
-        """Return whether the differences are rounding in each draw; `own`: differences of torch from its float64."""
+        """Return whether each draw differs by at most `ROUNDINGS` times as much as torch from its float64, `own`."""
         if len(self.errors) != len(own.errors):
             return False
         pairs = list(zip(self.errors, own.errors, strict=True))
@@ -73,8 +69,14 @@ class OutputParity:
 
     @property
     def unclear(self) -> bool:
-        """Whether the comparison is inconclusive: blind, or within rounding."""
-        return self.blind or (self.error > TOLERANCE and self.difference <= ROUNDING)
+        """Whether the comparison is inconclusive: blind, or too close to rounding."""
+        return self.blind or (self.rounding is None and self.error > TOLERANCE and self.difference <= ROUNDING)
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the file computes something else."""
+        differs = self.difference > TOLERANCE or (self.error > TOLERANCE and not self.unclear)
+        return differs and self.rounding is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,87 +102,79 @@ class Parity:
         return max((o.varying for o in self.outputs.values()), default=0.0)
 
 
-def parity(
-    path: str | os.PathLike[str], model: torch.nn.Module, call: Call, *, near_example: bool = False, seed: int = 0
-) -> Parity:
+def parity(path: str | os.PathLike[str], call: Callee, tensors: Tensors, *, near_example: bool = False) -> Parity:
     """Compare an ONNX file in ONNX Runtime with the torch model, on random inputs like the example.
 
     Batches of 1, 2 and 7 are run where the file's first axis is called `batch`, other sizes where axes are called
     `height` and `width`. Floating-point inputs are drawn with the example's mean and deviation, all others from
-    the example's own values, three times per batch.
+    the example's own values, three times per batch. Where the two differ by more than `TOLERANCE`, the torch model
+    is compared with itself in float64.
 
     Args:
         path: the ONNX file.
-        model: in eval mode, on the CPU; left unchanged.
-        call: an example call, as `bind` returns it.
+        call: of the model in eval mode, on the CPU.
+        tensors: example inputs by name, as `bind` returns them.
         near_example: stay within 5 % of the example, for a file that holds only the example's path through the code.
-        seed: seed of the inputs.
-
-    Returns:
-        The errors of all outputs, to be compared with `TOLERANCE` by the caller.
 
     Raises:
         CheckFailed: ONNX Runtime cannot load or run the file, or its outputs have other names or shapes.
         InvalidInput: the model does not run on these inputs.
     """
-    session = _session(path)
-    draws = _Draws(tuple(_sizes(session, call)), near_example, seed)
-    return _compared(model, call, lambda draw: _run_onnx(session, draw, path), draws, path)
+    session = open_session(path, session_options(torch.get_num_threads()), kind=CheckFailed)
+    generator = torch.Generator().manual_seed(0)
+    inputs: list[list[dict[str, Tensor]]] = []
+    expected: list[list[_Outputs]] = []
+    batches: dict[int, None] = {}
+    for size in _sizes(session, tensors):
+        draws = [
+            {name: _draw(tensor, size.shapes[name], generator, near_example) for name, tensor in tensors.items()}
+            for _ in range(DRAWS)
+        ]
+        try:
+            expected.append([_run_torch(call, draw) for draw in draws])
+        except Exception as error:
+            if size.optional:  # the network itself does not take this size: nothing to compare
+                continue
+            whose = type(call.module).__name__
+            raise InvalidInput(f"{whose} does not run on inputs like the example: {error}") from error
+        inputs.append(draws)
+        batches[size.batch] = None
+    found = _compared(expected, [[_run_onnx(session, draw, path) for draw in draws] for draws in inputs], path)
+    if any(output.error > TOLERANCE and not output.blind for output in found.values()):
+        own = _in_float64(call, inputs, expected)
+        for name in found.keys() & own.keys():
+            if found[name].error > TOLERANCE and not found[name].blind and found[name].is_rounding(own[name]):
+                found[name] = replace(found[name], rounding=own[name].error)
+    return Parity(found, tuple(batches))
 
 
-def rounding(
-    path: str | os.PathLike[str], model: torch.nn.Module, call: Call, *, near_example: bool = False, seed: int = 0
+def _in_float64(
+    call: Callee, inputs: Sequence[Sequence[Tensors]], expected: Sequence[Sequence[_Outputs]]
 ) -> Mapping[str, OutputParity]:
-    """Compare the torch model with itself in float64, on the inputs on which `parity` compares the file with it.
+    """Compare the torch model's outputs with its own in float64; empty if it does not run in float64."""
+    double = call.on(copy.deepcopy(call.module).double())
 
-    Returns:
-        By output; nothing where the model does not run in float64.
-    """
-    double = copy.deepcopy(model).double()
-    draws = _Draws(tuple(_sizes(_session(path), call)), near_example, seed)
-
-    def exact(draw: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-        return _run_torch(double, call, {n: t.double() if t.is_floating_point() else t for n, t in draw.items()})
+    def exact(draw: Tensors) -> _Outputs:
+        return _run_torch(double, {n: t.double() if t.is_floating_point() else t for n, t in draw.items()})
 
     try:
-        return _compared(model, call, exact, draws, "the torch model").outputs
+        found = [[exact(draw) for draw in draws] for draws in inputs]
+        return _compared(expected, found, "the torch model")
     except Exception:  # a model may insist on its own precision, in any way
         return {}
 
 
-def _compared(model: torch.nn.Module, call: Call, other: _Run, draws: _Draws, whose: Any) -> Parity:
-    """Compare the torch model with another way to compute the same, at every size that the file takes."""
-    generator = torch.Generator().manual_seed(draws.seed)
-    found: list[dict[str, _Magnitudes]] = []
-    batches: list[int] = []
-    for size in draws.sizes:
-        inputs = [_draw(call.tensors, size, generator, near=draws.near) for _ in range(DRAWS)]
-        try:
-            expected = [_run_torch(model, call, tensors) for tensors in inputs]
-        except Exception as error:
-            if size.optional:  # the network itself does not take this size: nothing to compare
-                continue
-            raise InvalidInput(f"{type(model).__name__} does not run on inputs like the example: {error}") from error
-        found.append(_compare_draws(expected, [other(tensors) for tensors in inputs], whose))
-        batches.append(size.batch)
-    pooled = {name: _pool([case[name] for case in found]) for name in found[0]}
-    return Parity(pooled, tuple(dict.fromkeys(batches)))
+def _compared(
+    expected: Sequence[Sequence[_Outputs]], got: Sequence[Sequence[_Outputs]], whose: Any
+) -> dict[str, OutputParity]:
+    cases = [_compare_draws(a, b, whose) for a, b in zip(expected, got, strict=True)]
+    return {name: _pool([case[name] for case in cases]) for name in cases[0]}
 
 
 # Inputs. ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Draws:
-    """Random inputs to draw: sizes, whether near the example, and the seed."""
-
-    sizes: tuple[_Shapes, ...]
-    near: bool
-    seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Shapes:
+class _Shapes(NamedTuple):
     """One set of input shapes: `shapes` by input name; `optional` where the network may refuse it."""
 
     batch: int
@@ -188,14 +182,9 @@ class _Shapes:
     optional: bool = False
 
 
-def _session(path: str | os.PathLike[str]) -> Any:
-    return open_session(path, session_options(torch.get_num_threads()), kind=CheckFailed)
-
-
-def _sizes(session: Any, call: Call) -> Iterator[_Shapes]:
+def _sizes(session: Any, tensors: Tensors) -> Iterator[_Shapes]:
     """Yield the input shapes to run, following the names of the file's dynamic axes."""
     named = {i.name: tuple(i.shape) for i in session.get_inputs()}
-    tensors = call.tensors
     dynamic = {dim for shape in named.values() for dim in shape if isinstance(dim, str)}
     rows = next((t.shape[0] for t in tensors.values() if t.ndim), 1)
 
@@ -217,13 +206,7 @@ def _sizes(session: Any, call: Call) -> Iterator[_Shapes]:
         yield _Shapes(rows, shapes(rows, taller=32, wider=64), optional=True)
 
 
-def _draw(
-    tensors: Mapping[str, torch.Tensor], size: _Shapes, generator: torch.Generator, *, near: bool
-) -> dict[str, torch.Tensor]:
-    return {name: _draw_one(tensor, size.shapes[name], generator, near) for name, tensor in tensors.items()}
-
-
-def _draw_one(example: torch.Tensor, shape: Sequence[int], generator: torch.Generator, near: bool) -> torch.Tensor:
+def _draw(example: Tensor, shape: Sequence[int], generator: torch.Generator, near: bool) -> Tensor:
     if not example.is_floating_point():
         if near or not example.numel():
             return _tiled(example, shape)
@@ -236,34 +219,28 @@ def _draw_one(example: torch.Tensor, shape: Sequence[int], generator: torch.Gene
     return drawn.to(example.dtype)
 
 
-def _tiled(example: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def _tiled(example: Tensor, shape: Sequence[int]) -> Tensor:
     for axis, length in enumerate(shape):
         example = example.index_select(axis, torch.arange(length) % example.shape[axis])
     return example
 
 
-def _run_torch(model: torch.nn.Module, call: Call, tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    args, kwargs = call.arguments({name: tensor.clone() for name, tensor in tensors.items()})
+def _run_torch(call: Callee, tensors: Tensors) -> dict[str, np.ndarray]:
+    args, kwargs = call.arguments(list(tensors.values()))
     with torch.no_grad():
-        output = model(*args, **kwargs)
+        output = call.module(*args, **kwargs)
     return {name: tensor.numpy(force=True) for name, tensor in name_outputs(output, tuple(tensors)).items()}
 
 
-def _run_onnx(session: Any, tensors: Mapping[str, torch.Tensor], path: Any) -> dict[str, np.ndarray]:
-    wanted = [i.name for i in session.get_inputs()]
-    missing = [name for name in wanted if name not in tensors]
-    if missing:
-        raise CheckFailed(f"{path} asks for the input '{missing[0]}', which the model's forward does not have")
+def _run_onnx(session: Any, tensors: Tensors, path: Any) -> dict[str, np.ndarray]:
+    given = {i.name: tensors[i.name].numpy(force=True) for i in session.get_inputs()}
     names = [o.name for o in session.get_outputs()]
-    sizes = {name: tuple(tensors[name].shape) for name in wanted}
-    with explained(f"ONNX Runtime cannot run {path} on inputs of shape {sizes}", CheckFailed):
-        values = session.run(names, {name: tensors[name].numpy(force=True) for name in wanted})
-    return dict(zip(names, values, strict=True))
+    shapes = {name: x.shape for name, x in given.items()}
+    with explained(f"ONNX Runtime cannot run {path} on inputs of shape {shapes}", CheckFailed):
+        return dict(zip(names, session.run(names, given), strict=True))
 
 
-def _compare_draws(
-    expected: Sequence[Mapping[str, np.ndarray]], got: Sequence[Mapping[str, np.ndarray]], path: Any
-) -> dict[str, _Magnitudes]:
+def _compare_draws(expected: Sequence[_Outputs], got: Sequence[_Outputs], path: Any) -> dict[str, _Magnitudes]:
     if set(expected[0]) != set(got[0]):
         raise CheckFailed(f"{path} has the outputs {sorted(got[0])}, the model returns {sorted(expected[0])}")
     compared = {}
@@ -277,11 +254,6 @@ def _compare_draws(
             )
         compared[name] = _magnitudes(np.stack([y[name] for y in expected]), np.stack([z[name] for z in got]))
     return compared
-
-
-def compare(expected: np.ndarray, got: np.ndarray) -> OutputParity:
-    """Compare the stacked outputs of several inputs, shape (draws, ...)."""
-    return _pool([_magnitudes(expected, got)])
 
 
 class _Magnitudes(NamedTuple):
@@ -352,23 +324,21 @@ def well_conditioned(
     return conditioned_copy
 
 
-_BATCH_NORMS: Mapping[Any, tuple[str, ...]] = MappingProxyType(
-    {
-        torch.nn.functional.batch_norm: ("input", "running_mean", "running_var"),
-        torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var"),
-        torch.ops.aten.batch_norm.default: ("input", "weight", "bias", "running_mean", "running_var"),
-    }
-)
-"""Names of their positional arguments."""
+_BATCH_NORMS: dict[Any, tuple[int, ...]] = {
+    torch.nn.functional.batch_norm: (0, 1, 2),
+    torch.batch_norm: (0, 3, 4),
+    torch.ops.aten.batch_norm.default: (0, 3, 4),
+}
+"""Positions of the input, the running mean and the running variance among the arguments."""
 
 
 class _BatchNormStatistics(TorchFunctionMode):
     """Batch norms take the statistics of what reaches them; channels of small variance get more."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = dict(zip(_BATCH_NORMS.get(func, ()), args, strict=False)) | (kwargs or {})
-        x, mean, variance = (given.get(name) for name in ("input", "running_mean", "running_var"))
-        if x is not None and mean is not None and variance is not None:
+        places = _BATCH_NORMS.get(func)
+        if places and len(args) > places[-1] and args[places[-1]] is not None:
+            x, mean, variance = (args[place] for place in places)
             axes = [a for a in range(x.dim()) if a != 1]
             mean.copy_(x.mean(axes))
             spread = x.var(axes, correction=0)

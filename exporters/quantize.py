@@ -25,8 +25,6 @@ from exporters.session import open_session
 from surgery.core import explained, quiet, replacing
 from surgery.errors import CheckFailed, InvalidInput
 
-__all__ = ["METHODS", "Int8", "Quantised", "to_fp16", "to_int8"]
-
 METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
 """Calibration method of activation ranges → its name in ONNX Runtime."""
 FEWEST = 8
@@ -78,8 +76,6 @@ class Quantised:
         layers: convolutions, linear layers and matrix products in 8 bits, of how many.
         cosine: between its outputs and the float file's, on the calibration images; the mean over images, of the
             output where it is least; None where they were not compared.
-        match: share of images on which the largest value of the first output is at the same place; None where that
-            output is not (N, classes).
         notes: what the user should know.
     """
 
@@ -87,7 +83,6 @@ class Quantised:
     bytes: int
     layers: tuple[int, int]
     cosine: float | None
-    match: float | None
     notes: tuple[str, ...] = ()
 
 
@@ -113,15 +108,18 @@ def to_int8(
             `settings.keep` names no layer.
         CheckFailed: the int8 file does not run, or its output is unrelated to the float file's.
     """
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
     how = settings or Int8()
     seen, own = _calibration(source, batches, compare=check)
-    kept = _kept(_read(source), how.keep)
+    kept = _kept(onnx.load(os.fspath(source)), how.keep)
     with replacing(target) as file, quiet():
         folded = file.with_name("folded.onnx")
-        _fold(source, folded)
-        _quantise(folded, file, seen, how, [*kept, *_grouped_transposes(folded)])
+        with explained(f"{source} cannot be prepared for quantization"):
+            quant_pre_process(os.fspath(source), folded, skip_symbolic_shape=True)  # folds batch norms
+        _quantise(folded, file, seen, how, kept)
         _carry_over(source, file)
-        cosine, match = _agreement(own, file, seen) if check else (None, None)
+        cosine = _agreement(own, file, seen) if check else None
         layers = _counted(file)
     notes = []
     if not how.reduce_range and saturates():
@@ -129,7 +127,7 @@ def to_int8(
             "this processor has no VNNI: sums of 8-bit products can saturate; reduce_range (--int8-reduce-range) "
             "avoids that"
         )
-    return Quantised(Path(target), Path(target).stat().st_size, layers, cosine, match, tuple(notes))
+    return Quantised(Path(target), Path(target).stat().st_size, layers, cosine, tuple(notes))
 
 
 def to_fp16(source: str | os.PathLike[str], target: str | os.PathLike[str], batches: Iterable[Batch]) -> Quantised:
@@ -152,29 +150,21 @@ def to_fp16(source: str | os.PathLike[str], target: str | os.PathLike[str], batc
     with replacing(target) as file, quiet():
         with explained(f"{source} cannot be converted to fp16"):
             kept = [*DEFAULT_OP_BLOCK_LIST, *_SUMS]
-            half = convert_float_to_float16(_read(source), keep_io_types=True, op_block_list=kept)
+            half = convert_float_to_float16(onnx.load(os.fspath(source)), keep_io_types=True, op_block_list=kept)
         origin = {p.key: p.value for p in half.metadata_props}
         onnx.helper.set_model_props(half, origin | {"precision": "fp16"})
         onnx.save(half, file)
-        cosine, match = _agreement(own, file, seen)
-    return Quantised(Path(target), Path(target).stat().st_size, (0, 0), cosine, match)
+        cosine = _agreement(own, file, seen)
+    return Quantised(Path(target), Path(target).stat().st_size, (0, 0), cosine)
 
 
 # Input. -------------------------------------------------------------------------------------------------------------
 
 
-def _read(source: str | os.PathLike[str]) -> onnx.ModelProto:
-    with explained(f"cannot read {source}, which is no ONNX file"):
-        return onnx.load(os.fspath(source))
-
-
 def _calibration(
     source: Any, batches: Iterable[Batch], *, least: int = FEWEST, compare: bool = True
 ) -> tuple[list[Batch], _Outputs]:
-    """The batches as a list, and the float file's outputs; raises InvalidInput where they are too few or do not fit.
-
-    Without `compare`, only one batch is run, to see whether the file takes them.
-    """
+    """Return the batches as a list, and the float file's outputs, without `compare` on the first batch only."""
     seen: list[Batch] = [dict(batch) for batch in batches]
     session = open_session(source)
     names = [x.name for x in session.get_inputs()]
@@ -183,52 +173,33 @@ def _calibration(
             raise InvalidInput(f"{source} takes {', '.join(names)}; a batch of images has {', '.join(batch) or 'none'}")
     count = sum(len(next(iter(batch.values()))) for batch in seen)
     if count < least:
-        raise InvalidInput(
-            f"{count} image{'s' * (count != 1)} to calibrate on: give at least {least}, better a few hundred, such as "
-            "the model will see"
-        )
+        raise InvalidInput(f"too few images to calibrate on ({count}); give {least} or more, better a few hundred")
     with explained(f"{source} does not take these images"):
         return seen, _outputs(session, seen if compare else seen[:1])
 
 
 def _kept(model: onnx.ModelProto, keep: Sequence[str]) -> list[str]:
     """Return the names of nodes that stay in float32."""
-    layers = {n.name: (_module_of(n), n.name, n.op_type) for n in model.graph.node if n.op_type in _LAYERS}
-    names, chosen = list(layers), list[str]()
+    layers: dict[str, tuple[str, str, str]] = {}  # node → the module whose weight it reads, its own name, its operator
+    for node in model.graph.node:
+        if node.op_type in _LAYERS:
+            read = node.input[1] if len(node.input) > 1 else ""
+            module = read.removesuffix(".weight") if read.endswith(".weight") else node.name
+            layers[node.name] = module, node.name, node.op_type
+    chosen = list[str]()
+    ends = {FIRST: list(layers)[:1], LAST: list(layers)[-1:]}
     for pattern in keep:
-        ends = {FIRST: names[:1], LAST: names[-1:]}
-        found = ends.get(pattern) or [
-            name for name, known in layers.items() if any(fnmatchcase(x, pattern) for x in known)
-        ]
+        matching = [name for name, known in layers.items() if any(fnmatchcase(x, pattern) for x in known)]
+        found = ends.get(pattern) or matching
         if not found:
-            modules, ops = ([known[k] for known in layers.values()] for k in (0, 2))
+            modules, _, ops = zip(*layers.values(), strict=True) if layers else ((), (), ())
             named = ", ".join((FIRST, LAST, *dict.fromkeys(ops), *modules[:6]))
             raise InvalidInput(f"'{pattern}' names no layer to keep in float32; there are {named} ...")
         chosen += found
     return chosen
 
 
-def _module_of(node: onnx.NodeProto) -> str:
-    """The name of the layer whose weight a node reads; its own where it reads none of a name."""
-    read = str(node.input[1]) if len(node.input) > 1 else ""
-    return read.removesuffix(".weight") if read.endswith(".weight") else str(node.name)
-
-
 # Quantization. ------------------------------------------------------------------------------------------------------
-
-
-def _fold(source: Any, folded: Path) -> None:
-    """Run ONNX Runtime's preprocessing: fold batch norms into convolutions, infer shapes."""
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    with explained(f"{source} cannot be prepared for quantization"):
-        quant_pre_process(os.fspath(source), folded, skip_symbolic_shape=True)
-
-
-def _grouped_transposes(file: Path) -> list[str]:
-    """Names of transposed convolutions in groups, for which the quantizer cannot make a scale for each channel."""
-    nodes = (node for node in onnx.load(file).graph.node if node.op_type == "ConvTranspose")
-    return [n.name for n in nodes if any(a.name == "group" and a.i > 1 for a in n.attribute)]
 
 
 class _CalibrationReader:
@@ -253,6 +224,9 @@ def _quantise(folded: Path, file: Path, seen: Sequence[Batch], how: Int8, kept: 
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
     ort.CalibrationDataReader.register(_CalibrationReader)
+    transposed = (node for node in onnx.load(folded).graph.node if node.op_type == "ConvTranspose")
+    # The quantizer cannot make a scale for each channel of transposed convolutions in groups.
+    grouped = [n.name for n in transposed if any(a.name == "group" and a.i > 1 for a in n.attribute)]
     options: dict[str, Any] = {"CalibPercentile": _PERCENTILE} if how.method == "percentile" else {}
     if how.method != "minmax":
         # Histograms grow batch by batch: memory is one batch's, and batches may be of several sizes.
@@ -268,7 +242,7 @@ def _quantise(folded: Path, file: Path, seen: Sequence[Batch], how: Int8, kept: 
             reduce_range=how.reduce_range,
             activation_type=ort.QuantType.QUInt8,
             weight_type=ort.QuantType.QInt8,
-            nodes_to_exclude=list(kept),
+            nodes_to_exclude=[*kept, *grouped],
             calibrate_method=getattr(ort.CalibrationMethod, METHODS[how.method]),
             extra_options=options,
         )
@@ -293,14 +267,14 @@ def _counted(file: Path) -> tuple[int, int]:
     made = {out: node for node in graph.node for out in node.output}
     layers = [node for node in graph.node if node.op_type in _LAYERS]
 
-    def quantised(node: onnx.NodeProto) -> bool:
+    def reads_8_bits(node: onnx.NodeProto) -> bool:
         return all(name in made and made[name].op_type == "DequantizeLinear" for name in node.input[:2])
 
-    return sum(map(quantised, layers)), len(layers)
+    return sum(map(reads_8_bits, layers)), len(layers)
 
 
-def _agreement(own: _Outputs, file: Path, seen: Sequence[Batch]) -> tuple[float, float | None]:
-    """Return the mean cosine of the two files' outputs (minimum over outputs), and the share of equal top-1 classes."""
+def _agreement(own: _Outputs, file: Path, seen: Sequence[Batch]) -> float:
+    """Return the mean cosine of the two files' outputs, of the output where it is least."""
     with explained(f"{file.name} does not run", CheckFailed):
         other = _outputs(open_session(file, kind=CheckFailed), seen)
     cosines = []
@@ -314,9 +288,7 @@ def _agreement(own: _Outputs, file: Path, seen: Sequence[Batch]) -> tuple[float,
             f"{file.name}: its output is unrelated to the float file's (cosine {min(cosines):.2f}); keep more layers "
             "in float32, or calibrate by another method or other images"
         )
-    first = next(iter(own))
-    classes = own[first].ndim == 2 and own[first].shape[1] > 1
-    return min(cosines), float(np.mean(own[first].argmax(1) == other[first].argmax(1))) if classes else None
+    return min(cosines)
 
 
 def _cosine(wanted: NDArray[Any], found: NDArray[Any]) -> float:

@@ -53,8 +53,7 @@ class OnnxModel:
 
     def __init__(self, path: str | Path, *, threads: int = 1) -> None:
         self._session = open_session(path, session_options(threads))
-        self.path = Path(path)
-        self._inputs = [x.name for x in self._session.get_inputs()]
+        self.inputs = [x.name for x in self._session.get_inputs()]
         firsts = {x.shape[0] for x in self._session.get_inputs() if x.shape}
         self._batch = next((size for size in firsts if isinstance(size, int)), None)
 
@@ -63,31 +62,25 @@ class OnnxModel:
 
         Where the file fixes the batch, any number of images is run in pieces of that size, the last one filled up.
         """
-        given = {**dict(zip(self._inputs, args, strict=False)), **kwargs}
-        with torch.no_grad():
-            tensors = {k: x.detach().cpu() if isinstance(x, Tensor) else torch.as_tensor(x) for k, x in given.items()}
+        given = {**dict(zip(self.inputs, args, strict=False)), **kwargs}
+        tensors = {name: torch.as_tensor(x).detach().cpu() for name, x in given.items()}
         count = len(next(iter(tensors.values()))) if tensors and self._batch else 0
         if not self._batch or count == self._batch:
             found = self._run(tensors)
         else:
             filled = {k: torch.cat([x, x[-1:].expand(-count % self._batch, *x.shape[1:])]) for k, x in tensors.items()}
-            parts = [self._run(piece) for piece in self.pieces(list(filled.values()), list(filled))]
+            parts = [self._run(piece) for piece in self.pieces(filled)]
             found = tuple(torch.cat(column)[:count] for column in zip(*parts, strict=True))
         return found[0] if len(found) == 1 else found
 
-    def pieces(self, tensors: Sequence[Tensor], names: Sequence[str] | None = None) -> Iterator[dict[str, Tensor]]:
-        """Yield inputs by name, in pieces of the file's own batch where it fixes one; a smaller last piece is left out.
-
-        Args:
-            tensors: the model's inputs in order, each (N, ...).
-            names: of them; None: the file's own.
-        """
-        named = dict(zip(names or self._inputs, tensors, strict=False))
+    def pieces(self, tensors: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+        """Yield inputs in pieces of the file's own batch where it fixes one; a smaller last piece is left out."""
         if self._batch is None:
-            yield named
+            yield tensors
             return
-        for start in range(0, len(tensors[0]) - self._batch + 1, self._batch):
-            yield {name: x[start : start + self._batch] for name, x in named.items()}
+        count = len(next(iter(tensors.values())))
+        for start in range(0, count - self._batch + 1, self._batch):
+            yield {name: x[start : start + self._batch] for name, x in tensors.items()}
 
     def _run(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         found = self._session.run(None, {name: x.numpy() for name, x in tensors.items()})
@@ -110,5 +103,5 @@ def feeds(path: str | Path, batches: Iterable[Sequence[Tensor]]) -> Iterator[dic
     """Yield batches of a model's inputs in order, each tensor (N, ...), by the names of a file's inputs."""
     model = OnnxModel(path)
     for batch in batches:
-        for piece in model.pieces(batch):
+        for piece in model.pieces(dict(zip(model.inputs, batch, strict=False))):
             yield {name: x.numpy() for name, x in piece.items()}

@@ -199,7 +199,7 @@ def bench(
         from surgery.latency import Limits, comparison as versus
 
         options = given(parameters)
-        baseline, limits = options.pop("baseline", None), Limits(0, options.pop("runs"), options.pop("seconds"))
+        baseline, limits = options.pop("baseline", None), Limits(options.pop("runs"), options.pop("seconds"))
         settings = versus.settings_of(dict(shapes), **options)
         found = versus.compare(files, settings, limits, baseline=baseline, progress=progress)
     print_found(found, versus.render_terminal, as_json=as_json)

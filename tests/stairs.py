@@ -8,7 +8,7 @@ from math import ceil, prod
 from typing import Any
 
 from surgery.core.kernels import Kernel, Widths, resolved
-from surgery.latency.fill import grid_of, wanted_of
+from surgery.latency.fill import grid_of, largest
 from surgery.latency.tables import Entry, LatencyTable, Stairs, place_of
 
 STEP = 16
@@ -40,12 +40,10 @@ class MadeUp:
 
     def cover(self, placed: Sequence[tuple[Kernel, Widths]]) -> LatencyTable:
         entries = {}
-        for wanted in wanted_of(placed):
-            grid = grid_of(wanted, self.table.step(wanted.kernel))
-            places = [place_of(wanted.kernel, widths) for widths in grid]
-            axes = tuple(tuple(sorted(set(axis))) for axis in zip(*places, strict=True))
-            at = {p: device_ms(wanted.kernel, w) for p, w in zip(places, grid, strict=True)}
-            entries[wanted.kernel.key] = Entry(axes, tuple(at[p] for p in product(*axes)))
+        for kernel, widest in largest(placed):
+            at = {place_of(kernel, w): device_ms(kernel, w) for w in grid_of(kernel, widest, self.table.step(kernel))}
+            axes = tuple(tuple(sorted(set(axis))) for axis in zip(*at, strict=True))
+            entries[kernel.key] = Entry(axes, tuple(at[p] for p in product(*axes)))
         self.table = self.table.with_entries(entries)
         return self.table
 

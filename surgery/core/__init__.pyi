@@ -28,7 +28,7 @@ from .conditioning import (
 )
 from .counting import count_macs as count_macs, count_params as count_params
 from .executor import Compute as Compute, Executor as Executor, Frontier as Frontier, interpret as interpret
-from .files import replacing as replacing
+from .files import file_bytes as file_bytes, replacing as replacing
 from .graphs import (
     all_tensors as all_tensors,
     arguments_of as arguments_of,

@@ -36,3 +36,8 @@ def replacing(path: Union[str, os.PathLike[str]]) -> Iterator[Path]:
             file.replace(target)
     except OSError as error:
         raise InvalidInput(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def file_bytes(path: Union[str, os.PathLike[str]]) -> int:
+    """Return the size of a file, with that of the `.data` file beside it, which holds an ONNX file's large weights."""
+    return sum(part.stat().st_size for part in (Path(path), Path(f"{os.fspath(path)}.data")) if part.exists())

@@ -1,41 +1,43 @@
 """Save and load results: `save` exports, times and writes the files, `load` reads the compact model back.
 
-The set is described in `artifacts`, the report in docs/reference/report.md. All files except the report are
-determined by the model, the seed and the arguments; plan and weights are byte-identical.
+The set is described in `artifacts`, the report in docs/reference/report.md. All files except the report are determined
+by the model, the seed and the arguments; plan and weights are byte-identical. If a submodule was pruned, ONNX files
+contain the whole model if it can be exported, else the submodule.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Mapping
-from dataclasses import replace
-from hashlib import file_digest
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from onnx import load as load_onnx
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save as to_safetensors
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from exporters.formats import validate_formats
-from exporters.onnx import ExportSettings
-from exporters.quantize import FEWEST
-from exporters.session import OnnxModel
+from exporters import onnx
+from exporters.formats import FORMATS, ONNX
+from exporters.quantize import Int8, Quantised, to_fp16, to_int8
+from exporters.session import OnnxModel, feeds
+from exporters.signature import bind
+from surgery.capture import evaluating
 from surgery.config import Recipe, to_toml
-from surgery.core import Clock, Plan, Progress
+from surgery.core import Callee, Clock, Plan, Progress, quiet
+from surgery.cutting import masked
 from surgery.delivery import standings
-from surgery.delivery.artifacts import COMPACT_WEIGHTS, PLAN, RECIPE, output_set
-from surgery.delivery.files import (
-    Files,
-    deployed_recipe,
-    fewer_bits,
-    images_of,
-    write_files,
-)
-from surgery.errors import InvalidInput
+from surgery.delivery.artifacts import COMPACT_ONNX, COMPACT_PT2, COMPACT_WEIGHTS, DENSE_ONNX, PLAN, RECIPE, output_set
+from surgery.errors import CheckFailed, InvalidInput, UnsupportedModel
+from surgery.inputs import Calibration
 from surgery.latency import Limits, Settings, by_operator, ort
 from surgery.pipeline import Result, apply
+from surgery.planning import int8_of
 from surgery.recovery import Agreement, Evaluate, verdict_on
 from surgery.report import Report, deployed_precision, with_files
 
@@ -68,17 +70,14 @@ def save(
     if not isinstance(result, Result):
         raise InvalidInput(f"save takes what surgery.shrink returned, not an object of type {type(result).__name__}")
     asked = recipe or result.recipe
-    if not isinstance(asked, Recipe):
-        raise InvalidInput(f"recipe is of type {type(asked).__name__}; make one with surgery.recipe(...)")
     _validate_runtime(asked)
     how, notes = deployed_recipe(result, asked)
-    _validate_images(result, how)
     clock = Clock(progress)
     with output_set(out) as folder, tempfile.TemporaryDirectory(prefix="surgery-") as scratch:
         files = write_files(result, how, folder, Path(scratch), clock)
         (folder / RECIPE).write_text(to_toml(replace(result.recipe, output=asked.output)), encoding="utf-8")
         data = _described(result, files, how, notes, clock)
-        data["files"] = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+        data["files"] = {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
         if evaluate is not None:
             with clock("evaluate"):
                 models = {name: path for name, path in files.paths.items() if name != "masked"}
@@ -116,8 +115,6 @@ def load(
         PlanMismatch: there is no plan, or it was made for another architecture.
         InvalidInput: the weights are missing or do not fit.
     """
-    if not isinstance(folder, (str, Path)):
-        raise InvalidInput(f"the folder is of type {type(folder).__name__}; give the path that save wrote to")
     place = Path(folder) / COMPACT_WEIGHTS
     plan = Plan.load(Path(folder) / PLAN)
     compact = apply(plan, dense_model, example_inputs, example_kwargs=example_kwargs)
@@ -132,36 +129,272 @@ def load(
 def _validate_runtime(recipe: Recipe) -> None:
     """Raise InvalidInput for more threads than there are cores, or an opset that the oldest runtime cannot read."""
     Settings(batch=recipe.target.batch, threads=recipe.target.threads, seed=recipe.selection.seed)
-    validate_formats(recipe.output.format)
-    ExportSettings(recipe.output.opset, recipe.output.min_ort)
+    known = (ONNX, *sorted(FORMATS))
+    if unknown := [name for name in recipe.output.format if name not in known]:
+        raise InvalidInput(f"format '{unknown[0]}' is not accepted; give some of {', '.join(known)}")
+    onnx.ExportSettings(recipe.output.opset, recipe.output.min_ort)
 
 
-def _validate_images(result: Result, recipe: Recipe) -> None:
-    images = images_of(result)
-    if fewer_bits(recipe) and images is None:
-        asked = ",".join(fewer_bits(recipe))
-        raise InvalidInput(f"--precision {asked} needs images to calibrate on: give them with --data")
-    if "int8" in fewer_bits(recipe) and images is not None and images.count < FEWEST:
-        raise InvalidInput(
-            f"too few images to calibrate int8 files on ({images.count}); give {FEWEST} or more with --data"
-        )
+# Files. --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Subject:
+    """The model in the ONNX files: the pruned model, or the whole model around a pruned submodule.
+
+    Attributes:
+        dense: the example call of the dense model.
+        around: compact or masked submodule → the model in the file.
+        dynamic: dynamic axes of each tensor input; None if unknown, when axis 0 may be the batch.
+        whole: whether only a submodule was pruned.
+    """
+
+    dense: Callee
+    around: Callable[[torch.nn.Module], torch.nn.Module]
+    dynamic: tuple[tuple[int, ...], ...] | None
+    whole: bool = False
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Input name → example tensor."""
+        return bind(self.dense.module, *self.dense.example)[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The written model files.
+
+    Attributes:
+        exports: `dense`, `masked` and `compact` → float32 file.
+        quantised: name such as `dense int8` → file.
+        subject: the model in the files.
+        notes: notes for the user.
+    """
+
+    exports: Mapping[str, onnx.ExportResult]
+    quantised: Mapping[str, Quantised]
+    subject: Subject
+    notes: tuple[str, ...]
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Name of a row of the report → its ONNX file."""
+        files: Mapping[str, onnx.ExportResult | Quantised] = {**self.exports, **self.quantised}
+        return {name: file.path for name, file in files.items()}
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The static batch size of a file; None if dynamic in all files."""
+        if all(any(0 in axes for axes in export.dynamic.values()) for export in self.exports.values()):
+            return None
+        first = self.subject.dense.tensors[0]
+        return first.shape[0] if first.dim() else 1
+
+
+def write_files(result: Result, recipe: Recipe, folder: Path, scratch: Path, clock: Clock) -> Files:
+    """Write plan, weights and models to `folder`, and the masked model, which is only timed, to `scratch`.
+
+    Raises:
+        InvalidInput, UnsupportedModel, CheckFailed: a file cannot be written, or fails verification.
+    """
+    result.plan.save(folder / PLAN)
+    (folder / COMPACT_WEIGHTS).write_bytes(weights_bytes(result.model))
+    with clock("save"):
+        notes = _save_program(result, folder / COMPACT_PT2)
+    exports, subject, where = _export_around(result, recipe, folder, scratch, clock)
+    quantised = _quantise(result, recipe, exports, subject, clock)
+    about: dict[str, list[str]] = {}
+    for name, export in exports.items():
+        for note in export.notes:
+            about.setdefault(note, []).append(name)
+    notes += [*where, *(f"ONNX ({', '.join(names)}): {note}" for note, names in about.items())]
+    notes += _fixed_sizes(result, subject, exports["compact"])
+    files = Files(exports, quantised, subject, tuple(notes))
+    inputs = {name: tensor.numpy(force=True) for name, tensor in subject.tensors.items()}
+    compact = {name.partition(" ")[2] or "fp32": path for name, path in files.paths.items() if "compact" in name}
+    for form in (FORMATS[name] for name in dict.fromkeys(recipe.output.format) if name != ONNX):
+        with clock(f"{form.name} format"):
+            for precision in form.precisions:
+                if precision in compact:
+                    form.convert(compact[precision], compact[precision].with_suffix(form.suffix), inputs)
+    return files
+
+
+def weights_bytes(module: torch.nn.Module) -> bytes:
+    """Return the state dict in safetensors format, deterministic and with tied tensors duplicated."""
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
+    return bytes(to_safetensors(state))
+
+
+def fewer_bits(recipe: Recipe) -> tuple[str, ...]:
+    """Return the precisions below float32 in which files are written."""
+    return tuple(name for name in ("fp16", "int8") if name in recipe.precisions)
+
+
+def images_of(result: Result) -> Calibration | None:
+    """Return the calibration images of files in lower precision."""
+    return result.recovery.seen if result.recovery is not None else None
+
+
+# Float32. ------------------------------------------------------------------------------------------------------------
+
+
+def _export_around(
+    result: Result, recipe: Recipe, folder: Path, scratch: Path, clock: Clock
+) -> tuple[dict[str, onnx.ExportResult], Subject, list[str]]:
+    """Export the three models, with the whole model around a submodule if possible."""
+    program, whole, notes = result.program, result.whole, list[str]()
+    if whole is not None:
+        try:
+            if whole.example is None:
+                raise InvalidInput("its inputs are not known")
+            subject = Subject(whole.example, whole.around, None, whole=True)
+            exports = _export(result, recipe, subject, folder, scratch, clock)
+            return exports, subject, [f"ONNX and times: the whole model around part '{whole.name}'"]
+        except (UnsupportedModel, InvalidInput, CheckFailed) as error:
+            notes = [f"ONNX and times: the part alone, '{whole.name}'; the whole model cannot be exported: {error}"]
+    dynamic = tuple(spec.dynamic for spec in program.inputs)
+    subject = Subject(Callee.of(program, program.dense.model), lambda module: module, dynamic)
+    return _export(result, recipe, subject, folder, scratch, clock), subject, notes
+
+
+def _export(
+    result: Result, recipe: Recipe, subject: Subject, folder: Path, scratch: Path, clock: Clock
+) -> dict[str, onnx.ExportResult]:
+    program, plan = result.program, result.plan
+    models: dict[str, tuple[Callable[[], Any], Path]] = {
+        "dense": (lambda: subject.dense.module, folder / DENSE_ONNX),
+        "masked": (lambda: subject.around(masked(result.cut)), scratch / "masked.onnx"),
+        "compact": (lambda: subject.around(result.compact.module), folder / COMPACT_ONNX),
+    }
+    origin = {
+        "budget": f"{plan.budget.kind} {plan.budget.amount:g}" if plan.budget else "none",
+        "plan_sha256": plan.digest,
+        "dense_fingerprint": program.fingerprint,
+    }
+    if (predicted := plan.settings.get("predicted_latency_ratio")) is not None:
+        origin["predicted_latency_ratio"] = f"{predicted:.6f}"  # a device's measurement is compared with it
+    args, kwargs = subject.dense.example
+    axes = None if subject.dynamic is None else dict(zip(subject.tensors, subject.dynamic, strict=True))
+    settings = onnx.ExportSettings(recipe.output.opset, recipe.output.min_ort, dynamo=program.has_graph)
+    exports = {}
+    for name, (model, path) in models.items():
+        with clock(f"export {name}"):
+            exports[name] = onnx.export(
+                model(),
+                args,
+                path,
+                settings,
+                example_kwargs=kwargs,
+                dynamic_axes=axes,
+                metadata={**origin, "model": name},
+            )
+    return exports
+
+
+def _fixed_sizes(result: Result, subject: Subject, export: onnx.ExportResult) -> list[str]:
+    """Return notes on static height and width that the program's notes do not mention."""
+    if subject.dynamic is not None and result.program.has_graph:
+        return []
+    images = [n for n, t in subject.tensors.items() if t.dim() == 4 and not {2, 3} & set(export.dynamic.get(n, {}))]
+    return [f"ONNX: height and width of input '{name}' are fixed at the example's" for name in images]
+
+
+def _save_program(result: Result, path: Path) -> list[str]:
+    """Write the compact model as an exported program with a dynamic batch; returns notes."""
+    program = result.program
+    if not program.has_graph:
+        return [f"no {path.name}: torch.export cannot capture this model"]
+    args, kwargs = program.example_args, dict(program.example_kwargs)
+    specs = iter(program.inputs)
+
+    def axes(leaf: object) -> dict[int, Any] | None:
+        if not isinstance(leaf, Tensor):
+            return None
+        dims = next(specs).dynamic
+        return {axis: torch.export.Dim.DYNAMIC if axis == 0 else torch.export.Dim.AUTO for axis in dims}
+
+    by_argument, by_keyword = pytree.tree_map(axes, (args, kwargs))
+    shapes = (*by_argument, *by_keyword.values())
+    module = result.compact.module
+    with evaluating(module), quiet(), torch.no_grad():
+        exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+        for node in exported.graph.nodes:  # they contain local file names
+            node.meta.pop("stack_trace", None)
+        torch.export.save(exported, path)
+    return [f"{path.name} holds the part '{result.whole.name}' alone"] if result.whole else []
+
+
+# Fewer bits and other formats. ---------------------------------------------------------------------------------------
+
+
+def _quantise(
+    result: Result, recipe: Recipe, exports: Mapping[str, onnx.ExportResult], subject: Subject, clock: Clock
+) -> dict[str, Quantised]:
+    """Write the dense and the compact file in the precisions below float32."""
+    precisions, images = fewer_bits(recipe), images_of(result)
+    if not precisions:
+        return {}
+    if images is None:
+        raise InvalidInput(f"--precision {','.join(precisions)} needs images to calibrate on: give them with --data")
+    given = images.given if subject.whole else images.batches
+    found = {}
+    with clock("fewer bits"):
+        for precision, name in product(precisions, ("dense", "compact")):
+            source = exports[name].path
+            target, batches = source.with_name(f"{name}.{precision}.onnx"), list(feeds(source, given))
+            if precision == "fp16":
+                file = to_fp16(source, target, batches)
+            else:
+                file = to_int8(source, target, batches, int8_of(recipe))
+            if recipe.output.min_ort is not None:
+                model = load_onnx(file.path, load_external_data=False)
+                onnx.require_readable(model, recipe.output.min_ort, file.path.name)
+            found[f"{name} {precision}"] = file
+    return found
+
+
+def deployed_recipe(result: Result, recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """Return the recipe with the plan's precision, if there are calibration images, and notes."""
+    deploy, int8 = (result.plan.settings.get(key) for key in ("deploy", "int8"))
+    wanted = recipe
+    if deploy and deploy not in recipe.precisions:
+        wanted = recipe.but(precision=(*recipe.output.precision, deploy))
+    if int8 is not None and int8_of(recipe) == Int8():  # made as it was timed, unless asked otherwise
+        try:
+            made = {f"int8_{name}": int8[name] for name in ("method", "keep", "reduce_range")}
+        except (TypeError, KeyError) as error:
+            raise InvalidInput(f"the plan's setting int8={int8!r} is not one that `surgery shrink` writes") from error
+        wanted = wanted.but(**made)
+    if deploy in (None, "fp32", *recipe.output.precision) or images_of(result) is not None:
+        return wanted, []
+    note = f"the widths were chosen for {deploy}; without --data there is nothing to calibrate such files on"
+    return recipe.but(deploy="fp32"), [note]
+
+
+# The report. ---------------------------------------------------------------------------------------------------------
 
 
 def _described(result: Result, files: Files, recipe: Recipe, notes: list[str], clock: Clock) -> dict[str, Any]:
     """Return the report's values with sizes, times and agreement of the files."""
-    timing, batch_notes = _time(files, recipe, clock)
+    target, batch = recipe.target, files.fixed_batch or recipe.target.batch
+    shapes = {name: tuple(tensor.shape) for name, tensor in files.subject.tensors.items()}
+    settings = Settings(batch, target.threads, recipe.selection.seed, shapes)
+    limits = Limits(max_runs=recipe.output.runs)
+    timing = ort.time(files.paths, settings, limits, baseline="dense", progress=clock.progress).to_dict()
+    if batch != target.batch:
+        notes = [f"timed at batch {batch}, which the model fixes", *notes]
     deployed = deployed_precision(result.report)
-    notes = [*files.notes, *batch_notes, *notes, *standings.notes(files.quantised, timing, deployed)]
-    sizes = {name: export.bytes for name, export in files.exports.items()}
     data = with_files(
         {**result.report, "models": _model_rows(result, files)},
-        onnx_bytes=sizes,
+        onnx_bytes={name: export.bytes for name, export in files.exports.items()},
         timing=timing,
         files_sha256={},
-        notes=notes,
+        notes=[*files.notes, *notes, *standings.notes(files.quantised, timing, deployed)],
     )
     with clock("profile"):
-        data["operators"] = _operators(timing, files.paths)
+        shown = {name: path for name, path in files.paths.items() if name != "masked"}
+        data["operators"] = {name: dict(by_operator(path, settings)) for name, path in shown.items()}
     judged = _judged(result, files, recipe, clock)
     data["models"] = standings.rows(data["models"], files.quantised, judged, timing)
     if result.recovery is not None and (found := judged.get(f"compact {deployed}")) is not None:
@@ -189,34 +422,16 @@ def _model_rows(result: Result, files: Files) -> list[dict[str, Any]]:
 def _judged(result: Result, files: Files, recipe: Recipe, clock: Clock) -> dict[str, Agreement]:
     """Return each row's agreement; float rows use the torch models, against which the files are verified."""
     recovery = result.recovery
-    found = standings.agreement_of_steps(recovery)
-    reference = recovery.reference if recovery is not None else None
+    if recovery is None:
+        return {}
+    known = {step.name: step.agreement for step in recovery.steps}
+    last = recovery.steps[-1].agreement if recovery.steps else None
+    float_rows = {"dense": known.get("dense"), "masked": known.get("cut"), "compact": last}
+    found = {row: agreement for row, agreement in float_rows.items() if agreement is not None}
     images_are_whole = result.whole is not None and result.whole.example is not None
-    if files.quantised and reference is not None and images_are_whole == files.subject.whole:
+    if files.quantised and recovery.reference is not None and images_are_whole == files.subject.whole:
         with clock("judge files"):
-            quantised = {name: file.path for name, file in files.quantised.items()}
-            found |= standings.judge(quantised, reference, recipe.target.threads)
+            for row, file in files.quantised.items():
+                model = OnnxModel(file.path, threads=recipe.target.threads)
+                found[row] = recovery.reference.judge(lambda inputs, model=model: model(*inputs))  # type: ignore[misc]
     return found
-
-
-def _time(files: Files, recipe: Recipe, clock: Clock) -> tuple[dict[str, Any], list[str]]:
-    """Return measured times as JSON values, with a note if a batch other than requested was timed."""
-    batch, target = files.fixed_batch or recipe.target.batch, recipe.target
-    notes = [f"timed at batch {batch}, which the model fixes"] if batch != target.batch else []
-    shapes = {name: tuple(tensor.shape) for name, tensor in files.subject.tensors.items()}
-    settings = Settings(batch, target.threads, recipe.selection.seed, shapes)
-    limits = Limits(max_runs=recipe.output.runs)
-    timing = ort.time(files.paths, settings, limits, baseline="dense", progress=clock.progress)
-    return json.loads(json.dumps(timing.to_dict())), notes
-
-
-def _operators(timing: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, dict[str, float]]:
-    """Return milliseconds by operator of each file except the masked one."""
-    how = timing["settings"]
-    settings = Settings.from_json({name: how[name] for name in ("batch", "threads", "seed", "shapes", "provider")})
-    return {name: dict(by_operator(path, settings)) for name, path in files.items() if name != "masked"}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return file_digest(stream, "sha256").hexdigest()

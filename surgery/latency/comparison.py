@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,9 @@ import onnxruntime
 
 from surgery.errors import InvalidInput
 from surgery.latency import ort
-from surgery.latency.blocks import Limits
 from surgery.latency.fill import Progress
-from surgery.latency.session import Settings, model_file, open_session
+from surgery.latency.ort import Limits
+from surgery.latency.session import Settings
 from surgery.report import Table, figure, print_parts, ratio, size
 
 if TYPE_CHECKING:
@@ -23,20 +22,7 @@ COLUMNS = (
     *("file", "p50 ms", "p90 ms", "p99 ms", "items /s", "time, relative", "95% interval"),
     *("load ms", "peak memory", "size"),
 )
-_SUFFIX = "ExecutionProvider"
-
-
-def _batch(batch: int, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Return the requested batch, or that of the shapes; raises InvalidInput if the two contradict each other."""
-    given = {shape[0]: name for name, shape in shapes.items() if shape}
-    if len(given) == 1 and batch == 1:
-        return next(iter(given))
-    wrong = next((size for size in given if size != batch), None)
-    if wrong is not None:
-        raise InvalidInput(
-            f"input '{given[wrong]}' is given with a batch of {wrong}, and --batch {batch}: give one of them"
-        )
-    return batch
+_SUFFIX = "executionprovider"
 
 
 def settings_of(
@@ -47,11 +33,20 @@ def settings_of(
     Args:
         shapes: input name → shape, for files that leave more than the batch open.
         batch: items per run; if it is 1, the batch of the shapes.
-        threads: intra-op threads of ONNX Runtime.
-        seed: seed of inputs and order.
+        threads: intra-op threads.
+        seed: of inputs and order.
         provider: execution provider, case-insensitive and with or without `ExecutionProvider`.
     """
-    return Settings(_batch(batch, shapes), threads, seed, dict(shapes), _provider(provider))
+    given = {shape[0]: name for name, shape in shapes.items() if shape}
+    if len(given) == 1 and batch == 1:
+        (batch,) = given
+    if wrong := given.keys() - {batch}:
+        other = wrong.pop()
+        raise InvalidInput(f"input '{given[other]}' has a batch of {other}, and --batch is {batch}: give one of them")
+    known: list[str] = onnxruntime.get_available_providers()
+    short = provider.casefold().removesuffix(_SUFFIX)
+    found = next((name for name in known if name.casefold().removesuffix(_SUFFIX) == short), provider)
+    return Settings(batch, threads, seed, dict(shapes), found)
 
 
 def compare(
@@ -64,12 +59,8 @@ def compare(
 ) -> dict[str, Any]:
     """Time ONNX files with the same inputs by `surgery.latency.time`; return plain JSON values.
 
-    Args:
-        paths: paths of the files; rows are named after the file, or its path if two files share a name.
-        settings: session settings.
-        limits: limits on runs and seconds.
-        baseline: the path that ratios refer to; None: the first.
-        progress: called with the current stage and its completed fraction.
+    Rows are named after the file, or its path if two files share a name. `baseline` is the path that ratios refer to,
+    by default the first.
 
     Raises:
         InvalidInput: a file cannot be read or run, or the files' inputs differ.
@@ -80,7 +71,7 @@ def compare(
         raise InvalidInput(f"--baseline {baseline} is none of the files: {', '.join(map(str, paths))}")
     base = None if baseline is None else names[list(paths).index(baseline)]
     timing = ort.time(dict(zip(names, paths, strict=True)), settings, limits, baseline=base, progress=progress)
-    found = json.loads(json.dumps(timing.to_dict()))
+    found = timing.to_dict()
     for row, path in zip(found["rows"], paths, strict=True):
         row["file"] = str(path)
     return {"schema": 1, **found}
@@ -94,39 +85,28 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [str(path) if called.count(path.name) > 1 else path.name for path in paths]
 
 
-def _provider(given: str) -> str:
-    """Return the provider's full name if this build has it, else the given name."""
-    known: list[str] = onnxruntime.get_available_providers()
-    return next((p for p in known if given.casefold() in (p.casefold(), p.removesuffix(_SUFFIX).casefold())), given)
-
-
 def _require_same_inputs(paths: Sequence[Path], settings: Settings) -> None:
-    taken = {}
-    for path in paths:
-        inputs = open_session(model_file(path), settings).get_inputs()
-        # Dynamic axes may have different names in each file.
-        taken[path] = {x.name: (x.type, tuple(s if isinstance(s, int) else "open" for s in x.shape)) for x in inputs}
+    """Raise InvalidInput if names, types or static sizes of the inputs differ; dynamic axes may have any name."""
+    taken = {path: {x.name: (x.type, *x.shape) for x in settings.open(path).get_inputs()} for path in paths}
     first, *rest = paths
     for path in rest:
-        if _fixed(taken[path]) != _fixed(taken[first]) or not _agree(taken[path], taken[first]):
+        one, other = taken[first], taken[path]
+        if one.keys() != other.keys() or not all(map(_agree, one.values(), (other[name] for name in one))):
             raise InvalidInput(
-                f"{first} takes {_text(taken[first])} and {path} takes {_text(taken[path])}: times can be compared "
+                f"{first} takes {_text(one)} and {path} takes {_text(other)}: times can be compared "
                 "where files take the same inputs; export them alike"
             )
 
 
-def _fixed(inputs: Mapping[str, tuple[str, tuple[Any, ...]]]) -> dict[str, tuple[str, int]]:
-    return {name: (kind, len(shape)) for name, (kind, shape) in inputs.items()}
+def _agree(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    (kind, *shape), (other_kind, *other_shape) = one, other
+    pairs = zip(shape, other_shape, strict=False)
+    static = all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
+    return kind == other_kind and len(shape) == len(other_shape) and static
 
 
-def _agree(one: Mapping[str, tuple[str, tuple[Any, ...]]], other: Mapping[str, tuple[str, tuple[Any, ...]]]) -> bool:
-    """Return whether sizes that are static in both files agree."""
-    pairs = (pair for name in one for pair in zip(one[name][1], other[name][1], strict=True))
-    return all("open" in pair or pair[0] == pair[1] for pair in pairs)
-
-
-def _text(inputs: Mapping[str, tuple[str, tuple[Any, ...]]]) -> str:
-    return ", ".join(f"'{name}' {kind} ({', '.join(map(str, shape))})" for name, (kind, shape) in inputs.items())
+def _text(inputs: Mapping[str, tuple[Any, ...]]) -> str:
+    return ", ".join(f"'{name}' {kind} ({', '.join(map(str, shape))})" for name, (kind, *shape) in inputs.items())
 
 
 def render_terminal(found: Mapping[str, Any], console: Console) -> None:

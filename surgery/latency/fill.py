@@ -8,20 +8,18 @@ onnxruntime.
 
 from __future__ import annotations
 
-import json
-import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
-from math import prod
 from typing import Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-from surgery.core import Kernel, Operand, Widths, resolved, step
+from surgery.core import Kernel, Operand, Widths, step
 from surgery.latency import probe
 from surgery.latency.micro import chain_bytes, model_bytes
 from surgery.latency.probe import Conditions
-from surgery.latency.tables import LADDER, Entry, LatencyTable, Stairs, kind_of, place_of
+from surgery.latency.tables import LADDER, Entry, LatencyTable, Stairs, elements, kind_of, place_of
 
 Progress = Callable[[str, float], None]
 Point = Tuple[Kernel, Widths]
@@ -39,19 +37,97 @@ TOLERANCE = 0.06
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A kernel to tabulate, from one unit up to these widths."""
+class Timer:
+    """How kernels are timed on this machine.
 
-    kernel: Kernel
-    widths: Widths
+    Attributes:
+        conditions: conditions of the measurements.
+        seed: of their order.
+        rounds: how often each kernel is timed; None: as usual.
+        progress: called with the completed fraction.
+    """
+
+    conditions: Conditions
+    seed: int = 0
+    rounds: Optional[int] = None
+    progress: Optional[Progress] = None
+
+    def measure(self, points: Sequence[Point], usual: int = ROUNDS) -> Dict[Tuple[str, Widths], float]:
+        """Return (kernel key, widths) → milliseconds, the median over rounds in shuffled order.
+
+        Kernels that ONNX Runtime cannot run alone are omitted, such as groups that do not divide their channels.
+        """
+        if not points:
+            return {}
+        rounds, precision = self.rounds or usual, self.conditions.precision
+        rng = np.random.default_rng(self.seed)
+        samples: Dict[int, List[float]] = {k: [] for k in range(len(points))}
+        pulses: List[float] = []
+        flushed = np.zeros(max(1, self.conditions.flush_mib << 18), np.float32)
+
+        def ms(point: Point) -> float:
+            return probe.kernel_ms(model_bytes(point[0], point[1], precision), self.conditions.threads, flushed)
+
+        for done in range(rounds):
+            for place, k in enumerate(rng.permutation(len(points))):
+                if place % REFERENCE_EVERY == 0:
+                    pulses.append(ms(REFERENCE))
+                with suppress(Exception):  # of ONNX Runtime, whose exceptions have no common base class
+                    samples[int(k)].append(ms(points[k]) / pulses[-1])
+                if self.progress is not None:
+                    self.progress("measure kernels", (done + (place + 1) / len(points)) / rounds)
+        usual_ms = float(np.median(pulses))
+        return {
+            (points[k][0].key, points[k][1]): round(float(np.median(values)) * usual_ms, 6)
+            for k, values in samples.items()
+            if values
+        }
 
 
-def grid_of(wanted: Wanted, step_of: int) -> List[Widths]:
+def fill(table: LatencyTable, points: Iterable[Point], timer: Timer) -> LatencyTable:
+    """Return the table with the missing kernels of a dense network measured, each up to its largest widths there."""
+    missing = [(kernel, widths) for kernel, widths in largest(points) if not table.covers(kernel, widths)]
+    grids = [(kernel, grid_of(kernel, widths, table.step(kernel))) for kernel, widths in missing]
+    times = timer.measure([(kernel, widths) for kernel, grid in grids for widths in grid])
+    entries = {}
+    for kernel, grid in grids:
+        at = {place_of(kernel, w): times.get((kernel.key, w), _guess(kernel, w, grid[-1], times)) for w in grid}
+        axes = tuple(tuple(sorted(set(axis))) for axis in zip(*at))
+        entries[kernel.key] = Entry(axes, tuple(at[place] for place in product(*axes)))
+    return table.with_entries(entries) if entries else table
+
+
+def refine(table: LatencyTable, points: Iterable[Point], timer: Timer) -> LatencyTable:
+    """Return the table with these points measured too, if they are between grid lines."""
+    news: Dict[Tuple[str, Widths], Point] = {}
+    for kernel, widths in points:
+        if kernel.key not in table.entries:
+            continue  # covered by a similar one
+        entry = table.entries[kernel.key]
+        on_grid = len(kernel.letters) <= LADDER and all(w in a for w, a in zip(widths, entry.axes))
+        if not on_grid and widths not in entry.points:
+            news[kernel.key, widths] = kernel, widths
+    found: Dict[str, Dict[Widths, float]] = {}
+    for (key, widths), ms in timer.measure(list(news.values())).items():
+        found.setdefault(key, {})[widths] = ms
+    return table.with_entries({key: Entry((), (), points) for key, points in found.items()}) if found else table
+
+
+def largest(points: Iterable[Point]) -> List[Point]:
+    """Return each kernel once, with its largest widths."""
+    found: Dict[str, Point] = {}
+    for kernel, widths in points:
+        _, known = found.get(kernel.key, (kernel, widths))
+        found[kernel.key] = kernel, tuple(max(pair) for pair in zip(known, widths))
+    return list(found.values())
+
+
+def grid_of(kernel: Kernel, widths: Widths, step_of: int) -> List[Widths]:
     """Return the widths at which a kernel is measured: edges of its staircase, thinned if there are many."""
-    if len(wanted.kernel.letters) > LADDER:
-        return [tuple(max(1, round(f * w)) for w in wanted.widths) for f in DIAGONAL]
-    most = MOST_LEVELS if len(wanted.widths) > 1 else (MOST_LEVELS[1],)
-    return list(product(*(_levels(w, step_of, n) for w, n in zip(wanted.widths, most))))
+    if len(kernel.letters) > LADDER:
+        return list(dict.fromkeys(tuple(max(1, round(f * w)) for w in widths) for f in DIAGONAL))
+    most = MOST_LEVELS if len(widths) > 1 else (MOST_LEVELS[1],)
+    return list(product(*(_levels(w, step_of, n) for w, n in zip(widths, most))))
 
 
 def _levels(width: int, step_of: int, most: int) -> List[int]:
@@ -66,131 +142,30 @@ def _levels(width: int, step_of: int, most: int) -> List[int]:
     return [edges[k] for k in picks]
 
 
-def fill(
-    table: LatencyTable,
-    wanted: Iterable[Wanted],
-    *,
-    conditions: Conditions,
-    seed: int = 0,
-    rounds: int = ROUNDS,
-    progress: Optional[Progress] = None,
-) -> LatencyTable:
-    """Return the table with missing kernels measured on this machine."""
-    news = {w.kernel.key: w for w in wanted if not table.covers(w.kernel, w.widths)}
-    grids = {key: grid_of(w, table.step(w.kernel)) for key, w in news.items()}
-    points = [(news[key].kernel, widths) for key, grid in grids.items() for widths in grid]
-    times = measure(points, conditions=conditions, seed=seed, rounds=rounds, progress=progress)
-    entries = {}
-    for key, grid in grids.items():
-        kernel = news[key].kernel
-        places = [place_of(kernel, widths) for widths in grid]
-        axes = tuple(tuple(sorted(set(axis))) for axis in zip(*places))
-        known = {place: times[key, widths] for place, widths in zip(places, grid) if (key, widths) in times}
-        at = {place: known.get(place, _guess(kernel, widths, grid[-1], times)) for place, widths in zip(places, grid)}
-        entries[key] = Entry(axes, tuple(at[place] for place in product(*axes)))
-    return table.with_entries(entries)
-
-
 def _guess(kernel: Kernel, widths: Widths, largest: Widths, times: Mapping[Tuple[str, Widths], float]) -> float:
-    """Estimate in proportion to the data read and written at the largest widths; None if those do not run."""
-    there, here = (sum(_elements(kernel, w)) for w in (largest, widths))
+    """Estimate in proportion to the data read and written at the largest widths; 0 if those do not run."""
+    here, there = elements(kernel, widths), elements(kernel, largest)
     return times.get((kernel.key, largest), 0.0) * here / max(there, 1)
-
-
-def _elements(kernel: Kernel, widths: Widths) -> List[int]:
-    sizes = dict(zip(kernel.letters, widths))
-    return [prod(resolved(shape, sizes)) for shape in (*(o.shape for o in kernel.operands), kernel.shape)]
-
-
-def refine(
-    table: LatencyTable,
-    points: Iterable[Point],
-    *,
-    conditions: Conditions,
-    seed: int = 0,
-    rounds: int = ROUNDS,
-    progress: Optional[Progress] = None,
-) -> LatencyTable:
-    """Return the table with these points measured too, if they are between grid lines."""
-    news: Dict[Tuple[str, Widths], Point] = {}
-    for kernel, widths in points:
-        if kernel.key not in table.entries:
-            continue  # covered by a similar one
-        entry = table.entries[kernel.key]
-        on_grid = len(kernel.letters) <= LADDER and all(w in a for w, a in zip(widths, entry.axes))
-        if not on_grid and widths not in entry.points:
-            news[kernel.key, widths] = kernel, widths
-    times = measure(list(news.values()), conditions=conditions, seed=seed, rounds=rounds, progress=progress)
-    found: Dict[str, Dict[Widths, float]] = {}
-    for (key, widths), ms in times.items():
-        found.setdefault(key, {})[widths] = ms
-    return table.with_entries({key: Entry((), (), points) for key, points in found.items()})
-
-
-def measure(
-    points: Sequence[Point],
-    *,
-    conditions: Conditions,
-    seed: int = 0,
-    rounds: int = ROUNDS,
-    progress: Optional[Progress] = None,
-) -> Dict[Tuple[str, Widths], float]:
-    """Return (kernel key, widths) → milliseconds, the median over rounds in shuffled order.
-
-    Kernels that ONNX Runtime cannot run alone are omitted, such as groups that do not divide their channels.
-    """
-    if not points:
-        return {}
-    rng = np.random.default_rng(seed)
-    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        timer = probe.KernelTimer(conditions, folder)
-        reference = model_bytes(REFERENCE[0], REFERENCE[1], conditions.precision)
-        samples: Dict[int, list[float]] = {k: [] for k in range(len(points))}
-        pulses: List[float] = []
-        done = 0
-        for _ in range(rounds):
-            order = rng.permutation(len(points))
-            for start in range(0, len(order), REFERENCE_EVERY):
-                pulse = timer.kernel_ms(reference)
-                pulses.append(pulse)
-                for k in order[start : start + REFERENCE_EVERY]:
-                    taken = timer.try_ms(model_bytes(points[k][0], points[k][1], conditions.precision))
-                    if taken is not None:
-                        samples[int(k)].append(taken / pulse)
-                    done += 1
-                    if progress is not None:
-                        progress("measure kernels", done / (rounds * len(points)))
-    usual = float(np.median(pulses))
-    return {
-        (points[k][0].key, points[k][1]): round(float(np.median(values)) * usual, 6)
-        for k, values in samples.items()
-        if values
-    }
 
 
 # The device. ---------------------------------------------------------------------------------------------------------
 
 
-def new_table(
-    *, conditions: Conditions, rounds: int = PROBE_ROUNDS, progress: Optional[Progress] = None
-) -> LatencyTable:
+def new_table(timer: Timer) -> LatencyTable:
     """Return an empty table of this machine with its measured stair steps; takes about ten seconds."""
     kinds = {kind_of(kernel): kernel for kernel in _PROBES}
     points = [(kernel, (width,) * len(kernel.letters)) for kernel in kinds.values() for width in PROBED]
-    times = measure(points, conditions=conditions, rounds=rounds, progress=progress)
-    curves = {
-        kind: {width: times[kernel.key, (width,) * len(kernel.letters)] for width in PROBED}
-        for kind, kernel in kinds.items()
-    }
-    stairs = {kind: Stairs(step_of(curve), curve) for kind, curve in curves.items()}
-    return LatencyTable(json.loads(json.dumps(probe.describe(conditions))), stairs, overhead_ms(conditions.threads), {})
+    times = timer.measure(points, usual=PROBE_ROUNDS)
+    stairs = {}
+    for kind, kernel in kinds.items():
+        curve = {width: times[kernel.key, (width,) * len(kernel.letters)] for width in PROBED}
+        stairs[kind] = Stairs(step_of(curve), curve)
+    return LatencyTable(probe.describe(timer.conditions), stairs, overhead_ms(timer.conditions.threads), {})
 
 
 def overhead_ms(threads: int) -> float:
     """Return the overhead per operator, from a chain of trivial operators against a single one."""
-    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        timer = probe.KernelTimer(Conditions(threads), folder)
-        one, many = (timer.wall_ms(chain_bytes(length)) for length in (1, 1 + _CHAIN))
+    one, many = (probe.wall_ms(chain_bytes(length), threads) for length in (1, 1 + _CHAIN))
     return round(max(0.0, many - one) / _CHAIN, 6)
 
 
@@ -205,14 +180,11 @@ def step_of(curve: Mapping[int, float]) -> int:
     majority in each of these classes decides.
     """
     for size in STEPS:
-        sorts = [[w for w in curve if w % size and w % part == 0 and w % (2 * part)] for part in _parts(size)]
+        parts = [part for part in (*STEPS, 2, 1) if part < size]
+        sorts = [[w for w in curve if w % size and w % part == 0 and w % (2 * part)] for part in parts]
         if all(sum(_is_worth(curve, w, size) for w in sort) <= len(sort) // 3 for sort in sorts):
             return size
     return 1
-
-
-def _parts(size: int) -> List[int]:
-    return [part for part in (*STEPS, 2, 1) if part < size]
 
 
 def _is_worth(curve: Mapping[int, float], width: int, size: int) -> bool:
@@ -251,14 +223,3 @@ _PROBES: tuple[Kernel, ...] = (
     ),
 )
 REFERENCE: tuple[Kernel, Widths] = (_probe_conv(3), (64, 64))
-
-
-def wanted_of(placed: Iterable[Point]) -> List[Wanted]:
-    """Return what to tabulate for the kernels of a dense network: each up to its largest widths there."""
-    largest: Dict[str, Wanted] = {}
-    for kernel, widths in placed:
-        known = largest.get(kernel.key)
-        if known is not None:
-            widths = tuple(max(pair) for pair in zip(known.widths, widths))
-        largest[kernel.key] = Wanted(kernel, widths)
-    return list(largest.values())

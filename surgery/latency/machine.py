@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, field
 from functools import cache
 from time import perf_counter
 from typing import Any
@@ -15,29 +14,11 @@ import psutil
 from surgery.latency import probe
 from surgery.latency.probe import PROVIDER, available_cores, session_options
 
-WINDOW_S = 0.5
-TOLERATED_SHARE = 0.1
-
-# Reported name → names used by processors and operating systems; only those that select ONNX Runtime kernels.
-_INSTRUCTION_SETS = {
-    "avx2": {"avx2"},
-    "fma": {"fma"},
-    "f16c": {"f16c"},
-    "avx_vnni": {"avx_vnni"},
-    "avx512f": {"avx512f"},
-    "avx512_vnni": {"avx512_vnni", "avx512vnni"},
-    "avx512_bf16": {"avx512_bf16"},
-    "avx512_fp16": {"avx512_fp16"},
-    "amx_int8": {"amx_int8"},
-    "amx_bf16": {"amx_bf16"},
-    "neon": {"neon", "asimd"},
-    "dotprod": {"asimddp"},
-    "fp16": {"asimdhp", "fphp"},
-    "i8mm": {"i8mm"},
-    "bf16": {"bf16"},
-    "sve": {"sve"},
-    "sve2": {"sve2"},
-}
+# Instruction sets that select ONNX Runtime kernels, by their names in processors and operating systems.
+_X86 = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16")
+_MATRIX = ("amx_int8", "amx_bf16", "i8mm", "bf16", "sve", "sve2", "neon")
+_ALIASES = {"avx512vnni": "avx512_vnni", "asimd": "neon", "asimddp": "dotprod", "asimdhp": "fp16", "fphp": "fp16"}
+_INSTRUCTION_SETS = {**{name: name for name in (*_X86, *_MATRIX)}, **_ALIASES}
 
 
 def describe(threads: int, provider: str = PROVIDER) -> dict[str, Any]:
@@ -56,7 +37,7 @@ def describe(threads: int, provider: str = PROVIDER) -> dict[str, Any]:
         },
         "cpu": brand,
         "architecture": platform.machine(),
-        "instruction_sets": [name for name, aliases in _INSTRUCTION_SETS.items() if aliases & flags],
+        "instruction_sets": list(dict.fromkeys(name for flag, name in _INSTRUCTION_SETS.items() if flag in flags)),
         "cores": available_cores(),
         "physical_cores": psutil.cpu_count(logical=False),
         "memory_bytes": int(psutil.virtual_memory().total),
@@ -78,45 +59,18 @@ def _processor() -> tuple[str, frozenset[str]]:
     return brand, frozenset(flags)
 
 
-@dataclass(slots=True)
-class Watch:
-    """Detects rounds disturbed by other processes, by their processor time.
-
-    A round is disturbed if they used more than a tenth of the machine. This matters even with idle cores, since cores
-    share caches, memory and clock frequency, and on virtual machines often a physical core. The system counts in steps
-    of 10 ms, so rounds are evaluated in groups of half a second or more.
-
-    Attributes:
-        shares: for each judged round, the share of the machine's capacity that others used, from 0 to 1.
-    """
-
-    shares: list[float] = field(default_factory=list)
-    _pending: int = 0
-    _start: tuple[float, float] = field(default_factory=lambda: _clocks())
-
-    def round_done(self) -> None:
-        """Note the end of a round."""
-        self._pending += 1
-        if perf_counter() - self._start[0] >= WINDOW_S:
-            self.judge()
-
-    def judge(self) -> None:
-        """Evaluate the pending rounds, however short."""
-        now = _clocks()
-        capacity_s = max(now[0] - self._start[0], 1e-9) * (psutil.cpu_count() or 1)
-        share = min(1.0, max(0.0, (now[1] - self._start[1]) / capacity_s))
-        self.shares += [share] * self._pending
-        self._pending, self._start = 0, now
-
-    @property
-    def undisturbed(self) -> list[int]:
-        """Indices of the undisturbed rounds."""
-        return [i for i, share in enumerate(self.shares) if share <= TOLERATED_SHARE]
-
-
-def _clocks() -> tuple[float, float]:
+def clocks() -> tuple[float, float]:
     """Return wall time and the processor time used so far by all processes but this one, in seconds."""
     times, own = psutil.cpu_times()._asdict(), psutil.Process().cpu_times()
     # `guest` time is already contained in `user`.
     busy = sum(times.get(kind, 0.0) for kind in ("user", "nice", "system", "irq", "softirq", "steal"))
     return perf_counter(), busy - own.user - own.system
+
+
+def share_of_others(before: tuple[float, float]) -> float:
+    """Return the share of the machine that other processes have used since `clocks` returned `before`, from 0 to 1.
+
+    The system counts in steps of 10 ms.
+    """
+    elapsed_s, used_s = (now - then for now, then in zip(clocks(), before, strict=True))
+    return min(1.0, max(0.0, used_s / (max(elapsed_s, 1e-9) * (psutil.cpu_count() or 1))))

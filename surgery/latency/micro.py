@@ -14,7 +14,7 @@ package.
 from __future__ import annotations
 
 import struct
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -42,9 +42,8 @@ BY_RANGE = frozenset(("Clip", "Relu"))
 _ACTIVATION, _WEIGHT = np.float32(0.02), np.float32(0.01)
 """Arbitrary scales, on which times do not depend."""
 
-_FLOAT, _UINT8, _INT8, _INT32, _INT64 = 1, 2, 3, 6, 7
-_KINDS = {"float32": _FLOAT, "uint8": _UINT8, "int8": _INT8, "int32": _INT32, "int64": _INT64}
-_ATTRIBUTE_FLOAT, _ATTRIBUTE_INT, _ATTRIBUTE_TEXT, _ATTRIBUTE_INTS = 1, 2, 3, 7
+_FLOAT = 1
+_KINDS = {"float32": _FLOAT, "uint8": 2, "int8": 3, "int32": 6, "int64": 7}
 
 
 def model_bytes(kernel: Kernel, widths: Widths, precision: str = FP32) -> bytes:
@@ -55,7 +54,10 @@ def model_bytes(kernel: Kernel, widths: Widths, precision: str = FP32) -> bytes:
     for operand in kernel.operands:
         if operand.kind != "weight":
             graph.feed(operand)
-    made, result = _made(kernel, sizes, shapes), ""
+    made, first, result = list(resolved(kernel.shape, sizes)), kernel.steps[0], ""
+    if first.op == "Concat":  # as long as its pieces
+        axis = dict(first.attributes)["axis"]
+        made[axis] = sum(shapes[piece][axis] for piece in first.inputs)
     for k, s in enumerate(kernel.steps if precision == FP32 else _prepared(kernel.steps)):
         result = f"s{k}"
         attributes = dict(s.attributes)
@@ -74,16 +76,6 @@ def chain_bytes(length: int) -> bytes:
     for k in range(length):
         graph.add("Tanh" if k % 2 else "Sigmoid", [f"s{k - 1}" if k else "x"], f"s{k}", f"n{k}", {})
     return graph.model(f"s{length - 1}", (1, 8))
-
-
-def _made(kernel: Kernel, sizes: Mapping[str, int], shapes: Mapping[str, Tuple[int, ...]]) -> Tuple[int, ...]:
-    """Return the result's shape; the length of a concatenation is that of its pieces."""
-    shape = list(resolved(kernel.shape, sizes))
-    first = kernel.steps[0]
-    if first.op == "Concat":
-        axis = dict(first.attributes)["axis"]
-        shape[axis] = sum(shapes[piece][axis] for piece in first.inputs)
-    return tuple(shape)
 
 
 def _prepared(steps: Sequence[Step]) -> List[Step]:
@@ -128,8 +120,9 @@ class _Graph:
 
     def add(self, op: str, inputs: Sequence[str], output: str, name: str, attributes: Mapping[str, Any]) -> None:
         """Append one operator."""
-        parts = [_text(1, x) for x in inputs] + [_text(2, output), _text(3, name), _text(4, op)]
-        self._nodes.append(b"".join(parts + [_message(5, _attribute(k, v)) for k, v in sorted(attributes.items())]))
+        given: List[_Field] = [(1, x) for x in inputs]
+        fields: List[_Field] = [(5, _attribute(k, v)) for k, v in sorted(attributes.items())]
+        self._nodes.append(_message(*given, (2, output), (3, name), (4, op), *fields))
 
     def feed(self, operand: Operand) -> None:
         """Add an input; images pass through a blocked operator."""
@@ -170,14 +163,14 @@ class _Graph:
 
     def model(self, result: str, shape: Sequence[int]) -> bytes:
         """Return the model with output `result`."""
-        graph = b"".join(
-            [_message(1, node) for node in self._nodes]
-            + [_text(2, "kernel")]
-            + [_message(5, _tensor(name, values)) for name, values in self._weights.items()]
-            + [_message(11, given) for given in self.inputs]
-            + [_message(12, _value_info(result, shape))]
+        graph = _message(
+            *((1, node) for node in self._nodes),
+            (2, "kernel"),
+            *((5, _tensor(name, values)) for name, values in self._weights.items()),
+            *((11, given) for given in self.inputs),
+            (12, _value_info(result, shape)),
         )
-        return _number(1, IR_VERSION) + _message(7, graph) + _message(8, _text(1, "") + _number(2, OPSET))
+        return _message((1, IR_VERSION), (7, graph), (8, _message((1, ""), (2, OPSET))))
 
 
 class _Quantised(_Graph):
@@ -198,7 +191,7 @@ class _Quantised(_Graph):
         if op in BY_RANGE and inputs[0] in self._bits:
             self._bits[output] = self._bits[inputs[0]]
         elif op in IN_8_BITS and not (op == "ConvTranspose" and attributes["group"] > 1):
-            axis = _channels(op, attributes)
+            axis = 0 if op == "Conv" or attributes.get("transB") else 1  # of the channels
             given = [self._operand(op, k, x, part, axis) for k, x in enumerate(inputs)]
             super().add(op, given, output, name, attributes)
             self._quantise(output, part)
@@ -262,11 +255,23 @@ class _Quantised(_Graph):
         return self._reading(name, part, axis)
 
 
-def _channels(op: str, attributes: Mapping[str, Any]) -> int:
-    return 0 if op == "Conv" or attributes.get("transB") else 1
-
-
 # Protocol buffers, as far as ONNX's messages need them. --------------------------------------------------------------
+
+_Field = Tuple[int, Union[int, float, str, bytes]]
+
+
+def _message(*fields: _Field) -> bytes:
+    """Return an encoded message of (field number, value)."""
+    out = bytearray()
+    for number, value in fields:
+        if isinstance(value, int):
+            out += _varint(number << 3) + _varint(value)
+        elif isinstance(value, float):
+            out += _varint(number << 3 | 5) + struct.pack("<f", value)
+        else:
+            content = value.encode() if isinstance(value, str) else value
+            out += _varint(number << 3 | 2) + _varint(len(content)) + content
+    return bytes(out)
 
 
 def _varint(value: int) -> bytes:
@@ -279,34 +284,17 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _number(field: int, value: int) -> bytes:
-    return _varint(field << 3) + _varint(value)
-
-
-def _message(field: int, content: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(content)) + content
-
-
-def _text(field: int, text: str) -> bytes:
-    return _message(field, text.encode())
-
-
 def _value_info(name: str, shape: Sequence[int]) -> bytes:
-    dims = b"".join(_message(1, _number(1, size)) for size in shape)
-    tensor = _number(1, _FLOAT) + _message(2, dims)
-    return _text(1, name) + _message(2, _message(1, tensor))
+    dims = _message(*((1, _message((1, size))) for size in shape))
+    return _message((1, name), (2, _message((1, _message((1, _FLOAT), (2, dims))))))
 
 
 def _tensor(name: str, values: Any) -> bytes:
-    dims = b"".join(_number(1, size) for size in values.shape)
-    return dims + _number(2, _KINDS[values.dtype.name]) + _text(8, name) + _message(9, values.tobytes())
+    dims: List[_Field] = [(1, size) for size in values.shape]
+    return _message(*dims, (2, _KINDS[values.dtype.name]), (8, name), (9, values.tobytes()))
 
 
 def _attribute(name: str, value: Any) -> bytes:
-    if isinstance(value, float):
-        return _text(1, name) + _varint(2 << 3 | 5) + struct.pack("<f", value) + _number(20, _ATTRIBUTE_FLOAT)
-    if isinstance(value, int):
-        return _text(1, name) + _number(3, value) + _number(20, _ATTRIBUTE_INT)
-    if isinstance(value, str):
-        return _text(1, name) + _text(4, value) + _number(20, _ATTRIBUTE_TEXT)
-    return _text(1, name) + b"".join(_number(8, x) for x in value) + _number(20, _ATTRIBUTE_INTS)
+    number, kind = {float: (2, 1), int: (3, 2), str: (4, 3)}.get(type(value), (8, 7))
+    values = value if number == 8 else (value,)
+    return _message((1, name), *((number, x) for x in values), (20, kind))

@@ -1,30 +1,78 @@
-"""Latency in ONNX Runtime, measured as in serving: warm, with one model at a time.
+"""Latency in ONNX Runtime, measured as in serving: warm, with one model at a time. Needs no torch.
 
-Models are timed in rounds of blocks, in shuffled order. Only one session exists at a time: it is created, warmed up,
-timed and destroyed, so that no idle thread pool spins next to another model and no model runs on caches left by another
-(strict A B A B alternation has both problems). Each round gives one ratio of block medians per model, and rounds
-continue until every ratio's 95 % interval is narrow. The baseline's file is timed a second time as the A/A row; if its
-ratio differs from 1, the figures are marked as unreliable. Needs no torch.
+A block creates a session, warms it up, times some runs and destroys it, so that no idle thread pool spins next to
+another model and no model runs on caches left by another (strict A B A B alternation has both problems). A round is one
+block of each model, in shuffled order; it gives one ratio of block medians per model. Rounds continue until every
+ratio's 95 % interval is narrow. Rounds disturbed by other processes are excluded, if enough others remain. The
+baseline's file is timed a second time as the A/A row: if its ratio differs from 1, the figures are called unreliable.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from surgery.core import file_bytes
 from surgery.errors import InvalidInput
-from surgery.latency.blocks import AA_TOLERANCE, MIN_ROUNDS, Limits, Measurement, TimedModel, open_models
 from surgery.latency.fill import Progress
-from surgery.latency.machine import describe
-from surgery.latency.session import Settings, file_bytes, model_file
-from surgery.latency.stats import Interval
-from surgery.latency.worker import FirstRuns, fresh_process
+from surgery.latency.machine import clocks, describe, share_of_others
+from surgery.latency.probe import BLOCK_MS, MIN_BLOCK_RUNS, block_ms
+from surgery.latency.session import Settings, fresh_process, inputs_of, run_once
 
+AA_TOLERANCE = 0.02
+MIN_ROUNDS = 12  # too few rounds for a bootstrap otherwise
+TOLERATED_SHARE = 0.1
 P99_RUNS = 1000
+RESAMPLES = 2000
+CONTROL = "the baseline again"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Stopping rule of a measurement, and length of a block.
+
+    Rounds end when every ratio's 95 % interval is narrower than `width` and the A/A ratio is within 1.00 ± 0.02, or at
+    `max_runs` of any model, or after `max_seconds`. At least twelve rounds are run, even if they take up to four times
+    as long, since fewer give no reliable interval.
+
+    Attributes:
+        max_runs: limit on timed runs per model.
+        max_seconds: limit on the total time of rounds.
+        block_ms: length of a block without warm-up, at least three runs.
+        width: sufficient full width of the interval, relative to the ratio.
+
+    Raises:
+        InvalidInput: a value is out of range.
+    """
+
+    max_runs: int = 2000
+    max_seconds: float = 45.0
+    block_ms: float = BLOCK_MS
+    width: float = 0.03
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_runs, int) or self.max_runs < MIN_BLOCK_RUNS:
+            raise InvalidInput(f"max_runs={self.max_runs!r}: give a whole number of {MIN_BLOCK_RUNS} or more")
+        for name in ("max_seconds", "block_ms", "width"):
+            if not getattr(self, name) > 0:
+                raise InvalidInput(f"{name}={getattr(self, name)!r}: give a number above 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A ratio with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +88,10 @@ class Row:
         runs: timed runs, without warm-up.
         ratio: latency relative to the baseline's, below 1 is faster.
         speedup: 1 / ratio.
+        file_bytes: size on disk, including external weights.
         load_ms: time to create the session in a fresh process; None if not requested.
         peak_memory_bytes: peak resident set of that process, including interpreter and runtime.
         floor_memory_bytes: resident set before the model was loaded.
-        file_bytes: size on disk, including external weights.
     """
 
     name: str
@@ -55,10 +103,10 @@ class Row:
     runs: int
     ratio: Interval
     speedup: Interval
-    load_ms: float | None
-    peak_memory_bytes: int | None
-    floor_memory_bytes: int | None
     file_bytes: int
+    load_ms: float | None = None
+    peak_memory_bytes: int | None = None
+    floor_memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +119,10 @@ class Timing:
         aa: the baseline against its own copy in separate sessions; None if not requested.
         reliable: whether `aa` lies within 1.00 ± 0.02, on enough rounds.
         why: the reason for `reliable`, in words.
-        rounds: number of rounds used, each with one block of every model. Rounds in which other processes used more
-            than a tenth of the machine are excluded, if twelve others remain.
+        rounds: number of rounds used, each with one block of every model.
         stopped: the rule that ended the measurement.
         environment: runtime, processor, session options; `other_processes`, the share of the machine used by other
-        processes in these rounds; `disturbed_rounds`, the number of disturbed rounds.
+            processes in these rounds; `disturbed_rounds`, the number of rounds in which it was above a tenth.
         settings: batch, seed and limits as given.
     """
 
@@ -90,15 +137,13 @@ class Timing:
     settings: Mapping[str, Any]
 
     def row(self, name: str) -> Row:
-        """Return the row called `name`; raises InvalidInput if there is none."""
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise InvalidInput(f"no model '{name}' was timed; there are {', '.join(row.name for row in self.rows)}")
+        """Return the row called `name`; raises KeyError if there is none."""
+        return {row.name: row for row in self.rows}[name]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return asdict(self)
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return found
 
 
 def time(
@@ -128,51 +173,162 @@ def time(
         TimerFailed: a child process died.
     """
     settings, limits, report = settings or Settings(), limits or Limits(), progress or (lambda stage, fraction: None)
-    files = {name: model_file(path) for name, path in models.items()}
-    base = _baseline(files, baseline)
-    timed = open_models(files, settings, limits)
-    firsts = _fresh(files, settings, report) if fresh else {}
-    control = TimedModel(files[base], timed[base].inputs, timed[base].block_runs) if aa else None
+    if not models:
+        raise InvalidInput("no models to time: give at least one name and ONNX file")
+    base = next(iter(models)) if baseline is None else baseline
+    if base not in models:
+        raise InvalidInput(f"baseline '{base}' is none of the models: {', '.join(models)}")
+    timed = {name: _pilot(Path(path), settings, limits) for name, path in models.items()}
+    known = {name for model in timed.values() for name in model.inputs}
+    if unknown := sorted(settings.shapes.keys() - known):
+        raise InvalidInput(f"shapes name {', '.join(unknown)}, but the inputs are {', '.join(sorted(known))}")
+    firsts: dict[str, dict[str, Any]] = {name: {} for name in models}
+    for name in models if fresh else ():
+        report(f"loading {name}", 0.0)
+        firsts[name] = fresh_process(timed[name].path, settings)
+    if aa:
+        timed[CONTROL] = _Model(timed[base].path, timed[base].inputs, timed[base].block_runs)
     environment = describe(settings.threads, settings.provider)
-    measurement = Measurement(timed, timed[base], control, settings, limits)
-    stopped = measurement.run(report)
-    ratio = measurement.ratio(control) if control else None
-    reliable, why = _verdict(ratio, measurement)
+    found = _Measurement(timed, base, settings, limits)
+    stopped = found.run(report)
+    reliable, why = _verdict(found)
     return Timing(
-        rows=tuple(_row(name, measurement, firsts.get(name)) for name in timed),
+        rows=tuple(_row(name, found, firsts[name]) for name in models),
         baseline=base,
-        aa=ratio,
+        aa=found.ratio(CONTROL) if aa else None,
         reliable=reliable,
         why=why,
-        rounds=len(measurement.used),
+        rounds=len(found.used),
         stopped=stopped,
-        environment={**environment, **_other_processes(measurement)},
+        environment={**environment, **found.disturbance},
         settings={**asdict(settings), **asdict(limits)},
     )
 
 
-def _baseline(files: Mapping[str, Path], baseline: str | None) -> str:
-    if not files:
-        raise InvalidInput("no models to time: give at least one name and ONNX file")
-    if baseline is None:
-        return next(iter(files))
-    if baseline not in files:
-        raise InvalidInput(f"baseline '{baseline}' is none of the models: {', '.join(files)}")
-    return baseline
+@dataclass(slots=True)
+class _Model:
+    """A file, its inputs, and its blocks of run times in milliseconds so far, each (block_runs,)."""
+
+    path: Path
+    inputs: dict[str, NDArray[Any]]
+    block_runs: int
+    blocks: list[NDArray[np.float64]] = field(default_factory=list)
 
 
-def _fresh(files: Mapping[str, Path], settings: Settings, report: Progress) -> dict[str, FirstRuns]:
-    firsts: dict[str, FirstRuns] = {}
-    for name, path in files.items():
-        report(f"loading {name}", 0.0)
-        firsts[name] = fresh_process(path, settings)
-    return firsts
+def _pilot(path: Path, settings: Settings, limits: Limits) -> _Model:
+    """Create a model's inputs and determine the runs per block."""
+    session = settings.open(path)
+    inputs = inputs_of(session, path, settings)
+    run_once(session, inputs, path)
+    runs = math.ceil(limits.block_ms / float(np.median(block_ms(session, inputs, MIN_BLOCK_RUNS))))
+    most = limits.max_runs // 100  # so that there are at least 100 blocks
+    return _Model(path, inputs, max(MIN_BLOCK_RUNS, min(most, runs)))
 
 
-def _row(name: str, m: Measurement, first: FirstRuns | None) -> Row:
-    model = m.models[name]
-    runs_ms = np.concatenate([model.blocks[i] for i in m.used])
-    ratio = m.ratio(model)
+@dataclass(slots=True)
+class _Measurement:
+    """Rounds of blocks of all models, the control's last, and in each the share of the machine that others used."""
+
+    models: Mapping[str, _Model]
+    base: str
+    settings: Settings
+    limits: Limits
+    shares: list[float] = field(default_factory=list)
+
+    @property
+    def undisturbed(self) -> list[int]:
+        """Rounds in which other processes used a tenth of the machine at most.
+
+        Even with idle cores they matter: cores share caches, memory and clock frequency.
+        """
+        return [i for i, share in enumerate(self.shares) if share <= TOLERATED_SHARE]
+
+    @property
+    def used(self) -> list[int]:
+        """Rounds to use: the undisturbed ones, or all if those are too few."""
+        return self.undisturbed if len(self.undisturbed) >= MIN_ROUNDS else list(range(len(self.shares)))
+
+    @property
+    def disturbance(self) -> dict[str, Any]:
+        """What the report's environment says about other processes."""
+        disturbed = len(self.shares) - len(self.undisturbed)
+        return {"other_processes": round(self.others, 3), "disturbed_rounds": disturbed}
+
+    @property
+    def others(self) -> float:
+        """Mean share of the machine used by other processes."""
+        return float(np.mean([self.shares[i] for i in self.used]))
+
+    def ratio(self, name: str) -> Interval:
+        """Return a model's latency relative to the baseline's."""
+        if name == self.base:
+            return Interval(1.0, 1.0, 1.0)
+        ours, theirs = ([np.median(self.models[k].blocks[i]) for i in self.used] for k in (name, self.base))
+        return paired_ratio(ours, theirs, seed=self.settings.seed)
+
+    def run(self, report: Progress) -> str:
+        """Run rounds until a stopping rule applies; returns its description."""
+        start, stop = perf_counter(), ""
+        for order in block_order(len(self.models), self.settings.seed):
+            before = clocks()
+            for position in order:
+                model = list(self.models.values())[position]
+                model.blocks.append(block_ms(self.settings.open(model.path), model.inputs, model.block_runs))
+            self.shares.append(share_of_others(before))
+            elapsed_s, done = perf_counter() - start, len(self.shares)
+            runs = max(done * model.block_runs for model in self.models.values()) / self.limits.max_runs
+            report("timing", min(0.99, max(runs, min(elapsed_s / self.limits.max_seconds, done / MIN_ROUNDS))))
+            if stop := self._stop(done, elapsed_s):
+                break
+        report("timing", 1.0)
+        return stop
+
+    def _stop(self, done: int, elapsed_s: float) -> str:
+        limits = self.limits
+        # The bootstrap becomes slower and its result more stable with more rounds, so check less and less often.
+        if done >= MIN_ROUNDS and done % (1 + done // 24) == 0:
+            ratios = {name: self.ratio(name) for name in self.models}
+            # Narrow but biased: more rounds may average a disturbance out.
+            biased = CONTROL in ratios and abs(ratios[CONTROL].value - 1.0) > AA_TOLERANCE
+            if not biased and all((r.high - r.low) / r.value <= limits.width for r in ratios.values()):
+                return f"every interval under {limits.width:.1%}"
+        if any((done + 1) * model.block_runs > limits.max_runs for model in self.models.values()):
+            return f"{limits.max_runs} runs of a model"
+        late = elapsed_s > limits.max_seconds and done >= MIN_ROUNDS
+        if late or (elapsed_s > 4 * limits.max_seconds and done >= 3):
+            return f"{limits.max_seconds:g} s of measuring"
+        return ""
+
+
+def block_order(models: int, seed: int) -> Iterator[list[int]]:
+    """Yield the order of the models for each round, indefinitely; determined by the seed."""
+    rng = np.random.default_rng(seed)
+    while True:
+        yield [int(i) for i in rng.permutation(models)]
+
+
+def paired_ratio(model_ms: Sequence[float], baseline_ms: Sequence[float], *, seed: int) -> Interval:
+    """Return the model's latency relative to the baseline's, from block medians of the same rounds, each (R,).
+
+    Each round gives one ratio, so that slowdowns of a whole round cancel. The estimate is the interquartile mean of the
+    log ratios: robust to a quarter of disturbed rounds on either side, and smoother under resampling than a median. The
+    interval is a percentile bootstrap over rounds.
+    """
+    logs = np.log(np.asarray(model_ms, float)) - np.log(np.asarray(baseline_ms, float))  # (R,)
+    picks = np.random.default_rng(seed).integers(0, logs.size, (RESAMPLES, logs.size))
+    low, high = np.percentile(_interquartile_mean(logs[picks]), [2.5, 97.5])
+    return Interval(*(float(np.exp(x)) for x in (_interquartile_mean(logs), low, high)))
+
+
+def _interquartile_mean(values: NDArray[np.float64]) -> Any:
+    length = values.shape[-1]
+    return np.sort(values, axis=-1)[..., length // 4 : length - length // 4].mean(axis=-1)
+
+
+def _row(name: str, found: _Measurement, first: Mapping[str, Any]) -> Row:
+    model = found.models[name]
+    runs_ms = np.concatenate([model.blocks[i] for i in found.used])
+    ratio = found.ratio(name)
     p50, p90, p99 = (float(p) for p in np.percentile(runs_ms, [50, 90, 99]))
     return Row(
         name=name,
@@ -180,36 +336,25 @@ def _row(name: str, m: Measurement, first: FirstRuns | None) -> Row:
         p90_ms=p90,
         p99_ms=p99 if runs_ms.size >= P99_RUNS else None,
         quantiles_ms=tuple(float(q) for q in np.percentile(runs_ms, np.arange(0, 101, 5))),
-        throughput_per_s=m.settings.batch * 1e3 / float(runs_ms.mean()),
+        throughput_per_s=found.settings.batch * 1e3 / float(runs_ms.mean()),
         runs=int(runs_ms.size),
         ratio=ratio,
-        speedup=ratio.inverse(),
-        load_ms=first.load_ms if first else None,
-        peak_memory_bytes=first.peak_memory_bytes if first else None,
-        floor_memory_bytes=first.floor_memory_bytes if first else None,
+        speedup=Interval(1.0 / ratio.value, 1.0 / ratio.high, 1.0 / ratio.low),
         file_bytes=file_bytes(model.path),
+        **first,
     )
 
 
-def _other_processes(m: Measurement) -> dict[str, Any]:
-    """Return the share of the machine used by other processes, and the number of disturbed rounds."""
-    shares = [m.watch.shares[i] for i in m.used if i < len(m.watch.shares)]
-    return {
-        "other_processes": round(float(np.mean(shares)), 3) if shares else None,
-        "disturbed_rounds": len(m.base.blocks) - len(m.watch.undisturbed),
-    }
-
-
-def _verdict(aa: Interval | None, m: Measurement) -> tuple[bool, str]:
-    if aa is None:
+def _verdict(found: _Measurement) -> tuple[bool, str]:
+    if CONTROL not in found.models:
         return False, "the timer was not tested against a copy of the baseline (aa=False)"
-    found = f"the baseline against its own copy came out at {aa.value:.3f} [{aa.low:.3f}, {aa.high:.3f}]"
-    share, rounds = _other_processes(m)["other_processes"] or 0.0, len(m.used)
-    others = f"; other processes used {share:.0%} of the machine" if share > 0.02 else ""
+    aa, rounds = found.ratio(CONTROL), len(found.used)
+    came_out = f"the baseline against its own copy came out at {aa.value:.3f} [{aa.low:.3f}, {aa.high:.3f}]"
+    others = f"; other processes used {found.others:.0%} of the machine" if found.others > 0.02 else ""
     if rounds < MIN_ROUNDS:
         return False, f"only {rounds} rounds were made, {MIN_ROUNDS} are needed: allow more runs or more time{others}"
     if abs(aa.value - 1.0) > AA_TOLERANCE:
-        return False, f"{found}, outside 1.00 ± {AA_TOLERANCE}{others}"
+        return False, f"{came_out}, outside 1.00 ± {AA_TOLERANCE}{others}"
     if max(aa.high - 1.0, 1.0 - aa.low) > 2 * AA_TOLERANCE:
-        return False, f"{found}, an interval too wide to judge by{others}: allow more runs or more time"
-    return True, f"{found}{others}"
+        return False, f"{came_out}, an interval too wide to judge by{others}: allow more runs or more time"
+    return True, f"{came_out}{others}"

@@ -11,14 +11,17 @@ import gc
 import json
 import os
 import platform
+import tempfile
 import time
 import zlib
 from dataclasses import asdict, dataclass
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import numpy as np
 import onnxruntime
 
+from surgery.core import explained
+from surgery.errors import InvalidInput
 from surgery.latency.micro import CONTEXT, FP32, KERNEL
 
 PROVIDER = "CPUExecutionProvider"
@@ -26,14 +29,6 @@ OPTIMISATIONS = "sequential, all optimisations"
 BLOCK_MS, MIN_BLOCK_RUNS = 100.0, 3
 WARM_MS, WARM_RUNS = 20.0, 2
 KERNEL_MS, MIN_KERNEL_RUNS, MAX_KERNEL_RUNS = 12.0, 4, 20
-
-_DTYPES = {
-    "float": "float32",
-    "double": "float64",
-    "float16": "float16",
-    "bool": "bool",
-    **{name: name for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")},
-}
 
 
 @dataclass(frozen=True)
@@ -75,23 +70,47 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def random_values(name: str, kind: str, shape: Sequence[int], seed: int = 0) -> Any:
-    """Return random values of an input: floats normal, integers 0 or 1, which are always valid as an index.
+def open_session(path: str, threads: int, *, provider: str = PROVIDER, profile: str = "") -> Any:
+    """Return a session on an ONNX file; `profile` is the path prefix of an operator profile, if any.
+
+    Raises:
+        InvalidInput: ONNX Runtime cannot load the file, or the provider cannot start.
+    """
+    with explained(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}"):
+        session = onnxruntime.InferenceSession(str(path), session_options(threads, profile), providers=[provider])
+    started = session.get_providers()[0]
+    if started != provider:  # ONNX Runtime falls back without an exception
+        raise InvalidInput(f"provider '{provider}' did not start: {path} would run by {started} instead")
+    return session
+
+
+def random_inputs(session: Any, path: str, shapes: Mapping[str, Sequence[int]], seed: int = 0) -> Dict[str, Any]:
+    """Return random inputs: floats normal, integers 0 or 1, which are always valid as an index.
 
     Args:
-        name: name of the input; equal names get equal values, in any model.
-        kind: ONNX Runtime's type, for example ``tensor(float)``.
-        shape: shape of the values.
+        session: a session of the file.
+        path: path of the file, for messages.
+        shapes: shapes of the inputs by name; equal names get equal values, in any model.
         seed: random seed.
 
     Raises:
-        TypeError: the input is not a numeric tensor.
+        InvalidInput: an input has no shape, or is not a numeric tensor.
     """
-    dtype = _DTYPES.get(kind[len("tensor(") : -1])
-    if dtype is None:
-        raise TypeError(f"input '{name}' is a {kind}, and random values can be made for numeric tensors only")
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    return (rng.standard_normal(shape) if dtype.startswith("float") else rng.integers(0, 2, shape)).astype(dtype)
+    inputs = {}
+    for item in session.get_inputs():
+        if item.name not in shapes:
+            raise InvalidInput(f"{path}: input '{item.name}' is none of the other model's ({', '.join(shapes)})")
+        kind = item.type[len("tensor(") : -1]
+        try:
+            dtype = np.dtype("float32" if kind == "float" else kind)
+        except TypeError as error:
+            raise InvalidInput(
+                f"{path}: input '{item.name}' is a {item.type}, and random values can be made for numeric tensors only"
+            ) from error
+        rng, shape = np.random.default_rng([seed, zlib.crc32(item.name.encode())]), tuple(shapes[item.name])
+        values = rng.standard_normal(shape) if dtype.kind == "f" else rng.integers(0, 2, shape)
+        inputs[item.name] = values.astype(dtype)
+    return inputs
 
 
 def block_ms(session: Any, inputs: Mapping[str, Any], runs: int) -> Any:
@@ -117,54 +136,36 @@ def block_ms(session: Any, inputs: Mapping[str, Any], runs: int) -> Any:
     return times / 1e6
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of ONNX Runtime's error message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".;")
-
-
 # Kernels. ------------------------------------------------------------------------------------------------------------
 
 
-class KernelTimer:
-    """Times kernels by operator profiles, which are written to `folder` and removed.
+def kernel_ms(model: bytes, threads: int, flushed: Any) -> float:
+    """Return the median milliseconds of the kernel in an ONNX model, without its context, by operator profiles.
 
-    Before each run `flush_mib` are overwritten, since a large network evicts a kernel's weights from the caches.
+    `flushed` is an array that is overwritten before each run, since a large network evicts a kernel's weights from the
+    caches.
     """
-
-    def __init__(self, conditions: Conditions, folder: str) -> None:
-        self._threads, self._profile = conditions.threads, os.path.join(folder, "profile")
-        self._buffer = np.zeros(max(1, conditions.flush_mib << 18), np.float32)
-
-    def kernel_ms(self, model: bytes) -> float:
-        """Return the median milliseconds of the kernel in an ONNX model, without its context."""
-        options = session_options(self._threads, self._profile)
+    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
+        options = session_options(threads, os.path.join(folder, "profile"))
         session = onnxruntime.InferenceSession(model, options, providers=[PROVIDER])
-        inputs = _inputs(session)
-        start = time.perf_counter()
-        runs = 0
-        while runs < 1 + MIN_KERNEL_RUNS or (
-            runs < 1 + MAX_KERNEL_RUNS and (time.perf_counter() - start) * 1e3 < KERNEL_MS
-        ):
-            self._buffer += 1.0
+        inputs = _own_inputs(session)
+        end = time.perf_counter() + KERNEL_MS / 1e3
+        for run in range(1 + MAX_KERNEL_RUNS):  # the first one warms up
+            if run > MIN_KERNEL_RUNS and time.perf_counter() > end:
+                break
+            flushed += 1.0
             session.run(None, inputs)
-            runs += 1
-        return float(np.median(kernel_runs_ms(profiled(session))[1:]))  # the first run warms up
-
-    def try_ms(self, model: bytes) -> Optional[float]:
-        """Like `kernel_ms`, but return None if ONNX Runtime cannot run the model."""
-        try:
-            return self.kernel_ms(model)
-        except Exception:  # ONNX Runtime's exceptions have no common base class
-            return None
-
-    def wall_ms(self, model: bytes, runs: int = 300) -> float:
-        """Return the median milliseconds of a whole run."""
-        session = onnxruntime.InferenceSession(model, session_options(self._threads), providers=[PROVIDER])
-        return float(np.median(block_ms(session, _inputs(session), runs)))
+        return float(np.median([own_ms(run) for run in profiled(session)[1:]]))
 
 
-def _inputs(session: Any) -> Dict[str, Any]:
-    return {item.name: random_values(item.name, item.type, item.shape) for item in session.get_inputs()}
+def wall_ms(model: bytes, threads: int, runs: int = 300) -> float:
+    """Return the median milliseconds of a whole run of an ONNX model."""
+    session = onnxruntime.InferenceSession(model, session_options(threads), providers=[PROVIDER])
+    return float(np.median(block_ms(session, _own_inputs(session), runs)))
+
+
+def _own_inputs(session: Any) -> Dict[str, Any]:
+    return random_inputs(session, "", {item.name: item.shape for item in session.get_inputs()})
 
 
 Operators = List[Tuple[str, str, int]]
@@ -172,12 +173,9 @@ Operators = List[Tuple[str, str, int]]
 
 
 def profiled(session: Any) -> List[Operators]:
-    """Return the executed operators for each run of a profiled session, and remove the profile."""
-    path = session.end_profiling()
-    with open(path, encoding="utf-8") as stream:
-        events = json.load(stream)
-    os.remove(path)
-    return operators_by_run(events)
+    """Return the executed operators for each run of a profiled session."""
+    with open(session.end_profiling(), encoding="utf-8") as stream:
+        return operators_by_run(json.load(stream))
 
 
 def operators_by_run(events: Sequence[Mapping[str, Any]]) -> List[Operators]:
@@ -193,17 +191,12 @@ def operators_by_run(events: Sequence[Mapping[str, Any]]) -> List[Operators]:
     return runs
 
 
-def kernel_runs_ms(runs: Sequence[Operators]) -> List[float]:
-    """Return the milliseconds of the kernel's own operators for each run."""
-    return [_own(run) / 1e3 for run in runs]
-
-
 _TO_BLOCKS, _FROM_BLOCKS = ("ReorderInput", "Transpose"), ("ReorderOutput", "Transpose")
 """Layout changes inserted by the runtime: to blocks of channels in float, to channels-last in int8."""
 
 
-def _own(run: Operators) -> float:
-    """Sum the microseconds of one run, without the context and the layout changes at the model's ends."""
+def own_ms(run: Operators) -> float:
+    """Sum one run's milliseconds, without the context and the layout changes at the model's ends."""
     total = 0.0
     for k, (op, name, duration) in enumerate(run):
         after = run[k + 1][1] if k + 1 < len(run) else ""
@@ -212,7 +205,7 @@ def _own(run: Operators) -> float:
         at_start = op in _TO_BLOCKS and after.startswith(CONTEXT) and not after.startswith(CONTEXT + "out")
         at_end = op in _FROM_BLOCKS and before.startswith(CONTEXT + "out")
         if not (name.startswith(CONTEXT) or (put_in and (at_start or at_end))):
-            total += duration
+            total += duration / 1e3
     return total
 
 

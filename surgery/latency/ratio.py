@@ -1,109 +1,113 @@
-"""The latency of one model relative to another's, measured in fresh processes.
+"""The latency of one ONNX file relative to another's, measured in fresh processes, here and on devices.
 
 Times depend on the memory layout of the process, so that they vary more between processes than between blocks of one. A
-budget is therefore judged by the median over several processes. ``python -m surgery.latency.ratio REQUEST`` answers one
-request with one line of JSON.
+budget is therefore judged by the median over several processes, each of which times blocks of both files in shuffled
+order. Python 3.8, numpy and onnxruntime.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from surgery.errors import InvalidInput
-from surgery.latency import ort
-from surgery.latency.blocks import Limits
-from surgery.latency.child import ask
+import numpy as np
+
+from surgery.core import explained
+from surgery.latency.child import SERVER, ask
 from surgery.latency.fill import Progress
-from surgery.latency.session import Settings
+from surgery.latency.probe import BLOCK_MS, MIN_BLOCK_RUNS, block_ms, open_session, random_inputs
 
 PROCESSES = 3
-SECONDS = 4.0
-TIMEOUT_S = 1800.0
+ROUNDS = 12
+"""Blocks of each file in one process."""
+PROGRAM = (*SERVER, "surgery.latency.ratio")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Ratio:
-    """Ratio measured in several processes.
+    """Measurements of several processes: (compact latency / dense latency, dense ms, compact ms) of each."""
 
-    Attributes:
-        value: median of the ratios.
-        ratios: one per process.
-        dense_ms: median of the baseline's median latencies.
-        compact_ms: median of the model's.
-    """
+    processes: Tuple[Tuple[float, float, float], ...]
 
-    value: float
-    ratios: tuple[float, ...]
-    dense_ms: float
-    compact_ms: float
+    @property
+    def ratios(self) -> Tuple[float, ...]:
+        """The ratio of each process."""
+        return tuple(ratio for ratio, _, _ in self.processes)
 
-    def __add__(self, other: Ratio) -> Ratio:
-        """Return the combined result; milliseconds are the mean of both."""
-        ratios = (*self.ratios, *other.ratios)
-        own, all_ = len(self.ratios), len(ratios)
+    @property
+    def value(self) -> float:
+        """Median of the ratios."""
+        return median(self.ratios)
 
-        def mean(a: float, b: float) -> float:
-            return (a * own + b * (all_ - own)) / all_
+    @property
+    def dense_ms(self) -> float:
+        """Median latency of the dense file."""
+        return median(ms for _, ms, _ in self.processes)
 
-        return Ratio(
-            median(ratios), ratios, mean(self.dense_ms, other.dense_ms), mean(self.compact_ms, other.compact_ms)
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {**asdict(self), "ratios": list(self.ratios)}
+    @property
+    def compact_ms(self) -> float:
+        """Median latency of the compact file."""
+        return median(ms for _, _, ms in self.processes)
 
 
 def measure(
     dense: Path,
     compact: Path,
-    settings: Settings,
+    shapes: Mapping[str, Sequence[int]],
     *,
-    processes: int = PROCESSES,
-    seconds: float = SECONDS,
-    progress: Progress | None = None,
+    threads: int = 1,
+    seeds: Sequence[int] = range(PROCESSES),
+    rounds: int = ROUNDS,
+    program: Sequence[str] = PROGRAM,
+    progress: Optional[Progress] = None,
 ) -> Ratio:
-    """Return the latency of `compact` relative to `dense`, the median over fresh processes.
+    """Return the latency of `compact` relative to `dense`.
+
+    Args:
+        dense: ONNX file.
+        compact: ONNX file with the same inputs.
+        shapes: of all inputs, by name.
+        threads: intra-op threads.
+        seeds: of the order of blocks, one per process.
+        rounds: blocks of each file in one process.
+        program: arguments of the interpreter for a process that serves `answer`.
+        progress: called with the completed fraction.
 
     Raises:
-        InvalidInput: a model cannot be loaded or run.
+        InvalidInput: a file cannot be loaded or run.
         TimerFailed: a process died.
     """
-    answers = []
-    for k in range(processes):
+    found = []
+    for k, seed in enumerate(seeds):
         if progress is not None:
-            progress("time compact against dense", k / processes)
-        request = {
-            **{"dense": str(dense.resolve()), "compact": str(compact.resolve())},
-            **{"max_seconds": seconds, **asdict(settings), "seed": settings.seed + k},
-        }
-        # -P keeps the working folder off the child's path, since it may contain folders with our packages' names.
-        arguments = ["-P", "-m", "surgery.latency.ratio", json.dumps(request)]
-        answers.append(ask(arguments, f"latency of {compact}", timeout_s=TIMEOUT_S))
-    keys = ("ratio", "dense_ms", "compact_ms")
-    ratios, dense_ms, compact_ms = (tuple(float(answer[key]) for answer in answers) for key in keys)
-    return Ratio(median(ratios), ratios, median(dense_ms), median(compact_ms))
+            progress("time compact against dense", k / len(seeds))
+        files = [str(dense.resolve()), str(compact.resolve())]
+        request = {"files": files, "threads": threads, "shapes": dict(shapes), "rounds": rounds, "seed": seed}
+        times = ask(program, request, f"latency of {compact}")
+        found.append((times["ratio"], times["dense_ms"], times["compact_ms"]))
+    return Ratio(tuple(found))
 
 
-def main(request: str) -> int:
-    """Serve one request, as JSON on standard output; returns the exit code."""
-    fields = json.loads(request)
-    files = {name: fields.pop(name) for name in ("dense", "compact")}
-    limits = Limits(max_seconds=fields.pop("max_seconds"), width=0.02)
-    try:
-        timing = ort.time(files, Settings.from_json(fields), limits, baseline="dense", aa=False, fresh=False)
-    except InvalidInput as error:
-        print(json.dumps({"error": str(error)}))
-        return 2
-    row = timing.row("compact")
-    print(json.dumps({"ratio": row.ratio.value, "dense_ms": timing.row("dense").p50_ms, "compact_ms": row.p50_ms}))
-    return 0
+def answer(request: Dict[str, Any]) -> Dict[str, Any]:
+    """Time blocks of both files in shuffled order, with one session alive at a time."""
+    files, threads, shapes = request["files"], request["threads"], request["shapes"]
+    runs = [max(MIN_BLOCK_RUNS, math.ceil(BLOCK_MS / _block(f, threads, shapes, MIN_BLOCK_RUNS))) for f in files]
+    rng = np.random.default_rng(request["seed"])
+    times: List[List[float]] = [[], []]
+    for _ in range(request["rounds"]):
+        for k in rng.permutation(2):
+            times[k].append(_block(files[k], threads, shapes, runs[k]))
+    dense, compact = times
+    ratio = median(c / d for c, d in zip(compact, dense))
+    return {"ratio": ratio, "dense_ms": median(dense), "compact_ms": median(compact)}
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+def _block(path: str, threads: int, shapes: Mapping[str, Sequence[int]], runs: int) -> float:
+    """Return the median milliseconds of some runs, in a temporary session."""
+    session = open_session(path, threads)
+    inputs = random_inputs(session, path, shapes)
+    with explained(f"{path} does not run"):
+        return float(np.median(block_ms(session, inputs, runs)))

@@ -7,12 +7,11 @@ above it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain, product, takewhile
+from itertools import product, takewhile
 from math import prod
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
@@ -93,11 +92,6 @@ class LatencyTable:
     overhead_ms: float
     entries: Mapping[str, Entry]
 
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the table as JSON, hexadecimal."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
-
     def step(self, kernel: Kernel) -> int:
         """Return the stair step for a kernel's widths."""
         found = self.stairs.get(kind_of(kernel))
@@ -110,8 +104,10 @@ class LatencyTable:
             if theirs in entry.points:
                 return entry.points[theirs]
             place = place_of(same, theirs)
-            if len(same.letters) <= LADDER:
-                place = tuple(_edge(axis, w, self.step(same)) for axis, w in zip(entry.axes, place))
+            if len(same.letters) <= LADDER:  # a width off a stair edge costs like the next edge above it
+                step = self.step(same)
+                edges = (min(-(-w // step) * step, max(axis[-1], w)) for axis, w in zip(entry.axes, place))
+                place = tuple(w if w in axis else edge for axis, w, edge in zip(entry.axes, place, edges))
             return entry.at(place)
         return None
 
@@ -131,9 +127,9 @@ class LatencyTable:
         if kernel.key in self.entries:
             yield kernel, tuple(widths)
         for other in self._by_steps.get(_steps_key(kernel), ()):
-            theirs = _matched(other, kernel, widths) if other != kernel else None
-            if theirs is not None:
-                yield other, theirs
+            bound = _bound(other, kernel, dict(zip(kernel.letters, widths)))
+            if bound is not None and other != kernel:
+                yield other, tuple(int(bound[letter]) for letter in other.letters)
 
     @cached_property
     def _by_steps(self) -> Mapping[str, List[Kernel]]:
@@ -153,9 +149,20 @@ class LatencyTable:
 
         Both start with the same operator on tensors of the same shapes; the following operators may differ.
         """
-        kin = [other for other in map(Kernel.from_key, self.entries) if _start(other) == _start(kernel)]
-        kin = [other for other in kin if len(other.letters) == len(kernel.letters)]
-        return self.entries[max(kin, key=lambda other: _likeness(other, kernel)).key] if kin else None
+
+        def start(other: Kernel) -> Tuple[Any, ...]:
+            first = other.steps[0]
+            names = {str(x).partition(":")[0] for x in first.inputs}
+            shapes = [o.shape for o in other.operands if o.name in names]
+            return first.op, first.attributes, shapes, len(other.letters)
+
+        def likeness(other: Kernel) -> Tuple[int, int, bool]:
+            ours, theirs = ([(s.op, s.attributes) for s in k.steps] for k in (kernel, other))
+            same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs))))
+            return same, -abs(len(ours) - len(theirs)), kernel.image == other.image
+
+        kin = [other for other in map(Kernel.from_key, self.entries) if start(other) == start(kernel)]
+        return self.entries[max(kin, key=likeness).key] if kin else None
 
     def with_entries(self, entries: Mapping[str, Entry]) -> LatencyTable:
         """Return the table with these entries merged; for existing kernels, the larger grid and all points are kept."""
@@ -170,14 +177,6 @@ class LatencyTable:
 
     def to_json(self) -> str:
         """Return the table as JSON text: sorted keys, byte-identical for equal tables."""
-        entries = {
-            key: {
-                "axes": [list(axis) for axis in entry.axes],
-                "grid": list(entry.grid),
-                "points": [[list(w), ms] for w, ms in sorted(entry.points.items())],
-            }
-            for key, entry in self.entries.items()
-        }
         data = {
             "schema": SCHEMA,
             "device": dict(self.device),
@@ -186,59 +185,62 @@ class LatencyTable:
                 for kind, s in self.stairs.items()
             },
             "overhead_ms": self.overhead_ms,
-            "kernels": entries,
+            "kernels": {
+                key: {
+                    "axes": [list(axis) for axis in entry.axes],
+                    "grid": list(entry.grid),
+                    "points": [[list(w), ms] for w, ms in sorted(entry.points.items())],
+                }
+                for key, entry in self.entries.items()
+            },
         }
         return json.dumps(data, sort_keys=True, indent=None, separators=(",", ":")) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, origin: str) -> LatencyTable:
-        """Parse the output of `to_json`; raises InvalidInput if the text is not a table of this schema."""
-        try:
-            data = json.loads(text)
-            if data["schema"] != SCHEMA:
-                raise InvalidInput(
-                    f"{origin}: latency table of schema {data['schema']}, this version reads {SCHEMA}; "
-                    "make it again with `surgery profile`"
-                )
-            entries = {}
-            for key, e in data["kernels"].items():
-                Kernel.from_key(key)
-                axes = tuple(tuple(int(x) for x in axis) for axis in e["axes"])
-                grid = tuple(float(ms) for ms in e["grid"])
-                points = {tuple(w): float(ms) for w, ms in e["points"]}
-                if len(grid) != prod(map(len, axes)) or not all(map(_is_time, (*grid, *points.values()))):
-                    raise ValueError(f"kernel {key:.60} has a damaged grid")
-                if not all(axis == tuple(sorted({*axis} - {0})) and axis[0] > 0 for axis in axes):
-                    raise ValueError(f"kernel {key:.60} has damaged axes")
-                entries[key] = Entry(axes, grid, points)
-            stairs = {
-                kind: Stairs(_step(s["step"]), {int(w): float(ms) for w, ms in s["curve"]})
-                for kind, s in data["stairs"].items()
-            }
-            overhead_ms = float(data["overhead_ms"])
-            if not _is_time(overhead_ms) or not all(map(_is_time, chain(*(s.curve.values() for s in stairs.values())))):
-                raise ValueError("its stairs or overhead are damaged")
-            return cls(dict(data["device"]), stairs, overhead_ms, entries)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-            raise InvalidInput(
-                f"{origin}: not a latency table ({error!s:.120}); `surgery profile --out table.json` writes one"
-            ) from error
+    def from_json(cls, text: str) -> LatencyTable:
+        """Parse the output of `to_json`; raises ValueError or another error of Python if it is damaged."""
+        data = json.loads(text)
+        if data["schema"] != SCHEMA:
+            raise ValueError(f"schema {data['schema']}, this version reads {SCHEMA}")
+        entries = {
+            key: Entry(
+                tuple(tuple(int(x) for x in axis) for axis in entry["axes"]),
+                tuple(float(ms) for ms in entry["grid"]),
+                {tuple(widths): float(ms) for widths, ms in entry["points"]},
+            )
+            for key, entry in data["kernels"].items()
+        }
+        stairs = {
+            kind: Stairs(s["step"], {int(w): float(ms) for w, ms in s["curve"]}) for kind, s in data["stairs"].items()
+        }
+        table = cls(dict(data["device"]), stairs, float(data["overhead_ms"]), entries)
+        table._validate()
+        return table
+
+    def _validate(self) -> None:
+        """Raise ValueError if the table is damaged."""
+        times = [self.overhead_ms, *(ms for stairs in self.stairs.values() for ms in stairs.curve.values())]
+        for key, entry in self.entries.items():
+            Kernel.from_key(key)
+            if len(entry.grid) != prod(map(len, entry.axes)):
+                raise ValueError(f"kernel {key:.60} has a damaged grid")
+            if not all(list(axis) == sorted({*axis}) and axis[0] > 0 for axis in entry.axes):
+                raise ValueError(f"kernel {key:.60} has damaged axes")
+            times += [*entry.grid, *entry.points.values()]
+        if not all(0.0 <= ms < _A_DAY_MS for ms in times):
+            raise ValueError("damaged: a figure is not a time")
+        if not all(type(s.step) is int and 1 <= s.step <= _LARGEST_STEP for s in self.stairs.values()):
+            raise ValueError("its stairs are damaged")
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:
         """Read a table; raises InvalidInput if the file is missing or not a table."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise InvalidInput(
-                f"{path}: not a latency table (no text); `surgery profile --out table.json` writes one"
+                f"cannot read latency table {path} ({error!s:.120}); `surgery profile --out table.json` writes one"
             ) from error
-        except OSError as error:
-            raise InvalidInput(
-                f"cannot read latency table {path}: {error.strerror or error}; "
-                "`surgery profile --out table.json` writes one"
-            ) from error
-        return cls.from_json(text, origin=str(path))
 
     def save(self, path: str | Path) -> None:
         """Write `to_json` to `path`; raises InvalidInput if it cannot."""
@@ -246,29 +248,12 @@ class LatencyTable:
             file.write_text(self.to_json(), encoding="utf-8")
 
 
-def _is_time(ms: float) -> bool:
-    """Return whether a figure is a plausible time of one kernel: non-negative and below a day."""
-    return 0.0 <= ms < 1e8
-
-
-def _step(value: Any) -> int:
-    """Return a valid stair step; raises ValueError otherwise."""
-    if type(value) is not int or not 1 <= value <= _LARGEST_STEP:
-        raise ValueError(f"its stairs are damaged: a step of {value!r:.20}")
-    return value
-
-
+_A_DAY_MS = 1e8
 _LARGEST_STEP = 1024
 
 
 def _steps_key(kernel: Kernel) -> str:
     return repr((kernel.steps, [(o.name, o.kind, len(o.shape)) for o in kernel.operands], kernel.image))
-
-
-def _matched(pattern: Kernel, kernel: Kernel, widths: Widths) -> Optional[Widths]:
-    """Return values of a kernel's letters that make it equal to another one, or None."""
-    bound = _bound(pattern, kernel, dict(zip(kernel.letters, widths)))
-    return None if bound is None else tuple(int(bound[letter]) for letter in pattern.letters)
 
 
 def _bound(pattern: Kernel, kernel: Kernel, sizes: Mapping[str, Size]) -> Optional[Dict[str, Size]]:
@@ -295,28 +280,14 @@ def kind_of(kernel: Kernel) -> str:
     return "matmul" if first.op in ("MatMul", "Gemm") else "other"
 
 
-def _start(kernel: Kernel) -> Tuple[Any, ...]:
-    """Return the first operator, and the shapes of its inputs."""
-    first = kernel.steps[0]
-    names = {str(x).partition(":")[0] for x in first.inputs}
-    return first.op, first.attributes, tuple(o.shape for o in kernel.operands if o.name in names)
-
-
-def _likeness(a: Kernel, b: Kernel) -> Tuple[int, int, bool]:
-    """Return the number of equal leading operators, and of the remaining ones."""
-    ops_a, ops_b = ([(s.op, s.attributes) for s in kernel.steps] for kernel in (a, b))
-    same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(ops_a, ops_b))))
-    return same, -abs(len(ops_a) - len(ops_b)), a.image == b.image
-
-
 def place_of(kernel: Kernel, widths: Widths) -> tuple[int, ...]:
     """Return the position of widths on the axes of a kernel's entry: unchanged, or the number of elements."""
     if len(kernel.letters) <= LADDER:
         return tuple(widths)
+    return (elements(kernel, widths),)
+
+
+def elements(kernel: Kernel, widths: Widths) -> int:
+    """Return the number of elements that a kernel reads and writes."""
     sizes = dict(zip(kernel.letters, widths))
-    return (sum(prod(resolved(o.shape, sizes)) for o in kernel.operands) + prod(resolved(kernel.shape, sizes)),)
-
-
-def _edge(axis: Sequence[int], width: int, step: int) -> int:
-    """Return the next stair edge at or above a width; measured widths are unchanged."""
-    return width if width in axis else min(-(-width // step) * step, max(axis[-1], width))
+    return sum(prod(resolved(shape, sizes)) for shape in (*(o.shape for o in kernel.operands), kernel.shape))

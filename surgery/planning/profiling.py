@@ -36,9 +36,10 @@ from surgery.report import Part, Table, print_parts
 
 DEVICE_FILES = (
     "surgery/errors.py",
+    "surgery/core/blame.py",
     "surgery/core/files.py",
     "surgery/core/kernels.py",
-    *(f"surgery/latency/{name}.py" for name in ("tables", "micro", "probe", "fill", "child", "device")),
+    *(f"surgery/latency/{name}.py" for name in ("tables", "micro", "probe", "fill", "child", "ratio", "device")),
 )
 """Files of this package that a pack contains unchanged."""
 
@@ -64,7 +65,7 @@ if __name__ == "__main__":
 PACK_TEXTS = {
     "__main__.py": PACK_MAIN,
     "surgery/__init__.py": "",
-    "surgery/core/__init__.py": "from surgery.core.files import replacing\nfrom surgery.core.kernels import *\n",
+    "surgery/core/__init__.py": "".join(f"from surgery.core.{x} import *\n" for x in ("blame", "files", "kernels")),
     "surgery/latency/__init__.py": "",
 }
 """Further files of a pack: minimal package `__init__` files."""

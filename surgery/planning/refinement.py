@@ -22,7 +22,7 @@ from surgery.config import Recipe
 from surgery.core import Program, Progress
 from surgery.errors import BudgetUnreachable
 from surgery.inputs import Calibration
-from surgery.latency import INT8, Settings, ratio as timer
+from surgery.latency import INT8, ratio as timer
 from surgery.planning.choice import HIGHEST, LOWEST, Choice, Iteration, RefinementLog
 
 ITERATIONS = 4
@@ -64,7 +64,7 @@ class LatencyBench:
     ) -> None:
         self._program, self._folder, self._recipe, self._seen = program, folder, recipe, seen
         self._progress, self._for_accuracy = progress, for_accuracy
-        self._tensors = bind(program.model, program.example_args, program.example_kwargs).tensors
+        _, self._tensors = bind(program.model, program.example_args, program.example_kwargs)
         self._axes = {name: spec.dynamic for name, spec in zip(self._tensors, program.inputs, strict=True)}
         free = any(0 in axes for axes in self._axes.values())
         self._batch = recipe.target.batch if free else next(iter(self._tensors.values())).shape[0]
@@ -96,19 +96,21 @@ class LatencyBench:
 
     def ratio(self, compact: Path, *, processes: int, after: timer.Ratio | None = None) -> timer.Ratio:
         """Return a file's latency relative to the dense model's, from several processes including those of `after`."""
-        done = len(after.ratios) if after is not None else 0
+        known = after.processes if after is not None else ()
+        first = self._recipe.selection.seed
         found = timer.measure(
-            self.dense, compact, self._settings(seed=done), processes=processes - done, progress=self._progress
+            self.dense,
+            compact,
+            self.shapes,
+            threads=self._recipe.target.threads,
+            seeds=range(first + len(known), first + processes),
+            progress=self._progress,
         )
-        return found if after is None else after + found
+        return timer.Ratio((*known, *found.processes))
 
     def dense_ms(self) -> float:
         """Return the dense model's latency."""
-        return timer.measure(self.dense, self.dense, self._settings()).dense_ms
-
-    def _settings(self, seed: int = 0) -> Settings:
-        recipe = self._recipe
-        return Settings(self._batch, recipe.target.threads, recipe.selection.seed + seed, self.shapes)
+        return self.ratio(self.dense, processes=timer.PROCESSES).dense_ms
 
     def _calibration(self, path: Path) -> list[dict[str, Any]]:
         """Return the calibration images: a few if files are only timed, the example inputs if there are none.

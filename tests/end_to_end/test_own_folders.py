@@ -28,13 +28,13 @@ SCRIPT = """
 from pathlib import Path
 
 import net, surgery
-from surgery.latency import Settings, ratio
+from surgery.latency import ratio
 
 result = surgery.shrink(*net.net(), surgery.recipe(macs=0.5))
 report = surgery.save(result, "by_api", surgery.recipe(runs=3))  # peak memory comes from a worker process each
 assert report.data["timing"]["rows"][0]["peak_memory_bytes"] > 0
 files = "by_api/dense.onnx", "by_api/compact.onnx"
-assert ratio.measure(*map(Path, files), Settings(), processes=1, seconds=0.1).value > 0
+assert ratio.measure(*map(Path, files), {'input': (1, 3, 16, 16)}, seeds=[0], rounds=1).value > 0
 from exporters.mine import ANSWER  # what lies in the user's folder can still be imported
 assert ANSWER == 42
 """

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 import exporters.onnx as onnx_export
-from exporters.onnx import ExportSettings, bytes_of, export, parity
-from exporters.parity import BLIND, TOLERANCE, OutputParity, compare, well_conditioned
+from exporters.onnx import ExportSettings, export
+from exporters.parity import BLIND, TOLERANCE, OutputParity, _magnitudes, _pool, parity, well_conditioned
 from exporters.signature import bind, name_outputs
+from surgery.core import file_bytes
 from surgery.errors import CheckFailed, InvalidInput, UnsupportedModel
 
 IMAGE = torch.randn(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -114,7 +115,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, onnx_exp
 
 def test_result_tells_what_was_written(plain):
     _, result = plain
-    assert result.bytes == result.path.stat().st_size == bytes_of(result.path)
+    assert result.bytes == result.path.stat().st_size == file_bytes(result.path)
     assert result.opset == onnx_export.DEFAULT_OPSET == onnx.load(result.path).opset_import[0].version
     assert result.dynamic == {"image": {0: "batch"}}
     assert result.error <= TOLERANCE and result.varying > BLIND and result.notes == ()
@@ -298,7 +299,7 @@ def test_weights_above_the_limit_go_beside_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_export, "_ONE_FILE_BYTES", 100)
     result = export(ConvNet(), IMAGE, tmp_path / "m.onnx", ExportSettings(dynamo=False))
     assert {p.name for p in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
-    assert result.bytes == bytes_of(result.path) == sum(p.stat().st_size for p in tmp_path.iterdir())
+    assert result.bytes == file_bytes(result.path) == sum(p.stat().st_size for p in tmp_path.iterdir())
     assert run(result.path, image=IMAGE)[0].shape == (1, 5)
 
 
@@ -346,11 +347,15 @@ def test_nan_weights_are_refused(tmp_path):
 def test_parity_alone_measures_a_wrong_model(plain):
     model, result = plain
     other = copy.deepcopy(model).eval()
-    assert parity(result.path, other, bind(other, IMAGE)).error <= TOLERANCE
+    assert parity(result.path, *bind(other, IMAGE)).error <= TOLERANCE
     with torch.no_grad():
         other.conv.weight[[0, 1]] = other.conv.weight[[1, 0]]
-    found = parity(result.path, other, bind(other, IMAGE))
+    found = parity(result.path, *bind(other, IMAGE))
     assert found.error > 100 * TOLERANCE and found.batches == (1, 2, 7)
+
+
+def compare(expected: np.ndarray, got: np.ndarray) -> OutputParity:
+    return _pool([_magnitudes(expected, got)])
 
 
 def test_comparison_ignores_what_all_outputs_share():
@@ -389,7 +394,7 @@ def test_names_of_variable_inputs():
             return first + sum(rest) * scale
 
     t = torch.zeros(1)
-    assert list(bind(Variable(), (t, t, t), {"scale": t}).tensors) == ["first", "rest_0", "rest_1", "scale"]
+    assert list(bind(Variable(), (t, t, t), {"scale": t})[1]) == ["first", "rest_0", "rest_1", "scale"]
 
 
 class Windows(nn.Module):

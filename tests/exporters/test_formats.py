@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import surgery
-from exporters import formats
 from exporters.formats import FORMATS, register_format
 from surgery.errors import InvalidInput
 from surgery.pipeline import Result
@@ -26,7 +25,7 @@ def sizes_format() -> Iterator[str]:
         target.write_text(f"{source.stat().st_size} {' '.join(inputs)}")
 
     yield "sizes"
-    del formats._FORMATS["sizes"]
+    del FORMATS["sizes"]
 
 
 @pytest.fixture(scope="module")

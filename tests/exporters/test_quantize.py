@@ -139,8 +139,8 @@ def test_batches_may_be_of_several_sizes(source: Path, tmp_path: Path, method: s
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda s, t: to_int8(s, t, images(0)), "0 images to calibrate on"),
-        (lambda s, t: to_int8(s, t, images(5)), "5 images to calibrate on: give at least 8"),
+        (lambda s, t: to_int8(s, t, images(0)), r"calibrate on \(0\)"),
+        (lambda s, t: to_int8(s, t, images(5)), r"calibrate on \(5\); give 8 or more"),
         (lambda s, t: to_int8(s, t, [{"pixels": images()[0]["image"]}]), "takes image; a batch of images has pixels"),
         (lambda s, t: to_int8(s, t, [{"image": images()[0]["image"][:, :2]}]), "does not take these images"),
         (lambda s, t: to_int8(s.with_name("no.onnx"), t, images()), "cannot load"),
@@ -186,7 +186,7 @@ def test_a_file_with_a_fixed_batch_is_judged_on_any_number_of_images(model: nn.M
     x = torch.from_numpy(images(10)[0]["image"])
     with torch.no_grad():
         assert torch.allclose(OnnxModel(fixed)(x), model(x), atol=1e-4)
-    assert [len(piece["image"]) for piece in OnnxModel(fixed).pieces([x])] == [4, 4]
+    assert [len(piece["image"]) for piece in OnnxModel(fixed).pieces({"image": x})] == [4, 4]
 
 
 # From the command line. ----------------------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ def test_all_files_are_written_timed_and_judged(shrink: Shrink, tmp_path: Path) 
         (("--precision", "int4", "--data", "nets.py:data"), "'int4' is not accepted; give some of fp32, fp16, int8"),
         (("--format", "tflite"), "format 'tflite' is not accepted; give some of onnx, ort"),
         (("--min-ort", "0.9"), "older than 1.14"),
-        (("--precision", "int8", "--data", "nets.py:few", "--recover", "none"), "calibrate int8 files on (4)"),
+        (("--precision", "int8", "--data", "nets.py:few", "--recover", "none"), "calibrate on (4)"),
         (("--precision", "int8", "--data", "nets.py:data", "--int8-keep", "nothing"), "names no layer"),
     ],
 )
@@ -297,8 +297,7 @@ def test_a_folder_of_too_few_photos_is_refused_before_the_work(shrink: Shrink, t
 
 def test_a_row_is_dominated_where_another_is_no_worse_and_clearly_better_in_one() -> None:
     def at(time: float, loss: float) -> standings.Standing:
-        ratio = {"value": time, "low": time - 0.02, "high": time + 0.02}
-        return standings.standing(ratio, (loss, loss - 1, loss + 1))
+        return (time, time - 0.02, time + 0.02), (loss, loss - 1, loss + 1)
 
     rows = {"dense": at(1.0, 0.0), "compact": at(0.8, 2.0), "dense int8": at(0.5, 0.5), "compact int8": at(0.4, 2.2)}
     found = {name: standings.dominating(name, rows) for name in rows}
@@ -327,7 +326,7 @@ def test_times_that_are_unreliable_put_no_row_above_another() -> None:
 
 
 def test_what_is_no_faster_is_said(source: Path, tmp_path: Path) -> None:
-    made = {f"compact {p}": quantize.Quantised(source, 1, (4, 4), 1.0, 1.0) for p in ("fp16", "int8")}
+    made = {f"compact {p}": quantize.Quantised(source, 1, (4, 4), 1.0) for p in ("fp16", "int8")}
     rows = [("compact", 0.8), ("compact fp16", 0.82), ("compact int8", 0.4)]
     timed = [{"name": n, "ratio": {"value": v, "low": v, "high": v}} for n, v in rows]
     timing: dict[str, Any] = {"rows": timed, "reliable": True}

@@ -16,9 +16,8 @@ from torch import nn
 
 import surgery
 from exporters import onnx as exporter
-from exporters.onnx import ExportSettings, export
+from exporters.onnx import READ, ExportSettings, export, require_readable
 from exporters.quantize import Int8, saturates, to_fp16, to_int8
-from exporters.runtimes import READ, Reader, format_of, require_readable
 from surgery.delivery import validate_output
 from surgery.errors import InvalidInput, UnsupportedModel
 
@@ -49,7 +48,7 @@ def test_files_carry_what_a_runtime_reads(
     for path in made:
         model = onnx.load(path)
         assert (model.ir_version, [(x.domain, x.version) for x in model.opset_import]) == (ir_version, [("", opset)])
-        require_readable(model, Reader.of(version), path.name)
+        require_readable(model, version, path.name)
 
 
 def test_a_newer_runtime_changes_nothing(net: nn.Module, tmp_path: Path) -> None:
@@ -61,9 +60,8 @@ def test_a_newer_runtime_changes_nothing(net: nn.Module, tmp_path: Path) -> None
 
 
 def test_each_set_is_written_in_the_oldest_format_that_goes_with_it() -> None:
-    assert [format_of(opset) for opset in (18, 19, 20, 21, 22, 23)] == [8, 9, 9, 10, 10, 11]
     for opset, ir_version in READ.values():
-        assert format_of(opset) <= ir_version
+        assert helper.find_min_ir_version_for([helper.make_opsetid("", opset)]) <= ir_version
 
 
 def test_the_operator_to_blame_is_named() -> None:
@@ -75,11 +73,11 @@ def test_the_operator_to_blame_is_named() -> None:
     )
     model = helper.make_model(graph, ir_version=9, opset_imports=[helper.make_opsetid("", 20)])
     with pytest.raises(UnsupportedModel, match=r"net.onnx: operator Gelu \('two'\) is of operator set 20, .* 1.16"):
-        require_readable(model, Reader.of("1.16"), "net.onnx")
-    require_readable(model, Reader.of("1.17"), "net.onnx")
+        require_readable(model, "1.16", "net.onnx")
+    require_readable(model, "1.17", "net.onnx")
     model.ir_version = 10
     with pytest.raises(UnsupportedModel, match="IR version 10"):
-        require_readable(model, Reader.of("1.17"), "net.onnx")
+        require_readable(model, "1.17", "net.onnx")
 
 
 def test_an_export_that_ends_up_newer_is_refused_and_the_older_file_stays(
@@ -93,22 +91,6 @@ def test_an_export_that_ends_up_newer_is_refused_and_the_older_file_stays(
     with pytest.raises(UnsupportedModel, match=r"operator Gelu .* reads sets up to 19"):
         export(net, torch.randn(1, 3, 16, 16), target, ExportSettings(min_ort="1.16"))
     assert target.read_bytes() == b"before"
-
-
-class Sampled(nn.Module):
-    def forward(self, x: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-        return nn.functional.grid_sample(x, grid, align_corners=False)
-
-
-@pytest.mark.parametrize(("axes", "version"), [(2, "1.14"), (3, "1.17"), (3, "1.16")])
-def test_sampling_volumes_needs_a_newer_runtime(axes: int, version: str, tmp_path: Path) -> None:
-    example = torch.rand(1, 3, *[6] * axes), torch.rand(1, *[4] * axes, axes)
-    if (axes, version) != (3, "1.16"):
-        assert export(Sampled(), example, tmp_path / "net.onnx", ExportSettings(min_ort=version)).path.is_file()
-        return
-    with pytest.raises(UnsupportedModel, match="GridSample"):
-        export(Sampled(), example, tmp_path / "net.onnx", ExportSettings(min_ort=version))
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -94,11 +94,13 @@ def test_a_table_is_the_same_after_a_trip_through_its_file(tmp_path: Path) -> No
     grid().save(tmp_path / "t.json")
     again = LatencyTable.load(tmp_path / "t.json")
     assert again.to_json() == grid().to_json()
-    assert again.digest == grid().digest
     assert [path.name for path in tmp_path.iterdir()] == ["t.json"]
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"schema": 1}', "nonsense", '{"schema": 1, "kernels": {"x": 1}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "[1]", '{"schema": 1}', "nonsense", '{"schema": 1, "kernels": {"x": 1}}', "[" * 100_000],
+)
 def test_what_is_no_table_is_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "t.json").write_text(text)
     with pytest.raises(InvalidInput, match="surgery profile") as caught:
@@ -121,13 +123,8 @@ def test_what_is_no_table_is_refused_in_one_sentence(tmp_path: Path, text: str) 
     ],
 )
 def test_figures_that_are_no_times_are_refused(damage: dict[str, object]) -> None:
-    with pytest.raises(InvalidInput, match="damaged"):
-        LatencyTable.from_json(json.dumps({**json.loads(grid().to_json()), **damage}), "t")
-
-
-def test_text_that_is_nested_too_deeply_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="not a latency table"):
-        LatencyTable.from_json("[" * 100_000, "t")
+    with pytest.raises(ValueError, match="damaged"):
+        LatencyTable.from_json(json.dumps({**json.loads(grid().to_json()), **damage}))
 
 
 def test_files_that_are_no_text_and_folders_are_refused(tmp_path: Path) -> None:
@@ -140,10 +137,10 @@ def test_files_that_are_no_text_and_folders_are_refused(tmp_path: Path) -> None:
 def test_a_damaged_grid_and_another_schema_are_refused() -> None:
     data = json.loads(grid().to_json())
     data["kernels"][CONV.key]["grid"] = [1.0]
-    with pytest.raises(InvalidInput, match="damaged"):
-        LatencyTable.from_json(json.dumps(data), "t")
-    with pytest.raises(InvalidInput, match="schema 99"):
-        LatencyTable.from_json(json.dumps({**data, "schema": 99}), "t")
+    with pytest.raises(ValueError, match="damaged"):
+        LatencyTable.from_json(json.dumps(data))
+    with pytest.raises(ValueError, match="schema 99"):
+        LatencyTable.from_json(json.dumps({**data, "schema": 99}))
 
 
 # Stairs. -------------------------------------------------------------------------------------------------------------
@@ -175,10 +172,10 @@ class Fakes:
         self.measured: list[tuple[str, tuple[int, ...]]] = []
         patch.setenv(cache.VARIABLE, str(folder))
         patch.setattr(probe, "describe", lambda conditions: {**DEVICE, "threads": conditions.threads})
-        patch.setattr(fill, "measure", self.measure)
-        patch.setattr(fill, "new_table", lambda **_: LatencyTable({**DEVICE, "threads": 1}, {}, 0.001, {}))
+        patch.setattr(fill.Timer, "measure", lambda timer, points: self.measure(points))
+        patch.setattr(fill, "new_table", lambda timer: LatencyTable({**DEVICE, "threads": 1}, {}, 0.001, {}))
 
-    def measure(self, points, **_):  # type: ignore[no-untyped-def]
+    def measure(self, points):  # type: ignore[no-untyped-def]
         self.measured += [(kernel.key, widths) for kernel, widths in points]
         return {(kernel.key, widths): float(sum(widths)) for kernel, widths in points}
 
@@ -216,17 +213,6 @@ def test_a_corrupted_file_is_measured_again_with_one_sentence(fakes: Fakes, dama
     assert len(said) == 1
     assert "measured again" in said[0]
     assert LatencyTable.load(path).ms(CONV, (32, 32)) == 64.0
-
-
-def test_a_table_of_another_device_is_measured_again(fakes: Fakes) -> None:
-    cache.Measured(Conditions(1)).cover([(CONV, (32, 32))])
-    path = cache.Measured(Conditions(1)).path
-    data = json.loads(path.read_text())
-    path.write_text(json.dumps({**data, "device": {"cpu": "another"}}))
-    said: list[str] = []
-    cache.Measured(Conditions(1), warn=said.append)
-    assert len(said) == 1
-    assert "another device" in said[0]
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_nothing_more(

@@ -164,8 +164,7 @@ class Machine:
     def ratio(self, compact: float, *, processes: int, after: Ratio | None = None) -> Ratio:
         self.processes.append(processes)
         ratio = self.truth(compact)
-        found = Ratio(ratio, (ratio,) * (processes - (len(after.ratios) if after else 0)), 10.0, 10.0 * ratio)
-        return after + found if after else found
+        return Ratio(((ratio, 10.0, 10.0 * ratio),) * processes)
 
 
 def aimed(fraction: float, step: float = 0.0) -> Aimed:

@@ -283,7 +283,7 @@ def test_the_next_plan_aims_by_it(device: Device, folder: Path, accepted: dict[s
 def test_what_a_device_cannot_do_is_said_in_one_sentence(device: Device, folder: Path) -> None:
     pack = str(folder / "pack.zip")
     for arguments, said in (
-        (("accept", "absent.onnx"), "no file absent.onnx"),
+        (("accept", "absent.onnx"), "cannot load absent.onnx"),
         (("accept", str(folder / "nets.py")), "cannot load"),
         (("--threads", "4096"), "--threads 4096"),
         (("--rounds", "0"), "--rounds 0"),

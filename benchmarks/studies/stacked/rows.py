@@ -25,7 +25,8 @@ from benchmarks.studies.stacked.subjects import Case, Judges
 from exporters import onnx
 from exporters.quantize import saturates, to_int8
 from exporters.session import OnnxModel, feeds
-from surgery.delivery import dominating, standing
+from surgery.core import file_bytes
+from surgery.delivery import dominating
 from surgery.inputs import import_torchvision
 from surgery.latency import Limits, Settings, available_cores, ort
 from surgery.recovery import paired_drop
@@ -293,7 +294,7 @@ def _row(name: str, files: Files, timing: ort.Timing, logits: Mapping[str, Seque
         "p50_ms": found.p50_ms,
         "latency": asdict(found.ratio),
         "of_dense_int8": round(found.p50_ms / dense.p50_ms, 4),
-        "bytes": onnx.bytes_of(files.paths[name]),
+        "bytes": file_bytes(files.paths[name]),
         **files.facts[name],
         "judged": [
             judged(by, logits[name][k], logits["dense"][k], logits["dense int8"][k]) for k, by in enumerate(sets)
@@ -339,6 +340,8 @@ def lost(row: Mapping[str, Any]) -> tuple[float, float, float]:
 
 def mark_dominated(rows: Sequence[dict[str, Any]], *, reliable: bool) -> None:
     """Name for each row the fastest one that beats it; none where which is faster is not known."""
-    standings = {row["name"]: standing(row["latency"], lost(row)) for row in rows} if reliable else {}
+    keys = ("value", "low", "high")
+    found = {row["name"]: (tuple(row["latency"][key] for key in keys), lost(row)) for row in rows}
+    standings = found if reliable else {}
     for row in rows:
         row["dominated_by"] = dominating(row["name"], standings)
