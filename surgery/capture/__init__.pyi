@@ -1,7 +1,6 @@
 from . import submodule as submodule
 from .submodule import Whole as Whole, reach as reach
 from .tracing import (
-    describe_graph as describe_graph,
     evaluating as evaluating,
     module_of as module_of,
     require_finite as require_finite,

@@ -25,7 +25,6 @@ from surgery.capture.passes import normalise
 from surgery.core import (
     UNKNOWN,
     InputSpec,
-    Node,
     Program,
     attribute,
     buffers_kept,
@@ -74,7 +73,6 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
     weights = (f"'{name}' holds the weight that forward computed from {', '.join(s)}" for name, s in computed.items())
     return Program(
         graph=graph,
-        nodes=describe_graph(graph.graph),
         inputs=inputs,
         example_args=args,
         example_kwargs=kwargs,
@@ -280,16 +278,6 @@ def module_of(node: torch.fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [entry[0] if isinstance(entry, tuple) else str(entry) for entry in stack.values()]
     return paths[-1] if paths else ""
-
-
-def describe_graph(graph: torch.fx.Graph) -> tuple[Node, ...]:
-    """Return the operations of a graph in order."""
-    called = [n for n in graph.nodes if n.op == "call_function"]
-    shapes = [shapes_of(n.meta.get("val")) for n in called]
-    return tuple(
-        Node(n.name, str(n.target), shape if isinstance(shape, tuple) else (), source_of(n), module_of(n))
-        for n, shape in zip(called, shapes, strict=True)
-    )
 
 
 def _fingerprint(graph: torch.fx.GraphModule) -> str:

@@ -53,7 +53,6 @@ from .ir import (
     Frozen as Frozen,
     Group as Group,
     InputSpec as InputSpec,
-    Node as Node,
     Plan as Plan,
     Program as Program,
     Scores as Scores,

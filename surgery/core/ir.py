@@ -38,17 +38,6 @@ class InputSpec:
     dynamic: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
-    """One traced operation. `source` is the user's ``file:line``, `module` the dotted path of its module."""
-
-    name: str
-    op: str
-    shape: tuple[int, ...]
-    source: str
-    module: str
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Program:
     """A traced network.
@@ -56,7 +45,6 @@ class Program:
     Attributes:
         graph: a `torch.fx.GraphModule` over ATen operators, functional (no in-place operators), whose `get_attr`
             targets are the dense model's own parameter and buffer names.
-        nodes: what the graph computes, in order; a readable copy for reports.
         inputs: the tensor inputs in forward's order.
         example_args: positional example inputs, batch 2 where the batch axis is dynamic.
         example_kwargs: keyword example inputs.
@@ -71,7 +59,6 @@ class Program:
     """
 
     graph: Any
-    nodes: tuple[Node, ...]
     inputs: tuple[InputSpec, ...]
     example_args: tuple[Any, ...]
     example_kwargs: Mapping[str, Any]
@@ -332,11 +319,6 @@ class CompactModel:
     graph: Any
     lost_in_training: tuple[str, ...] = ()
     stuck: str = ""
-
-    @property
-    def has_graph(self) -> bool:
-        """Whether there is a rewritten program."""
-        return self.graph is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,8 +66,8 @@ def cost_functions(program: Program, coupling: Coupling) -> Mapping[str, CostFn]
 def _macs(program: Program, labelled: LabelledGraph) -> CostFn:
     table, sizes, batch = rules(), Sizes(labelled), batch_size(program)
     terms: list[tuple[Callable[[Mapping[str, Shape], Shape], int], dict[str, list[int]], list[int]]] = []
-    for node in program.nodes:
-        rule = table.get(node.op)
+    for node in program.graph.graph.nodes:
+        rule = table.get(str(node.target))
         if rule is not None and rule.macs is not None:
             tensors = {k: sizes.track(v) for k, v in labelled.calls[node.name].items() if isinstance(v, Value)}
             terms.append((rule.macs, tensors, sizes.track(values_in(labelled.values[node.name])[0])))

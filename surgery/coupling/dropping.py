@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from surgery.capture import describe_graph, evaluating, module_of
+from surgery.capture import evaluating, module_of
 from surgery.core import (
     Block,
     Program,
@@ -74,7 +74,6 @@ def drop(program: Program, constants: Mapping[str, Sequence[float]], blocks: Seq
     return replace(
         program,
         graph=held,
-        nodes=describe_graph(graph),
         model=model,
         why_graph=why,
         materialised={name: sources for name, sources in program.materialised.items() if name in tensors},

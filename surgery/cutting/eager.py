@@ -101,7 +101,6 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
     return Program(
         graph=None,
-        nodes=(),
         inputs=tuple(inputs),
         example_args=args,
         example_kwargs=kwargs,

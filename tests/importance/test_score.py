@@ -40,7 +40,6 @@ def singles(size: int) -> tuple[tuple[int, ...], ...]:
 def program_of(model: nn.Module) -> Program:
     return Program(
         graph=None,
-        nodes=(),
         inputs=(),
         example_args=(),
         example_kwargs={},

@@ -43,7 +43,7 @@ def group(name: str, size: int, inexact: str | None = None) -> Group:
 def data() -> dict[str, Any]:
     inputs = (InputSpec("x", (2, 3, 8, 8), "float32", (0,)),)
     program = Program(
-        graph=None, nodes=(), inputs=inputs, example_args=(), example_kwargs={}, fingerprint="f" * 64,
+        graph=None, inputs=inputs, example_args=(), example_kwargs={}, fingerprint="f" * 64,
         notes=("height and width are fixed",), model=Net(),
     )  # fmt: skip
     groups = (group("conv1.weight:0", 16), group("fc.weight:0", 8, "layer norm at net.py:7"), group("last.weight:0", 4))
