@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from string import ascii_letters
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ def expand_einsums(graph: fx.GraphModule) -> None:
         operands: Any = node.args[1]
         terms, out = letters(node)
         with graph.graph.inserting_before(node):
-            builder = _Builder(graph.graph, node)
+            builder = _Builder(node)
             value, term = operands[0], terms[0]
             for k in range(1, len(operands)):
                 wanted = set(out).union(*terms[k + 1 :])
@@ -46,7 +48,7 @@ def letters(node: fx.Node) -> tuple[list[str], str]:
     if not arrow:
         once = sorted(x for x in set(left) - set(",.") if left.count(x) == 1)
         right = (_ELLIPSIS if _ELLIPSIS in left else "") + "".join(once)
-    unused = [x for x in "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz" if x not in equation]
+    unused = [x for x in ascii_letters if x not in equation]
     hidden = [rank - len(term.replace(_ELLIPSIS, "")) for term, rank in zip(terms, ranks, strict=True)]
     widest = max((h for h, term in zip(hidden, terms, strict=True) if _ELLIPSIS in term), default=0)
     dots = "".join(unused[:widest])
@@ -58,15 +60,15 @@ def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
 
+@dataclass(frozen=True)
 class _Builder:
     """Inserts operators that carry the source line and module of `origin`."""
 
-    def __init__(self, graph: fx.Graph, origin: fx.Node) -> None:
-        self.graph, self.origin = graph, origin
+    origin: fx.Node
 
     def call(self, op: Any, *args: Any) -> fx.Node:
         """Insert a call with the meta value that the tracer would have recorded."""
-        node = self.graph.call_function(op, args)
+        node = self.origin.graph.call_function(op, args)
         node.meta = {k: v for k, v in self.origin.meta.items() if k in ("stack_trace", "nn_module_stack")}
         node.meta["val"] = op(*fx.map_arg(args, lambda n: n.meta["val"]))
         return node
@@ -101,9 +103,8 @@ class _Builder:
 
     def _summed(self, x: fx.Node, term: str, wanted: set[str]) -> tuple[fx.Node, str]:
         axes = [k for k, letter in enumerate(term) if letter not in wanted]
-        if not axes:
-            return x, term
-        return self.call(aten.sum.dim_IntList, x, axes), "".join(letter for letter in term if letter in wanted)
+        x = self.call(aten.sum.dim_IntList, x, axes) if axes else x
+        return x, "".join(letter for letter in term if letter in wanted)
 
     def _laid_out(self, x: fx.Node, term: str, leading: list[str], rows: list[str], columns: list[str]) -> fx.Node:
         """Permute and reshape an operand to (*leading, rows, columns), with axes of length one for missing letters."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -37,11 +38,12 @@ def functionalize(graph: fx.GraphModule) -> None:
     Raises:
         NeedsFunctionalization: see above; the graph is then unusable.
     """
-    state = _Memory(graph)
+    state = _Memory(_alias_families(graph))
     for node in list(graph.graph.nodes):
         state.visit(node)
 
 
+@dataclass
 class _Memory:
     """Aliases and current contents of values, updated node by node.
 
@@ -53,19 +55,18 @@ class _Memory:
         stale: values whose memory was written to through another view.
     """
 
-    def __init__(self, graph: fx.GraphModule) -> None:
-        self.graph, self.aliases = graph.graph, _alias_families(graph)
-        self.whole: dict[fx.Node, fx.Node] = {}
-        self.written: dict[fx.Node, fx.Node] = {}
-        self.current: dict[fx.Node, fx.Node] = {}
-        self.stale: set[fx.Node] = set()
-        self._visited: set[fx.Node] = set()
+    aliases: Mapping[fx.Node, list[fx.Node]]
+    whole: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    written: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    current: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    stale: set[fx.Node] = field(default_factory=set)
+    visited: set[fx.Node] = field(default_factory=set)
 
     def visit(self, node: fx.Node) -> None:
         """Redirect a node's arguments to their current contents, and record its writes."""
         first = node.args[0] if node.args else None
         target = self.written.get(first, first) if isinstance(first, fx.Node) else None
-        node.args, node.kwargs = fx.map_arg(node.args, self._now), fx.map_arg(node.kwargs, self._now)
+        node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), self._now)
         if target is not None and node.target in _SCATTERS:
             self.whole[node] = target
         if mutates(node):
@@ -73,7 +74,7 @@ class _Memory:
                 raise NeedsFunctionalization
             self._write(node, target)
             self.written[node] = target
-        self._visited.add(node)
+        self.visited.add(node)
 
     def _now(self, argument: fx.Node) -> fx.Node:
         value = self.written.get(argument, argument)
@@ -87,13 +88,13 @@ class _Memory:
             chain.append(self.whole[chain[-1]])
         if chain[-1].op != "call_function" or plain is None:
             raise NeedsFunctionalization
-        self.stale.update(n for n in self.aliases[target] if n in self._visited and n not in chain)
+        self.stale.update(n for n in self.aliases[target] if n in self.visited and n not in chain)
         node.target = plain
         changed = self.current[target] = _in_dtype(node, target.meta["val"].dtype)
         for view, whole in pairwise(chain):
-            with self.graph.inserting_after(changed):
+            with node.graph.inserting_after(changed):
                 arguments = (self._now(whole), changed, *view.args[1:])
-                changed = self.graph.call_function(_SCATTERS[view.target], arguments, dict(view.kwargs))
+                changed = node.graph.call_function(_SCATTERS[view.target], arguments, dict(view.kwargs))
             changed.meta = {**node.meta, "val": whole.meta.get("val")}
             self.current[whole] = changed
 
@@ -112,9 +113,8 @@ def _in_dtype(node: fx.Node, dtype: torch.dtype) -> fx.Node:
 def _plain_overload(op: Any) -> Any:
     """The out-of-place form of an in-place operator, or None."""
     name = op.name().removeprefix("aten::").split(".")[0]
-    if not name.endswith("_") or not hasattr(aten, name[:-1]):
-        return None
-    return getattr(getattr(aten, name[:-1]), op._overloadname, None)
+    packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
+    return getattr(packet, op._overloadname, None)
 
 
 def _alias_families(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:

@@ -15,23 +15,15 @@ from surgery.errors import InvalidInput, SurgeryError
 
 UNKNOWN = "an unknown line"
 
-
-_OURS = Path(__file__).parents[1]
 _STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
-
-
-def _foreign() -> tuple[str, ...]:
-    """Path prefixes of files that are not the user's: torch, exporters, this package, generated code."""
-    specs = (importlib.util.find_spec(name) for name in ("torch", "onnx", "onnx_ir", "onnxscript"))
-    folders = [_OURS, _OURS.with_name("exporters"), *(Path(s.origin).parent for s in specs if s and s.origin)]
-    return (*(f"{folder}{os.sep}" for folder in folders), "<", "importlib")
-
-
-_FOREIGN = _foreign()
+_PACKAGES = filter(
+    None, map(importlib.util.find_spec, ("surgery", "exporters", "torch", "onnx", "onnx_ir", "onnxscript"))
+)
+_FOREIGN = (*(f"{Path(spec.origin).parent}{os.sep}" for spec in _PACKAGES if spec.origin), "<", "importlib")
 _MENTIONED = re.compile(r'File "([^"]+\.py)", line (\d+)|(/[^\s"()]+\.py)[:(](\d+)')
 
 
-def foreign(file: str) -> bool:
+def _foreign(file: str) -> bool:
     """Return whether a source file belongs to torch, an exporter, Python or this package, or is generated."""
     return file.startswith(_FOREIGN) or (file.startswith(_STDLIB) and "site-packages" not in file)
 
@@ -56,7 +48,7 @@ def explained(what: str, kind: type[SurgeryError] = InvalidInput) -> Iterator[No
 def last_own_line(text: str) -> str:
     """Return `file:line` of the user's last frame in the text of a traceback, or an empty string."""
     found = [(a or c, b or d) for a, b, c, d in _MENTIONED.findall(text)]
-    own = [f"{file}:{line}" for file, line in found if not foreign(file)]
+    own = [f"{file}:{line}" for file, line in found if not _foreign(file)]
     return own[-1] if own else ""
 
 
@@ -64,7 +56,7 @@ def where_raised(error: BaseException) -> str:
     """Return `file:line` of the innermost frame in the user's code, of the error or of its cause."""
     seen: BaseException | None = error
     while seen is not None:
-        frames = [f for f in traceback.extract_tb(seen.__traceback__) if not foreign(f.filename)]
+        frames = [f for f in traceback.extract_tb(seen.__traceback__) if not _foreign(f.filename)]
         found = last_own_line(str(seen)) or (f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "")
         if found:
             return found

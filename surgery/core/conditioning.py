@@ -23,9 +23,7 @@ from surgery.core.ir import Program
 
 aten = torch.ops.aten
 
-TOLERANCE = MappingProxyType(
-    {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2},
-)
+TOLERANCE = MappingProxyType({torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2})
 """By dtype, the largest error at which results count as equal, relative to the part that varies with the input."""
 
 BLIND = 1e-3

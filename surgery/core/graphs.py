@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,9 +46,7 @@ def mutates(node: torch.fx.Node) -> bool:
 
 def attribute(module: Any, path: str) -> Any:
     """Follow a dotted path."""
-    for part in path.split("."):
-        module = getattr(module, part)
-    return module
+    return operator.attrgetter(path)(module)
 
 
 def shapes_of(value: Any) -> Any:

@@ -1,15 +1,13 @@
 """Changes to torch's internals that make captures faster. Nothing else in the package patches torch for speed.
 
-`benchmarks/studies/capture_time.py` measures each. Together they bring `trace` of MobileNetV2 from 3.6 to 1.4 CPU
+`benchmarks/studies/capture_time.py` measures each. Together they bring `trace` of MobileNetV2 from 3.6 to 1.7 CPU
 seconds. Patches of attributes that the installed torch does not have are skipped.
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
 import threading
-import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import lru_cache
@@ -19,10 +17,7 @@ import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
 from torch._subclasses import fake_impls, fake_tensor
-from torch.fx import proxy
 from torch.fx.experimental import proxy_tensor
-
-from surgery.core.blame import foreign
 
 ONE_AT_A_TIME = threading.RLock()
 """Held while process-wide state is changed: torch's functions, streams, logging."""
@@ -42,7 +37,6 @@ def _patches() -> Mapping[str, AbstractContextManager[None]]:
     formats = "suggest_memory_format"
     return {
         "shapes of activations": _same_shape(),  # 1.5
-        "stack traces": instead(proxy, "CapturedTraceback", _OwnFrames),  # 0.3
         "tensor metadata": instead(proxy_tensor, "_extract_tensor_metadata", lambda *_, **__: None),  # 0.2
         "memory formats": instead(fake_tensor, formats, _memory_format(getattr(fake_tensor, formats, None))),  # 0.2
     }
@@ -136,29 +130,3 @@ def _memory_format(suggested: Any) -> Any:
 @lru_cache(maxsize=4096)
 def _steps(size: Any) -> int:
     return int(size.count_ops())
-
-
-# Stack traces. --------------------------------------------------------------------------------------------------------
-
-
-class _OwnFrames:
-    """Replacement for torch's captured traceback: the user's frames, and those named `forward`, which torch needs."""
-
-    def __init__(self) -> None:
-        self._found: list[tuple[str, int, str]] = []
-
-    @classmethod
-    def extract(cls, **_: Any) -> _OwnFrames:
-        """Record the calling stack."""
-        frames, frame = cls(), sys._getframe(1)
-        while frame is not None:
-            code = frame.f_code
-            if code.co_name == "forward" or not foreign(code.co_filename):
-                frames._found.append((code.co_filename, frame.f_lineno, code.co_name))
-            frame = frame.f_back  # type: ignore[assignment]
-        return frames
-
-    def summary(self) -> traceback.StackSummary:
-        """Return the frames, outermost first."""
-        found = [traceback.FrameSummary(*frame, lookup_line=False) for frame in reversed(self._found)]
-        return traceback.StackSummary.from_list(found)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core import Layers, Step, Value, step
-from surgery.ops.examples import between_convs
+from surgery.ops.examples import between_convs, between_linears
 from surgery.ops.registry import Call, Rewrite, Rule, Shape, register
 
 
@@ -74,21 +74,10 @@ def _onnx_sdpa(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) ->
     ]
 
 
-class _Attention(nn.Module):
-    """Query, key and value projections, multi-head attention, output projection."""
-
-    def __init__(self, width: int = 12, heads: int = 3) -> None:
-        super().__init__()
-        self.heads, self.size = heads, width // heads
-        self.q, self.k, self.v = nn.Linear(7, width), nn.Linear(7, width), nn.Linear(7, width)
-        self.out = nn.Linear(width, 5)
-
-    def forward(self, x: Tensor) -> Any:
-        """(B, N, 7) to (B, N, 5)."""
-        b, n, _ = x.shape
-        q, k, v = (f(x).reshape(b, n, self.heads, self.size).transpose(1, 2) for f in (self.q, self.k, self.v))
-        y = nn.functional.scaled_dot_product_attention(q, k, v)
-        return self.out(y.transpose(1, 2).reshape(b, n, self.heads * self.size))
+def _attention(x: Tensor) -> Tensor:
+    """Query, key and value side by side in 2 heads of 2 features each."""
+    q, k, v = x.reshape(-1, 6, 3, 2, 2).permute(2, 0, 3, 1, 4).unbind(0)
+    return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def _softmax_rule(op: str, function: Callable[[Tensor], Tensor]) -> Rule:
@@ -107,7 +96,7 @@ register(
         "aten.scaled_dot_product_attention.default",
         "attention",
         _couple_sdpa,
-        lambda: (_Attention(), (torch.randn(2, 6, 7),)),
+        between_linears(_attention, after=4),
         _explicit_scale,
         masked=("query", "key", "value"),
         macs=_sdpa_macs,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from surgery.core import Layers, Value, gather
-from surgery.ops.examples import Built, fork_convs
+from surgery.ops.examples import WithParameters, between_linears, fork_convs
 from surgery.ops.registry import Call, Replacement, Rewrite, Rule, register
 
 aten = torch.ops.aten
@@ -156,42 +156,15 @@ def _couple_copy(call: Call) -> Value:
 # Rules. -------------------------------------------------------------------------------------------------------------
 
 
-class _Table(nn.Module):
-    """A learned vector per token, selected by an index buffer, added to projected tokens."""
-
-    def __init__(self, look_up: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.before, self.after, self.table = nn.Linear(7, 12), nn.Linear(12, 5), nn.Embedding(9, 12)
-        self.look_up = look_up
-        self.index: Tensor
-        self.register_buffer("index", torch.tensor([0, 2, 4, 6, 8, 1]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 6, 7) to (B, 6, 5)."""
-        y: Tensor = self.after(self.before(x) + self.look_up(self.table.weight, self.index))
-        return y
+_ROWS = torch.tensor([0, 2, 4, 6, 8, 1])
 
 
-class _Positions(nn.Module):
-    """A bias per head and token pair, selected from a table by an index matrix, as in windowed attention."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.after = nn.Linear(7, 3 * 12), nn.Linear(12, 5)
-        self.table = nn.Parameter(torch.randn(11, 3))
-        self.index: Tensor
-        self.register_buffer("index", torch.arange(6)[:, None] - torch.arange(6) + 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 6, 7) to (B, 6, 5)."""
-        q, k, v = self.qkv(x).reshape(x.shape[0], 6, 3, 3, 4).permute(2, 0, 3, 1, 4).unbind(0)
-        attention = (q @ k.transpose(2, 3) + self.table[self.index].permute(2, 0, 1)).softmax(-1)
-        y: Tensor = self.after((attention @ v).transpose(1, 2).reshape(x.shape[0], 6, 12))
-        return y
-
-
-def _example(network: Callable[[], nn.Module]) -> Callable[[], Built]:
-    return lambda: (network(), (torch.randn(2, 6, 7),))
+def _biased(x: Tensor, table: Tensor) -> Tensor:
+    """Attention with a bias per head and token pair, selected from a table by an index matrix, as in windows."""
+    heads = x.reshape(-1, 6, 3, 4).transpose(1, 2)
+    index = torch.arange(6)[:, None] - torch.arange(6) + 5
+    attention = (heads @ heads.transpose(2, 3) + table[index].permute(2, 0, 1)).softmax(-1)
+    return (attention @ heads).transpose(1, 2).flatten(2)
 
 
 register(
@@ -199,14 +172,14 @@ register(
         "aten.embedding.default",
         "look-up",
         _couple_embedding,
-        _example(lambda: _Table(lambda table, index: nn.functional.embedding(index, table))),
+        between_linears(WithParameters(lambda x, table: x + nn.functional.embedding(_ROWS, table), (9, 12))),
         summary="rows are never cut, features pass",
     ),
     Rule(
         "aten.index.Tensor",
         "look-up",
         _couple_index,
-        _example(_Positions),
+        between_linears(WithParameters(_biased, (11, 3))),
         _rewrite_index,
         summary="other axes pass; one constant list of indices is run on labels, other indexed axes stay whole",
     ),
@@ -214,7 +187,7 @@ register(
         "aten.index_select.default",
         "look-up",
         _couple_index_select,
-        _example(lambda: _Table(lambda table, index: table.index_select(0, index))),
+        between_linears(WithParameters(lambda x, table: x + table.index_select(0, _ROWS), (9, 12))),
         _rewrite_index_select,
         summary="a constant index is run on labels; with any other the indexed axis is never cut",
     ),

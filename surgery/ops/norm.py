@@ -140,14 +140,9 @@ def _onnx_layer(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -
     return [step("LayerNormalization", "input", "weight", "bias", axis=-len(a["normalized_shape"]))]
 
 
-class _Decomposed(nn.BatchNorm2d):
-    """Batch norm as in programs exported to core ATen."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Use the running statistics."""
-        normalise = torch.ops.aten._native_batch_norm_legit_no_training
-        y: Tensor = normalise(x, self.weight, self.bias, self.running_mean, self.running_var, 0.1, 1e-5)[0]
-        return y
+def _decomposed(x: Tensor, *own: Tensor) -> Tensor:
+    y: Tensor = torch.ops.aten._native_batch_norm_legit_no_training(x, *own, 0.1, 1e-5)[0]
+    return y
 
 
 _BATCH = Rule(
@@ -187,7 +182,11 @@ _INSTANCE = Rule(
 
 register(
     _BATCH,
-    replace(_BATCH, op="aten._native_batch_norm_legit_no_training.default", example=between_convs(_Decomposed(8))),
+    replace(
+        _BATCH,
+        op="aten._native_batch_norm_legit_no_training.default",
+        example=between_convs(WithParameters(_decomposed, 8, 8, 8, 8)),
+    ),
     _INSTANCE,
     _LAYER,
     replace(
