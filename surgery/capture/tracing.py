@@ -255,10 +255,8 @@ def _notes_on_space(inputs: tuple[InputSpec, ...]) -> Iterator[str]:
     for spec in inputs:
         free, fixed = ([a for a in (2, 3) if (a in spec.dynamic) is yes] for yes in (True, False))
         if len(spec.shape) == 4 and free:
-            low, high = (
-                " x ".join(map(str, sizes))
-                for sizes in ([-(-spec.shape[a] // 2) for a in free], [LARGEST * spec.shape[a] for a in free])
-            )
+            low = " x ".join(str(-(-spec.shape[a] // 2)) for a in free)
+            high = " x ".join(str(LARGEST * spec.shape[a]) for a in free)
             yield f"input '{spec.name}': axes {free} may be {low} to {high}; other sizes were not examined"
         if len(spec.shape) == 4 and fixed:
             size = " x ".join(str(spec.shape[a]) for a in fixed)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import sysconfig
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from surgery.errors import InvalidInput, SurgeryError
@@ -16,9 +16,7 @@ from surgery.errors import InvalidInput, SurgeryError
 UNKNOWN = "an unknown line"
 
 _STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
-_PACKAGES = filter(
-    None, map(importlib.util.find_spec, ("surgery", "exporters", "torch", "onnx", "onnx_ir", "onnxscript"))
-)
+_PACKAGES = filter(None, map(find_spec, ("surgery", "exporters", "torch", "onnx", "onnx_ir", "onnxscript")))
 _FOREIGN = (*(f"{Path(spec.origin).parent}{os.sep}" for spec in _PACKAGES if spec.origin), "<", "importlib")
 _MENTIONED = re.compile(r'File "([^"]+\.py)", line (\d+)|(/[^\s"()]+\.py)[:(](\d+)')
 

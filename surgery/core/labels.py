@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -171,8 +172,10 @@ class LabelSet:
         common = set(left) & set(right)
         left, right = [x for x in left if x not in common], [x for x in right if x not in common]
         if not left or not right:
+            reasons = (self.state.frozen.get(self.find(x), "") for x in (*a, *b))
+            why = next(filter(None, reasons), f"{self.where}: meets an axis that is not cut")
             for root in left + right:
-                self._freeze_root(root, self._inherited_reason(a, b))
+                self._freeze_root(root, why)
         elif len(left) == len(right) == 1:
             self._union_roots(left[0], right[0])
         elif len(left) == 1 or len(right) == 1:
@@ -181,10 +184,6 @@ class LabelSet:
         else:
             for root in (left + right)[1:]:
                 self._union_roots(left[0], root)
-
-    def _inherited_reason(self, a: Sequence[int], b: Sequence[int]) -> str:
-        reasons = (self.state.frozen.get(self.find(x), "") for x in (*a, *b))
-        return next((r for r in reasons if r), f"{self.where}: meets an axis that is not cut")
 
     def _union_roots(self, a: int, b: int) -> None:
         a, b = self.find(a), self.find(b)
@@ -277,18 +276,14 @@ class LabelSet:
             parent[label], label = root, parent[label]
         return root
 
-    def slots(self, label: int) -> tuple[int, ...]:
-        """Return the roots whose conjunction `label` is, with 0 for each frozen part."""
-        root = self.find(label)
-        if root in self.state.frozen:
-            return (0,)
-        if root not in self.state.parts:
-            return (root,)
-        return tuple(slot for part in self.state.parts[root] for slot in self.slots(part))
-
     def expand(self, label: int) -> list[int]:
         """Return the roots whose conjunction `label` is; empty if it is always alive."""
-        return [slot for slot in dict.fromkeys(self.slots(label)) if slot]
+        root = self.find(label)
+        if root in self.state.frozen:
+            return []
+        if root not in self.state.parts:
+            return [root]
+        return list(dict.fromkeys(x for part in self.state.parts[root] for x in self.expand(part)))
 
     def canon(self, layers: Layers) -> Layers:
         """Rewrite layers in terms of roots, omitting layers that are always alive and merging equal ones."""
@@ -304,20 +299,17 @@ class LabelSet:
         if self._known_at != self.state.equations:
             self._known, self._known_at = {}, self.state.equations
         key = layer.tobytes()
-        if key not in self._known:
-            self._known[key] = self._worked_out(layer)
-            for column in self._known[key]:
-                column.flags.writeable = False
-        return self._known[key]
-
-    def _worked_out(self, layer: Layer) -> list[Layer]:
+        if key in self._known:
+            return self._known[key]
         unique, inverse = np.unique(layer, return_inverse=True)
         roots = [self.find(x) for x in unique.tolist()]
-        if self.state.frozen.keys().isdisjoint(roots) and self.state.parts.keys().isdisjoint(roots):
-            return [np.array(roots, dtype=np.int64)[inverse]]
-        rows = _aligned([self.expand(x) for x in roots])
-        depth = max(len(row) for row in rows)
-        return [np.array([r[k] if k < len(r) else 0 for r in rows], dtype=np.int64)[inverse] for k in range(depth)]
+        columns: list[Any] = [roots]
+        if not (self.state.frozen.keys().isdisjoint(roots) and self.state.parts.keys().isdisjoint(roots)):
+            columns = list(zip_longest(*_aligned([self.expand(x) for x in roots]), fillvalue=0))
+        found = self._known[key] = [np.array(column, dtype=np.int64)[inverse] for column in columns]
+        for column in found:
+            column.flags.writeable = False
+        return found
 
     def keep(self, layers: Layers, length: int, dead: Mask) -> Mask:
         """Return a mask (length,) of the indices that survive if the roots marked in `dead` are removed."""
@@ -343,7 +335,7 @@ class LabelSet:
         claimed, the one on the longest axis remains removable.
         """
         state = self.state
-        claimed = {slot for label in state.claimed for slot in self.slots(label)}
+        claimed = {root for label in state.claimed for root in self.expand(label)}
         unwanted: set[int] = set()
         wanted: set[int] = set()
         for label in list(state.parts):
