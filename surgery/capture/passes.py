@@ -6,19 +6,20 @@ verifies this after each pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from string import ascii_letters
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
 from torch._ops import HigherOrderOperator
 from torch.utils import _pytree as pytree
 
 from surgery.capture.constants import compute_weights, computed_weights, fold_scalars, scalars_of_constants
-from surgery.capture.einsum import einsums, expand_einsums
-from surgery.capture.functional import NeedsFunctionalization, functionalize, writes
-from surgery.core import UNKNOWN, attribute, hint, is_symbolic, last_own_line
+from surgery.core import UNKNOWN, attribute, hint, is_symbolic, last_own_line, mutates
 from surgery.errors import UnsupportedModel
 
 aten = torch.ops.aten
@@ -133,7 +134,7 @@ def drop_assertions(graph: fx.GraphModule) -> None:
 def value_dependent_sizes(graph: fx.GraphModule) -> Iterator[fx.Node]:
     """Return operators whose output size depends on values, such as a selection by a mask."""
     for node in graph.graph.nodes:
-        values = [x for x in pytree.tree_leaves(node.meta.get("val")) if isinstance(x, torch.Tensor)]
+        values = [x for x in pytree.tree_leaves(node.meta.get("val")) if isinstance(x, Tensor)]
         sizes: list[Any] = [size for x in values for size in x.shape if is_symbolic(size)]
         if any(size.node.hint is None for size in sizes):
             yield node
@@ -167,6 +168,239 @@ def reshape_to_sizes(graph: fx.GraphModule) -> None:
                 else:
                     sizes[axis] = hint(size)
         node.target, node.args = aten.reshape.default, (x, sizes)
+
+
+# In-place operators. -------------------------------------------------------------------------------------------------
+
+_SCATTERS: Mapping[Any, Any] = {
+    aten.slice.Tensor: aten.slice_scatter.default,
+    aten.select.int: aten.select_scatter.default,
+}
+
+
+class NeedsFunctionalization(Exception):
+    """A modified value is read through another view, or an operator exists only in place."""
+
+
+def writes(graph: fx.GraphModule) -> Iterator[fx.Node]:
+    """Return operators that write to a value of the graph, except state written back to a buffer."""
+    return (node for node in graph.graph.nodes if mutates(node) and node.args[0].op == "call_function")
+
+
+def functionalize(graph: fx.GraphModule) -> None:
+    """Replace in-place operators by out-of-place ones.
+
+    A write to a slice becomes a scatter into its base. A read through any other older view of the same memory requires
+    torch's functionalization, which takes about as long as another capture.
+
+    Raises:
+        NeedsFunctionalization: see above; the graph is then unusable.
+    """
+    state = _Memory(_alias_families(graph))
+    for node in list(graph.graph.nodes):
+        state.visit(node)
+
+
+@dataclass
+class _Memory:
+    """Aliases and current contents of values, updated node by node.
+
+    Attributes:
+        aliases: value → all values that may share its memory.
+        whole: slice or element → the value it was taken from.
+        written: result of an in-place operator → the value it wrote to, which is the same tensor.
+        current: modified value → the node that computes its current contents.
+        stale: values whose memory was written to through another view.
+    """
+
+    aliases: Mapping[fx.Node, list[fx.Node]]
+    whole: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    written: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    current: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    stale: set[fx.Node] = field(default_factory=set)
+    visited: set[fx.Node] = field(default_factory=set)
+
+    def visit(self, node: fx.Node) -> None:
+        """Redirect a node's arguments to their current contents, and record its writes."""
+        first = node.args[0] if node.args else None
+        target = self.written.get(first, first) if isinstance(first, fx.Node) else None
+        node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), self._now)
+        if target is not None and node.target in _SCATTERS:
+            self.whole[node] = target
+        if mutates(node):
+            if target is None:
+                raise NeedsFunctionalization
+            self._write(node, target)
+            self.written[node] = target
+        self.visited.add(node)
+
+    def _now(self, argument: fx.Node) -> fx.Node:
+        value = self.written.get(argument, argument)
+        if value in self.stale:
+            raise NeedsFunctionalization
+        return self.current.get(value, value)
+
+    def _write(self, node: fx.Node, target: fx.Node) -> None:
+        chain, plain = [target], _plain_overload(node.target)
+        while chain[-1] in self.whole:
+            chain.append(self.whole[chain[-1]])
+        if chain[-1].op != "call_function" or plain is None:
+            raise NeedsFunctionalization
+        self.stale.update(n for n in self.aliases[target] if n in self.visited and n not in chain)
+        node.target = plain
+        changed = self.current[target] = _in_dtype(node, target.meta["val"].dtype)
+        for view, whole in pairwise(chain):
+            with node.graph.inserting_after(changed):
+                arguments = (self._now(whole), changed, *view.args[1:])
+                changed = node.graph.call_function(_SCATTERS[view.target], arguments, dict(view.kwargs))
+            changed.meta = {**node.meta, "val": whole.meta.get("val")}
+            self.current[whole] = changed
+
+
+def _in_dtype(node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """The result of an out-of-place operator, cast to the dtype of the tensor that its in-place form writes to."""
+    values = [n.meta.get("val") for n in node.all_input_nodes]
+    if all(x.dtype == dtype for x in values if isinstance(x, Tensor)):
+        return node
+    with node.graph.inserting_after(node):
+        cast = node.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
+    cast.meta = dict(node.meta)
+    return cast
+
+
+def _plain_overload(op: Any) -> Any:
+    """The out-of-place form of an in-place operator, or None."""
+    name = op.name().removeprefix("aten::").split(".")[0]
+    packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
+    return getattr(packet, op._overloadname, None)
+
+
+def _alias_families(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
+    """Group values that may share memory, because an operator may return a view of its argument."""
+    family: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.graph.nodes:
+        family[node] = [node]
+        schema = getattr(node.target, "_schema", None)
+        views = schema is None or any(r.alias_info is not None for r in schema.returns) or "dropout" in str(node.target)
+        if node.op == "call_function" and views:
+            for source in node.all_input_nodes[:1] if mutates(node) else node.all_input_nodes:
+                merged = list(dict.fromkeys(family[source] + family[node]))
+                for member in merged:
+                    family[member] = merged
+    return family
+
+
+# Einstein sums as matrix products: permute, merge axes, multiply, permute back. --------------------------------------
+
+_ELLIPSIS = "..."
+
+
+def einsums(graph: fx.GraphModule) -> Iterator[fx.Node]:
+    """Return Einstein sums of two or more operands that are products; sums over diagonals are not."""
+    for node in graph.graph.nodes:
+        if node.target is aten.einsum.default and len(node.args[1]) > 1:
+            terms, _ = letters(node)
+            if all(len(set(term)) == len(term) for term in terms):
+                yield node
+
+
+def expand_einsums(graph: fx.GraphModule) -> None:
+    """Replace Einstein sums by matrix products."""
+    for node in list(einsums(graph)):
+        operands: Any = node.args[1]
+        terms, out = letters(node)
+        with graph.graph.inserting_before(node):
+            builder = _Builder(node)
+            value, term = operands[0], terms[0]
+            for k in range(1, len(operands)):
+                wanted = set(out).union(*terms[k + 1 :])
+                value, term = builder.product(value, term, operands[k], terms[k], wanted)
+            value = builder.call(aten.permute.default, value, [term.index(x) for x in out])
+        node.replace_all_uses_with(value)
+        graph.graph.erase_node(node)
+
+
+def letters(node: fx.Node) -> tuple[list[str], str]:
+    """Return the letters of every operand and of the output; an ellipsis is replaced by unused letters."""
+    equation: Any = node.args[0]
+    ranks = [operand.meta["val"].dim() for operand in node.args[1]]  # type: ignore[union-attr]
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow:
+        once = sorted(x for x in set(left) - set(",.") if left.count(x) == 1)
+        right = (_ELLIPSIS if _ELLIPSIS in left else "") + "".join(once)
+    unused = [x for x in ascii_letters if x not in equation]
+    hidden = [rank - len(term.replace(_ELLIPSIS, "")) for term, rank in zip(terms, ranks, strict=True)]
+    widest = max((h for h, term in zip(hidden, terms, strict=True) if _ELLIPSIS in term), default=0)
+    dots = "".join(unused[:widest])
+    spelt = [term.replace(_ELLIPSIS, dots[widest - h :]) for term, h in zip(terms, hidden, strict=True)]
+    return spelt, right.replace(_ELLIPSIS, dots)
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """Inserts operators that carry the source line and module of `origin`."""
+
+    origin: fx.Node
+
+    def call(self, op: Any, *args: Any) -> fx.Node:
+        """Insert a call with the meta value that the tracer would have recorded."""
+        node = self.origin.graph.call_function(op, args)
+        node.meta = {k: v for k, v in self.origin.meta.items() if k in ("stack_trace", "nn_module_stack")}
+        node.meta["val"] = op(*fx.map_arg(args, lambda n: n.meta["val"]))
+        return node
+
+    def product(self, a: fx.Node, a_term: str, b: fx.Node, b_term: str, wanted: set[str]) -> tuple[fx.Node, str]:
+        """Multiply two operands and sum over the letters not needed later."""
+        a, a_term = self._narrowed(a, a_term, b, b_term)
+        b, b_term = self._narrowed(b, b_term, a, a_term)
+        a, a_term = self._summed(a, a_term, set(b_term) | wanted)
+        b, b_term = self._summed(b, b_term, set(a_term) | wanted)
+        shared = [x for x in a_term if x in b_term]
+        summed = [x for x in shared if x not in wanted]
+        left, right = [x for x in a_term if x not in shared], [x for x in b_term if x not in shared]
+        # All but one letter of each side are leading axes, along which the other side is broadcast.
+        row, column = left[-1:], right[-1:]
+        leading = [x for x in shared if x in wanted] + left[:-1] + right[:-1]
+        a = self._laid_out(a, a_term, leading, row, summed)
+        b = self._laid_out(b, b_term, leading, summed, column)
+        out = self.call(aten.matmul.default, a, b)
+        rank = len(leading)
+        for missing, axis in ((not column, rank + 1), (not row, rank)):
+            out = self.call(aten.squeeze.dim, out, axis) if missing else out
+        return out, "".join(leading + row + column)
+
+    def _narrowed(self, x: fx.Node, term: str, other: fx.Node, theirs: str) -> tuple[fx.Node, str]:
+        """Remove axes of length one that are broadcast against the other operand."""
+        long = {letter for letter, size in zip(theirs, other.meta["val"].shape, strict=True) if not _is_one(size)}
+        for axis in reversed(range(len(term))):
+            if term[axis] in long and _is_one(x.meta["val"].shape[axis]):
+                x, term = self.call(aten.squeeze.dim, x, axis), term[:axis] + term[axis + 1 :]
+        return x, term
+
+    def _summed(self, x: fx.Node, term: str, wanted: set[str]) -> tuple[fx.Node, str]:
+        axes = [k for k, letter in enumerate(term) if letter not in wanted]
+        x = self.call(aten.sum.dim_IntList, x, axes) if axes else x
+        return x, "".join(letter for letter in term if letter in wanted)
+
+    def _laid_out(self, x: fx.Node, term: str, leading: list[str], rows: list[str], columns: list[str]) -> fx.Node:
+        """Permute and reshape an operand to (*leading, rows, columns), with axes of length one for missing letters."""
+        have = [letter for letter in (*leading, *rows, *columns) if letter in term]
+        x = self.call(aten.permute.default, x, [term.index(letter) for letter in have])
+        for part in (columns, rows):  # from the back, so that earlier axes keep their positions
+            start = sum(letter in term for letter in leading) + (len(rows) if part is columns else 0)
+            if len(part) > 1:
+                x = self.call(aten.flatten.using_ints, x, start, start + len(part) - 1)
+            elif not part:
+                x = self.call(aten.unsqueeze.default, x, start)
+        for axis, letter in enumerate(leading):
+            if letter not in term:
+                x = self.call(aten.unsqueeze.default, x, axis)
+        return x
 
 
 PASSES: tuple[tuple[Callable[[fx.GraphModule], None], Nodes], ...] = (

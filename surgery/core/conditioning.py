@@ -93,21 +93,23 @@ def elsewhere(program: Program, run: Callable[[list[Tensor]], T], *, seed: int) 
         Each input with its result; empty if no size is dynamic; None if one is, but no run succeeded.
     """
 
-    def attempt(batch: bool, by: int) -> list[tuple[list[Tensor], T]] | None:
+    def attempt(batch: bool, by: int) -> tuple[list[Tensor], T] | None:
         inputs = sample_inputs(program, seed=seed, dtype=torch.float64, by=by)
         inputs = [torch.cat([x, x[:1]]) if batch and isinstance(x, Tensor) else x for x in inputs]
         try:
-            return [(inputs, run(inputs))]
+            return inputs, run(inputs)
         except Exception:  # any exception an operator raises at a size it does not accept
             return None
 
     batch = bool(program.inputs) and all(0 in spec.dynamic for spec in program.inputs)
     changes = other_sizes(program)
     if batch and changes and (both := attempt(True, changes[0])) is not None:
-        return both
-    ways = [[(True, 0)]] * batch + [[(False, by) for by in changes]] * bool(changes)
-    found = [next((x for way in each if (x := attempt(*way)) is not None), None) for each in ways]
-    return None if any(x is None for x in found) else [pair for x in found for pair in x or ()]
+        return [both]
+    found = [attempt(True, 0)] if batch else []
+    if changes:
+        found.append(next((pair for by in changes if (pair := attempt(False, by)) is not None), None))
+    pairs = [pair for pair in found if pair is not None]
+    return pairs if len(pairs) == len(found) else None
 
 
 def _textured(shape: Sequence[int], generator: torch.Generator) -> Tensor:

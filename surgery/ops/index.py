@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from surgery.core import Layers, Value, gather
+from surgery.core import Value, gather
 from surgery.ops.examples import WithParameters, between_linears, fork_convs
 from surgery.ops.registry import Call, Replacement, Rewrite, Rule, register
 
@@ -26,33 +26,27 @@ def _couple_embedding(call: Call) -> Value:
     return call.out({**call.axes(indices), len(indices.shape): call.axes(weight, (0,), "looked up by index")[1]})
 
 
-def _couple_index_select(call: Call) -> Value:
-    """A constant index maps units to positions; with any other index the axis is never cut."""
-    x, index = call.value("self"), call.value("index")
-    dim = call["dim"] % len(x.shape)
-    call.freeze(index, 0, "an index")
-    axes = call.axes(x, (dim,) if index.table is None else (), "looked up by index")
-    if index.table is not None:
-        axes[dim] = gather(call.labels.canon(axes[dim]), index.table)
-    return call.out(axes)
+def _indexed(bound: Mapping[str, Any]) -> dict[int, Value]:
+    """Return axis → its index."""
+    if "index" in bound:
+        return {bound["dim"] % len(bound["self"].shape): bound["index"]}
+    return {a: index for a, index in enumerate(bound["indices"]) if isinstance(index, Value)}
 
 
-def _rewrite_index_select(r: Rewrite) -> Changes:
-    table = r.bound["index"].table
-    return {} if table is None else picked(r, r.bound["dim"] % len(r.bound["self"].shape), table)
+def _constant(indices: Mapping[int, Value]) -> NDArray[np.int64] | None:
+    """Return the values of the index if it is the only one, constant and one-dimensional."""
+    return next(iter(indices.values())).table if len(indices) == 1 else None
 
 
 def _couple_index(call: Call) -> Value:
     """`x[:, i, j]`: axes without an index pass; a single constant index is applied to the labels."""
-    x = call.value("self")
-    where = [a for a, i in enumerate(call["indices"]) if isinstance(i, Value)]
-    indices: list[Value] = [call["indices"][a] for a in where]
-    for index in indices:
+    x, indices = call.value("self"), _indexed(call.bound)
+    for index in indices.values():
         call.axes(index, range(len(index.shape)), "an index")
-    rank = max(len(i.shape) for i in indices)
+    rank, where = max(len(i.shape) for i in indices.values()), list(indices)
     if len(call.outputs[0]) != len(x.shape) - len(where) + rank:  # a mask: known only at run time
         return call.out({})
-    table = _constant_index(call.bound)
+    table = _constant(indices)
     found = call.axes(x, where if table is None else (), "looked up by index")
     at = where[0] if where == list(range(where[0], where[-1] + 1)) else 0
     free = [a for a in range(len(x.shape)) if a not in where]
@@ -62,16 +56,10 @@ def _couple_index(call: Call) -> Value:
     return call.out(axes)
 
 
-def _constant_index(bound: Mapping[str, Any]) -> NDArray[np.int64] | None:
-    """Return the values of the index if it is the only one, constant and one-dimensional."""
-    indices = [i for i in bound["indices"] if isinstance(i, Value)]
-    return indices[0].table if len(indices) == 1 else None
-
-
 def _rewrite_index(r: Rewrite) -> Changes:
-    table = _constant_index(r.bound)
-    dim = next(a for a, i in enumerate(r.bound["indices"]) if isinstance(i, Value))
-    return {} if table is None else picked(r, dim, table)
+    indices = _indexed(r.bound)
+    table = _constant(indices)
+    return {} if table is None else picked(r, next(iter(indices)), table)
 
 
 def picked(r: Rewrite, dim: int, source: NDArray[np.int64]) -> Changes:
@@ -142,17 +130,6 @@ def _couple_select_scatter(call: Call) -> Value:
     return call.out({a: call.tie(x, a, src, k) for k, a in enumerate(others) if x.shape[a] > 1})
 
 
-def _couple_copy(call: Call) -> Value:
-    """`x.copy_(src)`: src broadcast to x, whose own values are lost."""
-    x, src = call.value("self"), call.value("src")
-    lead = len(x.shape) - len(src.shape)
-    axes: dict[int, Layers] = {}
-    for a, size in enumerate(x.shape):
-        wide = size > 1 and a >= lead and src.shape[a - lead] == size
-        axes[a] = call.tie(x, a, src, a - lead) if wide else call.passed(x, a)
-    return call.out(axes)
-
-
 # Rules. -------------------------------------------------------------------------------------------------------------
 
 
@@ -186,9 +163,9 @@ register(
     Rule(
         "aten.index_select.default",
         "look-up",
-        _couple_index_select,
+        _couple_index,
         between_linears(WithParameters(lambda x, table: x + table.index_select(0, _ROWS), (9, 12))),
-        _rewrite_index_select,
+        _rewrite_index,
         summary="a constant index is run on labels; with any other the indexed axis is never cut",
     ),
     Rule(
@@ -205,12 +182,5 @@ register(
         _couple_select_scatter,
         fork_convs(lambda a, b: aten.select_scatter.default(a, b[:, :, 0], 2, 3)),
         summary="the axis whose index is written is never cut, the others are tied",
-    ),
-    Rule(
-        "aten.copy.default",
-        "movement",
-        _couple_copy,
-        fork_convs(lambda a, b: aten.copy.default(a, b)),
-        summary="ties what is written with where it goes",
     ),
 )

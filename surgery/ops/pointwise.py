@@ -183,6 +183,13 @@ for _name, _two in {**_BINARY, **_named(_ALIKE_BINARY)}.items():
     register(_rule(_name, fork_convs(_two), "ties its operands index by index, broadcast axes apart"))
 register(
     Rule(
+        "aten.copy.default",
+        "movement",
+        _couple,
+        fork_convs(lambda a, b: aten.copy.default(a, b)),
+        summary="ties what is written with where it goes",
+    ),
+    Rule(
         "aten.prelu.default",
         "element-wise",
         _couple_prelu,
