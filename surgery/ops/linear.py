@@ -208,7 +208,7 @@ def _onnx_sdpa(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) ->
 
 def _attention(x: Tensor) -> Tensor:
     """Query, key and value side by side in 2 heads of 2 features each."""
-    q, k, v = x.reshape(-1, 6, 3, 2, 2).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = (part.reshape(-1, 6, 2, 2).transpose(1, 2) for part in x.chunk(3, -1))
     return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
