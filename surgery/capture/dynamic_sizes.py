@@ -33,14 +33,7 @@ _NAMES = {"max": max, "min": min, "abs": abs, "int": int, "float": float, "__bui
 
 
 def wrong_at_other_batch(exported: Any, graph: torch.fx.GraphModule, inputs: Inputs, model: nn.Module) -> str:
-    """Return a condition on the batch size that the graph requires, or an empty string.
-
-    Args:
-        exported: result of `torch.export`.
-        graph: the same program as a module.
-        inputs: inputs of the capture, with a batch of two or more.
-        model: the captured model.
-    """
+    """Return a condition on the batch size that the graph requires, or an empty string."""
     sizes = [{0: batch} for batch in BATCHES]
     guard = _broken_guard(exported, model, inputs, lambda shape, change: (change[0], *shape[1:]), sizes)
     return guard or _differs_at_batch_one(graph, model, inputs)

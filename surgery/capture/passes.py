@@ -32,10 +32,7 @@ Nodes = Callable[[fx.GraphModule], Iterator[fx.Node]]
 def normalise(exported: Any, graph: fx.GraphModule, *, checked: bool = False) -> fx.GraphModule:
     """Return an exported program as a plain graph module that later stages can label and rewrite.
 
-    Args:
-        exported: result of `torch.export`.
-        graph: its `module()`; modified in place.
-        checked: after each pass, verify what all passes so far ensure.
+    `graph`: the program's `module()`, modified in place. `checked`: after each pass, verify what all so far ensure.
 
     Raises:
         UnsupportedModel: the program cannot be expressed as plain functions from values to values.

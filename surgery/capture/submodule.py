@@ -61,13 +61,7 @@ def find(model: nn.Module, name: str) -> nn.Module:
 
 
 def reach(model: nn.Module, name: str, example_inputs: Any, example_kwargs: Mapping[str, Any] | None) -> Whole:
-    """Run the model until it calls the submodule, and return that call.
-
-    Args:
-        model: the whole model; unchanged, including its mode.
-        name: dotted path of the submodule.
-        example_inputs: inputs of the whole model: one argument, or a tuple of positional arguments.
-        example_kwargs: keyword inputs of the whole model.
+    """Run the whole model on its inputs until it calls the submodule, and return that call.
 
     Raises:
         InvalidInput: there is no such submodule, it is never called, or the model fails before the call.

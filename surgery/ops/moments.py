@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from math import prod
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-POINTS = 24
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(24)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,11 +52,10 @@ class Moments:
 
 def through(function: Callable[[Tensor], Tensor], x: Moments) -> Moments:
     """Return the moments of an element-wise function of a normal variable."""
-    nodes, weights = _quadrature()
     mean = x.mean + torch.zeros_like(x.var)
-    drawn = mean + x.var.clamp_min(0).sqrt() * nodes.reshape(-1, *[1] * mean.dim())
-    values = function(drawn)
-    share = weights.reshape(-1, *[1] * mean.dim())
+    layout = [-1] + [1] * mean.dim()
+    nodes, share = (torch.from_numpy(v).reshape(layout) for v in (_NODES, _WEIGHTS / _WEIGHTS.sum()))
+    values = function(mean + x.var.clamp_min(0).sqrt() * nodes)
     first = (share * values).sum(0)
     return Moments(first, (share * (values - first).square()).sum(0))
 
@@ -127,12 +125,6 @@ def compressed(values: Tensor) -> Tensor:
         if first is not values and torch.equal(first.expand_as(values), values):
             values = first
     return values.contiguous()
-
-
-@cache
-def _quadrature() -> tuple[Tensor, Tensor]:
-    nodes, weights = np.polynomial.hermite_e.hermegauss(POINTS)
-    return torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
 
 
 MomentRule = Callable[[Mapping[str, Any]], Moments]

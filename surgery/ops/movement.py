@@ -84,9 +84,13 @@ def _twice(op: Any) -> Callable[[Tensor], Tensor]:
 # Views and orders. --------------------------------------------------------------------------------------------------
 
 
-def _couple_view(call: Call) -> Coupled:
+def _view(name: str, function: Callable[[Tensor], Tensor]) -> Rule:
     """Labels are expanded over the other axes without a copy, which `view` rejects; `reshape` is equivalent."""
-    return call.move(call.value("self"), lambda labels: labels.reshape(call["size"]))
+
+    def couple(call: Call) -> Coupled:
+        return call.move(call.value("self"), lambda labels: labels.reshape(call["size"]))
+
+    return _moves(name, function, follow_sizes("size"), couple=couple, onnx=free)
 
 
 def _couple_pixel_shuffle(call: Call) -> Coupled:
@@ -253,20 +257,8 @@ def _enumeration(name: str, function: Callable[[Tensor], Tensor]) -> Rule:
 
 
 register(
-    _moves(
-        "view.default",
-        lambda x: aten.view(x, [x.shape[0], 2, 4, 10, 10]).flatten(1, 2),
-        follow_sizes("size"),
-        couple=_couple_view,
-        onnx=free,
-    ),
-    _moves(
-        "_unsafe_view.default",
-        lambda x: aten._unsafe_view(x, [x.shape[0], 8, 10, 10]),
-        follow_sizes("size"),
-        couple=_couple_view,
-        onnx=free,
-    ),
+    _view("view.default", lambda x: aten.view(x, [x.shape[0], 2, 4, 10, 10]).flatten(1, 2)),
+    _view("_unsafe_view.default", lambda x: aten._unsafe_view(x, [x.shape[0], 8, 10, 10])),
     _moves("reshape.default", lambda x: x.transpose(2, 3).reshape(-1, 8, 10, 10), follow_sizes("shape"), onnx=free),
     _moves("flatten.using_ints", lambda x: x.flatten(1), around=between_linears, after=72, onnx=free),
     _moves("unflatten.int", lambda x: aten.unflatten.int(x, 1, [4, 2]).flatten(1, 2), follow_sizes("sizes"), onnx=free),

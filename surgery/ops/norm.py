@@ -90,11 +90,9 @@ def _normalised(dead: Dead, x: Tensor, alive: Tensor, axes: int, *, centred: boo
 
 
 def _affine(dead: Dead, y: Tensor, shape: Sequence[int]) -> Tensor:
-    if dead.bound.get("weight") is not None:
-        y = y * dead.bound["weight"].reshape(shape)
-    if dead.bound.get("bias") is not None:
-        y = y + dead.bound["bias"].reshape(shape)
-    return y
+    scale, shift = (dead.bound.get(name) for name in ("weight", "bias"))
+    y = y if scale is None else y * scale.reshape(shape)
+    return y if shift is None else y + shift.reshape(shape)
 
 
 def _reference_layer(dead: Dead, *, centred: bool = True) -> Tensor:

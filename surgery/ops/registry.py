@@ -34,11 +34,8 @@ class Call:
     handle (by `passed`, `tie`, `split`, `freeze` or `move`) are frozen afterwards, so a forgotten axis is never cut.
 
     Attributes:
-        key: name of the node.
         bound: argument name → `Value` or concrete value.
-        outputs: shapes of the results.
-        labels: open to couple, locked to verify.
-        many: whether the operator returns several results.
+        outputs: shapes of the results; `many` if the operator returns several.
         raw: argument name → argument in the graph.
     """
 
@@ -60,8 +57,7 @@ class Call:
 
     def optional(self, name: str) -> Value | None:
         """The tensor argument `name`, or None if it is not given."""
-        found = self.bound.get(name)
-        return found if isinstance(found, Value) else None
+        return self.bound.get(name)
 
     def tensors(self) -> list[Value]:
         """All tensor arguments in order, including those in lists."""
