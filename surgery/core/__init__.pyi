@@ -27,14 +27,17 @@ from .conditioning import (
     well_conditioned as well_conditioned,
 )
 from .counting import count_macs as count_macs, count_params as count_params
-from .executor import Compute as Compute, Executor as Executor, Frontier as Frontier, interpret as interpret
 from .files import file_bytes as file_bytes, replacing as replacing
 from .graphs import (
+    Compute as Compute,
+    Executor as Executor,
+    Frontier as Frontier,
     all_tensors as all_tensors,
     arguments_of as arguments_of,
     attribute as attribute,
     flat_outputs as flat_outputs,
     hint as hint,
+    interpret as interpret,
     is_symbolic as is_symbolic,
     mutates as mutates,
     shapes_of as shapes_of,

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from surgery.core.executor import Compute, Executor
-from surgery.core.graphs import all_tensors, state_of
+from surgery.core.graphs import Compute, Executor, all_tensors, state_of
 from surgery.core.ir import Program
 
 aten = torch.ops.aten

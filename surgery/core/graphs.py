@@ -1,9 +1,14 @@
-"""Parameters, shapes and call arguments of traced graphs."""
+"""Traced graphs: their parameters, shapes and call arguments, and running them node by node.
+
+`Executor` runs a graph on tensors, `interpret` on any substitute for tensors.
+"""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -85,3 +90,176 @@ def state_of(program: Program) -> dict[str, Tensor]:
     tensors = all_tensors(program)
     read = {id(tensors[str(n.target)]) for n in program.graph.graph.nodes if n.op == "get_attr"}
     return {name: tensor.detach().cpu() for name, tensor in sorted(tensors.items()) if id(tensor) in read}
+
+
+# Running them. -------------------------------------------------------------------------------------------------------
+
+Compute = Callable[[torch.fx.Node, Any, Any], Any]
+"""(node, args, kwargs) → the value of a call, or NotImplemented to run the operator itself."""
+
+_CPU = torch.device("cpu")
+
+
+def interpret(
+    graph: torch.fx.Graph,
+    *,
+    placeholder: Callable[[torch.fx.Node], Any],
+    parameter: Callable[[str], Any],
+    call: Callable[[torch.fx.Node, Mapping[str, Any]], Any],
+) -> dict[str, Any]:
+    """Return a value for each node, by its name: labels, moments, or any other substitute for a tensor.
+
+    Args:
+        graph: graph of ATen operators.
+        placeholder: returns the value of an input.
+        parameter: returns the value of a parameter or buffer, by name.
+        call: returns the value of an operator call, given the values of all preceding nodes.
+    """
+    values: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            values[node.name] = placeholder(node)
+        elif node.op == "get_attr":
+            values[node.name] = parameter(str(node.target))
+        elif node.op == "call_function":
+            values[node.name] = call(node, values)
+    return values
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frontier:
+    """A run suspended before the node at `position`; `values` are those read by the remaining nodes."""
+
+    position: int
+    values: Mapping[torch.fx.Node, Any]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of its tensors; views are counted as copies."""
+        tensors = [x for x in pytree.tree_leaves(list(self.values.values())) if isinstance(x, Tensor)]
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    def to(self, device: torch.device) -> Frontier:
+        """Return the run with its tensors on a device."""
+        return replace(self, values=_mapped(lambda x: x.to(device), dict(self.values)))
+
+
+class Executor:
+    """Run a graph on tensors, completely or in segments, freeing values after their last use.
+
+    Args:
+        graph: graph of ATen operators, functional except for tensors the traced program itself writes to.
+        state: parameter or buffer name → tensor, looked up when read; others are taken from the graph.
+        compute: hook that may compute calls instead of the operator.
+        dtype: replaces the floating dtype arguments of calls and the floating dtype of created tensors; None: as
+            traced.
+        device: replaces the device arguments of calls; None: as traced.
+    """
+
+    def __init__(
+        self,
+        graph: torch.fx.GraphModule,
+        state: Mapping[str, Tensor],
+        compute: Compute | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = _CPU,
+    ) -> None:
+        self.graph, self.state = graph, state
+        self._compute, self._dtype, self._device = compute, dtype, device
+        self.nodes: list[torch.fx.Node] = list(graph.graph.nodes)
+
+    def on(self, state: Mapping[str, Tensor]) -> Executor:
+        """Return the same executor with other parameters."""
+        return Executor(self.graph, state, self._compute, self._dtype, self._device)
+
+    @cached_property
+    def place(self) -> Mapping[str, int]:
+        """Node name → position."""
+        return {node.name: k for k, node in enumerate(self.nodes)}
+
+    @cached_property
+    def _last(self) -> Mapping[torch.fx.Node, int]:
+        return {node: max((self.place[user.name] for user in node.users), default=-1) for node in self.nodes}
+
+    @cached_property
+    def _writers(self) -> list[torch.fx.Node]:
+        return [node for node in self.nodes if mutates(node)]
+
+    @cached_property
+    def _written(self) -> set[torch.fx.Node]:
+        return {source for node in self._writers for source in node.all_input_nodes if source.op == "get_attr"}
+
+    def run(self, *inputs: Any) -> Any:
+        """Run the whole graph on flat inputs and return what the traced program returns."""
+        return self.graph.graph.process_outputs(self.output(self.start(inputs)))
+
+    def start(self, inputs: Sequence[Any]) -> Frontier:
+        """Return a run suspended before its first node; inputs are in the order of the placeholders."""
+        places = [node for node in self.nodes if node.op == "placeholder"]
+        return self._own(Frontier(0, dict(zip(places, inputs, strict=True))))
+
+    def _own(self, run: Frontier) -> Frontier:
+        """Copy the run's values if the program writes to any, so that it can be resumed again."""
+        return replace(run, values=_mapped(Tensor.clone, dict(run.values))) if self._writers else run
+
+    def advance(self, run: Frontier, to: int, *, keep: frozenset[str] = frozenset()) -> Frontier:
+        """Run up to but excluding the node at `to`; values of the nodes in `keep` are not freed."""
+        values = dict(run.values)
+        for k in range(run.position, to):
+            node = self.nodes[k]
+            if node.op == "call_function":
+                values[node] = self.call(node, values)
+            elif node in self._written:
+                values[node] = self.value(node, values)
+            for source in (node, *node.all_input_nodes):
+                if self._last[source] <= k and source.name not in keep:
+                    values.pop(source, None)
+        return Frontier(to, values)
+
+    def only(self, run: Frontier, wanted: str) -> Any:
+        """Return one value, running only what it needs; raises KeyError if a required value has been freed."""
+        end = self.place[wanted]
+        values, needed = dict(run.values), {self.nodes[end]}
+        ahead = self.nodes[run.position : end + 1]
+        for node in reversed(ahead):
+            if node in needed and node not in values:
+                needed.update(node.all_input_nodes)
+        for node in ahead:
+            if node in needed and node not in values and node.op == "call_function":
+                values[node] = self.call(node, values)
+        return values[self.nodes[end]]
+
+    def output(self, run: Frontier) -> Any:
+        """Run to the end and return what the graph returns."""
+        end = self.advance(self._own(run), len(self.nodes) - 1)
+        return torch.fx.map_arg(self.nodes[-1].args[0], lambda n: self.value(n, end.values))
+
+    def value(self, node: torch.fx.Node, values: Mapping[torch.fx.Node, Any]) -> Any:
+        """Return the value of a node; parameters are looked up."""
+        if node.op != "get_attr" or node in values:
+            return values[node]
+        name = str(node.target)
+        found = self.state[name] if name in self.state else attribute(self.graph, name)
+        return found.clone() if node in self._written else found
+
+    def call(self, node: torch.fx.Node, values: Mapping[torch.fx.Node, Any], **changed: Any) -> Any:
+        """Run one operator; `changed` replaces keyword arguments."""
+        args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), lambda n: self.value(n, values))
+        args, kwargs = tuple(map(self._literal, args)), {name: self._literal(x) for name, x in kwargs.items()}
+        kwargs |= changed
+        result = NotImplemented if self._compute is None else self._compute(node, args, kwargs)
+        if result is NotImplemented:
+            result = node.target(*args, **kwargs)  # type: ignore[operator]
+        if self._dtype is None or not isinstance(result, Tensor) or not result.is_floating_point():
+            return result
+        made = not any(isinstance(x, Tensor) for x in pytree.tree_leaves((args, kwargs)))
+        return result.to(self._dtype) if made else result
+
+    def _literal(self, x: Any) -> Any:
+        if isinstance(x, torch.device):
+            return x if self._device is None else self._device
+        return self._dtype if isinstance(x, torch.dtype) and x.is_floating_point and self._dtype is not None else x
+
+
+def _mapped(function: Callable[[Tensor], Tensor], values: Any) -> Any:
+    return pytree.tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, values)
