@@ -15,6 +15,7 @@ from surgery.coupling import (
     dead_blocks,
     drop,
     find_blocks,
+    kept_costs,
     kept_names,
     priced,
     reordered,
@@ -151,43 +152,38 @@ def plan_settings(program: Program, recipe: Recipe, seen: Calibration | None) ->
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A program without some of its blocks, with the data needed for planning.
-
-    Attributes:
-        program: the program without those blocks.
-        coupling: its groups.
-        orders: its head orders.
-        costs: cost functions by kind.
-    """
+    """A program without some of its blocks, with the data needed for planning, computed on first use."""
 
     program: Program
-    coupling: Coupling
-    orders: tuple[Arrangement, ...]
-    costs: Mapping[str, CostFn]
-    _recipe: Recipe
-    _seen: Calibration | None
-    _clock: Clock
+    _all: Candidates
 
-    @classmethod
-    def of(cls, program: Program, recipe: Recipe, seen: Calibration | None, clock: Clock) -> Candidate:
-        """Return a program with its coupling, cost functions and head orders."""
-        tracer = tracer_of(recipe.selection.tracer)
-        with clock("couple"):
-            coupling = tracer.couple(program, keep=recipe.selection.keep)
-        with clock("score"):
-            orders = arrange(program, coupling, recipe.criterion, seed=recipe.selection.seed)
-            costs = tracer.cost_functions(program, coupling)
-        return cls(program, coupling, orders, costs, recipe, seen, clock)
+    @cached_property
+    def coupling(self) -> Coupling:
+        """Its groups."""
+        with self._all.clock("couple"):
+            return tracer_of(self.program.tracer).couple(self.program, keep=self._all.recipe.selection.keep)
+
+    @cached_property
+    def orders(self) -> tuple[Arrangement, ...]:
+        """Its head orders."""
+        with self._all.clock("score"):
+            recipe = self._all.recipe
+            return arrange(self.program, self.coupling, recipe.criterion, seed=recipe.selection.seed)
+
+    @cached_property
+    def costs(self) -> Mapping[str, CostFn]:
+        """Cost functions by kind."""
+        return tracer_of(self.program.tracer).cost_functions(self.program, self.coupling)
 
     @cached_property
     def lowered(self) -> Lowered:
         """Its kernels."""
-        return lower(self.program, self.coupling, batch=self._recipe.target.batch)
+        return lower(self.program, self.coupling, batch=self._all.recipe.target.batch)
 
     @cached_property
     def scores(self) -> Scores:
-        """Importance per unit; computed on first use, since a transferred plan needs none."""
-        recipe, seen, clock = self._recipe, self._seen, self._clock
+        """Importance per unit."""
+        recipe, seen, clock = self._all.recipe, self._all.seen, self._all.clock
         order = reorderings(self.coupling, self.orders)
         with clock("score"):
             found = score(
@@ -205,40 +201,50 @@ class Candidate:
             return found
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class DroppableBlocks:
-    """The blocks of a program that may be dropped.
+class Candidates:
+    """A traced program, with and without blocks that may be dropped.
 
     Attributes:
-        program: the program as traced.
-        blocks: droppable blocks, which contain no tensor to be kept.
-        dead: blocks that are always dropped because their branch is constant, with the constant of each channel.
+        blocks: the blocks that the recipe allows to drop, which contain no tensor to be kept.
+        dead: blocks that are always dropped because their branch is constant, with the constant of each channel; none
+            if all are constant, as before training.
         notes: notes on the dead blocks.
     """
 
-    program: Program
-    blocks: tuple[Block, ...] = ()
-    dead: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    def __init__(self, program: Program, recipe: Recipe, seen: Calibration | None, clock: Clock) -> None:
+        self.program, self.recipe, self.seen, self.clock = program, recipe, seen, clock
+        self.blocks: tuple[Block, ...] = ()
+        self.dead: Mapping[str, tuple[float, ...]] = {}
+        self.notes: list[str] = []
+        self._known: dict[frozenset[str], Candidate] = {}
+        if not recipe.selection.drop_layers or not program.has_graph:
+            return
+        every, kept = find_blocks(program), kept_names(program, recipe.selection.keep).keys()
+        self.blocks = tuple(block for block in every if kept.isdisjoint(block.tensors))
+        dead, source = dead_blocks(program, self.blocks), {block.name: block.source for block in self.blocks}
+        if dead and len(dead) == sum(not block.is_layer for block in every):
+            self.notes.append(f"all {len(dead)} residual branches give a constant, as before training: they stay")
+            return
+        self.dead = dead
+        for name, constant in dead.items():
+            left = "a constant per channel, which stays" if constant else "nothing"
+            self.notes.append(f"dead: the branch of '{name}' ({source[name]}) gives {left}")
 
-    def program_without(self, names: Collection[str]) -> Program:
+    def without(self, names: Collection[str]) -> Candidate:
         """Return the program without the blocks of these names."""
-        constants = {b.name: self.dead.get(b.name, ()) for b in self.blocks if b.name in names}
-        return drop(self.program, constants, self.blocks)
+        key = frozenset(names)
+        if key not in self._known:
+            constants = {b.name: self.dead.get(b.name, ()) for b in self.blocks if b.name in key}
+            self._known[key] = Candidate(drop(self.program, constants, self.blocks), self)
+        return self._known[key]
 
+    @property
+    def base(self) -> Candidate:
+        """The program without its dead blocks."""
+        return self.without(self.dead)
 
-def droppable_blocks(program: Program, recipe: Recipe) -> DroppableBlocks:
-    """Return the blocks that a recipe allows to drop; if all are dead, as before training, none is treated as dead."""
-    if not recipe.selection.drop_layers or not program.has_graph:
-        return DroppableBlocks(program)
-    every = find_blocks(program)
-    kept = kept_names(program, recipe.selection.keep).keys()
-    blocks = tuple(block for block in every if kept.isdisjoint(block.tensors))
-    dead = dead_blocks(program, blocks)
-    if dead and len(dead) == sum(not block.is_layer for block in every):
-        note = f"all {len(dead)} residual branches give a constant, as before training: they stay"
-        return DroppableBlocks(program, blocks, notes=(note,))
-    source = {block.name: block.source for block in blocks}
-    left = {name: "a constant per channel, which stays" if dead[name] else "nothing" for name in dead}
-    notes = tuple(f"dead: the branch of '{name}' ({source[name]}) gives {left[name]}" for name in dead)
-    return DroppableBlocks(program, blocks, dead, notes)
+    def chosen(self, left: Candidate, plan: Plan, **latency: Any) -> Choice:
+        """Return a plan for one of the candidates, with its costs relative to the whole program."""
+        whole = self.without(())
+        costs = kept_costs(whole.coupling, whole.costs, left.coupling, left.costs, plan)
+        return Choice(left.program, left.coupling, plan, costs, **latency)

@@ -19,7 +19,7 @@ from surgery.errors import InvalidInput, PlanMismatch, UnsupportedModel
 from surgery.importance import settled
 from surgery.inputs import Calibration, calibration_images
 from surgery.planning.allocation import allocate
-from surgery.planning.choice import Candidate, Choice, droppable_blocks, plan_settings
+from surgery.planning.choice import Candidates, Choice, plan_settings
 from surgery.planning.latency_planner import LatencyPlanner
 from surgery.planning.refinement import LatencyBench, refine
 from surgery.recovery import Step, validate_training
@@ -87,29 +87,25 @@ def decide(
 def _chosen(
     program: Program, recipe: Recipe, seen: Calibration | None, clock: Clock
 ) -> tuple[Choice, LatencyPlanner | None]:
-    droppable = droppable_blocks(program, recipe)
+    candidates = Candidates(program, recipe, seen, clock)
     if recipe.goal.is_latency:
-        planner = LatencyPlanner(recipe, seen, droppable, clock)
+        planner = LatencyPlanner(candidates)
         return planner.first_plan(), planner
-    left = Candidate.of(droppable.program_without(droppable.dead), recipe, seen, clock)
-    dense = left if not droppable.dead else Candidate.of(program, recipe, seen, clock)
-    kind = recipe.goal.kind
-    cost = left.costs.get(kind)
+    left, dense = candidates.base, candidates.without(()).costs.get(recipe.goal.kind)
     with clock("allocate"):
         plan = allocate(
             program,
             left.coupling,
             left.scores,
             recipe.goal,
-            cost=cost,
-            dense=dense.costs[kind]({}) if cost and droppable.dead else None,
+            cost=left.costs.get(recipe.goal.kind),
+            dense=None if dense is None else dense({}),
             selection=recipe.selection,
             settings=plan_settings(program, recipe, seen),
         )
     plan = settled(plan, left.orders)
-    plan = replace(plan, dropped=droppable.dead, notes=(*plan.notes, *droppable.notes))
-    costs = kept_costs(dense.coupling, dense.costs, left.coupling, left.costs, plan)
-    return Choice(left.program, left.coupling, plan, costs), None
+    plan = replace(plan, dropped=candidates.dead, notes=(*plan.notes, *candidates.notes))
+    return candidates.chosen(left, plan), None
 
 
 def refined(decision: Decision, clock: Clock) -> Decision:

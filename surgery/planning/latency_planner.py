@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from surgery.config import Recipe
-from surgery.core import Block, Clock, Coupling, Plan, Program, Scores
-from surgery.coupling import find_blocks, flush_mib, kept_costs, plan_from_dead, reordered, reorderings
+from surgery.core import Block, Coupling, Plan, Program, Scores
+from surgery.coupling import find_blocks, flush_mib, plan_from_dead, reordered, reorderings
 from surgery.errors import BudgetUnreachable, InvalidInput
 from surgery.importance import Signal, block_losses, measures_losses, settled, signal_of, weights_of
-from surgery.inputs import Calibration
 from surgery.latency import Conditions, LatencyTable, Point, Source, Stairs, table_source
 from surgery.planning.allocation import Ladder, attempts, ladders_of, removed
-from surgery.planning.choice import Candidate, Choice, DroppableBlocks, RefinementLog, plan_settings
+from surgery.planning.choice import Candidate, Candidates, Choice, RefinementLog, plan_settings
 from surgery.planning.latency_search import (
     Forecast,
     ImportanceLoss,
@@ -124,39 +123,32 @@ class LatencyPlanner:
     Blocks and widths are searched jointly, on the program without its dead blocks; the plan is then transferred to the
     program without the dropped blocks.
 
-    Args:
-        recipe: the recipe.
-        seen: images to measure importance on, if any.
-        droppable: droppable blocks of the traced program.
-        clock: reports progress.
-
     Attributes:
         source: source of the latency table.
         calibration: a measurement of an earlier plan from the table's device, if given.
         warnings: warnings about the table, extended while it is read.
     """
 
-    def __init__(self, recipe: Recipe, seen: Calibration | None, droppable: DroppableBlocks, clock: Clock) -> None:
-        self._recipe, self._seen, self._clock = recipe, seen, clock
-        self._droppable, self._program = droppable, droppable.program
-        self._candidates: dict[frozenset[str], Candidate] = {}
+    def __init__(self, candidates: Candidates) -> None:
+        self._candidates, self._clock = candidates, candidates.clock
+        self._recipe, self._program = recipe, program = candidates.recipe, candidates.program
         self.warnings: list[str] = []
         given = recipe.target.acceptance
         self.calibration = None if given is None else Acceptance.load(given)
         self.source: Source = table_source(
             recipe.target.latency_table,
-            conditions_of(self._program, recipe),
+            conditions_of(program, recipe),
             seed=recipe.selection.seed,
-            progress=clock.progress,
+            progress=candidates.clock.progress,
             warn=self.warnings.append,
         )
         if self.calibration is not None:
-            self.calibration.validate_device(self.source.device, self._program.fingerprint, recipe.target.batch)
+            self.calibration.validate_device(self.source.device, program.fingerprint, recipe.target.batch)
 
     @cached_property
     def dense_ms(self) -> float:
         """The dense model's latency by the table; raises InvalidInput if the table has none."""
-        points = self._candidate(frozenset()).lowered.points()
+        points = self._candidates.without(()).lowered.points()
         with self._clock("measure kernels"):
             found = predicted_ms(points, covered(self.source, points))
         if found <= 0:
@@ -176,7 +168,7 @@ class LatencyPlanner:
             dense_ms = self.calibration.dense_ms
         elif recipe.target.correct and self.source.live:
             with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-                bench = LatencyBench(self._program, Path(folder), recipe, self._seen, self._clock.progress)
+                bench = LatencyBench(self._program, Path(folder), recipe, self._candidates.seen, self._clock.progress)
                 dense_ms = bench.dense_ms()
         if recipe.goal.amount >= dense_ms:
             raise InvalidInput(
@@ -204,8 +196,8 @@ class LatencyPlanner:
             problem, state = self._search.solve(fraction * self.dense_ms)
             ms = problem.forecast.total(state)
             notes = [f"predicted by the latency table: {ms:.4g} ms, aimed at {fraction * self.dense_ms:.4g}"]
-            candidate, plan = self._carried(problem, state, [*notes, *_untimed(self._base.lowered, problem)])
-        notes = [*plan.notes, *self._droppable.notes]
+            candidate, plan = self._carried(problem, state, [*notes, *_untimed(self._candidates.base.lowered, problem)])
+        notes = [*plan.notes, *self._candidates.notes]
         if self.calibration is not None:
             notes.append(
                 f"aimed at {self.calibration.aim(self.target):.4f} of the dense latency by the table, calibrated with "
@@ -214,57 +206,33 @@ class LatencyPlanner:
             )
         settings = {**plan.settings, "predicted_latency_ratio": round(ms / self.dense_ms, 6)}
         plan = replace(plan, notes=tuple(notes), settings=settings)
-        dense, table = self._candidate(frozenset()), self.source.cover(candidate.lowered.points())
-        return Choice(
-            candidate.program,
-            candidate.coupling,
-            plan,
-            kept_costs(dense.coupling, dense.costs, candidate.coupling, candidate.costs, plan),
-            RefinementLog(
-                self.target,
-                dense_ms=None,
-                predicted_dense_ms=self.dense_ms,
-                predicted_ms=ms,
-                verdict="not timed: the latencies are the table's",
-                device=self.source.device,
-            ),
-            tuple(self.warnings),
-            staircases(candidate.lowered, table, plan.dead),
-        )
+        verdict, device = "not timed: the latencies are the table's", self.source.device
+        log = RefinementLog(self.target, None, self.dense_ms, ms, verdict=verdict, device=device)
+        stairs = staircases(candidate.lowered, self.source.cover(candidate.lowered.points()), plan.dead)
+        return self._candidates.chosen(candidate, plan, refinement=log, warnings=tuple(self.warnings), stairs=stairs)
 
     def _carried(self, problem: Problem, state: State, notes: Sequence[str]) -> tuple[Candidate, Plan]:
         """Return a solution as a plan, with the program without the dropped blocks."""
-        base = self._base
+        base = self._candidates.base
         plan = plan_from_dead(
             base.coupling,
             removed(problem.ladders, state.levels),
             fingerprint=self._program.fingerprint,
             inputs=self._program.inputs,
             budget=self._recipe.goal,
-            settings=plan_settings(self._program, self._recipe, self._seen),
+            settings=plan_settings(self._program, self._recipe, self._candidates.seen),
             notes=notes,
             reasons=_reasons(problem, state),
         )
-        dropped = {**self._droppable.dead, **{problem.blocks[b].name: () for b in sorted(state.dropped)}}
+        dropped = {**self._candidates.dead, **{problem.blocks[b].name: () for b in sorted(state.dropped)}}
         if state.dropped:
-            base = self._candidate(frozenset(dropped))
+            base = self._candidates.without(dropped)
             plan = carried_over(plan, base.coupling)
         return base, replace(settled(plan, base.orders), dropped=dropped)
 
-    def _candidate(self, dropped: frozenset[str]) -> Candidate:
-        if dropped not in self._candidates:
-            program = self._droppable.program_without(dropped)
-            self._candidates[dropped] = Candidate.of(program, self._recipe, self._seen, self._clock)
-        return self._candidates[dropped]
-
-    @property
-    def _base(self) -> Candidate:
-        """The program without its dead blocks, on which plans are searched."""
-        return self._candidate(frozenset(self._droppable.dead))
-
     @cached_property
     def _search(self) -> WidthSearch:
-        base, droppable = self._base, self._droppable
+        base, droppable = self._candidates.base, self._candidates
         left = {block.sum: block for block in (find_blocks(base.program) if droppable.blocks else ())}
         alive = (block for block in droppable.blocks if block.name not in droppable.dead and block.sum in left)
         blocks = tuple(replace(left[block.sum], name=block.name) for block in alive)  # under their original names
@@ -273,7 +241,7 @@ class LatencyPlanner:
 
     def _signal(self, base: Candidate, blocks: tuple[Block, ...]) -> Signal:
         """Return consumers and importance losses of units and blocks, by the requested criterion."""
-        recipe, seen = self._recipe, self._seen
+        recipe, seen = self._recipe, self._candidates.seen
         order = reorderings(base.coupling, base.orders)
         parameters = reordered(weights_of(base.program, base.coupling), order)
         signal = signal_of(base.program, base.coupling, parameters, blocks)

@@ -27,10 +27,9 @@ from surgery.core import Clock, Program, Progress, replacing
 from surgery.cutting import tracer_of
 from surgery.errors import InvalidInput
 from surgery.latency import LatencyTable, Measured, Point, device
-from surgery.planning.choice import droppable_blocks
+from surgery.planning.choice import Candidates
 from surgery.planning.latency_planner import conditions_of
 from surgery.planning.latency_search import predicted_ms
-from surgery.planning.lowering import lower
 from surgery.planning.refinement import LatencyBench
 from surgery.report import Part, Table, print_parts
 
@@ -120,18 +119,13 @@ def survey(
         whole = parts.reach(model, part, example_inputs, example_kwargs) if part is not None else None
         program = tracer.trace(*(whole.call if whole else (model, example_inputs, example_kwargs)))
 
-    def points(subject: Program) -> list[Point]:
-        coupling = tracer.couple(subject, keep=recipe.selection.keep)
-        return lower(subject, coupling, batch=recipe.target.batch).points()
-
-    with run("couple"):
-        dense = points(program)
+    candidates = Candidates(program, recipe, None, run)
+    dense = candidates.without(()).lowered.points()
     with run("couple without blocks"):
-        droppable = droppable_blocks(program, recipe)
-        names = [block.name for block in droppable.blocks]
+        names = [block.name for block in candidates.blocks]
         chosen = (names[::2], names[1::2], names, ())
-        gone = {frozenset(some).union(droppable.dead) for some in chosen} - {frozenset()}
-        others = [p for some in sorted(gone, key=sorted) for p in points(droppable.program_without(some))]
+        gone = {frozenset(some).union(candidates.dead) for some in chosen} - {frozenset()}
+        others = [point for some in sorted(gone, key=sorted) for point in candidates.without(some).lowered.points()]
     return Survey(program, recipe, tuple(dense), tuple(others))
 
 
