@@ -185,10 +185,7 @@ class Ladder:
 def ladders_of(coupling: Coupling, scores: Scores, round_to: int | Mapping[str, int]) -> list[Ladder]:
     """Return the ladders of all groups, in order of the groups; groups that must have equal sizes share one.
 
-    Args:
-        coupling: the groups.
-        scores: importance per unit.
-        round_to: the remaining size of a pruned group is a multiple of this; one number, or one per group.
+    The remaining size of a pruned group is a multiple of `round_to`, one number or one per group.
     """
     multiples = dict.fromkeys((g.name for g in coupling.groups), round_to) if isinstance(round_to, int) else round_to
     bundles = {pieces[0][0][0]: pieces for pieces in coupling.equal_pieces if pieces[0]}

@@ -169,7 +169,7 @@ class LatencyPlanner:
         elif recipe.target.correct and self.source.live:
             with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
                 bench = LatencyBench(self._program, Path(folder), recipe, self._candidates.seen, self._clock.progress)
-                dense_ms = bench.dense_ms()
+                dense_ms = bench.ratio(bench.dense).dense_ms
         if recipe.goal.amount >= dense_ms:
             raise InvalidInput(
                 f"latency_ms={recipe.goal.amount:g}: the dense model takes {dense_ms:.4g} ms already; ask for fewer "
@@ -291,17 +291,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WidthSearch:
-    """Chooses group widths and blocks to drop, for one program and one device.
-
-    Attributes:
-        coupling: the groups.
-        scores: importance per unit.
-        lowered: the program's kernels.
-        source: source of the latency table, which is extended as needed.
-        signal: consumers and importance losses of units and blocks.
-        inexact: as in `allocate`.
-        blocks: droppable blocks.
-    """
+    """Chooses group widths and blocks to drop, for one program and one device, whose table is extended as needed."""
 
     coupling: Coupling
     scores: Scores

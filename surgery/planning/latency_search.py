@@ -69,15 +69,7 @@ def group_steps(lowered: Lowered, coupling: Coupling, table: LatencyTable, *, mo
 
 
 class Forecast:
-    """Predicts the latency of states; a move recomputes only the kernels that it changes.
-
-    Args:
-        lowered: the kernels.
-        table: latency table; missing kernels count zero.
-        coupling: coupling of the same program.
-        ladders: ladders of the groups.
-        blocks: for each droppable block, the names of the operations removed with it.
-    """
+    """Predicts the latency of states; `blocks` are the names of the operations removed with each droppable block."""
 
     def __init__(
         self,
@@ -206,10 +198,6 @@ def ladder_losses(ladders: Sequence[Ladder], signal: Signal) -> tuple[tuple[floa
     Losses measured on images are summed. Otherwise, narrowing one layer to nothing costs more than removing as many
     units from several layers, and a unit of a residual stream, with many consumers, costs more than one with a single
     consumer.
-
-    Args:
-        ladders: ladders of the groups.
-        signal: consumers of the units, or measured losses of units.
     """
     return tuple(tuple(_lost(ladder, signal).tolist()) for ladder in ladders)
 
@@ -338,13 +326,7 @@ class Staircase:
 
 
 def staircases(lowered: Lowered, table: LatencyTable, dead: Mapping[str, Sequence[int]]) -> tuple[Staircase, ...]:
-    """Return the curves of the dense network's costliest kernels, one of each kind, pruned ones first.
-
-    Args:
-        lowered: the network's kernels, without dropped blocks.
-        table: latency table of the device.
-        dead: removed units of the plan.
-    """
+    """Return the curves of the dense network's costliest kernels, one of each kind, pruned ones first."""
     rows = [
         (placed.nodes, kernel, before, after)
         for placed, (kernel, before), (_, after) in zip(

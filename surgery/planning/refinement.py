@@ -41,15 +41,9 @@ def int8_of(recipe: Recipe) -> Int8:
 
 
 class LatencyBench:
-    """The dense model as an ONNX file, and compact ones to be timed against it.
+    """The dense model as an ONNX file in a folder, and compact ones to be timed against it.
 
-    Args:
-        program: the dense program.
-        folder: output folder.
-        recipe: threads, batch and precision.
-        seen: images to calibrate int8 files on, if any.
-        progress: called with the current export or measurement.
-        for_accuracy: whether accuracy is also measured, so that int8 files are calibrated on all images.
+    Files in int8 are calibrated on images `seen`: on all of them with `for_accuracy`, else on a few.
     """
 
     def __init__(
@@ -94,23 +88,13 @@ class LatencyBench:
             to_int8(path, path, self._calibration(path), int8_of(self._recipe), check=False)
         return path
 
-    def ratio(self, compact: Path, *, processes: int, after: timer.Ratio | None = None) -> timer.Ratio:
-        """Return a file's latency relative to the dense model's, from several processes including those of `after`."""
-        known = after.processes if after is not None else ()
-        first = self._recipe.selection.seed
-        found = timer.measure(
-            self.dense,
-            compact,
-            self.shapes,
-            threads=self._recipe.target.threads,
-            seeds=range(first + len(known), first + processes),
-            progress=self._progress,
+    def ratio(self, compact: Path, *, processes: int = timer.PROCESSES, first: int = 0) -> timer.Ratio:
+        """Return a file's latency relative to the dense model's; `first` is the number of earlier processes."""
+        seed, threads = self._recipe.selection.seed + first, self._recipe.target.threads
+        seeds = range(seed, seed + processes)
+        return timer.measure(
+            self.dense, compact, self.shapes, threads=threads, seeds=seeds, progress=self._progress
         )
-        return timer.Ratio((*known, *found.processes))
-
-    def dense_ms(self) -> float:
-        """Return the dense model's latency."""
-        return self.ratio(self.dense, processes=timer.PROCESSES).dense_ms
 
     def _calibration(self, path: Path) -> list[dict[str, Any]]:
         """Return the calibration images: a few if files are only timed, the example inputs if there are none.
@@ -156,7 +140,8 @@ def refine(
         found = bench.ratio(files[-1], processes=1)
         last = len(iterations) + 1 == ITERATIONS
         if last or abs(found.value / target - 1) <= NEAR:
-            found = bench.ratio(files[-1], processes=timer.PROCESSES, after=found)
+            more = bench.ratio(files[-1], processes=timer.PROCESSES - 1, first=1)
+            found = timer.Ratio((*found.processes, *more.processes))
         dense_ms.append(found.dense_ms)
         iterations.append(Iteration(aim, _log(choices[-1]).predicted, found.value, found.ratios))
         if last or abs(found.value / target - 1) <= CLOSE:
@@ -169,7 +154,7 @@ def refine(
         choices.append(choice)
     best = min(range(len(iterations)), key=lambda k: _distance(iterations[k].measured / target))
     if len(iterations[best].ratios) < timer.PROCESSES:
-        found = bench.ratio(files[best], processes=timer.PROCESSES)
+        found = bench.ratio(files[best])
         iterations[best] = replace(iterations[best], measured=found.value, ratios=found.ratios)
     log = replace(_log(choices[best]), dense_ms=median(dense_ms), iterations=tuple(iterations), taken=best)
     return replace(choices[best], refinement=replace(log, verdict=_verdict(log, why)))

@@ -231,12 +231,9 @@ def paired_drop(dense: Tensor, compact: Tensor) -> tuple[float, float, float]:
 
 
 def score_interval(lost: float, won: float, count: int) -> tuple[float, float]:
-    """Return Tango's 95 % score interval of a difference between paired shares, -1 to 1.
+    """Return Tango's 95 % score interval, -1 to 1, of a difference between shares of `count` pairs.
 
-    Args:
-        lost: number of pairs with only the first correct.
-        won: number of pairs with only the second correct.
-        count: number of pairs.
+    In `lost` pairs only the first is correct, in `won` only the second.
     """
     quantile = float(norm.ppf(0.5 + CONFIDENCE / 2))
 
@@ -261,13 +258,7 @@ def score_interval(lost: float, won: float, count: int) -> tuple[float, float]:
 
 
 class Pairs:
-    """Batches of inputs with their classes, read again in each iteration, and required to be the same.
-
-    Args:
-        given: `Images`, whose unreadable files are skipped, or any other argument of `as_loader`.
-        specs: the model's inputs, which may fix the batch size.
-        seed: seed of a loader's random draws, such as its order.
-    """
+    """Batches of inputs with their classes, read again in each iteration, and required to be the same."""
 
     def __init__(self, given: Any, specs: Sequence[InputSpec], seed: int = 0) -> None:
         values = max(1, int(torch.Size(specs[0].shape[1:]).numel()))

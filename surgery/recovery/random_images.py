@@ -25,12 +25,7 @@ _TOGETHER = 0.85
 def drawn_images(count: int, channels: int, height: int, width: int, *, seed: int = 0) -> Tensor:
     """Return images (count, channels, height, width) of about zero mean and unit variance.
 
-    Args:
-        count: number of images; half have sharp leaves and little noise, the other half weaker leaves and more noise.
-        channels: number of channels.
-        height: height in pixels.
-        width: width in pixels.
-        seed: seed of all random draws.
+    Half of them have sharp leaves and little noise, the other half weaker leaves and more noise.
     """
     random = np.random.default_rng(seed)
     leaves = np.stack([_leaves(random, channels, height, width) for _ in range(count)])

@@ -172,17 +172,7 @@ def _rails(node: torch.fx.Node) -> tuple[float, float]:
 
 
 class _Fit:
-    """Collects the rows of one layer, and fits it; a second time if a rectifier follows.
-
-    Args:
-        layer: the layer.
-        dense: runs the dense model.
-        cut: runs the compact model.
-        aim: labels of the target operation.
-        masks: masks of the removed units.
-        sizes: number of images of each batch.
-        seed: seed of the sampled positions.
-    """
+    """Collects the rows of one layer, and fits it; a second time if a rectifier follows."""
 
     def __init__(
         self,

@@ -416,13 +416,7 @@ def with_recovery(data: Mapping[str, Any], recovery: Recovery | None) -> dict[st
 
 
 def verdict_on(recovery: Recovery, last: Agreement | None, name: str = "") -> dict[str, Any]:
-    """Return the verdict on a model as a sentence and as a keyword.
-
-    Args:
-        recovery: recovery with the dense model as its first step.
-        last: agreement of the model with it.
-        name: name of the model in the sentence; empty for the compact model.
-    """
+    """Return the verdict on a model, by its agreement `last`, as a sentence that may name it and as a keyword."""
     dense, of = recovery.steps[0].agreement, f"{name}: " if name else ""
     if dense is None or last is None:
         return {"verdict": "accuracy unknown: recovered without images; not fit to deploy before it is evaluated"}

@@ -94,18 +94,13 @@ class History:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingRun:
-    """What is trained, on which data, and how.
+    """A compact model to be trained in place, on the outputs of the dense one.
 
     Attributes:
-        compact: the compact model, trained in place.
-        dense: the dense model, whose outputs are the targets; left unchanged.
         data: a map-style Dataset of images and classes, or a DataLoader of batches, used as given.
-        settings: of training.
-        inputs: the models' tensor inputs.
         parameters: those that may change.
         labels: whether classes are learned too, beside the dense model's outputs.
         key: identifies the run; a checkpoint with another key is not resumed.
-        seed: seed of all random draws.
     """
 
     compact: Callee
@@ -121,10 +116,6 @@ class TrainingRun:
 
 def train(run: TrainingRun, progress: Callable[[float], None]) -> History:
     """Train the compact model in place; must be called by all processes with the same arguments.
-
-    Args:
-        run: what is trained, on which data, and how.
-        progress: called with the completed fraction.
 
     Raises:
         InvalidInput: there are too few images, no classes where they are needed, or the loss is not finite.
@@ -331,14 +322,9 @@ class _Loop:
 
 
 def loss_of(found: Sequence[Tensor], wanted: Sequence[Tensor], classes: Tensor | None, temperature: float) -> Tensor:
-    """Return the loss between outputs and the teacher's outputs, and the classes if given.
+    """Return the loss between outputs and the teacher's outputs `wanted`, and the classes (N,) if given.
 
-    Args:
-        found: outputs of the student.
-        wanted: outputs of the teacher. A single output (N, classes) is taken as logits, whose distributions are
-            compared; other outputs are compared by value.
-        classes: (N,), or None.
-        temperature: temperature of the distributions.
+    A single output (N, classes) is taken as logits, whose distributions are compared; other outputs by value.
 
     Raises:
         InvalidInput: a class is out of range, or there are classes but no logits.
@@ -364,17 +350,7 @@ def loss_of(found: Sequence[Tensor], wanted: Sequence[Tensor], classes: Tensor |
 
 
 class Views(Dataset[tuple[Tensor, ...]]):
-    """Augmented images of one epoch, with the other inputs and the class; determined by seed, epoch and index.
-
-    Args:
-        images: a map-style dataset.
-        chosen: indices of its items.
-        inputs: the model's inputs, of which the first is the image.
-        seed: seed of all random draws.
-        shift: shift images by up to this share of their size.
-        flip: flip half of the images left to right.
-        mix: mix half of the images with another one.
-    """
+    """Augmented images of one epoch, with the other inputs and the class; determined by seed, epoch and index."""
 
     def __init__(
         self,

@@ -19,13 +19,7 @@ def distill(task: Task) -> Outcome:
 
 
 def trained(task: Task, name: str, *, labels: bool) -> Outcome:
-    """Train the compact model in place; parameters that do not require gradients are frozen.
-
-    Args:
-        task: the task, with the user's images.
-        name: name of the method, for messages.
-        labels: whether to train on classes in addition to the dense model's outputs.
-    """
+    """Train the compact model, with labels also on classes; parameters that do not require gradients are frozen."""
     subject, settings, seed = task.subject, task.recipe.recovery, task.recipe.selection.seed
     own = {id(p) for p in subject.compact.module.parameters()}
     learning = [p for p in subject.model.parameters() if id(p) in own and p.requires_grad]
