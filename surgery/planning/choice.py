@@ -34,14 +34,7 @@ LOWEST, HIGHEST = 0.92, 1.03
 
 @dataclass(frozen=True, slots=True)
 class Iteration:
-    """One plan of a refinement.
-
-    Attributes:
-        aim: the fraction of the dense latency that it was made for.
-        predicted: the fraction predicted by the table.
-        measured: the measured fraction, the median of `ratios`.
-        ratios: one per process.
-    """
+    """One plan of a refinement: fractions of the dense latency. `measured` is the median of one ratio per process."""
 
     aim: float
     predicted: float
@@ -101,12 +94,9 @@ class RefinementLog:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Choice:
-    """A plan and its program.
+    """A plan and its program, without the dropped blocks.
 
     Attributes:
-        program: the traced program without the dropped blocks.
-        coupling: its groups.
-        plan: the plan.
         costs: ``params``, ``macs``, ``channels`` → (dense, kept).
         refinement: the plan's latency; None for other budgets.
         warnings: warnings about the latency table.

@@ -32,7 +32,6 @@ class Decision:
 
     Attributes:
         recipe: the recipe, with opened data.
-        choice: the plan, its program and costs.
         stages_s: seconds of each stage.
         whole: the dense model around a submodule, if any.
         seen: the images read from `data`; None without data.

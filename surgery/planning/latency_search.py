@@ -311,8 +311,6 @@ class Staircase:
     Attributes:
         title: description of the kernel.
         nodes: the operations it covers.
-        widths: widths at which the table was evaluated.
-        ms: milliseconds at these widths.
         dense: the width before.
         kept: the width after.
     """

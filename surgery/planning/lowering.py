@@ -49,7 +49,6 @@ class Lowered:
         placed: kernels in order of the program.
         sizes: lengths of the axes indexed by the kernels' slots.
         untimed: names of operations without a kernel that may take time.
-        labelled: labels of the program.
     """
 
     placed: tuple[Placed, ...]

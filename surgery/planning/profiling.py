@@ -75,14 +75,7 @@ _SHOWN = 20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Survey:
-    """The kernels of a model to time.
-
-    Attributes:
-        program: the program as traced.
-        recipe: the recipe.
-        dense: the program's kernels with their widths, in order.
-        others: kernels that occur if blocks are dropped.
-    """
+    """The kernels of a model to time: those of the traced program in order, and others that occur without blocks."""
 
     program: Program
     recipe: Recipe
@@ -182,12 +175,6 @@ def render_terminal(data: Mapping[str, Any], console: Console) -> None:
 
 def pack(subject: Survey, path: str | Path, *, name: str, progress: Progress | None = None) -> None:
     """Write a zip file that measures the model's kernels on a device with only Python, numpy and onnxruntime.
-
-    Args:
-        subject: the kernels to time.
-        path: path of the file, which is replaced atomically.
-        name: name of the model.
-        progress: called with each step.
 
     Raises:
         InvalidInput: the file cannot be written.

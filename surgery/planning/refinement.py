@@ -131,6 +131,10 @@ def refine(
     Returns:
         The plan whose measured ratio is nearest to the target, preferably within bounds, with the log.
     """
+
+    def distance(relative: float) -> tuple[bool, float]:
+        return not LOWEST <= relative <= HIGHEST, abs(relative - 1)
+
     target = _log(first).target
     choices, files, dense_ms = [first], list[Path](), list[float]()
     iterations: list[Iteration] = []
@@ -152,7 +156,7 @@ def refine(
             break
         aim, choice = corrected
         choices.append(choice)
-    best = min(range(len(iterations)), key=lambda k: _distance(iterations[k].measured / target))
+    best = min(range(len(iterations)), key=lambda k: distance(iterations[k].measured / target))
     if len(iterations[best].ratios) < timer.PROCESSES:
         found = bench.ratio(files[best])
         iterations[best] = replace(iterations[best], measured=found.value, ratios=found.ratios)
@@ -177,10 +181,7 @@ def _another(
 
 
 def _aims(iterations: Sequence[Iteration], target: float) -> Iterator[float]:
-    """Yield corrections of the last aim, the best first.
-
-    Proportional; interpolated if one aim was too slow and another too fast.
-    """
+    """Yield corrections of the last aim, proportional or between one that was too slow and one that was too fast."""
     last = iterations[-1]
     factor = target / last.measured
     across = [i.aim for i in iterations if (i.measured < target) != (last.measured < target)]
@@ -196,10 +197,6 @@ def _aims(iterations: Sequence[Iteration], target: float) -> Iterator[float]:
 def _log(choice: Choice) -> RefinementLog:
     assert choice.refinement is not None, "only plans for a latency are timed"
     return choice.refinement
-
-
-def _distance(relative: float) -> tuple[bool, float]:
-    return not LOWEST <= relative <= HIGHEST, abs(relative - 1)
 
 
 def _verdict(log: RefinementLog, why: str) -> str:

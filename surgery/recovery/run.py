@@ -193,7 +193,6 @@ class Recovery:
     Attributes:
         level: the requested level.
         steps: the dense model, the compact one as cut, and each recovery step.
-        notes: notes for the user.
         reference: reference to evaluate exported files; None without images.
         seen: images learnt from, used to calibrate files in lower precision; None without images.
     """
