@@ -418,7 +418,7 @@ def _loaders(run: TrainingRun, processes: int) -> tuple[Any, Any]:
     data, how = run.data, run.settings
     refuse_batch(data, how, processes)
     if not isinstance(data, (Dataset, DataLoader)) or not hasattr(getattr(data, "dataset", data), "__len__"):
-        raise InvalidInput("to be taught with, data are a folder, an .npz file, a Dataset or a DataLoader of a length")
+        raise InvalidInput("for training, give a folder, an .npz file, a Dataset, or a DataLoader with a length")
     if isinstance(data, DataLoader):
         return data, _first_batches(data, run.seed)
     count = len(data)  # type: ignore[arg-type]
