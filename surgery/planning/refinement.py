@@ -92,9 +92,7 @@ class LatencyBench:
         """Return a file's latency relative to the dense model's; `first` is the number of earlier processes."""
         seed, threads = self._recipe.selection.seed + first, self._recipe.target.threads
         seeds = range(seed, seed + processes)
-        return timer.measure(
-            self.dense, compact, self.shapes, threads=threads, seeds=seeds, progress=self._progress
-        )
+        return timer.measure(self.dense, compact, self.shapes, threads=threads, seeds=seeds, progress=self._progress)
 
     def _calibration(self, path: Path) -> list[dict[str, Any]]:
         """Return the calibration images: a few if files are only timed, the example inputs if there are none.

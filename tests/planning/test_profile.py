@@ -337,7 +337,7 @@ def test_the_aim_moves_by_what_the_table_predicted_wrongly_and_stays_a_fraction(
     ("changed", "said"),
     [
         ({"schema": 2}, "schema 2"),
-        ({"ratio": 0.0}, "no latency"),
+        ({"ratio": 0.0}, "must be positive"),
         ({"ratio": "fast"}, "not an acceptance"),
         ({"device": None}, "not an acceptance"),
         ({"predicted_latency_ratio": None}, "surgery shrink --latency"),

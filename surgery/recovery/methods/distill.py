@@ -24,7 +24,7 @@ def trained(task: Task, name: str, *, labels: bool) -> Outcome:
     own = {id(p) for p in subject.compact.module.parameters()}
     learning = [p for p in subject.model.parameters() if id(p) in own and p.requires_grad]
     if not learning:
-        raise InvalidInput(f"{name}: no parameter of the compact model requires gradients: call requires_grad_() on some")
+        raise InvalidInput(f"{name}: no parameter of the compact model requires gradients; call requires_grad_()")
     data = as_dataset(task.recipe.data.data)
     key = f"{task.subject.cut.plan.digest} {name} {settings} {seed} {_digest(task, data)}"
     run = TrainingRun(subject.model, subject.dense, data, settings, subject.inputs, learning, labels, key, seed)
