@@ -1,17 +1,18 @@
 """Registries of criteria and recovery methods, built-in and user-defined.
 
-A registry belongs to a package of which each module registers one entry under the module's own name (``bn_gamma.py``:
-`bn-gamma`). Names are listed from the files, so that a command line can offer them without loading torch; a module is
-loaded when its entry is first asked for. Users register entries of their own by the same decorators.
+A registry belongs to a package whose modules register entries by a decorator. Names are read from the decorators in the
+files, so that a command line can offer them without loading torch; a module is loaded when an entry of its is first
+asked for. Users register entries of their own by the same decorators.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import pkgutil
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from surgery.errors import InvalidInput
@@ -61,7 +62,7 @@ class Registry(Generic[Entry]):
 
     Args:
         kind: name of an entry in messages.
-        package: package whose modules register entries under their own names.
+        package: package whose modules register entries.
         needs: allowed needs of an entry.
     """
 
@@ -69,18 +70,23 @@ class Registry(Generic[Entry]):
         self._kind, self._package, self._needs = kind, package, frozenset(needs)
         self._entries: dict[str, Entry] = {}
 
+    @cached_property
+    def _modules(self) -> dict[str, str]:
+        """Name of each built-in entry → its module, as in ``@criterion("name", ..)``."""
+        files = [file for place in importlib.import_module(self._package).__path__ for file in Path(place).glob("*.py")]
+        found = {file.stem: re.findall(r'^@\w+\("([\w-]+)"', file.read_text("utf-8"), re.MULTILINE) for file in files}
+        return {name: f"{self._package}.{stem}" for stem, names in found.items() for name in names}
+
     def names(self) -> list[str]:
         """Return all names, sorted; loads none of the modules."""
-        places = list(importlib.import_module(self._package).__path__)
-        own = {module.name.replace("_", "-") for module in pkgutil.iter_modules(places)}
-        return sorted(own | self._entries.keys())
+        return sorted(self._modules.keys() | self._entries.keys())
 
     def add(self, entry: Entry) -> None:
         """Register an entry; raises ValueError for a name that is taken or a need that is not known."""
         if unknown := entry.needs - self._needs:
             raise ValueError(f"{self._kind} {entry.name}: needs {min(unknown)!r}; known are {sorted(self._needs)}")
-        module = importlib.util.find_spec(f"{self._package}.{entry.name.replace('-', '_')}")
-        if entry.name in self._entries or (module is not None and entry.function.__module__ != module.name):
+        built_in = self._modules.get(entry.name, entry.function.__module__)
+        if entry.name in self._entries or entry.function.__module__ != built_in:
             raise ValueError(f"there is a {self._kind} '{entry.name}' already: choose another name")
         self._entries[entry.name] = entry
 
@@ -98,7 +104,7 @@ class Registry(Generic[Entry]):
         if name not in self.names():
             raise InvalidInput(f"no {self._kind} '{name}'; there are {', '.join(self.names())}")
         if name not in self._entries:
-            importlib.import_module(f"{self._package}.{name.replace('-', '_')}")
+            importlib.import_module(self._modules[name])
         return self._entries[name]
 
 

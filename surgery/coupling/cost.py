@@ -28,18 +28,16 @@ class Sizes:
     def track(self, value: Value) -> list[int]:
         """For each axis of `value`, its slot, or its negated fixed length less one."""
         if id(value) not in self._known:
-            self._known[id(value)] = (value, [self._slot(value, a) for a in range(len(value.shape))])
+            slots = []
+            for size, axis in zip(value.shape, value.axes, strict=True):
+                layers = self._labelled.labels.canon(axis)
+                key = tuple(layer.tobytes() for layer in layers)
+                if layers and key not in self._slots:
+                    self._slots[key] = len(self.axes)
+                    self.axes.append(layers)
+                slots.append(self._slots[key] if layers else -1 - size)
+            self._known[id(value)] = (value, slots)
         return self._known[id(value)][1]
-
-    def _slot(self, value: Value, axis: int) -> int:
-        layers = self._labelled.labels.canon(value.axes[axis])
-        if not layers:
-            return -1 - value.shape[axis]
-        key = tuple(layer.tobytes() for layer in layers)
-        if key not in self._slots:
-            self._slots[key] = len(self.axes)
-            self.axes.append(layers)
-        return self._slots[key]
 
     def lengths(self, dead: Mask) -> list[int]:
         """Surviving length per slot."""
@@ -129,12 +127,8 @@ def kept_costs(
 ) -> dict[str, tuple[int, int]]:
     """Return parameters, MACs and units of a plan as (dense, kept).
 
-    Args:
-        dense: groups of the whole program.
-        before: cost functions of the whole program.
-        left: groups of the program without the dropped blocks.
-        after: cost functions of the program without the dropped blocks.
-        plan: the units to remove.
+    `dense` and `before` are groups and cost functions of the whole program, `left` and `after` those of the program
+    without the dropped blocks.
     """
     units = sum(group.size for group in dense.groups)
     kept = sum(group.size for group in left.groups) - sum(len(dead) for dead in plan.dead.values())

@@ -120,14 +120,11 @@ def propagate_labels(
     labels: LabelSet,
     settled: Callable[[str, Any], Any] = lambda name, value: value,
 ) -> tuple[dict[str, Any], dict[str, Mapping[str, Any]]]:
-    """Run a graph on labels.
+    """Run a graph on labels, which are open to couple and locked to verify.
 
-    Args:
-        graph: functional ATen graph.
-        params: returns the labels of a parameter or buffer by name.
-        shapes: returns the output shape of a node: one shape, a list of shapes, or a number for a symbolic size.
-        labels: open to couple, locked to verify.
-        settled: called with each computed value and its node name; returns the value to continue with.
+    `params` returns the labels of a parameter or buffer by name. `shapes` returns the output shape of a node: one
+    shape, a list of shapes, or a number for a symbolic size. `settled` is called with each computed value and its node
+    name, and returns the value to continue with.
 
     Returns:
         The value of every node, and the arguments of every operator call by name.

@@ -167,15 +167,10 @@ _VIEWS = ("aten.view.default", "aten.reshape.default")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BranchConstants:
-    """Where the constants are added; values are float64.
+    """Where the constants are added; values are float64."""
 
-    Attributes:
-        shifts: existing parameter or buffer → the constant added to it.
-        added: new parameter, read by a new sum → its value.
-    """
-
-    shifts: Mapping[str, Tensor]
-    added: Mapping[str, Tensor]
+    shifts: Mapping[str, Tensor]  # existing parameter or buffer → the constant added to it
+    added: Mapping[str, Tensor]  # new parameter, read by a new sum → its value
 
 
 def branch_constants(program: Program, constants: Mapping[str, Sequence[float]]) -> BranchConstants:
@@ -184,12 +179,9 @@ def branch_constants(program: Program, constants: Mapping[str, Sequence[float]])
 
 
 def _fold(graph: torch.fx.Graph, added: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> BranchConstants:
-    """Remove sums with constants from a graph, in place, if a tensor of the graph can absorb the constant.
+    """Remove sums with the constants `added` from a graph, in place, if one of the tensors can absorb the constant.
 
-    Args:
-        graph: each name of `added` is read by one sum, as second operand.
-        added: constants by name, in float64.
-        tensors: tensors that may be shifted, by name; those read twice, or under two names, are not.
+    Each constant is read by one sum, as second operand. Tensors read twice, or under two names, are not shifted.
     """
     reads = Counter(str(n.target) for n in graph.nodes if n.op == "get_attr" for _ in n.users)
     names = Counter(id(t) for t in tensors.values())
@@ -340,14 +332,9 @@ def _model_without(
     added: Mapping[str, nn.Parameter],
     shifted: Mapping[int, Tensor],
 ) -> nn.Module:
-    """Return the user's model with a placeholder for each module of a dropped block; raise _CannotReplace otherwise.
+    """Return a copy of the user's model with a placeholder for each module of a dropped block, or raise _CannotReplace.
 
-    Args:
-        program: the program of the model, which is unchanged.
-        gone: the dropped blocks.
-        held: the program without the blocks, with which the model is compared.
-        added: constants that are added instead of blocks, by name.
-        shifted: id of a tensor of the model → its new value.
+    It is compared with `held`, the program without the blocks. `shifted`: id of a tensor of the model → its new value.
     """
     model: nn.Module = program.model
     nodes = {node.name: node for node in program.graph.graph.nodes}

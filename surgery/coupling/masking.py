@@ -71,10 +71,9 @@ def masked_run(
     *,
     batch: int | None = None,
 ) -> Executor:
-    """Return an executor of the dense program that treats units as removed.
+    """Return an executor of the dense program that treats units as removed, by zeroing only what contractions read.
 
-    Only `_masking` is applied: the output of a batch norm or an activation on dead channels must be irrelevant.
-    `dtype`: replaces floating dtype arguments of calls. `batch`: batch size of the inputs, if not as traced.
+    `dtype` replaces floating dtype arguments of calls. `batch` is the batch size of the inputs, if not as traced.
     """
     return Executor(program.graph, state, _masking(program, labelled, masks, batch), dtype)
 

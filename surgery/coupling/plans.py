@@ -54,15 +54,8 @@ def plan_from_dead(
 ) -> Plan:
     """Return the plan that removes these units.
 
-    Args:
-        coupling: the groups.
-        dead: group name → indices of the removed units within the group, in any order; groups may be missing.
-        fingerprint: fingerprint of the program.
-        inputs: input signature of the program.
-        budget: the requested budget, or None for a plan made by hand.
-        settings: JSON values, stored unchanged.
-        notes: decisions with reasons.
-        reasons: group name → why it has its size.
+    `dead`: group name → indices of the removed units within the group, in any order; groups may be missing. The other
+    arguments are stored, and described in `Plan`.
 
     Raises:
         PlanMismatch: the coupling does not have this group or unit.
@@ -123,12 +116,7 @@ def require_own_cuts(plan: Plan, coupling: Coupling) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """A plan, the program it was made for, and derived data.
-
-    Attributes:
-        program: the dense model, traced, without the blocks that the plan drops.
-        coupling: groups of the program.
-        plan: the plan.
+    """A plan, the program it was made for (without the blocks that the plan drops), and derived data.
 
     Raises:
         PlanMismatch: the plan was made for another architecture, or contradicts itself.
@@ -200,9 +188,7 @@ class Cut:
 
 
 def _survivors(cut: AxisCut) -> Tensor:
-    alive = torch.ones(cut.size, dtype=torch.bool)
-    alive[list(cut.dead)] = False
-    return alive.nonzero().squeeze(1)
+    return torch.from_numpy(np.delete(np.arange(cut.size), cut.dead))
 
 
 # Head orders: positions of the members of heads. --------------------------------------------------------------------
@@ -210,21 +196,13 @@ def _survivors(cut: AxisCut) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Positions of the members of heads on a tensor axis.
-
-    Attributes:
-        tensor: name of a parameter or buffer.
-        axis: axis of the members.
-        inner: member at each position along it, -1 for none.
-        by: axis of the heads; None if it is the same one.
-        outer: head at each position along that axis, -1 for none.
-    """
+    """Positions of the members of heads on an axis of a parameter or buffer."""
 
     tensor: str
     axis: int
-    inner: Index
-    by: int | None
-    outer: Index
+    inner: Index  # member at each position along `axis`, -1 for none
+    by: int | None  # axis of the heads; None if it is the same one
+    outer: Index  # head at each position along that axis, -1 for none
 
     def joint(self, members: int) -> Index:
         """Return head and member, as one number, at each position of an axis that holds both; -1 for none."""
@@ -327,7 +305,7 @@ def _reordering(layout: Layout, orders: Index) -> Reordering:
     """The positions of member m of a head receive those of member `orders[head][m]`, in order."""
     heads, members = orders.shape
     if layout.by is not None:
-        owned = positions(layout.inner, members)  # (members, positions of one)
+        owned, _ = positions(layout.inner, members), positions(layout.outer, heads)  # (members, positions of one)
         rows = np.tile(np.arange(len(layout.inner)), (heads, 1))
         rows[:, owned.reshape(-1)] = owned[orders].reshape(heads, -1)
         return Reordering(layout.tensor, layout.axis, rows, layout.by, layout.outer)

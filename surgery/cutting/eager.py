@@ -66,15 +66,9 @@ ONE_PATH = "no label replay, one path exported: the one that the example input t
 
 
 def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Program:
-    """Describe `model` and its example call, without a graph; the path is followed again when needed.
+    """Describe `model` and its example call, without a graph; arguments and errors are those of `surgery.trace`.
 
-    Args:
-        model: any module whose forward runs on the inputs; unchanged, including its mode.
-        example_inputs: one tensor or a tuple of positional inputs; they choose the path through the model.
-        example_kwargs: keyword inputs.
-
-    Raises:
-        InvalidInput: a weight is not finite, or the model does not run on the inputs.
+    The inputs choose the path through the model, which is followed again when needed.
     """
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
@@ -175,9 +169,7 @@ class _Index(NamedTuple):
 def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
     """Find the groups of units that may be removed; arguments and errors are those of `surgery.couple`.
 
-    Raises:
-        InvalidInput: a pattern of `keep` matches nothing.
-        UnsupportedModel: torch-pruning cannot follow the model; the message names the user's source line.
+    Raises UnsupportedModel if torch-pruning cannot follow the model; the message names the user's source line.
     """
     model, graph, marks, sequences = _dependency_graph(program)
     labels, params = LabelSet(), dict[str, Value]()
@@ -391,8 +383,7 @@ def _unknown_operator(grad: Any) -> str | None:
 def slice_module(cut: Cut) -> CompactModel:
     """Return a copy of the user's module without the plan's dead units.
 
-    Raises:
-        UnsupportedModel: the forward does not run at the new sizes; the message names the user's source line.
+    Raises UnsupportedModel if the forward does not run at the new sizes; the message names the user's source line.
     """
     tensors, program = cut.tensors(), cut.program
     grouped = {f"{n}.weight" for n, m in program.model.named_modules() if isinstance(m, _ConvNd) and m.groups > 1}
@@ -453,13 +444,7 @@ _OFF_PATH = f"fewer than {_ROUNDS} of {_TRIES} inputs take the example's path th
 def check_module(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResult:
     """Verify a compact module against the dense one with consumers' dead input slices zeroed, on several inputs.
 
-    Args:
-        cut: the dense model and its plan.
-        compact: result of `slice_module`.
-        seed: seed of values and inputs.
-
-    Raises:
-        CheckFailed: outputs differ by more than 1e-10 in float64 or 1e-4 in float32, or the check is inconclusive.
+    Raises CheckFailed if outputs differ by more than 1e-10 in float64 or 1e-4 in float32, or the check is inconclusive.
     """
     model = cut.program.model
     with evaluating(model):

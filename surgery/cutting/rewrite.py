@@ -168,10 +168,9 @@ def _apply_change(
 def _own_class(
     cut: Cut, graph: CompactGraph, sliced: Mapping[str, Tensor], literals: Literals
 ) -> tuple[nn.Module | None, str, str]:
-    """Return the user's class with sliced submodules if it computes the same as the rewritten program.
+    """Return the user's class with sliced submodules if it computes the same as the rewritten program, else None.
 
-    Returns:
-        The module or None; the reason; and the submodule whose forward does not run at the new sizes, "" if none.
+    Also the reason, and the submodule whose forward does not run at the new sizes ("" if none).
     """
     program = cut.program
     if isinstance(program.model, torch.fx.GraphModule):
@@ -226,8 +225,7 @@ def _runs(
 ) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
     """Run the rewritten program at the example's sizes, and on one sample of other sizes if dynamic.
 
-    Yields:
-        Description of the sizes, the inputs, the outputs.
+    Yields a description of the sizes, the inputs, and the outputs.
     """
 
     def outputs(inputs: list[Tensor]) -> list[Tensor]:
@@ -259,10 +257,7 @@ def _raised_in(error: BaseException, model: nn.Module) -> str:
 def transplant(model: nn.Module, sliced: Mapping[str, Tensor], groups: Mapping[str, int]) -> nn.Module:
     """Return a copy of `model` with the sliced tensors, and sizes of standard modules updated from them.
 
-    Args:
-        model: the dense module, left unchanged.
-        sliced: every parameter and buffer, at its new size.
-        groups: weight name → remaining groups of its convolution or normalisation.
+    `groups`: weight name → remaining groups of its convolution or normalisation.
     """
     own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     made: nn.Module = copied(model, {id(tensor): sliced[name] for name, tensor in own})

@@ -21,23 +21,14 @@ from surgery.errors import InvalidInput
 
 @dataclass(frozen=True, slots=True)
 class Tracer:
-    """The stages that depend on how a model was captured.
-
-    Attributes:
-        trace: arguments and errors as in `surgery.trace`.
-        couple: arguments and errors as in `surgery.couple`.
-        cost_functions: returns budget name → cost function of the pruned network.
-        cut: returns the compact model.
-        check: verifies a compact model, given a cut and a `seed`; raises CheckFailed.
-        reference: returns the masked dense model as a module.
-    """
+    """The stages that depend on how a model was captured; arguments and errors are those of `surgery.trace` etc."""
 
     trace: Callable[..., Program]
     couple: Callable[..., Coupling]
     cost_functions: Callable[[Program, Coupling], Mapping[str, CostFn]]
     cut: Callable[[Cut], CompactModel]
     check: Callable[..., CheckResult]
-    reference: Callable[[Cut], torch.nn.Module]
+    reference: Callable[[Cut], torch.nn.Module]  # the masked dense model
 
     def cut_of(self, program: Program, plan: Plan, coupling: Coupling | None = None) -> Cut:
         """Return the cut of a plan and its program; the coupling is computed if not given."""

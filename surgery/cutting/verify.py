@@ -121,21 +121,12 @@ def check_cut(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResult:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Drawn:
-    """Well-conditioned values, and the rewritten program's outputs on them.
-
-    Attributes:
-        cut: the cut to verify.
-        compact: its compact model.
-        dense: values of the dense program's tensors, in head order.
-        kept: values of the compact model's tensors.
-        rounds: inputs of each run.
-        outputs: outputs of the rewritten program, by run.
-    """
+    """Well-conditioned values, and the rewritten program's outputs on them."""
 
     cut: Cut
     compact: CompactModel
-    dense: Mapping[str, Tensor]
-    kept: Mapping[str, Tensor]
+    dense: Mapping[str, Tensor]  # values of the dense program's tensors, in head order
+    kept: Mapping[str, Tensor]  # values of the compact model's tensors
     rounds: Rounds
     outputs: Rounds
 
@@ -263,8 +254,7 @@ def _batched(rounds: Rounds, batch: int | None) -> Rounds:
 
 def _outputs_or_none(run: Executor, rounds: Rounds) -> Rounds | None:
     try:
-        with torch.no_grad():
-            return [flat_outputs(run.run(*inputs)) for inputs in rounds]
+        return _outputs(run, rounds)
     except Exception:  # any exception of an operator
         return None
 
@@ -275,13 +265,8 @@ def _outputs_or_none(run: Executor, rounds: Rounds) -> Rounds | None:
 def replay(cut: Cut, compact: CompactModel, shapes: Mapping[str, Any]) -> int:
     """Run the rewritten program on the survivors' labels; return how many values were compared.
 
-    Args:
-        cut: the dense program and its plan.
-        compact: the model to verify.
-        shapes: shapes of the rewritten program's values in a run, by node.
-
-    Raises:
-        CheckFailed: an operator ties units that are separate in the dense program, or a value has other survivors.
+    Raises CheckFailed if an operator ties units that are separate in the dense program, or a value has other survivors.
+    `shapes`: shapes of the rewritten program's values in a run, by node.
     """
     labelled = cut.coupling.labelled
     locked = labelled.labels.locked(labelled.dead_roots(cut.plan.dead))
@@ -374,9 +359,12 @@ def relative_error(wanted: Rounds, got: Rounds) -> tuple[float, float]:
 
 def outputs_of(program: Program, state: Mapping[str, Tensor], seed: int) -> Rounds:
     """Return the dense program's outputs with these weights, in float64, on random inputs, by run."""
-    run = Executor(program.graph, state, dtype=torch.float64)
+    return _outputs(Executor(program.graph, state, dtype=torch.float64), _rounds(program, seed, torch.float64))
+
+
+def _outputs(run: Executor, rounds: Rounds) -> Rounds:
     with torch.no_grad():
-        return [flat_outputs(run.run(*inputs)) for inputs in _rounds(program, seed, torch.float64)]
+        return [flat_outputs(run.run(*inputs)) for inputs in rounds]
 
 
 def require(error: float, dtype: torch.dtype, what: str, advice: str = REPORT) -> None:
@@ -406,9 +394,7 @@ def _explained(reference: Executor, rounds: Rounds, error: float, dtype: torch.d
         return x * (1 + torch.finfo(x.dtype).eps * sign.to(x.dtype))
 
     other = reference.on({name: moved(tensor) for name, tensor in reference.state.items()})
-    with torch.no_grad():
-        runs = [[flat_outputs(run.run(*inputs)) for inputs in rounds] for run in (reference, other)]
-    rounding, _ = relative_error(*runs)
+    rounding, _ = relative_error(_outputs(reference, rounds), _outputs(other, rounds))
     if not (error <= ROUNDINGS * rounding and rounding < BLIND):
         require(error, dtype, what)
     return (
@@ -419,8 +405,7 @@ def _explained(reference: Executor, rounds: Rounds, error: float, dtype: torch.d
 
 def _compare(reference: Executor, rounds: Rounds, found: list[Rounds]) -> tuple[float, float]:
     """Return the largest relative error over all ways to run the compact model, and the varying share."""
-    with torch.no_grad():
-        wanted = [flat_outputs(reference.run(*inputs)) for inputs in rounds]
+    wanted = _outputs(reference, rounds)
     errors = [relative_error(wanted, outputs) for outputs in found]
     return max(error for error, _ in errors), errors[0][1]
 
@@ -437,8 +422,8 @@ def _of_graph(
     """Return the rewritten program's outputs by round, in float64 on `state`, or on its own weights if None."""
     tensors = state if state is not None else _tensors_of(compact.graph)
     run = Executor(compact.graph, tensors, override, torch.float64 if state is not None else None)
-    with torch.no_grad(), evaluating(compact.graph):
-        return [flat_outputs(run.run(*inputs)) for inputs in rounds]
+    with evaluating(compact.graph):
+        return _outputs(run, rounds)
 
 
 def _of_module(cut: Cut, compact: CompactModel, state: Mapping[str, Tensor] | None, rounds: Rounds) -> list[Rounds]:
@@ -467,17 +452,7 @@ def check_dropped(program: Program, plan: Plan, *, seed: int = 0) -> tuple[str, 
 
     In the traced program, dropped branches are replaced by their constants, and dropped layers by their inputs, on
     distinct, well-conditioned values. Dead branches are compared unchanged on the real weights. Both run in float64.
-
-    Args:
-        program: result of `drop`.
-        plan: plan with these `dropped` blocks.
-        seed: seed of values and inputs.
-
-    Returns:
-        Notes on the comparisons.
-
-    Raises:
-        CheckFailed: outputs differ by more than 1e-10 of what varies with the input.
+    Raises CheckFailed if outputs differ by more than 1e-10 of what varies with the input; returns notes.
     """
     whole = program.dense
     gone = [block for block in find_blocks(whole) if block.name in plan.dropped]
@@ -525,18 +500,16 @@ def _apart(
     reference = Executor(whole.graph, state, override, torch.float64)
     shifted = Executor(program.graph, small, dtype=torch.float64)
 
-    def outputs(inputs: list[Tensor]) -> list[Tensor]:
-        with torch.no_grad():
-            return flat_outputs(reference.run(*inputs))
+    def outputs(inputs: list[Tensor]) -> Rounds:
+        return _outputs(reference, [inputs])
 
     inputs = sample_inputs(whole, seed=seed + 31, dtype=torch.float64)
     worst = 0.0
     for given, wanted in [(inputs, outputs(inputs)), *(elsewhere(whole, outputs, seed=seed + 32) or ())]:
-        with torch.no_grad():
-            found = flat_outputs(shifted.run(*given))
-        if [x.shape for x in wanted] != [x.shape for x in found] or not wanted:
+        found = _outputs(shifted, [given])
+        if [x.shape for x in wanted[0]] != [x.shape for x in found[0]] or not wanted[0]:
             raise CheckFailed("the model without its blocks returns other outputs; please report it")
-        worst = max(worst, relative_error([wanted], [found])[0])
+        worst = max(worst, relative_error(wanted, found)[0])
     return worst
 
 
@@ -587,11 +560,8 @@ def check_whole(
         whole: the dense model and its example call.
         reference: the masked submodule.
         compact: the whole model around the compact submodule.
-        verdict: result of verifying the submodule alone.
+        verdict: result of verifying the submodule alone, returned with a note on what was compared.
         program: the dense submodule, traced.
-
-    Returns:
-        The result, with a note on what was compared.
 
     Raises:
         CheckFailed: the dense model runs, but the compact one fails or differs.

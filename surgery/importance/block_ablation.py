@@ -12,16 +12,16 @@ inserted layers; here such a layer is a scale and a shift with a closed-form fit
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import accumulate
 from math import log1p
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from surgery.core import Block, Program, all_tensors, flat_outputs, hint, state_of
-from surgery.importance.folding import Folded
+from surgery.core import Block, Executor, Program, all_tensors, flat_outputs, hint, state_of
 from surgery.importance.least_squares import Moments
-from surgery.importance.outputs import Batches, first, squared_errors, variations
+from surgery.importance.scoring import Batches
 
 MOST_ERROR = 1.0
 """Blocks are removed in turn until the error of the outputs is as large as their variance."""
@@ -29,7 +29,6 @@ NEAR = 1.2
 """A block is removed immediately if no other can be better by more than this factor."""
 WORK_MACS, FEWEST = 1.5e12, 8
 """Limit on the multiply-adds of all runs together, and the minimum number of images."""
-_LEAST = 1e-30
 
 Fit = tuple[Tensor, Tensor, int]
 """The scale, the shift, and the axis of the channels."""
@@ -43,24 +42,20 @@ def block_losses(
     The loss is the increase of ``log(1 + error)``. Near zero it agrees with ``-log(1 - error)`` as in `signal.loss_of`,
     but it is also defined for errors above 1.
 
-    Args:
-        program: the traced program, with the weights of `program.model`.
-        blocks: blocks of the program.
-        batches: batches of its inputs.
-        macs: MACs of one image, which limit the number of images; 0: no limit.
-        compensated: do not count what a scale and a shift per channel restore; for models that will be recovered.
+    `batches` are inputs of the traced program, limited by `macs`, the MACs of one image (0: no limit). `compensated`:
+    do not count what a scale and a shift per channel restore; for models that will be recovered.
     """
     if not blocks:
         return {}
     most = max(FEWEST, int(WORK_MACS / (4 * len(blocks) * macs))) if macs else None
     ablation = BlockAblation(program, blocks, first(batches, most), compensated=compensated)
-    losses: dict[str, float] = {}
+    found: dict[str, float] = {}
     before, least = 0.0, 0.0
     for name, error in ablation.in_turn():
         least = max(least, log1p(error) - log1p(before), 1e-6)
-        losses[name], before = least, error
-    rest = {name: max(least, log1p(ablation.alone[name])) for name in ablation.alone.keys() - losses.keys()}
-    found = {**losses, **rest}
+        found[name], before = least, error
+    for name in ablation.alone.keys() - found.keys():
+        found[name] = max(least, log1p(ablation.alone[name]))
     return {block.name: float(f"{found[block.name]:.6g}") for block in blocks}
 
 
@@ -69,12 +64,6 @@ class BlockAblation:
 
     Attributes:
         alone: block name → error with only that block removed.
-
-    Args:
-        program: the traced program, with the weights of `program.model`.
-        blocks: blocks of the program.
-        batches: batches of its inputs.
-        compensated: fit a scale and a shift per channel of the stream.
     """
 
     def __init__(
@@ -83,38 +72,21 @@ class BlockAblation:
         self._graph, self._state, self._batches = program.graph, state_of(program), batches
         self._blocks = {block.name: block for block in blocks}
         self._fits: Mapping[str, Fit] = _fits(program, self._state, blocks, batches) if compensated else {}
-        whole = self._without(())
-        with torch.no_grad():
-            self._dense = [flat_outputs(whole.output(whole.start(batch))) for batch in batches]
+        self._dense = list(self._outputs(()))
         self._variations = variations(self._dense)
-        self.alone = self._alone(whole)
+        self.alone = {name: self.error((name,)) for name in self._blocks}
 
     def error(self, removed: Collection[str]) -> float:
         """Return the error without these blocks, the mean over outputs."""
-        tape = self._without(removed)
-        with torch.no_grad():
-            outputs = (flat_outputs(tape.output(tape.start(batch))) for batch in self._batches)
-            errors = [squared_errors(found, dense) for found, dense in zip(outputs, self._dense, strict=True)]
-        return self._mean(errors)
-
-    def _mean(self, errors: Sequence[Tensor]) -> float:
+        errors = [squared_errors(*pair) for pair in zip(self._outputs(removed), self._dense, strict=True)]
         return float((sum(errors) / self._variations).mean()) if len(self._variations) else 0.0
 
-    def _alone(self, whole: Folded) -> dict[str, float]:
-        """Compute the error without each single block; runs are shared up to the start of the block."""
-        starts = {name: min(whole.place[node] for node in (*b.nodes, b.sum)) for name, b in self._blocks.items()}
-        tapes = {name: self._without((name,)) for name in sorted(starts, key=starts.__getitem__)}
-        errors: dict[str, list[Tensor]] = {name: [] for name in tapes}
-        with torch.no_grad():
-            for batch, dense in zip(self._batches, self._dense, strict=True):
-                run = whole.start(batch)
-                for name, tape in tapes.items():
-                    run = whole.advance(run, starts[name])
-                    errors[name].append(squared_errors(flat_outputs(tape.output(run)), dense))
-        return {name: self._mean(errors[name]) for name in self._blocks}
-
-    def _without(self, removed: Collection[str]) -> _Ablated:
-        return _Ablated(self._graph, self._state, [self._blocks[name] for name in removed], self._fits)
+    def _outputs(self, removed: Collection[str]) -> Iterator[list[Tensor]]:
+        tape = _Ablated(self._graph, self._state, [self._blocks[name] for name in removed], self._fits)
+        for batch in self._batches:
+            with torch.no_grad():
+                outputs = flat_outputs(tape.output(tape.start(batch)))
+            yield outputs
 
     def in_turn(self, most: float = MOST_ERROR) -> Iterator[tuple[str, float]]:
         """Yield blocks in order of removal, each with the error without it and all previous ones.
@@ -136,7 +108,7 @@ class BlockAblation:
             yield name, so_far
 
 
-class _Ablated(Folded):
+class _Ablated(Executor):
     """The network without some blocks: their branches are skipped, and their sums return the other operand."""
 
     def __init__(
@@ -159,25 +131,30 @@ class _Ablated(Folded):
             return super().call(node, values, **changed)
         stays = node.all_input_nodes[0] if block.is_layer else self.nodes[self.place[block.stays]]
         kept: Tensor = self.value(stays, values)
-        return _scaled(kept, self._fits[block.name]) if block.name in self._fits else kept
-
-
-def _scaled(x: Tensor, fit: Fit) -> Tensor:
-    scale, shift, axis = fit
-    shape = [len(scale) if a == axis else 1 for a in range(x.dim())]
-    return x * scale.reshape(shape).to(x.dtype) + shift.reshape(shape).to(x.dtype)
+        if block.name not in self._fits:
+            return kept
+        scale, shift, axis = self._fits[block.name]
+        shape = [-1 if a == axis else 1 for a in range(kept.dim())]
+        return kept * scale.reshape(shape).to(kept.dtype) + shift.reshape(shape).to(kept.dtype)
 
 
 def _fits(program: Program, state: Mapping[str, Tensor], blocks: Sequence[Block], batches: Batches) -> dict[str, Fit]:
-    """Fit, for each block, the scale and shift that best map the stream without it to the stream with it."""
+    """Return the least-squares scale and shift per channel that map the stream without a block to that with it."""
     tape = _Observing(program, state, blocks)
     with torch.no_grad():
         for batch in batches:
             tape.output(tape.start(batch))
-    return {name: (*_scale_and_shift(found), tape.axes[name]) for name, found in tape.moments.items()}
+    fits = {}
+    for name, found in tape.moments.items():
+        squares, x = found.xx[:, 0, 0] / found.count, found.xx[:, 0, 1] / found.count
+        both, y = found.xy[:, 0, 0] / found.count, found.xy[:, 1, 0] / found.count
+        variance = squares - x * x
+        scale = torch.where(variance > 1e-9 * squares, (both - x * y) / variance.clamp_min(1e-30), torch.ones_like(x))
+        fits[name] = scale, y - scale * x, tape.axes[name]
+    return fits
 
 
-class _Observing(Folded):
+class _Observing(Executor):
     """The dense network; collects for each block the moments of the stream without it, with the stream as target."""
 
     def __init__(self, program: Program, state: Mapping[str, Tensor], blocks: Sequence[Block]) -> None:
@@ -185,10 +162,16 @@ class _Observing(Folded):
         self._sums = {block.sum: block for block in blocks}
         self._first = {(*block.nodes, block.sum)[0]: block.name for block in blocks if block.is_layer}
         self._entered: dict[str, Tensor] = {}
-        totals = {block.name: self.nodes[self.place[block.sum]] for block in blocks}
-        self.axes = {block.name: _channel_axis(program, block, totals[block.name]) for block in blocks}
-        channels = {name: hint(totals[name].meta["val"].shape[axis]) for name, axis in self.axes.items()}
-        self.moments = {name: Moments.none(count, 1, 1) for name, count in channels.items()}
+        tensors = all_tensors(program)
+        self.axes, self.moments = dict[str, int](), dict[str, Moments]()
+        for block in blocks:
+            # The channel axis is as long as a bias or scale of the branch: the first after the batch, or the last.
+            lengths = {tensors[name].numel() for name in block.tensors if tensors[name].dim() == 1}
+            shape = [hint(size) for size in self.nodes[self.place[block.sum]].meta["val"].shape]
+            last = len(shape) - 1
+            tokens = shape[last] in lengths and (last < 3 or shape[1] not in lengths)
+            axis = self.axes[block.name] = last if tokens else min(1, last)
+            self.moments[block.name] = Moments.none(shape[axis], 1, 1)
 
     def call(self, node: torch.fx.Node, values: Mapping[torch.fx.Node, Any], **changed: Any) -> Any:
         """Run one node."""
@@ -204,21 +187,29 @@ class _Observing(Folded):
         return total
 
 
-def _channel_axis(program: Program, block: Block, total: torch.fx.Node) -> int:
-    """Return the channel axis, as long as a bias or scale of the branch: the first after the batch, or the last."""
-    tensors = all_tensors(program)
-    lengths = {tensors[name].numel() for name in block.tensors if tensors[name].dim() == 1}
-    shape = [hint(size) for size in total.meta["val"].shape]
-    last = len(shape) - 1
-    tokens = shape[last] in lengths and (last < 3 or shape[1] not in lengths)
-    return last if tokens else min(1, last)
+# Differences between a network's outputs and those of the dense network. ---------------------------------------------
 
 
-def _scale_and_shift(found: Moments) -> tuple[Tensor, Tensor]:
-    """Return the least-squares scale and shift per channel, (C,) each."""
-    squares, x = found.xx[:, 0, 0] / found.count, found.xx[:, 0, 1] / found.count
-    both, y = found.xy[:, 0, 0] / found.count, found.xy[:, 1, 0] / found.count
-    variance = squares - x * x
-    varies = variance > 1e-9 * squares
-    scale = torch.where(varies, (both - x * y) / variance.clamp_min(_LEAST), torch.ones_like(x))
-    return scale, y - scale * x
+def first(batches: Batches, most: int | None) -> Batches:
+    """Return the first batches with at most this many images in total, but at least one batch."""
+    ends = list(accumulate(len(batch[0]) for batch in batches))
+    return [batch for k, batch in enumerate(batches) if not k or most is None or ends[k] <= most]
+
+
+def squared_errors(outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """Return the sum of squared differences of each output: (outputs,)."""
+    each = [(a.double() - b.double()).square().sum() for a, b in zip(outputs, wanted, strict=True)]
+    return torch.stack(each) if each else torch.zeros(0, dtype=torch.float64)
+
+
+def variations(outputs: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Return the sum of squared deviations of each output from its mean over images: (outputs,).
+
+    For a constant output, or a single image, it is the sum of squares. `outputs`: those of each batch.
+    """
+    found = []
+    for batches in zip(*outputs, strict=True):
+        rows = torch.cat([x.double().reshape(len(x) if x.dim() else 1, -1) for x in batches])
+        squares, deviations = rows.square().sum(), (rows - rows.mean(0)).square().sum()
+        found.append((deviations if deviations > 1e-9 * squares else squares).clamp_min(1e-30))
+    return torch.stack(found) if found else torch.zeros(0, dtype=torch.float64)

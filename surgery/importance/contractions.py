@@ -1,4 +1,4 @@
-"""Layers that can be refitted: contractions with their own weights, and the norm and sum that follow.
+"""Layers that can be refitted, and their inputs as rows.
 
 A contraction is a convolution or a linear layer, together with the following batch norm if there is no other user in
 between. A separate batch norm also counts, as a contraction of each channel with itself. If the result is added to a
@@ -8,10 +8,14 @@ errors of the other operand.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from surgery.core import arguments_of
 
@@ -51,16 +55,10 @@ class Contraction:
 def find_contractions(graph: torch.fx.GraphModule, known: Collection[str]) -> list[Contraction]:
     """Return the layers of a graph that can be fitted, in graph order.
 
-    Args:
-        graph: functional ATen graph that reads parameters by name.
-        known: names of possible target operations: those of the dense program.
+    `known`: names of possible target operations, those of the dense program.
     """
     nodes = list(graph.graph.nodes)
-    places = {node: k for k, node in enumerate(nodes)}
-    reads: dict[str, int] = {}
-    for node in nodes:
-        if node.op == "get_attr":
-            reads[str(node.target)] = reads.get(str(node.target), 0) + len(node.users)
+    reads = Counter(str(node.target) for node in nodes if node.op == "get_attr" for _ in node.users)
     drafts: dict[torch.fx.Node, tuple[Contraction, torch.fx.Node]] = {}
     behind: set[torch.fx.Node] = set()
     for node in nodes:
@@ -69,79 +67,141 @@ def find_contractions(graph: torch.fx.GraphModule, known: Collection[str]) -> li
             if found is not None:
                 drafts[node] = found
                 behind.add(found[1])
-    return [_with_sum(draft, node, end, drafts.keys(), places, known) for node, (draft, end) in drafts.items()]
+    places = {node: k for k, node in enumerate(nodes)}
+
+    def waits(value: torch.fx.Node, since: int) -> bool:
+        """Return whether a value depends on a layer that is fitted at `since` or later."""
+        pending, seen = [value], set[torch.fx.Node]()
+        while pending:
+            node = pending.pop()
+            if node in seen or places[node] < since:
+                continue
+            if node in drafts:
+                return True
+            seen.add(node)
+            pending.extend(node.all_input_nodes)
+        return False
+
+    out = []
+    for node, (draft, end) in drafts.items():
+        total = _only_user(end)
+        if total is not None and total.target in SUMS and total.name in known and total.kwargs.get("alpha", 1) == 1:
+            operands = [x for x in total.args[:2] if isinstance(x, torch.fx.Node) and x.op != "get_attr"]
+            others = [x for x in operands if x is not end]
+            if len(operands) == 2 and len(others) == 1 and not waits(others[0], places[node]):
+                draft = replace(draft, aim=total.name, other=others[0].name)
+        out.append(draft)
+    return out
 
 
 def _draft(
     node: torch.fx.Node, reads: Mapping[str, int], known: Collection[str]
 ) -> tuple[Contraction, torch.fx.Node] | None:
     """Return the layer that starts at a node, and its last operation."""
-    if node.target in CONVOLUTIONS or node.target == LINEAR:
-        raw = arguments_of(node)
-        weight, bias = _own(raw.get("weight"), reads), _own(raw.get("bias"), reads)
-        x = raw.get("input")
-        if not weight or (raw.get("bias") is not None and not bias) or not isinstance(x, torch.fx.Node):
-            return None
-        follower = _only_user(node)
-        if follower is not None and follower.target == NORM and follower.args[0] is node and follower.name in known:
-            names = _norm_names(follower, reads)
-            if names:
-                return Contraction(node.name, weight, bias, follower.name, names, follower.name), follower
-        return Contraction(node.name, weight, bias, "", (), node.name), node
-    if node.target == NORM and (names := _norm_names(node, reads)):
+
+    def own(value: object) -> str:
+        """Return a parameter's name if it has no other user."""
+        read = isinstance(value, torch.fx.Node) and value.op == "get_attr" and reads[str(value.target)] == 1
+        return str(value.target) if isinstance(value, torch.fx.Node) and read else ""
+
+    def norm_names(norm: torch.fx.Node) -> tuple[str, ...]:
+        """Return names of scale, shift, mean and variance; empty unless only this norm, in eval mode, reads them."""
+        raw = arguments_of(norm)
+        names = tuple(own(raw.get(name)) for name in ("weight", "bias", "running_mean", "running_var"))
+        return names if all(names) and not raw.get("training") else ()
+
+    if node.target == NORM and (names := norm_names(node)):
         return Contraction(node.name, "", "", node.name, names, node.name), node
-    return None
-
-
-def _own(node: object, reads: Mapping[str, int]) -> str:
-    """Return a parameter's name if it has no other user."""
-    if not isinstance(node, torch.fx.Node) or node.op != "get_attr" or reads[str(node.target)] != 1:
-        return ""
-    return str(node.target)
-
-
-def _norm_names(node: torch.fx.Node, reads: Mapping[str, int]) -> tuple[str, ...]:
-    """Return names of scale, shift, mean and variance; empty unless the norm is their only user and in eval mode."""
+    if node.target not in CONVOLUTIONS and node.target != LINEAR:
+        return None
     raw = arguments_of(node)
-    names = tuple(_own(raw.get(name), reads) for name in ("weight", "bias", "running_mean", "running_var"))
-    return names if all(names) and not raw.get("training") else ()
+    weight, bias = own(raw.get("weight")), own(raw.get("bias"))
+    if not weight or (raw.get("bias") is not None and not bias) or not isinstance(raw.get("input"), torch.fx.Node):
+        return None
+    norm = _only_user(node)
+    follows = norm is not None and norm.target == NORM and norm.args[0] is node and norm.name in known
+    if norm is not None and follows and (names := norm_names(norm)):
+        return Contraction(node.name, weight, bias, norm.name, names, norm.name), norm
+    return Contraction(node.name, weight, bias, "", (), node.name), node
 
 
 def _only_user(node: torch.fx.Node) -> torch.fx.Node | None:
-    users = list(node.users)
-    return users[0] if len(users) == 1 else None
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _with_sum(
-    draft: Contraction,
-    node: torch.fx.Node,
-    end: torch.fx.Node,
-    fitted: Collection[torch.fx.Node],
-    places: Mapping[torch.fx.Node, int],
-    known: Collection[str],
-) -> Contraction:
-    """Return the layer with a sum as target, if there is one whose other operand is available earlier."""
-    total = _only_user(end)
-    if total is None or total.target not in SUMS or total.name not in known or total.kwargs.get("alpha", 1) != 1:
-        return draft
-    operands = [x for x in total.args[:2] if isinstance(x, torch.fx.Node) and x.op != "get_attr"]
-    others = [x for x in operands if x is not end]
-    if len(operands) != 2 or len(others) != 1 or _waits(others[0], places[node], fitted, places):
-        return draft
-    return replace(draft, aim=total.name, other=others[0].name)
+# Inputs as rows: one per image and position, in the order of the weight. ---------------------------------------------
 
 
-def _waits(
-    value: torch.fx.Node, since: int, fitted: Collection[torch.fx.Node], places: Mapping[torch.fx.Node, int]
-) -> bool:
-    """Return whether a value depends on a layer that is fitted at `since` or later."""
-    pending, seen = [value], set[torch.fx.Node]()
-    while pending:
-        node = pending.pop()
-        if node in seen or places[node] < since:
-            continue
-        if node in fitted:
-            return True
-        seen.add(node)
-        pending.extend(node.all_input_nodes)
-    return False
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Kernel size, stride, padding and dilation of a convolution, one number per spatial axis."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any], weight: Tensor) -> Window:
+        """Return the window of a convolution's arguments."""
+        kernel, padding = tuple(weight.shape[2:]), raw["padding"]
+
+        def each(value: Any) -> tuple[int, ...]:
+            numbers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+            return numbers * len(kernel) if len(numbers) == 1 else numbers
+
+        stride, dilation = each(raw["stride"]), each(raw["dilation"])
+        if isinstance(padding, str):
+            whole = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+            return cls(kernel, stride, tuple((w // 2, w - w // 2) for w in whole), dilation)
+        return cls(kernel, stride, tuple((p, p) for p in each(padding)), dilation)
+
+    def positions(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Return the number of positions along each spatial axis for an input of these sizes."""
+        axes = zip(sizes, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return tuple((size + sum(pad) - d * (k - 1) - 1) // s + 1 for size, k, s, pad, d in axes)
+
+    def read(self, places: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the input index of each position and tap, (positions, taps), and whether it is inside the image."""
+        count, rank = len(places[0]), len(sizes)
+        flat, inside = torch.zeros((), dtype=torch.long), torch.ones((), dtype=torch.bool)
+        for axis, (size, place) in enumerate(zip(sizes, places, strict=True)):
+            taps = torch.arange(self.kernel[axis]) * self.dilation[axis] - self.padding[axis][0]
+            read = place[:, None] * self.stride[axis] + taps
+            read = read.reshape(count, *(len(taps) if a == axis else 1 for a in range(rank)))
+            flat, inside = flat * size + read.clamp(0, size - 1), inside & (read >= 0) & (read < size)
+        return flat.flatten(1), inside.flatten(1)
+
+
+def drawn(positions: Sequence[int], most: int, generator: torch.Generator) -> tuple[Tensor, ...] | None:
+    """Draw at most this many random positions, as one index per axis; None for all."""
+    total = prod(positions)
+    if total <= most:
+        return None
+    flat = torch.randperm(total, generator=generator)[:most].sort().values
+    return torch.unravel_index(flat, tuple(positions))
+
+
+def convolution_rows(x: Tensor, window: Window, groups: int, at: tuple[Tensor, ...] | None) -> Tensor:
+    """Return (rows, groups, C / groups * prod(kernel)): what each position reads, of those drawn.
+
+    Only these inputs are accessed; no padded copy of the image is made.
+    """
+    images, channels, *sizes = x.shape
+    counts = window.positions(sizes)
+    flat, inside = window.read(torch.unravel_index(torch.arange(prod(counts)), counts) if at is None else at, sizes)
+    count, taps = flat.shape
+    planes = x.reshape(images, channels, -1)
+    seen = planes.gather(2, flat.reshape(-1).expand(images, channels, -1))
+    seen = seen.reshape(images, groups, channels // groups, count, taps)
+    seen = seen if bool(inside.all()) else seen.masked_fill(~inside, 0.0)
+    return seen.permute(1, 0, 3, 2, 4).reshape(groups, images * count, -1).transpose(0, 1)
+
+
+def value_rows(y: Tensor, axis: int, groups: int, at: tuple[Tensor, ...] | None) -> Tensor:
+    """Return (rows, groups, channels of a group) at the drawn positions, for a value with channels on `axis`.
+
+    Positions are all axes except the first and the channel axis.
+    """
+    index: tuple[Any, ...] = (slice(None), *(at or ()))
+    return y.movedim(axis, -1)[index].reshape(-1, groups, y.shape[axis] // groups)

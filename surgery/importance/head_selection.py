@@ -86,18 +86,14 @@ def _pairs(places: Places, coupling: Coupling) -> list[Pair]:
                 candidates[number] = candidates[number] & found if number in candidates else found
     named = {number: next(iter(found)) for number, found in candidates.items() if len(found) == 1}
     pairs = [(coupling.groups[inner], coupling.groups[outer]) for inner, outer in sorted(named.items())]
-    return [pair for pair in pairs if _regular(places, *pair)]
+    return [pair for pair in pairs if _regular(places, coupling, *pair)]
 
 
-def _regular(places: Places, inner: Group, outer: Group) -> bool:
+def _regular(places: Places, coupling: Coupling, inner: Group, outer: Group) -> bool:
     """Return whether every tensor contains equally many positions of each member."""
+    unchanged = Arrangement(inner.name, outer.name, (tuple(range(inner.size)),) * outer.size)
     try:
-        for layout in places.layouts(inner.name, outer.name):
-            if layout.by is None:
-                positions(layout.joint(inner.size), outer.size * inner.size)
-            else:
-                positions(layout.inner, inner.size)
-                positions(layout.outer, outer.size)
+        reorderings(coupling, [unchanged], places)
     except PlanMismatch:
         return False
     return True

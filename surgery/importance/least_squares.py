@@ -43,11 +43,8 @@ class Moments:
     @classmethod
     def none(cls, groups: int, inputs: int, outputs: int) -> Moments:
         """Return zero sums; `inputs` and `outputs` are counts per group."""
-        zeros = [
-            torch.zeros(groups, *shape, dtype=torch.float64)
-            for shape in ((inputs + 1, inputs + 1), (inputs + 1, outputs), (outputs,))
-        ]
-        return cls(0, *zeros)
+        shapes = (inputs + 1, inputs + 1), (inputs + 1, outputs), (outputs,)
+        return cls(0, *(torch.zeros(groups, *shape, dtype=torch.float64) for shape in shapes))
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add rows: x (rows, groups, n), y (rows, groups, outputs)."""
@@ -80,17 +77,13 @@ class Moments:
         squares = (weight * (self.xx @ weight)).sum(1)
         return ((squares - 2 * (weight * self.xy).sum(1) + self.yy) / max(1, self.count)).clamp_min(0)
 
-    def mean(self) -> Tensor:
-        """Mean of the inputs: (groups, n)."""
-        return self.xx[:, -1, :-1] / self.count
-
     def wanted_variance(self) -> Tensor:
         """Variance of the targets: (groups, outputs)."""
         return (self.yy / self.count - (self.xy[:, -1] / self.count).square()).clamp_min(0)
 
     def moments_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance of the outputs for weights (groups, n, outputs): (groups, outputs) each."""
-        mean = (weight * self.mean().unsqueeze(-1)).sum(1)
+        mean = (weight * (self.xx[:, -1, :-1] / self.count).unsqueeze(-1)).sum(1)
         squares = (weight * (self.xx[:, :-1, :-1] @ weight)).sum(1) / self.count
         return mean, (squares - mean.square()).clamp_min(0)
 
@@ -149,38 +142,30 @@ def solve(folds: Sequence[Moments], prior: Tensor, *, shift: bool, ridge: float 
         judged = used[:1] if wide else used
         scores = dict.fromkeys((*(FEW_RIDGES if wide else RIDGES), inf), 0.0)
         for fold in judged:
-            rest = _Fit(whole - fold, prior, shift=shift)
+            rest = whole - fold
+            residual = rest.xy - rest.xx @ prior
             for tried in scores:
-                scores[tried] += float(fold.error(rest.weight(tried)).mean()) * fold.count
+                scores[tried] += float(fold.error(_fitted(rest, residual, prior, tried, shift)).mean()) * fold.count
         ridge = min(scores, key=scores.__getitem__)
         after = scores[ridge] / sum(fold.count for fold in judged) / wanted
     ridge = RIDGES[len(RIDGES) // 2] if ridge is None else ridge
-    return Solution(_Fit(whole, prior, shift=shift).weight(ridge), ridge, before, after)
+    return Solution(_fitted(whole, whole.xy - whole.xx @ prior, prior, ridge, shift), ridge, before, after)
 
 
-class _Fit:
-    """Sums to which weights are fitted, for several ridges."""
-
-    def __init__(self, moments: Moments, prior: Tensor, *, shift: bool) -> None:
-        self._moments, self._prior, self._shift = moments, prior, shift
-        self._residual = moments.xy - moments.xx @ prior
-
-    def weight(self, ridge: float) -> Tensor:
-        """Return the weights for one ridge; if infinite, only the shift is fitted."""
-        moments, residual, change = self._moments, self._residual, torch.zeros_like(self._prior)
-        if ridge == inf:
-            if self._shift:
-                change[:, -1] = residual[:, -1] / max(1, moments.count)
-            return self._prior + change
-        matrix = moments.xx.clone()
-        diagonal = matrix.diagonal(dim1=1, dim2=2)
-        scale = diagonal[:, :-1].clone()
-        floor = scale.mean(-1, keepdim=True) * 1e-6 + _LEAST
-        diagonal[:, :-1] += ridge * scale + floor
-        if not self._shift:
-            matrix, residual = matrix[:, :-1, :-1], residual[:, :-1]
-        else:
-            diagonal[:, -1] += _LEAST
-        factor = torch.linalg.cholesky(matrix)
-        change[:, : matrix.shape[1]] = torch.cholesky_solve(residual, factor)
-        return self._prior + change
+def _fitted(moments: Moments, residual: Tensor, prior: Tensor, ridge: float, shift: bool) -> Tensor:
+    """Return the weights for one ridge; if infinite, only the shift is fitted."""
+    change = torch.zeros_like(prior)
+    if ridge == inf:
+        if shift:
+            change[:, -1] = residual[:, -1] / max(1, moments.count)
+        return prior + change
+    matrix = moments.xx.clone()
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    scale = diagonal[:, :-1].clone()
+    diagonal[:, :-1] += ridge * scale + (scale.mean(-1, keepdim=True) * 1e-6 + _LEAST)
+    if shift:
+        diagonal[:, -1] += _LEAST
+    else:
+        matrix, residual = matrix[:, :-1, :-1], residual[:, :-1]
+    change[:, : matrix.shape[1]] = torch.cholesky_solve(residual, torch.linalg.cholesky(matrix))
+    return prior + change

@@ -1,4 +1,4 @@
-"""Score all units by one criterion, with checks of its inputs and results.
+"""Criteria: their inputs, the decorator that registers one, and scores of all units with checks of inputs and results.
 
 Scores are comparable between groups; the lowest are removed first.
 """
@@ -6,16 +6,84 @@ Scores are comparable between groups; the lowest are removed first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from surgery.core import Coupling, Group, Program, Scores, all_tensors, first_line, state_of, user_line
 from surgery.errors import InvalidInput, PlanMismatch
-from surgery.importance.evidence import Evidence, GroupCriterion
+from surgery.importance.signal import Signal, signal_of
 from surgery.registry import CRITERIA, Criterion
+
+GroupCriterion = Callable[[Group, Mapping[str, Tensor]], Sequence[float] | Tensor]
+"""A group and the model's parameters by name (detached; not to be written to) → one score per unit of the group."""
+Batches = Sequence[Sequence[Tensor]]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """The argument of criteria that need more than weights.
+
+    Attributes:
+        program: the dense model.
+        coupling: its groups.
+        weights: parameters by name, detached, on the CPU, in head order.
+        state: all parameters and buffers that the graph reads, likewise; empty without a graph.
+        images: batches of the program's inputs; empty unless the criterion needs images.
+        macs: MACs of one image, which limit the number of images for measurements; 0: no limit.
+        seed: seed of all random draws.
+        progress: called with the completed fraction.
+    """
+
+    program: Program
+    coupling: Coupling
+    weights: Mapping[str, Tensor]
+    state: Mapping[str, Tensor]
+    images: Batches
+    macs: int
+    seed: int
+    progress: Callable[[float], None]
+
+    @cached_property
+    def signal(self) -> Signal:
+        """The consumers of each group's units, and their output relevance."""
+        return signal_of(self.program, self.coupling, self.weights)
+
+    def by_signal(self) -> Scores:
+        """Return the scores of criterion `signal`, used for groups without an observed consumer."""
+        return {group.name: self.signal.scores(group) for group in self.coupling.groups}
+
+
+def criterion(
+    name: str, *, needs: Collection[str] = (), head_members: GroupCriterion | None = None
+) -> Callable[[_Function], _Function]:
+    """Register the decorated function as a criterion: units with low scores are removed first, across groups.
+
+    A criterion without needs is a function ``(group, weights) -> score per unit``, called for each group. If it needs
+    only `seed`, it receives it as a keyword argument. Others take an `Evidence` and return group name → score per unit.
+
+    Args:
+        name: name of the criterion, as in ``surgery.score(..., criterion="mine")``.
+        needs: inputs besides weights: `images`, `graph` (the operators that `torch.export` captures), `gradients`,
+            `consumers` (the layers that consume the units), `seed`; and `costs` if its scores are losses of the whole
+            model, which planning divides by each unit's cost.
+        head_members: function ``(group, weights) -> score per unit`` that ranks the members of an attention head, if
+            the criterion itself cannot; l1 by default.
+
+    Raises:
+        ValueError: the name is already registered, or a need is unknown.
+    """
+
+    def register(function: _Function) -> _Function:
+        CRITERIA.add(Criterion(name, function, frozenset(needs), head_members))
+        return function
+
+    return register
 
 
 def score(
@@ -25,7 +93,7 @@ def score(
     *,
     seed: int = 0,
     prepare: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict,
-    images: Sequence[Sequence[Tensor]] | None = None,
+    images: Batches | None = None,
     macs: int = 0,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> Scores:
@@ -47,17 +115,28 @@ def score(
 
     Raises:
         InvalidInput: the criterion is unknown, its images or graph are missing, weights are not finite, or it does not
-        return one finite number per unit.
+            return one finite number per unit.
         PlanMismatch: the coupling was made for another model.
     """
-    entry = _entry(criterion)
-    _validate_needs(entry, program, images)
+    if isinstance(criterion, str):
+        entry = CRITERIA[criterion]
+    elif callable(criterion):
+        entry = Criterion(getattr(criterion, "__name__", "callable"), criterion)
+    else:
+        raise InvalidInput(f"criterion {criterion!r}: give a name ({', '.join(CRITERIA.names())}) or a callable")
+    if "images" in entry.needs and images is None:
+        raise InvalidInput(f"criterion {entry.name} looks at images: give some (--data, or `data` in Python)")
+    if "graph" in entry.needs and not program.has_graph:
+        raise InvalidInput(
+            f"criterion {entry.name} looks at the operators that torch.export captures; with tracer torch-pruning "
+            "choose l1, l2, bn-gamma, lamp or fpgm"
+        )
     weights = prepare(weights_of(program, coupling))
     if entry.needs <= {"seed"}:
-        return {group.name: score_group(entry, group, weights, seed) for group in coupling.groups}
+        return {group.name: _score_group(entry, group, weights, seed) for group in coupling.groups}
     state = prepare(state_of(program)) if "graph" in entry.needs else {}
     found = entry.function(Evidence(program, coupling, weights, state, images or (), macs, seed, progress))
-    return {g.name: _numbers(found.get(g.name), g, f"criterion {entry.name}") for g in coupling.groups}
+    return {g.name: _numbers(found.get(g.name), g, entry) for g in coupling.groups}
 
 
 def measures_losses(criterion: object) -> bool:
@@ -73,24 +152,23 @@ def score_members(group: Group, weights: Mapping[str, Tensor], criterion: str, *
     entry = CRITERIA[criterion]
     if entry.head_members is not None:
         entry = Criterion(entry.name, entry.head_members)
-    return score_group(entry if entry.needs <= {"seed"} else CRITERIA["l1"], group, weights, seed)
+    return _score_group(entry if entry.needs <= {"seed"} else CRITERIA["l1"], group, weights, seed)
 
 
-def score_group(entry: Criterion, group: Group, weights: Mapping[str, Tensor], seed: int) -> tuple[float, ...]:
+def _score_group(entry: Criterion, group: Group, weights: Mapping[str, Tensor], seed: int) -> tuple[float, ...]:
     """Return the importance of every unit of one group by a criterion that needs only weights and a seed."""
-    drawn = {"seed": seed} if "seed" in entry.needs else {}
     try:
         with torch.no_grad():
-            values = entry.function(group, weights, **drawn)
+            values = entry.function(group, weights, **({"seed": seed} if "seed" in entry.needs else {}))
     except Exception as error:  # the user's callable may raise any exception
         said = f"{type(error).__name__}: {first_line(error)}{user_line(error)}"
         raise InvalidInput(f"criterion {entry.name} on group '{group.name}' failed: {said}") from error
-    return _numbers(values, group, f"criterion {entry.name}")
+    return _numbers(values, group, entry)
 
 
-def _numbers(values: Any, group: Group, who: str) -> tuple[float, ...]:
+def _numbers(values: Any, group: Group, entry: Criterion) -> tuple[float, ...]:
     """Return one finite number per unit; raise InvalidInput otherwise."""
-    where = f"{who} on group '{group.name}'"
+    where = f"criterion {entry.name} on group '{group.name}'"
     try:
         numbers = tuple(float(value) for value in (values.tolist() if isinstance(values, Tensor) else values))
     except (TypeError, ValueError) as error:
@@ -103,50 +181,28 @@ def _numbers(values: Any, group: Group, who: str) -> tuple[float, ...]:
     return numbers
 
 
-def _entry(criterion: str | GroupCriterion) -> Criterion:
-    if isinstance(criterion, str):
-        return CRITERIA[criterion]
-    if not callable(criterion):
-        raise InvalidInput(f"criterion {criterion!r}: give a name ({', '.join(CRITERIA.names())}) or a callable")
-    return Criterion(getattr(criterion, "__name__", "callable"), criterion)
-
-
-def _validate_needs(entry: Criterion, program: Program, images: Sequence[Sequence[Tensor]] | None) -> None:
-    if "images" in entry.needs and images is None:
-        raise InvalidInput(f"criterion {entry.name} looks at images: give some (--data, or `data` in Python)")
-    if "graph" in entry.needs and not program.has_graph:
-        raise InvalidInput(
-            f"criterion {entry.name} looks at the operators that torch.export captures; with tracer torch-pruning "
-            "choose l1, l2, bn-gamma, lamp or fpgm"
-        )
-
-
 def weights_of(program: Program, coupling: Coupling) -> dict[str, Tensor]:
     """Return detached parameters by name, and buffers called `weight` (scales of frozen batch norms), on the CPU.
 
     Shared parameters are listed under all names, since a site may use any of them.
     """
     tensors = all_tensors(program)
-    parameters = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
-    buffers = {name: tensor for name, tensor in tensors.items() if name not in parameters}
-    for name, tensor in {**parameters, **buffers}.items():
-        shape, traced = tuple(tensor.shape), coupling.shapes.get(name)
+    parameters = [name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)]
+    for name in sorted(tensors, key=lambda name: name not in parameters):
+        tensor, traced = tensors[name], coupling.shapes.get(name)
+        shape = tuple(tensor.shape)
         if traced is not None and tuple(traced) != shape:
             raise PlanMismatch(f"{name} has shape {shape}, but {tuple(traced)} in the coupling: couple this model")
-        _validate_finite(name, tensor, infinite=name in parameters)
-    known = parameters.keys() | buffers.keys()
+        if tensor.numel() and tensor.is_floating_point():
+            extremes = torch.stack(torch.aminmax(tensor.detach()))  # NaN if the tensor contains one; makes no copy
+            infinite = name in parameters and not extremes.isfinite().all()  # buffers may be (attention masks)
+            if extremes.isnan().any() or infinite:
+                what = "NaN" if extremes.isnan().any() else "infinite values"
+                raise InvalidInput(
+                    f"{name} holds {what}: such weights cannot be ranked; check the checkpoint it came from"
+                )
     for group in coupling.groups:
-        if not any(site.tensor in known for site in group.sites):
+        if not any(site.tensor in tensors for site in group.sites):
             raise PlanMismatch(f"group '{group.name}' touches no tensor of this model: couple this model")
-    scales = {name: buffer for name, buffer in buffers.items() if name.rpartition(".")[2] == "weight"}
-    return {name: tensor.detach().cpu() for name, tensor in {**scales, **parameters}.items()}
-
-
-def _validate_finite(name: str, tensor: Tensor, *, infinite: bool) -> None:
-    """Raise InvalidInput for NaN, or infinite parameters; buffers may be infinite (attention masks)."""
-    if not tensor.numel() or not tensor.is_floating_point():
-        return
-    extremes = torch.stack(torch.aminmax(tensor.detach()))  # NaN if the tensor contains one; makes no copy
-    if extremes.isnan().any() or (infinite and not extremes.isfinite().all()):
-        what = "NaN" if extremes.isnan().any() else "infinite values"
-        raise InvalidInput(f"{name} holds {what}: such weights cannot be ranked; check the checkpoint it came from")
+    scales = [name for name in tensors if name not in parameters and name.rpartition(".")[2] == "weight"]
+    return {name: tensors[name].detach().cpu() for name in (*scales, *parameters)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,8 +31,6 @@ from surgery.core import (
 )
 from surgery.importance.unit_weights import power_sum
 from surgery.ops import Moments, Rule, compressed, rules, through
-
-_LEAST = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +83,7 @@ def loss_of(relevance: float, share: float) -> float:
 
     The remaining signal is a product over layers, so its negative logarithm is a sum.
     """
-    return -relevance * math.log(max(_LEAST, 1.0 - share))
+    return -relevance * math.log(max(1e-9, 1.0 - share))
 
 
 def signal_of(
@@ -101,9 +99,8 @@ def signal_of(
     """
     with torch.no_grad():
         known = moments_of(program) if program.has_graph else {}
-        relevance = _relevance(program, known) if known else {}
         layers = _layers(program, known) if known else {}
-        consumers = {group.name: _consumers(group, parameters, layers, relevance) for group in coupling.groups}
+        consumers = {group.name: _consumers(group, parameters, layers) for group in coupling.groups}
         return Signal(consumers, {block.name: _block_lost(program, known, block) for block in blocks})
 
 
@@ -120,8 +117,7 @@ def _block_lost(program: Program, known: Mapping[str, Any], block: Block) -> flo
     branch, stays = (known[name].variance for name in (block.branch, block.stays))
     if branch == 0:  # it does not vary with the input, but its constant counts
         branch, stays = (known[name].energy for name in (block.branch, block.stays))
-    whole = branch + stays
-    return loss_of(1.0, branch / whole if whole > 0 else 0.5)
+    return loss_of(1.0, branch / (branch + stays) if branch + stays > 0 else 0.5)
 
 
 def _input_correlation(program: Program, block: Block, known: Mapping[str, Any]) -> float:
@@ -166,7 +162,7 @@ def moments_of(program: Program) -> dict[str, Any]:
         program.graph.graph,
         placeholder=lambda node: _standard(shapes_of(node.meta.get("val"))),
         parameter=lambda name: Moments.of(tensors[name]),
-        call=lambda node, known: _result(node, shapes_of(node.meta.get("val")), known, table.get(str(node.target))),
+        call=lambda node, known: _result(node, known, table.get(str(node.target))),
     )
 
 
@@ -177,17 +173,20 @@ def _standard(shape: Any) -> Any:
     return Moments(torch.zeros_like(one), one, shape)
 
 
-def _result(node: torch.fx.Node, shape: Any, known: Mapping[str, Any], rule: Rule | None) -> Any:
+def _result(node: torch.fx.Node, known: Mapping[str, Any], rule: Rule | None) -> Any:
     """Apply the operator's rule, else that of its family; otherwise pass the inputs' moments on."""
-    given = with_values(arguments_of(node), lambda n: known[n.name])
+    shape, given = shapes_of(node.meta.get("val")), with_values(arguments_of(node), lambda n: known[n.name])
     if node.target is operator.getitem:
         whole = given["0"]
         return whole[given["1"]] if isinstance(whole, tuple) else _passed_on([whole], shape)
-    inputs = [x for x in _flat(given.values()) if isinstance(x, Moments)]
-    try:
-        found = _by_rule(node, given, inputs, rule)
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):  # an operator's own limits
-        found = None
+    items = (x for value in given.values() for x in (value if isinstance(value, (list, tuple)) else (value,)))
+    inputs = [x for x in items if isinstance(x, Moments)]
+    found = None
+    if rule is not None:
+        try:
+            found = rule.moments(given) if rule.moments is not None else _by_family(node, given, inputs, rule.family)
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):  # an operator's own limits
+            found = None
     if isinstance(shape, tuple):
         return _with_shape(found, shape) or _passed_on(inputs, shape)
     if isinstance(shape, list):
@@ -196,27 +195,24 @@ def _result(node: torch.fx.Node, shape: Any, known: Mapping[str, Any], rule: Rul
     return shape
 
 
-def _by_rule(node: torch.fx.Node, given: dict[str, Any], inputs: Sequence[Moments], rule: Rule | None) -> Any:
-    if rule is None:
-        return None
-    if rule.moments is not None:
-        return rule.moments(given)
+def _by_family(node: torch.fx.Node, given: dict[str, Any], inputs: Sequence[Moments], family: str) -> Any:
+    """Run an operator with a single tensor argument on its mean and variance, if its family permits."""
     if len(inputs) != 1:
         return None
-    names = [name for name, x in given.items() if x is inputs[0]]
-    run: Callable[[Tensor], Any] = lambda t: node.target(**{**given, names[0]: t})  # type: ignore[operator]  # noqa: E731
-    if rule.family == "element-wise":
-        return through(run, inputs[0])
-    if rule.family == "movement":
-        mean, var = (run(t.expand(inputs[0].shape)) for t in (inputs[0].mean, inputs[0].var))
+    x = inputs[0]
+    name = next(name for name, value in given.items() if value is x)
+
+    def run(t: Tensor) -> Any:
+        return node.target(**{**given, name: t})  # type: ignore[operator]
+
+    if family == "element-wise":
+        return through(run, x)
+    if family == "movement":
+        mean, var = (run(t.expand(x.shape)) for t in (x.mean, x.var))
         if isinstance(mean, Tensor):
             return Moments(compressed(mean), compressed(var))
         return tuple(Moments(compressed(m), compressed(v)) for m, v in zip(mean, var, strict=True))
     return None
-
-
-def _flat(values: Any) -> list[Any]:
-    return [x for value in values for x in (value if isinstance(value, (list, tuple)) else (value,))]
 
 
 def _with_shape(found: Any, shape: Any) -> Moments | None:
@@ -234,11 +230,9 @@ def _with_shape(found: Any, shape: Any) -> Moments | None:
 
 def _passed_on(inputs: Sequence[Any], shape: Any) -> Any:
     """Pass the input's moments on, position by position if the shapes allow, else on average."""
-    if not isinstance(shape, tuple):
-        return shape
     varying = [x for x in inputs if isinstance(x, Moments)]
     first = next((x for x in varying if bool(x.var.any())), varying[0] if varying else None)
-    if first is None:
+    if not isinstance(shape, tuple) or first is None:
         return _standard(shape)
     same = _with_shape(first, shape) if len(first.shape) == len(shape) else None
     average = Moments(first.mean.mean().reshape(1), first.var.mean().reshape(1))
@@ -250,19 +244,20 @@ def _passed_on(inputs: Sequence[Any], shape: Any) -> Any:
 
 def _relevance(program: Program, known: Mapping[str, Any]) -> dict[str, float]:
     table, relevance = rules(), dict[str, float]()
+
+    def share_of(node: torch.fx.Node, user: torch.fx.Node) -> float:
+        """Return one operand's share of the energy that an operator sums or concatenates; else 1."""
+        rule = table.get(str(user.target))
+        if rule is None or not rule.is_sum:
+            return 1.0
+        energies = {n: m.energy for n in user.all_input_nodes if isinstance(m := known.get(n.name), Moments)}
+        whole = sum(energies.values())
+        return energies.get(node, 0.0) / whole if whole > 0 else 1.0
+
     for node in reversed(program.graph.graph.nodes):
-        by_users = (relevance[u.name] * _share_of(node, u, known, table.get(str(u.target))) for u in node.users)
+        by_users = (relevance[user.name] * share_of(node, user) for user in node.users)
         relevance[node.name] = 1.0 if node.op == "output" else min(1.0, sum(by_users))
     return relevance
-
-
-def _share_of(node: torch.fx.Node, user: torch.fx.Node, known: Mapping[str, Any], rule: Rule | None) -> float:
-    """Return one operand's share of the energy that an operator sums or concatenates; else 1."""
-    if rule is None or not rule.is_sum:
-        return 1.0
-    energies = {n: m.energy for n in user.all_input_nodes if isinstance(m := known.get(n.name), Moments)}
-    whole = sum(energies.values())
-    return energies.get(node, 0.0) / whole if whole > 0 else 1.0
 
 
 # Consumers. ----------------------------------------------------------------------------------------------------------
@@ -270,19 +265,24 @@ def _share_of(node: torch.fx.Node, user: torch.fx.Node, known: Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Layer:
-    """An operator with a weight, its contracted `axis`, and the energies of the values contracted with it.
+    """An operator with a weight: output relevance of its result, and the contracted axis of the weight.
 
-    Energies are None if unknown, since only norms record statistics of trained values.
+    `energies` are mean squares of the values contracted with it; None if groups share the axis, or if they are unknown,
+    since only norms record statistics of trained values.
     """
 
-    node: str
+    relevance: float
     axis: int
     energies: Tensor | None
 
 
-def _layers(program: Program, known: Mapping[str, Any]) -> dict[str, list[_Layer]]:
-    """Return weight name → the operators that contract with it."""
+Layers = Mapping[str, Sequence[_Layer]]
+"""Weight name → the operators that contract with it."""
+
+
+def _layers(program: Program, known: Mapping[str, Any]) -> Layers:
     table, found, normed = rules(), dict[str, list[_Layer]](), set[torch.fx.Node]()
+    relevance = _relevance(program, known)
     for node in program.graph.graph.nodes:
         rule = table.get(str(node.target))
         if node.op != "call_function" or rule is None:
@@ -293,47 +293,32 @@ def _layers(program: Program, known: Mapping[str, Any]) -> dict[str, list[_Layer
         for argument, axis in rule.contracts.items():
             weight, x = raw.get(argument), raw.get(rule.masked[0])
             if isinstance(weight, torch.fx.Node) and weight.op == "get_attr":
-                energies = _read(known[x.name], known[weight.name], axis, rule) if x in normed else None
-                found.setdefault(str(weight.target), []).append(_Layer(node.name, axis, energies))
+                energies = None
+                if x in normed:
+                    value, own = known[x.name], known[weight.name].shape
+                    channel = len(value.shape) - (len(own) - 1 if rule.family == "convolution" else 1)
+                    energies = value.energies(channel) if value.shape[channel] == own[axis] else None
+                found.setdefault(str(weight.target), []).append(_Layer(relevance[node.name], axis, energies))
     return found
 
 
-def _read(x: Moments, weight: Moments, axis: int, rule: Rule) -> Tensor | None:
-    """Return mean squares of the values contracted along an axis of a weight; None if groups share the axis."""
-    channel = len(x.shape) - len(weight.shape) + 1 if rule.family == "convolution" else len(x.shape) - 1
-    return x.energies(channel) if x.shape[channel] == weight.shape[axis] else None
-
-
-def _consumers(
-    group: Group,
-    parameters: Mapping[str, Tensor],
-    layers: Mapping[str, Sequence[_Layer]],
-    relevance: Mapping[str, float],
-) -> tuple[Consumer, ...]:
+def _consumers(group: Group, parameters: Mapping[str, Tensor], layers: Layers) -> tuple[Consumer, ...]:
     found = []
     for site in group.sites:
         weight = parameters.get(site.tensor)
         for layer in layers.get(site.tensor, ()):
             if weight is not None and site.axis == layer.axis:
-                shares = _shares(weight, site, layer.energies)
-                found.append(Consumer(site.tensor, relevance.get(layer.node, 1.0), shares))
-    return tuple(found) or (_producer(group, parameters, layers, relevance),)
-
-
-def _producer(
-    group: Group,
-    parameters: Mapping[str, Tensor],
-    layers: Mapping[str, Sequence[_Layer]],
-    relevance: Mapping[str, float],
-) -> Consumer:
-    """If no layer contracts the units (queries and keys), their producers are used instead."""
+                found.append(Consumer(site.tensor, layer.relevance, _shares(weight, site, layer.energies)))
+    if found:
+        return tuple(found)
+    # If no layer contracts the units (queries and keys), their producers are used instead.
     made = [site for site in group.sites if site.tensor in layers and site.tensor in parameters]
-    known = made or [s for s in group.sites if s.tensor in parameters]
-    highest = max((relevance.get(layer.node, 1.0) for site in made for layer in layers[site.tensor]), default=1.0)
+    sites = made or [s for s in group.sites if s.tensor in parameters]
+    highest = max((layer.relevance for site in made for layer in layers[site.tensor]), default=1.0)
     energy = torch.zeros(group.size, dtype=torch.float64)
-    for site in known:
+    for site in sites:
         energy += power_sum(site, parameters[site.tensor], order=2)
-    return Consumer(known[0].tensor if known else "", highest, tuple(_over(energy, energy.sum()).tolist()))
+    return (Consumer(sites[0].tensor if sites else "", highest, tuple(_over(energy, energy.sum()).tolist())),)
 
 
 def _shares(weight: Tensor, site: Site, energies: Tensor | None) -> tuple[float, ...]:

@@ -24,9 +24,9 @@ def owned_weights(group: Group, weights: Mapping[str, Tensor]) -> Iterator[tuple
 
 def positions_of(site: Site) -> tuple[Tensor, Tensor]:
     """Return positions along the site's axis and the unit that owns each, both of shape (positions,)."""
-    lengths = torch.tensor([len(owned) for owned in site.index])
-    positions = torch.tensor([position for owned in site.index for position in owned], dtype=torch.long)
-    return positions, torch.repeat_interleave(torch.arange(len(site.index)), lengths)
+    owners = [unit for unit, owned in enumerate(site.index) for _ in owned]
+    positions = [position for owned in site.index for position in owned]
+    return torch.tensor(positions, dtype=torch.long), torch.tensor(owners, dtype=torch.long)
 
 
 def power_sums(group: Group, weights: Mapping[str, Tensor], *, order: int) -> Tensor:
@@ -40,10 +40,8 @@ def power_sums(group: Group, weights: Mapping[str, Tensor], *, order: int) -> Te
 def power_sum(site: Site, weight: Tensor, *, order: int) -> Tensor:
     """Return per unit the sum of ``|w| ** order`` over its slices of one weight: (units,), float64."""
     others = [axis for axis in range(weight.ndim) if axis != site.axis]
-    if others:
-        per_position = torch.linalg.vector_norm(weight, ord=order, dim=others, dtype=torch.float64)
-    else:
-        per_position = weight.double().abs()
+    norm = torch.linalg.vector_norm
+    per_position = norm(weight, order, dim=others, dtype=torch.float64) if others else weight.double().abs()
     positions, units = positions_of(site)
     total = torch.zeros(len(site.index), dtype=torch.float64)
     return total.index_add_(0, units, per_position.pow(order)[positions])

@@ -36,7 +36,6 @@ from surgery.importance import (
     CONVOLUTIONS,
     LINEAR,
     Contraction,
-    Folded,
     Moments,
     Solution,
     Window,
@@ -124,8 +123,8 @@ def reconstruct(
     """
     labelled, whole, graph = cut.coupling.labelled, cut.program.dense, compact.graph
     tensors = (*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False))
-    dense = Folded(whole.graph, cut.reordered(state_of(whole)))
-    small = Folded(graph, {name: tensor.detach() for name, tensor in tensors})
+    dense = Executor(whole.graph, cut.reordered(state_of(whole)))
+    small = Executor(graph, {name: tensor.detach() for name, tensor in tensors})
     found, sizes = [], [len(batch[0]) for batch in batches]
     with torch.no_grad(), evaluating(graph):  # its operators have their own flags
         runs = [(dense.start(batch), small.start(batch)) for batch in batches]

@@ -16,8 +16,7 @@ from surgery.capture.tracing import trace
 from surgery.coupling.blocks import find_blocks
 from surgery.coupling.coupler import couple
 from surgery.coupling.dropping import drop
-from surgery.importance.block_ablation import BlockAblation, block_losses
-from surgery.importance.outputs import first
+from surgery.importance.block_ablation import BlockAblation, block_losses, first
 from surgery.importance.signal import block_worth
 
 IMAGES = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))

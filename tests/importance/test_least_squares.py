@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
+from surgery.importance.contractions import Window, convolution_rows, drawn, value_rows
 from surgery.importance.least_squares import Moments, solve
-from surgery.importance.rows import Window, convolution_rows, drawn, value_rows
 
 CONVOLUTIONS = [
     nn.Conv2d(4, 6, 3, padding=1),

@@ -15,8 +15,7 @@ from surgery.capture.tracing import trace
 from surgery.core.ir import Coupling, Group, Program, Site
 from surgery.coupling.coupler import couple
 from surgery.errors import InvalidInput, PlanMismatch
-from surgery.importance.evidence import Evidence
-from surgery.importance.scoring import score
+from surgery.importance.scoring import Evidence, score
 from surgery.registry import CRITERIA
 
 BY_WEIGHTS = [name for name in CRITERIA.names() if "images" not in CRITERIA[name].needs]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from surgery.core import Executor, Group, Scores, flat_outputs
-from surgery.importance.evidence import Evidence, criterion
+from surgery.core import Executor, Scores, flat_outputs
+from surgery.importance.scoring import Evidence, criterion
 
 
 @criterion("taylor", needs=["images", "graph", "gradients", "costs"])
 def taylor(evidence: Evidence) -> Scores:
     """Mean squared derivative of the log-likelihood of sampled outputs with respect to a scale of the unit.
 
+    The derivative is along the unit's weights in its consumers, or else in its first producer.
     Source: after Molchanov et al. 2019 (arXiv:1906.10771), with outputs sampled from the model's own distribution
     instead of labels.
     """
@@ -29,28 +30,22 @@ def taylor(evidence: Evidence) -> Scores:
         for k in range(0, len(batch[0]), 4):  # small batches, so that gradients cancel less
             part = [x[k : k + 4] if len(x) == len(batch[0]) else x for x in batch] if len(batch[0]) > 4 else batch
             images += len(part[0])
-            likelihood = drawn_log_likelihood(flat_outputs(executor.output(executor.start(part))), generator)
+            likelihood = _drawn_log_likelihood(flat_outputs(executor.output(executor.start(part))), generator)
             slopes = torch.autograd.grad(likelihood, list(wanted.values()), allow_unused=True)
             by_name = {name: g for name, g in zip(wanted, slopes, strict=True) if g is not None}
             for group in groups:
-                sums[group.name] += _slopes(group, floating, by_name).square()
+                sites = [s for s in group.sites if s.tensor in by_name and floating[s.tensor].dim() > 1]
+                total = torch.zeros(group.size, dtype=torch.float64)
+                for s in [s for s in sites if s.axis == 1] or [s for s in sites if s.axis == 0][:1]:
+                    weight = floating[s.tensor].detach()
+                    others = [axis for axis in range(weight.dim()) if axis != s.axis]
+                    along = (weight * by_name[s.tensor]).double().sum(others)
+                    total += torch.stack([along[list(owned)].sum() for owned in s.index])
+                sums[group.name] += total.square()
     return {name: tuple((total / (2 * images)).tolist()) for name, total in sums.items()}
 
 
-def _slopes(group: Group, weights: Mapping[str, Tensor], slopes: Mapping[str, Tensor]) -> Tensor:
-    """Return (units,): derivative along each unit's weights in its consumers, or else in its first producer."""
-    sites = [s for s in group.sites if s.tensor in slopes and weights[s.tensor].dim() > 1]
-    consumers = [site for site in sites if site.axis == 1]
-    total = torch.zeros(group.size, dtype=torch.float64)
-    for site in consumers or [site for site in sites if site.axis == 0][:1]:
-        weight = weights[site.tensor].detach()
-        others = [axis for axis in range(weight.dim()) if axis != site.axis]
-        along = (weight * slopes[site.tensor]).double().sum(others)
-        total += torch.stack([along[list(owned)].sum() for owned in site.index])
-    return total
-
-
-def drawn_log_likelihood(outputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+def _drawn_log_likelihood(outputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:
     """Return the log-likelihood of outputs sampled from the model's own distribution, summed over the batch.
 
     (N, classes) are logits; others are means of normal distributions with the outputs' standard deviation.
