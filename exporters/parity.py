@@ -125,20 +125,20 @@ def parity(path: str | os.PathLike[str], call: Callee, tensors: Tensors, *, near
     inputs: list[list[dict[str, Tensor]]] = []
     expected: list[list[_Outputs]] = []
     batches: dict[int, None] = {}
-    for size in _sizes(session, tensors):
+    for batch, shapes in _sizes(session, tensors):
         draws = [
-            {name: _draw(tensor, size.shapes[name], generator, near_example) for name, tensor in tensors.items()}
+            {name: _draw(tensor, shapes[name], generator, near_example) for name, tensor in tensors.items()}
             for _ in range(DRAWS)
         ]
         try:
             expected.append([_run_torch(call, draw) for draw in draws])
         except Exception as error:
-            if size.optional:  # the network itself does not take this size: nothing to compare
+            if inputs:  # the network itself takes no other size: nothing to compare
                 continue
             whose = type(call.module).__name__
             raise InvalidInput(f"{whose} does not run on inputs like the example: {error}") from error
         inputs.append(draws)
-        batches[size.batch] = None
+        batches[batch] = None
     found = _compared(expected, [[_run_onnx(session, draw, path) for draw in draws] for draws in inputs], path)
     if any(output.error > TOLERANCE and not output.blind for output in found.values()):
         own = _in_float64(call, inputs, expected)
@@ -174,36 +174,26 @@ def _compared(
 # Inputs. ------------------------------------------------------------------------------------------------------------
 
 
-class _Shapes(NamedTuple):
-    """One set of input shapes: `shapes` by input name; `optional` where the network may refuse it."""
-
-    batch: int
-    shapes: Mapping[str, tuple[int, ...]]
-    optional: bool = False
-
-
-def _sizes(session: Any, tensors: Tensors) -> Iterator[_Shapes]:
-    """Yield the input shapes to run, following the names of the file's dynamic axes."""
+def _sizes(session: Any, tensors: Tensors) -> Iterator[tuple[int, dict[str, tuple[int, ...]]]]:
+    """Yield batches and input shapes to run, the example's first, following the names of the file's dynamic axes."""
     named = {i.name: tuple(i.shape) for i in session.get_inputs()}
     dynamic = {dim for shape in named.values() for dim in shape if isinstance(dim, str)}
     rows = next((t.shape[0] for t in tensors.values() if t.ndim), 1)
-
-    def shapes(batch: int, taller: int = 0, wider: int = 0) -> dict[str, tuple[int, ...]]:
-        return {
-            name: tuple(
-                batch if dim == BATCH else n + {HEIGHT: taller, WIDTH: wider}.get(dim, 0)
-                for dim, n in zip(named.get(name, t.shape), t.shape, strict=True)
-            )
-            for name, t in tensors.items()
-        }
-
-    yield _Shapes(rows, shapes(rows))
-    if BATCH in dynamic:
-        for batch in BATCHES:
-            if batch != rows:
-                yield _Shapes(batch, shapes(batch), optional=True)
+    sizes = [(rows, 0, 0)] + [(batch, 0, 0) for batch in BATCHES if BATCH in dynamic and batch != rows]
     if dynamic & {HEIGHT, WIDTH}:
-        yield _Shapes(rows, shapes(rows, taller=32, wider=64), optional=True)
+        sizes.append((rows, 32, 64))
+    for batch, taller, wider in sizes:
+        more = {HEIGHT: taller, WIDTH: wider}
+        yield (
+            batch,
+            {
+                name: tuple(
+                    batch if dim == BATCH else n + more.get(dim, 0)
+                    for dim, n in zip(named.get(name, t.shape), t.shape, strict=True)
+                )
+                for name, t in tensors.items()
+            },
+        )
 
 
 def _draw(example: Tensor, shape: Sequence[int], generator: torch.Generator, near: bool) -> Tensor:

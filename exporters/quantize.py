@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import torch
 from numpy.typing import NDArray
 
 from exporters.session import open_session
@@ -118,9 +119,8 @@ def to_int8(
         with explained(f"{source} cannot be prepared for quantization"):
             quant_pre_process(os.fspath(source), folded, skip_symbolic_shape=True)  # folds batch norms
         _quantise(folded, file, seen, how, kept)
-        _carry_over(source, file)
+        layers = _finished(source, file)
         cosine = _agreement(own, file, seen) if check else None
-        layers = _counted(file)
     notes = []
     if not how.reduce_range and saturates():
         notes.append(
@@ -248,8 +248,8 @@ def _quantise(folded: Path, file: Path, seen: Sequence[Batch], how: Int8, kept: 
         )
 
 
-def _carry_over(source: Any, file: Path) -> None:
-    """Copy metadata and IR version of the source instead of the preprocessed file's."""
+def _finished(source: Any, file: Path) -> tuple[int, int]:
+    """Copy the source's metadata and IR version; returns the number of layers with 8-bit weights, and of all layers."""
     model, origin = onnx.load(file), onnx.load(os.fspath(source), load_external_data=False)
     del model.metadata_props[:]
     used = {node.domain for node in model.graph.node}
@@ -259,18 +259,10 @@ def _carry_over(source: Any, file: Path) -> None:
     model.ir_version, model.producer_name = origin.ir_version, origin.producer_name
     onnx.helper.set_model_props(model, {p.key: p.value for p in origin.metadata_props} | {"precision": "int8"})
     onnx.save(model, file)
-
-
-def _counted(file: Path) -> tuple[int, int]:
-    """Return the number of layers with 8-bit weights, and of all layers."""
-    graph = onnx.load(file).graph
-    made = {out: node for node in graph.node for out in node.output}
-    layers = [node for node in graph.node if node.op_type in _LAYERS]
-
-    def reads_8_bits(node: onnx.NodeProto) -> bool:
-        return all(name in made and made[name].op_type == "DequantizeLinear" for name in node.input[:2])
-
-    return sum(map(reads_8_bits, layers)), len(layers)
+    made = {out: node.op_type for node in model.graph.node for out in node.output}
+    layers = [node for node in model.graph.node if node.op_type in _LAYERS]
+    in_8_bits = [n for n in layers if all(made.get(name) == "DequantizeLinear" for name in n.input[:2])]
+    return len(in_8_bits), len(layers)
 
 
 def _agreement(own: _Outputs, file: Path, seen: Sequence[Batch]) -> float:
@@ -282,21 +274,15 @@ def _agreement(own: _Outputs, file: Path, seen: Sequence[Batch]) -> float:
         found = other[name]
         if found.shape != wanted.shape or not np.isfinite(found).all():
             raise CheckFailed(f"{file.name}: output '{name}' is not finite, or of another shape, in fewer bits")
-        cosines.append(_cosine(wanted, found))
+        a, b = (torch.from_numpy(x.reshape(len(x), -1)).double() for x in (wanted, found))
+        same = torch.where(a.any(1) | b.any(1), torch.cosine_similarity(a, b), 1.0)  # of images of nothing: 1
+        cosines.append(float(same.mean()))
     if min(cosines) < LEAST:
         raise CheckFailed(
             f"{file.name}: its output is unrelated to the float file's (cosine {min(cosines):.2f}); keep more layers "
             "in float32, or calibrate by another method or other images"
         )
     return min(cosines)
-
-
-def _cosine(wanted: NDArray[Any], found: NDArray[Any]) -> float:
-    """Return the mean over images; if one of the two is all zeros, 1 if both are, else 0."""
-    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (wanted, found))
-    scale = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    same = np.where(scale > 0, (a * b).sum(1) / np.where(scale > 0, scale, 1), a.any(1) == b.any(1))
-    return float(np.mean(same))
 
 
 def _outputs(session: onnxruntime.InferenceSession, seen: Sequence[Batch]) -> _Outputs:
