@@ -24,7 +24,7 @@ from torch.onnx._internal.exporter._ir_passes import _all_values, rename_axis
 from torch.utils import _pytree as pytree
 
 from exporters.signature import Axes, Tensors, axis_name
-from surgery.core import UNKNOWN, Callee, first_line, instead, last_own_line, lean, where_raised
+from surgery.core import Callee, first_line, instead, last_own_line, lean, user_line
 from surgery.errors import UnsupportedModel
 
 
@@ -78,8 +78,6 @@ def _by_torch_export(call: Callee, tensors: Tensors, axes: Axes, opset: int) -> 
         if not any(_NO_VIEW in str(link) for link in _chain(error)):
             raise
         program = export(_reshaping(call.module, args, kwargs, shapes))
-    if program is None:
-        raise RuntimeError("torch.onnx.export returned nothing")
     graph: ir.Model = program.model
     return graph
 
@@ -253,12 +251,11 @@ _PAD_INPUTS = 4
 # Errors. ------------------------------------------------------------------------------------------------------------
 
 
-def source_line(error: BaseException) -> str | None:
-    """Return the user's ``file:line`` that led to `error`, from stack frames or graph nodes, or None."""
-    if (found := where_raised(error)) != UNKNOWN:
-        return found
+def place_of(error: BaseException) -> str:
+    """Return ` at file:line` of the user's code that led to `error`, from stack frames or graph nodes, or ''."""
     traces = (trace for link in _chain(error) for trace in _node_traces(link))
-    return next(filter(None, map(last_own_line, traces)), None)
+    lines = (line for trace in traces if (line := last_own_line(trace)))
+    return user_line(error) or next((f" at {line}" for line in lines), "")
 
 
 def reason(error: BaseException) -> str:
@@ -269,8 +266,6 @@ def reason(error: BaseException) -> str:
 
 
 def _refusal(model: torch.nn.Module, error: BaseException, *, dynamo: bool) -> str:
-    where = source_line(error)
-    place = f" at {where}" if where else ""
     captured = any(type(link).__name__ == "ConversionError" for link in _chain(error))
     step = (
         "rewrite that code with operators that ONNX has"
@@ -278,7 +273,7 @@ def _refusal(model: torch.nn.Module, error: BaseException, *, dynamo: bool) -> s
         else "rewrite that code without control flow on data, or export only the example's path by "
         "ExportSettings(dynamo=False)"
     )
-    return f"{type(model).__name__} cannot be exported to ONNX{place}: {reason(error)}; {step}"
+    return f"{type(model).__name__} cannot be exported to ONNX{place_of(error)}: {reason(error)}; {step}"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

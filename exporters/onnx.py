@@ -21,7 +21,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from exporters.conversion import convert, reason, source_line
+from exporters.conversion import convert, place_of, reason
 from exporters.parity import BATCHES, TOLERANCE, OutputParity, Parity, parity, well_conditioned
 from exporters.signature import Axes, Tensors, bind, check_axes, default_axes, name_outputs, with_batch
 from surgery import __version__
@@ -340,9 +340,8 @@ def _run(call: Callee, tensors: Tensors) -> Any:
         with torch.no_grad():
             return call.module(*args, **kwargs)
     except Exception as error:  # any exception the model raises
-        place = f" at {line}" if (line := source_line(error)) else ""
         raise InvalidInput(
-            f"{type(call.module).__name__} does not run on the example inputs{place}: {reason(error)}; "
+            f"{type(call.module).__name__} does not run on the example inputs{place_of(error)}: {reason(error)}; "
             "check their shapes and types"
         ) from error
 
