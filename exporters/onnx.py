@@ -258,8 +258,8 @@ def _verify(job: _Job, axes: Axes) -> tuple[float, float, list[str]]:
     clear = [found for name, found in real.outputs.items() if name not in unclear]
     if all(found.blind for found in conditioned.outputs.values()) and not clear:
         raise CheckFailed(
-            f"{job.name}: cannot tell whether it computes what the torch model computes: the output does not "
-            "vary with the input, neither with the model's weights nor with well-conditioned ones"
+            f"{job.name}: the comparison with the torch model is inconclusive: the output does not vary with the "
+            "input, neither with the model's weights nor with well-conditioned ones"
         )
     notes += [_unclear_note(name, real.outputs[name], conditioned.outputs[name]) for name in unclear]
     trusted = [*clear, *(conditioned.outputs[name] for name in unclear if not conditioned.outputs[name].blind)]

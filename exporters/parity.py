@@ -240,7 +240,7 @@ def _compare_draws(expected: Sequence[_Outputs], got: Sequence[_Outputs], path: 
             raise CheckFailed(f"{path}: output '{name}' has shape {shapes[0][1]}, the model returns {shapes[0][0]}")
         if len({a for a, _ in shapes}) > 1:
             raise CheckFailed(
-                f"{path}: the shape of output '{name}' depends on the values of the input, so a comparison cannot tell"
+                f"{path}: the shape of output '{name}' depends on the values of the input, so it cannot be compared"
             )
         compared[name] = _magnitudes(np.stack([y[name] for y in expected]), np.stack([z[name] for z in got]))
     return compared

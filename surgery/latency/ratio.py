@@ -1,7 +1,7 @@
 """The latency of one ONNX file relative to another's, measured in fresh processes, here and on devices.
 
 Times depend on the memory layout of the process, so that they vary more between processes than between blocks of one. A
-budget is therefore judged by the median over several processes, each of which times blocks of both files in shuffled
+budget is therefore compared with the median of several processes, each of which times blocks of both files in shuffled
 order. Python 3.8, numpy and onnxruntime.
 """
 
