@@ -9,10 +9,8 @@ The public names are listed in `__init__.pyi` and loaded on first use: `import s
 any stage.
 """
 
-import importlib as _importlib
 import importlib.util as _importing
 import sys as _sys
-import warnings as _warnings
 from pathlib import Path as _Path
 
 import lazy_loader
@@ -39,12 +37,4 @@ def _bind_exporters() -> None:
 
 
 _bind_exporters()
-_public, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-
-
-def __getattr__(name: str) -> object:
-    if name == "Training":  # a public name of earlier versions
-        told = "surgery.Training: its fields are options of surgery.recipe now"
-        _warnings.warn(told, DeprecationWarning, stacklevel=2)
-        return _importlib.import_module("surgery.recovery").Training
-    return _public(name)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -19,6 +19,7 @@ from surgery.inputs import Images, LoadedModel, load_model, open_images
 from surgery.latency import Limits, Settings, comparison
 from surgery.pipeline import Result
 from surgery.recovery import Subject, copy_of, open_metric, recovered, with_recovery
+from surgery.report import with_origin
 
 
 def shrink(
@@ -39,7 +40,7 @@ def shrink(
         recipe: options, made by `surgery.recipe`; by default, half of the dense model's latency.
         example_kwargs: forward's keyword arguments.
         progress: called with a stage's name and its completed fraction, from 0.0 to 1.0.
-        options: deprecated; keyword arguments of earlier versions, which are now options of the recipe.
+        options: deprecated; keyword arguments of earlier versions.
 
     Returns:
         The compact model, its plan, and the report on both.
@@ -54,20 +55,14 @@ def shrink(
     asked = _asked(recipe, options)
     config.validate(asked)
     loaded = _loaded(model, example_inputs, example_kwargs, asked)
-    task = opened(asked, loaded, trained=isinstance(model, str) and loaded.is_trained)
+    is_named = isinstance(model, str)
+    task = opened(asked, loaded, trained=is_named and loaded.is_trained)
     inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
     with torch.random.fork_rng(devices=()), buffers_kept(loaded.module):
         decision = search.decide(loaded.module, inputs, task, example_kwargs=kwargs, progress=progress)
         result = search.realise(decision, progress=progress)
-    asked = config.resolved(asked.but(recover=task.recovery.recover))
-    if not isinstance(model, str):
-        return replace(result, recipe=asked.but(model=None))
-    report = {
-        **result.report,
-        "model": {**result.report["model"], "name": loaded.name, "weights": loaded.weights},
-        "notes": [*loaded.warnings, *loaded.notes, *result.report["notes"]],
-    }
-    return replace(result, recipe=asked.but(model=model), report=report)
+    asked = config.resolved(asked.but(recover=task.recovery.recover, model=model if is_named else None))
+    return replace(result, recipe=asked, report=with_origin(result.report, loaded) if is_named else result.report)
 
 
 def recover(
@@ -78,9 +73,9 @@ def recover(
     Args:
         result: result of `shrink` or `recover`.
         recipe: recovery method and data, as in ``surgery.recipe(recover="distill", data=images)``; by default
-        `reconstruct` with data, else `fold`.
+            `reconstruct` with data, else `fold`.
         progress: called with a step's name and its completed fraction.
-        options: deprecated; keyword arguments of earlier versions, which are now options of the recipe.
+        options: deprecated; keyword arguments of earlier versions.
 
     Raises:
         InvalidInput: data, method or settings are invalid.
@@ -126,56 +121,39 @@ def compare(
     """
     asked = recipe or Recipe()
     settings = Settings(asked.target.batch, asked.target.threads, asked.selection.seed)
-    limits = Limits(max_runs=asked.output.runs)
-    first = None if baseline is None else Path(baseline)
+    limits, first = Limits(max_runs=asked.output.runs), None if baseline is None else Path(baseline)
     return comparison.compare([Path(file) for file in files], settings, limits, baseline=first, progress=progress)
 
 
 def load_named(recipe: Recipe) -> LoadedModel:
     """Return the model that a recipe names; errors are those of `load_model`."""
-    asked = recipe.model
-    return load_model(
-        asked.model,
-        weights=asked.weights,
-        input_shape=asked.input_shape,
-        model_args=asked.model_arg,
-        seed=recipe.selection.seed,
-        trust=asked.trust,
-    )
+    asked, seed = recipe.model, recipe.selection.seed
+    weights, shape, arguments, trust = asked.weights, asked.input_shape, asked.model_arg, asked.trust
+    return load_model(asked.model, weights=weights, input_shape=shape, model_args=arguments, seed=seed, trust=trust)
 
 
 def opened(recipe: Recipe, loaded: LoadedModel, *, trained: bool) -> Recipe:
-    """Return the recipe with images and metric that are named opened, and a method of recovery.
-
-    Args:
-        recipe: what is asked for.
-        loaded: its model, which images are prepared for.
-        trained: whether the weights are known to be trained.
+    """Return the recipe with named images, prepared for the model, and metric opened, and a method of recovery.
 
     Raises:
         InvalidInput: there are no such images, too few of them, or they do not fit.
     """
     given = recipe.data
-    changes: dict[str, Any] = {
-        name: x for name in ("mean", "std", "crop", "size") if (x := getattr(given, name)) is not None
-    }
-    if "size" in changes:
-        changes["size"] = (changes["size"][0], changes["size"][-1])
-    how = replace(loaded.preprocessing, **changes)
+    size = None if given.size is None else (given.size[0], given.size[-1])
+    asked = {"mean": given.mean, "std": given.std, "crop": given.crop, "size": size}
+    how: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     inputs = loaded.example_inputs
     first = inputs[0] if isinstance(inputs, Sequence) and inputs else inputs
     shape = tuple(getattr(first, "shape", ()))
     found: dict[str, Any] = {
-        name: open_images(x, shape, how, option=f"--{name}")
+        name: open_images(x, shape, replace(loaded.preprocessing, **how), option=f"--{name}")
         for name in ("data", "val")
         if isinstance(x := getattr(given, name), str)
     }
     if isinstance(images := found.get("data"), Images) and "int8" in recipe.precisions:
         count = min(len(images), given.max_images)  # how many a loader has is known later
         if count < FEWEST:
-            raise InvalidInput(
-                f"too few images to calibrate int8 files on ({count}); give {FEWEST} or more with --data"
-            )
+            raise InvalidInput(f"too few images to calibrate int8 files on ({count}); give {FEWEST} or more")
     if given.metric is not None:
         found["metric"] = open_metric(given.metric)
     can_fold = trained and recipe.selection.has_graph and len(shape) == 4
@@ -197,6 +175,7 @@ def _loaded(model: Any, example_inputs: Any, example_kwargs: Mapping[str, Any] |
 
 
 def _asked(recipe: Recipe | None, options: Mapping[str, Any]) -> Recipe:
+    """Return the recipe with keyword arguments of earlier versions."""
     if recipe is not None and not isinstance(recipe, Recipe):
         raise InvalidInput(f"recipe is of type {type(recipe).__name__}; make one with surgery.recipe(latency=0.5)")
     if not options:
@@ -204,14 +183,11 @@ def _asked(recipe: Recipe | None, options: Mapping[str, Any]) -> Recipe:
     found: dict[str, Any] = {}
     for name, value in options.items():
         if name == "int8" and value is not None:
-            found |= {"int8_method": value.method, "int8_keep": value.keep, "int8_reduce_range": value.reduce_range}
+            found |= {f"int8_{part}": getattr(value, part) for part in ("method", "keep", "reduce_range")}
         elif value is not None:
             found["recover" if name == "level" else name] = value
     found, _ = config.current(found)
-    asked = (recipe or Recipe()).but(**found)
-    warnings.warn(
-        f"{', '.join(options)}: keyword arguments are options of a recipe now: pass surgery.recipe({', '.join(found)})",
-        DeprecationWarning,
-        stacklevel=3,
-    )
-    return asked
+    now = f"pass surgery.recipe({', '.join(found)})"
+    message = f"{', '.join(options)}: keyword arguments are options of a recipe now: {now}"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+    return (recipe or Recipe()).but(**found)

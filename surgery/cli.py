@@ -1,57 +1,57 @@
 """The command line: prints a table or JSON; errors are reported in one sentence, with an exit code.
 
-Large packages are imported only when a command runs. Standard output contains only the result; progress, warnings and
-output of libraries or the user's own file go to standard error.
+Options and help follow from the fields of `config`. Large packages are imported only when a command runs, so that
+`--help` and errors in options are fast. Standard output contains only the result; progress, warnings and output of
+libraries or the user's own file go to standard error.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from surgery import __version__, config, distributed
-from surgery.config import Recipe
+from surgery.config import FLAG, HEADINGS, OLD_NAMES, OPTIONS, Kind, Option, Recipe
 from surgery.errors import INTERNAL, OK, InvalidInput, SurgeryError
-from surgery.terminal import (
-    EXIT_CODES,
-    PLAIN_WIDTH,
-    Commands,
-    Session,
-    Terminated,
-    command_again,
-    command_to_evaluate,
-    command_to_shrink,
-    folder_name,
-    given,
-    of_bench,
-    of_profile,
-    of_recipe,
-    of_run,
-    print_found,
-    print_profile,
-    print_report,
-    recipe_file,
-    say,
-    with_options,
-    work,
-)
+from surgery.registry import RECOVERY_METHODS
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from surgery.core import Progress
     from surgery.inputs import LoadedModel
     from surgery.planning import Decision
-    from surgery.report import Report
 
+HELP, HELP_ALL = ("-h", "--help"), "--help-all"
+FEW = 12
+"""Help with no more options than this is one page."""
+
+EXIT_CODES = """\b
+Exit codes:
+  0    ok
+  1    internal error (please report it)
+  2    bad arguments, files, shapes or plan
+  3    the model is not supported
+  4    the check failed: nothing was written
+  5    the budget cannot be reached
+  130  interrupted (Ctrl-C)
+  143  terminated (SIGTERM)
+In every case but 0 an earlier set of files in --out is left unchanged."""
 INTERRUPTED = 130
 TERMINATED = 143
 
@@ -61,12 +61,180 @@ surgery shrink net.py:build --macs 0.6 --weights net.pt --data photos/
 surgery shrink resnet18 --max-drop 1 --data photos/ --val labelled/"""
 
 
-@click.group(
-    cls=Commands,
-    epilog=EXIT_CODES,
-    invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+@dataclass
+class Session:
+    """State of one command-line call besides its options."""
+
+    arguments: tuple[str, ...] = ()
+    debug: bool = False
+    writing: bool = False
+    stopped: int = 0
+
+
+class Value(click.ParamType[Any]):
+    """Text → the value of a field of `config`."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind, self.name = kind, kind.metavar
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse the text; names that the user's own code may register are checked once that is loaded."""
+        try:
+            return value if self.kind.is_new(value) else self.kind.check(value)
+        except (ValueError, TypeError):
+            self.fail(f"'{value}' is not accepted; give {self.kind.accepts}", param, ctx)
+
+
+class Row(click.Option):
+    """An option with its place in the help."""
+
+    def __init__(
+        self, *names: str, heading: str = "Output", common: bool = True, of: Option | None = None, **more: Any
+    ):
+        super().__init__(list(names), **more)
+        self.heading, self.common, self.of = heading, common, of
+
+    def record(self, ctx: click.Context, *, every: bool) -> tuple[str, str] | None:
+        """Return the help: only the first sentence on the first page, and the default."""
+        if (found := self.get_help_record(ctx)) is None:
+            return None
+        names, text = found
+        text = text if every else f"{text.partition('. ')[0].rstrip('.')}."
+        default = self.of.shown_default if self.of is not None else ""
+        return names, f"{text}  [default: {default}]" if default else text
+
+
+class Command(click.Command):
+    """A command whose help comes in groups: the common options with `--help`, all of them with `--help-all`."""
+
+    def __init__(self, *args: Any, examples: str = "", **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.examples = examples
+        shown: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": False, "callback": _help_all}
+        self.params.append(Row(HELP_ALL, help="Show all options.", **shown))
+        self.epilog = EXIT_CODES if len(self.params) > FEW else None
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options under their headings."""
+        rows = [param for param in self.params if isinstance(param, Row)]
+        every = ctx.meta.get(HELP_ALL, False) or len(rows) <= FEW
+        for heading in HEADINGS:
+            chosen = [row for row in rows if row.heading == heading and (every or row.common)]
+            if listed := [found for row in chosen if (found := row.record(ctx, every=every)) is not None]:
+                with formatter.section(heading):
+                    formatter.write_dl(listed)
+        if self.examples:
+            with formatter.section("Examples"), formatter.indentation():
+                for line in self.examples.splitlines():
+                    formatter.write(f"{'':>{formatter.current_indent - 2}}{line}\n")
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the exit codes, with all options."""
+        if ctx.meta.get(HELP_ALL, False):
+            super().format_epilog(ctx, formatter)
+
+
+class Commands(click.Group):
+    """The commands, each with its first sentence."""
+
+    command_class = Command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write name and first sentence, uncut."""
+        help = {name: (command.help or "").split("\n\n")[0] for name, command in self.commands.items()}
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, " ".join(sentence.split())) for name, sentence in help.items()])
+
+
+def _help_all(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta[HELP_ALL] = True
+        click.echo(ctx.get_help())
+        ctx.exit()
+
+
+# Options. ------------------------------------------------------------------------------------------------------------
+
+
+def of_recipe(*names: str) -> list[Row]:
+    """Return the options of these groups or fields, without defaults, so that given options are known."""
+    chosen = [x for x in OPTIONS.values() if {x.name, x.group} & {*names} and x.name not in ("model", "checkpoint")]
+    rows = []
+    for option in chosen:
+        typed: dict[str, Any] = {"type": Value(option.kind), "multiple": option.kind.multiple}
+        typed = {"is_flag": True} if option.kind is FLAG else {**typed, "metavar": option.kind.metavar}
+        flag = option.flag
+        if option.kind is FLAG and option.default is not False:
+            flag = f"{flag}/--no-{flag[2:]}"
+        place: dict[str, Any] = {"heading": option.heading, "common": option.common, "of": option}
+        rows.append(Row(flag, option.name, help=option.help, default=None, **place, **typed))
+        for old, (new, implied) in OLD_NAMES.items():
+            if new == option.name:
+                typed = typed if implied is None else {"is_flag": True}
+                rows.append(Row(f"--{old.replace('_', '-')}", old, hidden=True, default=None, **typed))
+    return rows
+
+
+def given(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the given options among a command's parameters, merging repeated ones."""
+    found = {name: value for name, value in parameters.items() if value is not None and value != ()}
+    for name in found.keys() & OPTIONS.keys():
+        if OPTIONS[name].kind.multiple and all(isinstance(part, Mapping) for part in found[name]):
+            found[name] = {key: value for part in found[name] for key, value in part.items()}
+        elif OPTIONS[name].kind.multiple:
+            found[name] = tuple(x for part in found[name] for x in part)
+    return found
+
+
+def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    ctx.ensure_object(Session).debug |= value
+
+
+def _named_shape(value: str) -> tuple[str, tuple[int, ...]]:
+    """``input=1,3,224,224`` → ("input", (1, 3, 224, 224))."""
+    name, _, shape = value.rpartition("=")
+    if not name:
+        raise ValueError(value)
+    return name, OPTIONS["input_shape"].kind.check(shape)
+
+
+_PATH = click.Path(path_type=Path)
+_SHAPE = Kind("NAME=N,C,H,W", "NAME=SHAPE, as in input=1,3,224,224", _named_shape)
+# fmt: off
+RUN = [
+    Row("--json", "as_json", is_flag=True, help="Print the report as JSON and nothing else."),
+    Row("--quiet", is_flag=True, help="No progress."),
+    Row("--debug", common=False, heading="Advanced", is_flag=True, is_eager=True, expose_value=False,
+        callback=_set_debug, help="Show the traceback of an error."),
+]
+"""Options of all commands that run a model."""
+RECIPE_FILE = [
+    Row("--recipe", "recipe_file", type=_PATH, metavar="FILE.toml", heading="Model",
+        help="Take options from this file; those on the command line come first."),
+]
+PROFILE = [
+    Row("--out", type=_PATH, metavar="FILE", help="Write the latency table there."),
+    Row("--pack", type=_PATH, metavar="FILE.zip",
+        help="Measure nothing here: write what measures on a device that has Python, numpy and onnxruntime."),
+]
+BENCH = [
+    Row("--baseline", type=_PATH, metavar="FILE", help="Which of them times are relative to.  [default: the first]"),
+    Row("--provider", default="cpu", show_default=True, metavar="NAME",
+        help="Execution provider of ONNX Runtime, as in CUDAExecutionProvider or cuda."),
+    Row("--input-shape", "shapes", type=Value(_SHAPE), multiple=True, metavar=_SHAPE.metavar,
+        help="Whole shape of an input of which more than the batch is open; may be repeated."),
+    Row("--runs", type=click.IntRange(min=3), default=2000, show_default=True, metavar="N",
+        help="Timed runs of a file at most; fewer once intervals are narrow. A p99 takes 1000."),
+    Row("--seconds", type=click.FloatRange(0.0, min_open=True), default=45.0, show_default=True, metavar="S",
+        help="Begin no round of measuring after that, as long as there are twelve."),
+]
+# fmt: on
+
+
+# Commands. -----------------------------------------------------------------------------------------------------------
+
+
+@click.group(cls=Commands, epilog=EXIT_CODES, invoke_without_command=True, context_settings={"help_option_names": HELP})
 @click.version_option(__version__, prog_name="surgery")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
@@ -75,9 +243,8 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-@cli.command(examples=EXAMPLES)
+@cli.command(examples=EXAMPLES, params=[*RECIPE_FILE, *of_recipe(*config.GROUPS), *RUN])
 @click.argument("model")
-@with_options(recipe_file(), of_recipe(*config.GROUPS, without=("checkpoint",)), of_run())
 @click.pass_obj
 def shrink(session: Session, /, as_json: bool, quiet: bool, **parameters: Any) -> None:
     """Shrink MODEL: cut, check, export to ONNX, time, and write everything into --out.
@@ -85,38 +252,32 @@ def shrink(session: Session, /, as_json: bool, quiet: bool, **parameters: Any) -
     MODEL is a torchvision name (resnet18), timm:NAME, FILE.py:CALLABLE or package.module:CALLABLE that returns a module
     (or a module and its example inputs), or a .pt2 exported program.
     """
-    _shrink(session, _recipe(parameters), as_json=as_json, quiet=quiet)
-
-
-@cli.command(examples="surgery run edge.toml\nsurgery run edge.toml --latency 0.4 --out smaller")
-@click.argument("recipe_file", metavar="RECIPE.toml", type=click.Path(path_type=Path))
-@with_options(of_recipe(*config.GROUPS, without=("checkpoint",)), of_run())
-@click.pass_obj
-def run(session: Session, /, as_json: bool, quiet: bool, **parameters: Any) -> None:
-    """Shrink the model that RECIPE.toml names, with the options in it; those on the command line come first."""
     recipe = _recipe(parameters)
-    if recipe.model.model is None:
-        raise InvalidInput(f'{parameters["recipe_file"]} names no model: add a line such as model = "resnet18"')
-    _shrink(session, recipe, as_json=as_json, quiet=quiet)
-
-
-def _shrink(session: Session, recipe: Recipe, *, as_json: bool, quiet: bool) -> None:
     if recipe.selection.max_drop is not None and distributed.processes() > 1:
-        raise InvalidInput("--max-drop judges one model after the other, in one process: leave torchrun out")
+        raise InvalidInput("--max-drop evaluates one model after the other, in one process: leave torchrun out")
     config.validate(recipe)
     with work(session, quiet=quiet or distributed.rank() > 0) as progress:
-        _validate_output(recipe)
-        loaded = _load(recipe, progress)
-        if distributed.rank() > 0:
-            return distributed.follow(loaded, recipe)
-        written = _deliver(session, loaded, recipe, progress, lambda asked: _decide(loaded, asked, progress))
-    print_report(written.data, as_json=as_json)
+        data = _deliver(session, recipe, progress)
+    _print_report(data, as_json)
 
 
-@cli.command()
-@click.argument("plan", type=click.Path(path_type=Path))
+@cli.command(
+    examples="surgery run edge.toml\nsurgery run edge.toml --latency 0.4 --out smaller",
+    params=[*of_recipe(*config.GROUPS), *RUN],
+)
+@click.argument("recipe_file", metavar="RECIPE.toml", type=_PATH)
+@click.pass_context
+def run(ctx: click.Context, /, recipe_file: Path, **parameters: Any) -> None:
+    """Shrink the model that RECIPE.toml names, with the options in it; those on the command line come first."""
+    model = config.read_recipe(recipe_file)[0].get("model")
+    if model is None:
+        raise InvalidInput(f'{recipe_file} names no model: add a line such as model = "resnet18"')
+    ctx.invoke(shrink, recipe_file=recipe_file, model=model, **parameters)
+
+
+@cli.command(params=[*of_recipe("model", "threads", "batch", "data", "recovery", "output"), *RUN])
+@click.argument("plan", type=_PATH)
 @click.argument("model")
-@with_options(of_recipe("model", "threads", "batch", "data", "recovery", "output", without=("checkpoint",)), of_run())
 @click.pass_obj
 def apply(session: Session, /, plan: Path, as_json: bool, quiet: bool, **parameters: Any) -> None:
     """Repeat PLAN, the plan.json of an earlier run, on MODEL: the same architecture, with any weights.
@@ -125,28 +286,12 @@ def apply(session: Session, /, plan: Path, as_json: bool, quiet: bool, **paramet
     """
     recipe = _recipe(parameters)
     with work(session, quiet=quiet or distributed.rank() > 0) as progress:
-        from surgery.core import Plan
-        from surgery.planning import as_planned, repeat
-
-        decided = Plan.load(plan)
-        _validate_output(recipe)
-        recipe = as_planned(recipe, decided)
-        loaded = _load(recipe, progress)
-        if distributed.rank() > 0:
-            return distributed.follow(loaded, recipe)
-
-        def again(asked: Recipe) -> Decision:
-            inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
-            again = repeat(decided, loaded.module, inputs, example_kwargs=kwargs, progress=progress)
-            return replace(again, recipe=asked)
-
-        written = _deliver(session, loaded, recipe, progress, again)
-    print_report(written.data, as_json=as_json)
+        data = _deliver(session, recipe, progress, plan)
+    _print_report(data, as_json)
 
 
-@cli.command()
+@cli.command(params=[*of_recipe("model", "deploy", "keep", "submodule", "seed", "threads", "batch"), *PROFILE, *RUN])
 @click.argument("model")
-@with_options(of_recipe("model", "deploy", "keep", "submodule", "seed", "threads", "batch"), of_profile(), of_run())
 @click.pass_obj
 def profile(
     session: Session, /, as_json: bool, quiet: bool, out: Path | None, pack: Path | None, **parameters: Any
@@ -160,32 +305,39 @@ def profile(
         raise click.UsageError("--out measures here and --pack does not; choose one of them")
     recipe = _recipe(parameters)
     with work(session, quiet=quiet) as progress:
-        from surgery.latency import Settings
-        from surgery.planning import profiling as profiles
+        from surgery.latency import Settings  # saves start-up seconds
+        from surgery.planning import profiling  # saves start-up seconds
 
-        target = pack or out
-        if target is not None:
-            profiles.refuse_unwritable("--pack" if pack else "--out", target)
+        if (target := pack or out) is not None:
+            profiling.refuse_unwritable("--pack" if pack else "--out", target)
         if pack is None:
             Settings(threads=recipe.target.threads)  # refuses more threads than cores, which a device may have
         loaded = _load(recipe, progress)
         _refuse_huge_batch(loaded, recipe.target.batch)
         inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
-        found = profiles.survey(loaded.module, inputs, recipe, example_kwargs=kwargs, progress=progress)
+        found = profiling.survey(loaded.module, inputs, recipe, example_kwargs=kwargs, progress=progress)
         session.writing = True
         if pack is not None:
-            profiles.pack(found, pack, name=loaded.name, progress=progress)
-            data = {"pack": str(pack), "kernels": len(found.keys)}
+            profiling.pack(found, pack, name=loaded.name, progress=progress)
+            data: dict[str, Any] = {"pack": str(pack), "kernels": len(found.keys)}
+            message = f"{pack}: {len(found.keys)} kernels; on the device: python {pack.name}"
         else:
-            table, data = profiles.measure(found, name=loaded.name, progress=progress)
+            table, data = profiling.measure(found, name=loaded.name, progress=progress)
+            message = f"written: {out}; plan by it with: surgery shrink MODEL --latency-table {out}" if out else ""
             if out is not None:
                 table.save(out)
-    print_profile(data, out=out, as_json=as_json)
+
+    def render(console: Console) -> None:
+        if pack is None:
+            profiling.render_terminal(data, console)
+        if message:
+            click.echo(message)
+
+    _show(data, render, as_json=as_json)
 
 
-@cli.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@with_options(of_bench(), of_recipe("seed", "threads", "batch"), of_run())
+@cli.command(params=[*BENCH, *of_recipe("seed", "threads", "batch"), *RUN])
+@click.argument("files", nargs=-1, required=True, type=_PATH)
 @click.pass_obj
 def bench(
     session: Session, /, files: tuple[Path, ...], as_json: bool, quiet: bool, shapes: Any, **parameters: Any
@@ -196,18 +348,17 @@ def bench(
     intervals; load time and peak memory are a fresh process's.
     """
     with work(session, quiet=quiet) as progress:
-        from surgery.latency import Limits, comparison as versus
+        from surgery.latency import Limits, comparison  # saves start-up seconds
 
         options = given(parameters)
         baseline, limits = options.pop("baseline", None), Limits(options.pop("runs"), options.pop("seconds"))
-        settings = versus.settings_of(dict(shapes), **options)
-        found = versus.compare(files, settings, limits, baseline=baseline, progress=progress)
-    print_found(found, versus.render_terminal, as_json=as_json)
+        settings = comparison.settings_of(dict(shapes), **options)
+        found = comparison.compare(files, settings, limits, baseline=baseline, progress=progress)
+    _show(found, lambda console: comparison.render_terminal(found, console), as_json=as_json)
 
 
-@cli.command()
+@cli.command(params=[*RECIPE_FILE, *of_recipe("model", "budget", "selection", "target", "data"), *RUN])
 @click.argument("model")
-@with_options(recipe_file(), of_recipe("model", "budget", "selection", "target", "data"), of_run())
 @click.pass_obj
 def show(session: Session, /, as_json: bool, quiet: bool, **parameters: Any) -> None:
     """Show what would be cut from MODEL and why, without cutting, exporting or writing anything.
@@ -217,18 +368,13 @@ def show(session: Session, /, as_json: bool, quiet: bool, **parameters: Any) -> 
     recipe = _recipe(parameters)
     config.validate(recipe)
     with work(session, quiet=quiet) as progress:
-        from surgery.api import opened
-        from surgery.report import with_origin
+        from surgery import api, report  # saves start-up seconds
 
         loaded = _load(recipe, progress)
-        data = with_origin(
-            _decide(loaded, opened(recipe, loaded, trained=loaded.is_trained), progress).report,
-            name=loaded.name,
-            weights=loaded.weights,
-            next_command=command_to_shrink(session.arguments),
-            notes=(*loaded.warnings, *loaded.notes),
-        )
-    print_report(data, as_json=as_json)
+        task = api.opened(recipe, loaded, trained=loaded.is_trained)
+        next_command = command_line("shrink", *session.arguments[1:])
+        data = report.with_origin(_decide(loaded, task, progress).report, loaded, next_command=next_command)
+    _print_report(data, as_json)
 
 
 @cli.command(cls=click.Command)
@@ -239,17 +385,12 @@ def ops(markdown: bool, as_json: bool) -> None:
 
     Layers that meet any other operator are left untouched and reported.
     """
-    from rich.console import Console
+    from surgery import report  # saves start-up seconds
 
-    from surgery.report import operators_as_json, operators_as_markdown, print_operators
-
-    if as_json:
-        click.echo(operators_as_json())
-    elif markdown:
-        click.echo(operators_as_markdown(), nl=False)
+    if as_json or markdown:
+        click.echo(report.operators_as_json() if as_json else report.operators_as_markdown(), nl=as_json)
     else:
-        console = Console()
-        print_operators(console if console.is_terminal else Console(width=PLAIN_WIDTH))
+        _show({}, report.print_operators)
 
 
 @cli.command(cls=click.Command)
@@ -259,23 +400,33 @@ def options(markdown: bool) -> None:
     click.echo(config.options_table(), nl=False)
 
 
+# Their steps. --------------------------------------------------------------------------------------------------------
+
+
 def _recipe(parameters: Mapping[str, Any]) -> Recipe:
     """Return the recipe of the command line and its recipe file."""
-    typed, said = config.current(given(parameters))
+    typed, messages = config.current(given(parameters))
     path = typed.pop("recipe_file", None)
     read, of_file = config.read_recipe(path) if path is not None else ({}, [])
-    for sentence in (*said, *of_file):
-        say(f"warning: {sentence}")
+    for message in (*messages, *of_file):
+        say(f"warning: {message}")
     if typed.keys() & set(config.ONE_OF):
         read = {name: value for name, value in read.items() if name not in config.ONE_OF}
-    return config.recipe(**{**read, **typed})
+    chosen = {**read, **typed}
+    owner, _, name = str(chosen.get("model")).rpartition(":")
+    if owner.endswith(".py") and any(OPTIONS[key].kind.is_new(value) for key, value in chosen.items()):
+        from surgery.inputs import user_object  # saves start-up seconds
+
+        with only_result_on_stdout():
+            user_object(owner, name)  # may register a criterion, a recovery method or a format
+    return config.recipe(**chosen)
 
 
 def _refuse_huge_batch(loaded: LoadedModel, batch: int) -> None:
     """Raise early if the batch is too large to be timed."""
-    import psutil
-    from torch import Tensor
-    from torch.utils import _pytree
+    import psutil  # saves start-up seconds
+    from torch import Tensor  # saves start-up seconds
+    from torch.utils import _pytree  # saves start-up seconds
 
     leaves = _pytree.tree_leaves((loaded.example_inputs, dict(loaded.example_kwargs)))
     needed = batch * sum(x[:1].numel() * x.element_size() for x in leaves if isinstance(x, Tensor) and x.ndim)
@@ -286,61 +437,182 @@ def _refuse_huge_batch(loaded: LoadedModel, batch: int) -> None:
 
 
 def _load(recipe: Recipe, progress: Progress) -> LoadedModel:
-    from surgery.api import load_named
+    from surgery import api  # saves start-up seconds
 
     progress("load", 0.0)
-    loaded = load_named(recipe)
+    loaded = api.load_named(recipe)
     for warning in loaded.warnings:
         say(f"warning: {warning}")
     return loaded
 
 
 def _decide(loaded: LoadedModel, recipe: Recipe, progress: Progress) -> Decision:
-    from surgery import search
+    from surgery import search  # saves start-up seconds
 
     inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
     return search.decide(loaded.module, inputs, recipe, example_kwargs=kwargs, progress=progress)
 
 
-def _deliver(
-    session: Session,
-    loaded: LoadedModel,
-    recipe: Recipe,
-    progress: Progress,
-    decide: Callable[[Recipe], Decision],
-) -> Report:
-    """Cut what is decided, check, export, time, and write everything into the output folder."""
-    from surgery import search
-    from surgery.api import opened
-    from surgery.delivery import prepare, save
-    from surgery.report import with_origin
+def _deliver(session: Session, recipe: Recipe, progress: Progress, plan: Path | None = None) -> Mapping[str, Any]:
+    """Cut, check, export, time, and write everything into the output folder; return the report.
 
+    What is cut is decided here, or by an earlier run's plan. Processes of a distributed run other than the first return
+    an empty report.
+    """
+    from surgery import api, delivery, pipeline, planning, recovery, report, search  # saves start-up seconds
+    from surgery.core import Plan  # saves start-up seconds
+
+    decided = None if plan is None else Plan.load(plan)
+    delivery.validate_output(recipe)
+    if decided is not None:
+        recipe = planning.as_planned(recipe, decided)
+    loaded = _load(recipe, progress)
     _refuse_huge_batch(loaded, recipe.target.batch)
-    out = Path(recipe.output.out or Path("shrunk", folder_name(loaded.name)))
-    task = opened(recipe, loaded, trained=loaded.is_trained)
-    share = distributed.send if distributed.processes() > 1 and distributed.meet(task) else None
+    task = api.opened(recipe, loaded, trained=loaded.is_trained)
+    repeated = partial(planning.repeat, example_kwargs=loaded.example_kwargs)
+    shared = RECOVERY_METHODS.has_need(task.recovery.recover, "gradients") and distributed.processes() > 1
+    if shared:
+        recovery.refuse_batch(task.data.data, task.recovery, distributed.processes())
+        distributed.connect()
+    if distributed.rank() > 0:
+        if shared:
+            sent, tensors = distributed.receive()
+            decision = repeated(sent, loaded.module, loaded.example_inputs)
+            pipeline.follow(replace(decision, recipe=planning.as_planned(task, sent)), tensors)
+            distributed.disconnect()
+        return {}
+    out = Path(recipe.output.out or Path("shrunk", loaded.name))
     session.writing = True
-    prepare(out)
-    checkpoint = out.absolute().parent / f".{out.name}.training"
-    result = search.realise(decide(task.but(checkpoint=checkpoint)), progress=progress, share=share)
+    delivery.prepare(out)
+    task = task.but(checkpoint=out.absolute().parent / f".{out.name}.training")
+    if decided is None:
+        decision = _decide(loaded, task, progress)
+    else:
+        decision = repeated(decided, loaded.module, loaded.example_inputs, progress=progress)
+        decision = replace(decision, recipe=task)
+    result = search.realise(replace(decision, shared=shared), progress=progress)
     asked = config.resolved(recipe.but(out=out, recover=task.recovery.recover))
-    data = with_origin(
-        result.report,
-        name=loaded.name,
-        weights=loaded.weights,
-        next_command=command_to_evaluate(out, loaded, recipe),
-        command=command_again(session.arguments),
-        notes=(*loaded.warnings, *loaded.notes),
+    next_command = command_to_evaluate(out, loaded, recipe)
+    command = command_line(*session.arguments)
+    data = report.with_origin(result.report, loaded, next_command=next_command, command=command)
+    result = replace(result, report=data, recipe=asked)
+    written = delivery.save(result, out, evaluate=task.data.metric, progress=progress)
+    distributed.disconnect()
+    return written.data
+
+
+def _print_report(data: Mapping[str, Any], as_json: bool) -> None:
+    from surgery.report import Report  # saves start-up seconds
+
+    if data:  # else another process prints it
+        _show(data, Report(data).print, as_json=as_json)
+
+
+# Progress and results. ------------------------------------------------------------------------------------------------
+
+PLAIN_WIDTH = 110
+"""Width of tables if standard output is a file or a pipe."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM as an exception, so that cleanup runs as for Ctrl-C."""
+
+
+@contextlib.contextmanager
+def work(session: Session, *, quiet: bool) -> Iterator[Progress]:
+    """Keep standard output clean while stages run, and yield the function that shows progress."""
+    from rich.console import Console  # saves start-up seconds
+    from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn  # saves start-up seconds
+
+    console = Console(stderr=True)
+    columns = (TimeElapsedColumn(), BarColumn(), TextColumn("{task.description}"))
+    # No refreshing thread: it would disturb the timer.
+    bar = Bar(*columns, console=console, auto_refresh=False, transient=True, disable=quiet, redirect_stdout=False)
+    task = bar.add_task("", total=1.0)
+    seen: set[str] = set()
+
+    def progress(stage: str, fraction: float) -> None:
+        if session.stopped:
+            raise Terminated
+        if console.is_terminal:
+            bar.update(task, description=stage, completed=fraction, refresh=True)
+        elif stage not in seen and not quiet:  # a log file: one line per stage
+            console.print(stage, highlight=False)
+        seen.add(stage)
+
+    with only_result_on_stdout(), warnings.catch_warnings():
+        if not session.debug:
+            warnings.simplefilter("ignore")
+        with bar if console.is_terminal else contextlib.nullcontext():
+            yield progress
+
+
+@contextlib.contextmanager
+def only_result_on_stdout() -> Iterator[None]:
+    """Send what others print to standard error, also below Python: commands that the user's file runs, native code."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.stdout.flush()  # what was written past the redirection lies here still
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def _show(data: Mapping[str, Any], render: Callable[[Console], None], *, as_json: bool = False) -> None:
+    """Print a command's result as JSON, or by the given function; nothing follows on standard output."""
+    from rich.console import Console  # saves start-up seconds
+
+    if as_json:
+        click.echo(json.dumps(data, sort_keys=True, indent=1))
+    else:
+        console = Console()
+        render(console if console.is_terminal else Console(width=PLAIN_WIDTH))
+    sys.stdout.flush()
+    os.dup2(2, 1)  # what the user's file prints at exit is no part of the result
+
+
+def say(sentence: str) -> None:
+    """Print one sentence on standard error."""
+    click.echo(f"surgery: {sentence}", err=True)
+
+
+# Commands that a report tells the user to type next. ------------------------------------------------------------------
+
+
+def command_to_evaluate(out: Path, loaded: LoadedModel, recipe: Recipe) -> str:
+    """Return the command that opens a Python prompt with `dense` and `compact`, to evaluate or train them."""
+    asked = recipe.model
+    known: dict[str, object] = {
+        "weights": asked.weights if loaded.is_trained else "random",
+        "input_shape": asked.input_shape,
+        "model_args": dict(asked.model_arg),
+        "seed": recipe.selection.seed,
+        "trust": asked.trust,
+    }
+    arguments = ", ".join([repr(asked.model), *(f"{key}={value!r}" for key, value in known.items() if value)])
+    code = (
+        f"import surgery; dense = surgery.load_model({arguments}).module; compact = surgery.load({str(out)!r}, dense)"
     )
-    written = save(replace(result, report=data, recipe=asked), out, evaluate=task.data.metric, progress=progress)
-    distributed.part()
-    return written
+    # Double quotes inside, so that the shell's single ones need no escaping; names with quotes keep Python's choice.
+    code = code if '"' in code or "\\" in code else code.replace("'", '"')
+    return f"{_python()} -i -c {shlex.quote(code)}"
 
 
-def _validate_output(recipe: Recipe) -> None:
-    from surgery.delivery import validate_output
+def command_line(*arguments: str) -> str:
+    """Return the command line of a run with these arguments."""
+    return f"{_python()} -m surgery.cli {shlex.join(arguments)}"
 
-    validate_output(recipe)
+
+def _python() -> str:
+    """Return how the running interpreter is called from here: by name where that finds it, else by path."""
+    here, found = Path(sys.executable), shutil.which("python")
+    if found and Path(found).parent == here.parent:
+        return "python"
+    return shlex.quote(str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here))
 
 
 # What goes wrong. ----------------------------------------------------------------------------------------------------
@@ -386,7 +658,7 @@ def _explain(error: BaseException, session: Session) -> int:
     """
     if session.debug:
         traceback.print_exception(error)
-    sentence, code = _told(error, session)
+    sentence, code = _explained(error, session)
     ended = distributed.lost(error) or bool(session.stopped)  # it may be for another process's sake
     if distributed.rank() > 0 and (ended or distributed.leave_word(sentence) or distributed.follows()):
         return code
@@ -394,16 +666,18 @@ def _explain(error: BaseException, session: Session) -> int:
     return code
 
 
-def _told(error: BaseException, session: Session) -> tuple[str, int]:
+def _explained(error: BaseException, session: Session) -> tuple[str, int]:
+    """Return the sentence and the exit code."""
     if session.stopped or isinstance(error, KeyboardInterrupt):
         return _stopped(session.stopped or INTERRUPTED), session.stopped or INTERRUPTED
     if isinstance(error, MemoryError):
-        told = f"error: not enough memory ({error}); use a smaller --batch, --input-shape or model"
-        return told, InvalidInput.exit_code
+        what = f"not enough memory ({error}); use a smaller --batch, --input-shape or model"
+        return f"error: {what}", InvalidInput.exit_code
     if isinstance(error, click.UsageError):
         hint = f"; see '{error.ctx.command_path} --help'" if error.ctx else ""
-        if session.arguments[:1] == ("shrink",) and session.arguments[1:2] and session.arguments[1] in cli.commands:
-            hint = f"; '{session.arguments[1]}' is a command of its own: surgery {shlex.join(session.arguments[1:])}"
+        command, *rest = session.arguments or ("",)
+        if command == "shrink" and rest and rest[0] in cli.commands:
+            hint = f"; '{rest[0]}' is a command of its own: surgery {shlex.join(rest)}"
         return f"error: {error.format_message().rstrip('.')}{hint}", error.exit_code
     if isinstance(error, click.ClickException):
         return f"error: {error.format_message()}", InvalidInput.exit_code
@@ -412,8 +686,8 @@ def _told(error: BaseException, session: Session) -> tuple[str, int]:
     if distributed.lost(error):
         return "error: another process of this run has ended; look above, or on its host, for why", INTERNAL
     what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    told = f"internal error: {what}; this is a bug, please report it with what the same command prints with --debug"
-    return told, INTERNAL
+    report = "this is a bug, please report it with what the same command prints with --debug"
+    return f"internal error: {what}; {report}", INTERNAL
 
 
 if __name__ == "__main__":

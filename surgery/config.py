@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import ast
 import difflib
+import os
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from math import inf, isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tomli_w
 
@@ -27,191 +29,171 @@ from surgery.registry import CRITERIA, RECOVERY_METHODS, Registry
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """The values that an option accepts.
-
-    Attributes:
-        metavar: placeholder of a value in the help.
-        accepts: description of the accepted values, after "give".
-        check: value → normalized value; raises ValueError if it is not accepted.
-        parse: text of the command line → value.
-        choices: all accepted words, if few.
-        multiple: whether the option may be repeated on the command line.
-    """
+    """The values that an option accepts."""
 
     metavar: str
-    accepts: str
-    check: Callable[[Any], Any]
-    parse: Callable[[str], Any] = str
-    choices: tuple[str, ...] = ()
-    multiple: bool = False
+    accepts: str  # description of the accepted values, after "give"
+    parse: Callable[[Any], Any] = lambda value: value  # may raise ValueError or TypeError
+    accepted: Callable[[Any], object] = lambda value: True
+    multiple: bool = False  # whether it may be repeated on the command line
+    built_in: tuple[str, ...] = ()  # names, if the user's own code may register others
+
+    def check(self, value: Any) -> Any:
+        """Return the normalized value; raises ValueError or TypeError if it is not accepted."""
+        found = self.parse(value)
+        if not self.accepted(found):
+            raise ValueError(self.accepts)
+        return found
+
+    def is_new(self, value: Any) -> bool:
+        """Return whether a value names anything that is not built in, and may be registered by the user's own code."""
+        return bool(self.built_in) and not {*_listed(value)} <= {*self.built_in}
 
 
-def _require(accepted: bool, value: Any) -> Any:
-    if not accepted:
-        raise ValueError
-    return value
+def _number(value: Any, cast: type[int] | type[float]) -> Any:
+    found = cast(value) if isinstance(value, str) else value
+    if not isinstance(found, (int, cast)) or isinstance(found, bool) or not isfinite(found):
+        raise ValueError(value)
+    return found
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _listed(value: Any) -> tuple[Any, ...]:
+    """Split text at commas; a value that is no list makes a list of one."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, Sequence) else (value,)
+    return tuple(part.strip() if isinstance(part, str) else part for part in parts)
 
 
 def number(metavar: str, *, above: float = -inf, least: float = -inf, below: float = inf, most: float = inf) -> Kind:
     """Accept finite numbers within these ends."""
     ends = ((above, "above"), (least, "of at least"), (below, "below"), (most, "of at most"))
-    accepts = " and ".join(f"{word} {end:g}" for end, word in ends if isfinite(end))
-
-    def check(value: Any) -> float:
-        known = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
-        return _require(known and above < value < below and least <= value <= most, value)  # type: ignore[no-any-return]
-
-    return Kind(metavar, f"a number {accepts}", check, float)
+    accepts = "a number " + " and ".join(f"{word} {end:g}" for end, word in ends if isfinite(end))
+    as_float = partial(_number, cast=float)
+    return Kind(metavar, accepts, as_float, lambda x: above < x < below and least <= x <= most)
 
 
-def whole(least: int, metavar: str = "N") -> Kind:
+def whole(least: int) -> Kind:
     """Accept whole numbers from `least` on."""
-
-    def check(value: Any) -> int:
-        return _require(_is_whole(value) and least <= value < 2**63, value)  # type: ignore[no-any-return]
-
-    return Kind(metavar, f"a whole number of at least {least}", check, int)
+    return Kind("N", f"a whole number of at least {least}", partial(_number, cast=int), lambda n: least <= n < 2**63)
 
 
-def choice(*words: str, metavar: str = "", known: Callable[[Any], bool] = lambda value: False) -> Kind:
-    """Accept one of the words, or another value that is `known`."""
-
-    def check(value: Any) -> Any:
-        return _require((isinstance(value, str) and value in words) or known(value), value)
-
-    return Kind(metavar or "|".join(words), f"one of {', '.join(words)}", check, choices=words)
+def choice(*words: str) -> Kind:
+    """Accept one of the words."""
+    return Kind("|".join(words), f"one of {', '.join(words)}", accepted=lambda word: word in words)
 
 
-def registered(registry: Registry[Any], metavar: str, known: Callable[[Any], bool] = lambda value: False) -> Kind:
-    """Accept the names of a registry, those that were added since included, or another value that is `known`."""
-
-    def check(value: Any) -> Any:
-        return _require((isinstance(value, str) and value in registry.names()) or known(value), value)
-
+def registered(registry: Registry[Any], metavar: str, accepted: Callable[[Any], bool] = lambda value: False) -> Kind:
+    """Accept the names of a registry, those that were added since included, or another `accepted` value."""
     words = tuple(registry.names())
-    return Kind(metavar, f"one of {', '.join(words)}", check, choices=words)
+    accepts = f"one of {', '.join(words)}"
+    return Kind(metavar, accepts, accepted=lambda x: accepted(x) or x in registry.names(), built_in=words)
 
 
-def several(*words: str, others: bool = False) -> Kind:
-    """Accept some of the words: a list, or text with commas; with `others`, any words, checked where they are used."""
-
-    def check(value: Any) -> tuple[str, ...]:
-        parts = value.split(",") if isinstance(value, str) else value
-        found = tuple(dict.fromkeys(part.strip() if isinstance(part, str) else part for part in parts))
-        return _require(bool(found) and all(others or part in words for part in found), found)  # type: ignore[no-any-return]
-
-    return Kind(",".join(words), f"some of {', '.join(words)}", check, choices=words)
+def several(*words: str, built_in: tuple[str, ...] = ()) -> Kind:
+    """Accept some of the words; with `built_in`, any others too, checked where they are used."""
+    accepts, parse = f"some of {', '.join(words)}", lambda value: tuple(dict.fromkeys(_listed(value)))
+    return Kind(",".join(words), accepts, parse, lambda x: x and (built_in or set(x) <= {*words}), built_in=built_in)
 
 
 def names(metavar: str, accepts: str) -> Kind:
     """Accept a list of texts, or one text."""
-
-    def check(value: Any) -> tuple[str, ...]:
-        found = (value,) if isinstance(value, str) else value
-        _require(isinstance(found, Sequence) and all(isinstance(part, str) for part in found), found)
-        return tuple(found)
-
-    return Kind(metavar, accepts, check, multiple=True)
+    as_list = lambda value: (value,) if isinstance(value, str) else tuple(value)  # noqa: E731
+    return Kind(metavar, accepts, as_list, lambda x: all(isinstance(part, str) for part in x), multiple=True)
 
 
 def numbers(metavar: str, accepts: str, cast: type[int] | type[float], lengths: Sequence[int] = ()) -> Kind:
     """Accept a list of numbers: positive whole ones for `int`, finite ones for `float`."""
-
-    def check(value: Any) -> tuple[float, ...]:
-        found = (value,) if isinstance(value, (int, float)) else tuple(value)
-        good = [_is_whole(x) and x > 0 if cast is int else isinstance(x, (int, float)) for x in found]
-        return _require(bool(found) and all(good) and (not lengths or len(found) in lengths), found)  # type: ignore[no-any-return]
-
-    return Kind(metavar, accepts, check, lambda text: tuple(cast(part) for part in text.split(",")))
+    least = 1 if cast is int else -inf
+    return Kind(
+        metavar,
+        accepts,
+        lambda value: tuple(_number(part, cast) for part in _listed(value)),
+        lambda found: min(found) >= least and (not lengths or len(found) in lengths),
+    )
 
 
 def text(metavar: str, accepts: str) -> Kind:
     """Accept text, and paths as text."""
-    return Kind(metavar, accepts, lambda value: str(_require(isinstance(value, (str, Path)), value)))
+    return Kind(metavar, accepts, os.fspath, lambda value: isinstance(value, str))
 
 
-def anything(metavar: str, accepts: str) -> Kind:
-    """Accept text, or an object that is checked where it is used."""
-    return Kind(metavar, accepts, lambda value: value)
-
-
-def _assignment(text: str) -> dict[str, Any]:
-    key, equals, value = text.partition("=")
-    _require(bool(equals) and key.isidentifier(), text)
+def _assignment(value: Any) -> dict[str, Any]:
+    """Parse ``NAME=VALUE``, with Python's literals as values where they are such."""
+    if not isinstance(value, str):
+        return dict(value)
+    key, equals, content = value.partition("=")
+    if not equals or not key.isidentifier():
+        raise ValueError(value)
     try:
-        return {key: ast.literal_eval(value)}
+        return {key: ast.literal_eval(content)}
     except (ValueError, SyntaxError):
-        return {key: value}
+        return {key: content}
 
 
-FLAG = Kind("", "true or false", lambda value: _require(isinstance(value, bool), value))
-ASSIGNMENTS = Kind(
-    "NAME=VALUE",
-    "NAME=VALUE, as in num_classes=10",
-    lambda value: dict(_require(isinstance(value, Mapping), value)),
-    _assignment,
-    multiple=True,
-)
+FLAG = Kind("", "true or false", accepted=lambda value: isinstance(value, bool))
+ASSIGNMENTS = Kind("NAME=VALUE", "NAME=VALUE, as in num_classes=10", _assignment, multiple=True)
 FRACTION = number("R", above=0, below=1)
+FOLDER = text("DIR", "a folder's path")
+ACCEPTED_IMAGES = (
+    "a folder of images, an .npz file with 'images' (N,H,W,C) of uint8 and perhaps 'labels', or FILE.py:CALLABLE that "
+    "returns a DataLoader"
+)
+IMAGES = Kind("IMAGES", ACCEPTED_IMAGES)
+PER_CHANNEL = numbers("R,G,B", "a number for each channel, as in 0.5,0.5,0.5", float)
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """Declaration of a field.
+    """Declaration of a field."""
 
-    Attributes:
-        kind: accepted values; None is also accepted if it is the default.
-        help: one or two sentences.
-        group: heading in the help.
-        common: whether it is on the first page of the help.
-        unset: description of the meaning of None.
-        was: names in earlier versions → the implied value, or None for the given value.
-    """
-
-    kind: Kind
+    default: Any
+    kind: Kind  # None is also accepted if it is the default
     help: str
-    group: str
-    common: bool = False
-    unset: str = ""
-    was: Mapping[str, Any] = field(default_factory=dict)
+    heading: str = ""  # in the help; by default that of the group
+    common: bool = False  # whether it is on the first page of the help
+    unset: str = ""  # meaning of None
+    name: str = ""
+    group: str = ""
+
+    @property
+    def flag(self) -> str:
+        """The option as on the command line."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def shown_default(self) -> str:
+        """Description of the default; empty for none."""
+        if self.unset or self.default in (None, (), dict):
+            return self.unset
+        if isinstance(self.default, bool):
+            return "on" if self.default else "off"
+        return ",".join(self.default) if isinstance(self.default, tuple) else str(self.default)
+
+    def checked(self, value: Any, prefix: str) -> Any:
+        """Return the normalized value; raises InvalidInput, its message prefixed, if it is not accepted."""
+        if value is None and self.default is None:
+            return None
+        try:
+            return self.kind.check(value)
+        except (ValueError, TypeError) as error:
+            raise InvalidInput(f"{prefix}: give {self.kind.accepts}") from error
 
 
-def option(default: Any, kind: Kind, help: str, group: str, **more: Any) -> Any:
+def option(default: Any, kind: Kind, help: str, **more: Any) -> Any:
     """Declare a field of a group; `more` are attributes of `Option`."""
-    return field(default=default, metadata={"option": Option(kind, help, group, **more)})
-
-
-def option_of(declared: Any) -> Option:
-    """Return what a dataclass field declares."""
-    found = declared.metadata["option"]
-    assert isinstance(found, Option)
-    return found
+    made = {"default_factory": dict} if default is dict else {"default": default}
+    return field(**made, metadata={"option": Option(default, kind, help, **more)})
 
 
 class Group:
     """Base class of the groups; fields are checked and normalized on construction."""
 
     __slots__ = ()
+    HEADING: ClassVar[str]
 
     def __post_init__(self) -> None:
-        for declared in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, declared.name)
-            object.__setattr__(self, declared.name, checked(declared, value, f"{declared.name}={value!r:.80}"))
-
-
-def checked(declared: Any, value: Any, told: str) -> Any:
-    """Return the normalized value of a field; raises InvalidInput, prefixed by `told`, if it is not accepted."""
-    found = option_of(declared)
-    if value is None and declared.default is None:
-        return None
-    try:
-        return found.kind.check(value)
-    except (ValueError, TypeError) as error:
-        raise InvalidInput(f"{told}: give {found.kind.accepts}") from error
+        for name in (f.name for f in fields(self)):  # type: ignore[arg-type]
+            value = getattr(self, name)
+            object.__setattr__(self, name, OPTIONS[name].checked(value, f"{name}={value!r:.80}"))
 
 
 # The groups. ---------------------------------------------------------------------------------------------------------
@@ -221,85 +203,66 @@ TRACERS = {"export": True, "torch-pruning": False}
 DEPLOYED = ("fp32", "int8")
 """Precisions that a latency budget may refer to."""
 
-_IMAGES = (
-    "a folder of images, an .npz file with 'images' (N,H,W,C) of uint8 and perhaps 'labels', or FILE.py:CALLABLE that "
-    "returns a DataLoader"
-)
+# fmt: off
 
 
 @dataclass(frozen=True, slots=True)
 class Model(Group):
     """The model to shrink."""
 
+    HEADING = "Model"
     model: Any = option(
-        None, anything("MODEL", "a model's name"),
-        "A torchvision name (resnet18), timm:NAME, FILE.py:CALLABLE or package.module:CALLABLE that returns a module, "
-        "or a .pt2 exported program.", "Model",
-    )  # fmt: skip
+        None, Kind("MODEL", "a model's name"), "A torchvision name (resnet18), timm:NAME, FILE.py:CALLABLE or "
+        "package.module:CALLABLE that returns a module, or a .pt2 exported program.")
     weights: str = option(
-        "auto", text("auto|random|PATH", "auto, random, or the path of a checkpoint"),
-        "Pretrained if available, random, or a file. The file is a safetensors or weights-only checkpoint.",
-        "Model", common=True,
-    )  # fmt: skip
+        "auto", text("auto|random|PATH", "auto, random, or the path of a checkpoint"), common=True,
+        help="Pretrained if available, random, or a file. The file is a safetensors or weights-only checkpoint.")
     input_shape: tuple[int, ...] | None = option(
         None, numbers("N,C,H,W", "a shape: positive whole numbers, as in 1,3,224,224", int),
-        "Shape of the example input.", "Model", common=True, unset="the model's own",
-    )  # fmt: skip
-    model_arg: Mapping[str, Any] = field(
-        default_factory=dict,
-        metadata={"option": Option(
-            ASSIGNMENTS, "Passed to the model's constructor, as in num_classes=10; may be repeated.", "Model",
-        )},
-    )  # fmt: skip
-    trust: bool = option(
-        False, FLAG, "Load a .pt2 file that holds pickled payloads: it can run any code.", "Model"
-    )  # fmt: skip
+        "Shape of the example input.", common=True, unset="the model's own")
+    model_arg: Mapping[str, Any] = option(
+        dict, ASSIGNMENTS, "Passed to the model's constructor, as in num_classes=10; may be repeated.")
+    trust: bool = option(False, FLAG, "Load a .pt2 file that holds pickled payloads: it can run any code.")
 
 
 @dataclass(frozen=True, slots=True)
 class Budget(Group):
-    """The target: a fraction of the dense model (0 < R < 1), or milliseconds. At most one is set.
-
-    Attributes:
-        latency: fraction of the dense model's latency in ONNX Runtime.
-        latency_ms: latency in ONNX Runtime, in milliseconds.
-        macs: fraction of the multiply-adds.
-        params: fraction of the parameters.
-        channels: fraction of all removable units.
+    """The target: a fraction of the dense model (0 < R < 1), or milliseconds in ONNX Runtime. At most one is set.
 
     Raises:
         InvalidInput: several are set, or one is out of range.
     """
 
+    HEADING = "Budget"
     latency: float | None = option(
-        None, FRACTION, "Fraction of the dense latency to keep.", "Budget", common=True,
-        unset="0.5, without another budget",
-    )  # fmt: skip
+        None, FRACTION, "Fraction of the dense latency to keep.", common=True, unset="0.5, without another budget")
     latency_ms: float | None = option(
-        None, number("X", above=0), "Latency to reach, in milliseconds.", "Budget", common=True
-    )
-    macs: float | None = option(None, FRACTION, "Fraction of the MACs to keep.", "Budget", common=True)
-    params: float | None = option(None, FRACTION, "Fraction of the parameters to keep.", "Budget", common=True)
-    channels: float | None = option(None, FRACTION, "Fraction of all removable units to keep.", "Budget")
+        None, number("X", above=0), "Latency to reach, in milliseconds.", common=True)
+    macs: float | None = option(None, FRACTION, "Fraction of the MACs to keep.", common=True)
+    params: float | None = option(None, FRACTION, "Fraction of the parameters to keep.", common=True)
+    channels: float | None = option(None, FRACTION, "Fraction of all removable units to keep.")
 
     def __post_init__(self) -> None:
         Group.__post_init__(self)
-        given = [f"--{k.replace('_', '-')}" for k, v in asdict(self).items() if v is not None]
-        if len(given) > 1:
-            raise InvalidInput(f"{' and '.join(given)} are given, but a run has one budget; choose one of them")
+        if len(self._set) > 1:
+            flags = " and ".join(OPTIONS[name].flag for name in self._set)
+            raise InvalidInput(f"{flags} are given, but a run has one budget; choose one of them")
+
+    @property
+    def _set(self) -> list[str]:
+        return [name for name, value in asdict(self).items() if value is not None]
 
     @property
     def is_set(self) -> bool:
         """Whether a budget is set."""
-        return any(v is not None for v in asdict(self).values())
+        return bool(self._set)
 
     @property
     def kind(self) -> str:
         """`macs`, `params`, `channels`, `latency` or `latency_ms`."""
-        found = next((k for k, v in asdict(self).items() if v is not None), None)
-        if found is None:
+        if not self.is_set:
             raise InvalidInput(f"the budget is not set: give one of {', '.join(f.name for f in fields(self))}")
-        return found
+        return self._set[0]
 
     @property
     def amount(self) -> float:
@@ -316,49 +279,37 @@ class Budget(Group):
 class Selection(Group):
     """Selection of what to remove."""
 
+    HEADING = "Advanced"
     max_drop: float | None = option(
-        None, number("P", above=0, below=100),
-        "Instead of a budget: the fastest model that loses at most P points. They are the upper end of the 95 % "
+        None, number("P", above=0, below=100), heading="Budget", common=True,
+        help="Instead of a budget: the fastest model that loses at most P points. They are the upper end of the 95 % "
         "interval of the accuracy lost on labelled --val; else points of --metric's first figure, else of agreement "
-        "with the dense model on --data.", "Budget", common=True,
-    )  # fmt: skip
-    steps: int = option(1, whole(1), "Cut in N steps, with a recovery in between; not for latencies.", "Advanced")
+        "with the dense model on --data.")
+    steps: int = option(1, whole(1), "Cut in N steps, with a recovery in between; not for latencies.")
     criterion: Any = option(
-        None, registered(CRITERIA, "NAME", known=callable),
-        f"Importance of a unit: {', '.join(CRITERIA.names())}.", "Advanced",
-        unset="second-order with --data, else signal for a latency, else l1",
-    )  # fmt: skip
+        None, registered(CRITERIA, "NAME", callable), f"Importance of a unit: {', '.join(CRITERIA.names())}.",
+        unset="second-order with --data, else signal for a latency, else l1")
     scope: str = option(
-        "global", choice("global", "uniform"),
-        "Rank all units together, or keep the same share of every group.", "Advanced",
-    )  # fmt: skip
-    round_to: int = option(1, whole(1), "Keep multiples of N units per group.", "Advanced")
+        "global", choice("global", "uniform"), "Rank all units together, or keep the same share of every group.")
+    round_to: int = option(1, whole(1), "Keep multiples of N units per group.")
     inexact: str = option(
         "if-needed", choice("never", "if-needed", "always"),
-        "Cut units whose removal is not the same as setting them to zero (norms, means).", "Advanced",
-        was={"exact": "never", "allow_inexact": "always"},
-    )  # fmt: skip
+        "Cut units whose removal is not the same as setting them to zero (norms, means).")
     keep: tuple[str, ...] = option(
         (), names("PATTERN", "patterns of names, such as 'fc' or 'layer4.*'"),
-        "Leave modules or parameters of this name whole (* and ? match); may be repeated.", "Advanced",
-    )  # fmt: skip
+        "Leave modules or parameters of this name whole (* and ? match); may be repeated.")
     own_class: bool = option(
-        False, FLAG, "Keep whole what your class's code cannot run at other sizes, so that your class comes back.",
-        "Advanced",
-    )  # fmt: skip
+        False, FLAG, "Keep whole what your class's code cannot run at other sizes, so that your class comes back.")
     submodule: str | None = option(
         None, text("NAME", "the submodule's dotted name, such as 'backbone'"),
-        "Shrink this submodule only; its interface stays.", "Advanced", was={"part": None},
-    )  # fmt: skip
+        "Shrink this submodule only; its interface is unchanged.")
     drop_layers: bool = option(
         True, FLAG, "Remove whole residual blocks and depthwise layers: dead ones, and those that cost most latency "
-        "for their importance.", "Advanced",
-    )  # fmt: skip
+        "for their importance.")
     tracer: str = option(
         "export", choice(*TRACERS),
-        "How the model is captured; torch-pruning for models that torch.export cannot capture.", "Advanced",
-    )  # fmt: skip
-    seed: int = option(0, whole(0), "Of everything drawn at random.", "Advanced")
+        "How the model is captured; torch-pruning for models that torch.export cannot capture.")
+    seed: int = option(0, whole(0), "Of everything drawn at random.")
 
     @property
     def has_graph(self) -> bool:
@@ -370,137 +321,105 @@ class Selection(Group):
 class Target(Group):
     """Deployment target of the compact model."""
 
+    HEADING = "Deployment"
     deploy: str = option(
-        "fp32", choice(*DEPLOYED),
-        "Precision that the latency refers to. With int8 it is that of the int8 file against the dense model in int8.",
-        "Deployment", common=True,
-    )  # fmt: skip
-    threads: int = option(1, whole(1), "Intra-op threads of ONNX Runtime.", "Deployment", common=True)
-    batch: int = option(1, whole(1), "Items per timed run.", "Deployment")
+        "fp32", choice(*DEPLOYED), common=True,
+        help="Precision that the latency refers to. With int8 it is that of the int8 file against the dense model in "
+        "int8.")
+    threads: int = option(1, whole(1), "Intra-op threads of ONNX Runtime.", common=True)
+    batch: int = option(1, whole(1), "Items per timed run.")
     latency_table: Any = option(
-        None, anything("FILE", "the path of a table that `surgery profile` wrote"),
-        "Plan by this latency table. It may be another device's; nothing is timed to plan.", "Deployment", common=True,
-        unset="this machine's",
-    )  # fmt: skip
+        None, Kind("FILE", "the path of a table that `surgery profile` wrote"), common=True,
+        help="Plan by this latency table. It may be another device's; nothing is timed to plan.",
+        unset="this machine's")
     acceptance: str | None = option(
         None, text("FILE", "the path of an acceptance"),
-        "Calibrate with a measurement of an earlier plan on the table's device.", "Deployment",
-    )  # fmt: skip
-    correct: bool = option(
-        True, FLAG, "Time the compact model and correct the plan until the latency is met.", "Deployment"
-    )
+        "Calibrate with a measurement of an earlier plan on the table's device.")
+    correct: bool = option(True, FLAG, "Time the compact model and correct the plan until the latency is met.")
 
 
 @dataclass(frozen=True, slots=True)
 class Data(Group):
     """Images for calibration, recovery and evaluation."""
 
+    HEADING = "Data"
     data: Any = option(
-        None, anything("IMAGES", _IMAGES),
-        "Images to choose by and to recover with, without labels. Accepted are " + _IMAGES + ".", "Data", common=True,
-    )  # fmt: skip
-    val: Any = option(
-        None, anything("IMAGES", _IMAGES),
-        "Images to judge by; if labelled, the accuracy lost is measured.", "Data", common=True,
-    )  # fmt: skip
+        None, IMAGES, common=True,
+        help=f"Images to choose by and to recover with, without labels. Accepted are {ACCEPTED_IMAGES}.")
+    val: Any = option(None, IMAGES, "Images to evaluate on; if labelled, the accuracy lost is measured.", common=True)
     metric: Any = option(
-        None, anything("FILE.py:CALLABLE", "a function of a model that returns {metric: value}"),
-        "A function of a model that returns {metric: value}; it judges torch models and the exported files.", "Data",
-        was={"eval": None, "evaluate": None},
-    )  # fmt: skip
-    max_images: int = option(
-        512, whole(1), "Images of --data that are used at most, to choose and to reconstruct.", "Data",
-        was={"images": None},
-    )  # fmt: skip
+        None, Kind("FILE.py:CALLABLE", "a function of a model that returns {metric: value}"),
+        "A function of a model that returns {metric: value}; it evaluates torch models and the exported files.")
+    max_images: int = option(512, whole(1), "Images of --data that are used at most, to choose and to reconstruct.")
     mean: tuple[float, ...] | None = option(
-        None, numbers("R,G,B", "a number for each channel, as in 0.5,0.5,0.5", float),
-        "Mean of each channel, for pixels of 0 to 1.", "Data", unset="the model's own",
-    )  # fmt: skip
+        None, PER_CHANNEL, "Mean of each channel, for pixels of 0 to 1.", unset="the model's own")
     std: tuple[float, ...] | None = option(
-        None, numbers("R,G,B", "a number for each channel, as in 0.5,0.5,0.5", float),
-        "Standard deviation of each channel.", "Data", unset="the model's own",
-    )  # fmt: skip
+        None, PER_CHANNEL, "Standard deviation of each channel.", unset="the model's own")
     size: tuple[int, ...] | None = option(
         None, numbers("N|H,W", "one number, or height and width as in 192,256", int, (1, 2)),
-        "Height and width of the images.", "Data", unset="the example input's",
-    )  # fmt: skip
+        "Height and width of the images.", unset="the example input's")
     crop: float | None = option(
-        None, number("F", above=0, most=1), "Share of an image's shorter side to keep, about its centre.", "Data",
-        unset="the model's own",
-    )  # fmt: skip
+        None, number("F", above=0, most=1), "Share of an image's shorter side to keep, about its centre.",
+        unset="the model's own")
 
 
 @dataclass(frozen=True, slots=True)
 class Recovery(Group):
     """Recovery of the compact model's accuracy."""
 
+    HEADING = "Recovery"
     recover: str | None = option(
-        None, registered(RECOVERY_METHODS, "METHOD"),
-        f"How to recover accuracy: {', '.join(RECOVERY_METHODS.names())}.", "Recovery",
-        common=True, unset="reconstruct with --data, else fold for trained weights, else none",
-    )  # fmt: skip
-    epochs: int = option(10, whole(1), "Of training, for distill and finetune.", "Recovery", common=True)
-    lr: float = option(3e-4, number("X", above=0, below=10), "Highest learning rate of AdamW.", "Recovery")
-    train_batch: int = option(128, whole(1), "Images per step, over all processes together.", "Recovery")
-    weight_decay: float = option(1e-4, number("X", least=0), "Of AdamW, on weights of two axes or more.", "Recovery")
-    temperature: float = option(2.0, number("T", above=0), "Of the distributions that are compared.", "Recovery")
+        None, registered(RECOVERY_METHODS, "METHOD"), common=True,
+        help=f"How to recover accuracy: {', '.join(RECOVERY_METHODS.names())}.",
+        unset="reconstruct with --data, else fold for trained weights, else none")
+    epochs: int = option(10, whole(1), "Of training, for distill and finetune.", common=True)
+    lr: float = option(3e-4, number("X", above=0, below=10), "Highest learning rate of AdamW.")
+    train_batch: int = option(128, whole(1), "Images per step, over all processes together.")
+    weight_decay: float = option(1e-4, number("X", least=0), "Of AdamW, on weights of two axes or more.")
+    temperature: float = option(2.0, number("T", above=0), "Of the distributions that are compared.")
     ema: float = option(
-        0.99, number("X", least=0, below=1), "Decay of the moving average of the weights; 0: the last weights.",
-        "Recovery",
-    )  # fmt: skip
-    mixed_precision: str = option("no", choice("no", "fp16", "bf16"), "Precision of training.", "Recovery")
+        0.99, number("X", least=0, below=1), "Decay of the moving average of the weights; 0: the last weights.")
+    mixed_precision: str = option("no", choice("no", "fp16", "bf16"), "Precision of training.")
     held_out: float = option(
-        0.05, number("R", least=0, below=1), "Share of the images held out to judge progress; 0: none.", "Recovery"
-    )
-    patience: int = option(5, whole(1), "Epochs without progress after which training ends.", "Recovery")
-    shift: float = option(
-        0.125, number("R", least=0, below=1), "Shift images by up to this share of their size.", "Recovery"
-    )
-    flip: bool | None = option(
-        None, FLAG, "Flip half of the images left to right.", "Recovery", unset="for distill alone"
-    )
-    mix: bool = option(True, FLAG, "Mix pairs of images, half of them; for distill alone.", "Recovery")
-    checkpoint_steps: int = option(200, whole(1), "Steps between checkpoints of training.", "Recovery")
-    checkpoint: str | None = option(
-        None, text("DIR", "a folder's path"), "Folder for checkpoints of training.", "Recovery", unset="beside --out"
-    )
+        0.05, number("R", least=0, below=1), "Share of the images held out to measure progress; 0: none.")
+    patience: int = option(5, whole(1), "Epochs without progress after which training ends.")
+    shift: float = option(0.125, number("R", least=0, below=1), "Shift images by up to this share of their size.")
+    flip: bool | None = option(None, FLAG, "Flip half of the images left to right.", unset="for distill alone")
+    mix: bool = option(True, FLAG, "Mix pairs of images, half of them; for distill alone.")
+    checkpoint_steps: int = option(200, whole(1), "Steps between checkpoints of training.")
+    checkpoint: str | None = option(None, FOLDER, "Folder for checkpoints of training.", unset="beside --out")
 
 
 @dataclass(frozen=True, slots=True)
 class Output(Group):
     """Output files and their timing."""
 
+    HEADING = "Deployment"
     out: str | None = option(
-        None, text("DIR", "a folder's path"), "Output folder, replaced as a whole.", "Output", common=True,
-        unset="shrunk/MODEL",
-    )  # fmt: skip
+        None, FOLDER, "Output folder, replaced as a whole.", heading="Output", common=True, unset="shrunk/MODEL")
     precision: tuple[str, ...] = option(
-        ("fp32",), several("fp32", "fp16", "int8"),
-        "Precisions in which files are written; int8 is calibrated on --data.", "Deployment", common=True,
-    )  # fmt: skip
+        ("fp32",), several("fp32", "fp16", "int8"), common=True,
+        help="Precisions in which files are written; int8 is calibrated on --data.")
     int8_method: str = option(
-        "minmax", choice("minmax", "entropy", "percentile"), "How an activation's range follows from the images.",
-        "Deployment",
-    )  # fmt: skip
+        "minmax", choice("minmax", "entropy", "percentile"), "How an activation's range follows from the images.")
     int8_keep: tuple[str, ...] = option(
         (), names("first|last|PATTERN", "first, last, or patterns of names"),
         "Leave layers in float32: the first, the last, nodes or operators of this name (* and ? match); may be "
-        "repeated.", "Deployment",
-    )  # fmt: skip
-    int8_reduce_range: bool = option(False, FLAG, "Weights of 7 bits, for x86 processors without VNNI.", "Deployment")
-    opset: int | None = option(None, whole(18), "ONNX opset.", "Deployment", unset="the exporter's")
+        "repeated.")
+    int8_reduce_range: bool = option(False, FLAG, "Weights of 7 bits, for x86 processors without VNNI.")
+    opset: int | None = option(None, whole(18), "ONNX opset.", unset="the exporter's")
     format: tuple[str, ...] = option(
-        ("onnx",), several("onnx", "ort", others=True),
+        ("onnx",), several("onnx", "ort", built_in=("onnx", "ort")),
         "Formats of the compact files: ort is what ONNX Runtime's builds for phones load; ONNX files are always "
-        "written.", "Deployment",
-    )  # fmt: skip
+        "written.")
     min_ort: str | None = option(
         None, text("VERSION", "a version of ONNX Runtime, as in 1.16"),
-        "Oldest ONNX Runtime that is to read the files.", "Deployment",
-    )  # fmt: skip
+        "Oldest ONNX Runtime that is to read the files.")
     runs: int = option(
-        2000, whole(3), "Timed runs per model at most; fewer once the speedup's interval is narrow.", "Output"
-    )
+        2000, whole(3), "Timed runs per model at most; fewer once the speedup's interval is narrow.", heading="Output")
+
+
+# fmt: on
 
 
 # The recipe. ---------------------------------------------------------------------------------------------------------
@@ -525,7 +444,7 @@ class Recipe:
             return self.budget
         if self.selection.max_drop is not None:
             return MILDEST
-        return WITHOUT_PROGRAM if not self.selection.has_graph else DEFAULT_BUDGET
+        return DEFAULT_BUDGET if self.selection.has_graph else WITHOUT_PROGRAM
 
     @property
     def criterion(self) -> Any:
@@ -547,10 +466,29 @@ class Recipe:
         for name, value in options.items():
             if name in GROUPS and isinstance(value, GROUPS[name]):
                 changes.setdefault(name, {}).update({f.name: getattr(value, f.name) for f in fields(value)})
+            elif name in OPTIONS:
+                changes.setdefault(OPTIONS[name].group, {})[name] = value
             else:
-                changes.setdefault(OPTIONS[known(name)][0], {})[name] = value
+                raise InvalidInput(f"there is no option '{name}'{_nearest(name)}")
         return replace(self, **{group: replace(getattr(self, group), **values) for group, values in changes.items()})
 
+
+GROUPS: Mapping[str, type[Any]] = {f.name: f.default_factory for f in fields(Recipe)}  # type: ignore[misc]
+OPTIONS: Mapping[str, Option] = {
+    f.name: replace(found, name=f.name, group=group, heading=found.heading or kind.HEADING)
+    for group, kind in GROUPS.items()
+    for f in fields(kind)
+    for found in [f.metadata["option"]]
+}
+"""Every option by name."""
+HEADINGS = ("Model", "Budget", "Data", "Recovery", "Deployment", "Output", "Advanced")
+ONE_OF = (*(f.name for f in fields(Budget)), "max_drop")
+"""Mutually exclusive options."""
+OLD_NAMES: Mapping[str, tuple[str, str | None]] = {
+    **{"exact": ("inexact", "never"), "allow_inexact": ("inexact", "always"), "part": ("submodule", None)},
+    **{"eval": ("metric", None), "evaluate": ("metric", None), "images": ("max_images", None)},
+}
+"""Former name of an option → its name, and the value that the former one stands for (None: the given value)."""
 
 DEFAULT_BUDGET = Budget(latency=0.5)
 MILDEST = Budget(latency=0.95)
@@ -558,23 +496,8 @@ MILDEST = Budget(latency=0.95)
 WITHOUT_PROGRAM = Budget(macs=0.5)
 """The default for models that `torch.export` cannot capture, whose operators at run time are not known."""
 
-ONE_OF = (*(f.name for f in fields(Budget)), "max_drop")
-"""Mutually exclusive options."""
 
-GROUPS: Mapping[str, type[Any]] = {f.name: f.default_factory for f in fields(Recipe)}  # type: ignore[misc]
-OPTIONS: Mapping[str, tuple[str, Any]] = {f.name: (group, f) for group, kind in GROUPS.items() for f in fields(kind)}
-"""Name → group and field of every option."""
-
-
-def known(name: str) -> str:
-    """Return the name of an option; raises InvalidInput, with the nearest name, if there is none."""
-    if name not in OPTIONS:
-        raise InvalidInput(f"there is no option '{name}'{nearest(name)}")
-    return name
-
-
-def nearest(name: str) -> str:
-    """Return a hint with the nearest option."""
+def _nearest(name: str) -> str:
     found = difflib.get_close_matches(name, OPTIONS, 1, 0.5)
     return f"; the nearest is '{found[0]}'" if found else ""
 
@@ -589,26 +512,22 @@ def recipe(**options: Any) -> Recipe:
 
 
 def current(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return options with old names replaced by new ones, and a deprecation message for each."""
-    found: dict[str, Any] = {}
-    said: list[str] = []
+    """Return options with former names replaced, and a deprecation message for each."""
+    found, messages = dict[str, Any](), list[str]()
     for name, value in options.items():
-        new = next((new for new, (_, declared) in OPTIONS.items() if name in option_of(declared).was), None)
-        if name in OPTIONS or new is None:
-            found[name] = value
-            continue
-        fixed = option_of(OPTIONS[new][1]).was[name]
-        found[new] = value if fixed is None else fixed
-        told = new if fixed is None else f"{new} {fixed}"
-        said.append(f"option '{name}' is now '{told}'; the old name will be removed in the next version")
-    return found, said
+        new, implied = OLD_NAMES.get(name, (name, None))
+        found[new] = value if implied is None else implied
+        if new != name:
+            now = new if implied is None else f"{new} {implied}"
+            messages.append(f"option '{name}' is now '{now}'; the old name will be removed in the next version")
+    return found, messages
 
 
-# Recipes as files. ---------------------------------------------------------------------------------------------------
+# Recipes as files, and the table of options in the documentation. ----------------------------------------------------
 
 
 def read_recipe(path: str | Path) -> tuple[dict[str, Any], list[str]]:
-    """Return the options in a TOML file, and a deprecation message for each old name.
+    """Return the options in a TOML file, and a deprecation message for each former name.
 
     Raises:
         InvalidInput: the file cannot be read; or a key or value is not accepted: the message names its line.
@@ -616,97 +535,55 @@ def read_recipe(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     try:
         content = Path(path).read_text(encoding="utf-8")
         given = tomllib.loads(content)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"cannot read recipe {path}: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise InvalidInput(f"{path}: not TOML: {error}") from error
-    lines = {name: _line_of(name, content) for name in given}
-    found, said = current(given)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"cannot read recipe {path}: {error}") from error
+    found, messages = current(given)
     for name, value in found.items():
-        where = f"{path}, line {lines.get(name, 0) or 1}"
+        line = re.search(rf"""^\s*\[?["']?{re.escape(name)}["']?\s*[=.\]]""", content, re.MULTILINE)
+        where = f"{path}, line {content.count(chr(10), 0, line.end()) + 1 if line else 1}"
         if name not in OPTIONS:
-            raise InvalidInput(f"{where}: there is no key '{name}'{nearest(name)}")
-        found[name] = checked(OPTIONS[name][1], value, f"{where}: {name} = {value!r:.80}")
-    return found, [f"{path}: {sentence}" for sentence in said]
-
-
-def _line_of(key: str, content: str) -> int:
-    found = re.search(rf"""^\s*\[?["']?{re.escape(key)}["']?\s*[=.\]]""", content, re.MULTILINE)
-    return content.count("\n", 0, found.end()) + 1 if found else 0
+            raise InvalidInput(f"{where}: there is no key '{name}'{_nearest(name)}")
+        if not OPTIONS[name].kind.built_in:  # what the user's own code registers is checked once that is loaded
+            found[name] = OPTIONS[name].checked(value, f"{where}: {name} = {value!r:.80}")
+    return found, [f"{path}: {message}" for message in messages]
 
 
 def to_toml(recipe: Recipe) -> str:
     """Return the recipe as TOML, including defaults; Python objects become comments."""
-    parts, tables = list[str](), dict[str, Any]()
-    for group in GROUPS:
-        values = {f.name: getattr(getattr(recipe, group), f.name) for f in fields(GROUPS[group])}
-        given = {name: value for name, value in values.items() if value is not None and value != {}}
-        plain = {name: value for name, value in given.items() if _is_plain(value)}
-        tables |= {name: plain.pop(name) for name in list(plain) if isinstance(plain[name], Mapping)}
-        objects = [f"# {name}: an object of Python\n" for name in given if name not in {**plain, **tables}]
-        if given:
-            parts.append(f"# {group}\n{tomli_w.dumps(plain)}{''.join(objects)}")
-    return "\n".join([*parts, *([tomli_w.dumps(tables)] if tables else [])])
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    if isinstance(value, Mapping):
-        return all(map(_is_plain, value.values()))
-    return isinstance(value, (str, int, float))
-
-
-# The table of options in the documentation. --------------------------------------------------------------------------
-
-HEADINGS = ("Model", "Budget", "Data", "Recovery", "Deployment", "Output", "Advanced")
+    parts = {group: f"# {group}\n" for group in GROUPS} | {"tables": ""}
+    for name, found in OPTIONS.items():
+        value = getattr(getattr(recipe, found.group), name)
+        if value is None or value == {}:
+            continue
+        try:
+            written = tomli_w.dumps({name: value})
+        except TypeError:
+            written = f"# {name}: an object of Python\n"
+        parts["tables" if isinstance(value, Mapping) else found.group] += written
+    return "\n".join(part for part in parts.values() if part.count("\n") > 1)
 
 
 def options_table() -> str:
     """Return all options as Markdown: a table for each heading."""
     parts = []
     for heading in HEADINGS:
-        rows = [
-            f"| `{flag(f.name)}` | {_cell(found.kind.accepts)} | {_cell(shown_default(f))} | {_cell(found.help)} |"
-            for _, f in OPTIONS.values()
-            if (found := option_of(f)).group == heading and f.name != "model"
+        cells = [
+            (f"`{found.flag}`", found.kind.accepts, found.shown_default, found.help)
+            for found in OPTIONS.values()
+            if found.heading == heading and found.name != "model"
         ]
-        head = "| option | value | default | |\n| --- | --- | --- | --- |\n"
-        parts.append(f"### {heading}\n\n{head}" + "\n".join(rows) + "\n")
+        rows = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in cells]
+        parts.append(f"### {heading}\n\n| option | value | default | |\n| --- | --- | --- | --- |\n{''.join(rows)}")
     return "\n".join(parts)
-
-
-def flag(name: str) -> str:
-    """Return an option as on the command line."""
-    return f"--{name.replace('_', '-')}"
-
-
-def shown_default(declared: Any) -> str:
-    """Return a description of a field's default; empty for none."""
-    if option_of(declared).unset:
-        return option_of(declared).unset
-    default = declared.default
-    if isinstance(default, bool):
-        return "on" if default else "off"
-    if default is None or default == () or not isinstance(default, (str, int, float, tuple)):
-        return ""
-    return ",".join(default) if isinstance(default, tuple) else str(default)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 # Defaults that depend on other options, and rules across options. ---------------------------------------------------
 
 
 def resolved(recipe: Recipe, *, trained: bool = False) -> Recipe:
-    """Return the recipe with defaults resolved that depend on other options.
-
-    Args:
-        recipe: the recipe.
-        trained: whether the weights are known to be trained, so that synthetic images are useful.
-    """
+    """Return the recipe with defaults that depend on other options, and on whether the weights are trained."""
     default = "reconstruct" if recipe.data.data is not None else "fold" if trained else "none"
     budget = recipe.budget if recipe.selection.max_drop is not None else recipe.goal
     return recipe.but(budget=budget, criterion=recipe.criterion, recover=recipe.recovery.recover or default)
@@ -714,77 +591,56 @@ def resolved(recipe: Recipe, *, trained: bool = False) -> Recipe:
 
 def validate(recipe: Recipe) -> None:
     """Raise InvalidInput if options are incompatible."""
-    rules = (_budget_rules, _latency_rules, _max_drop_rules, _steps_rules, _data_rules)
-    for wrong in (sentence for rule in rules for sentence in rule(recipe)):
-        raise InvalidInput(wrong)
+    for is_broken, message in _rules(recipe):
+        if is_broken:
+            raise InvalidInput(message)
 
 
-def _budget_rules(recipe: Recipe) -> Iterator[str]:
-    selection = recipe.selection
-    if recipe.goal.is_latency:
-        give = "give a budget of macs, params or channels with it"
-        if not selection.has_graph:
-            yield f"a latency budget needs the operators that torch.export captures; {give}: tracer torch-pruning"
-        if selection.round_to != 1:
-            yield f"round_to does not go with a latency budget: widths go by the device's own steps; {give}"
-        if selection.scope != "global":
-            yield f"scope={selection.scope!r} does not go with a latency budget: time decides among all groups; {give}"
-
-
-def _latency_rules(recipe: Recipe) -> Iterator[str]:
-    target = recipe.target
-    given = {
-        "--latency-table": target.latency_table is not None,
-        "--acceptance": target.acceptance is not None,
-        "--no-correct": not target.correct,
-        f"--deploy {target.deploy}": target.deploy != DEPLOYED[0],
+# fmt: off
+def _rules(recipe: Recipe) -> Sequence[tuple[bool, str]]:
+    """Return whether each rule across options is broken, and the message."""
+    selection, target, data, recovery = recipe.selection, recipe.target, recipe.data, recipe.recovery
+    kind, latency, graph, method = recipe.goal.kind, recipe.goal.is_latency, selection.has_graph, recovery.recover
+    search, in_steps, blind = selection.max_drop is not None, selection.steps > 1, data.data is None
+    trains = RECOVERY_METHODS.has_need(method, "gradients")
+    of_training = [OPTIONS[f.name] for f in fields(recovery) if f.name not in ("recover", "checkpoint", "flip")]
+    give = "give a budget of macs, params or channels with it"
+    only_for_latency = {
+        "--latency-table": target.latency_table is not None, "--acceptance": target.acceptance is not None,
+        "--no-correct": not target.correct, f"--deploy {target.deploy}": target.deploy != DEPLOYED[0],
     }
-    if not recipe.goal.is_latency:
-        for name in (name for name, is_given in given.items() if is_given):
-            yield f"{name} is for budgets of time, this one is of {recipe.goal.kind}: leave it out, or give --latency"
-    if target.acceptance is not None and target.latency_table is None:
-        yield (
-            f"acceptance {target.acceptance} corrects a latency by the table of its device; give that table too, with "
-            "--latency-table"
-        )
-
-
-def _max_drop_rules(recipe: Recipe) -> Iterator[str]:
-    data, target, selection = recipe.data, recipe.target, recipe.selection
-    if selection.max_drop is None:
-        return
-    if recipe.budget.is_set:
-        yield "--max-drop looks for the lowest latency: give no budget with it"
-    if target.deploy != DEPLOYED[0] and data.data is None:
-        yield f"--max-drop judges files in {target.deploy}: give images to calibrate them on with --data"
-    if data.data is None and data.val is None and data.metric is None:
-        yield "--max-drop needs something to judge by: give --val with labels, --metric, or --data"
-    if target.latency_table is not None or not selection.has_graph:
-        yield "--max-drop times models on this machine: leave --latency-table and --tracer out"
-
-
-def _steps_rules(recipe: Recipe) -> Iterator[str]:
-    selection = recipe.selection
-    if selection.steps == 1:
-        return
-    if recipe.goal.is_latency or selection.max_drop is not None:
-        yield "--steps goes with --macs, --params or --channels: a latency is corrected by measuring instead"
-    if recipe.data.data is None:
-        yield "--steps recovers in between: give images with --data"
-    if not selection.has_graph or selection.submodule is not None:
-        yield "--steps goes with whole models that torch.export captures: leave --tracer and --submodule out"
-
-
-def _data_rules(recipe: Recipe) -> Iterator[str]:
-    data, recovery, criterion = recipe.data, recipe.recovery, recipe.selection.criterion
-    if data.data is None and isinstance(criterion, str) and "images" in CRITERIA[criterion].needs:
-        yield f"criterion {criterion} looks at images: give some with --data"
-    given = [name for name in ("mean", "std", "size", "crop") if getattr(data, name) is not None]
-    if given and data.data is None and data.val is None:
-        yield f"--{given[0]} is for images: give those with --data or --val, or leave it out"
-    if RECOVERY_METHODS.has_need(recovery.recover, "images") and data.data is None:
-        yield f"--recover {recovery.recover} learns from images: give them with --data; fold does without any"
-    if not RECOVERY_METHODS.has_need(recovery.recover, "gradients"):
-        for name in (f.name for f in fields(recovery) if f.name != "checkpoint" and f.default is not None):
-            if getattr(recovery, name) != getattr(Recovery(), name):
-                yield f"--{name.replace('_', '-')} is for training: add --recover distill or finetune"
+    return (
+        (latency and not graph,
+         f"a latency budget needs the operators that torch.export captures; {give}: tracer torch-pruning"),
+        (latency and selection.round_to != 1,
+         f"round_to does not go with a latency budget: widths go by the device's own steps; {give}"),
+        (latency and selection.scope != "global",
+         f"scope={selection.scope!r} does not go with a latency budget: time decides among all groups; {give}"),
+        *((given and not latency,
+           f"{name} is for budgets of time, this one is of {kind}: leave it out, or give --latency")
+          for name, given in only_for_latency.items()),
+        (target.acceptance is not None and target.latency_table is None,
+         f"acceptance {target.acceptance} corrects a latency by the table of its device; give it with --latency-table"),
+        (search and recipe.budget.is_set, "--max-drop looks for the lowest latency: give no budget with it"),
+        (search and blind and target.deploy != DEPLOYED[0],
+         f"--max-drop evaluates files in {target.deploy}: give images to calibrate them on with --data"),
+        (search and blind and data.val is None and data.metric is None,
+         "--max-drop needs something to evaluate on: give --val with labels, --metric, or --data"),
+        (search and (target.latency_table is not None or not graph),
+         "--max-drop times models on this machine: leave --latency-table and --tracer out"),
+        (in_steps and (search or latency),
+         "--steps goes with --macs, --params or --channels: a latency is corrected by measuring instead"),
+        (in_steps and blind, "--steps recovers in between: give images with --data"),
+        (in_steps and (not graph or selection.submodule is not None),
+         "--steps goes with whole models that torch.export captures: leave --tracer and --submodule out"),
+        (blind and CRITERIA.has_need(selection.criterion, "images"),
+         f"criterion {selection.criterion} looks at images: give some with --data"),
+        *((blind and data.val is None and getattr(data, name) is not None,
+           f"--{name} is for images: give those with --data or --val, or leave it out")
+          for name in ("mean", "std", "size", "crop")),
+        (blind and RECOVERY_METHODS.has_need(method, "images"),
+         f"--recover {method} learns from images: give them with --data; fold does without any"),
+        *((not trains and getattr(recovery, found.name) != found.default,
+           f"{found.flag} is for training: add --recover distill or finetune") for found in of_training),
+    )
+# fmt: on

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from surgery.config import Recipe
 from surgery.core import Plan
-from surgery.registry import RECOVERY_METHODS
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from surgery.inputs import LoadedModel
 
 PATIENCE = timedelta(hours=24)
 """The others wait for the first as long as this: it may measure kernels and reconstruct meanwhile."""
@@ -39,18 +34,24 @@ def follows() -> bool:
     return 0 < rank() == int(os.environ.get("LOCAL_RANK", rank()))
 
 
-def _connect() -> None:
+def connect() -> None:
     """Set up communication between the processes: to be called by all of them."""
-    import torch
-    from accelerate import PartialState
+    import torch  # saves start-up seconds
+    from accelerate import PartialState  # saves start-up seconds
 
     PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
+def disconnect() -> None:
+    """Take communication down, if it was set up."""
+    if _store() is not None:
+        sys.modules["torch"].distributed.destroy_process_group()
+
+
 def send(plan: Plan, module: torch.nn.Module) -> None:
     """From the first process: send the others a plan, and the compact model's tensors."""
-    import torch
-    from safetensors.torch import save
+    import torch  # saves start-up seconds
+    from safetensors.torch import save  # saves start-up seconds
 
     state = {name: x.detach().cpu().contiguous().clone() for name, x in module.state_dict().items()}
     torch.distributed.broadcast_object_list([plan.to_json(), save(state)], src=0)
@@ -58,14 +59,12 @@ def send(plan: Plan, module: torch.nn.Module) -> None:
 
 def receive() -> tuple[Plan, dict[str, Tensor]]:
     """In the other processes: wait for the plan and the tensors."""
-    import torch
-    from safetensors.torch import load
+    import torch  # saves start-up seconds
+    from safetensors.torch import load  # saves start-up seconds
 
-    parcel: list[object] = [None, None]
+    parcel: list[Any] = [None, None]
     torch.distributed.broadcast_object_list(parcel, src=0)
-    text, content = parcel
-    assert isinstance(text, str) and isinstance(content, bytes), "what `send` packs"
-    return Plan.from_json(text), load(content)
+    return Plan.from_json(parcel[0]), load(parcel[1])
 
 
 def lost(error: BaseException) -> bool:
@@ -102,44 +101,3 @@ def _store() -> Any:
     if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
     return torch.distributed.distributed_c10d._get_default_store()
-
-
-def part() -> None:
-    """Take communication down, if it was set up."""
-    import torch
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def meet(recipe: Recipe) -> bool:
-    """Set up communication with the other processes, where they are to train; return whether they are.
-
-    Args:
-        recipe: with the data opened.
-
-    Raises:
-        InvalidInput: the batch cannot be shared evenly.
-    """
-    if not RECOVERY_METHODS.has_need(recipe.recovery.recover, "gradients"):
-        return False
-    from surgery.recovery import refuse_batch  # torch, seconds
-
-    refuse_batch(recipe.data.data, recipe.recovery, processes())
-    _connect()
-    return True
-
-
-def follow(loaded: LoadedModel, recipe: Recipe) -> None:
-    """Run all processes except the first: participate in training, if any."""
-    from surgery import pipeline  # torch, seconds
-    from surgery.api import opened
-    from surgery.planning import as_planned, repeat
-
-    recipe = opened(recipe, loaded, trained=loaded.is_trained)
-    if not meet(recipe):
-        return
-    plan, tensors = receive()
-    decision = repeat(plan, loaded.module, loaded.example_inputs, example_kwargs=loaded.example_kwargs)
-    pipeline.follow(replace(decision, recipe=as_planned(recipe, plan)), tensors)
-    part()

@@ -5,7 +5,7 @@ Each stage is a function that can be called separately.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +39,6 @@ class Result:
 
     Attributes:
         model: the compact `nn.Module`: the dense model's call signature, trainable.
-        kind: `module` for the user's own class, `graph` for the rewritten program.
         plan: the removed units; `apply(plan, copy_of_the_dense_model)` repeats it.
         check: result of the verification.
         report: contents of report.json, without files and times, which `save` adds.
@@ -52,7 +51,6 @@ class Result:
     """
 
     model: torch.nn.Module = field(repr=False)
-    kind: str
     plan: Plan = field(repr=False)
     check: CheckResult
     report: Mapping[str, Any] = field(repr=False)
@@ -62,6 +60,11 @@ class Result:
     whole: Whole | None = field(default=None, repr=False)
     recipe: Recipe = field(default_factory=Recipe, repr=False)
     recovery: Recovery | None = field(default=None, repr=False)
+
+    @property
+    def kind(self) -> str:
+        """`module` for the user's own class, `graph` for the rewritten program."""
+        return self.compact.kind
 
     @property
     def cut(self) -> Cut:
@@ -74,14 +77,8 @@ class Result:
         return self.recovery.steps if self.recovery is not None else ()
 
 
-Share = Callable[[Plan, torch.nn.Module], None]
-
-
-def realise(decision: Decision, *, progress: Progress | None = None, share: Share | None = None) -> Result:
-    """Cut and verify a decision; raises CheckFailed if the compact model differs from the masked dense one.
-
-    `share` is called with the plan and the compact model before distributed training.
-    """
+def realise(decision: Decision, *, progress: Progress | None = None) -> Result:
+    """Cut and verify a decision; raises CheckFailed if the compact model differs from the masked dense one."""
     run = Clock(progress)
     decision = refined(decision, run)
     choice = decision.choice
@@ -97,43 +94,24 @@ def realise(decision: Decision, *, progress: Progress | None = None, share: Shar
     with run("count"), buffers_kept(compact.module):
         costs, notes = _counted(decision, compact)
     subject = Subject.of(cut, compact, model, whole)
-    regained = recovered(
-        subject, decision.recipe, run.progress, seen=decision.seen, between=decision.between, share=share
-    )
-    data = describe(program, coupling, plan, compact=compact, verdict=verdict, costs=costs, loop=choice.refinement)
+    seen, between, shared = decision.seen, decision.between, decision.shared
+    regained = recovered(subject, decision.recipe, run.progress, seen=seen, between=between, shared=shared)
+    data = describe(cut, costs, choice.refinement, compact=compact, verdict=verdict)
     if whole is not None:
         data["part"], note = describe_whole(whole, model, verdict)
         notes = [*notes, note]
-    data = {
-        **data,
+    data |= {
         "layers": layer_shapes(program.dense.model, compact.module),
         "stairs": [as_json(stair) for stair in choice.stairs],
         "notes": [*data["notes"], *choice.warnings, *notes],
         "stages_s": {**decision.stages_s, **run.seconds},
     }
-    data = with_recovery(data, regained)
-    return Result(
-        model=model,
-        kind=compact.kind,
-        plan=plan,
-        check=verdict,
-        report=data,
-        program=program,
-        coupling=coupling,
-        compact=compact,
-        whole=whole,
-        recipe=decision.recipe,
-        recovery=regained,
-    )
+    report, recipe = with_recovery(data, regained), decision.recipe
+    return Result(model, plan, verdict, report, program, coupling, compact, whole, recipe, regained)
 
 
 def follow(decision: Decision, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Participate in distributed training led by the first process.
-
-    Args:
-        decision: the first one's plan on this process's copy of the model.
-        tensors: tensors of its compact model, by name.
-    """
+    """Participate in distributed training led by the first process, with its plan and its compact model's tensors."""
     choice, whole = decision.choice, decision.whole
     tracer = tracer_of(choice.program.tracer)
     compact = tracer.cut(choice.cut)

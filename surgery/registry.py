@@ -20,51 +20,30 @@ from surgery.errors import InvalidInput
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
-    """A criterion for scoring units.
-
-    Attributes:
-        name: by which it is chosen.
-        function: see `surgery.criterion`.
-        needs: inputs besides the weights.
-        head_members: criterion of the same kind as one without needs, for the members of each attention head.
-    """
+    """A criterion for scoring units."""
 
     name: str
-    function: Callable[..., Any]
-    needs: frozenset[str] = frozenset()
-    head_members: Callable[..., Any] | None = None
+    function: Callable[..., Any]  # see `surgery.criterion`
+    needs: frozenset[str] = frozenset()  # inputs besides the weights
+    head_members: Callable[..., Any] | None = None  # for the members of attention heads; without needs
 
 
 @dataclass(frozen=True, slots=True)
 class RecoveryMethod:
-    """A recovery method.
-
-    Attributes:
-        name: by which it is chosen.
-        function: see `surgery.recovery_method`.
-        needs: inputs besides the two models.
-        after: name of the method that runs before it; empty for none.
-        undo_if_worse: whether its changes are undone where they leave the outputs further from the dense model's.
-    """
+    """A recovery method."""
 
     name: str
-    function: Callable[..., Any]
-    needs: frozenset[str] = frozenset()
-    after: str = ""
-    undo_if_worse: bool = True
+    function: Callable[..., Any]  # see `surgery.recovery_method`
+    needs: frozenset[str] = frozenset()  # inputs besides the two models
+    after: str = ""  # name of the method that runs before it; empty for none
+    undo_if_worse: bool = True  # whether to undo it if outputs get further from the dense model's
 
 
 Entry = TypeVar("Entry", Criterion, RecoveryMethod)
 
 
 class Registry(Generic[Entry]):
-    """Entries by name.
-
-    Args:
-        kind: name of an entry in messages.
-        package: package whose modules register entries.
-        needs: allowed needs of an entry.
-    """
+    """Entries by name, which the modules of a package register; `kind` is what messages call one."""
 
     def __init__(self, kind: str, package: str, needs: Collection[str]) -> None:
         self._kind, self._package, self._needs = kind, package, frozenset(needs)
@@ -96,9 +75,9 @@ class Registry(Generic[Entry]):
             raise ValueError(f"{self._kind} '{name}' is built in and cannot be removed")
         del self._entries[name]
 
-    def has_need(self, name: str | None, need: str) -> bool:
+    def has_need(self, name: object, need: str) -> bool:
         """Return whether the entry of this name, if there is one, needs something."""
-        return name is not None and need in self[name].needs
+        return isinstance(name, str) and need in self[name].needs
 
     def __getitem__(self, name: str) -> Entry:
         if name not in self.names():

@@ -1,4 +1,6 @@
 from .batches import (
+    Calibration as Calibration,
+    calibration_images as calibration_images,
     classes_of as classes_of,
     derived_seed as derived_seed,
     read_batches as read_batches,
@@ -8,7 +10,6 @@ from .batches import (
     unlabelled as unlabelled,
     validated_input as validated_input,
 )
-from .compat import import_torchvision as import_torchvision
 from .datasets import (
     UNKNOWN as UNKNOWN,
     Images as Images,
@@ -17,6 +18,6 @@ from .datasets import (
     evenly_spaced as evenly_spaced,
     open_images as open_images,
 )
-from .images import Calibration as Calibration, calibration_images as calibration_images
+from .libraries import import_torchvision as import_torchvision
 from .models import LoadedModel as LoadedModel, load_model as load_model
 from .usercode import user_object as user_object

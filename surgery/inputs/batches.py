@@ -1,4 +1,4 @@
-"""The user's batches: a model's inputs, optionally followed by classes.
+"""The user's batches: a model's inputs, optionally followed by classes; and those to calibrate on.
 
 Random draws of a dataset or loader while it is read here are seeded, so that repeated and resumed runs see the same
 data. The user's own generators are left unchanged.
@@ -6,26 +6,115 @@ data. The user's own generators are left unchanged.
 
 from __future__ import annotations
 
+import hashlib
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from numbers import Number
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
-from surgery.core import InputSpec
+from surgery.capture import Whole, reach
+from surgery.core import Callee, InputSpec, Program, explained
 from surgery.errors import InvalidInput
-from surgery.inputs import random_state
-from surgery.inputs.datasets import UNKNOWN, Images
+from surgery.inputs.datasets import UNKNOWN, Images, evenly_spaced
 from surgery.inputs.usercode import guarded
 
+MOST = 512
+"""Images at most."""
+PIXELS, LARGEST = 1_250_000, 32
+"""Maximum number of values, and of images, per batch."""
+_GIVE = "give a tensor (N, C, H, W), a Dataset, or a sequence or DataLoader of batches"
 _END = object()
 _HOLDERS = ("base_dataloader", "batch_sampler", "sampler")
 """Attributes of a DataLoader, or Accelerate's, for samplers and their generators."""
+
+# Random states. ------------------------------------------------------------------------------------------------------
+
+States = tuple[Tensor, Any, Any]
+"""Of the global generators: torch's on the CPU, numpy's and Python's."""
+
+
+def _states() -> States:
+    return torch.default_generator.get_state(), np.random.get_state(), random.getstate()
+
+
+def _restore(found: States) -> None:
+    torch.default_generator.set_state(found[0])
+    np.random.set_state(found[1])
+    random.setstate(found[2])
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global generators."""
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+@contextmanager
+def states_kept() -> Iterator[None]:
+    """Restore the global generators after the block."""
+    before = _states()
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
+class _Draws:
+    """Private random states: of the global generators, and of generators that replace a loader's."""
+
+    def __init__(self, seed: int, loader: Any = None) -> None:
+        self._generators = [(x, torch.Generator().manual_seed(seed)) for x in _holders(loader)]
+        with states_kept():
+            seed_all(seed)
+            self._states = _states()
+
+    @contextmanager
+    def ours(self) -> Iterator[None]:
+        """Use these states within the block."""
+        theirs = [(x, x.generator) for x, _ in self._generators]
+        with states_kept():
+            _restore(self._states)
+            for x, generator in self._generators:
+                x.generator = generator
+            try:
+                yield
+            finally:
+                self._states = _states()
+                for x, generator in theirs:
+                    x.generator = generator
+
+
+def _holders(loader: Any) -> list[Any]:
+    """Return the loader and its samplers that have a torch generator."""
+    held = getattr(loader, "__dict__", {})
+    found = [x for name in _HOLDERS if name in held for x in _holders(held[name])]
+    own = "generator" in held and isinstance(held["generator"], (torch.Generator, type(None)))
+    return list({id(x): x for x in [*found, *([loader] if own else [])]}.values())
+
+
+@contextmanager
+def seeded(loader: Any, seed: int) -> Iterator[None]:
+    """Seed random draws of the block, including generators of a loader, and restore their states after it."""
+    with _Draws(seed, loader).ours():
+        yield
+
+
+def derived_seed(seed: int, number: int) -> int:
+    """Return a seed derived from another seed and the number of an epoch or an item."""
+    return (seed * 1_000_003 + number) % 2**63
+
+
+# Reading. ------------------------------------------------------------------------------------------------------------
 
 
 def read_batches(loader: Iterable[Any], seed: int, named: str = "data") -> Iterator[Any]:
@@ -39,18 +128,6 @@ def read_batches(loader: Iterable[Any], seed: int, named: str = "data") -> Itera
         if batch is _END:
             return
         yield batch
-
-
-@contextmanager
-def seeded(loader: Any, seed: int) -> Iterator[None]:
-    """Seed random draws of the block, including generators of a loader, and restore their states after it."""
-    with _Draws(seed, loader).ours():
-        yield
-
-
-def derived_seed(seed: int, number: int) -> int:
-    """Return a seed derived from another seed and the number of an epoch or an item."""
-    return (seed * 1_000_003 + number) % 2**63
 
 
 def read_item(data: Any, index: int, seed: int, named: str = "data") -> Any:
@@ -72,11 +149,6 @@ def split_batch(batch: Any, specs: Sequence[InputSpec], named: str = "data") -> 
 
     Inputs come first; in a dictionary, whose order is arbitrary, each is the first tensor of equal rank and kind.
 
-    Args:
-        batch: the input, or a tuple, list or dictionary.
-        specs: the model's inputs.
-        named: what to call the data in messages.
-
     Raises:
         InvalidInput: the batch has fewer tensors than the model has inputs.
     """
@@ -85,24 +157,24 @@ def split_batch(batch: Any, specs: Sequence[InputSpec], named: str = "data") -> 
     if len(rest) < len(specs):
         kinds = ", ".join(dict.fromkeys(type(x).__name__ for x in leaves)) or "nothing"
         raise InvalidInput(
-            f"a batch of {named} holds {len(rest)} tensors ({kinds}), the model takes {len(specs)}: give a tensor "
-            "(N, C, H, W), a Dataset, or a sequence or DataLoader of batches: inputs, then perhaps classes"
+            f"a batch of {named} holds {len(rest)} tensors ({kinds}), the model takes {len(specs)}: {_GIVE}: inputs, "
+            "then perhaps classes"
         )
+
     inputs = []
     for spec in specs:
-        like = [_like(x, spec) if isinstance(batch, Mapping) else (False, False) for x in rest]
-        inputs.append(rest.pop(like.index(max(like))))
+        likeness = [_likeness(x, spec) if isinstance(batch, Mapping) else (False, False) for x in rest]
+        inputs.append(rest.pop(likeness.index(max(likeness))))
     return inputs, rest
 
 
-def _like(x: Tensor, spec: InputSpec) -> tuple[bool, bool]:
+def _likeness(x: Tensor, spec: InputSpec) -> tuple[bool, bool]:
     return x.dim() == len(spec.shape), x.is_floating_point() == getattr(torch, spec.dtype).is_floating_point
 
 
 def validated_input(x: Tensor, spec: InputSpec, named: str = "data") -> Tensor:
     """Return a model's input in its dtype; raises InvalidInput if the model does not accept its shape."""
-    wanted = getattr(torch, spec.dtype)
-    free = (0, *spec.dynamic)
+    wanted, free = getattr(torch, spec.dtype), (0, *spec.dynamic)
     same = x.dim() == len(spec.shape) and all(a in free or size == spec.shape[a] for a, size in enumerate(x.shape))
     if not same or x.is_floating_point() != wanted.is_floating_point:
         sizes = ", ".join("N" if a in free else str(size) for a, size in enumerate(spec.shape))
@@ -116,12 +188,7 @@ def validated_input(x: Tensor, spec: InputSpec, named: str = "data") -> Tensor:
 
 
 def classes_of(rest: Sequence[Tensor], count: int) -> Tensor | None:
-    """Return the classes of a batch, (N,): one integer per image; None if there are none.
-
-    Args:
-        rest: the tensors after the inputs; the first one is used, (N,) or (N, 1).
-        count: N.
-    """
+    """Return the classes of `count` images, (N,), from the first tensor after the inputs, (N,) or (N, 1), if any."""
     if not rest:
         return None
     found = rest[0].squeeze(1) if rest[0].dim() == 2 and rest[0].shape[1] == 1 else rest[0]
@@ -135,34 +202,102 @@ def unlabelled(classes: Tensor) -> bool:
     return bool((classes == UNKNOWN).all())
 
 
-class _Draws:
-    """Private random states: of the global generators, and of generators that replace a loader's."""
-
-    def __init__(self, seed: int, loader: Any = None) -> None:
-        self._generators = [(x, torch.Generator().manual_seed(seed)) for x in _holders(loader)]
-        with random_state.states_kept():
-            random_state.seed_all(seed)
-            self._states = random_state.states()
-
-    @contextmanager
-    def ours(self) -> Iterator[None]:
-        """Use these states within the block."""
-        theirs = [(x, x.generator) for x, _ in self._generators]
-        with random_state.states_kept():
-            random_state.restore(self._states)
-            for x, generator in self._generators:
-                x.generator = generator
-            try:
-                yield
-            finally:
-                self._states = random_state.states()
-                for x, generator in theirs:
-                    x.generator = generator
+# Calibration. --------------------------------------------------------------------------------------------------------
 
 
-def _holders(loader: Any) -> list[Any]:
-    """Return the loader and its samplers that have a torch generator."""
-    held = getattr(loader, "__dict__", {})
-    found = [x for name in _HOLDERS if name in held for x in _holders(held[name])]
-    own = "generator" in held and isinstance(held["generator"], (torch.Generator, type(None)))
-    return list({id(x): x for x in [*found, *([loader] if own else [])]}.values())
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """Inputs to calibrate on, on the CPU."""
+
+    batches: tuple[tuple[Tensor, ...], ...]  # of the model's tensor inputs in order, with the batch along axis 0
+    count: int  # number of images
+    digest: str  # SHA-256 of shapes and values
+    given: tuple[tuple[Tensor, ...], ...] = ()  # for a submodule, the whole model's inputs behind `batches`
+    classes: tuple[int, int] | None = None  # minimum and maximum; None if there are none
+
+    def described(self) -> dict[str, Any]:
+        """Return JSON values for the plan."""
+        return {"images": self.count, "sha256": self.digest}
+
+
+def calibration_images(
+    given: Any, program: Program, whole: Whole | None, most: int = MOST, seed: int = 0
+) -> Calibration:
+    """Return calibration images as a program's inputs; other arguments and errors are those of `gather`.
+
+    If a submodule was traced, the images are inputs of the whole model, whose dynamic axes are unknown.
+    """
+    if isinstance(given, Calibration):
+        return given
+    if whole is None:
+        return gather(given, program.inputs, most, seed)
+    call = whole.example or Callee(whole.model, ())
+    kinds = [(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in call.tensors]
+    specs = [InputSpec("input", shape, dtype, tuple(range(len(shape)))) for shape, dtype in kinds]
+    found, arriving = gather(given, specs, most, seed), []
+    for batch in found.batches:
+        inputs = [x.to(example) for x, example in zip(batch, call.tensors, strict=True)]
+        part = reach(whole.model, whole.name, *call.arguments(inputs)).part
+        arriving.append(tuple(x.cpu() for x in part.tensors))
+    return replace(found, batches=tuple(arriving), given=found.batches)
+
+
+def gather(given: Any, inputs: Sequence[InputSpec], most: int = MOST, seed: int = 0) -> Calibration:
+    """Return calibration images as batches of a model's inputs.
+
+    Args:
+        given: a tensor (N, C, H, W), a Dataset, or a sequence or DataLoader of batches, each the model's input or a
+            tuple of its inputs; further elements, such as labels, are ignored.
+        inputs: the model's tensor inputs.
+        most: number of images at most.
+        seed: seed of a loader's or dataset's random draws, such as its order.
+
+    Raises:
+        InvalidInput: the data are of another type, or do not fit the inputs.
+    """
+    batches, classes = list[list[Tensor]](), list[Tensor | None]()
+    for batch in _batches(given, most, seed):
+        found, rest = split_batch(batch, inputs)
+        batches.append([x.detach().cpu() for x in found])
+        classes.append(classes_of(rest, len(found[0])))
+    if not batches:
+        raise InvalidInput(f"data holds no images: {_GIVE}")
+    with explained("batches of data do not go together"):
+        whole = [torch.cat(column)[:most] for column in zip(*batches, strict=True)]
+    whole = [validated_input(x, spec) for x, spec in zip(whole, inputs, strict=True)]
+    fixed = 0 not in inputs[0].dynamic
+    size = inputs[0].shape[0] if fixed else max(8, min(LARGEST, PIXELS // max(1, whole[0][:1].numel())))
+    count = len(whole[0]) // size * size if fixed else len(whole[0])
+    if not count or any(len(x) != len(whole[0]) for x in whole):
+        raise InvalidInput(f"data: every input takes equally many images, at least {size if fixed else 1}")
+    whole, digest = [x[:count] for x in whole], hashlib.sha256()
+    for x in whole:
+        digest.update(f"{tuple(x.shape)} {x.dtype}".encode())
+        digest.update(x.contiguous().view(torch.uint8).numpy().tobytes())
+    parts = tuple(zip(*(torch.split(x, size) for x in whole), strict=True))
+    known = [x for x in classes if x is not None]
+    ends = (min(int(x.min()) for x in known), max(int(x.max()) for x in known)) if len(known) == len(classes) else None
+    return Calibration(parts, count, digest.hexdigest(), classes=ends)
+
+
+def _batches(given: Any, most: int, seed: int) -> Iterator[Any]:
+    """Yield batches as needed; images of a dataset are evenly spaced."""
+    if isinstance(given, tuple) and len(given) == 2 and all(isinstance(x, Tensor) for x in given):
+        given = given[0] if given[0].dim() != given[1].dim() else given
+    if isinstance(given, Images):
+        found = [image for image, _ in given.some(most)]
+        yield from [torch.stack(found)] if found else []
+    elif isinstance(given, Tensor):
+        yield given[evenly_spaced(len(given), most)]
+    elif isinstance(given, Dataset) and hasattr(given, "__len__") and hasattr(given, "__getitem__"):
+        for k in evenly_spaced(len(given), most):
+            yield read_item(given, k, derived_seed(seed, k))
+    elif isinstance(given, (str, Path, Mapping)) or not isinstance(given, Iterable):
+        raise InvalidInput(f"data is of type {type(given).__name__}: {_GIVE}")
+    else:
+        seen = 0
+        for batch in read_batches(given, seed):
+            yield batch
+            seen += next((len(x) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.dim()), 0)
+            if seen >= most:
+                return

@@ -14,15 +14,17 @@ import warnings
 import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from surgery.core import explained
 from surgery.errors import InvalidInput
 
 _AVERAGED = ("state_dict_ema", "model_ema", "ema")
@@ -45,32 +47,24 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """Differences between a state dict and a model's; false if there are none.
+    """Differences between a state dict and a model's; false if there are none."""
 
-    Attributes:
-        missing: keys of the model missing in the file.
-        unexpected: keys of the file missing in the model.
-        shapes: common key → (the model's shape, the file's shape), if different.
-    """
-
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    missing: tuple[str, ...]  # keys of the model missing in the file
+    unexpected: tuple[str, ...]  # keys of the file missing in the model
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]  # common key → the model's, the file's, if different
 
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.shapes)
 
     def describe(self) -> str:
         """Return a description of the differences, up to three of each kind."""
-        parts = []
-        if self.missing:
-            parts.append(f"{len(self.missing)} missing ({_some(self.missing)})")
-        if self.unexpected:
-            parts.append(f"{len(self.unexpected)} unexpected ({_some(self.unexpected)})")
-        if self.shapes:
-            shapes = [f"{key}: expected {want}, found {found}" for key, (want, found) in self.shapes.items()]
-            parts.append(f"{len(self.shapes)} of another shape ({_some(shapes, '; ')})")
-        return ", ".join(parts)
+        shapes = [f"{key}: expected {want}, found {found}" for key, (want, found) in self.shapes.items()]
+        kinds = (
+            (self.missing, "missing", ", "),
+            (self.unexpected, "unexpected", ", "),
+            (shapes, "of another shape", "; "),
+        )
+        return ", ".join(f"{len(x)} {what} ({_some(x, separator)})" for x, what, separator in kinds if x)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -83,39 +77,39 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise InvalidInput(f"no checkpoint file {path}; --weights takes auto, random or the path of a state dict")
-    data = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    with explained(f"cannot read {path}: truncated, or not a checkpoint"):
+        data = load_file(path, device="cpu") if path.suffix == ".safetensors" else _read_pickle(path)
     wrappers = _unwrap(data)
     if wrappers is None:
         held = f"the keys {_some([str(k) for k in data])}" if isinstance(data, Mapping) else f"a {type(data).__name__}"
         raise InvalidInput(f"{path} holds no state dict (found {held}); save one with torch.save(model.state_dict())")
-    tensors, notes = wrappers
-    return Checkpoint(path, tensors, notes)
+    return Checkpoint(path, *wrappers)
 
 
 def compare(module: nn.Module, tensors: Mapping[str, Tensor]) -> Mismatch:
     """Compare names and shapes; a missing `num_batches_tracked` is ignored."""
     wanted = {key: tuple(value.shape) for key, value in module.state_dict().items() if isinstance(value, Tensor)}
     found = {key: tuple(value.shape) for key, value in tensors.items()}
-    return Mismatch(
-        missing=tuple(k for k in wanted if k not in found and not k.endswith("num_batches_tracked")),
-        unexpected=tuple(k for k in found if k not in wanted and not k.endswith("num_batches_tracked")),
-        shapes={k: (wanted[k], found[k]) for k in wanted if k in found and wanted[k] != found[k]},
+    missing, unexpected = (
+        tuple(key for key in one if key not in other and not key.endswith("num_batches_tracked"))
+        for one, other in ((wanted, found), (found, wanted))
     )
+    return Mismatch(missing, unexpected, {k: (wanted[k], v) for k, v in found.items() if wanted.get(k, v) != v})
 
 
 def without_prefixes(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
-    """Strip `module.`, `model.` and `_orig_mod.` as long as more keys then match `wanted`."""
-    best = dict(tensors)
-    while True:
-        variants = [{_strip(key, prefix): value for key, value in best.items()} for prefix in _PREFIXES]
-        variants += [
-            {_strip(key, prefix): value for key, value in one.items()} for one in variants for prefix in _PREFIXES
-        ]
-        better = max(variants, key=lambda variant: len(variant.keys() & set(wanted)))
-        gained = len(better.keys() & set(wanted)) - len(best.keys() & set(wanted))
-        if gained <= 0 or len(better) < len(best):
-            return best
-        best = better
+    """Strip up to three of `module.`, `model.` and `_orig_mod.` if more keys then match `wanted`."""
+    best, names = dict(tensors), set(wanted)
+    for prefixes in product(("", *_PREFIXES), repeat=3):
+        variant = {reduce(_strip, prefixes, key): value for key, value in tensors.items()}
+        if len(variant.keys() & names) > len(best.keys() & names) and len(variant) == len(best):
+            best = variant
+    return best
+
+
+def _strip(key: str, prefix: str) -> str:
+    # `torch.compile` of a submodule leaves its prefix in the middle of the key.
+    return key.replace(prefix, "") if prefix == "_orig_mod." else key.removeprefix(prefix)
 
 
 def class_counts(mismatch: Mismatch) -> tuple[int, ...]:
@@ -156,20 +150,7 @@ def check_finite(module: nn.Module, *, origin: str) -> None:
 
 
 def _some(names: Collection[str], separator: str = ", ") -> str:
-    listed = separator.join(list(names)[:_LISTED])
-    return listed + (separator + "..." if len(names) > _LISTED else "")
-
-
-def _strip(key: str, prefix: str) -> str:
-    # `torch.compile` of a submodule leaves its prefix in the middle of the key.
-    return key.replace(prefix, "") if prefix == "_orig_mod." else key.removeprefix(prefix)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return dict(load_file(path, device="cpu"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InvalidInput(f"cannot read {path}: truncated, or not a safetensors file ({error})") from error
+    return separator.join([*list(names)[:_LISTED], *(["..."] if len(names) > _LISTED else [])])
 
 
 def _read_pickle(path: Path) -> Any:
@@ -179,26 +160,18 @@ def _read_pickle(path: Path) -> Any:
     harmless += [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
     harmless += [type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)]
     try:
-        with torch.serialization.safe_globals(harmless), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols and TorchScript: real problems raise
+        # Warnings are about pickle protocols and TorchScript: real problems raise.
+        with torch.serialization.safe_globals(harmless), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise _pickled_objects(path, str(error)) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, UnicodeDecodeError) as error:
-        if "TorchScript" in str(error):
-            raise _pickled_objects(path, "TorchScript") from error
-        raise InvalidInput(f"cannot read {path}: truncated, or not a file written by torch.save") from error
-
-
-def _pickled_objects(path: Path, message: str) -> InvalidInput:
-    named = _REFUSED_OBJECT.search(message)
-    if named is None and "TorchScript" not in message:
-        return InvalidInput(f"cannot read {path}: truncated, or not a file written by torch.save")
-    what = (named.group(1) or named.group(2)) if named else "a TorchScript program"
-    return InvalidInput(
-        f"{path} holds pickled objects ({what}), not only weights, and was not loaded; build the model as "
-        "FILE.py:CALLABLE and give its weights as torch.save(model.state_dict(), ...)"
-    )
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        named = _REFUSED_OBJECT.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        what = (named[1] or named[2]) if named else "a TorchScript program" if "TorchScript" in str(error) else ""
+        if not what:
+            raise InvalidInput(f"cannot read {path}: truncated, or not a file written by torch.save") from error
+        raise InvalidInput(
+            f"{path} holds pickled objects ({what}), not only weights, and was not loaded; build the model as "
+            "FILE.py:CALLABLE and give its weights as torch.save(model.state_dict(), ...)"
+        ) from error
 
 
 def _unwrap(data: Any, depth: int = _DEPTH) -> tuple[dict[str, Tensor], tuple[str, ...]] | None:
@@ -209,8 +182,7 @@ def _unwrap(data: Any, depth: int = _DEPTH) -> tuple[dict[str, Tensor], tuple[st
     for name in present:
         inner = _unwrap(data[name], depth - 1)
         if inner is not None:
-            others = [other for other in present if other != name] if name in _AVERAGED else []
-            notes = [f"the file holds {_some(present)}: the averaged weights '{name}' were taken"] if others else []
-            return inner[0], (*inner[1], *notes)
+            note = f"the file holds {_some(present)}: the averaged weights '{name}' were taken"
+            return inner[0], (*inner[1], *([note] if name in _AVERAGED and len(present) > 1 else []))
     tensors = {str(key): value.detach() for key, value in data.items() if isinstance(value, Tensor)}
     return (tensors, ()) if tensors else None

@@ -6,8 +6,6 @@ unreadable ones are skipped and counted.
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -20,9 +18,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from surgery.config import ACCEPTED_IMAGES
+from surgery.core import explained
 from surgery.errors import InvalidInput
-from surgery.inputs.compat import import_torchvision
-from surgery.inputs.preprocessing import Preprocessing
+from surgery.inputs.libraries import Preprocessing, import_torchvision
 from surgery.inputs.usercode import user_object
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif", ".tiff")
@@ -30,92 +29,71 @@ UNREADABLE = 0.01
 """Raise if more than this share of the files cannot be read."""
 UNKNOWN = -1
 """The class of an unlabelled image."""
-_NOT_AN_ARCHIVE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError)
-"""Exceptions numpy raises on damaged or foreign files, in addition to zip errors."""
 
 
 @dataclass(eq=False)
 class Images(Dataset[tuple[Tensor, int]]):
-    """Images of a folder or an archive, normalised.
+    """Images of a folder or an archive, normalised."""
 
-    Attributes:
-        option: the command-line option that named them, for messages.
-        place: path of the folder or archive.
-        shape: (C, H, W) of each image.
-        how: their preprocessing.
-        files: files of a folder, by name.
-        pixels: contents of an archive: (N, H, W, C) of uint8.
-        classes: class of each image; -1 for none.
-        unreadable: files that could not be read as images.
-        folder_notes: notes for the user on how the folder was read.
-    """
-
-    option: str
-    place: Path
-    shape: tuple[int, int, int]
+    option: str  # the command-line option that named them, for messages
+    place: Path  # folder or archive
+    shape: tuple[int, int, int]  # (C, H, W) of each image
     how: Preprocessing
-    files: Sequence[Path] = ()
-    pixels: np.ndarray | None = None
-    classes: Sequence[int] = ()
-    unreadable: set[str] = field(default_factory=set)
-    folder_notes: tuple[str, ...] = ()
+    items: Sequence[Path] | np.ndarray  # files, or pixels: (N, H, W, 3) or (N, H, W) of uint8
+    classes: Sequence[int] = ()  # of each image; empty if unknown
+    folder_notes: Sequence[str] = ()  # on how the folder was read
+    unreadable: set[str] = field(default_factory=set)  # files that could not be read as images
 
     def __len__(self) -> int:
         """Return the number of images, unreadable ones included."""
-        return len(self.files) if self.pixels is None else len(self.pixels)
+        return len(self.items)
 
     @property
     def labelled(self) -> bool:
         """Whether every image has a class."""
-        return bool(self.classes) and min(self.classes) != UNKNOWN
+        return len(self.classes) > 0
 
     def __getitem__(self, k: int) -> tuple[Tensor, int]:
         """Return an image and its class; if unreadable, the next readable one."""
-        for step in range(len(self)):
-            at = (k + step) % len(self)
-            if (image := self.image(at)) is not None:
-                return image, self.classes[at] if self.classes else UNKNOWN
-        raise InvalidInput(f"{self.option} {self.place}: none of its {len(self)} files can be read as an image")
+        found = next(self._readable((k + step) % len(self) for step in range(len(self))), None)
+        if found is None:
+            raise InvalidInput(f"{self.option} {self.place}: none of its {len(self)} files can be read as an image")
+        return found
 
-    def image(self, k: int) -> Tensor | None:
-        """Return an image, (C, H, W); None if its file cannot be read."""
-        if self.pixels is not None:
-            grey = self.pixels[k].shape[-1] == 1
-            return self._fitted(Image.fromarray(self.pixels[k][..., 0] if grey else self.pixels[k]))
+    def some(self, most: int) -> Iterator[tuple[Tensor, int]]:
+        """Yield at most this many images, evenly spaced, with their classes, skipping unreadable ones."""
+        chosen = evenly_spaced(len(self), most)
+        yield from self._readable(chosen)
+        self._require_readable(len(chosen))
+
+    def _readable(self, indices: Iterable[int]) -> Iterator[tuple[Tensor, int]]:
+        for k in indices:
+            if (image := self._image(k)) is not None:
+                yield image, self.classes[k] if self.classes else UNKNOWN
+
+    def _image(self, k: int) -> Tensor | None:
+        """Return the centre crop at the model's size, normalised, (C, H, W); None if the file cannot be read."""
+        item, (channels, height, width) = self.items[k], self.shape
         try:
-            with Image.open(self.files[k]) as image:
-                whole = image.convert("RGB" if self.shape[0] == 3 else "L")
+            with Image.open(item) if isinstance(item, Path) else Image.fromarray(item) as opened:
+                image = opened.convert("RGB" if channels == 3 else "L")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # raised by PIL on broken files
-            self.unreadable.add(str(self.files[k]))
-            self.require_readable(len(self))
+            self.unreadable.add(str(item))
+            self._require_readable(len(self))
             return None
-        return self._fitted(whole)
-
-    def _fitted(self, image: Any) -> Tensor:
-        """Return the centre crop at the model's size, normalised."""
-        _, height, width = self.shape
         if image.size != (width, height) or self.how.crop < 1:
             method = Image.Resampling[self.how.interpolation.upper()]
             image = ImageOps.fit(image, (width, height), method, bleed=(1 - self.how.crop) / 2)
         transforms = import_torchvision().transforms.functional
-        fitted: Tensor = transforms.normalize(transforms.to_tensor(image), self.how.mean, self.how.std)
-        return fitted
+        found: Tensor = transforms.normalize(transforms.to_tensor(image), self.how.mean, self.how.std)
+        return found
 
-    def require_readable(self, count: int) -> None:
-        """Raise InvalidInput if more than one in a hundred of `count` files could not be read."""
+    def _require_readable(self, count: int) -> None:
         if len(self.unreadable) > UNREADABLE * count:
             raise InvalidInput(
                 f"{self.option} {self.place}: at least {len(self.unreadable)} of {count} images cannot be read, the "
                 f"first is {min(self.unreadable)}; remove them or restore them"
             )
-
-    def some(self, most: int) -> Iterator[tuple[Tensor, int]]:
-        """Yield at most this many images, evenly spaced, with their classes, skipping unreadable ones."""
-        chosen = evenly_spaced(len(self), most)
-        for k in chosen:
-            if (image := self.image(k)) is not None:
-                yield image, self.classes[k] if self.classes else UNKNOWN
-        self.require_readable(len(chosen))
 
     def notes(self) -> list[str]:
         """Return notes for the user."""
@@ -129,17 +107,10 @@ def evenly_spaced(count: int, most: int) -> list[int]:
 
 
 def open_images(given: str, input_shape: Sequence[int], how: Preprocessing, *, option: str = "--data") -> Any:
-    """Return the images named by an option.
+    """Return the `Images` named by an option, for an input (N, C, H, W), or what the user's callable returns.
 
-    Args:
-        given: an .npz file with `images` (N, H, W, C) of uint8 and optional `labels` (N,); a folder of images, with or
-        without a folder per class; or `FILE.py:CALLABLE` that returns a DataLoader.
-        input_shape: shape of the model's input, (N, C, H, W).
-        how: their preprocessing; a callable's images are used unchanged.
-        option: name of the option, for messages.
-
-    Returns:
-        `Images`, or the callable's result.
+    `given` is an .npz file with `images` (N, H, W, C) of uint8 and optional `labels` (N,); a folder of images, with or
+    without a folder per class; or `FILE.py:CALLABLE` that returns a DataLoader, which is used unchanged.
 
     Raises:
         InvalidInput: there are no such images, or they do not fit the model.
@@ -177,31 +148,20 @@ def _called(owner: str, name: str, option: str) -> Any:
 
 
 def _archive(place: Path, shape: tuple[int, int, int], how: Preprocessing, option: str) -> Images:
-    try:
-        with np.load(place) as data:
-            pixels = data["images"]
-            labels = data.get("labels")
-    except (*_NOT_AN_ARCHIVE, zipfile.BadZipFile, zlib.error) as error:
-        missing = "no such file or folder" if not place.exists() else "this is none"
-        damaged = "this one has no 'images'" if isinstance(error, KeyError) else "this one cannot be read: is it whole?"
-        what = damaged if place.is_file() and place.suffix == ".npz" else missing
-        raise InvalidInput(
-            f"{option} {place}: give a folder of images, an .npz file with 'images' (N, H, W, C) of uint8 and perhaps "
-            f"'labels', or FILE.py:CALLABLE ({what})"
-        ) from error
-    pixels = pixels[..., None] if pixels.ndim == 3 else pixels
-    if pixels.ndim != 4 or pixels.shape[3] != shape[0] or pixels.dtype != np.uint8 or not len(pixels):
+    with explained(f"{option} {place}: give {ACCEPTED_IMAGES}"), np.load(place) as data:
+        pixels, labels = data["images"], data.get("labels")
+    channels = pixels.shape[3] if pixels.ndim == 4 else 1
+    if pixels.ndim not in (3, 4) or channels != shape[0] or pixels.dtype != np.uint8 or not len(pixels):
         raise InvalidInput(
             f"{option} {place}: 'images' is {pixels.shape} of {pixels.dtype}; expected (N, H, W, {shape[0]}) of uint8"
         )
-    if labels is not None and (labels.shape != (len(pixels),) or labels.dtype.kind not in "iu"):
+    if labels is not None and (labels.shape != (len(pixels),) or labels.dtype.kind not in "iu" or labels.min() < 0):
         raise InvalidInput(
-            f"{option} {place}: 'labels' is {labels.shape} of {labels.dtype}; expected ({len(pixels)},) whole numbers"
+            f"{option} {place}: 'labels' is {labels.shape} of {labels.dtype}; expected ({len(pixels)},) whole numbers "
+            "from 0 on"
         )
-    if labels is not None and labels.min() < 0:
-        raise InvalidInput(f"{option} {place}: 'labels' holds {labels.min()}; classes are counted from 0")
-    classes = () if labels is None else tuple(int(k) for k in labels)
-    return Images(option, place, shape, how, pixels=np.ascontiguousarray(pixels), classes=classes)
+    pixels = pixels.squeeze(3) if pixels.ndim == 4 and channels == 1 else pixels
+    return Images(option, place, shape, how, np.ascontiguousarray(pixels), () if labels is None else labels.tolist())
 
 
 def _folder(place: Path, shape: tuple[int, int, int], how: Preprocessing, option: str) -> Images:
@@ -220,7 +180,7 @@ def _folder(place: Path, shape: tuple[int, int, int], how: Preprocessing, option
         notes = [f"{option}: all images are in one folder, so that no classes are known"] if names and files else []
     if not files or shape[0] not in (1, 3):
         raise InvalidInput(f"{option} {place}: no images ({', '.join(SUFFIXES)}) for {shape[0]} channels")
-    return Images(option, place, shape, how, files=files, classes=classes, folder_notes=tuple(notes))
+    return Images(option, place, shape, how, files, classes, notes)
 
 
 def as_dataset(given: Any, *, option: str = "data") -> Any:
@@ -235,14 +195,10 @@ def as_dataset(given: Any, *, option: str = "data") -> Any:
 
 
 def as_loader(given: Any, *, batch: int, most: int, option: str = "data") -> Any:
-    """Return batches (images, classes) of anything that can be read as a dataset.
+    """Return batches (images, classes) of a DataLoader or another iterable, or of what can be read as a dataset.
 
-    Args:
-        given: `Images`, a Dataset, a tensor (N, C, H, W), or a pair of it with classes (N,); a DataLoader or another
-        iterable of batches is returned unchanged.
-        batch: batch size.
-        most: maximum number of `Images`, evenly spaced; unreadable ones are skipped.
-        option: name of the option, for messages.
+    That is `Images`, of which at most `most` are read, unreadable ones skipped; a Dataset; a tensor (N, C, H, W), or a
+    pair of it with classes (N,).
     """
     given = _Readable(given, most) if isinstance(given, Images) else as_dataset(given, option=option)
     if isinstance(given, Dataset) and not isinstance(given, DataLoader):

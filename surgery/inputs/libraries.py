@@ -1,4 +1,8 @@
-"""Models of torchvision and timm: constructors, example inputs and pretrained weights.
+"""Models of torchvision and timm: imports, constructors, example inputs and pretrained weights.
+
+torchvision's wheels contain operators built for one exact build of torch; with another build (such as a CPU torch with
+a CUDA torchvision) `import torchvision` fails at the missing schema of `nms`. Classification and segmentation models
+work without these operators, and detectors need them only in post-processing, so missing schemas are declared here.
 
 Downloads use the libraries' own loaders and caches, after one short request that tests the connection, because the
 loaders retry for minutes. Building random models never accesses the network.
@@ -6,37 +10,51 @@ loaders retry for minutes. Building random models never accesses the network.
 
 from __future__ import annotations
 
+import functools
 import http.client
+import importlib
+import importlib.util
 import inspect
 import os
 import socket
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor, nn
 
-from surgery.core import first_line
+from surgery.core import explained, first_line
 from surgery.errors import InvalidInput, UnsupportedModel
-from surgery.inputs.compat import import_timm, import_torchvision
-from surgery.inputs.preprocessing import Preprocessing
 
 PROBE_SECONDS = 4.0
 STALLED_SECONDS = 20.0
 _IMAGE = 224
-_SIZES = {"segmentation": 256, "detection": 256, "optical_flow": 128}
 _FRAMES = 16
-_AUXILIARY: tuple[Mapping[str, Any], ...] = ({"aux_loss": True}, {"aux_logits": True}, {"aux_logits": False})
+_ERRORS = (TypeError, AssertionError, LookupError, AttributeError, ValueError, RuntimeError)
+"""What builders raise on arguments that they do not take."""
 
 
 class Unavailable(Exception):
     """Pretrained weights are not available, for the reason in the message. Caught here; random weights are used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """Preprocessing of images that published weights expect; the defaults are ImageNet's, used by most."""
+
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel, for pixels from 0 to 1
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)  # of each channel
+    crop: float = 1.0  # side of the centre square relative to the shorter side, before resizing
+    interpolation: str = "bilinear"  # or `bicubic`, `nearest`
+    size: tuple[int, int] | None = None  # height and width; None for those of the example input
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,54 +63,94 @@ class Built:
 
     module: nn.Module
     args: tuple[Any, ...] | None = None
-    kwargs: Mapping[str, Any] | None = None
+    kwargs: Arguments | None = None
+
+
+Arguments = Mapping[str, Any]
+"""Keyword arguments of a builder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One way to get a model.
+    """One way to get a model."""
 
-    Attributes:
-        name: name that is safe for folders.
-        label: name of the model in messages.
-        build: keyword arguments of the builder → the model with its initial weights; downloads nothing.
-        initial: description of the initial weights; `{seed}` is substituted.
-        accepts: whether the builder has a keyword argument of this name.
-        pretrained: keyword arguments → (model, name of its weights), or raises Unavailable. None: no pretrained
-            weights.
-        shape: (model, builder arguments) → shape of an example input; None if unknown.
-        wrap: example tensor → positional arguments.
-        variants: builder arguments to try for a checkpoint that does not fit the default.
-        runs: whether the whole model runs on its example inputs (detectors may not).
-        notes: notes for the user.
-        shape_notes: notes for the user if no input shape was given.
-        preprocessing: model → the preprocessing that its weights expect.
-    """
-
-    name: str
-    label: str
-    build: Callable[[Mapping[str, Any]], Built]
-    initial: str = "random"
-    accepts: Callable[[str], bool] = lambda name: False
-    pretrained: Callable[[Mapping[str, Any]], tuple[Built, str]] | None = None
-    shape: Callable[[nn.Module, Mapping[str, Any]], tuple[int, ...]] | None = None
-    wrap: Callable[[Tensor], tuple[Any, ...]] = lambda image: (image,)
-    variants: tuple[Mapping[str, Any], ...] = ()
-    runs: bool = True
+    name: str  # safe for folders
+    label: str  # in messages
+    build: Callable[[Arguments], Built]  # → the model with its initial weights; downloads nothing
+    initial: str = "random"  # description of the initial weights; `{seed}` is substituted
+    accepts: Callable[[str], bool] = lambda name: False  # whether the builder has a keyword argument of this name
+    pretrained: Callable[[Arguments], tuple[Built, str]] | None = None  # → model, name of its weights; or Unavailable
+    shape: Callable[[nn.Module, Arguments], tuple[int, ...]] = lambda module, args: (1, 3, _IMAGE, _IMAGE)
+    wrap: Callable[[Tensor], tuple[Any, ...]] = lambda image: (image,)  # example tensor → positional arguments
+    variants: tuple[Arguments, ...] = ()  # to try for a checkpoint that does not fit the default
+    runs: bool = True  # whether the whole model runs on its example inputs (detectors may not)
     notes: tuple[str, ...] = ()
-    shape_notes: tuple[str, ...] = ()
+    shape_notes: tuple[str, ...] = ()  # notes if no input shape was given
     preprocessing: Callable[[nn.Module], Preprocessing] = lambda module: Preprocessing()
+
+
+# Imports. ------------------------------------------------------------------------------------------------------------
+
+
+def import_torchvision() -> ModuleType:
+    """Return torchvision; if its operators do not load, detectors can be built, but not post-process.
+
+    Raises:
+        InvalidInput: torchvision is not installed, or its import fails for another reason.
+    """
+    try:
+        return _imported("torchvision", "torchvision")
+    except InvalidInput as error:
+        if "torchvision::" not in str(error):
+            raise
+    _declare_operators()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]  # modules left by the failed import
+    return _imported("torchvision", "torchvision")
+
+
+def import_timm() -> ModuleType:
+    """Return timm, which requires torchvision; errors as in `import_torchvision`."""
+    import_torchvision()
+    return _imported("timm", "'model-surgery[timm]'")
+
+
+def _imported(package: str, requirement: str) -> ModuleType:
+    if importlib.util.find_spec(package) is None:
+        raise InvalidInput(f"{package} is not installed; install it with `pip install {requirement}`")
+    with explained(f"{package} does not import: install one that matches torch {torch.__version__}"):
+        return importlib.import_module(package)
+
+
+@functools.cache
+def _declare_operators() -> torch.library.Library:
+    """Declare the missing schemas; the cache keeps the library, and so the declarations, alive."""
+    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
+    return library
+
+
+# torchvision ---------------------------------------------------------------------------------------------------------
+
+_FAMILIES: Mapping[str, Arguments] = {
+    "detection": {
+        "wrap": lambda images: (list(images.unbind(0)),),
+        "runs": False,
+        "notes": ("a detector's post-processing depends on its data: shrink a part of it, --submodule backbone",),
+    },
+    "optical_flow": {"wrap": lambda image: (image, image.roll(1, dims=-1))},
+    "segmentation": {"shape_notes": ("example images are 256 x 256 unless --input-shape says otherwise",)},
+}
+_SIZES = {"segmentation": 256, "detection": 256, "optical_flow": 128}
+_INCEPTIONS = ("googlenet", "inception_v3")
+_AUXILIARY: tuple[Arguments, ...] = ({"aux_loss": True}, {"aux_logits": True}, {"aux_logits": False})
 
 
 def torchvision_names() -> list[str]:
     """Return the names of torchvision's float models, all families."""
-    models = import_torchvision().models
-    return [name for name in models.list_models() if not name.startswith("quantized_")]
-
-
-def timm_names() -> list[str]:
-    """Return the names of timm's models, without the prefix `timm:`."""
-    return list(import_timm().list_models())
+    return [name for name in import_torchvision().models.list_models() if not name.startswith("quantized_")]
 
 
 def torchvision_source(name: str) -> Source:
@@ -101,108 +159,36 @@ def torchvision_source(name: str) -> Source:
     if name.startswith("quantized_"):
         raise UnsupportedModel(f"{name} is already quantised; shrink the float model {name.removeprefix('quantized_')}")
     builder = models.get_model_builder(name)
-    family = builder.__module__.split(".")[2]
+    family, parameters = builder.__module__.split(".")[2], inspect.signature(builder).parameters.keys()
     default = getattr(models.get_model_weights(name), "DEFAULT", None)
-    parameters = _parameters(builder)
+    initial: dict[str, Any] = {"weights": None}
+    if "weights_backbone" in parameters:
+        initial["weights_backbone"] = None  # the default downloads a pretrained backbone
+    if name in _INCEPTIONS:
+        initial["init_weights"] = False  # their own initialisation takes five times as long as torch's default
+    if name == "googlenet":
+        initial["aux_logits"] = False  # as with its pretrained weights
 
-    def build(args: Mapping[str, Any]) -> Built:
-        return Built(_call(name, models.get_model, {"name": name, **_random(name, parameters), **args}, random=True))
-
-    def shape(module: nn.Module, args: Mapping[str, Any]) -> tuple[int, ...]:
-        return _torchvision_shape(family, module, default)
+    def pretrained(args: Arguments) -> tuple[Built, str]:
+        if default is None:
+            raise Unavailable(f"torchvision has no pretrained weights for {name}")
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(default.url).path).name
+        if not cached.exists() and (reason := unreachable(default.url)):
+            raise Unavailable(reason)
+        with _downloading(name, cached):
+            return _built(name, models.get_model, name=name, weights=default, **args), f"{default.name} (torchvision)"
 
     return Source(
         name=name,
         label=name,
-        build=build,
+        build=lambda args: _built(name, models.get_model, True, **{"name": name, **initial, **args}),
         accepts=lambda key: key in parameters or key == "num_classes",
-        pretrained=lambda args: _torchvision_pretrained(name, default, args),
-        shape=shape,
-        wrap=_WRAPPERS.get(family, lambda image: (image,)),
+        pretrained=pretrained,
+        shape=lambda module, args: _torchvision_shape(family, module, default),
         variants=tuple(v for v in _AUXILIARY if v.keys() <= parameters or (name in _INCEPTIONS and "aux_logits" in v)),
-        runs=family != "detection",
-        notes=_NOTES.get(family, ()),
-        shape_notes=_SHAPE_NOTES.get(family, ()),
         preprocessing=lambda module: _torchvision_preprocessing(default),
+        **_FAMILIES.get(family, {}),
     )
-
-
-def timm_source(name: str) -> Source:
-    """Describe a model of timm; raises InvalidInput if timm is not installed."""
-    timm = import_timm()
-
-    def build(args: Mapping[str, Any]) -> Built:
-        return Built(
-            _call(f"timm:{name}", timm.create_model, {"model_name": name, "pretrained": False, **args}, random=True)
-        )
-
-    return Source(
-        name=f"timm_{name}",
-        label=f"timm:{name}",
-        build=build,
-        accepts=lambda key: key == "num_classes",
-        pretrained=lambda args: _timm_pretrained(name, args),
-        shape=_timm_shape,
-        preprocessing=_timm_preprocessing,
-    )
-
-
-def _torchvision_preprocessing(weights: Any) -> Preprocessing:
-    """Return the preprocessing of the published weights' transforms; those for classification specify a crop."""
-    transforms: Any = weights.transforms() if weights is not None else None
-    crop, resize = (getattr(transforms, name, None) for name in ("crop_size", "resize_size"))
-    if not crop or not resize:
-        return Preprocessing()
-    share = min(1.0, crop[0] / resize[0])
-    return Preprocessing(tuple(transforms.mean), tuple(transforms.std), share, transforms.interpolation.value)
-
-
-def _timm_preprocessing(module: nn.Module) -> Preprocessing:
-    import_timm()
-    from timm.data import resolve_model_data_config
-
-    known = resolve_model_data_config(module)
-    return Preprocessing(tuple(known["mean"]), tuple(known["std"]), known["crop_pct"], known["interpolation"])
-
-
-def unreachable(url: str) -> str | None:
-    """Return why the host of `url` cannot be reached within a few seconds; None if it answers."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_SECONDS).close()
-    except urllib.error.HTTPError:
-        return None  # any answer counts
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = str(getattr(error, "reason", "")) or first_line(error)
-        return f"no connection to {urlsplit(url).hostname}: {reason}"
-    return None
-
-
-# torchvision ---------------------------------------------------------------------------------------------------------
-
-_INCEPTIONS = ("googlenet", "inception_v3")
-_WRAPPERS: Mapping[str, Callable[[Tensor], tuple[Any, ...]]] = {
-    "detection": lambda images: (list(images.unbind(0)),),
-    "optical_flow": lambda image: (image, image.roll(1, dims=-1)),
-}
-_NOTES: Mapping[str, tuple[str, ...]] = {
-    "detection": ("a detector's post-processing depends on its data: shrink a part of it, --submodule backbone",),
-}
-_SHAPE_NOTES: Mapping[str, tuple[str, ...]] = {
-    "segmentation": ("example images are 256 x 256 unless --input-shape says otherwise",),
-}
-
-
-def _random(name: str, parameters: frozenset[str]) -> dict[str, Any]:
-    """Return the arguments that build a model without downloading anything."""
-    arguments: dict[str, Any] = {"weights": None}
-    if "weights_backbone" in parameters:
-        arguments["weights_backbone"] = None  # the default downloads a pretrained backbone
-    if name in _INCEPTIONS:
-        # Skip their own initialisation, which takes five times as long as torch's default.
-        arguments["init_weights"] = False
-    if name == "googlenet":
-        arguments["aux_logits"] = False  # as with its pretrained weights
-    return arguments
 
 
 def _torchvision_shape(family: str, module: nn.Module, default: Any) -> tuple[int, ...]:
@@ -215,31 +201,49 @@ def _torchvision_shape(family: str, module: nn.Module, default: Any) -> tuple[in
     return (1, 3, _FRAMES, height, width) if family == "video" else (1, 3, height, height)
 
 
-def _torchvision_pretrained(name: str, default: Any, args: Mapping[str, Any]) -> tuple[Built, str]:
-    if default is None:
-        raise Unavailable(f"torchvision has no pretrained weights for {name}")
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(default.url).path).name
-    if not cached.exists() and (reason := unreachable(default.url)):
-        raise Unavailable(reason)
-    models = import_torchvision().models
-    with _downloading(name, cached):
-        return Built(_call(name, models.get_model, {"name": name, "weights": default, **args})), (
-            f"{default.name} (torchvision)"
-        )
+def _torchvision_preprocessing(weights: Any) -> Preprocessing:
+    """Return the preprocessing of the published weights' transforms; those for classification specify a crop."""
+    transforms: Any = weights.transforms() if weights is not None else None
+    crop, resize = (getattr(transforms, name, None) for name in ("crop_size", "resize_size"))
+    if not crop or not resize:
+        return Preprocessing()
+    share = min(1.0, crop[0] / resize[0])
+    return Preprocessing(tuple(transforms.mean), tuple(transforms.std), share, transforms.interpolation.value)
 
 
 # timm ----------------------------------------------------------------------------------------------------------------
 
 
-def _timm_shape(module: nn.Module, args: Mapping[str, Any]) -> tuple[int, ...]:
+def timm_source(name: str) -> Source:
+    """Describe a model of timm; raises InvalidInput if timm is not installed."""
+    create, label = import_timm().create_model, f"timm:{name}"
+    return Source(
+        name=f"timm_{name}",
+        label=label,
+        build=lambda args: _built(label, create, True, **{"model_name": name, "pretrained": False, **args}),
+        accepts=lambda key: key == "num_classes",
+        pretrained=lambda args: _timm_pretrained(name, args),
+        shape=_timm_shape,
+        preprocessing=_timm_preprocessing,
+    )
+
+
+def _timm_preprocessing(module: nn.Module) -> Preprocessing:
+    from timm.data import resolve_model_data_config  # timm is optional
+
+    known = resolve_model_data_config(module)
+    return Preprocessing(tuple(known["mean"]), tuple(known["std"]), known["crop_pct"], known["interpolation"])
+
+
+def _timm_shape(module: nn.Module, args: Arguments) -> tuple[int, ...]:
     config = getattr(module, "pretrained_cfg", None) or {}
-    channels, height, width = config.get("input_size", (3, _IMAGE, _IMAGE))
-    size = args.get("img_size", (height, width))
+    channels, *sizes = config.get("input_size", (3, _IMAGE, _IMAGE))
+    size = args.get("img_size", sizes)
     height, width = (size, size) if isinstance(size, int) else size
     return (1, int(args.get("in_chans", channels)), int(height), int(width))
 
 
-def _timm_pretrained(name: str, args: Mapping[str, Any]) -> tuple[Built, str]:
+def _timm_pretrained(name: str, args: Arguments) -> tuple[Built, str]:
     timm = import_timm()
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
@@ -248,18 +252,18 @@ def _timm_pretrained(name: str, args: Mapping[str, Any]) -> tuple[Built, str]:
     reason = unreachable(url) if url else None
     try:
         with _downloading(f"timm:{name}", None), _hub_offline(reason is not None):
-            module = _call(f"timm:{name}", timm.create_model, {"model_name": name, "pretrained": True, **args})
+            built = _built(f"timm:{name}", timm.create_model, model_name=name, pretrained=True, **args)
     except Unavailable as error:  # not cached either
         raise Unavailable(reason or str(error)) from error
     classes = args.get("num_classes", config.num_classes)
     new_head = "" if classes == config.num_classes else f", with a random classifier of {classes} classes"
-    return Built(module), f"{config.tag or 'pretrained'} (timm){new_head}"
+    return built, f"{config.tag or 'pretrained'} (timm){new_head}"
 
 
 @contextmanager
 def _hub_offline(offline: bool) -> Iterator[None]:
     """Make the hub client use its cache immediately instead of retrying without a network."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants  # comes with timm
 
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or offline
@@ -269,22 +273,29 @@ def _hub_offline(offline: bool) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-# both ----------------------------------------------------------------------------------------------------------------
+# Both. ---------------------------------------------------------------------------------------------------------------
 
 
-def _parameters(builder: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(builder).parameters)
-
-
-def _call(label: str, builder: Callable[..., Any], arguments: Mapping[str, Any], *, random: bool = False) -> nn.Module:
+def _built(label: str, builder: Callable[..., nn.Module], random: bool = False, /, **arguments: Any) -> Built:
     """Call a library's builder; unless weights are being loaded, exceptions are attributed to --model-arg."""
     try:
-        module: nn.Module = builder(**arguments)
-    except (TypeError, AssertionError, LookupError, AttributeError, ValueError, RuntimeError) as error:
+        return Built(builder(**arguments))
+    except _ERRORS as error:
         if isinstance(error, (ValueError, RuntimeError)) and not random:
             raise
         raise InvalidInput(f"cannot build {label}: {first_line(error)}; check --model-arg") from error
-    return module
+
+
+def unreachable(url: str) -> str | None:
+    """Return why the host of `url` cannot be reached within a few seconds; None if it answers."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return None  # any answer counts
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = str(getattr(error, "reason", "")) or first_line(error)
+        return f"no connection to {urlsplit(url).hostname}: {reason}"
+    return None
 
 
 @contextmanager

@@ -5,8 +5,8 @@ Any exception in that code is reported in one sentence with the user's source li
 
 from __future__ import annotations
 
-import ast
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -23,69 +23,30 @@ from torch import nn
 
 from surgery.core import first_line, user_line
 from surgery.errors import InvalidInput, SurgeryError
-from surgery.inputs.compat import import_torchvision
-from surgery.inputs.libraries import Built, Source
+from surgery.inputs.libraries import Built, Source, import_torchvision
 
 
 def user_source(owner: str, name: str) -> Source:
-    """Describe a model from the user's callable, which this function imports (and `build` calls).
-
-    Args:
-        owner: `FILE.py` or `package.module`; imported with its folder, or the working directory, on `sys.path`.
-        name: name of a callable (or module) in it that returns an `nn.Module` or (module, example inputs).
-    """
-    maker, folder = _found(owner, name)
-    label = f"{owner}:{name}"
+    """Describe the model that a callable of `FILE.py` or `package.module` returns, alone or with example inputs."""
+    maker, label = user_object(owner, name), f"{owner}:{name}"
+    given = getattr(maker, "__wrapped__", maker)
 
     def build(model_args: Mapping[str, Any]) -> Built:
-        if isinstance(maker, nn.Module):
-            return Built(maker)
+        if isinstance(given, nn.Module):
+            return Built(given)
         if not callable(maker):
             raise InvalidInput(f"{label} is a {type(maker).__name__}, not something that returns a module")
-        with _on_path(folder):
-            return _unpack(label, guarded(f"{label} failed", lambda: maker(**model_args)))
+        return _unpack(label, maker(**model_args))
+
+    def accepts(key: str) -> bool:
+        try:
+            return key in inspect.signature(given).parameters
+        except (TypeError, ValueError):  # no signature to read
+            return False
 
     stem = Path(owner).stem if owner.endswith(".py") else owner.rpartition(".")[2]
-    return Source(
-        name=folder_name(f"{stem}_{name}"),
-        label=label,
-        build=build,
-        initial=f"of {label} (seed {{seed}})",
-        accepts=lambda key: _takes(maker, key),
-    )
-
-
-def user_object(owner: str, name: str) -> Any:
-    """Return an object of the user's file or module by name; a callable's errors are reported as in `guarded`.
-
-    Raises:
-        InvalidInput: there is no such name, or the import or the call fails.
-    """
-    maker, folder = _found(owner, name)
-    if not callable(maker):
-        return maker
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with _on_path(folder):
-            return guarded(f"{owner}:{name} failed", lambda: maker(*args, **kwargs))
-
-    return call
-
-
-def _found(owner: str, name: str) -> tuple[Any, Path]:
-    """Return the object, and the folder that was on `sys.path`."""
-    is_file = owner.endswith(".py")
-    folder = Path(owner).expanduser().resolve().parent if is_file else Path.cwd()
-    with _on_path(folder):
-        module = guarded(f"cannot import {owner}", lambda: _import_file(owner) if is_file else _import_name(owner))
-    maker: Any = module
-    for part in name.split("."):
-        if not hasattr(maker, part):
-            names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-            own = [key for key in names if getattr(vars(module)[key], "__module__", None) == module.__name__]
-            raise InvalidInput(f"{owner} has no '{name}'; {near(name, names, own)}")
-        maker = getattr(maker, part)
-    return maker, folder
+    initial = f"of {label} (seed {{seed}})"
+    return Source(name=folder_name(f"{stem}_{name}"), label=label, build=build, initial=initial, accepts=accepts)
 
 
 def _unpack(label: str, result: Any) -> Built:
@@ -101,11 +62,33 @@ def _unpack(label: str, result: Any) -> Built:
     )
 
 
-def _takes(maker: Any, name: str) -> bool:
-    try:
-        return name in inspect.signature(maker).parameters
-    except (TypeError, ValueError):  # no signature to read
-        return False
+def user_object(owner: str, name: str) -> Any:
+    """Return an object of the user's file or module, which is imported, and called, with its folder on `sys.path`.
+
+    Raises:
+        InvalidInput: there is no such name, or the import or the call fails.
+    """
+    is_file = owner.endswith(".py")
+    folder = Path(owner).expanduser().resolve().parent if is_file else Path.cwd()
+    load = _import_file if is_file else importlib.import_module
+    with _on_path(folder):
+        module = guarded(f"cannot import {owner}", lambda: load(owner))
+    found: Any = module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+            own = [key for key in names if getattr(vars(module)[key], "__module__", None) == module.__name__]
+            raise InvalidInput(f"{owner} has no '{name}'; {near(name, names, own)}")
+        found = getattr(found, part)
+    if not callable(found):
+        return found
+
+    @functools.wraps(found)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _on_path(folder):
+            return guarded(f"{owner}:{name} failed", lambda: found(*args, **kwargs))
+
+    return call
 
 
 def _import_file(file: str) -> ModuleType:
@@ -118,8 +101,7 @@ def _import_file(file: str) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise InvalidInput(f"{file} cannot be imported as Python")
+    assert spec is not None and spec.loader is not None, "a .py file has a loader"
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -127,15 +109,6 @@ def _import_file(file: str) -> ModuleType:
         del sys.modules[name]
         raise
     return module
-
-
-def _import_name(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
-            raise InvalidInput(f"no module '{name}'; for a file give its path, FILE.py:CALLABLE") from error
-        raise
 
 
 def guarded(what: str, action: Callable[[], Any]) -> Any:
@@ -168,15 +141,6 @@ def near(name: str, names: Collection[str], otherwise: Collection[str] = ()) -> 
     if similar:
         return f"did you mean {' or '.join(similar)}?"
     return f"it defines {', '.join(list(otherwise)[:5])}" if otherwise else "nothing there has a similar name"
-
-
-def top_level_names(path: Path) -> list[str]:
-    """Return the functions and classes that a file defines, without running it; raises InvalidInput on failure."""
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InvalidInput(f"cannot read {path}: {first_line(error)}") from error
-    return [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
 
 
 def folder_name(text: str) -> str:

@@ -37,6 +37,7 @@ class Decision:
         seen: the images read from `data`; None without data.
         between: recovery steps of intermediate models in iterative pruning.
         planner: for a latency budget, makes further plans; else None.
+        shared: whether other processes wait to train along.
     """
 
     recipe: Recipe
@@ -46,12 +47,13 @@ class Decision:
     seen: Calibration | None = None
     between: tuple[Step, ...] = ()
     planner: LatencyPlanner | None = None
+    shared: bool = False
 
     @property
     def report(self) -> dict[str, Any]:
         """The data of report.json before anything is cut."""
         choice = self.choice
-        data = describe(choice.program, choice.coupling, choice.plan, costs=choice.costs, loop=choice.refinement)
+        data = describe(choice.cut, choice.costs, choice.refinement)
         return {**data, "notes": [*data["notes"], *choice.warnings], "stages_s": dict(self.stages_s)}
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery import distributed
 from surgery.capture import Whole, evaluating
 from surgery.config import Recipe, validate
-from surgery.core import Callee, CompactModel, InputSpec, Plan, Program, Progress, flat_outputs
+from surgery.core import Callee, CompactModel, InputSpec, Program, Progress, flat_outputs
 from surgery.coupling import Cut
 from surgery.errors import InvalidInput
 from surgery.inputs import Calibration, Images, as_dataset, calibration_images, classes_of
@@ -250,7 +251,7 @@ def recovered(
     *,
     seen: Calibration | None = None,
     between: Sequence[Step] = (),
-    share: Callable[[Plan, torch.nn.Module], None] | None = None,
+    shared: bool = False,
 ) -> Recovery | None:
     """Recover a compact model in place; returns None if nothing was requested and there is nothing to evaluate on.
 
@@ -260,7 +261,7 @@ def recovered(
         progress: called for each step.
         seen: images read from `data`; None if not read yet.
         between: steps of intermediate models in iterative pruning.
-        share: called with the plan and the compact model before distributed training.
+        shared: whether other processes train along; they are sent the plan and the compact model.
     """
     validate(recipe)
     program, whole, data = subject.cut.program, subject.whole, recipe.data
@@ -275,8 +276,8 @@ def recovered(
         steps = [judge.step(subject.dense, "dense", agreement=exact), *between, judge.step(subject.model, "cut")]
     by_data = data.val is None and whole is None
     for name in _methods(level):
-        if "gradients" in RECOVERY_METHODS[name].needs and share is not None:
-            share(subject.cut.plan, subject.compact.module)
+        if "gradients" in RECOVERY_METHODS[name].needs and shared:
+            distributed.send(subject.cut.plan, subject.compact.module)
         task, before = _task(name, subject, recipe, seen), steps[-1].agreement if steps else None
         steps.append(_run_method(name, task, judge, before if by_data and task.seen is not None else None, progress))
     notes = [note for given in (data.data, data.val) if isinstance(given, Images) for note in given.notes()]

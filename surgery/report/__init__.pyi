@@ -7,7 +7,6 @@ from .data import (
     with_files as with_files,
     with_origin as with_origin,
 )
-from .formatting import figure as figure, percent as percent, ratio as ratio, si as si, size as size
 from .operator_table import (
     operators_as_json as operators_as_json,
     operators_as_markdown as operators_as_markdown,
@@ -20,11 +19,10 @@ from .rendering import (
     rich_table as rich_table,
 )
 from .sections import (
-    Code as Code,
-    Figure as Figure,
-    Items as Items,
     Part as Part,
-    Section as Section,
     Table as Table,
+    figure as figure,
+    ratio as ratio,
     section as section,
+    size as size,
 )

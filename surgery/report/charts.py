@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import escape
+
 INK = "#010203"
 """Placeholder for the text colour until the SVG is written."""
 DENSE, COMPACT, OTHER, LIGHT = "#8a97a6", "#2f7fd0", "#d9822b", "#b9c2cc"
@@ -29,29 +31,20 @@ _PIXELS_PER_POINT = 1.6
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chart:
-    """A chart, drawn when it is rendered.
+    """A chart, drawn when it is rendered."""
 
-    Attributes:
-        description: alternative text.
-        size: width and height in inches.
-        draw: draws on a list of `columns` matplotlib axes.
-        columns: number of axes side by side.
-        file: name of its own SVG file in the output folder; None for none.
-    """
-
-    description: str
-    size: tuple[float, float]
-    draw: Callable[..., None]
+    description: str  # alternative text
+    size: tuple[float, float]  # width and height in inches
+    draw: Callable[..., None]  # draws on `columns` matplotlib axes, side by side
     columns: int = 1
-    file: str | None = None
+    file: str | None = None  # name of its own SVG file in the output folder
 
     def to_svg(self) -> str:
         """Return an SVG document."""
-        import matplotlib as mpl  # imported here because it takes a second, to keep `surgery --help` fast
+        import matplotlib as mpl  # saves start-up seconds
+        from matplotlib.figure import Figure  # saves start-up seconds
 
         with mpl.rc_context(_STYLE):
-            from matplotlib.figure import Figure
-
             figure = Figure(figsize=self.size, layout="constrained")
             self.draw(*figure.subplots(1, self.columns, squeeze=False)[0])
             stream = io.StringIO()
@@ -60,14 +53,10 @@ class Chart:
 
     def to_inline_svg(self) -> str:
         """Return an SVG element for a page, with flexible width and the description."""
-        from markupsafe import escape
-
         svg = self.to_svg()
-        head, body = svg[svg.index("<svg") :].split(">", 1)
-        attributes = re.findall(r'[\w:]+="[^"]*"', head)
-        kept = " ".join(part for part in attributes if not part.startswith(("width=", "height=")))
-        width = _PIXELS_PER_POINT * 72 * self.size[0]
-        return f'<svg role="img" aria-label="{escape(self.description)}" style="max-width:{width:.0f}px" {kept}>{body}'
+        head, body = svg[svg.index("<svg") + len("<svg") :].split(">", 1)
+        kept, width = re.sub(r' (width|height)="[^"]*"', "", head), _PIXELS_PER_POINT * 72 * self.size[0]
+        return f'<svg role="img" aria-label="{escape(self.description)}" style="max-width:{width:.0f}px"{kept}>{body}'
 
 
 def run_times(rows: Sequence[Mapping[str, Any]]) -> Chart:
@@ -81,9 +70,7 @@ def run_times(rows: Sequence[Mapping[str, Any]]) -> Chart:
             axes.plot([at[5], at[15]], [k, k], color=colour, linewidth=7, solid_capstyle="butt")
             axes.plot(at[10], k, "o", color=INK, markersize=4)
         axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
-        axes.invert_yaxis()
-        axes.set_xlim(left=0)
-        axes.set_xlabel("milliseconds per run")
+        axes.set(xlim=(0, None), ylim=axes.get_ylim()[::-1], xlabel="milliseconds per run")
 
     return Chart("distribution of run times by file", (4.8, 0.7 + 0.32 * len(rows)), draw)
 
@@ -98,8 +85,7 @@ def operator_times(before: Mapping[str, float], after: Mapping[str, float], name
             places = [k + shift for k in range(len(names))]
             axes.barh(places, [found.get(op, 0.0) for op in names], height=0.38, color=colour, label=label)
         axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis()
-        axes.set_xlabel("milliseconds, by ONNX Runtime's profiler")
+        axes.set(ylim=axes.get_ylim()[::-1], xlabel="milliseconds, by ONNX Runtime's profiler")
         axes.legend()
 
     return Chart(f"time by operator, {dense} and {name}", (4.8, 0.9 + 0.36 * len(names)), draw)
@@ -115,9 +101,8 @@ def layer_widths(layers: Sequence[Mapping[str, Any]]) -> Chart:
             axes.barh(k, after, height=0.72, color=COMPACT)
             axes.text(before, k, f" {before} → {after or 'removed'}", va="center", fontsize=7.5)
         axes.set_yticks(range(len(layers)), [layer["name"].removesuffix(".weight") for layer in layers], fontsize=7.5)
-        axes.set_ylim(len(layers) - 0.4, -0.6)
         axes.margins(x=0.12)
-        axes.set_xlabel("output channels")
+        axes.set(ylim=(len(layers) - 0.4, -0.6), xlabel="output channels")
 
     return Chart("output channels of layers before and after", (4.8, 0.6 + 0.18 * len(layers)), draw)
 
@@ -130,11 +115,8 @@ def staircase(stair: Mapping[str, Any]) -> Chart:
         at = dict(zip(stair["widths"], stair["ms"], strict=True))
         for width, colour, label in ((stair["dense"], DENSE, "dense"), (stair["kept"], COMPACT, "chosen")):
             axes.plot(width, at[width], "o", color=colour, label=f"{label}, {width}")
-        axes.set_ylim(0, 1.12 * max(stair["ms"]))
-        axes.set_xlim(0, 1.05 * stair["dense"])
+        axes.set(xlim=(0, 1.05 * stair["dense"]), ylim=(0, 1.12 * max(stair["ms"])), xlabel="channels", ylabel="ms")
         axes.set_title(stair["title"], fontsize=8)
-        axes.set_xlabel("channels")
-        axes.set_ylabel("ms")
         axes.legend(fontsize=7.5)
 
     return Chart(f"time over channels of {stair['title']}", (3.1, 2.3), draw)
@@ -162,8 +144,7 @@ def _draw_steps(axes: Any, steps: Sequence[Mapping[str, Any]]) -> None:
     colours = {"dense": DENSE, "cut": OTHER}
     bars = axes.bar(names, values, color=[colours.get(name.partition("\n")[0], COMPACT) for name in names])
     axes.bar_label(bars, [f"{value:.1f}" for value in values], padding=2)
-    axes.set_ylim(0, 112)
-    axes.set_ylabel(label)
+    axes.set(ylim=(0, 112), ylabel=label)
 
 
 def _draw_loss(axes: Any, step: Mapping[str, Any]) -> None:
@@ -175,7 +156,5 @@ def _draw_loss(axes: Any, step: Mapping[str, Any]) -> None:
     best = step["history"]["best"]
     if 0 <= best < len(marks):
         axes.axvline(marks[best]["epoch"], color=DENSE, linestyle=":", label="kept")
-    axes.set_yscale("log")
-    axes.set_xlabel("epochs")
-    axes.set_ylabel(f"loss of {step['name']}")
+    axes.set(yscale="log", xlabel="epochs", ylabel=f"loss of {step['name']}")
     axes.legend()

@@ -12,40 +12,43 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from surgery import __version__
-from surgery.core import CheckResult, CompactModel, Coupling, Plan, Program
 
 if TYPE_CHECKING:
     import torch
+
+    from surgery.core import CheckResult, CompactModel, Plan
+    from surgery.coupling import Cut
+    from surgery.inputs import LoadedModel
 
 SCHEMA = 1
 VERDICT = "accuracy unknown: not fit to deploy"
 
 
 def describe(
-    program: Program,
-    coupling: Coupling,
-    plan: Plan,
+    cut: Cut,
+    costs: Mapping[str, tuple[int, int]],
+    loop: Any = None,
     *,
     compact: CompactModel | None = None,
     verdict: CheckResult | None = None,
-    costs: Mapping[str, tuple[int, int]],
-    loop: Any = None,
 ) -> dict[str, Any]:
     """Return the report on a decision: what is pruned, what is left untouched and why, and the verification.
 
     Args:
-        program: the traced dense model.
-        coupling: its groups.
-        plan: the units to remove.
+        cut: the traced dense model, its groups, and the units to remove.
+        costs: ``params``, ``macs`` and ``channels`` → (dense, kept), in parameters, MACs per batch element, units.
+        loop: refinement log of a latency budget.
         compact: the compact model, or None if not cut yet (`surgery show`).
         verdict: result of the verification, or None.
-        costs: ``params``, ``macs`` and ``channels`` → (dense, kept), in parameters, MACs per batch element, units.
-        loop: refinement log of a latency budget; None for other budgets.
-
-    Returns:
-        JSON-ready data of schema `SCHEMA`, without files and times.
     """
-    rows = (("dense", 0), ("masked", 0), ("compact", 1))
+    program, coupling, plan = cut.program, cut.coupling, cut.plan
+    kept = None
+    if compact is not None:
+        kept = {"kind": compact.kind, "why": compact.why, "lost_in_training": list(compact.lost_in_training)}
+    rows = [
+        {"name": name, "parameters": costs["params"][k], "macs": costs["macs"][k], "onnx_bytes": None}
+        for name, k in (("dense", 0), ("masked", 0), ("compact", 1))
+    ]
     return {
         "schema": SCHEMA,
         "tool": {"name": "model-surgery", "version": __version__},
@@ -61,26 +64,31 @@ def describe(
         "latency": json.loads(json.dumps(loop.to_dict())) if loop is not None else None,
         "settings": json.loads(json.dumps(dict(plan.settings))),
         "plan": {"digest": plan.digest, "notes": list(plan.notes), "reasons": dict(plan.reasons)},
-        "compact": None
-        if compact is None
-        else {"kind": compact.kind, "why": compact.why, "lost_in_training": list(compact.lost_in_training)},
-        "models": [
-            {"name": name, "parameters": costs["params"][k], "macs": costs["macs"][k], "onnx_bytes": None}
-            for name, k in rows
+        "compact": kept,
+        "models": rows,
+        "groups": [
+            {
+                "name": group.name,
+                "from": group.size,
+                "to": group.size - len(plan.dead.get(group.name, ())),
+                "inexact": group.inexact,
+                "sites": [f"{site.tensor}:{site.axis}" for site in group.sites],
+            }
+            for group in coupling.groups
         ],
-        "groups": _groups(coupling, plan),
-        "dropped": [
-            {"name": name, "constant": bool(left), "reason": plan.reasons.get(name)}
-            for name, left in plan.dropped.items()
-        ],
+        "dropped": [{"name": n, "constant": bool(x), "reason": plan.reasons.get(n)} for n, x in plan.dropped.items()],
         "frozen": [as_json(frozen) for frozen in coupling.frozen],
         "check": as_json(verdict) if verdict else None,
-        "timing": None,
-        "command": None,
-        "files": {},
-        "stages_s": {},
-        "notes": list(program.notes),
+        **{"timing": None, "command": None, "files": {}, "stages_s": {}, "notes": list(program.notes)},
     }
+
+
+def _budget(plan: Plan, costs: Mapping[str, tuple[int, int]]) -> dict[str, Any] | None:
+    if plan.budget is None or plan.budget.is_latency:
+        return None
+    kind, (dense, kept) = plan.budget.kind, costs[plan.budget.kind]
+    share = kept / dense if dense else 1.0
+    return {"kind": kind, "fraction": plan.budget.amount, "dense": dense, "kept": kept, "kept_fraction": share}
 
 
 def with_files(
@@ -102,21 +110,15 @@ def with_files(
 
 
 def with_origin(
-    data: Mapping[str, Any],
-    *,
-    name: str,
-    weights: str,
-    next_command: str,
-    command: str | None = None,
-    notes: Sequence[str] = (),
+    data: Mapping[str, Any], model: LoadedModel, *, next_command: str | None = None, command: str | None = None
 ) -> dict[str, Any]:
     """Return the report with the model's origin, the command line and the command to run next."""
     return {
         **data,
         "accuracy": {**data["accuracy"], "next_command": next_command},
-        "model": {**data["model"], "name": name, "weights": weights},
+        "model": {**data["model"], "name": model.name, "weights": model.weights},
         "command": command,
-        "notes": [*notes, *data["notes"]],
+        "notes": [*model.warnings, *model.notes, *data["notes"]],
     }
 
 
@@ -135,29 +137,3 @@ def layer_shapes(dense: torch.nn.Module, compact: torch.nn.Module) -> list[dict[
 def deployed_precision(data: Mapping[str, Any]) -> str:
     """Return the precision that a latency budget refers to; `fp32` for other budgets."""
     return str(((data["latency"] or {}).get("device") or {}).get("precision", "fp32"))
-
-
-def _budget(plan: Plan, costs: Mapping[str, tuple[int, int]]) -> dict[str, Any] | None:
-    if plan.budget is None or plan.budget.is_latency:
-        return None
-    dense, kept = costs[plan.budget.kind]
-    return {
-        "kind": plan.budget.kind,
-        "fraction": plan.budget.amount,
-        "dense": dense,
-        "kept": kept,
-        "kept_fraction": kept / dense if dense else 1.0,
-    }
-
-
-def _groups(coupling: Coupling, plan: Plan) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": group.name,
-            "from": group.size,
-            "to": group.size - len(plan.dead.get(group.name, ())),
-            "inexact": group.inexact,
-            "sites": [f"{site.tensor}:{site.axis}" for site in group.sites],
-        }
-        for group in coupling.groups
-    ]

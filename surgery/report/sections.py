@@ -1,7 +1,7 @@
 """The sections of a report, in order.
 
 A section is a function of report.json's data that yields its parts: paragraphs, figures, tables, lists, code, charts.
-`section` registers one under its title; empty sections are omitted.
+`section` registers one under its title; empty parts and sections are omitted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 from surgery.report import charts
 from surgery.report.charts import Chart
 from surgery.report.data import deployed_precision
-from surgery.report.formatting import figure, percent, ratio, si, size, visible
 
 MOST_LAYERS = 120
 """Maximum number of layers in the chart of widths; report.json has all of them."""
@@ -39,11 +38,8 @@ class Table:
 
     def filled(self) -> Table:
         """Return the table without empty columns."""
-        used = [
-            k
-            for k in range(len(self.columns))
-            if k == 0 or self.all_columns or any(row[k] not in ("", "-") for row in self.rows)
-        ]
+        every = range(len(self.columns))
+        used = [k for k in every if k == 0 or self.all_columns or any(row[k] not in ("", "-") for row in self.rows)]
         return Table([self.columns[k] for k in used], [[row[k] for k in used] for row in self.rows])
 
 
@@ -66,6 +62,7 @@ Part = str | Figure | Table | Items | Code | Chart
 """A part of a section; a string is a paragraph."""
 Data = Mapping[str, Any]
 """Contents of report.json."""
+Yields = Callable[[Data], Iterator[Part]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,23 +74,17 @@ class Section:
     on_terminal: bool = True
 
 
-_REGISTRY: dict[str, tuple[Callable[[Data], Iterator[Part]], bool]] = {}
+_REGISTRY: dict[str, tuple[Yields, bool]] = {}
 
 
-def section(
-    title: str, *, on_terminal: bool = True
-) -> Callable[[Callable[[Data], Iterator[Part]]], Callable[[Data], Iterator[Part]]]:
-    """Register a function of report.json's data as a section of every report.
-
-    Args:
-        title: heading.
-        on_terminal: whether it is also shown on a terminal.
+def section(title: str, *, on_terminal: bool = True) -> Callable[[Yields], Yields]:
+    """Register a function of report.json's data as a section of every report, and of a terminal's if `on_terminal`.
 
     Raises:
         ValueError: a section of this title is already registered.
     """
 
-    def register(function: Callable[[Data], Iterator[Part]]) -> Callable[[Data], Iterator[Part]]:
+    def register(function: Yields) -> Yields:
         if title in _REGISTRY:
             raise ValueError(f"a report has a section '{title}' already")
         _REGISTRY[title] = function, on_terminal
@@ -104,9 +95,11 @@ def section(
 
 def sections_of(data: Data) -> list[Section]:
     """Return the non-empty sections of a report, with control characters in text escaped."""
-    clean = _visible(data)
-    made = (Section(title, tuple(function(clean)), shown) for title, (function, shown) in _REGISTRY.items())
-    return [section for section in made if section.parts]
+    clean, found = _visible(data), []
+    for title, (function, on_terminal) in _REGISTRY.items():
+        parts = tuple(x for x in function(clean) if not (isinstance(x, Items) and not x.lines))
+        found += [Section(title, parts, on_terminal)] if parts else []
+    return found
 
 
 def headline(data: Data) -> tuple[str, str]:
@@ -123,12 +116,62 @@ def _visible(value: Any) -> Any:
     return [_visible(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def _timed(data: Data) -> dict[str, Data]:
+    """Return the measured times of each file by name."""
+    return {row["name"]: row for row in data["timing"]["rows"]} if data["timing"] else {}
+
+
+def _steps(data: Data) -> Sequence[Data]:
+    recovery = data.get("recovery")
+    return recovery["steps"] if recovery else ()
+
+
+# Formatting. ---------------------------------------------------------------------------------------------------------
+
+
+def si(value: float | None, digits: int = 4) -> str:
+    """Return a count in thousands, millions and so on: 11689512 is ``11.69 M``; ``-`` for None."""
+    if value is None:
+        return "-"
+    for scale, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return f"{value / scale:.{digits}g} {letter}"
+    return f"{value:.{digits}g}"
+
+
+def size(value: int | None) -> str:
+    """Return a size in bytes: 46755000 is ``46.8 MB`` (decimal megabytes)."""
+    return "-" if value is None else f"{si(value, 3)}B"
+
+
+def figure(value: float | None) -> str:
+    """Return three significant digits, without an exponent for large values."""
+    return "-" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def ratio(value: Mapping[str, float] | None, *, digits: int = 2, unit: str = "x") -> tuple[str, str]:
+    """Return a ratio, such as a speedup, and its 95 % interval."""
+    if value is None:
+        return "-", "-"
+    return f"{value['value']:.{digits}f}{unit}", f"{value['low']:.{digits}f}-{value['high']:.{digits}f}"
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """Return a fraction in percent: 0.9153 is ``91.53 %``."""
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def visible(text: str) -> str:
+    r"""Return the text on one line, control characters written out as escapes such as ``\x1b``."""
+    shown = (c if c.isprintable() else " " if c.isspace() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)
+
+
 # Speed, size and accuracy. -------------------------------------------------------------------------------------------
 
 
 @section("Summary")
-def summary(data: Data) -> Iterator[Part]:
-    """Key figures, and one sentence per stage."""
+def _summary(data: Data) -> Iterator[Part]:
     yield from _figures(data)
     if budget := data["budget"]:
         yield (
@@ -161,8 +204,7 @@ def summary(data: Data) -> Iterator[Part]:
 
 
 def _latency_sentence(latency: Data, precision: str) -> str:
-    dense = "dense" if precision == "fp32" else f"dense {precision}"
-    target = f"target {100 * latency['target']:.3g} % of the {dense} latency"
+    target = f"target {100 * latency['target']:.3g} % of the {f'dense {precision}'.removesuffix(' fp32')} latency"
     table = f"latency table: {latency['predicted_ms']:.4g} of {latency['predicted_dense_ms']:.4g} ms"
     if latency["taken"] < 0:
         return f"{target}: {latency['verdict']}; {table}"
@@ -172,37 +214,27 @@ def _latency_sentence(latency: Data, precision: str) -> str:
 
 
 def _figures(data: Data) -> Iterator[Figure]:
-    times = {row["name"]: row for row in (data["timing"] or {"rows": ()})["rows"]}
-    rows = {row["name"]: row for row in data["models"]}
+    times, rows = _timed(data), {row["name"]: row for row in data["models"]}
     fastest = sorted((n for n in times if n.startswith("compact")), key=lambda n: times[n]["ratio"]["value"])[:1]
-    deployed = deployed_precision(data)
-    main = "compact" if deployed == "fp32" else f"compact {deployed}"
+    main = f"compact {deployed_precision(data)}".removesuffix(" fp32")
     for name in dict.fromkeys(n for n in (main, "compact", *fastest) if n in times):
-        yield from _speed(name, times, reliable=data["timing"]["reliable"])
+        doubt = "" if data["timing"]["reliable"] else ", UNRELIABLE: see below"
+        speedup, p50, dense = times[name]["speedup"], times[name]["p50_ms"], name.replace("compact", "dense")
+        interval = f"{name} [{speedup['low']:.2f}, {speedup['high']:.2f}]"
+        yield _speed(speedup["value"], interval, f"{p50:.3g} ms{doubt}")
+        if dense != "dense" and dense in times:
+            before = times[dense]["p50_ms"]
+            yield _speed(before / p50, f"{name} against {dense}", f"{before:.3g} ms before")
         if found := rows[name].get("agreement"):
             yield _loss(name, found)
     before, after = rows["dense"], rows.get(main, rows["compact"])
-    if before["macs"] and after["macs"]:
-        yield Figure(percent(after["macs"] / before["macs"], 0), "of the dense MACs", si(after["macs"]))
-    if before["onnx_bytes"] and after["onnx_bytes"]:
-        share = percent(after["onnx_bytes"] / before["onnx_bytes"], 0)
-        yield Figure(share, f"of the dense bytes, {after['name']}", size(after["onnx_bytes"]))
+    for key, what, shown in (("macs", "MACs", si), ("onnx_bytes", f"bytes, {after['name']}", size)):
+        if before[key] and after[key]:
+            yield Figure(percent(after[key] / before[key], 0), f"of the dense {what}", shown(after[key]))
 
 
-def _speed(name: str, times: Mapping[str, Data], *, reliable: bool) -> Iterator[Figure]:
-    speedup, p50 = times[name]["speedup"], times[name]["p50_ms"]
-    interval = f"{name} [{speedup['low']:.2f}, {speedup['high']:.2f}]"
-    doubt = "" if reliable else ", UNRELIABLE: see below"
-    yield Figure(f"{speedup['value']:.2f}×", f"{_faster(speedup['value'])}, {interval}", f"{p50:.3g} ms{doubt}")
-    dense = name.replace("compact", "dense")
-    if dense != "dense" and dense in times:
-        factor = times[dense]["p50_ms"] / p50
-        what = f"{_faster(factor)}, {name} against {dense}"
-        yield Figure(f"{factor:.2f}×", what, f"{times[dense]['p50_ms']:.3g} ms before")
-
-
-def _faster(speedup: float) -> str:
-    return "faster" if speedup >= 1 else "the speed: slower"
+def _speed(factor: float, what: str, detail: str) -> Figure:
+    return Figure(f"{factor:.2f}×", f"{'faster' if factor >= 1 else 'the speed: slower'}, {what}", detail)
 
 
 def _loss(name: str, found: Data) -> Figure:
@@ -210,17 +242,15 @@ def _loss(name: str, found: Data) -> Figure:
         gained, high, low = (0.0 - x for x in found["drop"])  # never -0.00
         what = f"points of accuracy, {name} [{low:+.2f}, {high:+.2f}]"
         return Figure(f"{gained:+.2f}", what, percent(found["accuracy"]))
+    value, what = f"{found['cosine']:.4f}", f"cosine with the dense model's output, {name}"
     if found["top1_match"] is not None:
-        return Figure(percent(found["top1_match"], 1), f"same class as the dense model, {name}", "accuracy unknown")
-    return Figure(f"{found['cosine']:.4f}", f"cosine with the dense model's output, {name}", "accuracy unknown")
+        value, what = percent(found["top1_match"], 1), f"same class as the dense model, {name}"
+    return Figure(value, what, "accuracy unknown")
 
 
 @section("Models")
-def models(data: Data) -> Iterator[Part]:
-    """Size and speed of each file; the last row is the dense model timed against its own copy."""
-    timing = data["timing"]
-    times = {row["name"]: row for row in timing["rows"]} if timing else {}
-    rows = []
+def _models(data: Data) -> Iterator[Part]:
+    timing, times, rows = data["timing"], _timed(data), []
     for model in data["models"]:
         time = times.get(model["name"], {})
         sizes = si(model["parameters"]), si(model["macs"]), size(model["onnx_bytes"])
@@ -228,7 +258,7 @@ def models(data: Data) -> Iterator[Part]:
         memory = size(time.get("peak_memory_bytes"))
         rows.append((model["name"], *sizes, *figures, *ratio(time.get("speedup")), memory))
     if timing and timing["aa"]:
-        rows.append(("A/A", *([""] * 7), *ratio(timing["aa"]), ""))
+        rows.append(("A/A", *([""] * 7), *ratio(timing["aa"]), ""))  # the dense model against its own copy
     columns = ("model", "params", "MACs", "ONNX", "p50 ms", "p90 ms", "p99 ms", "items /s", "speedup", "95% interval")
     yield Table((*columns, "memory"), rows, all_columns=bool(timing))
     if timing:
@@ -236,23 +266,15 @@ def models(data: Data) -> Iterator[Part]:
 
 
 @section("Accuracy and latency")
-def accuracy_and_latency(data: Data) -> Iterator[Part]:
-    """Latency and accuracy of each file."""
-    times = {row["name"]: row for row in (data["timing"] or {"rows": ()})["rows"]}
-    rows = [
-        (
-            model["name"],
-            figure(times[model["name"]]["p50_ms"]),
-            *ratio(times[model["name"]]["ratio"], digits=3, unit=""),
-            *_agreement_cells(model["agreement"]),
-            size(model["onnx_bytes"]),
-            model["dominated_by"] or "",
-        )
-        for model in data["models"]
-        if model.get("agreement") and model["name"] in times
-    ]
-    columns = ("model", "p50 ms", "relative time", "95% interval", *_AGREEMENT, "bytes", "dominated by")
+def _accuracy_and_latency(data: Data) -> Iterator[Part]:
+    rows, times = [], _timed(data)
+    for model in data["models"]:
+        if model.get("agreement") and (time := times.get(model["name"])):
+            relative, agreement = ratio(time["ratio"], digits=3, unit=""), _agreement_cells(model["agreement"])
+            last = size(model["onnx_bytes"]), model["dominated_by"] or ""
+            rows.append((model["name"], figure(time["p50_ms"]), *relative, *agreement, *last))
     if rows:
+        columns = ("model", "p50 ms", "relative time", "95% interval", *_AGREEMENT, "bytes", "dominated by")
         yield Table(columns, rows)
 
 
@@ -260,41 +282,34 @@ _AGREEMENT = ("accuracy", "points lost", "95% interval", "top-1 match", "cosine"
 
 
 def _agreement_cells(found: Data) -> tuple[str, ...]:
-    drop, cosine, divergence = (found.get(key) for key in ("drop", "cosine", "divergence"))
+    lost, low, high = (f"{x:.2f}" for x in found["drop"]) if found.get("drop") else ("-", "", "")
+    numbers = ("-" if found.get(key) is None else f"{found[key]:.4f}" for key in ("cosine", "divergence"))
     return (
         percent(found.get("accuracy")),
-        f"{drop[0]:.2f}" if drop else "-",
-        f"{drop[1]:.2f} to {drop[2]:.2f}" if drop else "-",
+        lost,
+        f"{low} to {high}" if low else "-",
         percent(found.get("top1_match")),
-        "-" if cosine is None else f"{cosine:.4f}",
-        "-" if divergence is None else f"{divergence:.4f}",
+        *numbers,
     )
 
 
 @section("Recovery steps")
-def recovery_steps(data: Data) -> Iterator[Part]:
-    """The model after each step of recovery."""
-    steps = (data.get("recovery") or {"steps": ()})["steps"]
-    rows = [
-        (
-            step["name"] + ("" if step["kept"] else " (undone)"),
-            *_agreement_cells(step["agreement"] or {}),
-            ", ".join(f"{name} {value:.4g}" for name, value in (step["metrics"] or {}).items()) or "-",
-            f"{step['seconds']:.1f}",
-            f"{step['peak_memory_bytes'] / 1e9:.2f} GB",
-        )
-        for step in steps
-    ]
+def _recovery_steps(data: Data) -> Iterator[Part]:
+    rows = []
+    for step in _steps(data):
+        name = step["name"] + ("" if step["kept"] else " (undone)")
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in (step["metrics"] or {}).items())
+        spent = f"{step['seconds']:.1f}", f"{step['peak_memory_bytes'] / 1e9:.2f} GB"
+        rows.append((name, *_agreement_cells(step["agreement"] or {}), metrics or "-", *spent))
     if rows:
         yield Table(("step", *_AGREEMENT, "eval", "seconds", "memory"), rows)
-    judged = [step for step in steps if step["agreement"]]
-    if len(judged) > 1:
-        yield charts.recovery_steps(judged)
+    evaluated = [step for step in _steps(data) if step["agreement"]]
+    if len(evaluated) > 1:
+        yield charts.recovery_steps(evaluated)
 
 
 @section("Time by operator")
-def time_by_operator(data: Data) -> Iterator[Part]:
-    """Time by operator of each compact file."""
+def _time_by_operator(data: Data) -> Iterator[Part]:
     found = data.get("operators") or {}
     for name, after in found.items():
         before = found.get(name.replace("compact", "dense"))
@@ -306,57 +321,38 @@ def time_by_operator(data: Data) -> Iterator[Part]:
 
 
 @section("Pruned units")
-def pruned(data: Data) -> Iterator[Part]:
-    """Each pruned group with its units before and after."""
+def _pruned(data: Data) -> Iterator[Part]:
     cut = [group for group in data["groups"] if group["to"] < group["from"]]
-    if cut:
-        width = max(len(group["name"]) for group in cut)
-        inexact = (" (inexact)" if group["inexact"] else "" for group in cut)
-        yield Items(
-            [f"{g['name']:<{width}} {g['from']:>5} → {g['to']}{x}" for g, x in zip(cut, inexact, strict=True)], most=24
-        )
+    width = max((len(group["name"]) for group in cut), default=0)
+    lines = [f"{g['name']:<{width}} {g['from']:>5} → {g['to']}{' (inexact)' if g['inexact'] else ''}" for g in cut]
+    yield Items(lines, most=24)
     changed = [x for x in data.get("layers") or () if x["compact"] is None or x["compact"][0] != x["dense"][0]]
     if changed:
         yield charts.layer_widths(changed[:MOST_LAYERS])
 
 
 @section("Removed blocks and layers")
-def removed(data: Data) -> Iterator[Part]:
-    """Each removed block, with the reason."""
-    lines = [
-        f"{block['name']}: {block['reason'] or 'dead' + ', replaced by a constant' * block['constant']}"
-        for block in data["dropped"]
-    ]
-    if lines:
-        yield Items(lines, most=24)
+def _removed(data: Data) -> Iterator[Part]:
+    dead = "dead", "dead, replaced by a constant"
+    yield Items([f"{x['name']}: {x['reason'] or dead[x['constant']]}" for x in data["dropped"]], most=24)
 
 
 @section("Inexact cuts: not the same as setting units to zero")
-def inexact(data: Data) -> Iterator[Part]:
-    """Pruned groups whose removal changes what a norm or mean averages over."""
-    lines = [f"{g['name']}: {g['inexact']}" for g in data["groups"] if g["inexact"] and g["to"] < g["from"]]
-    if lines:
-        yield Items(lines, most=24)
+def _inexact(data: Data) -> Iterator[Part]:
+    pruned = (group for group in data["groups"] if group["to"] < group["from"])
+    yield Items([f"{group['name']}: {group['inexact']}" for group in pruned if group["inexact"]], most=24)
 
 
 @section("Left untouched, and why")
-def untouched(data: Data) -> Iterator[Part]:
-    """Reasons for untouched axes, the most frequent first, each with an example."""
+def _untouched(data: Data) -> Iterator[Part]:
     count = Counter(frozen["reason"] for frozen in data["frozen"])
     example = {f["reason"]: f"{f['tensor']}:{f['axis']}" for f in reversed(data["frozen"])}
-    if count:
-        yield Items(
-            [
-                f"{reason}: {example[reason]}" + (f" and {n - 1} more" if n > 1 else "")
-                for reason, n in count.most_common()
-            ],
-            most=8,
-        )
+    more = {reason: f" and {n - 1} more" if n > 1 else "" for reason, n in count.items()}
+    yield Items([f"{reason}: {example[reason]}{more[reason]}" for reason, _ in count.most_common()], most=8)
 
 
 @section("Costliest kernels", on_terminal=False)
-def kernels(data: Data) -> Iterator[Part]:
-    """Time over width of the slowest kernels."""
+def _kernels(data: Data) -> Iterator[Part]:
     yield from map(charts.staircase, data.get("stairs") or ())
 
 
@@ -364,59 +360,37 @@ def kernels(data: Data) -> Iterator[Part]:
 
 
 @section("Notes")
-def notes(data: Data) -> Iterator[Part]:
-    """Fallbacks, features lost in training, and caveats of verification and timing."""
-    steps = (data.get("recovery") or {"steps": ()})["steps"]
-    lost = (data["compact"] or {}).get("lost_in_training", [])
-    lines = [
-        *data["notes"],
-        *data["plan"]["notes"],
-        *(note for step in steps for note in step["notes"]),
-        *_evaluation_lines(data),
-        *_search_lines(data),
-        *(f"in training the compact model has no {item}" for item in lost),
-        *(data["check"] or {}).get("notes", []),
-    ]
-    if lines:
-        yield Items(list(dict.fromkeys(lines)))
-
-
-def _evaluation_lines(data: Data) -> Iterator[str]:
+def _notes(data: Data) -> Iterator[Part]:
+    lines = [*data["notes"], *data["plan"]["notes"], *(note for step in _steps(data) for note in step["notes"])]
     for name, figures in (data.get("evaluation") or {}).items():
         values = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
-        yield f"--metric of {name.replace(' ', '.')}.onnx: {values}"
-
-
-def _search_lines(data: Data) -> Iterator[str]:
-    found = data.get("within")
-    if not found:
-        return
-    attempts = []
-    for attempt in found["tried"]:
-        measured = "" if attempt["measured"] is None else f" (measured {percent(attempt['measured'], 1)})"
-        attempts.append(f"{percent(attempt['aim'], 0)}{measured} loses up to {attempt['upper']:.2f}")
-    yield (
-        f"fastest model that loses at most {found['max_drop']:g} points of {found['of']}: "
-        f"{percent(found['measured'], 1)} of {found.get('dense', 'the dense')} model's latency; attempts: "
-        + ", ".join(attempts)
-    )
+        lines.append(f"--metric of {name.replace(' ', '.')}.onnx: {values}")
+    if found := data.get("within"):
+        attempts = []
+        for attempt in found["tried"]:
+            measured = "" if attempt["measured"] is None else f" (measured {percent(attempt['measured'], 1)})"
+            attempts.append(f"{percent(attempt['aim'], 0)}{measured} loses up to {attempt['upper']:.2f}")
+        lines.append(
+            f"fastest model that loses at most {found['max_drop']:g} points of {found['of']}: "
+            f"{percent(found['measured'], 1)} of {found.get('dense', 'the dense')} model's latency; attempts: "
+            + ", ".join(attempts)
+        )
+    lines += [f"in training the compact model has no {x}" for x in (data["compact"] or {}).get("lost_in_training", [])]
+    yield Items(list(dict.fromkeys([*lines, *(data["check"] or {}).get("notes", [])])))
 
 
 @section("Machine, settings, and how to repeat the run", on_terminal=False)
-def origin(data: Data) -> Iterator[Part]:
-    """Machine, settings and commands behind the figures."""
-    rows = [("tool", f"{data['tool']['name']} {data['tool']['version']}")]
+def _origin(data: Data) -> Iterator[Part]:
+    rows = {"tool": f"{data['tool']['name']} {data['tool']['version']}"}
     if data["timing"]:
         where, how = data["timing"]["environment"], data["timing"]["settings"]
-        rows += [
-            ("processor", f"{where['cpu']}, {where['cores']} cores, {', '.join(where['instruction_sets'])}"),
-            ("system", f"{where['system']}, Python {where['python']}"),
-            ("ONNX Runtime", f"{where['onnxruntime']}, {where['provider']}"),
-            ("threads, batch", f"{how['threads']}, {how['batch']}"),
-        ]
-    rows.append(("plan", data["plan"]["digest"][:16]))
-    rows += [(name, str(value)) for name, value in sorted(data["settings"].items())]
-    yield Table(("name", "value"), rows)
+        rows["processor"] = f"{where['cpu']}, {where['cores']} cores, {', '.join(where['instruction_sets'])}"
+        rows["system"] = f"{where['system']}, Python {where['python']}"
+        rows["ONNX Runtime"] = f"{where['onnxruntime']}, {where['provider']}"
+        rows["threads, batch"] = f"{how['threads']}, {how['batch']}"
+    rows["plan"] = data["plan"]["digest"][:16]
+    settings = [(name, str(value)) for name, value in sorted(data["settings"].items())]
+    yield Table(("name", "value"), [*rows.items(), *settings])
     if data["command"]:
         yield Code(data["command"])
     if data["accuracy"]["next_command"]:

@@ -21,7 +21,7 @@ from benchmarks.studies.stacked.rows import Ask, measured
 from benchmarks.studies.stacked.subjects import Case, Judges, named
 from exporters.session import OnnxModel
 from surgery.errors import InvalidInput
-from surgery.inputs.compat import import_torchvision
+from surgery.inputs import import_torchvision
 
 ROOT = Path(__file__).resolve().parents[2]
 

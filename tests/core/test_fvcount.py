@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from surgery.core.counting import count_by_operator, count_macs, count_params
 from surgery.errors import InvalidInput, UnsupportedModel
-from surgery.inputs.compat import import_torchvision
+from surgery.inputs import import_torchvision
 
 torchvision = import_torchvision()
 

@@ -23,7 +23,7 @@ from surgery.coupling.coupler import couple
 from surgery.coupling.dropping import drop
 from surgery.cutting.verify import check_dropped
 from surgery.errors import CheckFailed, InvalidInput, PlanMismatch
-from surgery.inputs.compat import import_torchvision
+from surgery.inputs import import_torchvision
 
 IMAGE = torch.randn(2, 3, 16, 16)
 

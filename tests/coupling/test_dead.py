@@ -17,7 +17,7 @@ from surgery.coupling.blocks import dead_blocks, find_blocks
 from surgery.coupling.coupler import couple
 from surgery.coupling.dropping import drop
 from surgery.cutting.verify import check_dropped
-from surgery.inputs.compat import import_torchvision
+from surgery.inputs import import_torchvision
 
 WIDTH = 16
 IMAGE = torch.randn(2, 3, 16, 16)

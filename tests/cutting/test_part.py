@@ -14,7 +14,7 @@ from torch import nn
 
 import surgery
 from surgery.errors import InvalidInput, PlanMismatch
-from surgery.inputs.compat import import_torchvision
+from surgery.inputs import import_torchvision
 
 
 class Body(nn.Module):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from surgery.core import well_conditioned
 from surgery.errors import CheckFailed
-from surgery.inputs.compat import import_torchvision
+from surgery.inputs import import_torchvision
 
 aten = torch.ops.aten
 oracle = importlib.import_module("surgery.cutting.verify")  # `surgery.check` is also the function of that name

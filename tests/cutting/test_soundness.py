@@ -15,7 +15,7 @@ import surgery
 from surgery.core.counting import count_macs, count_params
 from surgery.coupling.cost import cost_functions
 from surgery.errors import UnsupportedModel
-from surgery.inputs.compat import import_torchvision
+from surgery.inputs import import_torchvision
 
 
 def _tiny_vit(tv: Any) -> nn.Module:

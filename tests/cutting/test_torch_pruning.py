@@ -18,7 +18,7 @@ from surgery.core.ir import Coupling
 from surgery.coupling.coupler import couple
 from surgery.cutting import eager
 from surgery.errors import CheckFailed, UnsupportedModel
-from surgery.inputs.compat import import_torchvision
+from surgery.inputs import import_torchvision
 
 SOURCE = """
 import torch

@@ -11,7 +11,7 @@ from conftest import Cutting, cut_model
 
 from surgery.core.counting import count_macs
 from surgery.coupling.cost import cost_functions
-from surgery.inputs.compat import import_torchvision
+from surgery.inputs import import_torchvision
 
 # name → (constructor arguments, input side, a tensor, how many of its rows one unit of each of its groups owns)
 CASES: dict[str, tuple[dict[str, Any], int, str, set[int]]] = {

@@ -31,7 +31,6 @@ WITHOUT_TORCH = {
     "surgery.latency.comparison",
     "surgery.config",
     "surgery.distributed",
-    "surgery.terminal",
     "surgery.cli",
     "benchmarks.ort",
 }

@@ -304,7 +304,7 @@ def test_weights_above_the_limit_go_beside_the_file(tmp_path, monkeypatch):
 
 
 def test_resnet18(tmp_path):
-    from surgery.inputs.compat import import_torchvision
+    from surgery.inputs import import_torchvision
 
     model = import_torchvision().models.resnet18(weights=None)
     result = export(model, torch.randn(1, 3, 64, 64), tmp_path / "m.onnx")

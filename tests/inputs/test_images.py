@@ -16,9 +16,9 @@ from surgery.capture import reach
 from surgery.capture.tracing import trace
 from surgery.core.ir import InputSpec
 from surgery.errors import InvalidInput
-from surgery.inputs import images
+from surgery.inputs import batches
 from surgery.inputs.datasets import Images, open_images
-from surgery.inputs.preprocessing import Preprocessing
+from surgery.inputs.libraries import Preprocessing
 
 SPEC = (InputSpec("x", (2, 3, 8, 8), "float32", (0,)),)
 MANY = (InputSpec("x", (2, 3, 2, 2), "float32", (0,)),)
@@ -33,7 +33,7 @@ def labelled() -> DataLoader[Any]:
     "given", [GIVEN, GIVEN.double(), list(GIVEN.split(9)), [(part, None) for part in GIVEN.split(40)], labelled()]
 )
 def test_every_way_to_give_images_comes_to_the_same(given: Any) -> None:
-    found, wanted = images.gather(given, SPEC), images.gather(GIVEN, SPEC)
+    found, wanted = batches.gather(given, SPEC), batches.gather(GIVEN, SPEC)
     assert found.described() == wanted.described() == {"images": 40, "sha256": wanted.digest}
     assert [len(x) for (x,) in found.batches] == [32, 8]
     assert torch.equal(torch.cat([x for (x,) in found.batches]), GIVEN)
@@ -42,11 +42,11 @@ def test_every_way_to_give_images_comes_to_the_same(given: Any) -> None:
 def test_other_images_have_another_digest() -> None:
     other = GIVEN.clone()
     other[3, 1, 4, 4] += 1e-3
-    assert images.gather(other, SPEC).digest != images.gather(GIVEN, SPEC).digest
+    assert batches.gather(other, SPEC).digest != batches.gather(GIVEN, SPEC).digest
 
 
 def test_a_fixed_batch_is_kept() -> None:
-    found = images.gather(GIVEN, (InputSpec("x", (12, 3, 8, 8), "float32", ()),))
+    found = batches.gather(GIVEN, (InputSpec("x", (12, 3, 8, 8), "float32", ()),))
     assert [len(x) for (x,) in found.batches] == [12, 12, 12]
     assert found.count == 36
 
@@ -67,7 +67,7 @@ def test_a_fixed_batch_is_kept() -> None:
 )
 def test_what_does_not_fit_says_so(given: Any, said: str) -> None:
     with pytest.raises(InvalidInput, match=said):
-        images.gather(given, SPEC)
+        batches.gather(given, SPEC)
 
 
 def pixels(*shape: int) -> np.ndarray:
@@ -91,7 +91,7 @@ def test_an_archive_is_scaled_resized_and_normalised(tmp_path: Path) -> None:
     assert opened(tmp_path / "a.npz", (1, 3, 32, 16))[0][0].shape == (3, 32, 16)
     assert opened(tmp_path / "a.npz", (1, 3, 32, 16), size=(12, 20))[0][0].shape == (3, 12, 20)
     np.savez(tmp_path / "many.npz", images=pixels(1000, 2, 2, 3))
-    assert images.gather(opened(tmp_path / "many.npz", (1, 3, 2, 2)), MANY, 100).count == 100
+    assert batches.gather(opened(tmp_path / "many.npz", (1, 3, 2, 2)), MANY, 100).count == 100
 
 
 def test_a_folder_is_read_by_name_from_the_middle_of_each_image(tmp_path: Path) -> None:
@@ -130,12 +130,12 @@ def test_files_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path) -> N
         Image.fromarray(pixels(8, 8, 3)).save(tmp_path / f"{k:03}.png")
     (tmp_path / "007.png").write_bytes(b"nothing")
     found = opened(tmp_path, (1, 3, 8, 8))
-    assert images.gather(found, SPEC, 120).count == 119
+    assert batches.gather(found, SPEC, 120).count == 119
     assert found.notes() == ["--data: 1 files could not be read and were left out"]
     assert torch.equal(found[7][0], found[8][0])
     (tmp_path / "008.png").write_bytes((tmp_path / "009.png").read_bytes()[:40])
     with pytest.raises(InvalidInput, match=r"2 of 120 images cannot be read, the first is .*007.png"):
-        images.gather(opened(tmp_path, (1, 3, 8, 8)), SPEC, 120)
+        batches.gather(opened(tmp_path, (1, 3, 8, 8)), SPEC, 120)
 
 
 def test_files_that_cannot_be_used_say_so(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_callable_of_the_users_gives_its_batches(tmp_path: Path) -> None:
         "def bad():\n    return 3\ndef broken():\n    raise ValueError('no disk')\n"
     )
     found = open_images(f"{tmp_path}/mine.py:good", (1, 3, 8, 8), Preprocessing())
-    assert images.gather(found, SPEC).count == 12
+    assert batches.gather(found, SPEC).count == 12
     for name, said in (("bad", "returned int"), ("broken", "no disk"), ("none", "has no 'none'")):
         with pytest.raises(InvalidInput, match=said):
             open_images(f"{tmp_path}/mine.py:{name}", (1, 3, 8, 8), Preprocessing())
@@ -172,6 +172,6 @@ def test_a_callable_of_the_users_gives_its_batches(tmp_path: Path) -> None:
 def test_a_part_sees_what_arrives_at_it() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())).eval()
     whole = reach(model, "1", GIVEN[:2], None)
-    found = images.calibration_images(GIVEN, trace(*whole.call), whole)
+    found = batches.calibration_images(GIVEN, trace(*whole.call), whole)
     assert torch.equal(found.batches[1][0], model[0](GIVEN[32:]))
-    assert found.digest == images.gather(GIVEN, SPEC).digest
+    assert found.digest == batches.gather(GIVEN, SPEC).digest

@@ -231,7 +231,7 @@ def test_files_are_made_as_the_plan_was_timed(table: LatencyTable, tmp_path: Pat
 
 
 def test_a_drop_of_int8_files_needs_images_to_make_them_by() -> None:
-    with pytest.raises(InvalidInput, match="--max-drop judges files in int8"):
+    with pytest.raises(InvalidInput, match="--max-drop evaluates files in int8"):
         surgery.shrink(net(), IMAGE, surgery.recipe(max_drop=5.0, deploy="int8", metric=lambda model: {"top1": 0.5}))
 
 

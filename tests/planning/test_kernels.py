@@ -15,7 +15,7 @@ from surgery.capture.tracing import trace
 from surgery.core.ir import Coupling, Program
 from surgery.core.kernels import Kernel, Operand, Widths, resolved, step
 from surgery.coupling.coupler import couple
-from surgery.inputs.compat import import_torchvision
+from surgery.inputs import import_torchvision
 from surgery.latency import probe
 from surgery.latency.fill import REFERENCE, Timer, fill
 from surgery.latency.micro import chain_bytes, model_bytes

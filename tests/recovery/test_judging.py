@@ -23,7 +23,7 @@ from surgery.config import MILDEST, recipe
 from surgery.core.ir import InputSpec
 from surgery.errors import InvalidInput
 from surgery.inputs.datasets import open_images
-from surgery.inputs.preprocessing import Preprocessing
+from surgery.inputs.libraries import Preprocessing
 from surgery.recovery import evaluation
 from surgery.recovery.evaluation import Pairs, Reference, paired_drop, score_interval
 
@@ -299,12 +299,12 @@ def layout(folder: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", ["plain", "deep", "stray", "links"])
 def test_folders_are_read_as_torchvision_does(tmp_path: Path, kind: str) -> None:
-    from surgery.inputs.compat import import_torchvision
+    from surgery.inputs import import_torchvision
 
     place = layout(tmp_path, kind)
     theirs = import_torchvision().datasets.ImageFolder(str(place))
     found = open_images(str(place), (1, 3, 10, 10), PLAIN)
-    assert [(str(file), label) for file, label in zip(found.files, found.classes, strict=True)] == theirs.samples
+    assert [(str(file), label) for file, label in zip(found.items, found.classes, strict=True)] == theirs.samples
     assert any("beside the folders" in note for note in found.notes()) == (kind == "stray")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from surgery.capture.tracing import trace
 from surgery.coupling.coupler import couple
-from surgery.inputs.compat import import_timm
+from surgery.inputs.libraries import import_timm
 
 STEPS = 20
 MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {

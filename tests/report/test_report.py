@@ -6,10 +6,12 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
+from torch import nn
 
 from surgery import report
 from surgery.core.ir import (
@@ -25,6 +27,7 @@ from surgery.core.ir import (
     Program,
     Site,
 )
+from surgery.inputs import LoadedModel
 from surgery.report import sections
 from surgery.report.data import SCHEMA
 
@@ -59,14 +62,10 @@ def data() -> dict[str, Any]:
         settings={"criterion": "l1"},
     )
     compact = CompactModel(None, "graph", "view(-1, 320) at net.py:9 is literal", None, ("stochastic depth",))
-    return report.describe(
-        program,
-        coupling,
-        plan,
-        compact=compact,
-        verdict=CheckResult(40, 1e-14, 2e-7, 0.5, "the dense model with dead slices zeroed"),
-        costs={"params": (1000, 480), "macs": (2_000_000, 990_000), "channels": (28, 25)},
-    )
+    costs = {"params": (1000, 480), "macs": (2_000_000, 990_000), "channels": (28, 25)}
+    cut: Any = SimpleNamespace(program=program, coupling=coupling, plan=plan)
+    verdict = CheckResult(40, 1e-14, 2e-7, 0.5, "the dense model with dead slices zeroed")
+    return report.describe(cut, costs, compact=compact, verdict=verdict)
 
 
 def interval(value: float) -> dict[str, float]:
@@ -88,6 +87,10 @@ def timed(data: dict[str, Any], *, reliable: bool = True) -> dict[str, Any]:
     }  # fmt: skip
     sizes = {"dense": 4000, "masked": 4000, "compact": 2000}
     return report.with_files(data, onnx_bytes=sizes, timing=timing, files_sha256={"plan.json": "ab"}, notes=["a note"])
+
+
+def loaded(name: str, weights: str) -> LoadedModel:
+    return LoadedModel(nn.Identity(), (), {}, name, weights)
 
 
 def terminal(data: dict[str, Any], width: int = 110) -> str:
@@ -121,7 +124,7 @@ def test_every_group_is_listed_cut_or_not(data: dict[str, Any]) -> None:
 
 def test_the_first_line_everywhere_is_the_verdict_and_the_next_command(data: dict[str, Any]) -> None:
     command = "python -i -c 'import surgery [not markup]'"
-    full = timed(report.with_origin(data, name="net", weights="random", next_command=command))
+    full = timed(report.with_origin(data, loaded("net", "random"), next_command=command))
     verdict = "accuracy unknown: not fit to deploy"
     assert terminal(full, width=60).splitlines()[0] == f"{verdict}; next: {command}"
     assert report.Report(full).to_markdown().splitlines()[0] == f"{verdict}; next: `{command}`"
@@ -138,7 +141,7 @@ def test_the_terminal_names_what_was_cut_what_is_frozen_and_what_is_inexact(data
 
 
 def test_the_table_has_the_four_rows_and_leaves_out_what_nobody_measured(data: dict[str, Any]) -> None:
-    (table,) = (part for part in sections.models(timed(data)) if isinstance(part, report.Table))
+    (table,) = (part for part in sections._models(timed(data)) if isinstance(part, report.Table))
     rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
     assert list(rows) == ["dense", "masked", "compact", "A/A"]
     assert rows["compact"]["speedup"] == "2.00x"
@@ -206,7 +209,7 @@ def test_names_are_neither_markup_nor_control_characters_in_any_rendering(data: 
     data["settings"][evil] = data["model"]["name"] = data["model"]["weights"] = evil
     data["layers"] = [{"name": evil, "dense": [4, 1], "compact": [2, 1]}]
     data["notes"] = [evil, "a < b & 'c'"]
-    full = report.Report(timed(report.with_origin(data, name=evil, weights=evil, next_command=evil, command=evil)))
+    full = report.Report(timed(report.with_origin(data, loaded(evil, evil), next_command=evil, command=evil)))
     html, markdown = full.to_html(), full.to_markdown()
     for text in (terminal(dict(full.data), width=200), markdown, html):
         assert "\x1b" not in text and "\u202e" not in text and "\\x1b[2J" in text.replace("\\[", "[")
