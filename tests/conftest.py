@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from surgery.coupling.coupler import couple
 from surgery.coupling.plans import Cut, plan_from_dead
 from surgery.cutting import check, cut
 from surgery.importance.head_selection import arrange, settled
+from surgery.inputs import import_torchvision
 
 torch.set_num_threads(1)  # the networks here are tiny: more threads only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so in the processes that tests start
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,15 @@ def sound(model: nn.Module, inputs: Any, *, plans: int = 1, kwargs: Mapping[str,
         cutting = apply_plan(program, coupling, random_dead(coupling, seed), arrangements)
         cutting.check()
     return cutting
+
+
+def vit() -> nn.Module:
+    """A vision transformer of torchvision's, for images of 224 pixels, with three narrow layers."""
+    transformer = import_torchvision().models.VisionTransformer
+    model: nn.Module = transformer(
+        image_size=224, patch_size=32, num_layers=3, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10
+    )
+    return model
 
 
 def count(model: nn.Module) -> int:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from processes import run_surgery
 from stairs import table_of
 
 import surgery
@@ -112,10 +113,10 @@ def timed_twice(folder: Path) -> subprocess.CompletedProcess[str]:
     program = surgery.trace(*nets.net())
     table_of(program, surgery.couple(program)).save(folder / "table.json")
     options = ("--latency", "0.7", "--latency-table", "table.json", "--no-correct", "--weights", "random")
-    first = run(folder, "nets.py:net", *options, "--runs", "3", "--quiet", "--out", "timed")
+    first = run_surgery(folder, "shrink", "nets.py:net", *options, "--runs", "3", "--quiet", "--out", "timed")
     if first.returncode:
         return first
-    return run(folder, "run", "timed/recipe.toml", "--out", "timed again", "--quiet", module=True)
+    return run_surgery(folder, "run", "timed/recipe.toml", "--out", "timed again", "--quiet")
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,6 @@ class Place:
 
 def command(*args: str) -> list[str]:
     return [sys.executable, str(ROOT / "scripts" / "shrink.py"), *args]
-
-
-def run(folder: Path, *args: str, module: bool = False) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "surgery.cli", *args] if module else command(*args)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
 def digest(folder: Path) -> dict[str, bytes]:
@@ -179,16 +174,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     for place in (folder, empty):
         (place / "nets.py").write_text(NETS)
     good = ["nets.py:net", "--weights", "random", "--runs", "3", *HALF]
-    first = run(folder, *good, "--out", "out")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    first = subprocess.run(
+        command(*good, "--out", "out"), cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
     before = digest(folder / "out")
     calls = {
-        "rerun": lambda: run(folder, "run", "out/recipe.toml", "--out", "rerun", "--quiet", module=True),
+        "rerun": lambda: run_surgery(folder, "run", "out/recipe.toml", "--out", "rerun", "--quiet"),
         "timed again": lambda: timed_twice(folder),
-        "show": lambda: run(empty, "show", "nets.py:net", "--weights", "random", *HALF, "--keep", "fc", module=True),
-        "again": lambda: run(folder, *good, "--out", "again", "--json", "--quiet"),
-        "debug": lambda: run(folder, "nets.py:bug", "--debug", "--out", "out"),
+        "show": lambda: run_surgery(empty, "show", "nets.py:net", "--weights", "random", *HALF, "--keep", "fc"),
+        "again": lambda: run_surgery(folder, "shrink", *good, "--out", "again", "--json", "--quiet"),
+        "debug": lambda: run_surgery(folder, "shrink", "nets.py:bug", "--debug", "--out", "out"),
         **{
-            name: partial(run, folder, "--quiet", "--out", "out", *args, *(() if BUDGETS & set(args) else HALF))
+            name: partial(
+                run_surgery, folder, "shrink", "--quiet", "--out", "out", *args, *(() if BUDGETS & set(args) else HALF)
+            )
             for name, (args, _, _) in MISHAPS.items()
         },
     }
@@ -291,7 +291,7 @@ def test_help_lists_every_exit_code_and_does_not_load_torch() -> None:
 
 def test_the_version_is_the_packages() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert version in run(ROOT, "--version", module=True).stdout
+    assert version in run_surgery(ROOT, "--version").stdout
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_the_version_is_the_packages() -> None:
     ],
 )
 def test_mistyped_options_are_usage_errors(place: Place, args: list[str], said: str) -> None:
-    result = run(place.folder, *args)
+    result = run_surgery(place.folder, "shrink", *args)
     assert result.returncode == 2
     assert said in result.stderr
     assert result.stdout == ""

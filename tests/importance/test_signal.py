@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import vit
 from torch import Tensor, nn
 
 from surgery.capture.tracing import trace
@@ -134,10 +135,13 @@ def test_a_layer_cannot_lose_more_than_all() -> None:
     assert math.isfinite(loss_of(1.0, 1.0)) and loss_of(1.0, 1.0) > 20 * loss_of(1.0, 0.5)
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "vit_b_16"])
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "vit"])
 def test_every_group_has_consumers_whose_shares_are_shares(name: str) -> None:
-    loaded = load_model(name, weights="random", input_shape=(1, 3, 224, 224) if name == "vit_b_16" else (1, 3, 64, 64))
-    program = trace(loaded.module, loaded.example_inputs, loaded.example_kwargs)
+    if name == "vit":
+        program = trace(vit().eval(), torch.randn(1, 3, 224, 224))
+    else:
+        loaded = load_model(name, weights="random", input_shape=(1, 3, 64, 64))
+        program = trace(loaded.module, loaded.example_inputs, loaded.example_kwargs)
     known = signal(program)
     for group in couple(program).groups:
         consumers = known.consumers[group.name]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import zipfile
@@ -17,6 +16,7 @@ import onnxruntime
 import pytest
 import torch
 from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+from processes import run_surgery
 from stairs import table_of
 from torch import nn
 
@@ -251,11 +251,7 @@ def net():
 
 
 def run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SURGERY_CACHE": str(folder / "cache"), "COLUMNS": "200"}
-    command = [sys.executable, "-m", "surgery.cli", *args]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=600
-    )
+    return run_surgery(folder, *args, env={"SURGERY_CACHE": str(folder / "cache")})
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_surgery
 from stairs import STEP, table_of
 from torch import nn
 
@@ -283,9 +282,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SURGERY_CACHE": str(folder / "cache")}
-    line = [sys.executable, "-m", "surgery.cli", *args, "--quiet"]
-    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    return run_surgery(folder, *args, "--quiet", env={"SURGERY_CACHE": str(folder / "cache")})
 
 
 def test_the_command_line_plans_by_a_table(folder: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import run_surgery
 from rich.console import Console
 from torch import nn
 
@@ -55,11 +56,7 @@ def net(width=64):
 
 
 def run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SURGERY_CACHE": str(folder / "cache"), "COLUMNS": "200"}
-    command = [sys.executable, "-m", "surgery.cli", *args]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=600
-    )
+    return run_surgery(folder, *args, env={"SURGERY_CACHE": str(folder / "cache")})
 
 
 def good(done: subprocess.CompletedProcess[str]) -> str:

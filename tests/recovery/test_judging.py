@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import subprocess
-import sys
 import zipfile
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import run_surgery
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -480,10 +479,6 @@ def shrink(folder: Path, arguments: list[str], environment: dict[str, str]) -> s
         "import torch\ndef net():\n    layers = torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3)\n"
         "    return torch.nn.Sequential(*layers), torch.zeros(1, 3, 16, 16)\n"
     )
-    command = [sys.executable, "-m", "surgery.cli", "shrink", "net.py:net", "--out", "out", *arguments]
-    done = subprocess.run(
-        command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+    done = run_surgery(folder, "shrink", "net.py:net", "--out", "out", *arguments, env=environment)
     assert done.returncode == 2
     return done

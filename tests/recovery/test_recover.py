@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import run_surgery
 from stairs import table_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -545,9 +546,14 @@ def place(tmp_path_factory: pytest.TempPathFactory, trained: nn.Module, digits: 
     return folder
 
 
+NORMALISED = ("--mean", "0.5", "--std", "0.5")
+
+
 def surgery_shrink(place: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *launcher, str(ROOT / "scripts" / "shrink.py"), "net.py:net", "--weights", "net.pt"]
-    command += ["--mean", "0.5", "--std", "0.5", "--macs", "0.4", "--runs", "3", *arguments]
+    arguments = ("net.py:net", "--weights", "net.pt", "--macs", "0.4", "--runs", "3", *arguments)
+    if not launcher:
+        return run_surgery(place, "shrink", *arguments, env={"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, *launcher, str(ROOT / "scripts" / "shrink.py"), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=600)
 
@@ -555,6 +561,7 @@ def surgery_shrink(place: Path, *arguments: str, launcher: tuple[str, ...] = ())
 def test_one_command_from_images_to_accuracy(place: Path) -> None:
     done = surgery_shrink(
         place,
+        *NORMALISED,
         "--data",
         "photos",
         "--val",
@@ -587,21 +594,9 @@ def test_one_command_from_images_to_accuracy(place: Path) -> None:
 
 
 def test_without_images_a_trained_model_is_folded(place: Path) -> None:
-    environment = surgery_shrink(place, "--out", "folded", "--json", "--quiet")
-    assert environment.returncode == 2 and "--mean is for images" in environment.stderr
-    command = [
-        sys.executable,
-        str(ROOT / "scripts" / "shrink.py"),
-        "net.py:net",
-        "--weights",
-        "net.pt",
-        "--macs",
-        "0.4",
-    ]
-    done = subprocess.run(
-        [*command, "--runs", "3", "--out", "folded", "--json", "--quiet"],
-        cwd=place, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    mistaken = surgery_shrink(place, *NORMALISED, "--out", "folded", "--json", "--quiet")
+    assert mistaken.returncode == 2 and "--mean is for images" in mistaken.stderr
+    done = surgery_shrink(place, "--out", "folded", "--json", "--quiet")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["recovery"]["level"] == "fold"
@@ -623,7 +618,7 @@ def test_without_images_a_trained_model_is_folded(place: Path) -> None:
 def test_mistakes_are_one_sentence_and_write_nothing(place: Path, arguments: list[str], said: str) -> None:
     if not said:
         arguments = [*arguments, "--epochs", "1"]
-    done = surgery_shrink(place, *arguments, "--out", "mistake", "--quiet")
+    done = surgery_shrink(place, *NORMALISED, *arguments, "--out", "mistake", "--quiet")
     if not said:
         assert done.returncode == 0, done.stderr
         return
@@ -647,14 +642,26 @@ def test_of_two_processes_one_tells_what_went_wrong(place: Path, arguments: list
     plain = ["--max-images", "64", "--criterion", "l1", "--epochs", "1", "--quiet"]
     if "judge.py" in arguments[1]:
         plain += ["--val", "val.npz"]
-    done = surgery_shrink(place, *arguments, *plain, "--out", "mistake", launcher=TWO)
+    done = surgery_shrink(place, *NORMALISED, *arguments, *plain, "--out", "mistake", launcher=TWO)
     assert done.returncode != 0
     (told,) = [line for line in done.stderr.splitlines() if "surgery: " in line]
     assert told.startswith(f"surgery: {said}")
 
 
 def test_two_processes_give_what_one_gives(place: Path) -> None:
-    taught = ("--data", "train.npz", "--val", "val.npz", "--recover", "distill", "--epochs", "2", "--json", "--quiet")
+    taught = (
+        *NORMALISED,
+        "--data",
+        "train.npz",
+        "--val",
+        "val.npz",
+        "--recover",
+        "distill",
+        "--epochs",
+        "2",
+        "--json",
+        "--quiet",
+    )
     alone = surgery_shrink(place, *taught, "--out", "one")
     assert alone.returncode == 0, alone.stderr
     together = surgery_shrink(place, *taught, "--out", "two", launcher=TWO)
