@@ -116,10 +116,8 @@ def _line_of(node: fx.Node) -> str:
 
 def assertions(graph: fx.GraphModule) -> Iterator[fx.Node]:
     """Return run-time checks of sizes and values."""
-    for node in graph.graph.nodes:
-        called = node.op in ("call_function", "call_module") and not node.users
-        if called and any(mark in str(node.target) for mark in _ASSERTIONS):
-            yield node
+    unread = (n for n in graph.graph.nodes if n.op in ("call_function", "call_module") and not n.users)
+    return (n for n in unread if any(mark in str(n.target) for mark in _ASSERTIONS))
 
 
 def drop_assertions(graph: fx.GraphModule) -> None:

@@ -137,17 +137,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """
     modes = [(m, m.training) for m in model.modules()]
     graphs = [m for m, training in modes if training and isinstance(m, torch.fx.GraphModule)]
-    try:
+
+    def set_operators(training: bool) -> None:
         for graph in graphs:
             with suppress(NotImplementedError):  # `ExportedProgram.module()` does not support train and eval
-                graph.eval()
+                graph.train(training)
+
+    try:
+        set_operators(False)
         for m, _ in modes:
             m.training = False
         yield
     finally:
-        for graph in graphs:
-            with suppress(NotImplementedError):
-                graph.train()
+        set_operators(True)
         for m, mode in modes:
             m.training = mode
 

@@ -109,11 +109,7 @@ def interpret(
 ) -> dict[str, Any]:
     """Return a value for each node, by its name: labels, moments, or any other substitute for a tensor.
 
-    Args:
-        graph: graph of ATen operators.
-        placeholder: returns the value of an input.
-        parameter: returns the value of a parameter or buffer, by name.
-        call: returns the value of an operator call, given the values of all preceding nodes.
+    `call` receives an operator call and the values of all preceding nodes.
     """
     values: dict[str, Any] = {}
     for node in graph.nodes:
@@ -138,10 +134,6 @@ class Frontier:
         """Memory of its tensors; views are counted as copies."""
         tensors = [x for x in pytree.tree_leaves(list(self.values.values())) if isinstance(x, Tensor)]
         return sum(x.numel() * x.element_size() for x in tensors)
-
-    def to(self, device: torch.device) -> Frontier:
-        """Return the run with its tensors on a device."""
-        return replace(self, values=_mapped(lambda x: x.to(device), dict(self.values)))
 
 
 class Executor:
@@ -200,7 +192,10 @@ class Executor:
 
     def _own(self, run: Frontier) -> Frontier:
         """Copy the run's values if the program writes to any, so that it can be resumed again."""
-        return replace(run, values=_mapped(Tensor.clone, dict(run.values))) if self._writers else run
+        if not self._writers:
+            return run
+        own = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, dict(run.values))
+        return replace(run, values=own)
 
     def advance(self, run: Frontier, to: int, *, keep: frozenset[str] = frozenset()) -> Frontier:
         """Run up to but excluding the node at `to`; values of the nodes in `keep` are not freed."""
@@ -259,7 +254,3 @@ class Executor:
         if isinstance(x, torch.device):
             return x if self._device is None else self._device
         return self._dtype if isinstance(x, torch.dtype) and x.is_floating_point and self._dtype is not None else x
-
-
-def _mapped(function: Callable[[Tensor], Tensor], values: Any) -> Any:
-    return pytree.tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, values)

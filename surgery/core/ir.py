@@ -189,12 +189,9 @@ class Coupling:
 
     def group(self, name: str) -> Group:
         """Return the group called `name`; raises PlanMismatch if there is none."""
-        for candidate in self.groups:
-            if candidate.name == name:
-                return candidate
-        raise PlanMismatch(
-            f"no group '{name}' in this model: the plan was made for another architecture; make a new plan"
-        )
+        if found := [group for group in self.groups if group.name == name]:
+            return found[0]
+        raise PlanMismatch(f"no group '{name}' in this model: the plan is for another architecture; make a new plan")
 
 
 Scores = Mapping[str, tuple[float, ...]]

@@ -329,12 +329,6 @@ def _heads(call: Call, operands: tuple[Value, Value, Value], back: int) -> Layer
     return layers
 
 
-def _explicit_scale(r: Rewrite) -> Mapping[str, Any]:
-    if r.bound["scale"] is not None:
-        return {}
-    return {"scale": 1.0 / sqrt(r.bound["query"].shape[-1])}
-
-
 def _sdpa_macs(shapes: Mapping[str, Shape], out: Shape) -> int:
     q, k, v = shapes["query"], shapes["key"], shapes["value"]
     return prod(q) * k[-2] + prod(q[:-1]) * k[-2] * v[-1]
@@ -378,7 +372,7 @@ register(
         "attention",
         _couple_sdpa,
         between_linears(_attention, after=4),
-        _explicit_scale,
+        lambda r: {} if r.bound["scale"] is not None else {"scale": 1.0 / sqrt(r.bound["query"].shape[-1])},
         masked=("query", "key", "value"),
         macs=_sdpa_macs,
         onnx=_onnx_sdpa,

@@ -131,7 +131,7 @@ def _rolled(r: Rewrite) -> Changes:
 def _squeezed(r: Rewrite) -> Changes:
     """An axis that has shrunk to one must not be squeezed: name the axes explicitly."""
     dense: Shape = r.bound["self"].shape
-    if not any(now == 1 != before for now, before in zip(r.shape_of(r.bound["self"]), dense, strict=True)):
+    if not any(now == 1 != before for now, before in zip(r.mask.shape(r.bound["self"]), dense, strict=True)):
         return {}
     wanted = r.bound.get("dim", range(len(dense)))
     single = [d for d in ([wanted] if isinstance(wanted, int) else wanted) if dense[d] == 1]
@@ -146,7 +146,7 @@ def _squeezed(r: Rewrite) -> Changes:
 def _split_sizes(r: Rewrite) -> Changes:
     """Chunk and split: if survivors are distributed unevenly, list the size of every piece."""
     dim = r.bound["dim"] % len(r.bound["self"].shape)
-    pieces = [r.shape_of(out)[dim] for out in r.outputs]
+    pieces = [r.mask.shape(out)[dim] for out in r.outputs]
     if pieces == [out.shape[dim] for out in r.outputs]:
         return {}
     if "split_sizes" in r.bound:
@@ -180,10 +180,6 @@ def _couple_stack(call: Call) -> Value:
     dim = call["dim"] % len(call.outputs[0])
     axes = range(len(call.outputs[0]) - 1)
     return call.out({a if a < dim else a + 1: _tied(call, call["tensors"], a) for a in axes})
-
-
-def _onnx_cat(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
-    return [step("Concat", *(name for name in shapes if name.startswith("tensors")), axis=a["dim"] % len(out))]
 
 
 # Padding. -----------------------------------------------------------------------------------------------------------
@@ -296,7 +292,9 @@ register(
         "movement",
         _couple_cat,
         fork_convs(lambda a, b: torch.cat([a, b], 1), after=16),
-        onnx=_onnx_cat,
+        onnx=lambda a, shapes, out: [
+            step("Concat", *(n for n in shapes if n.startswith("tensors")), axis=a["dim"] % len(out))
+        ],
         is_sum=True,
         moments=lambda a: joined(a["tensors"], a["dim"]),
         summary="labels laid end to end",

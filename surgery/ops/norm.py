@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.core import Layers, Step, Value, step
+from surgery.core import Layers, Value, step
 from surgery.ops.examples import WithParameters, between_convs, between_linears
 from surgery.ops.moments import Moments
-from surgery.ops.registry import Call, Coupled, Dead, Macs, Rewrite, Rule, Shape, join, register, to_onnx
+from surgery.ops.registry import Call, Coupled, Dead, Macs, Rewrite, Rule, join, register, to_onnx
 
 
 def _tied(call: Call, axis: int, other_axis: int, *names: str) -> Layers:
@@ -53,10 +53,6 @@ def _couple_layer(call: Call) -> Value:
         call.labels.claim(axes[a])
         call.labels.mark_inexact(axes[a], f"{call.labels.where} normalises over the survivors")
     return call.out(axes)
-
-
-def _rewrite_layer(r: Rewrite) -> Mapping[str, Any]:
-    return {"normalized_shape": list(r.shape_of(r.bound["input"])[-len(r.bound["normalized_shape"]) :])}
 
 
 def _couple_group(call: Call) -> Value:
@@ -134,21 +130,18 @@ def _counted(per_element: int, *, affine: int) -> Macs:
     return lambda shapes, out: prod(shapes["input"]) * (affine if "weight" in shapes else per_element)
 
 
-def _onnx_layer(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
-    return [step("LayerNormalization", "input", "weight", "bias", axis=-len(a["normalized_shape"]))]
-
-
 def _decomposed(x: Tensor, *own: Tensor) -> Tensor:
     y: Tensor = torch.ops.aten._native_batch_norm_legit_no_training(x, *own, 0.1, 1e-5)[0]
     return y
 
 
+_AFFINE = ("input", "weight", "bias")
 _BATCH = Rule(
     "aten.batch_norm.default",
     "norm",
     _couple_batch,
     between_convs(nn.BatchNorm2d(8)),
-    onnx=to_onnx("BatchNormalization", "input", "weight", "bias", "running_mean", "running_var"),
+    onnx=to_onnx("BatchNormalization", *_AFFINE, "running_mean", "running_var"),
     factors=("weight",),
     macs=_counted(1, affine=2),
     moments=partial(_moments, axis=1),
@@ -159,9 +152,9 @@ _LAYER = Rule(
     "norm",
     _couple_layer,
     between_linears(nn.LayerNorm(12)),
-    _rewrite_layer,
+    lambda r: {"normalized_shape": list(r.mask.shape(r.bound["input"])[-len(r.bound["normalized_shape"]) :])},
     reference=_reference_layer,
-    onnx=_onnx_layer,
+    onnx=lambda a, _, out: [step("LayerNormalization", *_AFFINE, axis=-len(a["normalized_shape"]))],
     factors=("weight",),
     macs=_counted(4, affine=5),
     moments=partial(_moments, axis=None),
@@ -172,7 +165,7 @@ _INSTANCE = Rule(
     "norm",
     _couple_batch,
     between_convs(nn.InstanceNorm2d(8, affine=True)),
-    onnx=to_onnx("InstanceNormalization", "input", "weight", "bias"),
+    onnx=to_onnx("InstanceNormalization", *_AFFINE),
     macs=_counted(4, affine=5),
     moments=partial(_moments, axis=1),
     summary="normalises each channel over space: ties scale and shift",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from surgery.core import Step, Value, step
 from surgery.ops.examples import between_convs, between_linears
-from surgery.ops.registry import Call, Coupled, Dead, Example, Lowering, Macs, Rule, Shape, one_per_axis, register
+from surgery.ops.registry import Call, Coupled, Dead, Lowering, Macs, Rule, Shape, one_per_axis, register
 
 aten = torch.ops.aten
 
@@ -64,13 +64,15 @@ def _couple_norm(call: Call) -> Coupled:
     return _couple_sum(call) if call.bound.get("ord", 2) >= 0 else _couple_frozen(call)
 
 
-def _couple_scan(call: Call) -> Coupled:
-    """Same shape out: the axis it runs along is never cut."""
-    return call.outs(call.axes(call.value("self"), (call["dim"],), "depends on every index of this axis"))
-
-
 def _frozen(name: str, function: Callable[[Tensor], Tensor], *, scan: bool = False) -> Rule:
-    couple, summary = _couple_scan if scan else _couple_frozen, "the axis it runs over is never cut"
+    """Of a scan, the result has the shape of the input."""
+
+    def couple(call: Call) -> Coupled:
+        if not scan:
+            return _couple_frozen(call)
+        return call.outs(call.axes(call.value("self"), (call["dim"],), "depends on every index of this axis"))
+
+    summary = "the axis it runs over is never cut"
     return Rule(f"aten.{name}", "reduction", couple, between_convs(function), summary=summary)
 
 
@@ -134,8 +136,7 @@ register(
 
 
 def _onnx_window(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
-    spatial = len(shapes[next(iter(shapes))]) - 2
-    kernel, stride, pads = (one_per_axis(a[name], spatial) for name in ("kernel_size", "stride", "padding"))
+    kernel, stride, pads = (one_per_axis(a[name], len(out) - 2) for name in ("kernel_size", "stride", "padding"))
     op, ceil = "MaxPool" if "dilation" in a else "AveragePool", int(a["ceil_mode"])
     return [step(op, "self", kernel_shape=kernel, strides=stride or kernel, pads=2 * pads, ceil_mode=ceil)]
 
@@ -151,19 +152,6 @@ def _onnx_adaptive(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape
     return [step("AveragePool", "self", kernel_shape=kernel, strides=kernel)] if max(kernel) > 1 else []
 
 
-def _onnx_resize(mode: str) -> Lowering:
-    def onnx(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
-        source = next(iter(shapes.values()))
-        scales = (1.0, 1.0, *(o / s for o, s in zip(out[2:], source[2:], strict=True)))
-        return [step("Resize", next(iter(shapes)), None, scales, mode=mode)]
-
-    return onnx
-
-
-def _line(function: Callable[[Tensor], Tensor]) -> Example:
-    return between_convs(lambda x: function(x.flatten(2)).reshape(x.shape[0], 8, -1, 5))
-
-
 def _window(
     name: str,
     spatial: int,
@@ -174,21 +162,24 @@ def _window(
     def couple(call: Call) -> Coupled:
         return call.outs(call.axes(call.tensors()[0], range(-spatial, 0), "pooled or resized"))
 
-    example = _line(function) if spatial == 1 else between_convs(function)
-    summary = "passes batch and channels"
+    around = {
+        1: lambda x: function(x.flatten(2)).reshape(x.shape[0], 8, -1, 5),
+        2: function,
+        3: lambda x: function(x.unsqueeze(2)).squeeze(2),
+    }
+    example, summary = between_convs(around[spatial]), "passes batch and channels"
     return Rule(f"aten.{name}", "pooling and resizing", couple, example, macs=macs, onnx=onnx, summary=summary)
 
 
-def _volume(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda x: function(x.unsqueeze(2)).squeeze(2)
-
-
 def _resize(name: str, function: Callable[[Tensor], Tensor]) -> Rule:
-    linear = "bilinear" in name
-    each = 4 if linear else 1
-    return _window(
-        name, 2, function, lambda shapes, out: each * prod(out), _onnx_resize("linear" if linear else "nearest")
-    )
+    mode, each = ("linear", 4) if "bilinear" in name else ("nearest", 1)
+
+    def onnx(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
+        (name, source), *_ = shapes.items()
+        scales = (1.0, 1.0, *(o / s for o, s in zip(out[2:], source[2:], strict=True)))
+        return [step("Resize", name, None, scales, mode=mode)]
+
+    return _window(name, 2, function, lambda shapes, out: each * prod(out), onnx)
 
 
 def _per_input(shapes: Mapping[str, Shape], out: Shape) -> int:
@@ -198,14 +189,14 @@ def _per_input(shapes: Mapping[str, Shape], out: Shape) -> int:
 register(
     _window("max_pool1d.default", 1, lambda x: F.max_pool1d(x, 2)),
     _window("max_pool2d.default", 2, lambda x: F.max_pool2d(x, 2), onnx=_onnx_window),
-    _window("max_pool3d.default", 3, _volume(lambda x: F.max_pool3d(x, (1, 2, 2)))),
+    _window("max_pool3d.default", 3, lambda x: F.max_pool3d(x, (1, 2, 2))),
     _window("max_pool2d_with_indices.default", 2, lambda x: aten.max_pool2d_with_indices(x, [2, 2])[0]),
     _window("avg_pool1d.default", 1, lambda x: F.avg_pool1d(x, 2)),
     _window("avg_pool2d.default", 2, lambda x: F.avg_pool2d(x, 2), onnx=_onnx_window),
-    _window("avg_pool3d.default", 3, _volume(lambda x: F.avg_pool3d(x, (1, 2, 2)))),
+    _window("avg_pool3d.default", 3, lambda x: F.avg_pool3d(x, (1, 2, 2))),
     _window("adaptive_avg_pool1d.default", 1, lambda x: F.adaptive_avg_pool1d(x, 50), _per_input),
     _window("adaptive_avg_pool2d.default", 2, lambda x: F.adaptive_avg_pool2d(x, 5), _per_input, _onnx_adaptive),
-    _window("adaptive_avg_pool3d.default", 3, _volume(lambda x: F.adaptive_avg_pool3d(x, (1, 5, 5))), _per_input),
+    _window("adaptive_avg_pool3d.default", 3, lambda x: F.adaptive_avg_pool3d(x, (1, 5, 5)), _per_input),
     _window(
         "_adaptive_avg_pool2d.default", 2, lambda x: aten._adaptive_avg_pool2d(x, [5, 5]), _per_input, _onnx_adaptive
     ),

@@ -188,10 +188,6 @@ class Rewrite:
     outputs: tuple[Value, ...]
     mask: Masks
 
-    def shape_of(self, value: Value) -> Shape:
-        """Compact shape of a value."""
-        return self.mask.shape(value)
-
     def keep(self, name: str, axis: int) -> Mask:
         """Mask of the surviving indices of an axis of the tensor argument `name`."""
         return self.mask(self.bound[name], axis)
@@ -201,7 +197,7 @@ def follow_sizes(argument: str) -> Callable[[Rewrite], Mapping[str, Any]]:
     """Rewrite literal sizes of the output (of `unflatten`: of the axes it makes) to those of the survivors."""
 
     def rewrite(r: Rewrite) -> Mapping[str, Any]:
-        dense, compact = r.outputs[0].shape, r.shape_of(r.outputs[0])
+        dense, compact = r.outputs[0].shape, r.mask.shape(r.outputs[0])
         first = r.bound["dim"] % len(r.bound["self"].shape) if "dim" in r.bound else 0
         sizes = list(r.raw[argument])
         for k, (raw, d, c) in enumerate(zip(r.raw[argument], dense[first:], compact[first:], strict=False)):
