@@ -11,7 +11,7 @@ conjunction is a *root*: a unit, the smallest thing that can be removed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -57,9 +57,13 @@ def same_partition(a: Layer, b: Layer) -> bool:
     return bool(pairs == len(np.unique(a)) == len(np.unique(b)))
 
 
-@dataclass
-class LabelState:
-    """State shared between the labels used for coupling and their locked views."""
+@dataclass(eq=False)
+class LabelSet:
+    """The union-find; `where` names the current operator, for reasons and messages.
+
+    `locked(dead)` returns a view that raises LabelMismatch for every equation that does not already hold, so that the
+    same operator rules verify a cut program instead of coupling a dense one.
+    """
 
     parent: list[int] = field(default_factory=lambda: [0])
     frozen: dict[int, str] = field(default_factory=lambda: {0: ""})
@@ -68,26 +72,13 @@ class LabelState:
     inexact: dict[int, str] = field(default_factory=dict)
     axis_size: dict[int, int] = field(default_factory=dict)
     remembered: dict[str, Layer] = field(default_factory=dict)
-    equations: int = 0
-
-
-class LabelSet:
-    """The union-find; `where` names the current operator, for reasons and messages.
-
-    `locked(dead)` returns a view that raises LabelMismatch for every equation that does not already hold, so that the
-    same operator rules verify a cut program instead of coupling a dense one.
-    """
-
-    def __init__(self, state: LabelState | None = None, dead: Mask | None = None) -> None:
-        self.state = state or LabelState()
-        self.dead = dead
-        self.where = ""
-        self._known: dict[bytes, list[Layer]] = {}
-        self._known_at = 0
+    dead: Mask | None = None
+    where: str = ""
+    _known: dict[bytes, list[Layer]] = field(default_factory=dict)
 
     def locked(self, dead: Mask) -> LabelSet:
         """Return a read-only view in which the roots marked in `dead` (length `count`) have been removed."""
-        return LabelSet(self.state, dead)
+        return replace(self, dead=dead)
 
     @property
     def is_locked(self) -> bool:
@@ -97,7 +88,7 @@ class LabelSet:
     @property
     def count(self) -> int:
         """The largest label plus one."""
-        return len(self.state.parent)
+        return len(self.parent)
 
     # -- making labels -------------------------------------------------------------------------------------------
 
@@ -105,15 +96,15 @@ class LabelSet:
         """Return `count` new labels."""
         self._must_be_open("new labels")
         start = self.count
-        self.state.parent.extend(range(start, start + count))
+        self.parent.extend(range(start, start + count))
         return np.arange(start, start + count, dtype=np.int64)
 
     def created(self, key: str, count: int) -> Layer:
         """Return labels for an axis that operator `key` creates; if locked, the survivors of those created before."""
         if self.dead is None:
-            self.state.remembered[key] = self.fresh(count)
-            return self.state.remembered[key]
-        layer = self.state.remembered.get(key)
+            self.remembered[key] = self.fresh(count)
+            return self.remembered[key]
+        layer = self.remembered.get(key)
         if layer is None:
             raise LabelMismatch(f"{self.where}: creates an axis the dense program does not have")
         kept = layer[self.keep((layer,), len(layer), self.dead)]
@@ -145,7 +136,7 @@ class LabelSet:
     def _tie_indices(self, left: Layers, right: Layers, length: int) -> None:
         if len(left) == len(right) == 1:
             different = left[0] != right[0]
-            frozen, parts = self.state.frozen, self.state.parts
+            frozen, parts = self.frozen, self.parts
             for x, y in zip(left[0][different].tolist(), right[0][different].tolist(), strict=True):
                 a, b = self.find(x), self.find(y)
                 if a in frozen or b in frozen or a in parts or b in parts:
@@ -172,7 +163,7 @@ class LabelSet:
         common = set(left) & set(right)
         left, right = [x for x in left if x not in common], [x for x in right if x not in common]
         if not left or not right:
-            reasons = (self.state.frozen.get(self.find(x), "") for x in (*a, *b))
+            reasons = (self.frozen.get(self.find(x), "") for x in (*a, *b))
             why = next(filter(None, reasons), f"{self.where}: meets an axis that is not cut")
             for root in left + right:
                 self._freeze_root(root, why)
@@ -191,25 +182,24 @@ class LabelSet:
             return
         self._must_be_open(f"units {a} and {b} to be one")
         low, high = min(a, b), max(a, b)
-        state = self.state
-        state.equations += 1
-        state.parent[high] = low
-        if high in state.inexact:
-            state.inexact.setdefault(low, state.inexact[high])
-        if high in state.axis_size:
-            state.axis_size[low] = max(state.axis_size[high], state.axis_size.get(low, 0))
+        self._known.clear()
+        self.parent[high] = low
+        if high in self.inexact:
+            self.inexact.setdefault(low, self.inexact[high])
+        if high in self.axis_size:
+            self.axis_size[low] = max(self.axis_size[high], self.axis_size.get(low, 0))
 
     def _define_root(self, label: int, parts: tuple[int, ...]) -> None:
         self._must_be_open(f"unit {label} to be split")
-        for part in parts if label in self.state.inexact else ():
-            self.state.inexact.setdefault(part, self.state.inexact[label])
-        self.state.equations += 1
-        self.state.parts[label] = parts
+        for part in parts if label in self.inexact else ():
+            self.inexact.setdefault(part, self.inexact[label])
+        self._known.clear()
+        self.parts[label] = parts
 
     def _freeze_root(self, root: int, reason: str) -> None:
         self._must_be_open(f"unit {root} to be kept")
-        self.state.equations += 1
-        self.state.frozen[root] = reason
+        self._known.clear()
+        self.frozen[root] = reason
 
     def _must_be_open(self, what: str) -> None:
         if self.is_locked:
@@ -245,7 +235,7 @@ class LabelSet:
         self._must_be_open("an axis to be split that is whole in the dense one")
         layers = [self.fresh(size) for size in core.shape]
         for layer in layers:
-            self.state.axis_size.update(dict.fromkeys(layer.tolist(), len(layer)))
+            self.axis_size.update(dict.fromkeys(layer.tolist(), len(layer)))
         for index, label in np.ndenumerate(core):
             self._equate([int(label)], [int(layer[i]) for layer, i in zip(layers, index, strict=True)])
         for a, layer in zip(axes, layers, strict=True):
@@ -255,20 +245,20 @@ class LabelSet:
     def claim(self, layers: Layers) -> None:
         """Declare that an operator computes along this axis separately (attention heads, convolution groups)."""
         if not self.is_locked:
-            self.state.claimed.update(int(x) for layer in self.canon(layers) for x in np.unique(layer))
+            self.claimed.update(int(x) for layer in self.canon(layers) for x in np.unique(layer))
 
     def mark_inexact(self, layers: Layers, reason: str) -> None:
         """Mark these labels as inexact: removing them changes what a norm or a mean averages over."""
         if not self.is_locked:
             for layer in self.canon(layers):
                 for root in np.unique(layer):
-                    self.state.inexact.setdefault(int(root), reason)
+                    self.inexact.setdefault(int(root), reason)
 
     # -- queries -------------------------------------------------------------------------------------------------
 
     def find(self, label: int) -> int:
         """Return the representative of `label`."""
-        parent = self.state.parent
+        parent = self.parent
         root = label
         while parent[root] != root:
             root = parent[root]
@@ -279,11 +269,11 @@ class LabelSet:
     def expand(self, label: int) -> list[int]:
         """Return the roots whose conjunction `label` is; empty if it is always alive."""
         root = self.find(label)
-        if root in self.state.frozen:
+        if root in self.frozen:
             return []
-        if root not in self.state.parts:
+        if root not in self.parts:
             return [root]
-        return list(dict.fromkeys(x for part in self.state.parts[root] for x in self.expand(part)))
+        return list(dict.fromkeys(x for part in self.parts[root] for x in self.expand(part)))
 
     def canon(self, layers: Layers) -> Layers:
         """Rewrite layers in terms of roots, omitting layers that are always alive and merging equal ones."""
@@ -296,15 +286,13 @@ class LabelSet:
 
     def _columns(self, layer: Layer) -> list[Layer]:
         """Roots per index, in as many layers as necessary; cached until the next equation."""
-        if self._known_at != self.state.equations:
-            self._known, self._known_at = {}, self.state.equations
         key = layer.tobytes()
         if key in self._known:
             return self._known[key]
         unique, inverse = np.unique(layer, return_inverse=True)
         roots = [self.find(x) for x in unique.tolist()]
         columns: list[Any] = [roots]
-        if not (self.state.frozen.keys().isdisjoint(roots) and self.state.parts.keys().isdisjoint(roots)):
+        if not (self.frozen.keys().isdisjoint(roots) and self.parts.keys().isdisjoint(roots)):
             columns = list(zip_longest(*_aligned([self.expand(x) for x in roots]), fillvalue=0))
         found = self._known[key] = [np.array(column, dtype=np.int64)[inverse] for column in columns]
         for column in found:
@@ -321,11 +309,11 @@ class LabelSet:
     def reason(self, label: int) -> str | None:
         """Return why `label` is never cut, or None if it can be cut."""
         root = self.find(label)
-        if root in self.state.frozen:
-            return self.state.frozen[root]
-        if root not in self.state.parts:
+        if root in self.frozen:
+            return self.frozen[root]
+        if root not in self.parts:
             return None
-        reasons = [self.reason(part) for part in self.state.parts[root]]
+        reasons = [self.reason(part) for part in self.parts[root]]
         return None if None in reasons else reasons[0]
 
     def settle(self) -> None:
@@ -334,16 +322,15 @@ class LabelSet:
         A channel shuffle views C channels as (2, C/2), and removing one of the two halves is not useful. If no part is
         claimed, the one on the longest axis remains removable.
         """
-        state = self.state
-        claimed = {root for label in state.claimed for root in self.expand(label)}
+        claimed = {root for label in self.claimed for root in self.expand(label)}
         unwanted: set[int] = set()
         wanted: set[int] = set()
-        for label in list(state.parts):
+        for label in list(self.parts):
             parts = self.expand(label)
             own = [p for p in parts if p in claimed]
-            chosen = own or [max(parts, key=lambda p: state.axis_size.get(p, 0))] if parts else []
+            chosen = own or [max(parts, key=lambda p: self.axis_size.get(p, 0))] if parts else []
             wanted.update(chosen)
-            unwanted.update(p for p in parts if p not in chosen and p in state.axis_size)
+            unwanted.update(p for p in parts if p not in chosen and p in self.axis_size)
         for root in sorted(unwanted - wanted):
             self._freeze_root(root, "part of a reshaped axis that no operator computes on by itself")
 

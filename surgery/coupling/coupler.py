@@ -208,7 +208,7 @@ def groups_of(labels: LabelSet, params: Mapping[str, Value]) -> tuple[Group, ...
     starts = np.flatnonzero(np.diff(root, prepend=-1)).tolist()
     for start, stop in zip(starts, [*starts[1:], len(root)], strict=True):
         if label := int(root[start]):
-            key = (place[start:stop].tobytes(), labels.state.inexact.get(label))
+            key = (place[start:stop].tobytes(), labels.inexact.get(label))
             members.setdefault(key, []).append((start, stop, label))
     groups, seen = [], Counter[str]()
     for (_, inexact), units in sorted(members.items(), key=lambda kv: (place[kv[1][0][0]], position[kv[1][0][0]])):
