@@ -13,13 +13,13 @@ import torch
 from surgery.capture import submodule as parts
 from surgery.config import Budget, Recipe, validate
 from surgery.core import Clock, Plan, Program, Progress
-from surgery.coupling import drop, kept_costs, require_own_cuts
+from surgery.coupling import drop, require_own_cuts
 from surgery.cutting import tracer_of
 from surgery.errors import InvalidInput, PlanMismatch, UnsupportedModel
 from surgery.importance import settled
 from surgery.inputs import Calibration, calibration_images
 from surgery.planning.allocation import allocate
-from surgery.planning.choice import Candidates, Choice, plan_settings
+from surgery.planning.choice import Candidate, Candidates, Choice, plan_settings
 from surgery.planning.latency_planner import LatencyPlanner
 from surgery.planning.refinement import LatencyBench, refine
 from surgery.recovery import Step, validate_training
@@ -187,14 +187,9 @@ def repeat(
     """Return a plan as a decision for this model; arguments and errors are those of `surgery.apply`."""
     clock = Clock(progress)
     recipe = as_planned(Recipe(), plan)
-    tracer = tracer_of(recipe.selection.tracer)
     with clock("trace"):
         dense, whole = traced(plan, dense_model, example_inputs, example_kwargs)
-    with clock("couple"):
-        program = drop(dense, plan.dropped)
-        coupling = tracer.couple(program, keep=recipe.selection.keep)
-        require_own_cuts(plan, coupling)
-        dense_coupling = tracer.couple(dense, keep=recipe.selection.keep) if plan.dropped else coupling
-    before, after = tracer.cost_functions(dense, dense_coupling), tracer.cost_functions(program, coupling)
-    costs = kept_costs(dense_coupling, before, coupling, after, plan)
-    return Decision(recipe, Choice(program, coupling, plan, costs), clock.seconds, whole)
+    candidates = Candidates(dense, recipe.but(drop_layers=False), None, clock)
+    left = Candidate(drop(dense, plan.dropped), candidates) if plan.dropped else candidates.base
+    require_own_cuts(plan, left.coupling)
+    return Decision(recipe, candidates.chosen(left, plan), clock.seconds, whole)

@@ -61,16 +61,15 @@ class Subject:
     @property
     def inputs(self) -> Sequence[InputSpec]:
         """Inputs of `dense` and `model`."""
-        return _inputs_of(self.cut.program, self.whole)
+        return _example_of(self.cut.program, self.whole)[1]
 
 
-def _inputs_of(program: Program, whole: Whole | None) -> Sequence[InputSpec]:
-    """Return the inputs of the program, or of the whole model that it is a submodule of."""
+def _example_of(program: Program, whole: Whole | None) -> tuple[Callee, Sequence[InputSpec]]:
+    """Return an example call and the inputs of the dense program, or of the whole model that it is a submodule of."""
     if whole is None or whole.example is None:
-        return program.inputs
-    tensors = whole.example.tensors
-    names = [str(x.dtype).removeprefix("torch.") for x in tensors]
-    return [InputSpec("input", tuple(x.shape), n, tuple(range(x.dim()))) for x, n in zip(tensors, names, strict=True)]
+        return Callee.of(program, program.dense.model), program.inputs
+    tensors = [(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in whole.example.tensors]
+    return whole.example, [InputSpec("input", shape, dtype, tuple(range(len(shape)))) for shape, dtype in tensors]
 
 
 # Methods. ------------------------------------------------------------------------------------------------------------
@@ -336,7 +335,7 @@ def validate_training(program: Program, whole: Whole | None, recipe: Recipe, see
 
     Checks for a fixed batch, labels out of range (as far as known without reading all images), and missing labels.
     """
-    specs, method = _inputs_of(program, whole), recipe.recovery.recover
+    (call, specs), method = _example_of(program, whole), recipe.recovery.recover
     if RECOVERY_METHODS.has_need(method, "gradients") and 0 not in specs[0].dynamic:
         raise InvalidInput(
             f"--recover {method} needs a model that takes any number of images, and this one takes "
@@ -350,7 +349,6 @@ def validate_training(program: Program, whole: Whole | None, recipe: Recipe, see
         known["--data"] = found
     if not any(known.values()):
         return
-    call = Callee.of(program, program.dense.model) if whole is None or whole.example is None else whole.example
     with evaluating(call), torch.no_grad():
         outputs = flat_outputs(call(*call.tensors))
     for option, ends in known.items():
