@@ -28,8 +28,8 @@ Evaluate = Callable[[Any], Mapping[str, float]]
 """A model → metrics by name, of which the first is maximised."""
 JUDGED = 10_000
 """Maximum number of evaluation images of a dataset."""
-HELD = 2**28
-"""Maximum bytes of dense outputs to keep in memory; beyond that, the dense model is run again."""
+KEPT, HELD = 2**30, 2**28
+"""Maximum bytes of images, and of dense outputs, to keep in memory; beyond that, they are read and computed again."""
 CONFIDENCE = 0.95
 RESAMPLES = 5000
 FEW, MANY = 10, 30
@@ -258,7 +258,7 @@ def score_interval(lost: float, won: float, count: int) -> tuple[float, float]:
 
 
 class Pairs:
-    """Batches of inputs with their classes, read again in each iteration, and required to be the same."""
+    """Batches of inputs with their classes, kept in memory or read again, and then required to be the same."""
 
     def __init__(self, given: Any, specs: Sequence[InputSpec], seed: int = 0) -> None:
         values = max(1, int(torch.Size(specs[0].shape[1:]).numel()))
@@ -268,6 +268,7 @@ class Pairs:
         self._loader: Any = list(read_batches(loader, seed, "val")) if isinstance(loader, Iterator) else loader
         self._specs, self._size, self._seed = specs, size if fixed else None, seed
         self._sums: list[list[float]] = []
+        self._held: list[Pair] | None = None
         self._dropped = False
         self.count = self._left = 0
 
@@ -279,7 +280,10 @@ class Pairs:
         return [*[classes] * self._dropped, *[left] * (self._left > 0)]
 
     def __iter__(self) -> Iterator[Pair]:
-        count, pairs = 0, self._pairs()
+        if self._held is not None:
+            yield from self._held
+            return
+        held, kept, count, pairs = list[Pair](), 0, 0, self._pairs()
         for k, (inputs, classes) in enumerate(pairs if self._size is None else self._regrouped(pairs, self._size)):
             sums = [float(x.double().sum()) for x in inputs]
             if k == len(self._sums):
@@ -290,11 +294,14 @@ class Pairs:
                     "(shuffle=False)"
                 )
             count += len(inputs[0])
+            kept += sum(x.numel() * x.element_size() for x in inputs)
+            if kept <= KEPT:
+                held.append((inputs, classes))
             yield inputs, classes
         if not count:
             few = f"only {self._left} images, and the model takes {self._size} at a time" if self._left else "no images"
             raise InvalidInput(f"val holds {few}: give a folder, an .npz file or a DataLoader with more")
-        self.count = count
+        self.count, self._held = count, held if kept <= KEPT else None
 
     def _pairs(self) -> Iterator[Pair]:
         seen = 0

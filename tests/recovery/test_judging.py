@@ -104,7 +104,10 @@ class _Noisy(Dataset[tuple[Tensor, Tensor]]):
         return self._images[0][k] + 0.1 * noise, self._images[1][k]
 
 
-def test_images_that_are_others_each_time_are_refused(cut: surgery.Result, images: tuple[Tensor, Tensor]) -> None:
+def test_images_that_are_others_each_time_are_refused_where_they_cannot_be_held(
+    cut: surgery.Result, images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "KEPT", 1000)
     with pytest.raises(InvalidInput, match="val gives other images each time"):
         surgery.recover(
             cut,
