@@ -308,7 +308,7 @@ def test_the_command_line_plans_by_a_table(folder: Path) -> None:
         (["--latency-table", "table.json", "--mean", "0.5,0.5,0.5"], 2, "--mean is for images"),
         (["--latency-table", "table.json", "--keep", "*"], 5, "nothing of the model may be cut"),
         (["--latency-table", "nowhere.json"], 2, "cannot read latency table"),
-        (["--latency-table", "nets.py"], 2, "not a latency table"),
+        (["--latency-table", "nets.py"], 2, "cannot read latency table nets.py"),
         (["--latency-table", "table.json", "--latency", "0.001"], 5, "ms are predicted"),
     ],
 )

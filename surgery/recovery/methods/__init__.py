@@ -1,1 +1,1 @@
-"""Recovery methods, one per module of the same name."""
+"""Recovery methods."""

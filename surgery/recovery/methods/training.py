@@ -1,4 +1,4 @@
-"""Distillation from the dense model."""
+"""Distillation from the dense model, and fine-tuning with labels."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ from surgery.recovery.training import TrainingRun, classes_in, train
 def distill(task: Task) -> Outcome:
     """Train the compact model on the dense model's outputs; no labels are needed."""
     return trained(task, "distill", labels=False)
+
+
+@recovery_method("finetune", needs=["images", "gradients", "labels"], after="reconstruct", undo_if_worse=False)
+def finetune(task: Task) -> Outcome:
+    """Train the compact model on the dense model's outputs and on labels."""
+    return trained(task, "finetune", labels=True)
 
 
 def trained(task: Task, name: str, *, labels: bool) -> Outcome:

@@ -1,8 +1,9 @@
-"""Batch-norm re-estimation on images; parameters are unchanged."""
+"""Recovery without gradients: batch-norm re-estimation, and least-squares reconstruction layer by layer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgery.capture import evaluating
+from surgery.recovery import reconstruction
 from surgery.recovery.run import Outcome, Task, recovery_method
+
+
+@recovery_method("none")
+def none(task: Task) -> Outcome:
+    """Leave the compact model unchanged."""
+    return Outcome()
 
 
 @recovery_method("bn", needs=["images"])
@@ -25,6 +33,33 @@ def bn(task: Task) -> Outcome:
         running_mean.copy_(mean)
         running_var.copy_((square - mean.square()).clamp_min(0) * count / max(1, count - 1))
     return Outcome(() if mode.sums else ("the model has no batch norms with running statistics",))
+
+
+@recovery_method("reconstruct", needs=["images"])
+def reconstruct(task: Task) -> Outcome:
+    """Refit each layer to the dense model's outputs on images; without a graph, re-estimate batch norms instead."""
+    subject = task.subject
+    if not subject.cut.program.has_graph:
+        found = bn(task)
+        notes = ("no reconstruction: torch.export cannot capture this model", *found.notes)
+        return replace(found, name="bn", notes=notes)
+    seed = task.recipe.selection.seed
+    layers = reconstruction.reconstruct(subject.cut, subject.compact, task.images, seed=seed, progress=task.progress)
+    scarce = [layer for layer in layers if layer.scarce]
+    if not scarce:
+        return Outcome(layers=tuple(layers))
+    first = scarce[0]
+    note = (
+        f"{len(scarce)} layers have fewer positions than weights to fit, the first is {first.name} ({first.rows} for "
+        f"{first.unknowns}): they are held near to what they were; more images would help"
+    )
+    return Outcome((note,), tuple(layers))
+
+
+@recovery_method("fold", needs=["drawn-images", "graph"])
+def fold(task: Task) -> Outcome:
+    """Reconstruct on synthetic images."""
+    return reconstruct(task)
 
 
 class _Estimating(TorchDispatchMode):  # type: ignore[no-untyped-call]
