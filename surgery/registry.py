@@ -52,9 +52,12 @@ class Registry(Generic[Entry]):
     @cached_property
     def _modules(self) -> dict[str, str]:
         """Name of each built-in entry → its module, as in ``@criterion("name", ..)``."""
-        files = [file for place in importlib.import_module(self._package).__path__ for file in Path(place).glob("*.py")]
-        found = {file.stem: re.findall(r'^@\w+\("([\w-]+)"', file.read_text("utf-8"), re.MULTILINE) for file in files}
-        return {name: f"{self._package}.{stem}" for stem, names in found.items() for name in names}
+        found = {}
+        folder = Path(importlib.import_module(self._package).__path__[0])
+        for file in folder.glob("*.py"):
+            for name in re.findall(r'^@\w+\(\s*"([\w-]+)"', file.read_text("utf-8"), re.MULTILINE):
+                found[name] = f"{self._package}.{file.stem}"
+        return found
 
     def names(self) -> list[str]:
         """Return all names, sorted; loads none of the modules."""

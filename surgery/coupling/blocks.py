@@ -175,9 +175,6 @@ def _layer(layer: Sequence[torch.fx.Node]) -> Block:
 
 # Dead blocks. --------------------------------------------------------------------------------------------------------
 
-Known = Mapping[str, Tensor | None]
-"""Node name → its value if independent of the input, else None."""
-
 
 def dead_blocks(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[float, ...]]:
     """Return the blocks whose branch is a constant per channel for every input of every size, and that constant.
@@ -256,11 +253,11 @@ def _per_channel(value: Tensor, shape: Sequence[Any]) -> Tensor | None:
     return None
 
 
-def _known(program: Program) -> Known:
-    """Return values that are the same for every input, by node name."""
+def _known(program: Program) -> dict[str, Tensor | None]:
+    """Return each value by node name if it is the same for every input, else None."""
     tensors, table = in_float64({name: t.detach().cpu() for name, t in all_tensors(program).items()}), rules()
 
-    def call(node: torch.fx.Node, known: Known) -> Tensor | None:
+    def call(node: torch.fx.Node, known: Mapping[str, Tensor | None]) -> Tensor | None:
         read = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
         if not read or not isinstance(node.meta.get("val"), Tensor):
             return None

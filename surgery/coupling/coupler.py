@@ -219,20 +219,14 @@ def groups_of(labels: LabelSet, params: Mapping[str, Value]) -> tuple[Group, ...
         for tensor, axis in dict.fromkeys(axes):  # layers of the same axis are merged
             index = np.sort(rows[:, [k for k, own in enumerate(axes) if own == (tensor, axis)]], axis=1)
             sites.append(Site(tensor, axis, tuple(map(tuple, index.tolist()))))
-        name = _name(sites[0])
+        name, own = f"{sites[0].tensor}:{sites[0].axis}", sites[0].index[0]
+        name += f"@{own[0]}" if own[0] else ""  # then start, width and stride of its first unit
+        if len(own) > 1:
+            name += f"x{len(own)}" + (f"/{own[1] - own[0]}" if own[1] - own[0] > 1 else "")
         seen[name] += 1
         name += f"#{seen[name]}" if seen[name] > 1 else ""
         groups.append(Group(name, tuple(label for _, _, label in units), tuple(sites), inexact))
     return tuple(groups)
-
-
-def _name(site: Site) -> str:
-    """Name a group by its first occurrence: ``tensor:axis``, then start, width and stride of its first unit."""
-    first = site.index[0]
-    name = f"{site.tensor}:{site.axis}" + (f"@{first[0]}" if first[0] else "")
-    if len(first) > 1:
-        name += f"x{len(first)}" + (f"/{first[1] - first[0]}" if first[1] - first[0] > 1 else "")
-    return name
 
 
 def frozen_axes(labels: LabelSet, params: Mapping[str, Value], groups: Sequence[Group]) -> Iterator[Frozen]:

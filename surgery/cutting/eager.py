@@ -42,9 +42,6 @@ from surgery.core import (
     Coupling,
     InputSpec,
     LabelSet,
-    Layer,
-    Layers,
-    Mask,
     Program,
     Value,
     conditioned,
@@ -294,8 +291,14 @@ def _tie(
                 continue
             out, into = sides.get(target.module, ([], []))
             contracted.update(into if inward and into != out else ())
-            for site in into if inward else out:
-                _meet(labels, params[site[0]].axes[site[1]], [pair.idx for pair in pairs], carried, met[site])
+            where = [pair.idx for pair in pairs]
+            for name, axis in into if inward else out:
+                layers, reached = params[name].axes[axis], met[name, axis]
+                if not layers or max(where) >= len(reached) or min(where) < 0:
+                    labels.freeze((carried,), _OTHER_WIDTH)
+                else:
+                    labels.tie((layers[0][where],), (carried,), len(where))
+                    reached[where] = True
     for name, value in params.items():
         for axis, layers in enumerate(value.axes):
             rest = ~met[name, axis] if (name, axis) in met else slice(None)
@@ -303,17 +306,9 @@ def _tie(
     return contracted
 
 
+_OTHER_WIDTH = "meets a layer of another width: the channels are broadcast, or counted otherwise"
 _NOT_MET = "fed by a network input, or by something that torch-pruning does not follow"
 _KERNEL = "the operator needs this axis whole"
-
-
-def _meet(labels: LabelSet, layers: Layers, where: list[int], carried: Layer, met: Mask) -> None:
-    """Tie channels to the positions that they reach."""
-    if not layers or max(where) >= len(met) or min(where) < 0:
-        labels.freeze((carried,), "meets a layer of another width: the channels are broadcast, or counted otherwise")
-        return
-    labels.tie((layers[0][where],), (carried,), len(where))
-    met[where] = True
 
 
 def _walk(

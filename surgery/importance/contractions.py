@@ -31,25 +31,15 @@ SUMS = (aten.add.Tensor, aten.add_.Tensor)
 
 @dataclass(frozen=True, slots=True)
 class Contraction:
-    """One layer.
+    """One layer, by the names of its operations and parameters; empty for what it does not have."""
 
-    Attributes:
-        node: name of its operation.
-        weight: name of its weight; empty for a separate norm.
-        bias: name of its bias, or empty.
-        norm: name of the following batch norm's operation (or its own), or empty.
-        norm_names: names of that norm's scale, shift, running mean and running variance; empty without a norm.
-        aim: name of the target operation: the sum, the norm, or its own.
-        other: name of the sum's other operand; empty if the target is not a sum.
-    """
-
-    node: str
-    weight: str
+    node: str  # its operation
+    weight: str  # empty for a separate norm
     bias: str
-    norm: str
-    norm_names: tuple[str, ...]
-    aim: str
-    other: str = ""
+    norm: str  # operation of the following batch norm, or its own
+    norm_names: tuple[str, ...]  # scale, shift, running mean and running variance of that norm
+    aim: str  # the target operation: the sum, the norm, or its own
+    other: str = ""  # other operand of the sum, if that is the target
 
 
 def find_contractions(graph: torch.fx.GraphModule, known: Collection[str]) -> list[Contraction]:

@@ -26,19 +26,12 @@ _LEAST = 1e-12
 
 @dataclass(slots=True, eq=False)
 class Moments:
-    """Sums over rows, one row for each image and position.
+    """Sums over rows, one row for each image and position."""
 
-    Attributes:
-        count: number of rows.
-        xx: (groups, n + 1, n + 1), inputs with a one appended.
-        xy: (groups, n + 1, outputs of a group), inputs times targets.
-        yy: (groups, outputs of a group), squared targets.
-    """
-
-    count: int
-    xx: Tensor
-    xy: Tensor
-    yy: Tensor
+    count: int  # number of rows
+    xx: Tensor  # (groups, n + 1, n + 1), inputs with a one appended
+    xy: Tensor  # (groups, n + 1, outputs of a group), inputs times targets
+    yy: Tensor  # (groups, outputs of a group), squared targets
 
     @classmethod
     def none(cls, groups: int, inputs: int, outputs: int) -> Moments:
@@ -102,17 +95,10 @@ def _rows_last(x: Tensor, precision: torch.dtype, *, ones: int = 0) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Solution:
-    """Fitted weights.
+    """Fitted weights, with relative errors of the prior weights and, on held-out rows, of the fitted ones."""
 
-    Attributes:
-        weight: (groups, n + 1, outputs), the shift last.
-        ridge: the chosen ridge; infinite if only the shift was fitted.
-        before: relative error of the prior weights.
-        after: relative error of the fitted weights, on held-out rows.
-    """
-
-    weight: Tensor
-    ridge: float
+    weight: Tensor  # (groups, n + 1, outputs), the shift last
+    ridge: float  # infinite if only the shift was fitted
     before: float
     after: float
 
@@ -125,13 +111,8 @@ def folds_for(inputs: int) -> int:
 def solve(folds: Sequence[Moments], prior: Tensor, *, shift: bool, ridge: float | None = None) -> Solution:
     """Return the least-squares weights, regularised towards the prior ones.
 
-    Minimises ``mean |W x - y|² + ridge * sum_i E[x_i²] |W_i - P_i|²``.
-
-    Args:
-        folds: sums over disjoint sets of images.
-        prior: (groups, n + 1, outputs), the prior weights.
-        shift: whether the shift may change.
-        ridge: a ridge chosen earlier; None: choose it here.
+    Minimises ``mean |W x - y|² + ridge * sum_i E[x_i²] |W_i - P_i|²``. `folds` are sums over disjoint sets of images,
+    `prior` is (groups, n + 1, outputs), and `shift` says whether the shift may change. Without a ridge, one is chosen.
     """
     whole = sum(folds[1:], folds[0])
     wanted = float(whole.wanted_variance().mean()) or 1.0

@@ -29,38 +29,25 @@ from surgery.core import (
     shapes_of,
     with_values,
 )
-from surgery.importance.unit_weights import power_sum
 from surgery.ops import Moments, Rule, compressed, rules, through
 
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
-    """A layer that consumes a group's units.
+    """A layer that consumes a group's units."""
 
-    Attributes:
-        name: name of its weight.
-        relevance: output relevance of its result, 0 to 1.
-        shares: share of its weight's energy for each unit of the group.
-    """
-
-    name: str
-    relevance: float
-    shares: tuple[float, ...]
+    name: str  # of its weight
+    relevance: float  # output relevance of its result, 0 to 1
+    shares: tuple[float, ...]  # share of its weight's energy for each unit of the group
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Signal:
-    """Result of the signal analysis of a network.
-
-    Attributes:
-        consumers: group name → the layers that consume its units.
-        blocks: block name → loss if it is removed.
-        losses: group name → loss of each unit after those with lower scores, if measured on images.
-    """
+    """Result of the signal analysis of a network: the consumers of each group, and losses by block and by group."""
 
     consumers: Mapping[str, tuple[Consumer, ...]]
-    blocks: Mapping[str, float]
-    losses: Mapping[str, Sequence[float]] | None = None
+    blocks: Mapping[str, float]  # loss if it is removed
+    losses: Mapping[str, Sequence[float]] | None = None  # of each unit after those below it, if measured on images
 
     def scores(self, group: Group) -> tuple[float, ...]:
         """Return, for each unit, the loss of all its consumers."""
@@ -336,3 +323,20 @@ def _shares(weight: Tensor, site: Site, energies: Tensor | None) -> tuple[float,
 
 def _over(energy: Tensor, whole: Tensor) -> Tensor:
     return energy / whole if bool(whole > 0) else torch.full_like(energy, 1.0 / len(energy))
+
+
+def positions_of(site: Site) -> tuple[Tensor, Tensor]:
+    """Return positions along the site's axis and the unit that owns each, both of shape (positions,)."""
+    owners = [unit for unit, owned in enumerate(site.index) for _ in owned]
+    positions = [position for owned in site.index for position in owned]
+    return torch.tensor(positions, dtype=torch.long), torch.tensor(owners, dtype=torch.long)
+
+
+def power_sum(site: Site, weight: Tensor, *, order: int) -> Tensor:
+    """Return per unit the sum of ``|w| ** order`` over its slices of one weight: (units,), float64."""
+    others = [axis for axis in range(weight.ndim) if axis != site.axis]
+    norm = torch.linalg.vector_norm
+    per_position = norm(weight, order, dim=others, dtype=torch.float64) if others else weight.double().abs()
+    positions, units = positions_of(site)
+    total = torch.zeros(len(site.index), dtype=torch.float64)
+    return total.index_add_(0, units, per_position.pow(order)[positions])

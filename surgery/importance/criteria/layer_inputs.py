@@ -32,9 +32,9 @@ from surgery.importance.contractions import (
     find_contractions,
     value_rows,
 )
+from surgery.importance.criteria.weights import over_mean
 from surgery.importance.least_squares import Moments
 from surgery.importance.scoring import Batches, Evidence, criterion
-from surgery.importance.unit_weights import over_mean
 
 WIDEST = 6_000
 """Layers with more inputs are omitted, since memory grows quadratically."""
@@ -176,21 +176,13 @@ def _held_out(batches: Batches) -> tuple[Batches, Batches]:
 
 @dataclass(frozen=True, slots=True)
 class _Elimination:
-    """The order in which a group's units are removed, and the loss of each.
-
-    Attributes:
-        group: the group.
-        layers: the observed layers that consume it.
-        units: all units in order; the last is never removed.
-        losses: loss of each unit after those before it, in that order.
-        weights: number of removed units → refitted weights of each layer, of the shape of `_ObservedLayer.weight`.
-    """
+    """The order in which a group's units are removed, and the loss of each."""
 
     group: Group
-    layers: Sequence[_ObservedLayer]
-    units: Sequence[int]
-    losses: Sequence[float]
-    weights: Mapping[int, tuple[Tensor, ...]]
+    layers: Sequence[_ObservedLayer]  # that consume the group
+    units: Sequence[int]  # all units in order; the last is never removed
+    losses: Sequence[float]  # of each unit after those before it, in that order
+    weights: Mapping[int, tuple[Tensor, ...]]  # number of removed units → refitted weights of each layer
 
     def scores(self, losses: Sequence[float]) -> tuple[float, ...]:
         """Return the losses by unit, made non-decreasing along the order."""
