@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from math import ceil, lgamma, log
 from typing import Any
@@ -85,18 +86,13 @@ def _pairs(places: Places, coupling: Coupling) -> list[Pair]:
                 found -= {-1, number}
                 candidates[number] = candidates[number] & found if number in candidates else found
     named = {number: next(iter(found)) for number, found in candidates.items() if len(found) == 1}
-    pairs = [(coupling.groups[inner], coupling.groups[outer]) for inner, outer in sorted(named.items())]
-    return [pair for pair in pairs if _regular(places, coupling, *pair)]
-
-
-def _regular(places: Places, coupling: Coupling, inner: Group, outer: Group) -> bool:
-    """Return whether every tensor contains equally many positions of each member."""
-    unchanged = Arrangement(inner.name, outer.name, (tuple(range(inner.size)),) * outer.size)
-    try:
-        reorderings(coupling, [unchanged], places)
-    except PlanMismatch:
-        return False
-    return True
+    pairs = []
+    for inner, outer in ((coupling.groups[i], coupling.groups[o]) for i, o in sorted(named.items())):
+        unchanged = Arrangement(inner.name, outer.name, (tuple(range(inner.size)),) * outer.size)
+        with suppress(PlanMismatch):  # unless every tensor contains equally many positions of each member
+            reorderings(coupling, [unchanged], places)
+            pairs.append((inner, outer))
+    return pairs
 
 
 def _reorderable(program: Program, places: Places, coupling: Coupling, pairs: Sequence[Pair], seed: int) -> list[Pair]:
