@@ -130,7 +130,7 @@ def read_batches(loader: Iterable[Any], seed: int, named: str = "data") -> Itera
         yield batch
 
 
-def read_item(data: Any, index: int, seed: int, named: str = "data") -> Any:
+def read_item(data: Any, index: int, seed: int) -> Any:
     """Return an item of a map-style dataset as a batch of one; errors as in `read_batches`.
 
     Tensors, arrays and numbers get a batch axis; other values are unchanged.
@@ -139,7 +139,7 @@ def read_item(data: Any, index: int, seed: int, named: str = "data") -> Any:
         item = data[index]
     else:
         with _Draws(seed).ours():
-            item = guarded(f"{named}: reading item {index} failed", lambda: data[index])
+            item = guarded(f"data: reading item {index} failed", lambda: data[index])
     kinds = (Tensor, np.ndarray, np.generic, Number)
     return pytree.tree_map(lambda x: torch.as_tensor(x)[None] if isinstance(x, kinds) else x, item)
 
