@@ -21,7 +21,7 @@ _FOREIGN = (*(f"{Path(spec.origin).parent}{os.sep}" for spec in _PACKAGES if spe
 _MENTIONED = re.compile(r'File "([^"]+\.py)", line (\d+)|(/[^\s"()]+\.py)[:(](\d+)')
 
 
-def _foreign(file: str) -> bool:
+def foreign(file: str) -> bool:
     """Return whether a source file belongs to torch, an exporter, Python or this package, or is generated."""
     return file.startswith(_FOREIGN) or (file.startswith(_STDLIB) and "site-packages" not in file)
 
@@ -46,7 +46,7 @@ def explained(what: str, kind: type[SurgeryError] = InvalidInput) -> Iterator[No
 def last_own_line(text: str) -> str:
     """Return `file:line` of the user's last frame in the text of a traceback, or an empty string."""
     found = [(a or c, b or d) for a, b, c, d in _MENTIONED.findall(text)]
-    own = [f"{file}:{line}" for file, line in found if not _foreign(file)]
+    own = [f"{file}:{line}" for file, line in found if not foreign(file)]
     return own[-1] if own else ""
 
 
@@ -54,7 +54,7 @@ def where_raised(error: BaseException) -> str:
     """Return `file:line` of the innermost frame in the user's code, of the error or of its cause."""
     seen: BaseException | None = error
     while seen is not None:
-        frames = [f for f in traceback.extract_tb(seen.__traceback__) if not _foreign(f.filename)]
+        frames = [f for f in traceback.extract_tb(seen.__traceback__) if not foreign(f.filename)]
         found = last_own_line(str(seen)) or (f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "")
         if found:
             return found
