@@ -22,13 +22,9 @@ from surgery.errors import InvalidInput, PlanMismatch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Whole:
-    """The whole model that contains the submodule to be pruned.
+    """The whole dense model, and the submodule to be pruned with the call the model makes of it.
 
-    Attributes:
-        model: the whole dense model, never modified.
-        name: dotted path of the submodule.
-        part: the submodule, and how the model calls it.
-        example: the whole model's example call; None if only the submodule's inputs are known.
+    `example`: the whole model's example call; None if only the submodule's inputs are known.
     """
 
     model: nn.Module

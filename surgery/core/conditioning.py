@@ -81,12 +81,7 @@ T = TypeVar("T")
 
 
 def elsewhere(program: Program, run: Callable[[list[Tensor]], T], *, seed: int) -> list[tuple[list[Tensor], T]] | None:
-    """Call `run` at another batch size and another height and width, where these are dynamic.
-
-    Args:
-        program: the program the inputs are for.
-        run: called with float64 inputs; may raise if the network does not accept them.
-        seed: seed of the random inputs.
+    """Call `run` on float64 inputs at another batch size and another height and width, where these are dynamic.
 
     Returns:
         Each input with its result; empty if no size is dynamic; None if one is, but no run succeeded.

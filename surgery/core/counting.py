@@ -1,9 +1,8 @@
 """MACs and parameters of a module, as fvcore counts them: the figures in reports and budgets.
 
-fvcore's table of operator handles is used unchanged, so that running fvcore gives the same numbers for a model without
-attention. Handles are added only for multiply-adds that fvcore ignores (scaled-dot-product attention, batched matrix
-products with an addend, convolutions with named padding, ...) and for the names of the same operators in exported
-graphs; window pooling, activations and additions count zero, as in fvcore. One multiply-add is one MAC.
+fvcore's table of operator handles is used unchanged, with handles added for multiply-adds that fvcore ignores
+(scaled-dot-product attention, ...) and for the names of the same operators in exported graphs; window pooling,
+activations and additions count zero, as in fvcore. One multiply-add is one MAC.
 """
 
 from __future__ import annotations

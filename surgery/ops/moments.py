@@ -61,14 +61,9 @@ def through(function: Callable[[Tensor], Tensor], x: Moments) -> Moments:
 
 
 def contracted(weight: Tensor, bias: Moments | None, x: Moments, axis: int, rank: int) -> Moments:
-    """Return the moments of a contraction of one axis of a value.
+    """Return the moments of a contraction of one axis of a value, replaced by a new one; `rank`: of the result.
 
-    Args:
-        weight: (outputs, inputs of its group, ..); the other axes are positions in space.
-        bias: (outputs,), or of length one for all, or None.
-        x: moments of the input.
-        axis: axis contracted in the input, and new in the result.
-        rank: rank of the result.
+    Weight: (outputs, inputs of its group, positions in space ..); bias: (outputs,), or of length one for all.
     """
     outputs, inside, inputs = weight.shape[0], weight.shape[1], x.shape[axis]
     groups = inputs // inside
