@@ -94,13 +94,13 @@ class Row(click.Option):
         super().__init__(list(names), **more)
         self.heading, self.common, self.of = heading, common, of
 
-    def record(self, ctx: click.Context, *, every: bool) -> tuple[str, str] | None:
-        """Return the help: only the first sentence on the first page, and the default."""
+    def record(self, ctx: click.Context, case: Recipe | None, *, every: bool) -> tuple[str, str] | None:
+        """Return the help: only the first sentence on the first page, and the default in this case."""
         if (found := self.get_help_record(ctx)) is None:
             return None
         names, text = found
         text = text if every else f"{text.partition('. ')[0].rstrip('.')}."
-        default = self.of.shown_default if self.of is not None else ""
+        default = self.of.default_in(case) if self.of is not None else ""
         return names, f"{text}  [default: {default}]" if default else text
 
 
@@ -110,17 +110,28 @@ class Command(click.Command):
     def __init__(self, *args: Any, examples: str = "", **more: Any) -> None:
         super().__init__(*args, **more)
         self.examples = examples
-        shown: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": False, "callback": _help_all}
-        self.params.append(Row(HELP_ALL, help="Show all options.", **shown))
+        self.params.append(Row(HELP_ALL, help="Show all options.", is_flag=True, expose_value=False))
         self.epilog = EXIT_CODES if len(self.params) > FEW else None
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Show the help on request, with the defaults that follow from the other options given."""
+        asked = {*HELP, HELP_ALL} & {*args}
+        if not asked:
+            return super().parse_args(ctx, args)
+        ctx.resilient_parsing = True
+        with contextlib.suppress(click.UsageError):  # the help says what is right
+            super().parse_args(ctx, [arg for arg in args if arg not in asked])
+        ctx.meta[HELP_ALL] = HELP_ALL in asked
+        click.echo(self.get_help(ctx))
+        ctx.exit()
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options under their headings."""
         rows = [param for param in self.params if isinstance(param, Row)]
-        every = ctx.meta.get(HELP_ALL, False) or len(rows) <= FEW
+        every, case = ctx.meta.get(HELP_ALL, False) or len(rows) <= FEW, _case(ctx)
         for heading in HEADINGS:
             chosen = [row for row in rows if row.heading == heading and (every or row.common)]
-            if listed := [found for row in chosen if (found := row.record(ctx, every=every)) is not None]:
+            if listed := [found for row in chosen if (found := row.record(ctx, case, every=every)) is not None]:
                 with formatter.section(heading):
                     formatter.write_dl(listed)
         if self.examples:
@@ -146,11 +157,15 @@ class Commands(click.Group):
             formatter.write_dl([(name, " ".join(sentence.split())) for name, sentence in help.items()])
 
 
-def _help_all(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    if value:
-        ctx.meta[HELP_ALL] = True
-        click.echo(ctx.get_help())
-        ctx.exit()
+def _case(ctx: click.Context) -> Recipe | None:
+    """Return the options given beside `--help`, with the defaults that follow; None if there are none."""
+    known = {name: value for name, value in given(ctx.params).items() if name in OPTIONS}
+    try:
+        asked = config.recipe(**known)
+    except InvalidInput:
+        return None
+    trained = asked.model.model is not None and asked.model.weights != "random"
+    return config.resolved(asked, trained=trained) if known else None
 
 
 # Options. ------------------------------------------------------------------------------------------------------------
@@ -414,11 +429,14 @@ def _recipe(parameters: Mapping[str, Any]) -> Recipe:
         read = {name: value for name, value in read.items() if name not in config.ONE_OF}
     chosen = {**read, **typed}
     owner, _, name = str(chosen.get("model")).rpartition(":")
-    if owner.endswith(".py") and any(OPTIONS[key].kind.is_new(value) for key, value in chosen.items()):
-        from surgery.inputs import user_object  # saves start-up seconds
+    if any(OPTIONS[key].kind.is_new(value) for key, value in chosen.items()):
+        if owner.endswith(".py"):
+            from surgery.inputs import user_object  # saves start-up seconds
 
-        with only_result_on_stdout():
-            user_object(owner, name)  # may register a criterion, a recovery method or a format
+            with only_result_on_stdout():
+                user_object(owner, name)  # may register a criterion, a recovery method or a format
+        if path is not None:
+            config.read_recipe(path, registered=True)
     return config.recipe(**chosen)
 
 

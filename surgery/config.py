@@ -168,6 +168,11 @@ class Option:
             return "on" if self.default else "off"
         return ",".join(self.default) if isinstance(self.default, tuple) else str(self.default)
 
+    def default_in(self, case: Recipe | None) -> str:
+        """Description of the default where these other options are given."""
+        value = None if case is None else getattr(getattr(case, self.group), self.name)
+        return str(value) if self.default is None and isinstance(value, (str, int, float)) else self.shown_default
+
     def checked(self, value: Any, prefix: str) -> Any:
         """Return the normalized value; raises InvalidInput, its message prefixed, if it is not accepted."""
         if value is None and self.default is None:
@@ -526,8 +531,12 @@ def current(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 # Recipes as files, and the table of options in the documentation. ----------------------------------------------------
 
 
-def read_recipe(path: str | Path) -> tuple[dict[str, Any], list[str]]:
+def read_recipe(path: str | Path, *, registered: bool = False) -> tuple[dict[str, Any], list[str]]:
     """Return the options in a TOML file, and a deprecation message for each former name.
+
+    Args:
+        path: the file.
+        registered: whether the user's own code has registered its names by now; unknown ones are accepted before.
 
     Raises:
         InvalidInput: the file cannot be read; or a key or value is not accepted: the message names its line.
@@ -545,7 +554,7 @@ def read_recipe(path: str | Path) -> tuple[dict[str, Any], list[str]]:
         where = f"{path}, line {content.count(chr(10), 0, line.end()) + 1 if line else 1}"
         if name not in OPTIONS:
             raise InvalidInput(f"{where}: there is no key '{name}'{_nearest(name)}")
-        if not OPTIONS[name].kind.built_in:  # what the user's own code registers is checked once that is loaded
+        if registered or not OPTIONS[name].kind.is_new(value):
             found[name] = OPTIONS[name].checked(value, f"{where}: {name} = {value!r:.80}")
     return found, [f"{path}: {message}" for message in messages]
 

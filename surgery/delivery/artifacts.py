@@ -132,4 +132,6 @@ def _new_folder(target: Path) -> Path:
 
 def _cannot_write(target: str | Path, error: Exception) -> str:
     why = getattr(error, "strerror", None) or error
+    above = [folder for folder in Path(target).absolute().parents if folder.is_file()]
+    why = f"{above[0]} is a file" if above else why
     return f"--out {target}: cannot be written ({why}); name a folder that can, with room to spare"

@@ -162,7 +162,7 @@ MISHAPS = {
     "an unreachable budget": (["nets.py:net", "--macs", "0.001"], 5, "0.1 %"),
     "nothing left to cut": (["nets.py:net", "--keep", "*"], 5, "narrow the --keep patterns"),
     "a batch beyond all memory": (["nets.py:net", "--batch", "1000000000000"], 2, "GiB"),
-    "a folder below a file": (["nets.py:net", "--out", "nets.py/deep/out"], 2, "nets.py/deep/out: cannot be written"),
+    "a folder below a file": (["nets.py:net", "--out", "nets.py/deep/out"], 2, "nets.py is a file"),
     "a bug": (["nets.py:bug"], 1, "please report it"),
 }
 

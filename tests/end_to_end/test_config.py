@@ -201,6 +201,10 @@ def test_what_a_users_file_registers_is_an_accepted_value(tmp_path: Path) -> Non
     for criterion, said in (("own", ""), ("other", "criterion='other': give one of ")):
         shown = surgery_run(tmp_path, "show", "net.py:net", "--macs", "0.6", "--criterion", criterion)
         assert (shown.returncode == 0) is (not said) and said in shown.stderr, shown.stderr
+    (tmp_path / "edge.toml").write_text('macs = 0.6\ncriterion = "other"\n')
+    for model in ("net.py:net", "resnet18"):
+        said = surgery_run(tmp_path, "show", model, "--recipe", "edge.toml").stderr
+        assert "edge.toml, line 2: criterion = 'other': give one of " in said
 
 
 # Help. ---------------------------------------------------------------------------------------------------------------
@@ -214,6 +218,18 @@ def test_the_first_page_of_help_fits_a_screen_and_does_not_load_torch(tmp_path: 
     assert len(examples) == 3 and all(line.strip().startswith("surgery shrink ") for line in examples)
     every = surgery_run(tmp_path, "shrink", "--help-all").stdout
     assert all(x.flag in every for x in config.OPTIONS.values() if x.name not in ("model", "checkpoint"))
+
+
+def test_help_states_the_defaults_for_the_case_at_hand(tmp_path: Path) -> None:
+    def default(option: str, *args: str) -> str:
+        page = " ".join(surgery_run(tmp_path, "shrink", *args, "--help-all").stdout.split())
+        return page.partition(f" {option} ")[2].partition("[default: ")[2].partition("]")[0]
+
+    assert default("--criterion", "resnet18") == "signal"
+    assert default("--criterion", "resnet18", "--macs", "0.5") == "l1"
+    assert default("--recover", "resnet18", "--data", "photos") == "reconstruct"
+    assert default("--recover", "resnet18", "--weights", "random") == "none"
+    assert "fold for trained weights" in default("--recover")
 
 
 def test_surgery_alone_shows_the_help_with_whole_sentences(tmp_path: Path) -> None:
