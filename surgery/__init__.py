@@ -9,8 +9,10 @@ The public names are listed in `__init__.pyi` and loaded on first use: `import s
 any stage.
 """
 
+import importlib as _importlib
 import importlib.util as _importing
 import sys as _sys
+import warnings as _warnings
 from pathlib import Path as _Path
 
 import lazy_loader
@@ -37,4 +39,11 @@ def _bind_exporters() -> None:
 
 
 _bind_exporters()
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_public, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+def __getattr__(name: str) -> object:
+    if name == "Training":  # a public name of earlier versions
+        _warnings.warn("surgery.Training: its fields are options of surgery.recipe now", DeprecationWarning, 2)
+        return _importlib.import_module("surgery.api").training_options
+    return _public(name)

@@ -174,6 +174,12 @@ def _loaded(model: Any, example_inputs: Any, example_kwargs: Mapping[str, Any] |
     return found
 
 
+def training_options(**fields: Any) -> dict[str, Any]:
+    """Return options by the names that they had as fields of `surgery.Training`."""
+    former = {"batch": "train_batch", "every": "checkpoint_steps"}
+    return {former.get(name, name): value for name, value in fields.items()}
+
+
 def _asked(recipe: Recipe | None, options: Mapping[str, Any]) -> Recipe:
     """Return the recipe with keyword arguments of earlier versions."""
     if recipe is not None and not isinstance(recipe, Recipe):
@@ -184,6 +190,8 @@ def _asked(recipe: Recipe | None, options: Mapping[str, Any]) -> Recipe:
     for name, value in options.items():
         if name == "int8" and value is not None:
             found |= {f"int8_{part}": getattr(value, part) for part in ("method", "keep", "reduce_range")}
+        elif name == "training" and isinstance(value, Mapping):
+            found |= value
         elif value is not None:
             found["recover" if name == "level" else name] = value
     found, _ = config.current(found)

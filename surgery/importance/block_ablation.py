@@ -11,7 +11,7 @@ inserted layers; here such a layer is a scale and a shift with a closed-form fit
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from math import log1p
 from typing import Any
@@ -74,15 +74,34 @@ class BlockAblation:
         self._fits: Mapping[str, Fit] = _fits(program, self._state, blocks, batches) if compensated else {}
         self._dense = list(self._outputs(()))
         self._variations = variations(self._dense)
-        self.alone = {name: self.error((name,)) for name in self._blocks}
+        self.alone = self._alone()
 
     def error(self, removed: Collection[str]) -> float:
         """Return the error without these blocks, the mean over outputs."""
-        errors = [squared_errors(*pair) for pair in zip(self._outputs(removed), self._dense, strict=True)]
+        return self._mean(squared_errors(*pair) for pair in zip(self._outputs(removed), self._dense, strict=True))
+
+    def _mean(self, errors: Iterable[Tensor]) -> float:
         return float((sum(errors) / self._variations).mean()) if len(self._variations) else 0.0
 
+    def _alone(self) -> dict[str, float]:
+        """Compute the error without each single block; runs are shared up to the start of the block."""
+        whole = self._without(())
+        starts = {name: min(whole.place[node] for node in (*b.nodes, b.sum)) for name, b in self._blocks.items()}
+        tapes = {name: self._without((name,)) for name in sorted(starts, key=starts.__getitem__)}
+        errors: dict[str, list[Tensor]] = {name: [] for name in self._blocks}
+        with torch.no_grad():
+            for batch, dense in zip(self._batches, self._dense, strict=True):
+                run = whole.start(batch)
+                for name, tape in tapes.items():
+                    run = whole.advance(run, starts[name])
+                    errors[name].append(squared_errors(flat_outputs(tape.output(run)), dense))
+        return {name: self._mean(found) for name, found in errors.items()}
+
+    def _without(self, removed: Collection[str]) -> _Ablated:
+        return _Ablated(self._graph, self._state, [self._blocks[name] for name in removed], self._fits)
+
     def _outputs(self, removed: Collection[str]) -> Iterator[list[Tensor]]:
-        tape = _Ablated(self._graph, self._state, [self._blocks[name] for name in removed], self._fits)
+        tape = self._without(removed)
         for batch in self._batches:
             with torch.no_grad():
                 outputs = flat_outputs(tape.output(tape.start(batch)))

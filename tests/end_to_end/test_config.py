@@ -190,6 +190,10 @@ def test_keyword_arguments_of_earlier_versions_warn_and_do_the_same() -> None:
     with pytest.warns(DeprecationWarning):
         recovered = surgery.recover(old, torch.randn(64, 3, 8, 8), level="bn")
     assert [step.name for step in recovered.steps] == ["dense", "cut", "bn"]
+    with pytest.warns(DeprecationWarning):
+        training = surgery.Training(batch=8, epochs=1, held_out=0.0)
+        taught = surgery.recover(old, torch.randn(64, 3, 8, 8), level="distill", training=training)
+    assert taught.steps[-1].history is not None and taught.steps[-1].history.steps == 8
 
 
 def test_what_a_users_file_registers_is_an_accepted_value(tmp_path: Path) -> None:
