@@ -389,6 +389,8 @@ def require_readable(model: onnx.ModelProto, version: str, name: str) -> None:
     for node in model.graph.node:
         if node.domain in _OWN_DOMAINS:
             needed = onnx.defs.get_schema(node.op_type, opset, node.domain).since_version
+            if node.op_type == "GridSample" and _samples_volumes(model, node):
+                needed = max(needed, 20)  # newer libraries read them in files of older sets too
             if needed > newest:
                 raise UnsupportedModel(
                     f"{name}: operator {node.op_type} ('{node.name}') is of operator set {needed}, and ONNX Runtime "
@@ -399,6 +401,14 @@ def require_readable(model: onnx.ModelProto, version: str, name: str) -> None:
             f"{name}: operator set {opset} in IR version {model.ir_version}, and ONNX Runtime {version} reads "
             f"sets up to {newest} in IR versions up to {ir_version}"
         )
+
+
+def _samples_volumes(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
+    """Return whether a GridSample takes (N, C, D, H, W), as far as shapes can be inferred."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    known = (*graph.input, *graph.value_info, *graph.initializer)
+    ranks = {x.name: len(x.dims if hasattr(x, "dims") else x.type.tensor_type.shape.dim) for x in known}
+    return 5 in (ranks.get(name) for name in node.input)
 
 
 _OWN_DOMAINS = ("", "ai.onnx")

@@ -93,6 +93,22 @@ def test_an_export_that_ends_up_newer_is_refused_and_the_older_file_stays(
     assert target.read_bytes() == b"before"
 
 
+class Sampled(nn.Module):
+    def forward(self, x: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        return nn.functional.grid_sample(x, grid, align_corners=False)
+
+
+@pytest.mark.parametrize(("axes", "version"), [(2, "1.14"), (3, "1.17"), (3, "1.16")])
+def test_sampling_volumes_needs_a_newer_runtime(axes: int, version: str, tmp_path: Path) -> None:
+    example = torch.rand(1, 3, *[6] * axes), torch.rand(1, *[4] * axes, axes)
+    if (axes, version) != (3, "1.16"):
+        assert export(Sampled(), example, tmp_path / "net.onnx", ExportSettings(min_ort=version)).path.is_file()
+        return
+    with pytest.raises(UnsupportedModel, match="GridSample"):
+        export(Sampled(), example, tmp_path / "net.onnx", ExportSettings(min_ort=version))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("version", "said"), [("1.2", "older than 1.14"), ("new", "no version; write one such as 1.16")]
 )
