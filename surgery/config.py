@@ -290,7 +290,7 @@ class Selection(Group):
         help="Instead of a budget: the fastest model that loses at most P points. They are the upper end of the 95 % "
         "interval of the accuracy lost on labelled --val; else points of --metric's first figure, else of agreement "
         "with the dense model on --data.")
-    steps: int = option(1, whole(1), "Cut in N steps, with a recovery in between; not for latencies.")
+    steps: int = option(1, whole(1), "Prune in N steps, each followed by recovery; not for latency budgets.")
     criterion: Any = option(
         None, registered(CRITERIA, "NAME", callable), f"Importance of a unit: {', '.join(CRITERIA.names())}.",
         unset="second-order with --data, else signal for a latency, else l1")
@@ -314,7 +314,7 @@ class Selection(Group):
     tracer: str = option(
         "export", choice(*TRACERS),
         "How the model is captured; torch-pruning for models that torch.export cannot capture.")
-    seed: int = option(0, whole(0), "Of everything drawn at random.")
+    seed: int = option(0, whole(0), "Seed of all random numbers.")
 
     @property
     def has_graph(self) -> bool:
@@ -377,11 +377,11 @@ class Recovery(Group):
         None, registered(RECOVERY_METHODS, "METHOD"), common=True,
         help=f"How to recover accuracy: {', '.join(RECOVERY_METHODS.names())}.",
         unset="reconstruct with --data, else fold for trained weights, else none")
-    epochs: int = option(10, whole(1), "Of training, for distill and finetune.", common=True)
+    epochs: int = option(10, whole(1), "Training epochs, for distill and finetune.", common=True)
     lr: float = option(3e-4, number("X", above=0, below=10), "Highest learning rate of AdamW.")
     train_batch: int = option(128, whole(1), "Images per step, over all processes together.")
-    weight_decay: float = option(1e-4, number("X", least=0), "Of AdamW, on weights of two axes or more.")
-    temperature: float = option(2.0, number("T", above=0), "Of the distributions that are compared.")
+    weight_decay: float = option(1e-4, number("X", least=0), "Weight decay of AdamW, on weights of two axes or more.")
+    temperature: float = option(2.0, number("T", above=0), "Temperature of the distributions compared in distillation.")
     ema: float = option(
         0.99, number("X", least=0, below=1), "Decay of the moving average of the weights; 0: the last weights.")
     mixed_precision: str = option("no", choice("no", "fp16", "bf16"), "Precision of training.")
@@ -639,16 +639,16 @@ def _rules(recipe: Recipe) -> Sequence[tuple[bool, str]]:
          "--max-drop times models on this machine: leave --latency-table and --tracer out"),
         (in_steps and (search or latency),
          "--steps goes with --macs, --params or --channels: a latency is corrected by measuring instead"),
-        (in_steps and blind, "--steps recovers in between: give images with --data"),
+        (in_steps and blind, "--steps recovers after each step: give images with --data"),
         (in_steps and (not graph or selection.submodule is not None),
          "--steps goes with whole models that torch.export captures: leave --tracer and --submodule out"),
         (blind and CRITERIA.has_need(selection.criterion, "images"),
-         f"criterion {selection.criterion} looks at images: give some with --data"),
+         f"criterion {selection.criterion} uses images: give some with --data"),
         *((blind and data.val is None and getattr(data, name) is not None,
            f"--{name} is for images: give those with --data or --val, or leave it out")
           for name in ("mean", "std", "size", "crop")),
         (blind and RECOVERY_METHODS.has_need(method, "images"),
-         f"--recover {method} learns from images: give them with --data; fold does without any"),
+         f"--recover {method} uses images: give them with --data, or choose fold, which needs none"),
         *((not trains and getattr(recovery, found.name) != found.default,
            f"{found.flag} is for training: add --recover distill or finetune") for found in of_training),
     )

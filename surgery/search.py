@@ -81,7 +81,7 @@ def _joined(decision: Decision, further: Decision) -> Decision:
         left = [unit for unit in range(sizes.get(name, 0)) if unit not in removed]
         if len(left) != more.sizes[name]:
             raise SurgeryError(
-                f"--steps: group '{name}' of the model in between has {more.sizes[name]} units where {len(left)} were "
+                f"--steps: group '{name}' of the smaller model has {more.sizes[name]} units where {len(left)} were "
                 "left; please report it, and do without --steps"
             )
         dead[name] = sorted([*removed, *(left[unit] for unit in units)])

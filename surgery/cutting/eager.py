@@ -448,16 +448,16 @@ def check_module(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResu
     notes = [ONE_PATH, *doubts]
     if varying < BLIND:
         raise CheckFailed(
-            f"cannot tell: on well-conditioned values only {varying:.1e} of the output varies with the input; "
+            f"inconclusive: on well-conditioned values only {varying:.1e} of the output varies with the input; "
             "use an example input that reaches the output"
         )
     require(error64, torch.float64, "distinct, well-conditioned values", _ADVICE)
     found = _compare(cut.program, masked_copy(cut), compact.module, path, seed=seed, dtype=None)
     if found is None:
-        raise CheckFailed(f"cannot tell on the real weights: {_OFF_PATH}")
+        raise CheckFailed(f"inconclusive on the real weights: {_OFF_PATH}")
     error, varying = found
     if varying < BLIND:
-        notes.append(f"cannot tell on the real weights: only {varying:.1e} of their output varies with the input")
+        notes.append(f"inconclusive on the real weights: only {varying:.1e} of their output varies with the input")
     else:
         kinds = [p.dtype for p in model.parameters() if p.dtype in TOLERANCE]
         require(error, max(kinds, key=lambda d: TOLERANCE[d], default=torch.float32), "the real weights", _ADVICE)
@@ -494,7 +494,7 @@ def _on_distinct_values(
         if found is not None:
             elsewhere = ("well-conditioned values take another path: float64 was compared on the real weights",)
             return *found, elsewhere if attempt == _SEEDS else ()
-    raise CheckFailed(f"cannot tell: {_OFF_PATH}")
+    raise CheckFailed(f"inconclusive: {_OFF_PATH}")
 
 
 def _condition(program: Program, model: nn.Module, path: list[str], *, seed: int) -> None:

@@ -89,12 +89,12 @@ def check_cut(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResult:
             break  # a remaining unit may happen to be inactive on these values
     if not drawn.outputs[0]:
         raise CheckFailed(
-            "cannot tell: the model returns no floating-point tensor; shrink what comes before its last step, with "
+            "inconclusive: the model returns no floating-point tensor; shrink what comes before its last step, with "
             "--submodule or as a module of its own"
         )
     if varying < BLIND:
         raise CheckFailed(
-            f"cannot tell: on well-conditioned values, drawn {_DRAWS} times, only {varying:.1e} of the output varies "
+            f"inconclusive: on well-conditioned values, drawn {_DRAWS} times, only {varying:.1e} of the output varies "
             "with the input; cut less, or use an example input that reaches the output"
         )
     require(error64, torch.float64, _DISTINCT)
@@ -105,7 +105,7 @@ def check_cut(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResult:
     difference, varying = _compare(reference, rounds, found)
     if varying < BLIND:
         notes += (
-            f"cannot tell on the real weights: only {varying:.1e} of their output varies with the input "
+            f"inconclusive on the real weights: only {varying:.1e} of their output varies with the input "
             "(a zero head, or untrained layer scales); equality was shown on well-conditioned values",
         )
     else:
@@ -521,10 +521,10 @@ def _require_shifted(program: Program, constants: BranchConstants) -> None:
         if name in constants.shifts:
             wanted = (wanted.double() + constants.shifts[name]).to(wanted.dtype)
         if not torch.equal(after[name], wanted):
-            raise CheckFailed(f"'{name}' is not what it was, or does not hold the constant that it is to take up")
+            raise CheckFailed(f"'{name}' was changed, or does not contain the constant folded into it")
     for name, value in constants.added.items():
         if name not in after or not torch.equal(after[name], value.to(after[name].dtype)):
-            raise CheckFailed(f"'{name}' does not hold the constant that a block left behind")
+            raise CheckFailed(f"'{name}' does not contain the constant of a dropped block")
 
 
 # The whole model around a submodule. ---------------------------------------------------------------------------------

@@ -125,10 +125,10 @@ def score(
     else:
         raise InvalidInput(f"criterion {criterion!r}: give a name ({', '.join(CRITERIA.names())}) or a callable")
     if "images" in entry.needs and images is None:
-        raise InvalidInput(f"criterion {entry.name} looks at images: give some (--data, or `data` in Python)")
+        raise InvalidInput(f"criterion {entry.name} uses images: give some (--data, or `data` in Python)")
     if "graph" in entry.needs and not program.has_graph:
         raise InvalidInput(
-            f"criterion {entry.name} looks at the operators that torch.export captures; with tracer torch-pruning "
+            f"criterion {entry.name} uses the operators that torch.export captures; with tracer torch-pruning "
             "choose l1, l2, bn-gamma, lamp or fpgm"
         )
     weights = prepare(weights_of(program, coupling))

@@ -262,7 +262,7 @@ def gather(given: Any, inputs: Sequence[InputSpec], most: int = MOST, seed: int 
         classes.append(classes_of(rest, len(found[0])))
     if not batches:
         raise InvalidInput(f"data holds no images: {_GIVE}")
-    with explained("batches of data do not go together"):
+    with explained("cannot join the batches of data"):
         whole = [torch.cat(column)[:most] for column in zip(*batches, strict=True)]
     whole = [validated_input(x, spec) for x, spec in zip(whole, inputs, strict=True)]
     fixed = 0 not in inputs[0].dynamic

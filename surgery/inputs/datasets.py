@@ -189,7 +189,7 @@ def as_dataset(given: Any, *, option: str = "data") -> Any:
         return TensorDataset(given, torch.full((len(given),), UNKNOWN))
     if isinstance(given, tuple) and len(given) == 2 and all(isinstance(x, Tensor) for x in given):
         if len(given[0]) != len(given[1]):
-            raise InvalidInput(f"{option}: {len(given[0])} images and {len(given[1])} classes do not go together")
+            raise InvalidInput(f"{option}: {len(given[0])} images, but {len(given[1])} labels")
         return TensorDataset(*given)
     return given
 

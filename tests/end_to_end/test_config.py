@@ -94,9 +94,9 @@ def test_what_is_not_accepted_says_what_is(options: dict[str, Any], said: str) -
         ({"tracer": "torch-pruning", "latency": 0.5}, "torch.export"),
         ({"max_drop": 1.0}, "needs something to evaluate on"),
         ({"max_drop": 1.0, "macs": 0.5, "val": "photos"}, "give no budget with it"),
-        ({"macs": 0.5, "steps": 2}, "--steps recovers in between"),
+        ({"macs": 0.5, "steps": 2}, "--steps recovers after each step"),
         ({"mean": (0.5,)}, "--mean is for images"),
-        ({"recover": "bn"}, "--recover bn learns from images"),
+        ({"recover": "bn"}, "--recover bn uses images"),
         ({"epochs": 3}, "--epochs is for training"),
     ],
 )

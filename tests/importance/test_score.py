@@ -289,7 +289,7 @@ def test_a_criterion_registered_from_outside_is_chosen_by_name(registered: None)
     wanted = model[0].weight.detach()[:, 0, 0, 0]  # type: ignore[union-attr, index]
     assert score(program, coupling, "first-weight")["0.weight:0"] == tuple(wanted.tolist())  # type: ignore[operator]
     assert score(program, coupling, "mean-input", images=[(x,)])["0.weight:0"] == tuple(1.0 + k for k in range(8))
-    with pytest.raises(InvalidInput, match="criterion mean-input looks at images"):
+    with pytest.raises(InvalidInput, match="criterion mean-input uses images"):
         score(program, coupling, "mean-input")
     for name in ("first-weight", "mean-input"):
         found = surgery.shrink(model, x, surgery.recipe(channels=0.5, criterion=name, data=x, recover="none"))

@@ -57,7 +57,7 @@ def test_a_fixed_batch_is_kept() -> None:
         ("photos", "DataLoader"),
         (3, "DataLoader"),
         ([], "no images"),
-        ([torch.zeros(4, 3, 8, 8), torch.zeros(4, 3, 9, 9)], "do not go together"),
+        ([torch.zeros(4, 3, 8, 8), torch.zeros(4, 3, 9, 9)], "cannot join the batches of data"),
         (torch.zeros(4, 3, 9, 9), r"takes \(N, 3, 8, 8\)"),
         (torch.zeros(4, 3, 8, 8, dtype=torch.uint8), "normalise"),
         (torch.full((4, 3, 8, 8), float("nan")), "NaN"),

@@ -79,7 +79,7 @@ def test_a_model_against_its_own_copy_comes_out_at_one(model: Path, tmp_path: Pa
     copy.write_bytes(model.read_bytes())
     models = {"model": model, "copy": copy}
     limits = {"max_runs": 10_000, "max_seconds": 10.0, "block_ms": 20.0, "width": 0.02}
-    for _ in range(3):  # a measurement that says it cannot tell may be made again; one that tells counts
+    for _ in range(3):  # an inconclusive measurement may be repeated; a conclusive one counts
         found = timed(models, threads=threads, fresh=False, **limits)
         settled = found.reliable and found.stopped.startswith("every interval")
         if settled:

@@ -221,7 +221,7 @@ def test_a_method_registered_from_outside_is_chosen_by_name_and_undone_where_it_
     data = torch.rand(32, 1, 8, 8)
     kept = surgery.recover(cut, surgery.recipe(data=data, recover="nothing")).steps[-1]
     assert kept.kept and kept.name == "nothing" and kept.notes == ("1 batches",)
-    with pytest.raises(InvalidInput, match="--recover nothing learns from images"):
+    with pytest.raises(InvalidInput, match="--recover nothing uses images"):
         surgery.recover(cut, surgery.recipe(recover="nothing"))
     assert surgery.recover(cut, surgery.recipe(recover="drawn", val=data)).steps[-1].name == "drawn"
     with pytest.raises(ValueError, match="already"):
@@ -301,11 +301,11 @@ def test_recovery_of_a_part_judges_the_whole(images: tuple[Tensor, Tensor], trai
     ("asked", "said"),
     [
         ({"recover": "magic"}, "one of bn, distill, finetune, fold, none, reconstruct"),
-        ({"recover": "distill"}, "--recover distill learns from images"),
+        ({"recover": "distill"}, "--recover distill uses images"),
         ({"data": torch.rand(8, 3, 8, 8)}, r"takes \(N, 1, "),
         ({"data": torch.full((8, 1, 8, 8), float("nan"))}, "NaN"),
         ({"data": torch.rand(8, 1, 8, 8), "val": (torch.rand(3, 1, 8, 8), torch.tensor([1, 2, 10]))}, "a label is 10"),
-        ({"data": torch.rand(8, 1, 8, 8), "val": (torch.rand(3, 1, 8, 8), torch.tensor([1]))}, "do not go together"),
+        ({"data": torch.rand(8, 1, 8, 8), "val": (torch.rand(3, 1, 8, 8), torch.tensor([1]))}, "3 images, but 1"),
         ({"data": torch.rand(90, 1, 8, 8), "recover": "finetune"}, "learns classes"),
         ({"data": (torch.rand(90, 1, 8, 8), torch.full((90,), 99)), "recover": "finetune"}, "a label is 99, but"),
         ({"data": (torch.rand(90, 1, 8, 8), torch.rand(90)), "recover": "finetune"}, "whole numbers"),
@@ -610,7 +610,7 @@ def test_without_images_a_trained_model_is_folded(place: Path) -> None:
         (["--data", "train.npz", "--val", "wrong.npz"], "a label is 14, but the model has 10 classes"),
         (["--data", "train.npz", "--metric", "judge.py:wrong"], "'spread' is nan"),
         (["--data", "train.npz", "--metric", "judge.py"], "write FILE.py:CALLABLE"),
-        (["--val", "val.npz", "--recover", "reconstruct"], "--recover reconstruct learns from images"),
+        (["--val", "val.npz", "--recover", "reconstruct"], "--recover reconstruct uses images"),
         (["--data", "train.npz", "--max-drop", "1"], "--max-drop looks for the lowest latency"),
         (["--data", "photos", "--recover", "distill", "--train-batch", "128"], ""),
     ],
