@@ -156,8 +156,9 @@ class Subject:
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """Input name → example tensor."""
-        return bind(self.dense.module, *self.dense.example)[1]
+        """Input name → example tensor, in float32 as in the files."""
+        given = bind(self.dense.module, *self.dense.example)[1]
+        return {name: x.float() if x.is_floating_point() else x for name, x in given.items()}
 
 
 @dataclass(frozen=True, slots=True)

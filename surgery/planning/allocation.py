@@ -108,8 +108,9 @@ def _least(
 
 def _first_within(last: int, state: Callable[[int], _Dead], meter: _Meter) -> _Dead | None:
     """Return the removed units of the first state within the budget, or None; 0 if dropping blocks was sufficient."""
-    k = bisect_left(range(last + 1), True, key=lambda k: meter.share(state(k)) <= meter.fraction)
-    return state(k) if k <= last else None
+    if meter.share(state(last)) > meter.fraction:
+        return None
+    return state(bisect_left(range(last), True, key=lambda k: meter.share(state(k)) <= meter.fraction))
 
 
 def _global_schedule(ladders: Sequence[Ladder]) -> tuple[int, Callable[[int], _Dead]]:

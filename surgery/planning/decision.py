@@ -93,13 +93,14 @@ def _chosen(
         planner = LatencyPlanner(candidates)
         return planner.first_plan(), planner
     left, dense = candidates.base, candidates.without(()).costs.get(recipe.goal.kind)
+    scores, cost = left.scores, left.costs.get(recipe.goal.kind)  # stages of their own
     with clock("allocate"):
         plan = allocate(
             program,
             left.coupling,
-            left.scores,
+            scores,
             recipe.goal,
-            cost=left.costs.get(recipe.goal.kind),
+            cost=cost,
             dense=None if dense is None else dense({}),
             selection=recipe.selection,
             settings=plan_settings(program, recipe, seen),

@@ -159,8 +159,14 @@ def render_terminal(data: Mapping[str, Any], console: Console) -> None:
     """Print a profile: the costliest kernels, and the device's stairs."""
     where, more = data["device"], len(data["kernels"]) - _SHOWN
     rows = [
-        (title, "x".join(map(str, widths)) or "-", str(count), f"{ms:.3g}", f"{share:.1%}")
-        for title, widths, count, ms, share in (row.values() for row in data["kernels"][:_SHOWN])
+        (
+            row["title"],
+            "x".join(map(str, row["widths"])) or "-",
+            str(row["count"]),
+            f"{row['ms']:.3g}",
+            f"{row['share']:.1%}",
+        )
+        for row in data["kernels"][:_SHOWN]
     ]
     parts: list[Part] = [
         f"{data['model']}, batch {data['batch']}: {data['predicted_ms']:.4g} ms by the sum of its kernels; "

@@ -82,7 +82,7 @@ def test_files_of_one_name_are_told_apart(files: Path) -> None:
         (["text.onnx"], "cannot load text.onnx"),
         (["absent.onnx"], "cannot load absent.onnx"),
         (["bare.onnx"], "axis 2 of input 'input' is dynamic .* --input-shape input=N,C,H,W"),
-        (["open.onnx", "--input-shape", "3,24,24"], "is not NAME=SHAPE"),
+        (["open.onnx", "--input-shape", "3,24,24"], "is not accepted; give NAME=SHAPE"),
         (["fixed.onnx", "--batch", "2"], "cannot run at batch=2"),
         (["wide.onnx", "wide.onnx"], "given twice"),
         (["wide.onnx", "--baseline", "small.onnx"], "none of the files"),

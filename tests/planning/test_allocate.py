@@ -16,7 +16,7 @@ from surgery.errors import BudgetUnreachable, IllegalCut, InvalidInput, PlanMism
 from surgery.planning.allocation import allocate
 
 INPUTS = (InputSpec("x", (2, 3, 8, 8), "float32", (0,)),)
-PROGRAM = Program(None, (), INPUTS, (), {}, "f", (), None)
+PROGRAM = Program(None, INPUTS, (), {}, "f", (), None)
 
 
 def singles(size: int, start: int = 0) -> tuple[tuple[int, ...], ...]:
