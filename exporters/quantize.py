@@ -109,7 +109,7 @@ def to_int8(
             `settings.keep` names no layer.
         CheckFailed: the int8 file does not run, or its output is unrelated to the float file's.
     """
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+    from onnxruntime.quantization.shape_inference import quant_pre_process  # saves start-up seconds
 
     how = settings or Int8()
     seen, own = _calibration(source, batches, compare=check)
@@ -144,7 +144,7 @@ def to_fp16(source: str | os.PathLike[str], target: str | os.PathLike[str], batc
         InvalidInput: the source cannot be read or converted, or there are no inputs to compare on.
         CheckFailed: the fp16 file does not run, or its output is unrelated to the float file's.
     """
-    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16  # likewise
 
     seen, own = _calibration(source, batches, least=1)
     with replacing(target) as file, quiet():
@@ -220,8 +220,8 @@ class _CalibrationReader:
 
 
 def _quantise(folded: Path, file: Path, seen: Sequence[Batch], how: Int8, kept: Sequence[str]) -> None:
-    from onnxruntime import quantization as ort
-    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+    from onnxruntime import quantization as ort  # saves start-up seconds
+    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry  # likewise
 
     ort.CalibrationDataReader.register(_CalibrationReader)
     transposed = (node for node in onnx.load(folded).graph.node if node.op_type == "ConvTranspose")
@@ -295,7 +295,7 @@ def _outputs(session: onnxruntime.InferenceSession, seen: Sequence[Batch]) -> _O
 @cache
 def saturates() -> bool:
     """Return whether this x86 processor accumulates 8-bit products in 16 bits; the first call takes a second."""
-    import platform
+    import platform  # needed here alone
 
     import cpuinfo
 

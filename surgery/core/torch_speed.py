@@ -6,6 +6,7 @@ seconds. Patches of attributes that the installed torch does not have are skippe
 
 from __future__ import annotations
 
+import gc
 import inspect
 import sys
 import threading
@@ -34,7 +35,14 @@ def lean() -> Iterator[None]:
     with ONE_AT_A_TIME, ExitStack() as stack:
         for patch in _patches().values():
             stack.enter_context(patch)
+        threshold, *others = gc.get_threshold()
+        stack.callback(gc.set_threshold, threshold, *others)
+        gc.set_threshold(threshold and max(threshold, _OBJECTS), *others)
         yield
+
+
+_OBJECTS = 100_000
+"""New objects between two runs of the garbage collector: graphs are large, and live long."""
 
 
 def _patches() -> Mapping[str, AbstractContextManager[None]]:
