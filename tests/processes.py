@@ -21,7 +21,7 @@ def run_surgery(
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python -m surgery.cli ARGS`` in a folder, with these environment variables besides the test's own.
 
-    Importing torch and the exporters takes seconds, which a fork spares; where a system has none, Python starts anew.
+    A fork saves the seconds of importing torch and the exporters. On systems without it, each run is a new interpreter.
     """
     command = [sys.executable, "-m", "surgery.cli", *args]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **(env or {})}
