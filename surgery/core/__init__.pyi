@@ -22,7 +22,6 @@ from .conditioning import (
     elsewhere as elsewhere,
     names_dtype as names_dtype,
     narrowest as narrowest,
-    other_sizes as other_sizes,
     sample_inputs as sample_inputs,
     well_conditioned as well_conditioned,
 )

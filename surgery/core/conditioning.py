@@ -45,11 +45,14 @@ def names_dtype(program: Program) -> bool:
     return any(isinstance(x, torch.dtype) and x.is_floating_point for x in given)
 
 
-def sample_inputs(program: Program, *, seed: int, dtype: torch.dtype | None = None, by: int = 0) -> list[Tensor]:
+def sample_inputs(
+    program: Program, *, seed: int, dtype: torch.dtype | None = None, by: int = 0, more: bool = False
+) -> list[Tensor]:
     """Return random inputs in the order of the graph's placeholders; integer inputs keep the example's values.
 
     Deep networks map different samples of white noise to the same output, so each sample gets its own contrast, offset
-    per channel and coarse pattern. `by`: pixels added to height and width where these are dynamic.
+    per channel and coarse pattern. `by`: pixels added to height and width where these are dynamic; `more`: whether the
+    first sample is repeated at the end.
     """
     generator = torch.Generator().manual_seed(seed)
     leaves, specs = pytree.tree_leaves((program.example_args, dict(program.example_kwargs))), iter(program.inputs)
@@ -62,48 +65,32 @@ def sample_inputs(program: Program, *, seed: int, dtype: torch.dtype | None = No
             out.append(_textured(shape, generator).to(dtype or leaf.dtype))
         else:
             out.append(leaf.cpu() if isinstance(leaf, Tensor) else leaf)
-    return out
-
-
-def other_sizes(program: Program) -> list[int]:
-    """Return changes of dynamic height and width to compare at, in pixels, in order of preference.
-
-    Multiples of 32, the stride of most networks; about half the size is the cheapest.
-    """
-    free = [spec.shape[a] for spec in program.inputs for a in (2, 3) if a in spec.dynamic and "float" in spec.dtype]
-    if not free:
-        return []
-    smaller = min(free) // 64 * 32
-    return [-smaller, 32] if smaller else [32]
+    return [torch.cat([x, x[:1]]) if more and isinstance(x, Tensor) else x for x in out]
 
 
 T = TypeVar("T")
 
 
-def elsewhere(program: Program, run: Callable[[list[Tensor]], T], *, seed: int) -> list[tuple[list[Tensor], T]] | None:
-    """Call `run` on float64 inputs at another batch size and another height and width, where these are dynamic.
+def elsewhere(program: Program, attempt: Callable[[bool, int], T | None]) -> list[T | None]:
+    """Try another batch size, and another height and width, where these are dynamic.
+
+    Args:
+        program: the traced program.
+        attempt: called with whether to change the batch, and the change of height and width in pixels; returns None if
+            the model does not run at this size.
 
     Returns:
-        Each input with its result; empty if no size is dynamic; None if one is, but no run succeeded.
+        The result of both changes together if that runs, else of each; None in place of one that does not run.
     """
-
-    def attempt(batch: bool, by: int) -> tuple[list[Tensor], T] | None:
-        inputs = sample_inputs(program, seed=seed, dtype=torch.float64, by=by)
-        inputs = [torch.cat([x, x[:1]]) if batch and isinstance(x, Tensor) else x for x in inputs]
-        try:
-            return inputs, run(inputs)
-        except Exception:  # any exception an operator raises at a size it does not accept
-            return None
-
-    batch = bool(program.inputs) and all(0 in spec.dynamic for spec in program.inputs)
-    changes = other_sizes(program)
-    if batch and changes and (both := attempt(True, changes[0])) is not None:
+    free = [spec.shape[a] for spec in program.inputs for a in (2, 3) if a in spec.dynamic and "float" in spec.dtype]
+    smaller = min(free, default=0) // 64 * 32  # 32 is the stride of most networks; half the size is the cheapest
+    changes = [by for by in (-smaller, 32) if by] if free else []
+    if program.any_batch and changes and (both := attempt(True, changes[0])) is not None:
         return [both]
-    found = [attempt(True, 0)] if batch else []
+    found = [attempt(True, 0)] if program.any_batch else []
     if changes:
-        found.append(next((pair for by in changes if (pair := attempt(False, by)) is not None), None))
-    pairs = [pair for pair in found if pair is not None]
-    return pairs if len(pairs) == len(found) else None
+        found.append(next((x for by in changes if (x := attempt(False, by)) is not None), None))
+    return found
 
 
 def _textured(shape: Sequence[int], generator: torch.Generator) -> Tensor:

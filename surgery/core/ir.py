@@ -76,6 +76,11 @@ class Program:
         return self.graph is not None
 
     @property
+    def any_batch(self) -> bool:
+        """Whether the batch size of every input may vary."""
+        return bool(self.inputs) and all(0 in spec.dynamic for spec in self.inputs)
+
+    @property
     def dense(self) -> Program:
         """The program as it was traced."""
         return self.whole or self

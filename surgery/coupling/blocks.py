@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
@@ -29,6 +30,7 @@ from surgery.core import (
     hint,
     interpret,
     is_symbolic,
+    sample_inputs,
     shapes_of,
     state_of,
 )
@@ -199,7 +201,8 @@ def dead_blocks(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[fl
     branches = {block.name: block.branch for block in blocks if block.name in dead}
     state = in_float64(state_of(program))
 
-    def values(inputs: list[Tensor]) -> dict[str, Tensor]:
+    def holds(batch: bool, by: int) -> set[str] | None:
+        """Return the blocks whose constant is the same at another size, unlike a sum over pixels."""
         seen: dict[str, Tensor] = {}
 
         def record(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
@@ -208,18 +211,19 @@ def dead_blocks(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[fl
             seen[node.name] = node.target(*args, **kwargs)  # type: ignore[operator]
             return seen[node.name]
 
-        with torch.no_grad():
+        with suppress(Exception), torch.no_grad():  # any exception an operator raises at a size it does not accept
+            inputs = sample_inputs(program, seed=77, dtype=torch.float64, by=by, more=batch)
             Executor(program.graph, state, record, torch.float64).run(*inputs)
-        return seen
+            return {name for name in dead if _equals(seen[branches[name]], dead[name], traced[branches[name]].shape)}
+        return None
 
-    found = elsewhere(program, values, seed=77)  # unlike a sum over pixels, a constant is the same at other sizes
+    found = [names or set() for names in elsewhere(program, holds)]
+    return {name: row for name, row in dead.items() if all(name in names for names in found)}
 
-    def holds(name: str) -> bool:
-        wanted = spread(dead[name], traced[branches[name]].shape) if dead[name] else torch.zeros(()).double()
-        allowed = TOLERANCE[torch.float64] * float(wanted.abs().max())
-        return all(bool(((x[branches[name]] - wanted).abs() <= allowed).all()) for _, x in found or ())
 
-    return {name: row for name, row in dead.items() if found is not None and holds(name)}
+def _equals(value: Tensor, constant: Sequence[float], shape: Sequence[Any]) -> bool:
+    wanted = spread(constant, shape) if constant else torch.zeros(()).double()
+    return bool(((value - wanted).abs() <= TOLERANCE[torch.float64] * float(wanted.abs().max())).all())
 
 
 def in_float64(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,9 +1,7 @@
 """Programs without some of their blocks, and the user's own model without them.
 
-A dropped branch may leave a constant per channel. A constant that is added to a value can instead be added to the bias,
-shift or operand of a sum from which the value is computed, if no intermediate value has other users; or subtracted from
-the running means of batch norms, if these are the only users. If there is an activation in between, one sum remains.
-The user's tensors are not changed.
+A dropped branch may leave a constant per channel. It is added to a bias that is added to the same value, if no value in
+between has other users; otherwise one sum remains. The user's tensors are not changed.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from surgery.capture import evaluating, module_of
 from surgery.core import (
@@ -154,15 +151,14 @@ def _return(graph: torch.fx.Graph, output: torch.fx.Node, new: Mapping[torch.fx.
 # Constants of dropped branches. --------------------------------------------------------------------------------------
 
 _SUM = "aten.add.Tensor"
-_CHANNELS_FIRST = (
-    *("aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default"),
-    *("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input"),
-    *("aten.batch_norm.default", "aten.group_norm.default"),
-)
-"""Operators that finally add a bias along axis 1."""
-_CHANNELS_LAST = ("aten.linear.default", "aten.layer_norm.default")
+_BIAS_AXES = {
+    **dict.fromkeys((f"aten.conv{n}d.default" for n in (1, 2, 3)), 1),
+    **dict.fromkeys(("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input"), 1),
+    **{"aten.batch_norm.default": 1, "aten.group_norm.default": 1, "aten.linear.default": -1},
+    "aten.layer_norm.default": -1,
+}
+"""Operators that finally add a bias → the axis of its values."""
 _SAME = ("aten.clone.default", "aten.contiguous.default", "aten.alias.default", "aten.detach.default")
-_VIEWS = ("aten.view.default", "aten.reshape.default")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -179,118 +175,51 @@ def branch_constants(program: Program, constants: Mapping[str, Sequence[float]])
 
 
 def _fold(graph: torch.fx.Graph, added: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> BranchConstants:
-    """Remove sums with the constants `added` from a graph, in place, if one of the tensors can absorb the constant.
+    """Remove sums with the constants `added` from a graph, in place, where a bias can absorb the constant.
 
     Each constant is read by one sum, as second operand. Tensors read twice, or under two names, are not shifted.
     """
     reads = Counter(str(n.target) for n in graph.nodes if n.op == "get_attr" for _ in n.users)
     names = Counter(id(t) for t in tensors.values())
-    single = {name for name, t in tensors.items() if names[id(t)] == 1 and t.is_floating_point()}
-    shapes = {name: tuple(t.shape) for name, t in (*tensors.items(), *added.items())}
-    free = {name: shapes[name] for name in (*single, *added) if reads[name] == 1}
-    shifts: dict[str, Tensor] = {}
-    left = dict(added)
-    for node in list(graph.nodes):
-        attribute = node.args[-1] if node.op == "call_function" and str(node.target) == _SUM else None
-        if not isinstance(attribute, torch.fx.Node) or attribute.op != "get_attr" or attribute.target not in added:
-            continue
-        name = str(attribute.target)
-        found = _homes(node, left[name], {other: shape for other, shape in free.items() if other != name})
-        for home, shift in found.items():
+    free = {name for name, t in tensors.items() if names[id(t)] == 1 and t.is_floating_point()} | added.keys()
+    shifts, left = dict[str, Tensor](), dict(added)
+    for node in [n for n in graph.nodes if str(n.target) == _SUM]:
+        stays, attribute = node.args[:2]
+        name = str(attribute.target) if isinstance(attribute, torch.fx.Node) else ""
+        home = _home(stays, node, left[name], free - {name}, reads) if name in left else None
+        if home is not None:
+            constant = left.pop(name)
             into = left if home in left else shifts
-            into[home] = into.get(home, torch.zeros((), dtype=torch.float64)) + shift
-        if found:
-            del left[name]
-            node.replace_all_uses_with(node.args[0])
+            into[home] = into.get(home, 0.0) + (constant if home in left else constant.flatten())
+            node.replace_all_uses_with(stays)
             graph.erase_node(node)
             graph.erase_node(attribute)
     return BranchConstants(shifts, left)
 
 
-Homes = dict[str, Tensor]
-"""Tensor name → the value added to it, broadcastable to its shape."""
-Free = Mapping[str, tuple[int, ...]]
-"""Tensors that may be shifted, with their shapes."""
+def _home(
+    value: Any, reader: torch.fx.Node, constant: Tensor, free: Collection[str], reads: Mapping[str, int]
+) -> str | None:
+    """Search backwards through sums for a bias, or another constant, that is added to the same channels.
 
-
-def _homes(node: torch.fx.Node, constant: Tensor, free: Free) -> Homes:
-    """Return the tensors that can absorb the constant of a sum, if any."""
-    if home := _behind(node.args[0], node, constant, free):
-        return home
-    readers = list(node.users)
-    if len(readers) == 1 and _is_sum(readers[0]):
-        other = next((x for x in readers[0].args if isinstance(x, torch.fx.Node) and x is not node), None)
-        same = other is not None and _dim(readers[0]) == constant.dim()
-        return _behind(other, readers[0], constant, free) if same else {}
-    homes: Homes = {}
-    for reader in readers:  # the running means of batch norms, if these are the only users of the sum
-        raw = arguments_of(reader) if reader.op == "call_function" else {}
-        mean = raw.get("running_mean")
-        known = str(reader.target) == "aten.batch_norm.default" and raw.get("input") is node
-        if not known or not isinstance(mean, torch.fx.Node) or mean.target not in free:
-            return {}
-        homes[str(mean.target)] = -constant.flatten()
-    return homes if constant.numel() == constant.shape[1] else {}
-
-
-def _behind(node: Any, reader: torch.fx.Node, constant: Tensor, free: Free) -> Homes:
-    """Search backwards for a tensor that can absorb the constant; `reader` is the value's only user."""
-    if not isinstance(node, torch.fx.Node) or set(node.users) != {reader}:
-        return {}
-    if sum(x is node for x in pytree.tree_leaves((reader.args, dict(reader.kwargs)))) != 1:  # added to itself
-        return {}
-    if node.op == "get_attr":
-        more = max(0, constant.dim() - len(free.get(str(node.target), ())))
-        wide = constant.shape[:more].numel() == 1  # else it varies along axes that the tensor does not have
-        return _taken(node, constant.reshape(constant.shape[more:]), free) if wide else {}
-    if node.op != "call_function" or _dim(node) != constant.dim():
-        return {}
-    target, raw = str(node.target), arguments_of(node)
-    if target in _CHANNELS_FIRST or target in _CHANNELS_LAST:
-        axis = constant.dim() - 1 if target in _CHANNELS_LAST else 1
-        batched = "conv" not in target or _dim(raw["weight"]) == constant.dim()
-        vector = batched and constant.numel() == constant.shape[axis]
-        return _taken(raw.get("bias"), constant.flatten(), free) if vector else {}
-    if _is_sum(node):  # operands that are not broadcast
-        operands = [x for x in (raw["self"], raw["other"]) if isinstance(x, torch.fx.Node)]
-        found = (_behind(x, node, constant, free) for x in operands if x.op == "get_attr" or _dim(x) == _dim(node))
-        return next((home for home in found if home), {})
-    before = _before(target, raw, constant)
-    return {} if before is None else _behind(node.all_input_nodes[0], node, before, free)
-
-
-def _before(target: str, raw: Mapping[str, Any], constant: Tensor) -> Tensor | None:
-    """Return the constant to add before a movement operator instead of after it; None for other operators."""
-    if target in _SAME or (target == "aten.dropout.default" and raw.get("p") == 0.0):
-        return constant
-    if target == "aten.transpose.int":
-        return constant.transpose(raw["dim0"], raw["dim1"])
-    if target == "aten.permute.default":
-        dims = [d % constant.dim() for d in raw["dims"]]
-        return constant.permute([dims.index(d) for d in range(len(dims))])
-    if target in _VIEWS and constant.numel() == constant.shape[-1]:
-        source = raw["self"].meta["val"]
-        kept = source.dim() > 0 and hint(source.shape[-1]) == constant.numel()
-        return constant.reshape([1] * (source.dim() - 1) + [-1]) if kept else None
-    return None
-
-
-def _taken(tensor: Any, shift: Tensor, free: Free) -> Homes:
-    """Return the tensor if it is free and the constant fits it."""
-    if not isinstance(tensor, torch.fx.Node) or tensor.op != "get_attr" or tensor.target not in free:
-        return {}
-    name = str(tensor.target)
-    pairs = zip(reversed(shift.shape), reversed(free[name]), strict=False)
-    return {name: shift} if shift.dim() <= len(free[name]) and all(a in (1, b) for a, b in pairs) else {}
-
-
-def _is_sum(node: torch.fx.Node) -> bool:
-    return node.op == "call_function" and str(node.target) == _SUM and arguments_of(node).get("alpha", 1) == 1
-
-
-def _dim(node: torch.fx.Node) -> int:
-    value = node.meta.get("val")
-    return value.dim() if isinstance(value, Tensor) else -1
+    `reader` is the only user of the value.
+    """
+    if not isinstance(value, torch.fx.Node) or set(value.users) != {reader}:
+        return None
+    name, shape, own = str(value.target), constant.shape, getattr(value.meta.get("val"), "shape", ())
+    if value.op == "get_attr":
+        return name if name in free and reads[name] == 1 and own == shape else None
+    raw = arguments_of(value) if value.op == "call_function" and len(own) == len(shape) else {}
+    if name in _SAME or (name == "aten.dropout.default" and raw.get("p") == 0.0):
+        return _home(value.all_input_nodes[0], value, constant, free, reads)
+    if name == _SUM and raw.get("alpha") == 1 and raw["self"] is not raw["other"]:
+        found = (_home(x, value, constant, free, reads) for x in (raw["self"], raw["other"]))
+        return next((home for home in found if home is not None), None)
+    bias, axis = raw.get("bias"), _BIAS_AXES.get(name)
+    if axis is None or not isinstance(bias, torch.fx.Node) or not own[axis] == shape[axis] == shape.numel():
+        return None
+    batched = "conv" not in name or raw["weight"].meta["val"].dim() == len(shape)
+    return str(bias.target) if batched and bias.target in free and reads[str(bias.target)] == 1 else None
 
 
 # The user's own model, with placeholder modules for those of the blocks. ---------------------------------------------

@@ -68,14 +68,12 @@ def masked_run(
     masks: Masks,
     state: Mapping[str, Tensor],
     dtype: torch.dtype | None = None,
-    *,
-    batch: int | None = None,
 ) -> Executor:
     """Return an executor of the dense program that treats units as removed, by zeroing only what contractions read.
 
-    `dtype` replaces floating dtype arguments of calls. `batch` is the batch size of the inputs, if not as traced.
+    `dtype` replaces floating dtype arguments of calls.
     """
-    return Executor(program.graph, state, _masking(program, labelled, masks, batch), dtype)
+    return Executor(program.graph, state, _masking(program, labelled, masks), dtype)
 
 
 def batch_size(program: Program) -> int:
@@ -84,7 +82,7 @@ def batch_size(program: Program) -> int:
     return first[0] if first else 1
 
 
-def _masking(program: Program, labelled: LabelledGraph, masks: Masks, batch: int | None = None) -> Compute:
+def _masking(program: Program, labelled: LabelledGraph, masks: Masks) -> Compute:
     """Return a hook that zeroes dead slices of contracted axes, and excludes them from averages."""
     table, traced = rules(), batch_size(program)
 
@@ -102,9 +100,7 @@ def _masking(program: Program, labelled: LabelledGraph, masks: Masks, batch: int
         names = (a.name for a in node.target._schema.arguments)  # type: ignore[union-attr]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         bound = {k: given.get(k, v) for k, v in labelled.calls[node.name].items()}
-        if batch is not None:
-            folded = {key: bound[key[0]].shape[key[1]] != len(mask) for key, mask in alive.items()}
-            alive = {key: _at_batch(mask, traced, batch) if folded[key] else mask for key, mask in alive.items()}
+        alive = {key: _at_length(mask, traced, bound[key[0]].shape[key[1]]) for key, mask in alive.items()}
         dead = Dead(node.target, bound, alive)
         if rule.reference is not None:
             return rule.reference(dead)
@@ -113,14 +109,14 @@ def _masking(program: Program, labelled: LabelledGraph, masks: Masks, batch: int
     return override
 
 
-def _at_batch(mask: Tensor, traced: int, batch: int) -> Tensor:
-    """Return the mask at another batch size, for an axis into which a batch of `traced` is folded."""
+def _at_length(mask: Tensor, traced: int, length: int) -> Tensor:
+    """Return the mask of an axis that another batch size has made longer or shorter, because it contains the batch."""
     each = len(mask) // traced
-    for outer in (1, *range(each, 1, -1)):
-        if len(mask) == each * traced and each % outer == 0:
-            folded = mask.reshape(outer, traced, each // outer)
-            if bool((folded == folded[:, :1]).all()):  # identical for all samples, so it extends to more
-                return folded[:, :1].expand(outer, batch, each // outer).reshape(-1)
+    folds = length != len(mask) == each * traced
+    for outer in [k for k in (1, *range(each, 1, -1)) if each % k == 0] if folds else ():
+        folded = mask.reshape(outer, traced, -1)
+        if bool((folded == folded[:, :1]).all()):  # the same for all samples
+            return folded[:, :1].expand(-1, length // each, -1).reshape(-1)
     return mask
 
 

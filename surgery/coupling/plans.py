@@ -154,7 +154,8 @@ class Cut:
         out = dict(state)
         for c in self.plan.cuts:
             if c.tensor in out:
-                out[c.tensor] = out[c.tensor].detach().index_select(c.axis, _survivors(c))
+                alive = torch.from_numpy(np.delete(np.arange(c.size), c.dead))
+                out[c.tensor] = out[c.tensor].detach().index_select(c.axis, alive.to(out[c.tensor].device))
         return out
 
     def tensors(self) -> dict[str, Tensor]:
@@ -163,32 +164,17 @@ class Cut:
         Parameters stay parameters, with their `requires_grad`; tied ones stay one object.
         """
         tensors = all_tensors(self.program)
-        moving = {(id(tensors[x.tensor]), x.axis, x.orders.tobytes()): x for x in self.head_order}  # tied ones once
-        cuts: dict[int, dict[int, Tensor]] = {}
-        for c in self.plan.cuts:
-            cuts.setdefault(id(tensors[c.tensor]), {})[c.axis] = _survivors(c)
-        copies: dict[int, Tensor] = {}
-        for tensor in {id(t): t for t in tensors.values()}.values():
-            value = tensor.detach()
-            for key, reordering in moving.items():
-                value = _reorder(value, reordering) if key[0] == id(tensor) else value
-            for axis, index in cuts.get(id(tensor), {}).items():
-                value = value.index_select(axis, index.to(value.device))
-            value = value.clone(memory_format=torch.contiguous_format)
-            if isinstance(tensor, nn.Parameter):
-                value = nn.Parameter(value, requires_grad=tensor.requires_grad)
-            copies[id(tensor)] = value
-        return {name: copies[id(tensor)] for name, tensor in tensors.items()}
+        first = {id(tensor): name for name, tensor in reversed(tensors.items())}
+        copies = self.kept(self.reordered({name: tensors[name] for name in first.values()}))
+        for name, value in copies.items():
+            copies[name] = value.detach().clone(memory_format=torch.contiguous_format)
+            if isinstance(tensors[name], nn.Parameter):
+                copies[name] = nn.Parameter(copies[name], requires_grad=tensors[name].requires_grad)
+        return {name: copies[first[id(tensor)]] for name, tensor in tensors.items()}
 
-    def masked_run(
-        self, state: Mapping[str, Tensor], dtype: torch.dtype | None = None, *, batch: int | None = None
-    ) -> Executor:
+    def masked_run(self, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Executor:
         """Return the masked dense program on these tensors in head order; see `coupling.masked_run`."""
-        return masked_run(self.program, self.coupling.labelled, self.masks, state, dtype, batch=batch)
-
-
-def _survivors(cut: AxisCut) -> Tensor:
-    return torch.from_numpy(np.delete(np.arange(cut.size), cut.dead))
+        return masked_run(self.program, self.coupling.labelled, self.masks, state, dtype)
 
 
 # Head orders: positions of the members of heads. --------------------------------------------------------------------

@@ -12,7 +12,7 @@ import copy
 import inspect
 import operator
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
 from math import gcd
@@ -33,10 +33,10 @@ from surgery.core import (
     Program,
     arguments_of,
     copied,
+    elsewhere,
     empty_caches,
     first_line,
     flat_outputs,
-    other_sizes,
     sample_inputs,
     well_conditioned,
 )
@@ -202,7 +202,18 @@ def _differs(cut: Cut, graph: CompactGraph, module: nn.Module) -> tuple[str | No
     state = cut.kept(well_conditioned(cut.program))
     named = {k: state[k] for k, _ in module.named_parameters() if k in state}
     callee = Callee.of(cut.program, module)
-    for sizes, inputs, wanted in _runs(cut.program, graph, state):
+
+    def dense(single: bool, by: int) -> tuple[str, list[Tensor], list[Tensor]] | None:
+        """Run the rewritten program; return a description of the sizes, the inputs and the outputs."""
+        sizes = "the new sizes" + ", for another batch or image" * (single or by != 0)
+        drawn = sample_inputs(cut.program, seed=7, dtype=torch.float64, by=by)
+        inputs = [x[:1] if single and isinstance(x, Tensor) else x for x in drawn]
+        unsure = (Exception,) if single or by else ()  # the dense model may not accept another size either
+        with suppress(*unsure), torch.no_grad(), evaluating(graph):
+            return sizes, inputs, flat_outputs(Executor(graph, state, dtype=torch.float64).run(*inputs))
+        return None
+
+    for sizes, inputs, wanted in filter(None, (dense(False, 0), *elsewhere(cut.program, dense))):
         args, kwargs = callee.arguments(inputs)
         # forward may write to its buffers
         named |= {k: state.get(k, buffer).clone() for k, buffer in module.named_buffers()}
@@ -218,30 +229,6 @@ def _differs(cut: Cut, graph: CompactGraph, module: nn.Module) -> tuple[str | No
         if not worst <= TOLERANCE[torch.float64]:
             return f"its forward computes something else at {sizes} (relative difference {worst:.1e})", ""
     return None, ""
-
-
-def _runs(
-    program: Program, graph: CompactGraph, state: Mapping[str, Tensor]
-) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
-    """Run the rewritten program at the example's sizes, and on one sample of other sizes if dynamic.
-
-    Yields a description of the sizes, the inputs, and the outputs.
-    """
-
-    def outputs(inputs: list[Tensor]) -> list[Tensor]:
-        with torch.no_grad(), evaluating(graph):
-            return flat_outputs(Executor(graph, state, dtype=torch.float64).run(*inputs))
-
-    inputs = sample_inputs(program, seed=7, dtype=torch.float64)
-    yield "the new sizes", inputs, outputs(inputs)
-    batched = all(0 in spec.dynamic for spec in program.inputs)
-    for by in (*other_sizes(program), 0):
-        given = sample_inputs(program, seed=7, dtype=torch.float64, by=by)
-        single = [x[:1] if batched and isinstance(x, Tensor) else x for x in given]
-        if any(isinstance(x, Tensor) and x.shape != y.shape for x, y in zip(single, inputs, strict=True)):
-            with suppress(Exception):  # the dense model may not accept this size either
-                yield "the new sizes, for another batch or image", single, outputs(single)
-                return
 
 
 def _raised_in(error: BaseException, model: nn.Module) -> str:

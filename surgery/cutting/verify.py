@@ -9,7 +9,7 @@ float64, then on the real weights. Dropped blocks, and the model around a submod
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,7 +45,6 @@ from surgery.core import (
     is_symbolic,
     names_dtype,
     narrowest,
-    other_sizes,
     sample_inputs,
     shapes_of,
     state_of,
@@ -130,9 +129,9 @@ class _Drawn:
     rounds: Rounds
     outputs: Rounds
 
-    def reference(self, batch: int | None = None) -> Executor:
+    def reference(self) -> Executor:
         """The masked dense program."""
-        return self.cut.masked_run(self.dense, torch.float64, batch=batch)
+        return self.cut.masked_run(self.dense, torch.float64)
 
 
 def _draw(cut: Cut, compact: CompactModel, seed: int) -> tuple[_Drawn, Mapping[str, Any]]:
@@ -194,42 +193,34 @@ def _require_slices(cut: Cut, compact: CompactModel) -> None:
 
 
 def _require_other_sizes(drawn: _Drawn) -> tuple[str, ...]:
-    """Compare at other batch and image sizes, if dynamic; return notes on what could not be compared.
-
-    A batch of three and another height and width are combined in one run if the dense model accepts both; a batch of
-    one follows.
-    """
+    """Compare at other batch and image sizes, if dynamic; return notes, also on what could not be compared."""
     program = drawn.cut.program
-    batched, changes = all(0 in spec.dynamic for spec in program.inputs), other_sizes(program)
-    notes = _compare_at(drawn, 3, changes[0]) if batched and changes else None
-    if notes is None:
-        notes = (_compare_at(drawn, 3) or ()) if batched else ()
-        found = next((x for by in changes if (x := _compare_at(drawn, None, by)) is not None), None)
-        if changes and found is None:  # no reference
-            notes += (
-                "not compared at another height and width: the dense model, though traced for free ones, takes "
-                f"none of those tried ({', '.join(f'{by:+d} pixels' for by in changes)})",
-            )
-        notes += found or ()
-    return notes + ((_compare_at(drawn, 1) or ()) if batched else ())
+    found = elsewhere(program, lambda batch, by: _compare_at(drawn, 3 if batch else None, by))
+    if found and found[-1] is None:
+        found[-1] = ("not compared at another size: the dense model, though traced for free ones, takes none tried",)
+    if program.any_batch:
+        found.append(_compare_at(drawn, 1))
+    return tuple(note for notes in found for note in notes or ())
 
 
 def _compare_at(drawn: _Drawn, batch: int | None, by: int = 0) -> tuple[str, ...] | None:
     """Compare at another batch, with images larger by `by` pixels; None if the dense model does not run."""
-    cut, compact = drawn.cut, drawn.compact
+    cut, compact, reference = drawn.cut, drawn.compact, drawn.reference()
     rounds = _batched(_rounds(cut.program, 55, torch.float64, by) if by else drawn.rounds, batch)
-    reference = drawn.reference(batch)
-    wanted = _outputs_or_none(reference, rounds)
+    wanted: Rounds | None = None
+    with suppress(Exception):  # operators raise any exception at a size that they do not accept
+        wanted = _outputs(reference, rounds)
+    if wanted is None and not by:  # masks may not fit if an axis of length one is missing at a batch of one
+        with suppress(Exception):
+            _outputs(Executor(cut.program.graph, reference.state, dtype=torch.float64), rounds)
+            wanted = _batched(drawn.outputs, batch)
     if wanted is None:
-        plain = Executor(cut.program.graph, reference.state, dtype=torch.float64)
-        if by or _outputs_or_none(plain, rounds) is None:
-            return None
+        return None
     what = " and ".join(["another height and width"] * bool(by) + [f"a batch of {batch}"] * bool(batch))
     try:
         found = [_of_graph(compact, drawn.kept, rounds)]
         if batch != 1:  # `cut` has tested the class with a single sample
             found += _of_module(cut, compact, drawn.kept, rounds)
-        wanted = wanted or _batched(drawn.outputs, batch)  # masks do not fit axes whose length depends on the batch
     except Exception as raised:  # any exception an operator raises at an unexpected size
         raise CheckFailed(
             f"the compact model does not do what the dense one does on {what}, though it does on the example's: "
@@ -250,13 +241,6 @@ def _batched(rounds: Rounds, batch: int | None) -> Rounds:
     if batch == 1:
         return [[x[k : k + 1] if isinstance(x, Tensor) else x for x in rounds[0]] for k in range(2)]
     return [[torch.cat([x, x[:1]]) if isinstance(x, Tensor) else x for x in inputs] for inputs in rounds]
-
-
-def _outputs_or_none(run: Executor, rounds: Rounds) -> Rounds | None:
-    try:
-        return _outputs(run, rounds)
-    except Exception:  # any exception of an operator
-        return None
 
 
 # Label replay. -------------------------------------------------------------------------------------------------------
@@ -500,17 +484,19 @@ def _apart(
     reference = Executor(whole.graph, state, override, torch.float64)
     shifted = Executor(program.graph, small, dtype=torch.float64)
 
-    def outputs(inputs: list[Tensor]) -> Rounds:
-        return _outputs(reference, [inputs])
-
-    inputs = sample_inputs(whole, seed=seed + 31, dtype=torch.float64)
-    worst = 0.0
-    for given, wanted in [(inputs, outputs(inputs)), *(elsewhere(whole, outputs, seed=seed + 32) or ())]:
-        found = _outputs(shifted, [given])
+    def difference(more: bool, by: int) -> float | None:
+        inputs = sample_inputs(whole, seed=seed + 31, dtype=torch.float64, by=by, more=more)
+        try:
+            wanted = _outputs(reference, [inputs])
+        except Exception:  # any exception an operator raises at a size it does not accept
+            return None
+        found = _outputs(shifted, [inputs])
         if [x.shape for x in wanted[0]] != [x.shape for x in found[0]] or not wanted[0]:
             raise CheckFailed("the model without its blocks returns other outputs; please report it")
-        worst = max(worst, relative_error(wanted, found)[0])
-    return worst
+        return relative_error(wanted, found)[0]
+
+    errors = [difference(False, 0), *elsewhere(whole, difference)]
+    return max(error for error in errors if error is not None)
 
 
 def _require_shifted(program: Program, constants: BranchConstants) -> None:

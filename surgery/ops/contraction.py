@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery.core import Layers, Step, Value, step
-from surgery.ops.examples import Between, Built, WithParameters, between_convs, between_linears, fork_linears
+from surgery.ops.examples import Around, Built, WithParameters, between_convs, between_linears, fork_linears
 from surgery.ops.moments import Moments, contracted
 from surgery.ops.registry import (
     Call,
@@ -97,7 +97,7 @@ def _conv_moments(a: Mapping[str, Any], *, transposed: bool) -> Moments:
 def _around(module: nn.Module, *image: int) -> Built:
     """Place a module between two convolutions with the given number of spatial axes."""
     conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(image) - 1]
-    return Between(conv(3, 8, 3), module, conv(8, 4, 1)), (torch.randn(2, 3, *image),)
+    return Around(module, conv(8, 4, 1), conv(3, 8, 3)), (torch.randn(2, 3, *image),)
 
 
 _CONVOLUTIONS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,28 +12,16 @@ from torch import Tensor, nn
 Built = tuple[nn.Module, tuple[Tensor, ...]]
 
 
-class Between(nn.Module):
-    """first layer → the operator under test → last layer."""
+class Around(nn.Module):
+    """Layers on one input → the operator under test, on one value per layer → last layer."""
 
-    def __init__(self, before: nn.Module, middle: Callable[[Tensor], Tensor], after: nn.Module) -> None:
+    def __init__(self, middle: Callable[..., Tensor], after: nn.Module, *before: nn.Module) -> None:
         super().__init__()
-        self.before, self.middle, self.after = before, middle, after
+        self.before, self.middle, self.after = nn.ModuleList(before), middle, after
 
     def forward(self, x: Tensor) -> Any:
-        """Run the three in a row."""
-        return self.after(self.middle(self.before(x)))
-
-
-class Fork(nn.Module):
-    """Two layers on one input, joined by the operator under test, and a layer after it."""
-
-    def __init__(self, left: nn.Module, right: nn.Module, join: Callable[[Tensor, Tensor], Tensor], after: nn.Module):
-        super().__init__()
-        self.left, self.right, self.after, self.join = left, right, after, join
-
-    def forward(self, x: Tensor) -> Any:
-        """Run both branches, join them, run the last layer."""
-        return self.after(self.join(self.left(x), self.right(x)))
+        """Run all layers of the first kind, the operator, the last layer."""
+        return self.after(self.middle(*(layer(x) for layer in self.before)))
 
 
 class WithParameters(nn.Module):
@@ -48,25 +37,25 @@ class WithParameters(nn.Module):
         return self.function(x, *self.tensors)
 
 
-def between_convs(middle: Callable[[Tensor], Tensor], *, after: int = 0) -> Callable[[], Built]:
-    """A convolution to 8 channels, the operator, a convolution from `after` or 8 channels."""
-    return lambda: (Between(nn.Conv2d(3, 8, 3), middle, nn.Conv2d(after or 8, 4, 3)), (torch.randn(2, 3, 12, 12),))
-
-
-def between_linears(middle: Callable[[Tensor], Tensor], *, after: int = 0) -> Callable[[], Built]:
-    """A linear layer to 12 features over 6 tokens, the operator, a linear layer from `after` or 12."""
-    return lambda: (Between(nn.Linear(7, 12), middle, nn.Linear(after or 12, 5)), (torch.randn(2, 6, 7),))
-
-
-def fork_convs(join: Callable[[Tensor, Tensor], Tensor], *, after: int = 8) -> Callable[[], Built]:
-    """Two convolutions to 8 channels each, joined."""
+def between_convs(middle: Callable[..., Tensor], *, after: int = 8, operands: int = 1) -> Callable[[], Built]:
+    """A convolution to 8 channels for each operand of the operator, the operator, a convolution from `after`."""
 
     def build() -> Built:
-        return Fork(nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), join, nn.Conv2d(after, 4, 3)), (torch.randn(2, 3, 12, 12),)
+        before = (nn.Conv2d(3, 8, 3) for _ in range(operands))
+        return Around(middle, nn.Conv2d(after, 4, 3), *before), (torch.randn(2, 3, 12, 12),)
 
     return build
 
 
-def fork_linears(join: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Built]:
-    """Two linear layers to 12 features each, joined."""
-    return lambda: (Fork(nn.Linear(7, 12), nn.Linear(7, 12), join, nn.Linear(12, 5)), (torch.randn(2, 6, 7),))
+def between_linears(middle: Callable[..., Tensor], *, after: int = 12, operands: int = 1) -> Callable[[], Built]:
+    """A linear layer to 12 features over 6 tokens for each operand, the operator, a linear layer from `after`."""
+
+    def build() -> Built:
+        before = (nn.Linear(7, 12) for _ in range(operands))
+        return Around(middle, nn.Linear(after, 5), *before), (torch.randn(2, 6, 7),)
+
+    return build
+
+
+fork_convs = partial(between_convs, operands=2)
+fork_linears = partial(between_linears, operands=2)

@@ -44,14 +44,15 @@ def _moves(
     rewrite: Callable[[Rewrite], Changes] | None = None,
     *,
     around: Callable[..., Example] = between_convs,
-    after: int = 0,
     couple: Callable[[Call], Coupled] | None = None,
     onnx: Lowering | None = None,
     summary: str = "run on labels",
+    **sizes: int,
 ) -> Rule:
     op = operator.attrgetter(name)(aten)
     couple = couple or (lambda call: _run(call, op))
-    return Rule(f"aten.{name}", "movement", couple, around(function, after=after), rewrite, onnx=onnx, summary=summary)
+    example = around(function, **sizes)
+    return Rule(f"aten.{name}", "movement", couple, example, rewrite, onnx=onnx, summary=summary)
 
 
 def _reorders(name: str, function: Callable[[Tensor], Tensor]) -> Rule:

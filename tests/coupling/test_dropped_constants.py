@@ -40,9 +40,9 @@ class Dead(nn.Module):
 class Live(nn.Module):
     """x + conv(relu(norm(x))), as in pre-activation networks."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, bias: bool = False) -> None:
         super().__init__()
-        self.bn, self.conv = nn.BatchNorm2d(WIDTH), nn.Conv2d(WIDTH, WIDTH, 3, 1, 1, bias=False)
+        self.bn, self.conv = nn.BatchNorm2d(WIDTH), nn.Conv2d(WIDTH, WIDTH, 3, 1, 1, bias=bias)
         nn.init.normal_(self.bn.running_mean)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,15 +89,16 @@ def stem(**options: bool) -> nn.Module:
         ([stem(), Dead()], "0.bias"),
         ([stem(bias=False), nn.BatchNorm2d(WIDTH), Dead(), nn.ReLU()], "1.bias"),
         ([stem(), nn.GroupNorm(3, WIDTH), Dead(), Dead(), Dead()], "1.bias"),
-        ([stem(bias=False), Dead(), nn.BatchNorm2d(WIDTH), nn.ReLU()], "2.running_mean"),
+        ([stem(bias=False), nn.BatchNorm2d(WIDTH), Live(bias=True), Dead(), nn.ReLU()], "2.conv.bias"),
     ],
 )
-def test_a_bias_or_a_mean_takes_the_constant_up(layers: list[nn.Module], taken: str) -> None:
+def test_a_bias_takes_the_constant_up(layers: list[nn.Module], taken: str) -> None:
     model = sequence(*layers)
     _, left = without(model)
     assert type(left.model) is nn.Sequential
     assert left.model.state_dict().keys() < model.state_dict().keys()
-    assert not any(str(node.target) == "aten.add.Tensor" for node in left.graph.graph.nodes)
+    sums = [node for node in left.graph.graph.nodes if str(node.target) == "aten.add.Tensor"]
+    assert len(sums) == sum(isinstance(m, Live) for m in layers)
     changed = [n for n, t in left.model.state_dict().items() if not torch.equal(t, model.state_dict()[n])]
     assert changed == [taken]
 
@@ -151,7 +152,7 @@ def test_a_bias_that_is_read_twice_is_left_alone() -> None:
 
 
 class Attention(nn.Module):
-    """A transformer's block, whose feed-forward part is zero but for its bias."""
+    """A transformer's block, whose attention is zero but for its bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,16 +166,17 @@ class Attention(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-def test_constants_along_the_last_axis_are_taken_up_behind_views_and_transposes() -> None:
+def test_constants_along_the_last_axis_are_taken_up_by_a_linear_layer() -> None:
     torch.manual_seed(0)
-    block = Attention()
-    nn.init.zeros_(block.mlp[2].weight)
-    model = nn.Sequential(nn.Linear(6, WIDTH), block, nn.Linear(WIDTH, 3)).double().eval()
+    live, block = Attention(), Attention()
+    nn.init.zeros_(block.attention.out_proj.weight)
+    nn.init.normal_(block.attention.out_proj.bias)
+    model = nn.Sequential(nn.Linear(6, WIDTH), live, block, nn.Linear(WIDTH, 3)).double().eval()
     program, left = without(model, torch.randn(2, 7, 6, dtype=torch.float64))
     found = branch_constants(program, dead_blocks(program, find_blocks(program)))
     assert not found.added
-    assert set(found.shifts) == {"1.attention.out_proj.bias"}
-    assert not [n for n, _ in left.model.named_parameters() if "mlp" in n]
+    assert set(found.shifts) == {"1.mlp.2.bias"}
+    assert not [n for n, _ in left.model.named_parameters() if "2.attention" in n]
 
 
 def test_the_oracle_notices_a_constant_that_went_elsewhere() -> None:
