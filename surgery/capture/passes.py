@@ -6,16 +6,17 @@ verifies this after each pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
-from string import ascii_letters
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
 from torch._ops import HigherOrderOperator
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from surgery.capture.constants import compute_weights, computed_weights, fold_scalars, scalars_of_constants
@@ -75,11 +76,7 @@ def inline_regions(graph: fx.GraphModule) -> None:
     while node := next(regions(graph), None):
         body, operands = _region(graph, node)
         inner = attribute(graph, str(body.target)).graph
-        made = dict(zip((n for n in inner.nodes if n.op == "placeholder"), operands, strict=True))
-        with graph.graph.inserting_before(node):
-            for step in inner.nodes:
-                if step.op not in ("placeholder", "output"):
-                    made[step] = graph.graph.node_copy(step, made.__getitem__)
+        made = _inline(node, inner, operands)
         results = [made.get(x, x) for x in inner.output_node().args[0]]
         for user in list(node.users):  # each takes one of the results
             user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
@@ -87,6 +84,16 @@ def inline_regions(graph: fx.GraphModule) -> None:
         graph.graph.erase_node(node)
         if not body.users:
             graph.graph.erase_node(body)
+
+
+def _inline(node: fx.Node, body: fx.Graph, operands: Sequence[Any]) -> dict[fx.Node, Any]:
+    """Copy a subgraph before a node; return each of its nodes with its value in the node's graph."""
+    made = dict(zip((n for n in body.nodes if n.op == "placeholder"), operands, strict=True))
+    with node.graph.inserting_before(node):
+        for step in body.nodes:
+            if step.op not in ("placeholder", "output"):
+                made[step] = node.graph.node_copy(step, made.__getitem__)
+    return made
 
 
 def _region(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, list[Any]]:
@@ -285,117 +292,28 @@ def _alias_families(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
     return family
 
 
-# Einstein sums as matrix products: permute, merge axes, multiply, permute back. --------------------------------------
-
-_ELLIPSIS = "..."
+# Einstein sums. ------------------------------------------------------------------------------------------------------
 
 
 def einsums(graph: fx.GraphModule) -> Iterator[fx.Node]:
-    """Return Einstein sums of two or more operands that are products; sums over diagonals are not."""
-    for node in graph.graph.nodes:
-        if node.target is aten.einsum.default and len(node.args[1]) > 1:
-            terms, _ = letters(node)
-            if all(len(set(term)) == len(term) for term in terms):
-                yield node
+    """Return Einstein sums."""
+    return (node for node in graph.graph.nodes if node.target is aten.einsum.default)
 
 
 def expand_einsums(graph: fx.GraphModule) -> None:
-    """Replace Einstein sums by matrix products."""
+    """Replace Einstein sums by the matrix products and movements that torch computes them with."""
     for node in list(einsums(graph)):
         operands: Any = node.args[1]
-        terms, out = letters(node)
-        with graph.graph.inserting_before(node):
-            builder = _Builder(node)
-            value, term = operands[0], terms[0]
-            for k in range(1, len(operands)):
-                wanted = set(out).union(*terms[k + 1 :])
-                value, term = builder.product(value, term, operands[k], terms[k], wanted)
-            value = builder.call(aten.permute.default, value, [term.index(x) for x in out])
-        node.replace_all_uses_with(value)
+        equation = partial(aten.einsum.default, node.args[0])
+        body = make_fx(lambda *values, of=equation: of(values))(*(x.meta["val"] for x in operands)).graph
+        made = _inline(node, body, operands)
+        origin = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+        for step in made.keys() - set(body.find_nodes(op="placeholder")):
+            made[step].meta = {**origin, "val": step.meta.get("val")}
+            if step.target in (aten.view.default, aten._unsafe_view.default):  # strides may differ in another call
+                made[step].target = aten.reshape.default
+        node.replace_all_uses_with(made[body.output_node().all_input_nodes[0]])
         graph.graph.erase_node(node)
-
-
-def letters(node: fx.Node) -> tuple[list[str], str]:
-    """Return the letters of every operand and of the output; an ellipsis is replaced by unused letters."""
-    equation: Any = node.args[0]
-    ranks = [operand.meta["val"].dim() for operand in node.args[1]]  # type: ignore[union-attr]
-    left, arrow, right = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
-    if not arrow:
-        once = sorted(x for x in set(left) - set(",.") if left.count(x) == 1)
-        right = (_ELLIPSIS if _ELLIPSIS in left else "") + "".join(once)
-    unused = [x for x in ascii_letters if x not in equation]
-    hidden = [rank - len(term.replace(_ELLIPSIS, "")) for term, rank in zip(terms, ranks, strict=True)]
-    widest = max((h for h, term in zip(hidden, terms, strict=True) if _ELLIPSIS in term), default=0)
-    dots = "".join(unused[:widest])
-    spelt = [term.replace(_ELLIPSIS, dots[widest - h :]) for term, h in zip(terms, hidden, strict=True)]
-    return spelt, right.replace(_ELLIPSIS, dots)
-
-
-def _is_one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1
-
-
-@dataclass(frozen=True)
-class _Builder:
-    """Inserts operators that carry the source line and module of `origin`."""
-
-    origin: fx.Node
-
-    def call(self, op: Any, *args: Any) -> fx.Node:
-        """Insert a call with the meta value that the tracer would have recorded."""
-        node = self.origin.graph.call_function(op, args)
-        node.meta = {k: v for k, v in self.origin.meta.items() if k in ("stack_trace", "nn_module_stack")}
-        node.meta["val"] = op(*fx.map_arg(args, lambda n: n.meta["val"]))
-        return node
-
-    def product(self, a: fx.Node, a_term: str, b: fx.Node, b_term: str, wanted: set[str]) -> tuple[fx.Node, str]:
-        """Multiply two operands and sum over the letters not needed later."""
-        a, a_term = self._narrowed(a, a_term, b, b_term)
-        b, b_term = self._narrowed(b, b_term, a, a_term)
-        a, a_term = self._summed(a, a_term, set(b_term) | wanted)
-        b, b_term = self._summed(b, b_term, set(a_term) | wanted)
-        shared = [x for x in a_term if x in b_term]
-        summed = [x for x in shared if x not in wanted]
-        left, right = [x for x in a_term if x not in shared], [x for x in b_term if x not in shared]
-        # All but one letter of each side are leading axes, along which the other side is broadcast.
-        row, column = left[-1:], right[-1:]
-        leading = [x for x in shared if x in wanted] + left[:-1] + right[:-1]
-        a = self._laid_out(a, a_term, leading, row, summed)
-        b = self._laid_out(b, b_term, leading, summed, column)
-        out = self.call(aten.matmul.default, a, b)
-        rank = len(leading)
-        for missing, axis in ((not column, rank + 1), (not row, rank)):
-            out = self.call(aten.squeeze.dim, out, axis) if missing else out
-        return out, "".join(leading + row + column)
-
-    def _narrowed(self, x: fx.Node, term: str, other: fx.Node, theirs: str) -> tuple[fx.Node, str]:
-        """Remove axes of length one that are broadcast against the other operand."""
-        long = {letter for letter, size in zip(theirs, other.meta["val"].shape, strict=True) if not _is_one(size)}
-        for axis in reversed(range(len(term))):
-            if term[axis] in long and _is_one(x.meta["val"].shape[axis]):
-                x, term = self.call(aten.squeeze.dim, x, axis), term[:axis] + term[axis + 1 :]
-        return x, term
-
-    def _summed(self, x: fx.Node, term: str, wanted: set[str]) -> tuple[fx.Node, str]:
-        axes = [k for k, letter in enumerate(term) if letter not in wanted]
-        x = self.call(aten.sum.dim_IntList, x, axes) if axes else x
-        return x, "".join(letter for letter in term if letter in wanted)
-
-    def _laid_out(self, x: fx.Node, term: str, leading: list[str], rows: list[str], columns: list[str]) -> fx.Node:
-        """Permute and reshape an operand to (*leading, rows, columns), with axes of length one for missing letters."""
-        have = [letter for letter in (*leading, *rows, *columns) if letter in term]
-        x = self.call(aten.permute.default, x, [term.index(letter) for letter in have])
-        for part in (columns, rows):  # from the back, so that earlier axes keep their positions
-            start = sum(letter in term for letter in leading) + (len(rows) if part is columns else 0)
-            if len(part) > 1:
-                x = self.call(aten.flatten.using_ints, x, start, start + len(part) - 1)
-            elif not part:
-                x = self.call(aten.unsqueeze.default, x, start)
-        for axis, letter in enumerate(leading):
-            if letter not in term:
-                x = self.call(aten.unsqueeze.default, x, axis)
-        return x
 
 
 PASSES: tuple[tuple[Callable[[fx.GraphModule], None], Nodes], ...] = (
