@@ -10,7 +10,8 @@ import inspect
 import math
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from onnx_ir.passes import common as passes
 from onnxscript import opset18 as op, rewriter
 from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention as attention_of_four_axes
 from torch.onnx._internal.exporter._ir_passes import _all_values, rename_axis
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils import _pytree as pytree
 
 from exporters.signature import Axes, Tensors, axis_name
@@ -48,7 +50,9 @@ def convert(
         if dynamo:
             # Trying to make one split of every two slices takes a quarter of the time of torchvision's swin_t.
             rules = tuple(rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != "SlicesSplit")
-            with lean(), instead(rewriter, "_DEFAULT_REWRITE_RULES", rules):
+            # Building torch's registry of ONNX functions takes most of the export of a small network: build it once.
+            registry = instead(ONNXRegistry, "from_torchlib", staticmethod(_registry))
+            with lean(), registry, instead(rewriter, "_DEFAULT_REWRITE_RULES", rules):
                 graph = _by_torch_export(call, tensors, axes, opset)
         else:
             with instead(torch._C, "_jit_onnx_log", lambda *_: None):  # it prints whole graphs when it fails
@@ -56,6 +60,20 @@ def convert(
     except Exception as error:  # torch's exporters pass on any exception of the model
         raise UnsupportedModel(_refusal(call.module, error, dynamo=dynamo)) from error
     return _tidy(graph, list(tensors), outputs, axes)
+
+
+def _registry(opset_version: int) -> ONNXRegistry:
+    """Return torch's translations to ONNX; the exporter may add to the copy."""
+    built = _built_registry(opset_version)
+    registry = ONNXRegistry()
+    registry._opset_version = built._opset_version
+    registry.functions = {target: list(translations) for target, translations in built.functions.items()}
+    return registry
+
+
+@cache
+def _built_registry(opset: int, build: Callable[..., ONNXRegistry] = ONNXRegistry.from_torchlib) -> ONNXRegistry:
+    return build(opset_version=opset)
 
 
 def _by_torch_export(call: Callee, tensors: Tensors, axes: Axes, opset: int) -> ir.Model:

@@ -12,28 +12,30 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-
-_PRELOADED = ["torch.onnx", "onnxruntime", "onnxscript", "PIL.Image", "surgery.api", "surgery.search", "exporters.onnx"]
+WARM = "benchmarks.studies.coverage.warm"
+"""Imports the libraries, captures and exports once; the server that processes are forked from does so."""
 
 
 def run_surgery(
-    folder: Path, *args: str, env: Mapping[str, str] | None = None, timeout: float = 600
+    folder: Path, *args: str, env: Mapping[str, str] | None = None, timeout: float = 600, processes: int = 1
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python -m surgery.cli ARGS`` in a folder, with these environment variables besides the test's own.
 
     A fork saves the seconds of importing torch and the exporters. On systems without it, each run is a new interpreter.
+    Several processes are launched as by ``torchrun --standalone``.
     """
-    command = [sys.executable, "-m", "surgery.cli", *args]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else ()), "-m", "surgery.cli", *args]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **(env or {})}
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=timeout
         )
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context.set_forkserver_preload([WARM])
     with tempfile.TemporaryDirectory() as outputs:
         paths = [Path(outputs, name) for name in ("out", "err")]
-        child = context.Process(target=_main, args=(folder, args, environment, paths))
+        child = context.Process(target=_main, args=(folder, args, environment, paths, processes))
         child.start()
         child.join(timeout)
         if child.is_alive():
@@ -43,7 +45,9 @@ def run_surgery(
         return subprocess.CompletedProcess(command, child.exitcode or 0, out, err)
 
 
-def _main(folder: Path, args: tuple[str, ...], environment: Mapping[str, str], outputs: list[Path]) -> None:
+def _main(
+    folder: Path, args: tuple[str, ...], environment: Mapping[str, str], outputs: list[Path], processes: int
+) -> None:
     """Become the command: take its folder, arguments, environment and outputs."""
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
@@ -52,4 +56,18 @@ def _main(folder: Path, args: tuple[str, ...], environment: Mapping[str, str], o
     os.environ.update(environment)
     sys.path[0] = str(folder)
     sys.argv[1:] = args
-    runpy.run_module("surgery.cli", run_name="__main__", alter_sys=True)
+    if processes == 1:
+        return _run()
+    from torch.distributed.launcher import LaunchConfig, elastic_launch
+
+    where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": str(os.getpid())}
+    config = LaunchConfig(1, 1, processes, start_method="fork", max_restarts=0, monitor_interval=0.1, **where)
+    elastic_launch(config, _run)()
+
+
+def _run() -> None:
+    try:
+        runpy.run_module("surgery.cli", run_name="__main__", alter_sys=True)
+    except SystemExit as end:  # the launcher takes any as a failure
+        if end.code:
+            raise

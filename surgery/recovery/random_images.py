@@ -44,8 +44,8 @@ def _leaves(random: np.random.Generator, channels: int, height: int, width: int)
         reach = radius * aspect * (1 if round_ else np.sqrt(2))
         low = np.maximum(0, np.floor(middle - reach)).astype(int)
         high = np.minimum((height, width), np.ceil(middle + reach) + 1).astype(int)
-        y, x = np.mgrid[low[0] : high[0], low[1] : high[1]].astype(np.float32)
-        dy, dx = y - middle[0], x - middle[1]
+        dy = np.arange(low[0], high[0])[:, None] - middle[0]
+        dx = np.arange(low[1], high[1]) - middle[1]
         u = (dx * np.cos(angle) + dy * np.sin(angle)) / aspect
         v = (dy * np.cos(angle) - dx * np.sin(angle)) * aspect
         inside = u * u + v * v < radius * radius if round_ else (abs(u) < radius) & (abs(v) < radius)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import WARM
 from torch import nn
 
 from benchmarks.studies import record
@@ -69,7 +71,8 @@ def found(case: Case, tmp_path_factory: pytest.TempPathFactory) -> dict[str, obj
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SURGERY_CACHE", str(cache))
         patch.setattr(rows, "CRITERIA", {"l1": rows.CRITERIA["l1"]})
-        return measured(case, Ask(0.8, ("fp32", "int8"), smaller=(16,), seconds=2.0), tmp_path_factory.mktemp("files"))
+        get_context("forkserver").set_forkserver_preload([WARM])
+        return measured(case, Ask(0.8, ("fp32", "int8"), smaller=(16,), seconds=1.0), tmp_path_factory.mktemp("files"))
 
 
 def test_every_way_has_its_row(found: dict[str, object]) -> None:

@@ -549,10 +549,12 @@ def place(tmp_path_factory: pytest.TempPathFactory, trained: nn.Module, digits: 
 NORMALISED = ("--mean", "0.5", "--std", "0.5")
 
 
-def surgery_shrink(place: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def surgery_shrink(
+    place: Path, *arguments: str, launcher: tuple[str, ...] = (), processes: int = 1
+) -> subprocess.CompletedProcess[str]:
     arguments = ("net.py:net", "--weights", "net.pt", "--macs", "0.4", "--runs", "3", *arguments)
     if not launcher:
-        return run_surgery(place, "shrink", *arguments, env={"OMP_NUM_THREADS": "1"})
+        return run_surgery(place, "shrink", *arguments, env={"OMP_NUM_THREADS": "1"}, processes=processes)
     command = [sys.executable, *launcher, str(ROOT / "scripts" / "shrink.py"), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=600)
@@ -642,7 +644,7 @@ def test_of_two_processes_one_tells_what_went_wrong(place: Path, arguments: list
     plain = ["--max-images", "64", "--criterion", "l1", "--epochs", "1", "--quiet"]
     if "judge.py" in arguments[1]:
         plain += ["--val", "val.npz"]
-    done = surgery_shrink(place, *NORMALISED, *arguments, *plain, "--out", "mistake", launcher=TWO)
+    done = surgery_shrink(place, *NORMALISED, *arguments, *plain, "--out", "mistake", processes=2)
     assert done.returncode != 0
     (told,) = [line for line in done.stderr.splitlines() if "surgery: " in line]
     assert told.startswith(f"surgery: {said}")

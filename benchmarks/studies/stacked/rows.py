@@ -9,7 +9,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import inf
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,8 @@ class Files:
     def write(self) -> None:
         """Write the files, as many at a time as there are cores: exporting is work for one."""
         tell(f"exports: {', '.join(self.jobs)}")
-        with ProcessPoolExecutor(available_cores(), get_context("spawn")) as pool:
+        method = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
+        with ProcessPoolExecutor(available_cores(), get_context(method)) as pool:
             for name, done in [(name, _handed(pool, job)) for name, job in self.jobs.items()]:
                 if (error := done.exception()) is not None:  # it does not go there; or fails, and says so here
                     tell(f"{name} is written in this process ({type(error).__name__}: {error})")
