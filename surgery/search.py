@@ -18,8 +18,6 @@ from exporters.session import OnnxModel
 from surgery import pipeline, planning
 from surgery.config import DEPLOYED, MILDEST, Budget, Recipe
 from surgery.core import Clock, Progress
-from surgery.coupling import kept_costs, plan_from_dead
-from surgery.cutting import tracer_of
 from surgery.errors import BudgetUnreachable, InvalidInput, SurgeryError
 from surgery.inputs import read_batches
 from surgery.pipeline import Result
@@ -73,28 +71,21 @@ def _toward(recipe: Recipe, fraction: float) -> Recipe:
 
 def _joined(decision: Decision, further: Decision) -> Decision:
     """Return the decision with the units removed further from its model, where indices are those of the units left."""
-    choice, more, selection = decision.choice, further.choice.plan, decision.recipe.selection
+    choice, plan, more = decision.choice, decision.choice.plan, further.choice.plan
     sizes = {group.name: group.size for group in choice.coupling.groups}
-    dead = {name: list(units) for name, units in choice.plan.dead.items()}
+    dead = dict(plan.dead)
     for name, units in more.dead.items():
-        removed = dead.setdefault(name, [])
+        removed = dead.get(name, ())
         left = [unit for unit in range(sizes.get(name, 0)) if unit not in removed]
         if len(left) != more.sizes[name]:
             raise SurgeryError(
                 f"--steps: group '{name}' of the smaller model has {more.sizes[name]} units where {len(left)} were "
                 "left; please report it, and do without --steps"
             )
-        dead[name] = sorted([*removed, *(left[unit] for unit in units)])
-    old, notes = choice.plan, [*choice.plan.notes, *more.notes]
-    made_for, inputs, settings = old.fingerprint, old.inputs, old.settings
-    plan = plan_from_dead(choice.coupling, dead, fingerprint=made_for, inputs=inputs, settings=settings, notes=notes)
-    plan = replace(plan, dropped=old.dropped, arranged=old.arranged)
-    tracer, program = tracer_of(selection.tracer), choice.program
-    dense = tracer.couple(program.dense, keep=selection.keep) if plan.dropped else choice.coupling
-    before = tracer.cost_functions(program.dense, dense)
-    after = tracer.cost_functions(program, choice.coupling)
-    costs = kept_costs(dense, before, choice.coupling, after, plan)
-    return replace(decision, choice=replace(choice, plan=plan, costs=costs))
+        dead[name] = tuple(sorted([*removed, *(left[unit] for unit in units)]))
+    plan = replace(planning.with_dead(plan, choice.coupling, dead), notes=(*plan.notes, *more.notes))
+    joined = planning.choice_of(plan, choice.program.dense, decision.recipe, Clock(None))
+    return replace(decision, choice=joined)
 
 
 def realise(decision: Decision, *, progress: Progress | None = None) -> Result:

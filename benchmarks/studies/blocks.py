@@ -1,9 +1,9 @@
 """Which residual blocks are least important: accuracy of a trained network without them, by several scores.
 
 ResNet-56 loses its 3, 6 and 9 least important blocks: by the score that uses weights alone, by block ablation on
-calibration images (individually or greedily, with and without compensation by a scale and a shift), and at random (mean
-of three draws). Each network is evaluated without recovery, and after batch-norm re-estimation on 7,728 training
-images. Accuracy: 932 test images (standard error about one point).
+calibration images (individually or greedily), and at random (mean of three draws). Each network is evaluated without
+recovery, and after batch-norm re-estimation on 7,728 training images. Accuracy: 932 test images (standard error about
+one point).
 
 Run: ``python -m benchmarks.studies.blocks``; writes ``results/blocks.json``.
 """
@@ -56,12 +56,9 @@ def orders(program: Program, blocks: Sequence[Block], images: Tensor) -> Iterato
     """Yield the name of each score, and the names of the blocks, the least important first."""
     worth = block_worth(program, blocks)
     yield "weights alone", _rising(worth)
-    for count, compensated in ((len(images), True), (len(images), False), (32, True)):
-        batches = [(part,) for part in torch.split(images[:: len(images) // count], BATCH)]
-        ablation = BlockAblation(program, blocks, batches, compensated=compensated)
-        label = f"{count} images" + ("" if compensated else ", uncompensated")
-        yield f"{label}: individually", _rising(ablation.alone)
-        yield f"{label}: greedy", [name for name, _ in ablation.in_turn(float("inf"))]
+    ablation = BlockAblation(program, blocks, [(part,) for part in torch.split(images, BATCH)])
+    yield f"{len(images)} images: individually", _rising(ablation.alone)
+    yield f"{len(images)} images: greedy", [name for name, _ in ablation.in_turn(float("inf"))]
     for draw in range(DRAWS):
         names = [block.name for block in blocks]
         random.Random(draw).shuffle(names)

@@ -1,12 +1,10 @@
 """Block ablation: the error of the outputs on calibration images when blocks are removed.
 
 Blocks that compensate for each other look redundant individually. They are therefore removed one at a time, each time
-the one that adds least to the error given those already removed. Optionally, a scale and a shift per channel of the
-stream after the block are fitted first, by least squares, to model a light recovery. Plans do so if units are also
-scored with refitted consumers; the order is not better for it (benchmarks/studies/blocks.py).
+the one that adds least to the error given those already removed.
 
 Source: after Wang and Wu 2022, PRACTISE (arXiv:2202.07861), whose recoverability is the outputs' error after training
-inserted layers; here such a layer is a scale and a shift with a closed-form fit, and blocks are removed in turn.
+inserted layers; here nothing is inserted, and blocks are removed in turn.
 """
 
 from __future__ import annotations
@@ -19,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.core import Block, Executor, Program, all_tensors, flat_outputs, hint, state_of
-from surgery.importance.least_squares import Moments
+from surgery.core import Block, Executor, Program, flat_outputs, state_of
 from surgery.importance.scoring import Batches
 
 MOST_ERROR = 1.0
@@ -30,25 +27,19 @@ NEAR = 1.2
 WORK_MACS, FEWEST = 1.5e12, 8
 """Limit on the multiply-adds of all runs together, and the minimum number of images."""
 
-Fit = tuple[Tensor, Tensor, int]
-"""The scale, the shift, and the axis of the channels."""
 
-
-def block_losses(
-    program: Program, blocks: Sequence[Block], batches: Batches, *, macs: int = 0, compensated: bool = False
-) -> dict[str, float]:
+def block_losses(program: Program, blocks: Sequence[Block], batches: Batches, *, macs: int = 0) -> dict[str, float]:
     """Return the loss of each block, in addition to the blocks that are removed before it.
 
     The loss is the increase of ``log(1 + error)``. Near zero it agrees with ``-log(1 - error)`` as in `signal.loss_of`,
     but it is also defined for errors above 1.
 
-    `batches` are inputs of the traced program, limited by `macs`, the MACs of one image (0: no limit). `compensated`:
-    do not count what a scale and a shift per channel restore; for models that will be recovered.
+    `batches` are inputs of the traced program, limited by `macs`, the MACs of one image (0: no limit).
     """
     if not blocks:
         return {}
     most = max(FEWEST, int(WORK_MACS / (4 * len(blocks) * macs))) if macs else None
-    ablation = BlockAblation(program, blocks, first(batches, most), compensated=compensated)
+    ablation = BlockAblation(program, blocks, first(batches, most))
     found: dict[str, float] = {}
     before, least = 0.0, 0.0
     for name, error in ablation.in_turn():
@@ -66,12 +57,9 @@ class BlockAblation:
         alone: block name → error with only that block removed.
     """
 
-    def __init__(
-        self, program: Program, blocks: Sequence[Block], batches: Batches, *, compensated: bool = False
-    ) -> None:
+    def __init__(self, program: Program, blocks: Sequence[Block], batches: Batches) -> None:
         self._graph, self._state, self._batches = program.graph, state_of(program), batches
         self._blocks = {block.name: block for block in blocks}
-        self._fits: Mapping[str, Fit] = _fits(program, self._state, blocks, batches) if compensated else {}
         self._dense = list(self._outputs(()))
         self._variations = variations(self._dense)
         self.alone = self._alone()
@@ -98,7 +86,7 @@ class BlockAblation:
         return {name: self._mean(found) for name, found in errors.items()}
 
     def _without(self, removed: Collection[str]) -> _Ablated:
-        return _Ablated(self._graph, self._state, [self._blocks[name] for name in removed], self._fits)
+        return _Ablated(self._graph, self._state, [self._blocks[name] for name in removed])
 
     def _outputs(self, removed: Collection[str]) -> Iterator[list[Tensor]]:
         tape = self._without(removed)
@@ -130,11 +118,8 @@ class BlockAblation:
 class _Ablated(Executor):
     """The network without some blocks: their branches are skipped, and their sums return the other operand."""
 
-    def __init__(
-        self, graph: torch.fx.GraphModule, state: Mapping[str, Tensor], gone: Sequence[Block], fits: Mapping[str, Fit]
-    ) -> None:
+    def __init__(self, graph: torch.fx.GraphModule, state: Mapping[str, Tensor], gone: Sequence[Block]) -> None:
         super().__init__(graph, state)
-        self._fits = fits
         self._sums = {block.sum: block for block in gone}
         self._skipped = {name for block in gone if not block.is_layer for name in block.nodes}
         self._through = {name for block in gone if block.is_layer for name in block.nodes}
@@ -149,61 +134,7 @@ class _Ablated(Executor):
         if block is None:
             return super().call(node, values, **changed)
         stays = node.all_input_nodes[0] if block.is_layer else self.nodes[self.place[block.stays]]
-        kept: Tensor = self.value(stays, values)
-        if block.name not in self._fits:
-            return kept
-        scale, shift, axis = self._fits[block.name]
-        shape = [-1 if a == axis else 1 for a in range(kept.dim())]
-        return kept * scale.reshape(shape).to(kept.dtype) + shift.reshape(shape).to(kept.dtype)
-
-
-def _fits(program: Program, state: Mapping[str, Tensor], blocks: Sequence[Block], batches: Batches) -> dict[str, Fit]:
-    """Return the least-squares scale and shift per channel that map the stream without a block to that with it."""
-    tape = _Observing(program, state, blocks)
-    with torch.no_grad():
-        for batch in batches:
-            tape.output(tape.start(batch))
-    fits = {}
-    for name, found in tape.moments.items():
-        squares, x = found.xx[:, 0, 0] / found.count, found.xx[:, 0, 1] / found.count
-        both, y = found.xy[:, 0, 0] / found.count, found.xy[:, 1, 0] / found.count
-        variance = squares - x * x
-        scale = torch.where(variance > 1e-9 * squares, (both - x * y) / variance.clamp_min(1e-30), torch.ones_like(x))
-        fits[name] = scale, y - scale * x, tape.axes[name]
-    return fits
-
-
-class _Observing(Executor):
-    """The dense network; collects for each block the moments of the stream without it, with the stream as target."""
-
-    def __init__(self, program: Program, state: Mapping[str, Tensor], blocks: Sequence[Block]) -> None:
-        super().__init__(program.graph, state)
-        self._sums = {block.sum: block for block in blocks}
-        self._first = {(*block.nodes, block.sum)[0]: block.name for block in blocks if block.is_layer}
-        self._entered: dict[str, Tensor] = {}
-        tensors = all_tensors(program)
-        self.axes, self.moments = dict[str, int](), dict[str, Moments]()
-        for block in blocks:
-            # The channel axis is as long as a bias or scale of the branch: the first after the batch, or the last.
-            lengths = {tensors[name].numel() for name in block.tensors if tensors[name].dim() == 1}
-            shape = [hint(size) for size in self.nodes[self.place[block.sum]].meta["val"].shape]
-            last = len(shape) - 1
-            tokens = shape[last] in lengths and (last < 3 or shape[1] not in lengths)
-            axis = self.axes[block.name] = last if tokens else min(1, last)
-            self.moments[block.name] = Moments.none(shape[axis], 1, 1)
-
-    def call(self, node: torch.fx.Node, values: Mapping[torch.fx.Node, Any], **changed: Any) -> Any:
-        """Run one node."""
-        if node.name in self._first:
-            self._entered[self._first[node.name]] = self.value(node.all_input_nodes[0], values)
-        total = super().call(node, values, **changed)
-        block = self._sums.get(node.name)
-        if block is not None:
-            stays = self.nodes[self.place[block.stays]]
-            kept = self._entered.pop(block.name) if block.is_layer else self.value(stays, values)
-            rows = (x.movedim(self.axes[block.name], -1).flatten(0, -2).unsqueeze(2) for x in (kept, total))
-            self.moments[block.name].add(*rows)
-        return total
+        return self.value(stays, values)
 
 
 # Differences between a network's outputs and those of the dense network. ---------------------------------------------

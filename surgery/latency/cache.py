@@ -29,17 +29,9 @@ LOCK_S = 600.0
 
 
 class Measured:
-    """The table of this machine; missing entries are measured.
+    """The table of this machine, kept at `path`; missing entries are measured.
 
-    Args:
-        conditions: conditions of kernel measurements.
-        seed: seed of the order of measurements.
-        progress: called with the current measurement.
-        warn: called with a sentence on problems with the file on disk.
-
-    Attributes:
-        device: the device that times are measured on.
-        path: path of the table.
+    `warn` is called with a sentence on problems with the file on disk; `seed` determines the order of measurements.
     """
 
     live = True
@@ -102,10 +94,7 @@ class Given:
     model without some of its blocks, for which runtimes fuse operators differently: for missing kernels, the time of
     the most similar one is used.
 
-    Attributes:
-        table: the table.
-        origin: name of the table in messages.
-        warn: called with a sentence on kernels whose times were taken from similar ones.
+    `origin` names the table in messages; `warn` is called with a sentence on kernels that were missing.
     """
 
     table: LatencyTable
@@ -127,8 +116,8 @@ class Given:
         made = [kernel for kernel, widths in missing if self.covered and self.table.ms(kernel, widths) is None]
         similar = {kernel.key: entry for kernel in made if (entry := self.table.relative(kernel)) is not None}
         strange = [kernel for kernel, _ in missing if kernel.key not in similar]
+        without = " without some of its blocks" if self.covered else ""
         if strange:
-            without = " without some of its blocks" if self.covered else ""
             instead = "; or keep the blocks with --no-drop-layers" if self.covered else ""
             raise InvalidInput(
                 f"latency table {self.origin} lacks {len(strange)} of {len(points)} kernels of this model{without} "
@@ -138,8 +127,8 @@ class Given:
         if missing:
             self.table = self.table.with_entries(similar)
             self.warn(
-                f"latency table {self.origin} lacks {len(missing)} kernels of the model without some of its blocks "
-                f"(one is {missing[0][0].title}); their times are those of the most similar kernels"
+                f"latency table {self.origin} lacks {len(missing)} kernels of the model{without} (one is "
+                f"{missing[0][0].title}); their times are those of the most similar kernels"
             )
         self.covered = True
         return self.table
@@ -167,8 +156,6 @@ def table_source(
     """
     if table is None:
         return Measured(conditions, seed=seed, progress=progress, warn=warn)
-    if not isinstance(table, (LatencyTable, str, Path)):
-        raise InvalidInput(f"latency_table is of type {type(table).__name__}: give a path, or a LatencyTable")
     given, origin = (table, "table.json") if isinstance(table, LatencyTable) else (LatencyTable.load(table), str(table))
     threads, theirs = conditions.threads, given.device.get("threads", conditions.threads)
     if theirs != threads:

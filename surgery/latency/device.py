@@ -19,7 +19,6 @@ import onnxruntime
 from surgery.core import Kernel, explained, replacing
 from surgery.errors import InvalidInput, SurgeryError
 from surgery.latency import fill, probe, ratio
-from surgery.latency.child import serve
 from surgery.latency.fill import Timer
 
 REQUEST = "request.json"
@@ -32,7 +31,7 @@ def main(archive: str, arguments: Optional[Sequence[str]] = None) -> int:
     """Run the pack at this path with arguments of the command line, by default the process's; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["time"]:
-        return serve(ratio.answer, given[1])
+        return ratio.serve(ratio.answer, given[1])
     try:
         if given[:1] == ["accept"]:
             _accept(archive, _options(given[1:], accept=True))

@@ -38,14 +38,7 @@ TOLERANCE = 0.06
 
 @dataclass(frozen=True)
 class Timer:
-    """How kernels are timed on this machine.
-
-    Attributes:
-        conditions: conditions of the measurements.
-        seed: of their order.
-        rounds: how often each kernel is timed; None: as usual.
-        progress: called with the completed fraction.
-    """
+    """How kernels are timed on this machine; `rounds` is how often, None as usual."""
 
     conditions: Conditions
     seed: int = 0
@@ -59,14 +52,14 @@ class Timer:
         """
         if not points:
             return {}
-        rounds, precision = self.rounds or usual, self.conditions.precision
+        rounds, conditions = self.rounds or usual, self.conditions
         rng = np.random.default_rng(self.seed)
         samples: Dict[int, List[float]] = {k: [] for k in range(len(points))}
         pulses: List[float] = []
-        flushed = np.zeros(max(1, self.conditions.flush_mib << 18), np.float32)
+        flushed = np.zeros(max(1, conditions.flush_mib << 18), np.float32)
 
         def ms(point: Point) -> float:
-            return probe.kernel_ms(model_bytes(point[0], point[1], precision), self.conditions.threads, flushed)
+            return probe.kernel_ms(model_bytes(*point, conditions.precision), conditions.threads, flushed)
 
         for done in range(rounds):
             for place, k in enumerate(rng.permutation(len(points))):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -23,9 +23,15 @@ from numpy.typing import NDArray
 from surgery.core import file_bytes
 from surgery.errors import InvalidInput
 from surgery.latency.fill import Progress
-from surgery.latency.machine import clocks, describe, share_of_others
 from surgery.latency.probe import BLOCK_MS, MIN_BLOCK_RUNS, block_ms
-from surgery.latency.session import Settings, fresh_process, inputs_of, run_once
+from surgery.latency.session import (
+    Settings,
+    clocks,
+    describe,
+    fresh_process,
+    inputs_of,
+    share_of_others,
+)
 
 AA_TOLERANCE = 0.02
 MIN_ROUNDS = 12  # too few rounds for a bootstrap otherwise
@@ -39,18 +45,10 @@ CONTROL = "the baseline again"
 class Limits:
     """Stopping rule of a measurement, and length of a block.
 
-    Rounds end when every ratio's 95 % interval is narrower than `width` and the A/A ratio is within 1.00 ± 0.02, or at
-    `max_runs` of any model, or after `max_seconds`. At least twelve rounds are run, even if they take up to four times
-    as long, since fewer give no reliable interval.
-
-    Attributes:
-        max_runs: limit on timed runs per model.
-        max_seconds: limit on the total time of rounds.
-        block_ms: length of a block without warm-up, at least three runs.
-        width: sufficient full width of the interval, relative to the ratio.
-
-    Raises:
-        InvalidInput: a value is out of range.
+    Rounds end when every ratio's 95 % interval is narrower than `width` (relative to the ratio) and the A/A ratio is
+    within 1.00 ± 0.02, or at `max_runs` of any model, or after `max_seconds`. At least twelve rounds are run, even if
+    they take up to four times as long, since fewer give no reliable interval. A block takes `block_ms` after warm-up,
+    and at least three runs. Raises InvalidInput for a value out of range.
     """
 
     max_runs: int = 2000
@@ -80,16 +78,12 @@ class Row:
     """One model's figures.
 
     Attributes:
-        name: as given to `time`.
-        p50_ms: median latency of one run, over all timed runs; `p90_ms` likewise.
-        p99_ms: None under 1000 runs.
+        p50_ms: median latency of all timed runs; `p90_ms` and `p99_ms` likewise, `p99_ms` None under 1000 runs.
         quantiles_ms: of single runs, from the shortest to the longest in steps of five hundredths.
         throughput_per_s: batch items per second, from the mean latency.
-        runs: timed runs, without warm-up.
         ratio: latency relative to the baseline's, below 1 is faster.
-        speedup: 1 / ratio.
         file_bytes: size on disk, including external weights.
-        load_ms: time to create the session in a fresh process; None if not requested.
+        load_ms: time to create the session in a fresh process; None if not requested, as for the following.
         peak_memory_bytes: peak resident set of that process, including interpreter and runtime.
         floor_memory_bytes: resident set before the model was loaded.
     """
@@ -115,10 +109,8 @@ class Timing:
 
     Attributes:
         rows: one per model, in the order given.
-        baseline: name of the model the ratios refer to.
         aa: the baseline against its own copy in separate sessions; None if not requested.
-        reliable: whether `aa` lies within 1.00 ± 0.02, on enough rounds.
-        why: the reason for `reliable`, in words.
+        reliable: whether `aa` lies within 1.00 ± 0.02, on enough rounds; `why` is the reason.
         rounds: number of rounds used, each with one block of every model.
         stopped: the rule that ended the measurement.
         environment: runtime, processor, session options; `other_processes`, the share of the machine used by other
@@ -182,25 +174,24 @@ def time(
     known = {name for model in timed.values() for name in model.inputs}
     if unknown := sorted(settings.shapes.keys() - known):
         raise InvalidInput(f"shapes name {', '.join(unknown)}, but the inputs are {', '.join(sorted(known))}")
-    firsts: dict[str, dict[str, Any]] = {name: {} for name in models}
+    firsts: dict[str, dict[str, Any]] = {}
     for name in models if fresh else ():
         report(f"loading {name}", 0.0)
         firsts[name] = fresh_process(timed[name].path, settings)
     if aa:
-        timed[CONTROL] = _Model(timed[base].path, timed[base].inputs, timed[base].block_runs)
-    environment = describe(settings.threads, settings.provider)
+        timed[CONTROL] = replace(timed[base], blocks=[])
     found = _Measurement(timed, base, settings, limits)
     stopped = found.run(report)
     reliable, why = _verdict(found)
     return Timing(
-        rows=tuple(_row(name, found, firsts[name]) for name in models),
+        rows=tuple(_row(name, found, firsts.get(name, {})) for name in models),
         baseline=base,
         aa=found.ratio(CONTROL) if aa else None,
         reliable=reliable,
         why=why,
         rounds=len(found.used),
         stopped=stopped,
-        environment={**environment, **found.disturbance},
+        environment={**describe(settings.threads, settings.provider), **found.disturbance},
         settings={**asdict(settings), **asdict(limits)},
     )
 
@@ -219,7 +210,6 @@ def _pilot(path: Path, settings: Settings, limits: Limits) -> _Model:
     """Create a model's inputs and determine the runs per block."""
     session = settings.open(path)
     inputs = inputs_of(session, path, settings)
-    run_once(session, inputs, path)
     runs = math.ceil(limits.block_ms / float(np.median(block_ms(session, inputs, MIN_BLOCK_RUNS))))
     most = limits.max_runs // 100  # so that there are at least 100 blocks
     return _Model(path, inputs, max(MIN_BLOCK_RUNS, min(most, runs)))
@@ -237,10 +227,7 @@ class _Measurement:
 
     @property
     def undisturbed(self) -> list[int]:
-        """Rounds in which other processes used a tenth of the machine at most.
-
-        Even with idle cores they matter: cores share caches, memory and clock frequency.
-        """
+        """Rounds in which other processes, which share caches and memory, used a tenth of the machine at most."""
         return [i for i, share in enumerate(self.shares) if share <= TOLERATED_SHARE]
 
     @property
@@ -251,8 +238,10 @@ class _Measurement:
     @property
     def disturbance(self) -> dict[str, Any]:
         """What the report's environment says about other processes."""
-        disturbed = len(self.shares) - len(self.undisturbed)
-        return {"other_processes": round(self.others, 3), "disturbed_rounds": disturbed}
+        return {
+            "other_processes": round(self.others, 3),
+            "disturbed_rounds": len(self.shares) - len(self.undisturbed),
+        }
 
     @property
     def others(self) -> float:
@@ -269,14 +258,14 @@ class _Measurement:
     def run(self, report: Progress) -> str:
         """Run rounds until a stopping rule applies; returns its description."""
         start, stop = perf_counter(), ""
-        for order in block_order(len(self.models), self.settings.seed):
+        models = list(self.models.values())
+        for order in block_order(len(models), self.settings.seed):
             before = clocks()
-            for position in order:
-                model = list(self.models.values())[position]
+            for model in (models[k] for k in order):
                 model.blocks.append(block_ms(self.settings.open(model.path), model.inputs, model.block_runs))
             self.shares.append(share_of_others(before))
             elapsed_s, done = perf_counter() - start, len(self.shares)
-            runs = max(done * model.block_runs for model in self.models.values()) / self.limits.max_runs
+            runs = max(done * model.block_runs for model in models) / self.limits.max_runs
             report("timing", min(0.99, max(runs, min(elapsed_s / self.limits.max_seconds, done / MIN_ROUNDS))))
             if stop := self._stop(done, elapsed_s):
                 break
@@ -304,7 +293,7 @@ def block_order(models: int, seed: int) -> Iterator[list[int]]:
     """Yield the order of the models for each round, indefinitely; determined by the seed."""
     rng = np.random.default_rng(seed)
     while True:
-        yield [int(i) for i in rng.permutation(models)]
+        yield rng.permutation(models).tolist()
 
 
 def paired_ratio(model_ms: Sequence[float], baseline_ms: Sequence[float], *, seed: int) -> Interval:

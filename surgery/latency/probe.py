@@ -1,8 +1,6 @@
 """ONNX Runtime sessions and their timing, here and on devices: Python 3.8, numpy and onnxruntime.
 
-Whole models are timed by wall time, in blocks of runs. Models of one kernel are timed by ONNX Runtime's profiler, which
-reports the time of each operator. Between runs of a kernel, a buffer as large as the network is written, so that
-weights are read from the same level of the memory hierarchy as in the network.
+Whole models are timed by wall time, in blocks of runs; models of one kernel by ONNX Runtime's profiler.
 """
 
 from __future__ import annotations
@@ -87,14 +85,8 @@ def open_session(path: str, threads: int, *, provider: str = PROVIDER, profile: 
 def random_inputs(session: Any, path: str, shapes: Mapping[str, Sequence[int]], seed: int = 0) -> Dict[str, Any]:
     """Return random inputs: floats normal, integers 0 or 1, which are always valid as an index.
 
-    Args:
-        session: a session of the file.
-        path: path of the file, for messages.
-        shapes: shapes of the inputs by name; equal names get equal values, in any model.
-        seed: random seed.
-
-    Raises:
-        InvalidInput: an input has no shape, or is not a numeric tensor.
+    Equal names get equal values, in any model. `path` is for messages. Raises InvalidInput if an input has no shape, or
+    is not a numeric tensor.
     """
     inputs = {}
     for item in session.get_inputs():
@@ -142,8 +134,7 @@ def block_ms(session: Any, inputs: Mapping[str, Any], runs: int) -> Any:
 def kernel_ms(model: bytes, threads: int, flushed: Any) -> float:
     """Return the median milliseconds of the kernel in an ONNX model, without its context, by operator profiles.
 
-    `flushed` is an array that is overwritten before each run, since a large network evicts a kernel's weights from the
-    caches.
+    The array `flushed` is overwritten before each run, as a network evicts a kernel's weights from the caches.
     """
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
         options = session_options(threads, os.path.join(folder, "profile"))

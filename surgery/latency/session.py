@@ -1,17 +1,20 @@
-"""Settings of ONNX Runtime sessions, random inputs, time by operator, load time and memory."""
+"""Settings of ONNX Runtime sessions, random inputs, time by operator, load time, memory, and the machine."""
 
 from __future__ import annotations
 
 import json
+import platform
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import cpuinfo
 import numpy as np
 import onnxruntime
 import psutil
@@ -19,8 +22,16 @@ from numpy.typing import NDArray
 
 from surgery.core import explained
 from surgery.errors import InvalidInput
-from surgery.latency.child import SERVER, ask
-from surgery.latency.probe import PROVIDER, available_cores, open_session, profiled, random_inputs
+from surgery.latency.probe import (
+    PROVIDER,
+    available_cores,
+    open_session,
+    processor,
+    profiled,
+    random_inputs,
+    session_options,
+)
+from surgery.latency.ratio import SERVER, ask
 
 WARM_RUNS, PROFILED_RUNS, FRESH_RUNS = 3, 20, 5
 
@@ -32,9 +43,7 @@ class Settings:
     Attributes:
         batch: length of the batch axis: axis 0 if dynamic, and any axis named `batch`.
         threads: `intra_op_num_threads`; operators run sequentially.
-        seed: seed of the random inputs.
         shapes: input name → whole shape, for inputs with dynamic axes other than the batch axis.
-        provider: execution provider of ONNX Runtime.
 
     Raises:
         InvalidInput: a value is out of range; more threads than this process has cores; a provider that this build of
@@ -71,12 +80,24 @@ class Settings:
         return open_session(str(path), self.threads, provider=self.provider, profile=profile)
 
 
-def inputs_of(session: onnxruntime.InferenceSession, path: Path, settings: Settings) -> dict[str, NDArray[Any]]:
-    """Return one random array per input of the session; models with the same inputs get the same values.
+def inputs_of(
+    session: onnxruntime.InferenceSession, path: Path, settings: Settings, runs: int = 1
+) -> dict[str, NDArray[Any]]:
+    """Return random inputs on which the session has run; models with the same inputs get the same values.
 
     Raises:
-        InvalidInput: an axis has no size, a shape contradicts the model, or an input is not a numeric tensor.
+        InvalidInput: the session does not run; an axis has no size, a shape contradicts the model, or an input is not
+            a numeric tensor.
     """
+    shapes = _shapes(session, path, settings)
+    inputs = random_inputs(session, str(path), shapes, settings.seed)
+    with explained(f"{path} does not run on inputs of shape {shapes}"):
+        for _ in range(runs):
+            session.run(None, inputs)
+    return inputs
+
+
+def _shapes(session: onnxruntime.InferenceSession, path: Path, settings: Settings) -> dict[str, tuple[int, ...]]:
     inputs = session.get_inputs()
     exported = session.get_modelmeta().custom_metadata_map.get("example_shapes", "{}")  # as `exporters.onnx` writes it
     examples = json.loads(exported)
@@ -87,30 +108,18 @@ def inputs_of(session: onnxruntime.InferenceSession, path: Path, settings: Setti
             f"{path}: input '{first}' has the fixed shape {shapes[first]}, so it cannot run at batch={settings.batch}; "
             "ask for its own batch or export it with a dynamic batch axis"
         )
-    return random_inputs(session, str(path), shapes, settings.seed)
-
-
-def run_once(session: onnxruntime.InferenceSession, inputs: Mapping[str, NDArray[Any]], path: Path) -> None:
-    """Run the session and discard the outputs; raises InvalidInput if the model rejects its inputs."""
-    shapes = {name: value.shape for name, value in inputs.items()}
-    with explained(f"{path} does not run on inputs of shape {shapes}"):
-        session.run(None, inputs)
+    return shapes
 
 
 def by_operator(path: Path, settings: Settings) -> Mapping[str, float]:
     """Return operator type → median milliseconds per run, in descending order, from ONNX Runtime's profiler.
 
-    Operators are those executed, after ONNX Runtime's fusions and other optimisations. Profiling adds overhead, so that
-    these figures are suitable for shares only; latencies are measured by the timer.
-
-    Raises:
-        InvalidInput: the file cannot be loaded or run.
+    Operators are those executed, after ONNX Runtime's optimisations. Profiling adds overhead, so that these figures are
+    suitable for shares only. Errors are those of `inputs_of`.
     """
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        session = settings.open(path, profile=str(Path(folder) / "profile"))
-        inputs = inputs_of(session, path, settings)
-        for _ in range(WARM_RUNS + PROFILED_RUNS):
-            run_once(session, inputs, path)
+        session = settings.open(path, profile=str(Path(folder, "profile")))
+        inputs_of(session, path, settings, WARM_RUNS + PROFILED_RUNS)
         each = [Counter[str]() for _ in range(PROFILED_RUNS)]
         for total, run in zip(each, profiled(session)[WARM_RUNS:], strict=True):
             for operator, _, microseconds in run:
@@ -121,15 +130,9 @@ def by_operator(path: Path, settings: Settings) -> Mapping[str, float]:
 
 
 def fresh_process(path: Path, settings: Settings) -> dict[str, Any]:
-    """Load and run the model in a new process, and return JSON values.
+    """Load and run the model a few times in a new process, and return the last three fields of a row.
 
-    `load_ms` is the wall time to create the session, usually with the file in the operating system's cache;
-    `peak_memory_bytes` the peak resident set up to the end of a few runs, with the interpreter, NumPy and ONNX Runtime;
-    `floor_memory_bytes` the resident set just before the session was created.
-
-    Raises:
-        InvalidInput: the model cannot be loaded or run.
-        TimerFailed: the process died, or gave no answer.
+    The file is usually in the operating system's cache. Errors are those of `inputs_of` and `ask`.
     """
     request = {"path": str(path.resolve()), **asdict(settings)}
     return ask((*SERVER, "surgery.latency.session"), request, f"memory of {path}")
@@ -143,9 +146,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     start = perf_counter()
     session = settings.open(path)
     load_ms = (perf_counter() - start) * 1e3
-    inputs = inputs_of(session, path, settings)
-    for _ in range(FRESH_RUNS):
-        run_once(session, inputs, path)
+    inputs_of(session, path, settings, FRESH_RUNS)
     return {"load_ms": load_ms, "peak_memory_bytes": peak_bytes(), "floor_memory_bytes": floor}
 
 
@@ -193,3 +194,61 @@ def _shape(
                 f"give shapes={{'{name}': (...)}}, or --input-shape {name}=N,C,H,W on the command line"
             )
     return tuple(sizes)
+
+
+# The machine. --------------------------------------------------------------------------------------------------------
+
+# Instruction sets that select ONNX Runtime kernels, by their names in processors and operating systems.
+_X86 = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16")
+_MATRIX = ("amx_int8", "amx_bf16", "i8mm", "bf16", "sve", "sve2", "neon")
+_ALIASES = {"avx512vnni": "avx512_vnni", "asimd": "neon", "asimddp": "dotprod", "asimdhp": "fp16", "fphp": "fp16"}
+_INSTRUCTION_SETS = {**{name: name for name in (*_X86, *_MATRIX)}, **_ALIASES}
+
+
+def describe(threads: int, provider: str = PROVIDER) -> dict[str, Any]:
+    """Return runtime, provider, session options, CPU model, instruction sets and cores, as plain JSON values."""
+    brand, flags = _processor()
+    options = session_options(threads)
+    return {
+        "onnxruntime": onnxruntime.__version__,
+        "provider": provider,
+        "threads": threads,
+        "session_options": {
+            "intra_op_num_threads": options.intra_op_num_threads,
+            "inter_op_num_threads": options.inter_op_num_threads,
+            "execution_mode": options.execution_mode.name,
+            "graph_optimization_level": options.graph_optimization_level.name,
+        },
+        "cpu": brand,
+        "architecture": platform.machine(),
+        "instruction_sets": list(dict.fromkeys(name for flag, name in _INSTRUCTION_SETS.items() if flag in flags)),
+        "cores": available_cores(),
+        "physical_cores": psutil.cpu_count(logical=False),
+        "memory_bytes": int(psutil.virtual_memory().total),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+
+
+@cache
+def _processor() -> tuple[str, frozenset[str]]:
+    """Return the processor's name and instruction sets: from the system, else by py-cpuinfo, which takes a second."""
+    brand, flags = processor()  # Linux on ARM reports instruction sets and no name
+    if not flags or brand in ("unknown", platform.processor()):
+        found = cpuinfo.get_cpu_info()
+        brand, flags = found.get("brand_raw") or brand, found.get("flags") or flags
+    return brand, frozenset(flags)
+
+
+def clocks() -> tuple[float, float]:
+    """Return wall time and the processor time used so far by all processes but this one, in seconds."""
+    times, own = psutil.cpu_times()._asdict(), psutil.Process().cpu_times()
+    # `guest` time is already contained in `user`.
+    busy = sum(times.get(kind, 0.0) for kind in ("user", "nice", "system", "irq", "softirq", "steal"))
+    return perf_counter(), busy - own.user - own.system
+
+
+def share_of_others(before: tuple[float, float]) -> float:
+    """Return the share of the machine that other processes have used since `clocks` returned `before`, from 0 to 1."""
+    elapsed_s, used_s = (now - then for now, then in zip(clocks(), before, strict=True))
+    return min(1.0, max(0.0, used_s / (max(elapsed_s, 1e-9) * (psutil.cpu_count() or 1))))

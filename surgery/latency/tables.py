@@ -81,7 +81,7 @@ class LatencyTable:
     """Milliseconds of kernels on one device.
 
     Attributes:
-        device: runtime, provider, options, processor and its instruction sets, threads.
+        device: what latencies depend on, as `probe.describe` returns it.
         stairs: kind of kernel → its staircase.
         overhead_ms: overhead per operator in addition to its kernel's time.
         entries: kernel key → its measurements.
@@ -202,35 +202,21 @@ class LatencyTable:
         data = json.loads(text)
         if data["schema"] != SCHEMA:
             raise ValueError(f"schema {data['schema']}, this version reads {SCHEMA}")
-        entries = {
-            key: Entry(
-                tuple(tuple(int(x) for x in axis) for axis in entry["axes"]),
-                tuple(float(ms) for ms in entry["grid"]),
-                {tuple(widths): float(ms) for widths, ms in entry["points"]},
-            )
-            for key, entry in data["kernels"].items()
-        }
-        stairs = {
-            kind: Stairs(s["step"], {int(w): float(ms) for w, ms in s["curve"]}) for kind, s in data["stairs"].items()
-        }
-        table = cls(dict(data["device"]), stairs, float(data["overhead_ms"]), entries)
-        table._validate()
-        return table
-
-    def _validate(self) -> None:
-        """Raise ValueError if the table is damaged."""
-        times = [self.overhead_ms, *(ms for stairs in self.stairs.values() for ms in stairs.curve.values())]
-        for key, entry in self.entries.items():
+        entries = {}
+        for key, entry in data["kernels"].items():
             Kernel.from_key(key)
-            if len(entry.grid) != prod(map(len, entry.axes)):
+            axes = tuple(tuple(int(x) for x in axis) for axis in entry["axes"])
+            grid = tuple(_time(ms) for ms in entry["grid"])
+            if len(grid) != prod(map(len, axes)):
                 raise ValueError(f"kernel {key:.60} has a damaged grid")
-            if not all(list(axis) == sorted({*axis}) and axis[0] > 0 for axis in entry.axes):
+            if not all(list(axis) == sorted({*axis}) and axis[0] > 0 for axis in axes):
                 raise ValueError(f"kernel {key:.60} has damaged axes")
-            times += [*entry.grid, *entry.points.values()]
-        if not all(0.0 <= ms < _A_DAY_MS for ms in times):
-            raise ValueError("damaged: a figure is not a time")
-        if not all(type(s.step) is int and 1 <= s.step <= _LARGEST_STEP for s in self.stairs.values()):
+            entries[key] = Entry(axes, grid, {tuple(widths): _time(ms) for widths, ms in entry["points"]})
+        given = data["stairs"].items()
+        stairs = {kind: Stairs(s["step"], {int(w): _time(ms) for w, ms in s["curve"]}) for kind, s in given}
+        if not all(type(s.step) is int and 1 <= s.step <= _LARGEST_STEP for s in stairs.values()):
             raise ValueError("its stairs are damaged")
+        return cls(dict(data["device"]), stairs, _time(data["overhead_ms"]), entries)
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:
@@ -250,6 +236,12 @@ class LatencyTable:
 
 _A_DAY_MS = 1e8
 _LARGEST_STEP = 1024
+
+
+def _time(ms: Any) -> float:
+    if not 0.0 <= float(ms) < _A_DAY_MS:
+        raise ValueError("damaged: a figure is not a time")
+    return float(ms)
 
 
 def _steps_key(kernel: Kernel) -> str:
@@ -282,9 +274,7 @@ def kind_of(kernel: Kernel) -> str:
 
 def place_of(kernel: Kernel, widths: Widths) -> tuple[int, ...]:
     """Return the position of widths on the axes of a kernel's entry: unchanged, or the number of elements."""
-    if len(kernel.letters) <= LADDER:
-        return tuple(widths)
-    return (elements(kernel, widths),)
+    return tuple(widths) if len(kernel.letters) <= LADDER else (elements(kernel, widths),)
 
 
 def elements(kernel: Kernel, widths: Widths) -> int:

@@ -1,9 +1,10 @@
 from . import profiling as profiling
 from .allocation import allocate as allocate
-from .choice import Choice as Choice, RefinementLog as RefinementLog
+from .choice import Choice as Choice, RefinementLog as RefinementLog, with_dead as with_dead
 from .decision import (
     Decision as Decision,
     as_planned as as_planned,
+    choice_of as choice_of,
     decide as decide,
     refined as refined,
     repeat as repeat,

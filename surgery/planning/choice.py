@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from surgery.coupling import (
     find_blocks,
     kept_costs,
     kept_names,
+    plan_from_dead,
     priced,
     reordered,
     reorderings,
@@ -115,6 +116,12 @@ class Choice:
     def cut(self) -> Cut:
         """The plan applied to its program."""
         return Cut(self.program, self.coupling, self.plan)
+
+
+def with_dead(plan: Plan, coupling: Coupling, dead: Mapping[str, Sequence[int]]) -> Plan:
+    """Return the plan with other removed units."""
+    made = plan_from_dead(coupling, dead, fingerprint=plan.fingerprint, inputs=plan.inputs)
+    return replace(plan, dead=made.dead, sizes=made.sizes, cuts=made.cuts)
 
 
 def plan_settings(program: Program, recipe: Recipe, seen: Calibration | None) -> dict[str, Any]:

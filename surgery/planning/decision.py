@@ -190,7 +190,13 @@ def repeat(
     recipe = as_planned(Recipe(), plan)
     with clock("trace"):
         dense, whole = traced(plan, dense_model, example_inputs, example_kwargs)
+    choice = choice_of(plan, dense, recipe, clock)
+    require_own_cuts(plan, choice.coupling)
+    return Decision(recipe, choice, clock.seconds, whole)
+
+
+def choice_of(plan: Plan, dense: Program, recipe: Recipe, clock: Clock) -> Choice:
+    """Return a plan with its program and costs."""
     candidates = Candidates(dense, recipe.but(drop_layers=False), None, clock)
     left = Candidate(drop(dense, plan.dropped), candidates) if plan.dropped else candidates.base
-    require_own_cuts(plan, left.coupling)
-    return Decision(recipe, candidates.chosen(left, plan), clock.seconds, whole)
+    return candidates.chosen(left, plan)

@@ -18,7 +18,7 @@ from surgery.errors import BudgetUnreachable, InvalidInput
 from surgery.importance import Signal, block_losses, measures_losses, settled, signal_of, weights_of
 from surgery.latency import Conditions, LatencyTable, Point, Source, Stairs, table_source
 from surgery.planning.allocation import Ladder, attempts, ladders_of, removed
-from surgery.planning.choice import Candidate, Candidates, Choice, RefinementLog, plan_settings
+from surgery.planning.choice import Candidate, Candidates, Choice, RefinementLog, plan_settings, with_dead
 from surgery.planning.latency_search import (
     Forecast,
     ImportanceLoss,
@@ -246,9 +246,8 @@ class LatencyPlanner:
         parameters = reordered(weights_of(base.program, base.coupling), order)
         signal = signal_of(base.program, base.coupling, parameters, blocks)
         if seen is not None and blocks:
-            macs, compensated = base.costs["macs"]({}), measures_losses(recipe.criterion)
             with self._clock("calibrate"):
-                lost = block_losses(base.program, blocks, seen.batches, macs=macs, compensated=compensated)
+                lost = block_losses(base.program, blocks, seen.batches, macs=base.costs["macs"]({}))
             signal = replace(signal, blocks=lost)
         if measures_losses(recipe.criterion):
             return replace(signal, losses=base.scores)
@@ -266,8 +265,7 @@ def carried_over(plan: Plan, coupling: Coupling) -> Plan:
         site = group.sites[0]
         gone = going.get((site.tensor, site.axis), frozenset())
         dead[group.name] = [unit for unit, owned in enumerate(site.index) if gone.issuperset(owned)]
-    made = plan_from_dead(coupling, dead, fingerprint=plan.fingerprint, inputs=plan.inputs)
-    return replace(plan, dead=made.dead, sizes=made.sizes, cuts=made.cuts)
+    return with_dead(plan, coupling, dead)
 
 
 # The search on one program. ------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ DEVICE_FILES = (
     "surgery/core/blame.py",
     "surgery/core/files.py",
     "surgery/core/kernels.py",
-    *(f"surgery/latency/{name}.py" for name in ("tables", "micro", "probe", "fill", "child", "ratio", "device")),
+    *(f"surgery/latency/{name}.py" for name in ("tables", "micro", "probe", "fill", "ratio", "device")),
 )
 """Files of this package that a pack contains unchanged."""
 

@@ -177,5 +177,3 @@ def test_what_is_missing_without_a_layer_is_seen_on_images() -> None:
     wanted = (dense - without).square().sum() / (dense - dense.mean(0)).square().sum()
     assert ablation.error(("4",)) == pytest.approx(float(wanted), rel=1e-4)
     assert ablation.alone["3"] < ablation.alone["4"]
-    back = BlockAblation(program, find_blocks(program), [(images,)], compensated=True)
-    assert back.error(("4",)) < ablation.error(("4",))

@@ -19,7 +19,7 @@ from exporters import onnx as exporter, quantize
 from exporters.quantize import METHODS, Int8, to_fp16, to_int8
 from exporters.session import OnnxModel
 from surgery.cli import main
-from surgery.delivery import standings
+from surgery.delivery import saving
 from surgery.errors import CheckFailed, InvalidInput
 from surgery.recovery.evaluation import Agreement
 
@@ -296,17 +296,17 @@ def test_a_folder_of_too_few_photos_is_refused_before_the_work(shrink: Shrink, t
 
 
 def test_a_row_is_dominated_where_another_is_no_worse_and_clearly_better_in_one() -> None:
-    def at(time: float, loss: float) -> standings.Standing:
+    def at(time: float, loss: float) -> saving.Standing:
         return (time, time - 0.02, time + 0.02), (loss, loss - 1, loss + 1)
 
     rows = {"dense": at(1.0, 0.0), "compact": at(0.8, 2.0), "dense int8": at(0.5, 0.5), "compact int8": at(0.4, 2.2)}
-    found = {name: standings.dominating(name, rows) for name in rows}
+    found = {name: saving.dominating(name, rows) for name in rows}
     assert found == {"dense": None, "compact": "dense int8", "dense int8": None, "compact int8": None}
     near = {**rows, "masked": at(0.99, -0.5)}  # faster and better, but by no more than noise
-    assert standings.dominating("dense", near) is None
-    assert standings.dominating("compact int8", {**rows, "smaller": at(0.39, 0.1)}) == "smaller"
-    assert standings.dominating("compact int8", {**rows, "slower": at(0.41, 0.1)}) is None
-    assert standings.dominating("unknown", rows) is None
+    assert saving.dominating("dense", near) is None
+    assert saving.dominating("compact int8", {**rows, "smaller": at(0.39, 0.1)}) == "smaller"
+    assert saving.dominating("compact int8", {**rows, "slower": at(0.41, 0.1)}) is None
+    assert saving.dominating("unknown", rows) is None
 
 
 def test_times_that_are_unreliable_put_no_row_above_another() -> None:
@@ -318,7 +318,7 @@ def test_times_that_are_unreliable_put_no_row_above_another() -> None:
     ]
 
     def beaten(*, reliable: bool) -> list[str | None]:
-        found = standings.rows(named, {}, judged, {"rows": rows, "reliable": reliable})
+        found = saving.with_standings(named, {}, judged, {"rows": rows, "reliable": reliable})
         return [row["dominated_by"] for row in found]
 
     assert beaten(reliable=True) == [None, "dense"]
@@ -330,11 +330,11 @@ def test_what_is_no_faster_is_said(source: Path, tmp_path: Path) -> None:
     rows = [("compact", 0.8), ("compact fp16", 0.82), ("compact int8", 0.4)]
     timed = [{"name": n, "ratio": {"value": v, "low": v, "high": v}} for n, v in rows]
     timing: dict[str, Any] = {"rows": timed, "reliable": True}
-    notes = standings.notes(made, timing)
+    notes = saving.quantised_notes(made, timing)
     assert len(notes) == 1
-    assert standings.notes(made, {**timing, "reliable": False}) == [f"{notes[0]} (in times that are unreliable)"]
+    assert saving.quantised_notes(made, {**timing, "reliable": False}) == [f"{notes[0]} (in times that are unreliable)"]
     timing["rows"].append({"name": "dense int8", "ratio": {"value": 0.35, "low": 0.35, "high": 0.35}})
-    assert "compact int8 takes 1.14 of dense int8's time" in standings.notes(made, timing)[-1]
+    assert "compact int8 takes 1.14 of dense int8's time" in saving.quantised_notes(made, timing)[-1]
     assert "compact fp16 is not faster on this machine, only smaller: 1.02 of the time in fp32" in notes[0]
 
 

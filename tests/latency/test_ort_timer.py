@@ -18,10 +18,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 import surgery.latency.ort
 from surgery.errors import InvalidInput
-from surgery.latency import machine
-from surgery.latency.child import TimerFailed
+from surgery.latency import session
 from surgery.latency.ort import Limits, Timing, block_order, paired_ratio
 from surgery.latency.probe import available_cores
+from surgery.latency.ratio import TimerFailed
 from surgery.latency.session import Settings
 
 ROOT = Path(surgery.latency.ort.__file__).resolve().parents[2]
@@ -183,11 +183,11 @@ def test_a_processor_that_the_system_does_not_name_is_looked_up(
     found: tuple[str, list[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(machine.probe, "processor", lambda: system)
-    monkeypatch.setattr(machine.cpuinfo, "get_cpu_info", lambda: told)
-    machine._processor.cache_clear()
-    environment = machine.describe(1)
-    machine._processor.cache_clear()
+    monkeypatch.setattr(session, "processor", lambda: system)
+    monkeypatch.setattr(session.cpuinfo, "get_cpu_info", lambda: told)
+    session._processor.cache_clear()
+    environment = session.describe(1)
+    session._processor.cache_clear()
     assert (environment["cpu"], environment["instruction_sets"]) == found
 
 
