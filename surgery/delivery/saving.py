@@ -39,7 +39,7 @@ from surgery.latency import Limits, Settings, by_operator, ort
 from surgery.pipeline import Result, apply
 from surgery.planning import int8_of
 from surgery.recovery import Agreement, Evaluate, verdict_on
-from surgery.report import Report, deployed_precision, with_files
+from surgery.report import Report, deployed_precision
 
 
 def save(
@@ -74,9 +74,9 @@ def save(
     how, notes = deployed_recipe(result, asked)
     clock = Clock(progress)
     with output_set(out) as folder, tempfile.TemporaryDirectory(prefix="surgery-") as scratch:
-        files = write_files(result, how, folder, Path(scratch), clock)
+        files = _Files(result, how, folder, Path(scratch), clock)
         (folder / RECIPE).write_text(to_toml(replace(result.recipe, output=asked.output)), encoding="utf-8")
-        data = _described(result, files, how, notes, clock)
+        data = files.described(notes)
         data["files"] = {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
         if evaluate is not None:
             with clock("evaluate"):
@@ -138,6 +138,17 @@ def _validate_runtime(recipe: Recipe) -> None:
 # Files. --------------------------------------------------------------------------------------------------------------
 
 
+def weights_bytes(module: torch.nn.Module) -> bytes:
+    """Return the state dict in safetensors format, deterministic and with tied tensors duplicated."""
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
+    return bytes(to_safetensors(state))
+
+
+def fewer_bits(recipe: Recipe) -> tuple[str, ...]:
+    """Return the precisions below float32 in which files are written."""
+    return tuple(name for name in ("fp16", "int8") if name in recipe.precisions)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Subject:
     """The model in the ONNX files: the pruned model, or the whole model around a pruned submodule.
@@ -161,21 +172,39 @@ class Subject:
         return {name: x.float() if x.is_floating_point() else x for name, x in given.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Files:
-    """The written model files.
+class _Files:
+    """Writes plan, weights and models to `folder`, and the masked model, which is only timed, to `scratch`.
 
     Attributes:
         exports: `dense`, `masked` and `compact` → float32 file.
         quantised: name such as `dense int8` → file.
         subject: the model in the files.
         notes: notes for the user.
+
+    Raises:
+        InvalidInput, UnsupportedModel, CheckFailed: a file cannot be written, or fails verification.
     """
 
-    exports: Mapping[str, onnx.ExportResult]
-    quantised: Mapping[str, Quantised]
-    subject: Subject
-    notes: tuple[str, ...]
+    def __init__(self, result: Result, recipe: Recipe, folder: Path, scratch: Path, clock: Clock) -> None:
+        self._result, self._recipe, self._folder, self._scratch, self._clock = result, recipe, folder, scratch, clock
+        result.plan.save(folder / PLAN)
+        (folder / COMPACT_WEIGHTS).write_bytes(weights_bytes(result.model))
+        with clock("save"):
+            self.notes = _save_program(result, folder / COMPACT_PT2)
+        self.subject, self.exports = self._exported()
+        self.quantised = self._quantised()
+        about: dict[str, list[str]] = {}
+        for name, export in self.exports.items():
+            for note in export.notes:
+                about.setdefault(note, []).append(name)
+        self.notes += [*(f"ONNX ({', '.join(names)}): {note}" for note, names in about.items()), *self._fixed_sizes()]
+        inputs = {name: tensor.numpy(force=True) for name, tensor in self.subject.tensors.items()}
+        compact = {name.partition(" ")[2] or "fp32": path for name, path in self.paths.items() if "compact" in name}
+        for form in (FORMATS[name] for name in dict.fromkeys(recipe.output.format) if name != ONNX):
+            with clock(f"{form.name} format"):
+                for precision in form.precisions:
+                    if precision in compact:
+                        form.convert(compact[precision], compact[precision].with_suffix(form.suffix), inputs)
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -191,114 +220,140 @@ class Files:
         first = self.subject.dense.tensors[0]
         return first.shape[0] if first.dim() else 1
 
+    def _exported(self) -> tuple[Subject, dict[str, onnx.ExportResult]]:
+        """Export the three models, with the whole model around a submodule if possible."""
+        program, whole = self._result.program, self._result.whole
+        if whole is not None:
+            try:
+                if whole.example is None:
+                    raise InvalidInput("its inputs are not known")
+                subject = Subject(whole.example, whole.around, None, whole=True)
+                exports = self._export(subject)
+                self.notes.append(f"ONNX and times: the whole model around part '{whole.name}'")
+                return subject, exports
+            except (UnsupportedModel, InvalidInput, CheckFailed) as error:
+                alone = f"the part alone, '{whole.name}'; the whole model cannot be exported"
+                self.notes.append(f"ONNX and times: {alone}: {error}")
+        dynamic = tuple(spec.dynamic for spec in program.inputs)
+        subject = Subject(Callee.of(program, program.dense.model), lambda module: module, dynamic)
+        return subject, self._export(subject)
 
-def write_files(result: Result, recipe: Recipe, folder: Path, scratch: Path, clock: Clock) -> Files:
-    """Write plan, weights and models to `folder`, and the masked model, which is only timed, to `scratch`.
+    def _export(self, subject: Subject) -> dict[str, onnx.ExportResult]:
+        result, program, plan = self._result, self._result.program, self._result.plan
+        models: dict[str, tuple[Callable[[], Any], Path]] = {
+            "dense": (lambda: subject.dense.module, self._folder / DENSE_ONNX),
+            "masked": (lambda: subject.around(masked(result.cut)), self._scratch / "masked.onnx"),
+            "compact": (lambda: subject.around(result.compact.module), self._folder / COMPACT_ONNX),
+        }
+        origin = {
+            "budget": f"{plan.budget.kind} {plan.budget.amount:g}" if plan.budget else "none",
+            "plan_sha256": plan.digest,
+            "dense_fingerprint": program.fingerprint,
+        }
+        if (predicted := plan.settings.get("predicted_latency_ratio")) is not None:
+            origin["predicted_latency_ratio"] = f"{predicted:.6f}"  # a device's measurement is compared with it
+        args, kwargs = subject.dense.example
+        axes = None if subject.dynamic is None else dict(zip(subject.tensors, subject.dynamic, strict=True))
+        output, more = self._recipe.output, {"example_kwargs": kwargs, "dynamic_axes": axes}
+        settings = onnx.ExportSettings(output.opset, output.min_ort, dynamo=program.has_graph)
+        exports = {}
+        for name, (model, path) in models.items():
+            with self._clock(f"export {name}"):
+                metadata = {**origin, "model": name}
+                exports[name] = onnx.export(model(), args, path, settings, metadata=metadata, **more)
+        return exports
 
-    Raises:
-        InvalidInput, UnsupportedModel, CheckFailed: a file cannot be written, or fails verification.
-    """
-    result.plan.save(folder / PLAN)
-    (folder / COMPACT_WEIGHTS).write_bytes(weights_bytes(result.model))
-    with clock("save"):
-        notes = _save_program(result, folder / COMPACT_PT2)
-    exports, subject, where = _export_around(result, recipe, folder, scratch, clock)
-    quantised = _quantise(result, recipe, exports, subject, clock)
-    about: dict[str, list[str]] = {}
-    for name, export in exports.items():
-        for note in export.notes:
-            about.setdefault(note, []).append(name)
-    notes += [*where, *(f"ONNX ({', '.join(names)}): {note}" for note, names in about.items())]
-    notes += _fixed_sizes(result, subject, exports["compact"])
-    files = Files(exports, quantised, subject, tuple(notes))
-    inputs = {name: tensor.numpy(force=True) for name, tensor in subject.tensors.items()}
-    compact = {name.partition(" ")[2] or "fp32": path for name, path in files.paths.items() if "compact" in name}
-    for form in (FORMATS[name] for name in dict.fromkeys(recipe.output.format) if name != ONNX):
-        with clock(f"{form.name} format"):
-            for precision in form.precisions:
-                if precision in compact:
-                    form.convert(compact[precision], compact[precision].with_suffix(form.suffix), inputs)
-    return files
+    def _fixed_sizes(self) -> list[str]:
+        """Return notes on static height and width that the program's notes do not mention."""
+        if self.subject.dynamic is not None and self._result.program.has_graph:
+            return []
+        free = self.exports["compact"].dynamic
+        images = [n for n, t in self.subject.tensors.items() if t.dim() == 4 and not {2, 3} & set(free.get(n, {}))]
+        return [f"ONNX: height and width of input '{name}' are fixed at the example's" for name in images]
 
+    def _quantised(self) -> dict[str, Quantised]:
+        """Write the dense and the compact file in the precisions below float32."""
+        precisions, images = fewer_bits(self._recipe), images_of(self._result)
+        if not precisions:
+            return {}
+        if images is None:
+            asked = ",".join(precisions)
+            raise InvalidInput(f"--precision {asked} needs images to calibrate on: give them with --data")
+        given, min_ort, found = images.given if self.subject.whole else images.batches, self._recipe.output.min_ort, {}
+        with self._clock("fewer bits"):
+            for precision, name in product(precisions, ("dense", "compact")):
+                source = self.exports[name].path
+                target, batches = source.with_name(f"{name}.{precision}.onnx"), list(feeds(source, given))
+                if precision == "fp16":
+                    file = to_fp16(source, target, batches)
+                else:
+                    file = to_int8(source, target, batches, int8_of(self._recipe))
+                if min_ort is not None:
+                    onnx.require_readable(load_onnx(file.path, load_external_data=False), min_ort, file.path.name)
+                found[f"{name} {precision}"] = file
+        return found
 
-def weights_bytes(module: torch.nn.Module) -> bytes:
-    """Return the state dict in safetensors format, deterministic and with tied tensors duplicated."""
-    state = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
-    return bytes(to_safetensors(state))
+    def described(self, notes: list[str]) -> dict[str, Any]:
+        """Return the report's values with sizes, times and agreement of the files."""
+        result, recipe, clock = self._result, self._recipe, self._clock
+        target, batch = recipe.target, self.fixed_batch or recipe.target.batch
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.subject.tensors.items()}
+        settings = Settings(batch, target.threads, recipe.selection.seed, shapes)
+        limits = Limits(max_runs=recipe.output.runs)
+        timing = ort.time(self.paths, settings, limits, baseline="dense", progress=clock.progress).to_dict()
+        if batch != target.batch:
+            notes = [f"timed at batch {batch}, which the model fixes", *notes]
+        deployed = deployed_precision(result.report)
+        with clock("profile"):
+            shown = {name: path for name, path in self.paths.items() if name != "masked"}
+            operators = {name: dict(by_operator(path, settings)) for name, path in shown.items()}
+        judged, accuracy = self._judged(), result.report["accuracy"]
+        if result.recovery is not None and (found := judged.get(f"compact {deployed}")) is not None:
+            accuracy = {**accuracy, **verdict_on(result.recovery, found, f"compact {deployed}")}
+        notes = [*self.notes, *notes, *quantised_notes(self.quantised, timing, deployed)]
+        return {
+            **result.report,
+            "models": with_standings(self._model_rows(), self.quantised, judged, timing),
+            "timing": timing,
+            "operators": operators,
+            "accuracy": accuracy,
+            "notes": [*result.report["notes"], *notes],
+            "stages_s": {**result.report["stages_s"], **clock.seconds},
+        }
 
+    def _model_rows(self) -> list[dict[str, Any]]:
+        """Return the float rows, with parameters and MACs of the whole model if the files contain it."""
+        models: list[dict[str, Any]] = self._result.report["models"]
+        rows = [{**row, "onnx_bytes": self.exports[row["name"]].bytes} for row in models]
+        if not self.subject.whole:
+            return rows
+        counts = self._result.report["part"]["whole"]
+        params, macs = counts["params"], counts["macs"] or (None, None)
+        sides = [(row, row["name"] == "compact") for row in rows]
+        return [{**row, "parameters": params[side], "macs": macs[side]} for row, side in sides]
 
-def fewer_bits(recipe: Recipe) -> tuple[str, ...]:
-    """Return the precisions below float32 in which files are written."""
-    return tuple(name for name in ("fp16", "int8") if name in recipe.precisions)
+    def _judged(self) -> dict[str, Agreement]:
+        """Return each row's agreement; float rows use the torch models, against which the files are verified."""
+        recovery, whole = self._result.recovery, self._result.whole
+        if recovery is None:
+            return {}
+        known = {step.name: step.agreement for step in recovery.steps}
+        last = recovery.steps[-1].agreement if recovery.steps else None
+        float_rows = {"dense": known.get("dense"), "masked": known.get("cut"), "compact": last}
+        found = {row: agreement for row, agreement in float_rows.items() if agreement is not None}
+        images_are_whole = whole is not None and whole.example is not None
+        if self.quantised and recovery.reference is not None and images_are_whole == self.subject.whole:
+            with self._clock("judge files"):
+                for row, file in self.quantised.items():
+                    model = OnnxModel(file.path, threads=self._recipe.target.threads)
+                    run = lambda inputs, model=model: model(*inputs)  # noqa: E731
+                    found[row] = recovery.reference.judge(run)
+        return found
 
 
 def images_of(result: Result) -> Calibration | None:
     """Return the calibration images of files in lower precision."""
     return result.recovery.seen if result.recovery is not None else None
-
-
-# Float32. ------------------------------------------------------------------------------------------------------------
-
-
-def _export_around(
-    result: Result, recipe: Recipe, folder: Path, scratch: Path, clock: Clock
-) -> tuple[dict[str, onnx.ExportResult], Subject, list[str]]:
-    """Export the three models, with the whole model around a submodule if possible."""
-    program, whole, notes = result.program, result.whole, list[str]()
-    if whole is not None:
-        try:
-            if whole.example is None:
-                raise InvalidInput("its inputs are not known")
-            subject = Subject(whole.example, whole.around, None, whole=True)
-            exports = _export(result, recipe, subject, folder, scratch, clock)
-            return exports, subject, [f"ONNX and times: the whole model around part '{whole.name}'"]
-        except (UnsupportedModel, InvalidInput, CheckFailed) as error:
-            notes = [f"ONNX and times: the part alone, '{whole.name}'; the whole model cannot be exported: {error}"]
-    dynamic = tuple(spec.dynamic for spec in program.inputs)
-    subject = Subject(Callee.of(program, program.dense.model), lambda module: module, dynamic)
-    return _export(result, recipe, subject, folder, scratch, clock), subject, notes
-
-
-def _export(
-    result: Result, recipe: Recipe, subject: Subject, folder: Path, scratch: Path, clock: Clock
-) -> dict[str, onnx.ExportResult]:
-    program, plan = result.program, result.plan
-    models: dict[str, tuple[Callable[[], Any], Path]] = {
-        "dense": (lambda: subject.dense.module, folder / DENSE_ONNX),
-        "masked": (lambda: subject.around(masked(result.cut)), scratch / "masked.onnx"),
-        "compact": (lambda: subject.around(result.compact.module), folder / COMPACT_ONNX),
-    }
-    origin = {
-        "budget": f"{plan.budget.kind} {plan.budget.amount:g}" if plan.budget else "none",
-        "plan_sha256": plan.digest,
-        "dense_fingerprint": program.fingerprint,
-    }
-    if (predicted := plan.settings.get("predicted_latency_ratio")) is not None:
-        origin["predicted_latency_ratio"] = f"{predicted:.6f}"  # a device's measurement is compared with it
-    args, kwargs = subject.dense.example
-    axes = None if subject.dynamic is None else dict(zip(subject.tensors, subject.dynamic, strict=True))
-    settings = onnx.ExportSettings(recipe.output.opset, recipe.output.min_ort, dynamo=program.has_graph)
-    exports = {}
-    for name, (model, path) in models.items():
-        with clock(f"export {name}"):
-            exports[name] = onnx.export(
-                model(),
-                args,
-                path,
-                settings,
-                example_kwargs=kwargs,
-                dynamic_axes=axes,
-                metadata={**origin, "model": name},
-            )
-    return exports
-
-
-def _fixed_sizes(result: Result, subject: Subject, export: onnx.ExportResult) -> list[str]:
-    """Return notes on static height and width that the program's notes do not mention."""
-    if subject.dynamic is not None and result.program.has_graph:
-        return []
-    images = [n for n, t in subject.tensors.items() if t.dim() == 4 and not {2, 3} & set(export.dynamic.get(n, {}))]
-    return [f"ONNX: height and width of input '{name}' are fixed at the example's" for name in images]
 
 
 def _save_program(result: Result, path: Path) -> list[str]:
@@ -326,35 +381,6 @@ def _save_program(result: Result, path: Path) -> list[str]:
     return [f"{path.name} holds the part '{result.whole.name}' alone"] if result.whole else []
 
 
-# Fewer bits and other formats. ---------------------------------------------------------------------------------------
-
-
-def _quantise(
-    result: Result, recipe: Recipe, exports: Mapping[str, onnx.ExportResult], subject: Subject, clock: Clock
-) -> dict[str, Quantised]:
-    """Write the dense and the compact file in the precisions below float32."""
-    precisions, images = fewer_bits(recipe), images_of(result)
-    if not precisions:
-        return {}
-    if images is None:
-        raise InvalidInput(f"--precision {','.join(precisions)} needs images to calibrate on: give them with --data")
-    given = images.given if subject.whole else images.batches
-    found = {}
-    with clock("fewer bits"):
-        for precision, name in product(precisions, ("dense", "compact")):
-            source = exports[name].path
-            target, batches = source.with_name(f"{name}.{precision}.onnx"), list(feeds(source, given))
-            if precision == "fp16":
-                file = to_fp16(source, target, batches)
-            else:
-                file = to_int8(source, target, batches, int8_of(recipe))
-            if recipe.output.min_ort is not None:
-                model = load_onnx(file.path, load_external_data=False)
-                onnx.require_readable(model, recipe.output.min_ort, file.path.name)
-            found[f"{name} {precision}"] = file
-    return found
-
-
 def deployed_recipe(result: Result, recipe: Recipe) -> tuple[Recipe, list[str]]:
     """Return the recipe with the plan's precision, if there are calibration images, and notes."""
     deploy, int8 = (result.plan.settings.get(key) for key in ("deploy", "int8"))
@@ -371,71 +397,6 @@ def deployed_recipe(result: Result, recipe: Recipe) -> tuple[Recipe, list[str]]:
         return wanted, []
     note = f"the widths were chosen for {deploy}; without --data there is nothing to calibrate such files on"
     return recipe.but(deploy="fp32"), [note]
-
-
-# The report. ---------------------------------------------------------------------------------------------------------
-
-
-def _described(result: Result, files: Files, recipe: Recipe, notes: list[str], clock: Clock) -> dict[str, Any]:
-    """Return the report's values with sizes, times and agreement of the files."""
-    target, batch = recipe.target, files.fixed_batch or recipe.target.batch
-    shapes = {name: tuple(tensor.shape) for name, tensor in files.subject.tensors.items()}
-    settings = Settings(batch, target.threads, recipe.selection.seed, shapes)
-    limits = Limits(max_runs=recipe.output.runs)
-    timing = ort.time(files.paths, settings, limits, baseline="dense", progress=clock.progress).to_dict()
-    if batch != target.batch:
-        notes = [f"timed at batch {batch}, which the model fixes", *notes]
-    deployed = deployed_precision(result.report)
-    data = with_files(
-        {**result.report, "models": _model_rows(result, files)},
-        onnx_bytes={name: export.bytes for name, export in files.exports.items()},
-        timing=timing,
-        files_sha256={},
-        notes=[*files.notes, *notes, *quantised_notes(files.quantised, timing, deployed)],
-    )
-    with clock("profile"):
-        shown = {name: path for name, path in files.paths.items() if name != "masked"}
-        data["operators"] = {name: dict(by_operator(path, settings)) for name, path in shown.items()}
-    judged = _judged(result, files, recipe, clock)
-    data["models"] = with_standings(data["models"], files.quantised, judged, timing)
-    if result.recovery is not None and (found := judged.get(f"compact {deployed}")) is not None:
-        data["accuracy"] = {**data["accuracy"], **verdict_on(result.recovery, found, f"compact {deployed}")}
-    data["stages_s"] = {**data["stages_s"], **clock.seconds}
-    return data
-
-
-def _model_rows(result: Result, files: Files) -> list[dict[str, Any]]:
-    """Return the float rows, with parameters and MACs of the whole model if the files contain it."""
-    rows: list[dict[str, Any]] = result.report["models"]
-    if not files.subject.whole:
-        return rows
-    counts, side = result.report["part"]["whole"], {"dense": 0, "masked": 0, "compact": 1}
-    return [
-        {
-            **row,
-            "parameters": counts["params"][side[row["name"]]],
-            "macs": counts["macs"][side[row["name"]]] if counts["macs"] else None,
-        }
-        for row in rows
-    ]
-
-
-def _judged(result: Result, files: Files, recipe: Recipe, clock: Clock) -> dict[str, Agreement]:
-    """Return each row's agreement; float rows use the torch models, against which the files are verified."""
-    recovery = result.recovery
-    if recovery is None:
-        return {}
-    known = {step.name: step.agreement for step in recovery.steps}
-    last = recovery.steps[-1].agreement if recovery.steps else None
-    float_rows = {"dense": known.get("dense"), "masked": known.get("cut"), "compact": last}
-    found = {row: agreement for row, agreement in float_rows.items() if agreement is not None}
-    images_are_whole = result.whole is not None and result.whole.example is not None
-    if files.quantised and recovery.reference is not None and images_are_whole == files.subject.whole:
-        with clock("judge files"):
-            for row, file in files.quantised.items():
-                model = OnnxModel(file.path, threads=recipe.target.threads)
-                found[row] = recovery.reference.judge(lambda inputs, model=model: model(*inputs))  # type: ignore[misc]
-    return found
 
 
 # Latency and accuracy of each file. -----------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from .data import (
     deployed_precision as deployed_precision,
     describe as describe,
     layer_shapes as layer_shapes,
-    with_files as with_files,
     with_origin as with_origin,
 )
 from .operator_table import (

@@ -1,13 +1,13 @@
 """Report data: the contents of report.json, documented in docs/reference/report.md.
 
-`describe` returns decisions and verification, `with_files` adds files and times, `with_origin` the model's origin.
+`describe` returns decisions and verification, `with_origin` adds the model's origin.
 Costs and times are arguments, so that a report can be rendered from its JSON without torch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -89,24 +89,6 @@ def _budget(plan: Plan, costs: Mapping[str, tuple[int, int]]) -> dict[str, Any] 
     kind, (dense, kept) = plan.budget.kind, costs[plan.budget.kind]
     share = kept / dense if dense else 1.0
     return {"kind": kind, "fraction": plan.budget.amount, "dense": dense, "kept": kept, "kept_fraction": share}
-
-
-def with_files(
-    data: Mapping[str, Any],
-    *,
-    onnx_bytes: Mapping[str, int],
-    timing: Mapping[str, Any] | None,
-    files_sha256: Mapping[str, str],
-    notes: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Return the report with sizes and digests of files, and measured times."""
-    return {
-        **data,
-        "models": [{**row, "onnx_bytes": onnx_bytes.get(row["name"])} for row in data["models"]],
-        "timing": timing,
-        "files": dict(files_sha256),
-        "notes": [*data["notes"], *notes],
-    }
 
 
 def with_origin(

@@ -86,7 +86,9 @@ def timed(data: dict[str, Any], *, reliable: bool = True) -> dict[str, Any]:
         "settings": {"threads": 1, "batch": 1},
     }  # fmt: skip
     sizes = {"dense": 4000, "masked": 4000, "compact": 2000}
-    return report.with_files(data, onnx_bytes=sizes, timing=timing, files_sha256={"plan.json": "ab"}, notes=["a note"])
+    models = [{**row, "onnx_bytes": sizes.get(row["name"])} for row in data["models"]]
+    files, notes = {"plan.json": "ab"}, [*data["notes"], "a note"]
+    return {**data, "models": models, "timing": timing, "files": files, "notes": notes}
 
 
 def loaded(name: str, weights: str) -> LoadedModel:
