@@ -16,7 +16,7 @@ from surgery.config import Recipe
 from surgery.core import Clock, Progress, buffers_kept
 from surgery.errors import InvalidInput
 from surgery.inputs import Images, LoadedModel, load_model, open_images
-from surgery.latency import Limits, Settings, comparison
+from surgery.latency import Limits, Settings, ort
 from surgery.pipeline import Result
 from surgery.recovery import Subject, copy_of, open_metric, recovered, with_recovery
 from surgery.report import with_origin
@@ -122,7 +122,7 @@ def compare(
     asked = recipe or Recipe()
     settings = Settings(asked.target.batch, asked.target.threads, asked.selection.seed)
     limits, first = Limits(max_runs=asked.output.runs), None if baseline is None else Path(baseline)
-    return comparison.compare([Path(file) for file in files], settings, limits, baseline=first, progress=progress)
+    return ort.compare([Path(file) for file in files], settings, limits, baseline=first, progress=progress)
 
 
 def load_named(recipe: Recipe) -> LoadedModel:

@@ -363,13 +363,13 @@ def bench(
     intervals; load time and peak memory are a fresh process's.
     """
     with work(session, quiet=quiet) as progress:
-        from surgery.latency import Limits, comparison  # saves start-up seconds
+        from surgery.latency import Limits, ort  # saves start-up seconds
 
         options = given(parameters)
         baseline, limits = options.pop("baseline", None), Limits(options.pop("runs"), options.pop("seconds"))
-        settings = comparison.settings_of(dict(shapes), **options)
-        found = comparison.compare(files, settings, limits, baseline=baseline, progress=progress)
-    _show(found, lambda console: comparison.render_terminal(found, console), as_json=as_json)
+        settings = ort.settings_of(dict(shapes), **options)
+        found = ort.compare(files, settings, limits, baseline=baseline, progress=progress)
+    _show(found, lambda console: ort.render_terminal(found, console), as_json=as_json)
 
 
 @cli.command(params=[*RECIPE_FILE, *of_recipe("model", "budget", "selection", "target", "data"), *RUN])

@@ -1,7 +1,8 @@
-from .artifacts import NAMES as NAMES, prepare as prepare
 from .saving import (
+    NAMES as NAMES,
     dominating as dominating,
     load as load,
+    prepare as prepare,
     save as save,
     validate_output as validate_output,
     weights_bytes as weights_bytes,

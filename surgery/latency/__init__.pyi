@@ -1,4 +1,4 @@
-from . import comparison as comparison, device as device, ort as ort, ratio as ratio
+from . import device as device, ort as ort, ratio as ratio
 from .cache import VARIABLE as VARIABLE, Measured as Measured, Source as Source, table_source as table_source
 from .fill import Point as Point
 from .micro import FP32 as FP32, INT8 as INT8

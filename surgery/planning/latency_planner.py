@@ -131,7 +131,9 @@ class LatencyPlanner:
 
     def __init__(self, candidates: Candidates) -> None:
         self._candidates, self._clock = candidates, candidates.clock
-        self._recipe, self._program = recipe, program = candidates.recipe, candidates.program
+        self._recipe: Recipe = candidates.recipe
+        self._program: Program = candidates.program
+        recipe, program = self._recipe, self._program
         self.warnings: list[str] = []
         given = recipe.target.acceptance
         self.calibration = None if given is None else Acceptance.load(given)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from surgery.delivery import artifacts as artefacts
+from surgery.delivery import saving as artefacts
 from surgery.errors import InvalidInput
 
 
@@ -31,7 +31,7 @@ def child_in_the_middle(out: Path) -> subprocess.Popen[str]:
     """Start a run that has written half of its files and waits."""
     code = f"""
         import sys, time
-        from surgery.delivery import artifacts as artefacts
+        from surgery.delivery import saving as artefacts
         with artefacts.output_set({str(out)!r}) as folder:
             (folder / artefacts.PLAN).write_text("half")
             print("ready", flush=True)

@@ -28,7 +28,6 @@ WITHOUT_TORCH = {
     "surgery.core",
     "surgery.latency",
     "surgery.latency.ort",
-    "surgery.latency.comparison",
     "surgery.config",
     "surgery.distributed",
     "surgery.cli",
