@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from surgery.config import Budget, Selection
-from surgery.core import KEPT, CostFn, Coupling, Group, Plan, Program, Scores, Site
+from surgery.core import KEPT, CostFn, Coupling, Group, Plan, Program, Scores
 from surgery.coupling import NO_SETTINGS, plan_from_dead
 from surgery.errors import BudgetUnreachable, InvalidInput
 
@@ -47,14 +47,13 @@ def allocate(
         scores: importance per unit; within a group the lowest is removed first, ties in order of the units.
         budget: fraction of the dense model to keep.
         cost: removed units per group name → remaining MACs or parameters, according to the budget; None for `channels`,
-        which is the fraction of the units of all groups.
+            which is the fraction of the units of all groups.
         dense: cost of the dense model, if `cost` is for a model without some of its blocks.
-        selection: selection of units, with these options. `scope`: `global` ranks the steps of all groups by their
-            units' mean score; `uniform` keeps one fraction of every group, rounded up to a permitted size. `round_to`:
-            the remaining size of a pruned group is a multiple of this, counted in positions along the group's longest
-            extent on a first axis (the output channels of its widest producer). `inexact`: `never` leaves inexact
-            groups untouched, `if-needed` prunes them, ranked with the others, only if the budget cannot be met
-            otherwise, `always` ranks them with the others.
+        selection: `scope`: `global` ranks the steps of all groups by their units' mean score; `uniform` keeps one
+            fraction of every group, rounded up to a permitted size. `round_to`: the remaining size of a pruned group is
+            a multiple of this, counted in output channels of its widest producer. `inexact`: `never` leaves inexact
+            groups untouched, `if-needed` prunes them only if the budget cannot be met otherwise, `always` ranks them
+            with the others.
         settings: criterion, seed and so on, stored in the plan unchanged.
 
     Returns:
@@ -168,19 +167,12 @@ def attempts(coupling: Coupling, inexact: str) -> list[frozenset[str]]:
 
 @dataclass(frozen=True, slots=True)
 class Ladder:
-    """The steps in which one group, or several together, may shrink.
-
-    Attributes:
-        groups: names of the groups.
-        order: all their units, in removal order.
-        ends: number of units removed after each step, increasing; every group keeps a unit.
-        keys: importance of each step: mean score of its units, non-decreasing along the ladder.
-    """
+    """The steps in which one group, or several together, may shrink."""
 
     groups: tuple[str, ...]
-    order: tuple[Unit, ...]
-    ends: tuple[int, ...]
-    keys: tuple[float, ...]
+    order: tuple[Unit, ...]  # all their units, in removal order
+    ends: tuple[int, ...]  # number of units removed after each step, increasing; every group keeps a unit
+    keys: tuple[float, ...]  # importance of each step: mean score of its units, non-decreasing along the ladder
 
 
 def ladders_of(coupling: Coupling, scores: Scores, round_to: int | Mapping[str, int]) -> list[Ladder]:
@@ -247,12 +239,8 @@ def _widths(group: Group) -> list[int]:
 
     Later axes may repeat a channel many times (a linear layer after flattening), which would hide its width.
     """
-
-    def stretch(site: Site) -> int:
-        return sum(len(owned) for owned in site.index)
-
     first = [site for site in group.sites if site.axis == 0]
-    widest = max(first or group.sites, key=stretch, default=None)
+    widest = max(first or group.sites, key=lambda site: sum(map(len, site.index)), default=None)
     return [len(owned) for owned in widest.index] if widest else [1] * group.size
 
 
@@ -270,12 +258,8 @@ def _left_whole(
     spared = Counter(group.inexact for group in coupling.groups if group.name not in chosen)
     why = "inexact cuts were ruled out" if selection.inexact == "never" else "exact groups sufficed"
     notes = [f"{count} inexact groups left whole, as {why}: {reason}" for reason, count in spared.items()]
-    narrow = [
-        name
-        for ladder in ladders
-        for name in ladder.groups
-        if name in chosen and not ladder.ends and len(ladder.order) > len(ladder.groups)
-    ]
+    stuck = [ladder for ladder in ladders if not ladder.ends and len(ladder.order) > len(ladder.groups)]
+    narrow = [name for ladder in stuck for name in ladder.groups if name in chosen]
     if narrow:
         notes.append(f"left whole for want of a smaller multiple of {selection.round_to}: {', '.join(narrow)}")
     return notes

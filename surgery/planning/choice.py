@@ -50,9 +50,7 @@ class RefinementLog:
     Attributes:
         target: the requested fraction of the dense latency.
         dense_ms: the dense model's measured latency; None if nothing was measured.
-        predicted_dense_ms: the dense model's latency by the table.
-        predicted_ms: the plan's latency by the table.
-        iterations: iterations in order.
+        predicted_dense_ms: the dense model's latency by the table; `predicted_ms` is the plan's.
         taken: index of the iteration with the final plan; -1 if nothing was measured.
         verdict: whether the budget is met, or why not.
         device: the device and precision of the measurements.
@@ -69,10 +67,9 @@ class RefinementLog:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        values = asdict(self)
-        del values["iterations"]
-        rounds = [{**asdict(i), "ratios": list(i.ratios)} for i in self.iterations]
-        return {**values, "rounds": rounds, "met": self.met}
+        values = {**asdict(self), "met": self.met}
+        rounds = [{**i, "ratios": list(i["ratios"])} for i in values.pop("iterations")]
+        return {**values, "rounds": rounds}
 
     @property
     def predicted(self) -> float:

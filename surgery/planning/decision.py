@@ -28,33 +28,22 @@ from surgery.report import describe
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decision:
-    """What will be pruned, and why.
+    """What will be pruned, and why."""
 
-    Attributes:
-        recipe: the recipe, with opened data.
-        stages_s: seconds of each stage.
-        whole: the dense model around a submodule, if any.
-        seen: the images read from `data`; None without data.
-        between: recovery steps of intermediate models in iterative pruning.
-        planner: for a latency budget, makes further plans; else None.
-        shared: whether other processes wait to train along.
-    """
-
-    recipe: Recipe
+    recipe: Recipe  # with opened data
     choice: Choice
     stages_s: Mapping[str, float]
-    whole: parts.Whole | None = None
-    seen: Calibration | None = None
-    between: tuple[Step, ...] = ()
-    planner: LatencyPlanner | None = None
-    shared: bool = False
+    whole: parts.Whole | None = None  # the dense model around a submodule
+    seen: Calibration | None = None  # the images read from `data`
+    between: tuple[Step, ...] = ()  # recovery steps of intermediate models in iterative pruning
+    planner: LatencyPlanner | None = None  # makes further plans for a latency budget
+    shared: bool = False  # whether other processes wait to train along
 
     @property
     def report(self) -> dict[str, Any]:
         """The data of report.json before anything is cut."""
-        choice = self.choice
-        data = describe(choice.cut, choice.costs, choice.refinement)
-        return {**data, "notes": [*data["notes"], *choice.warnings], "stages_s": dict(self.stages_s)}
+        data = describe(self.choice.cut, self.choice.costs, self.choice.refinement)
+        return {**data, "notes": [*data["notes"], *self.choice.warnings], "stages_s": dict(self.stages_s)}
 
 
 def decide(

@@ -16,7 +16,7 @@ from surgery.core import Block, Coupling, Plan, Program, Scores
 from surgery.coupling import find_blocks, flush_mib, plan_from_dead, reordered, reorderings
 from surgery.errors import BudgetUnreachable, InvalidInput
 from surgery.importance import Signal, block_losses, measures_losses, settled, signal_of, weights_of
-from surgery.latency import Conditions, LatencyTable, Point, Source, Stairs, table_source
+from surgery.latency import Conditions, LatencyTable, Source, table_source
 from surgery.planning.allocation import Ladder, attempts, ladders_of, removed
 from surgery.planning.choice import Candidate, Candidates, Choice, RefinementLog, plan_settings, with_dead
 from surgery.planning.latency_search import (
@@ -30,12 +30,10 @@ from surgery.planning.latency_search import (
     staircases,
 )
 from surgery.planning.lowering import Lowered
-from surgery.planning.refinement import LatencyBench
+from surgery.planning.refinement import HIGHEST_AIM, LatencyBench
 
 SCHEMA = 1
 """Schema of acceptances."""
-MOST = 0.999
-"""Upper limit of calibrated aims."""
 FINEST = 32
 """Number of steps of a group if the device has no stairs."""
 REFINEMENTS = 4
@@ -51,12 +49,9 @@ class Acceptance:
 
     Attributes:
         origin: name in messages.
-        ratio: measured latency of the compact model relative to the dense one.
+        ratio: measured latency of the compact model relative to the dense one, which took `dense_ms`.
         predicted: the ratio predicted by the latency table when the plan was made.
-        dense_ms: the dense model's measured latency.
-        device: the device, as in latency tables.
         fingerprint: fingerprint of the dense architecture.
-        batch: items per timed run.
     """
 
     origin: str
@@ -93,16 +88,14 @@ class Acceptance:
 
     def aim(self, target: float) -> float:
         """Return the fraction to aim at by the table so that the device measures `target`."""
-        return min(target * self.predicted / self.ratio, MOST)
+        return min(target * self.predicted / self.ratio, HIGHEST_AIM)
 
     def validate_device(self, device: Mapping[str, Any], fingerprint: str, batch: int) -> None:
         """Raise InvalidInput if the table is from another device, or the plan for another architecture or batch."""
         names = sorted(name for name in {*device, *self.device} if device.get(name) != self.device.get(name))
         if names:
-            wrong = (
-                f"was measured on another device than the latency table: {', '.join(names)} differ; run the pack once "
-                "more there, for both"
-            )
+            differing = ", ".join(names)
+            wrong = f"was measured on another device than the latency table: {differing} differ; run the pack for both"
         elif batch != self.batch:
             wrong = f"was measured with a batch of {self.batch}, the plan is for --batch {batch}; give both the same"
         elif fingerprint != self.fingerprint:
@@ -121,12 +114,7 @@ class LatencyPlanner:
     """Makes plans for a latency budget, by a given or measured latency table.
 
     Blocks and widths are searched jointly, on the program without its dead blocks; the plan is then transferred to the
-    program without the dropped blocks.
-
-    Attributes:
-        source: source of the latency table.
-        calibration: a measurement of an earlier plan from the table's device, if given.
-        warnings: warnings about the table, extended while it is read.
+    program without the dropped blocks. `warnings` about the table are extended while it is read.
     """
 
     def __init__(self, candidates: Candidates) -> None:
@@ -152,7 +140,8 @@ class LatencyPlanner:
         """The dense model's latency by the table; raises InvalidInput if the table has none."""
         points = self._candidates.without(()).lowered.points()
         with self._clock("measure kernels"):
-            found = predicted_ms(points, covered(self.source, points))
+            table = self.source.cover(points)
+            found = predicted_ms(points, self.source.refine(points) or table)
         if found <= 0:
             raise InvalidInput("the latency table has no time for this model; make it again with surgery profile")
         return found
@@ -273,12 +262,6 @@ def carried_over(plan: Plan, coupling: Coupling) -> Plan:
 # The search on one program. ------------------------------------------------------------------------------------------
 
 
-def covered(source: Source, points: Sequence[Point]) -> LatencyTable:
-    """Return a table with a dense program's kernels, measured at these widths."""
-    table = source.cover(points)
-    return source.refine(points) or table
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Problem:
     """Input of `search`: ladders and blocks with time savings and importance losses."""
@@ -302,8 +285,10 @@ class WidthSearch:
     blocks: tuple[Block, ...] = ()
 
     def table(self) -> LatencyTable:
-        """Return the table with all kernels of the program."""
-        return covered(self.source, self.lowered.points())
+        """Return the table with all kernels of the program, measured at its widths."""
+        points = self.lowered.points()
+        table = self.source.cover(points)
+        return self.source.refine(points) or table
 
     def solve(self, target_ms: float) -> tuple[Problem, State]:
         """Return widths and dropped blocks with a predicted latency of at most `target_ms`.
@@ -330,17 +315,14 @@ class WidthSearch:
             yield Problem(allowed, self.blocks, forecast, self._loss(allowed))
 
     def _loss(self, ladders: Sequence[Ladder]) -> ImportanceLoss:
-        tensors = {group.name: {site.tensor for site in group.sites} for group in self.coupling.groups}
-
-        def inside(block: Block) -> frozenset[int]:
-            own = set(block.tensors)
-            return frozenset(k for k, x in enumerate(ladders) if all(tensors[name] <= own for name in x.groups))
-
+        sites = {group.name: {site.tensor for site in group.sites} for group in self.coupling.groups}
+        tensors = [set[str]().union(*(sites[name] for name in ladder.groups)) for ladder in ladders]
+        blocks = self.blocks
         return ImportanceLoss(
             ladder_losses(ladders, self.signal),
-            tuple(self.signal.blocks[block.name] for block in self.blocks),
-            tuple(inside(block) for block in self.blocks),
-            tuple(frozenset(k for k, b in enumerate(self.blocks) if b.sum in block.nodes) for block in self.blocks),
+            tuple(self.signal.blocks[block.name] for block in blocks),
+            tuple(frozenset(k for k, own in enumerate(tensors) if own <= {*block.tensors}) for block in blocks),
+            tuple(frozenset(k for k, b in enumerate(blocks) if b.sum in block.nodes) for block in blocks),
         )
 
     def _searched(self, table: LatencyTable, target_ms: float) -> tuple[Problem, State]:
@@ -351,14 +333,13 @@ class WidthSearch:
                 return problem, state
             smallest = State(tuple(len(x.ends) for x in problem.ladders), frozenset(range(len(self.blocks))))
             least = min(least, problem.forecast.total(smallest))
-        steps = group_steps(self.lowered, self.coupling, table, most=FINEST)
-        step = max(steps.values(), default=1)
+        step = max(group_steps(self.lowered, self.coupling, table, most=FINEST).values(), default=0)
         why = f" (widths go in steps of {step} on this device)" if step > 1 else ""
         obstacle = (
             f"with every group at its smallest{why}, {least:.4g} ms are predicted; raise the budget, or set it in "
             "--macs, which takes any width"
         )
-        if not steps and not self.blocks:
+        if not step and not self.blocks:
             obstacle = "nothing of the model may be cut, all of it is frozen or kept"
         raise BudgetUnreachable(f"cannot get down to {target_ms:.4g} ms: {obstacle}")
 
@@ -424,13 +405,13 @@ def _why_width(problem: Problem, state: State, k: int) -> str:
 def _why_stair(size: int, kinds: Sequence[str], table: LatencyTable) -> list[str]:
     """Return the effect of one unit less, by the staircase with the largest step."""
     found = [table.stairs[kind] for kind in kinds if kind in table.stairs]
-    stairs: Stairs | None = max(found, key=lambda s: s.step, default=None)
+    stairs = max(found, key=lambda s: s.step, default=None)
     if stairs is None or stairs.step == 1 or size % stairs.step:
         return []
     edges = [w for w in stairs.curve if w % stairs.step == 0 and w - 1 in stairs.curve]
-    edge = min(edges, key=lambda w: abs(w - size), default=None)
-    if edge is None:
+    if not edges:
         return []
+    edge = min(edges, key=lambda w: abs(w - size))
     ratio = stairs.curve[edge - 1] / stairs.curve[edge]
     if ratio > 1.03:
         return [f"{size} → {size - 1} would be slower ({ratio:.2f}x at {edge} → {edge - 1} on this device)"]

@@ -159,19 +159,12 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImportanceLoss:
-    """Importance lost at each level of each ladder, and by each block.
-
-    Attributes:
-        ladders: for each ladder, importance lost at level 0, 1, ..: starts at 0 and is non-decreasing.
-        blocks: importance lost by dropping each block.
-        inside: for each block, the ladders whose units all belong to it.
-        within: for each block, the blocks that are part of it.
-    """
+    """Importance lost at each level of each ladder (from 0, non-decreasing), and by each block."""
 
     ladders: tuple[tuple[float, ...], ...]
     blocks: tuple[float, ...] = ()
-    inside: tuple[frozenset[int], ...] = ()
-    within: tuple[frozenset[int], ...] = ()
+    inside: tuple[frozenset[int], ...] = ()  # for each block, the ladders whose units all belong to it
+    within: tuple[frozenset[int], ...] = ()  # for each block, the blocks that are part of it
 
     def of(self, state: State) -> float:
         """Return the importance lost in a state."""
@@ -306,14 +299,7 @@ def _undone(forecast: Forecast, loss: ImportanceLoss, state: State) -> Iterator[
 
 @dataclass(frozen=True, slots=True)
 class Staircase:
-    """A kernel's time over its last width, usually that of its result; other widths are as planned.
-
-    Attributes:
-        title: description of the kernel.
-        nodes: the operations it covers.
-        dense: the width before.
-        kept: the width after.
-    """
+    """A kernel's time over its last width, usually that of its result, which goes from `dense` to `kept`."""
 
     title: str
     nodes: tuple[str, ...]
@@ -325,23 +311,18 @@ class Staircase:
 
 def staircases(lowered: Lowered, table: LatencyTable, dead: Mapping[str, Sequence[int]]) -> tuple[Staircase, ...]:
     """Return the curves of the dense network's costliest kernels, one of each kind, pruned ones first."""
-    rows = [
-        (placed.nodes, kernel, before, after)
-        for placed, (kernel, before), (_, after) in zip(
-            lowered.placed, lowered.points(), lowered.points(dead), strict=True
-        )
-        if kernel.letters
-    ]
-    rows.sort(key=lambda row: (row[2][-1] == row[3][-1], -(table.ms(row[1], row[2]) or 0.0)))
+    widths = [(before, after) for (_, before), (_, after) in zip(lowered.points(), lowered.points(dead), strict=True)]
+    rows = [(placed, *pair) for placed, pair in zip(lowered.placed, widths, strict=True) if placed.slots]
+    rows.sort(key=lambda row: (row[1][-1] == row[2][-1], -(table.ms(row[0].kernel, row[1]) or 0.0)))
     found: dict[str, Staircase] = {}
-    for nodes, kernel, before, after in rows:
+    for placed, before, after in rows:
+        kernel, dense, kept = placed.kernel, before[-1], after[-1]
         if kernel.title in found or len(found) == SHOWN:
             continue
-        dense, kept = before[-1], after[-1]
         step = max(1, dense // _POINTS)
-        widths = sorted({*range(step, dense + 1, step), dense, max(1, kept)})
-        times = [table.ms(kernel, (*after[:-1], width)) for width in widths]
+        steps = sorted({*range(step, dense + 1, step), dense, max(1, kept)})
+        times = [table.ms(kernel, (*after[:-1], width)) for width in steps]
         if any(times) and None not in times:
             ms = tuple(round(t or 0.0, 6) for t in times)
-            found[kernel.title] = Staircase(kernel.title, tuple(nodes), tuple(widths), ms, dense, kept)
+            found[kernel.title] = Staircase(kernel.title, tuple(placed.nodes), tuple(steps), ms, dense, kept)
     return tuple(found.values())

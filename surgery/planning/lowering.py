@@ -43,17 +43,11 @@ _IDEMPOTENT = {"Relu"}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lowered:
-    """The kernels of a program.
-
-    Attributes:
-        placed: kernels in order of the program.
-        sizes: lengths of the axes indexed by the kernels' slots.
-        untimed: names of operations without a kernel that may take time.
-    """
+    """The kernels of a program, in its order."""
 
     placed: tuple[Placed, ...]
-    sizes: Sizes
-    untimed: tuple[str, ...]
+    sizes: Sizes  # lengths of the axes indexed by the kernels' slots
+    untimed: tuple[str, ...]  # names of operations without a kernel that may take time
     labelled: LabelledGraph
 
     def points(self, dead: Mapping[str, Sequence[int]] | None = None) -> list[Point]:
@@ -75,35 +69,32 @@ class _Draft:
 
 def lower(program: Program, coupling: Coupling, *, batch: int = 1) -> Lowered:
     """Return the kernels of a program at a batch size."""
-    return _Lowering(program, coupling.labelled, batch).run()
+    labelled, run = coupling.labelled, _Lowering(program, coupling.labelled, batch)
+    for node in program.graph.graph.nodes:
+        if node.op == "call_function" and isinstance(labelled.values.get(node.name), Value):
+            run.visit(node)
+    placed = tuple(_placed(draft, image=run.read_as_image(draft)) for draft in run.drafts)
+    return Lowered(placed, run.sizes, tuple(run.untimed), labelled)
 
 
 class _Lowering:
     def __init__(self, program: Program, labelled: LabelledGraph, batch: int) -> None:
-        self._nodes, self._labelled = program.graph.graph.nodes, labelled
-        self._sizes = Sizes(labelled)
+        self._labelled, self.sizes, self._table = labelled, Sizes(labelled), rules()
         self._batch = _batch_symbol(program), batch
-        self._drafts: list[_Draft] = []
+        self.drafts: list[_Draft] = []
+        self.untimed: list[str] = []
         self._home: dict[torch.fx.Node, _Draft] = {}
         self._images: set[torch.fx.Node] = set()
         self._source: dict[torch.fx.Node, torch.fx.Node] = {}  # source of a free operator's result
-        self._untimed: list[str] = []
 
-    def run(self) -> Lowered:
-        table = rules()
-        for node in self._nodes:
-            if node.op == "call_function" and isinstance(self._labelled.values.get(node.name), Value):
-                self._visit(node, table.get(str(node.target)))
-        placed = tuple(_placed(draft, image=self._read_as_image(draft)) for draft in self._drafts)
-        return Lowered(placed, self._sizes, tuple(self._untimed), self._labelled)
-
-    def _visit(self, node: torch.fx.Node, rule: Rule | None) -> None:
-        arguments = arguments_of(node)
+    def visit(self, node: torch.fx.Node) -> None:
+        """Put an operator into a kernel."""
+        rule, arguments = self._table.get(str(node.target)), arguments_of(node)
         tensors = _tensors(arguments)
         shapes = {name: self._shape(source) for name, source in tensors.items()}
         steps = rule.onnx(arguments, shapes, self._shape(node)) if rule is not None and rule.onnx is not None else None
         if rule is None or steps is None:
-            self._untimed.append(node.name)
+            self.untimed.append(node.name)
         elif steps:
             self._place(node, rule, steps, tensors)
         elif tensors and self._shape(source := next(iter(tensors.values()))) == self._shape(node):  # free
@@ -116,7 +107,7 @@ class _Lowering:
         joined = next((name for name, s in sources.items() if self._joins(tensors[name], s, node, rule, steps)), None)
         draft = self._home[sources[joined]] if joined is not None else _Draft()
         if joined is None:
-            self._drafts.append(draft)
+            self.drafts.append(draft)
         if joined is not None and steps[0].op == "BatchNormalization":
             last = draft.steps[-1]
             if len(last.inputs) == 2:  # a convolution, which gets a bias
@@ -166,19 +157,17 @@ class _Lowering:
                 inputs.pop()
             draft.steps.append(replace(s, inputs=tuple(inputs)))
 
-    def _read_as_image(self, draft: _Draft) -> bool:
+    def read_as_image(self, draft: _Draft) -> bool:
         """Return whether the result may stay in blocks: some user is not a view, transposition or linear layer."""
-        if draft.last not in self._images:
-            return False
-        table = rules()
-        readers = [rule for user in draft.last.users if (rule := table.get(str(user.target))) is not None]
+        users = draft.last.users if draft.last in self._images else ()
+        readers = [rule for user in users if (rule := self._table.get(str(user.target))) is not None]
         return any("cat" in rule.op or rule.family in _READS_BLOCKS for rule in readers)
 
     def _shape(self, node: torch.fx.Node) -> tuple[Size, ...]:
         value, traced = self._labelled.values[node.name], node.meta.get("val")
         if not isinstance(value, Value):
             return ()
-        slots = self._sizes.track(value)
+        slots = self.sizes.track(value)
         sizes: Any = traced.shape if isinstance(traced, Tensor) else value.shape
         return tuple(self._size(slot, size) for slot, size in zip(slots, sizes, strict=True))
 
@@ -217,8 +206,8 @@ def _tensors(arguments: Mapping[str, Any]) -> dict[str, torch.fx.Node]:
     """Return the arguments that are computed tensors, those in lists as ``name.k``."""
     found: dict[str, torch.fx.Node] = {}
     for name, argument in arguments.items():
-        items = {f"{name}.{k}": x for k, x in enumerate(argument)} if isinstance(argument, (list, tuple)) else {}
-        for key, x in (items or {name: argument}).items():
+        several = isinstance(argument, (list, tuple))
+        for k, x in enumerate(argument if several else [argument]):
             if isinstance(x, torch.fx.Node) and isinstance(x.meta.get("val"), Tensor):
-                found[key] = x
+                found[f"{name}.{k}" if several else name] = x
     return found

@@ -85,10 +85,10 @@ class Survey:
     @property
     def keys(self) -> dict[str, list[tuple[int, ...]]]:
         """Kernel key → its widths."""
-        found: dict[str, dict[tuple[int, ...], None]] = {}
-        for kernel, widths in (*self.dense, *self.others):
-            found.setdefault(kernel.key, {})[widths] = None
-        return {key: list(widths) for key, widths in found.items()}
+        found: dict[str, list[tuple[int, ...]]] = {}
+        for kernel, widths in dict.fromkeys((*self.dense, *self.others)):
+            found.setdefault(kernel.key, []).append(widths)
+        return found
 
 
 def survey(
@@ -125,9 +125,7 @@ def survey(
 def measure(subject: Survey, *, name: str, progress: Progress | None = None) -> tuple[LatencyTable, dict[str, Any]]:
     """Time kernels missing in this machine's table, including those at the dense widths.
 
-    Returns:
-        The table with only this model's kernels, and a profile of JSON values: the device, its stairs, and kernels in
-        descending order of time.
+    Returns the table with only this model's kernels, and a profile of JSON values.
     """
     warnings: list[str] = []
     recipe, dense = subject.recipe, subject.dense
@@ -136,12 +134,10 @@ def measure(subject: Survey, *, name: str, progress: Progress | None = None) -> 
     table = source.cover([*dense, *subject.others])
     table = (source.refine(dense) or table).only([*dense, *subject.others])
     total = predicted_ms(dense, table)
-    kernels = {kernel.key: kernel for kernel, _ in dense}
     rows = []
-    for (key, widths), count in Counter((kernel.key, widths) for kernel, widths in dense).items():
-        ms = predicted_ms([(kernels[key], widths)] * count, table)
-        row = {"title": kernels[key].title, "widths": list(widths), "count": count, "ms": ms, "share": ms / total}
-        rows.append(row)
+    for (kernel, widths), count in Counter(dense).items():
+        ms = predicted_ms([(kernel, widths)] * count, table)
+        rows.append({"title": kernel.title, "widths": list(widths), "count": count, "ms": ms, "share": ms / total})
     return table, {
         "model": name,
         "batch": recipe.target.batch,
@@ -159,14 +155,8 @@ def render_terminal(data: Mapping[str, Any], console: Console) -> None:
     """Print a profile: the costliest kernels, and the device's stairs."""
     where, more = data["device"], len(data["kernels"]) - _SHOWN
     rows = [
-        (
-            row["title"],
-            "x".join(map(str, row["widths"])) or "-",
-            str(row["count"]),
-            f"{row['ms']:.3g}",
-            f"{row['share']:.1%}",
-        )
-        for row in data["kernels"][:_SHOWN]
+        (x["title"], "x".join(map(str, x["widths"])) or "-", str(x["count"]), f"{x['ms']:.3g}", f"{x['share']:.1%}")
+        for x in data["kernels"][:_SHOWN]
     ]
     parts: list[Part] = [
         f"{data['model']}, batch {data['batch']}: {data['predicted_ms']:.4g} ms by the sum of its kernels; "

@@ -60,16 +60,14 @@ class LatencyBench:
         self._progress, self._for_accuracy = progress, for_accuracy
         _, self._tensors = bind(program.model, program.example_args, program.example_kwargs)
         self._axes = {name: spec.dynamic for name, spec in zip(self._tensors, program.inputs, strict=True)}
-        free = any(0 in axes for axes in self._axes.values())
-        self._batch = recipe.target.batch if free else next(iter(self._tensors.values())).shape[0]
         self.dense = self.export(program.model, "dense")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Input name → timed shape."""
-        free = {name for name, axes in self._axes.items() if 0 in axes}
+        batch = self._recipe.target.batch
         shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-        return {name: (self._batch, *shape[1:]) if name in free else shape for name, shape in shapes.items()}
+        return {name: (batch, *shape[1:]) if 0 in self._axes[name] else shape for name, shape in shapes.items()}
 
     def export(self, module: torch.nn.Module, name: str = "compact") -> Path:
         """Export a module with the dense model's inputs; replaces a file of the same name."""
@@ -118,16 +116,9 @@ def refine(
 ) -> Choice:
     """Correct a plan until its measured ratio is the target, in at most `ITERATIONS` iterations.
 
-    A plan near the target in one process is measured in `ratio.PROCESSES` processes.
-
-    Args:
-        first: the plan for the target by the table.
-        plan: fraction of the dense latency → another plan.
-        cut: plan → compact module.
-        bench: times modules.
-
-    Returns:
-        The plan whose measured ratio is nearest to the target, preferably within bounds, with the log.
+    `plan` returns another plan for a fraction of the dense latency, `cut` a plan's compact module. A plan near the
+    target in one process is measured in `ratio.PROCESSES` processes. Returns the plan whose measured ratio is nearest
+    to the target, preferably within bounds, with the log.
     """
 
     def distance(relative: float) -> tuple[bool, float]:
