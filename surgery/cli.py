@@ -52,8 +52,7 @@ Exit codes:
   130  interrupted (Ctrl-C)
   143  terminated (SIGTERM)
 In every case but 0 an earlier set of files in --out is left unchanged."""
-INTERRUPTED = 130
-TERMINATED = 143
+INTERRUPTED, TERMINATED = 130, 143
 
 EXAMPLES = """\
 surgery shrink resnet18 --latency 0.5 --data photos/
@@ -63,9 +62,11 @@ surgery shrink resnet18 --max-drop 1 --data photos/ --val labelled/"""
 
 @dataclass
 class Session:
-    """State of one command-line call besides its options."""
+    """State of one command-line call, and the options that all commands have."""
 
     arguments: tuple[str, ...] = ()
+    as_json: bool = False
+    quiet: bool = False
     debug: bool = False
     writing: bool = False
     stopped: int = 0
@@ -94,11 +95,9 @@ class Row(click.Option):
         super().__init__(list(names), **more)
         self.heading, self.common, self.of = heading, common, of
 
-    def record(self, ctx: click.Context, case: Recipe | None, *, every: bool) -> tuple[str, str] | None:
+    def record(self, ctx: click.Context, case: Recipe | None, *, every: bool) -> tuple[str, str]:
         """Return the help: only the first sentence on the first page, and the default in this case."""
-        if (found := self.get_help_record(ctx)) is None:
-            return None
-        names, text = found
+        names, text = self.get_help_record(ctx) or ("", "")
         text = text if every else f"{text.partition('. ')[0].rstrip('.')}."
         default = self.of.default_in(case) if self.of is not None else ""
         return names, f"{text}  [default: {default}]" if default else text
@@ -127,13 +126,12 @@ class Command(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options under their headings."""
-        rows = [param for param in self.params if isinstance(param, Row)]
+        rows = [param for param in self.params if isinstance(param, Row) and not param.hidden]
         every, case = ctx.meta.get(HELP_ALL, False) or len(rows) <= FEW, _case(ctx)
         for heading in HEADINGS:
-            chosen = [row for row in rows if row.heading == heading and (every or row.common)]
-            if listed := [found for row in chosen if (found := row.record(ctx, case, every=every)) is not None]:
+            if chosen := [row for row in rows if row.heading == heading and (every or row.common)]:
                 with formatter.section(heading):
-                    formatter.write_dl(listed)
+                    formatter.write_dl([row.record(ctx, case, every=every) for row in chosen])
         if self.examples:
             with formatter.section("Examples"), formatter.indentation():
                 for line in self.examples.splitlines():
@@ -201,8 +199,8 @@ def given(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    ctx.ensure_object(Session).debug |= value
+def _note(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    setattr(ctx.ensure_object(Session), str(param.name), value)
 
 
 def _named_shape(value: str) -> tuple[str, tuple[int, ...]]:
@@ -216,11 +214,11 @@ def _named_shape(value: str) -> tuple[str, tuple[int, ...]]:
 _PATH = click.Path(path_type=Path)
 _SHAPE = Kind("NAME=N,C,H,W", "NAME=SHAPE, as in input=1,3,224,224", _named_shape)
 # fmt: off
+NOTED: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": False, "callback": _note}
 RUN = [
-    Row("--json", "as_json", is_flag=True, help="Print the report as JSON and nothing else."),
-    Row("--quiet", is_flag=True, help="No progress."),
-    Row("--debug", common=False, heading="Advanced", is_flag=True, is_eager=True, expose_value=False,
-        callback=_set_debug, help="Show the traceback of an error."),
+    Row("--json", "as_json", **NOTED, help="Print the report as JSON and nothing else."),
+    Row("--quiet", **NOTED, help="No progress."),
+    Row("--debug", common=False, heading="Advanced", **NOTED, help="Show the traceback of an error."),
 ]
 """Options of all commands that run a model."""
 RECIPE_FILE = [
@@ -261,7 +259,7 @@ def cli(ctx: click.Context) -> None:
 @cli.command(examples=EXAMPLES, params=[*RECIPE_FILE, *of_recipe(*config.GROUPS), *RUN])
 @click.argument("model")
 @click.pass_obj
-def shrink(session: Session, /, as_json: bool, quiet: bool, **parameters: Any) -> None:
+def shrink(session: Session, /, **parameters: Any) -> None:
     """Shrink MODEL: cut, check, export to ONNX, time, and write everything into --out.
 
     MODEL is a torchvision name (resnet18), timm:NAME, FILE.py:CALLABLE or package.module:CALLABLE that returns a module
@@ -271,9 +269,9 @@ def shrink(session: Session, /, as_json: bool, quiet: bool, **parameters: Any) -
     if recipe.selection.max_drop is not None and distributed.processes() > 1:
         raise InvalidInput("--max-drop evaluates one model after the other, in one process: leave torchrun out")
     config.validate(recipe)
-    with work(session, quiet=quiet or distributed.rank() > 0) as progress:
+    with work(session) as progress:
         data = _deliver(session, recipe, progress)
-    _print_report(data, as_json)
+    _print_report(session, data)
 
 
 @cli.command(
@@ -294,23 +292,21 @@ def run(ctx: click.Context, /, recipe_file: Path, **parameters: Any) -> None:
 @click.argument("plan", type=_PATH)
 @click.argument("model")
 @click.pass_obj
-def apply(session: Session, /, plan: Path, as_json: bool, quiet: bool, **parameters: Any) -> None:
+def apply(session: Session, /, plan: Path, **parameters: Any) -> None:
     """Repeat PLAN, the plan.json of an earlier run, on MODEL: the same architecture, with any weights.
 
     MODEL, and what is written into --out, are as for `surgery shrink`; whatever is drawn at random is drawn as then.
     """
     recipe = _recipe(parameters)
-    with work(session, quiet=quiet or distributed.rank() > 0) as progress:
+    with work(session) as progress:
         data = _deliver(session, recipe, progress, plan)
-    _print_report(data, as_json)
+    _print_report(session, data)
 
 
 @cli.command(params=[*of_recipe("model", "deploy", "keep", "submodule", "seed", "threads", "batch"), *PROFILE, *RUN])
 @click.argument("model")
 @click.pass_obj
-def profile(
-    session: Session, /, as_json: bool, quiet: bool, out: Path | None, pack: Path | None, **parameters: Any
-) -> None:
+def profile(session: Session, /, out: Path | None, pack: Path | None, **parameters: Any) -> None:
     """Measure what MODEL's kernels take on this machine, or pack them to be measured on a device.
 
     The latency table that --out writes, here or there, is what `surgery shrink MODEL --latency-table` plans by. Give
@@ -319,7 +315,7 @@ def profile(
     if out is not None and pack is not None:
         raise click.UsageError("--out measures here and --pack does not; choose one of them")
     recipe = _recipe(parameters)
-    with work(session, quiet=quiet) as progress:
+    with work(session) as progress:
         from surgery.latency import Settings  # saves start-up seconds
         from surgery.planning import profiling  # saves start-up seconds
 
@@ -328,7 +324,6 @@ def profile(
         if pack is None:
             Settings(threads=recipe.target.threads)  # refuses more threads than cores, which a device may have
         loaded = _load(recipe, progress)
-        _refuse_huge_batch(loaded, recipe.target.batch)
         inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
         found = profiling.survey(loaded.module, inputs, recipe, example_kwargs=kwargs, progress=progress)
         session.writing = True
@@ -348,48 +343,46 @@ def profile(
         if message:
             click.echo(message)
 
-    _show(data, render, as_json=as_json)
+    _show(session, data, render)
 
 
 @cli.command(params=[*BENCH, *of_recipe("seed", "threads", "batch"), *RUN])
 @click.argument("files", nargs=-1, required=True, type=_PATH)
 @click.pass_obj
-def bench(
-    session: Session, /, files: tuple[Path, ...], as_json: bool, quiet: bool, shapes: Any, **parameters: Any
-) -> None:
+def bench(session: Session, /, files: tuple[Path, ...], shapes: Any, **parameters: Any) -> None:
     """Time ONNX FILES against each other: in blocks of shuffled order, beside a copy of the first.
 
     Each gets an equal share of the machine's quiet and busy moments. Times are relative to the first file's, with 95 %
     intervals; load time and peak memory are a fresh process's.
     """
-    with work(session, quiet=quiet) as progress:
+    with work(session) as progress:
         from surgery.latency import Limits, ort  # saves start-up seconds
 
         options = given(parameters)
         baseline, limits = options.pop("baseline", None), Limits(options.pop("runs"), options.pop("seconds"))
         settings = ort.settings_of(dict(shapes), **options)
         found = ort.compare(files, settings, limits, baseline=baseline, progress=progress)
-    _show(found, lambda console: ort.render_terminal(found, console), as_json=as_json)
+    _show(session, found, partial(ort.render_terminal, found))
 
 
 @cli.command(params=[*RECIPE_FILE, *of_recipe("model", "budget", "selection", "target", "data"), *RUN])
 @click.argument("model")
 @click.pass_obj
-def show(session: Session, /, as_json: bool, quiet: bool, **parameters: Any) -> None:
+def show(session: Session, /, **parameters: Any) -> None:
     """Show what would be cut from MODEL and why, without cutting, exporting or writing anything.
 
     MODEL and the options are those of `surgery shrink`.
     """
     recipe = _recipe(parameters)
     config.validate(recipe)
-    with work(session, quiet=quiet) as progress:
+    with work(session) as progress:
         from surgery import api, report  # saves start-up seconds
 
         loaded = _load(recipe, progress)
         task = api.opened(recipe, loaded, trained=loaded.is_trained)
         next_command = command_line("shrink", *session.arguments[1:])
         data = report.with_origin(_decide(loaded, task, progress).report, loaded, next_command=next_command)
-    _print_report(data, as_json)
+    _print_report(session, data)
 
 
 @cli.command(cls=click.Command)
@@ -405,7 +398,7 @@ def ops(markdown: bool, as_json: bool) -> None:
     if as_json or markdown:
         click.echo(report.operators_as_json() if as_json else report.operators_as_markdown(), nl=as_json)
     else:
-        _show({}, report.print_operators)
+        _show(Session(), {}, report.print_operators)
 
 
 @cli.command(cls=click.Command)
@@ -461,6 +454,7 @@ def _load(recipe: Recipe, progress: Progress) -> LoadedModel:
     loaded = api.load_named(recipe)
     for warning in loaded.warnings:
         say(f"warning: {warning}")
+    _refuse_huge_batch(loaded, recipe.target.batch)
     return loaded
 
 
@@ -485,7 +479,6 @@ def _deliver(session: Session, recipe: Recipe, progress: Progress, plan: Path | 
     if decided is not None:
         recipe = planning.as_planned(recipe, decided)
     loaded = _load(recipe, progress)
-    _refuse_huge_batch(loaded, recipe.target.batch)
     task = api.opened(recipe, loaded, trained=loaded.is_trained)
     repeated = partial(planning.repeat, example_kwargs=loaded.example_kwargs)
     shared = RECOVERY_METHODS.has_need(task.recovery.recover, "gradients") and distributed.processes() > 1
@@ -519,11 +512,11 @@ def _deliver(session: Session, recipe: Recipe, progress: Progress, plan: Path | 
     return written.data
 
 
-def _print_report(data: Mapping[str, Any], as_json: bool) -> None:
+def _print_report(session: Session, data: Mapping[str, Any]) -> None:
     from surgery.report import Report  # saves start-up seconds
 
     if data:  # else another process prints it
-        _show(data, Report(data).print, as_json=as_json)
+        _show(session, data, Report(data).print)
 
 
 # Progress and results. ------------------------------------------------------------------------------------------------
@@ -537,12 +530,12 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def work(session: Session, *, quiet: bool) -> Iterator[Progress]:
+def work(session: Session) -> Iterator[Progress]:
     """Keep standard output clean while stages run, and yield the function that shows progress."""
     from rich.console import Console  # saves start-up seconds
     from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn  # saves start-up seconds
 
-    console = Console(stderr=True)
+    console, quiet = Console(stderr=True), session.quiet or distributed.rank() > 0
     columns = (TimeElapsedColumn(), BarColumn(), TextColumn("{task.description}"))
     # No refreshing thread: it would disturb the timer.
     bar = Bar(*columns, console=console, auto_refresh=False, transient=True, disable=quiet, redirect_stdout=False)
@@ -580,11 +573,11 @@ def only_result_on_stdout() -> Iterator[None]:
         os.close(saved)
 
 
-def _show(data: Mapping[str, Any], render: Callable[[Console], None], *, as_json: bool = False) -> None:
+def _show(session: Session, data: Mapping[str, Any], render: Callable[[Console], None]) -> None:
     """Print a command's result as JSON, or by the given function; nothing follows on standard output."""
     from rich.console import Console  # saves start-up seconds
 
-    if as_json:
+    if session.as_json:
         click.echo(json.dumps(data, sort_keys=True, indent=1))
     else:
         console = Console()
