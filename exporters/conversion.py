@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import onnx
 import onnx_ir as ir
@@ -26,7 +27,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils import _pytree as pytree
 
 from exporters.signature import Axes, Tensors, axis_name
-from surgery.core import Callee, first_line, instead, last_own_line, lean, user_line
+from surgery.core import Callee, first_line, last_own_line, lean, user_line
 from surgery.errors import UnsupportedModel
 
 
@@ -51,11 +52,11 @@ def convert(
             # Trying to make one split of every two slices takes a quarter of the time of torchvision's swin_t.
             rules = tuple(rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != "SlicesSplit")
             # Building torch's registry of ONNX functions takes most of the export of a small network: build it once.
-            registry = instead(ONNXRegistry, "from_torchlib", staticmethod(_registry))
-            with lean(), registry, instead(rewriter, "_DEFAULT_REWRITE_RULES", rules):
+            registry = mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(_registry))
+            with lean(), registry, mock.patch.object(rewriter, "_DEFAULT_REWRITE_RULES", rules):
                 graph = _by_torch_export(call, tensors, axes, opset)
         else:
-            with instead(torch._C, "_jit_onnx_log", lambda *_: None):  # it prints whole graphs when it fails
+            with mock.patch.object(torch._C, "_jit_onnx_log", lambda *_: None):  # it prints whole graphs when it fails
                 graph = _by_torchscript(call, tensors, axes, outputs, opset)
     except Exception as error:  # torch's exporters pass on any exception of the model
         raise UnsupportedModel(_refusal(call.module, error, dynamo=dynamo)) from error

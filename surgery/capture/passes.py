@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from surgery.capture.constants import compute_weights, computed_weights, fold_scalars, scalars_of_constants
-from surgery.core import UNKNOWN, attribute, hint, is_symbolic, last_own_line, mutates
+from surgery.core import UNKNOWN, attribute, is_symbolic, last_own_line, mutates
 from surgery.errors import UnsupportedModel
 
 aten = torch.ops.aten
@@ -152,26 +151,6 @@ def validate_sizes(graph: fx.GraphModule) -> None:
         )
 
 
-def reshapes_like_another(graph: fx.GraphModule) -> Iterator[fx.Node]:
-    """Return reshapes to the sizes of another value."""
-    return (n for n in graph.graph.nodes if n.target in (aten.reshape_as.default, aten.view_as.default))
-
-
-def reshape_to_sizes(graph: fx.GraphModule) -> None:
-    """`x.reshape_as(y)` becomes a reshape to y's dense sizes, which do not change when y's channels are pruned."""
-    for node in list(reshapes_like_another(graph)):
-        x, other = node.args
-        sizes: list[Any] = list(other.meta["val"].shape)  # type: ignore[union-attr]
-        with graph.graph.inserting_before(node):
-            for axis, size in enumerate(sizes):
-                if is_symbolic(size):
-                    sizes[axis] = graph.graph.call_function(aten.sym_size.int, (other, axis))
-                    sizes[axis].meta["val"] = size
-                else:
-                    sizes[axis] = hint(size)
-        node.target, node.args = aten.reshape.default, (x, sizes)
-
-
 # In-place operators. -------------------------------------------------------------------------------------------------
 
 _SCATTERS: Mapping[Any, Any] = {
@@ -205,21 +184,13 @@ def functionalize(graph: fx.GraphModule) -> None:
 
 @dataclass
 class _Memory:
-    """Aliases and current contents of values, updated node by node.
+    """Aliases and current contents of values, updated node by node."""
 
-    Attributes:
-        aliases: value → all values that may share its memory.
-        whole: slice or element → the value it was taken from.
-        written: result of an in-place operator → the value it wrote to, which is the same tensor.
-        current: modified value → the node that computes its current contents.
-        stale: values whose memory was written to through another view.
-    """
-
-    aliases: Mapping[fx.Node, list[fx.Node]]
-    whole: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    written: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    current: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    stale: set[fx.Node] = field(default_factory=set)
+    aliases: Mapping[fx.Node, list[fx.Node]]  # value → all values that may share its memory
+    whole: dict[fx.Node, fx.Node] = field(default_factory=dict)  # slice or element → the value it was taken from
+    written: dict[fx.Node, fx.Node] = field(default_factory=dict)  # result of an in-place operator → what it wrote to
+    current: dict[fx.Node, fx.Node] = field(default_factory=dict)  # modified value → what computes its current contents
+    stale: set[fx.Node] = field(default_factory=set)  # values whose memory was written to through another view
     visited: set[fx.Node] = field(default_factory=set)
 
     def visit(self, node: fx.Node) -> None:
@@ -292,20 +263,26 @@ def _alias_families(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
     return family
 
 
-# Einstein sums. ------------------------------------------------------------------------------------------------------
+# Composite operators. ------------------------------------------------------------------------------------------------
+
+_COMPOSITES = (aten.einsum.default, aten.reshape_as.default, aten.view_as.default)
 
 
-def einsums(graph: fx.GraphModule) -> Iterator[fx.Node]:
-    """Return Einstein sums."""
-    return (node for node in graph.graph.nodes if node.target is aten.einsum.default)
+def composites(graph: fx.GraphModule) -> Iterator[fx.Node]:
+    """Return Einstein sums, and reshapes to the sizes of another value, which do not change when that is pruned."""
+    return (node for node in graph.graph.nodes if node.target in _COMPOSITES)
 
 
-def expand_einsums(graph: fx.GraphModule) -> None:
-    """Replace Einstein sums by the matrix products and movements that torch computes them with."""
-    for node in list(einsums(graph)):
-        operands: Any = node.args[1]
-        equation = partial(aten.einsum.default, node.args[0])
-        body = make_fx(lambda *values, of=equation: of(values))(*(x.meta["val"] for x in operands)).graph
+def decompose(graph: fx.GraphModule) -> None:
+    """Replace composites by the matrix products and movements that torch computes them with."""
+    for node in list(composites(graph)):
+        operands = node.all_input_nodes
+        places = {x: k for k, x in enumerate(operands)}
+
+        def run(*values: Tensor, of: fx.Node = node, at: Mapping[fx.Node, int] = places) -> Any:
+            return of.target(*fx.map_arg(of.args, lambda n: values[at[n]]))  # type: ignore[operator]
+
+        body = make_fx(run)(*(x.meta["val"] for x in operands)).graph
         made = _inline(node, body, operands)
         origin = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
         for step in made.keys() - set(body.find_nodes(op="placeholder")):
@@ -321,8 +298,7 @@ PASSES: tuple[tuple[Callable[[fx.GraphModule], None], Nodes], ...] = (
     (drop_assertions, assertions),
     (functionalize, writes),
     (validate_sizes, value_dependent_sizes),
-    (reshape_to_sizes, reshapes_like_another),
-    (expand_einsums, einsums),
+    (decompose, composites),
     (fold_scalars, scalars_of_constants),
     (compute_weights, computed_weights),
 )

@@ -1,8 +1,5 @@
-"""Frozen data types passed between the stages, without behaviour beyond saving and loading.
+"""Frozen data types passed between the stages. Imports neither torch nor other large packages: devices read plans.
 
-`Module → trace → Program → couple → Coupling → score → Scores → allocate → Plan → cut → CompactModel → check → Report`.
-
-This module imports neither torch nor other large packages, so that a device can read a plan or a report without them.
 A *unit* is the smallest thing that can be removed: an equivalence class of indices of parameters and activations that
 must be removed together. A *group* is a set of units of the same kind (the output channels of one convolution and all
 indices tied to them; the heads of one attention). A *site* is one axis of one parameter or buffer in a group.
@@ -40,35 +37,20 @@ class InputSpec:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Program:
-    """A traced network.
+    """A traced network."""
 
-    Attributes:
-        graph: a `torch.fx.GraphModule` over ATen operators, functional (no in-place operators), whose `get_attr`
-            targets are the dense model's own parameter and buffer names.
-        inputs: the tensor inputs in forward's order.
-        example_args: positional example inputs, batch 2 where the batch axis is dynamic.
-        example_kwargs: keyword example inputs.
-        fingerprint: SHA-256 over operators, parameter names and shapes; equal for copies of one architecture.
-        notes: messages for the user, such as a static fallback or a specialised axis.
-        model: the user's module, never modified.
-        tracer: `export` or `torch-pruning`.
-        materialised: weight that the model computes from parameters, held as a constant by the graph → names of those
-        parameters that are read nowhere else.
-        whole: the program as traced, if this one is a copy without some blocks.
-        why_graph: why `model` is a graph and not the user's class after blocks were dropped; empty if it is not.
-    """
-
-    graph: Any
-    inputs: tuple[InputSpec, ...]
-    example_args: tuple[Any, ...]
+    graph: Any  # functional `torch.fx.GraphModule` of ATen operators; `get_attr` targets are the dense model's names
+    inputs: tuple[InputSpec, ...]  # the tensor inputs in forward's order
+    example_args: tuple[Any, ...]  # batch 2 where the batch axis is dynamic
     example_kwargs: Mapping[str, Any]
-    fingerprint: str
-    notes: tuple[str, ...]
-    model: Any
-    tracer: str = "export"
+    fingerprint: str  # SHA-256 over operators, parameter names and shapes; equal for copies of one architecture
+    notes: tuple[str, ...]  # messages for the user, such as a static fallback or a specialised axis
+    model: Any  # the user's module, never modified
+    tracer: str = "export"  # or `torch-pruning`
+    # Weight that the model computes from parameters, a constant of the graph → those parameters not read elsewhere.
     materialised: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    whole: Program | None = None
-    why_graph: str = ""
+    whole: Program | None = None  # the program as traced, if this one is a copy without some blocks
+    why_graph: str = ""  # why `model` is a graph and not the user's class after blocks were dropped
 
     @property
     def has_graph(self) -> bool:
@@ -88,28 +70,17 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A removable part that preserves all shapes: the branch of a sum, or a depthwise layer (becomes identity).
+    """A removable part that preserves all shapes: the branch of a sum, or a depthwise layer (becomes identity)."""
 
-    Attributes:
-        name: path of the module that contains the sum, or of the layer; numbered if there are several in it.
-        sum: name of the sum, or of the layer's last operation.
-        stays: name of the value that replaces it: the other operand, or the layer's input.
-        branch: name of the operand that is removed; empty for a layer.
-        nodes: names of the operations removed with it, in order.
-        tensors: parameters and buffers that only these operations read.
-        source: the user's ``file:line``.
-        plain: whether the remaining operand is the branch's input itself, and not a projection of it.
-    """
-
-    name: str
+    name: str  # path of the module that contains the sum, or of the layer; numbered if there are several in it
     module: str
-    sum: str
-    stays: str
-    branch: str
-    nodes: tuple[str, ...]
-    tensors: tuple[str, ...]
-    source: str
-    plain: bool
+    sum: str  # name of the sum, or of the layer's last operation
+    stays: str  # name of the value that replaces it: the other operand, or the layer's input
+    branch: str  # name of the operand that is removed; empty for a layer
+    nodes: tuple[str, ...]  # names of the operations removed with it, in order
+    tensors: tuple[str, ...]  # parameters and buffers that only these operations read
+    source: str  # the user's ``file:line``
+    plain: bool  # whether the remaining operand is the branch's input itself, and not a projection of it
 
     @property
     def is_layer(self) -> bool:
@@ -128,19 +99,12 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Units of one kind, any proper subset of which may be removed.
+    """Units of one kind, any proper subset of which may be removed."""
 
-    Attributes:
-        name: ``tensor:axis`` of the first site; unique and the same for every copy of the architecture.
-        units: one id per unit; ids are private to the `Coupling`.
-        sites: every parameter axis the group touches.
-        inexact: why removing units differs from setting them to zero, or None if it does not.
-    """
-
-    name: str
-    units: tuple[int, ...]
-    sites: tuple[Site, ...]
-    inexact: str | None = None
+    name: str  # ``tensor:axis`` of the first site; unique and the same for every copy of the architecture
+    units: tuple[int, ...]  # ids, private to the `Coupling`
+    sites: tuple[Site, ...]  # every parameter axis the group touches
+    inexact: str | None = None  # why removing units differs from setting them to zero
 
     @property
     def size(self) -> int:
@@ -163,27 +127,17 @@ class Frozen:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Coupling:
-    """Result of coupling: what may be cut.
+    """Result of coupling: what may be cut."""
 
-    Attributes:
-        groups: disjoint; their order is the order of first use in the program.
-        frozen: parameter axes with at least one index that is never cut.
-        shapes: parameter and buffer name → dense shape.
-        graph_labels: labels of every value of the traced graph; None if the model was not traced as a graph.
-        required_units: group name → sets of its units, at least one of each set must remain: a piece of a chunk or
-            slice consists of them, and no axis of a value may become empty.
-        equal_pieces: equal pieces into which a chunk or split divides whole groups, each the (group name, unit) of its
-        indices; the same number of units is removed from each.
-        contracted: without a graph, (tensor, axis) of the parameter axes that layers contract.
-    """
-
-    groups: tuple[Group, ...]
-    frozen: tuple[Frozen, ...]
-    shapes: Mapping[str, tuple[int, ...]]
-    graph_labels: LabelledGraph | None = None
+    groups: tuple[Group, ...]  # disjoint, in the order of first use in the program
+    frozen: tuple[Frozen, ...]  # parameter axes with at least one index that is never cut
+    shapes: Mapping[str, tuple[int, ...]]  # parameter and buffer name → dense shape
+    graph_labels: LabelledGraph | None = None  # of every value of the traced graph
+    # Group name → sets of units, one of each of which must remain, or an axis of a value would become empty.
     required_units: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    # Equal pieces into which a split divides whole groups, as (group, unit) of each index; they must stay equal.
     equal_pieces: tuple[tuple[tuple[tuple[str, int], ...], ...], ...] = ()
-    contracted: frozenset[tuple[str, int]] = frozenset()
+    contracted: frozenset[tuple[str, int]] = frozenset()  # without a graph: parameter axes that layers contract
 
     @property
     def labelled(self) -> LabelledGraph:
@@ -304,44 +258,26 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CompactModel:
-    """A smaller copy of the dense model.
+    """A smaller copy of the dense model."""
 
-    Attributes:
-        module: trainable; the dense model's call signature and parameter names.
-        kind: `module` for the user's own class with sliced submodules, `graph` for the rewritten program.
-        why: reason for the kind.
-        graph: the rewritten program as a `torch.fx.GraphModule` (the same object as `module` for kind `graph`).
-        lost_in_training: features a graph module loses in `.train()`: stochastic depth, attention dropout.
-        stuck: for kind `graph`, the submodule whose forward does not run at the new sizes, if a single one.
-    """
-
-    module: Any
-    kind: str
-    why: str
-    graph: Any
-    lost_in_training: tuple[str, ...] = ()
-    stuck: str = ""
+    module: Any  # trainable; the dense model's call signature and parameter names
+    kind: str  # `module` for the user's own class with sliced submodules, `graph` for the rewritten program
+    why: str  # reason for the kind
+    graph: Any  # the rewritten program as a `torch.fx.GraphModule` (for kind `graph`, `module` itself)
+    lost_in_training: tuple[str, ...] = ()  # what a graph loses in `.train()`: stochastic depth, attention dropout
+    stuck: str = ""  # for kind `graph`, the submodule whose forward does not run at the new sizes, if a single one
 
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """Result of the verification. Errors are relative to the part of the output that varies with the input.
+    """Result of the verification. Errors are relative to the part of the output that varies with the input."""
 
-    Attributes:
-        replayed: number of values whose labels were replayed through the cut program and found equal.
-        error_float64: error on distinct, well-conditioned weights.
-        error_real: error on the real weights in their own precision; None if the output does not vary with the input.
-        varying_real: with the real weights, the share of the output that varies with the input.
-        reference: description of what the compact model was compared with.
-        notes: checks that were not possible, and why.
-    """
-
-    replayed: int
-    error_float64: float
-    error_real: float | None
-    varying_real: float
-    reference: str
-    notes: tuple[str, ...] = ()
+    replayed: int  # number of values whose labels were replayed through the cut program and found equal
+    error_float64: float  # on distinct, well-conditioned weights
+    error_real: float | None  # on the real weights in their own precision; None if the output hardly varies
+    varying_real: float  # with the real weights, the share of the output that varies with the input
+    reference: str  # description of what the compact model was compared with
+    notes: tuple[str, ...] = ()  # checks that were not possible, and why
 
 
 def _fields_of(value: Any) -> dict[str, Any]:

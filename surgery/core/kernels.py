@@ -1,8 +1,7 @@
-"""Kernels: costly operators by shape, the entries of latency tables.
+"""Kernels: costly operators by shape, the entries of latency tables. Copied to devices: no torch, Python 3.8.
 
 A *kernel* is one costly operator and the operators that runtimes fuse with it, as ONNX operators with variable widths
 (channels, heads, features). A *latency table* holds measured milliseconds of kernels at chosen widths, on one device.
-This file is copied to devices unchanged, so it must not import torch and must run on Python 3.8.
 """
 
 from __future__ import annotations
@@ -23,16 +22,13 @@ Widths = Tuple[int, ...]
 class Step:
     """One ONNX operator.
 
-    Attributes:
-        op: its type, such as ``Conv``.
-        inputs: names of operands (``:T`` transposes the last two axes), ``%k`` for the result of step k, numbers and
-        tuples of integers for constants, None for omitted inputs.
-        attributes: (name, value), sorted by name.
+    `inputs` are names of operands (``:T`` transposes the last two axes), ``%k`` for the result of step k, numbers and
+    tuples of integers for constants, None for omitted inputs.
     """
 
     op: str
     inputs: tuple[Any, ...]
-    attributes: tuple[tuple[str, Any], ...] = ()
+    attributes: tuple[tuple[str, Any], ...] = ()  # sorted by name
 
 
 def step(op: str, *inputs: Any, **attributes: Any) -> Step:
@@ -43,35 +39,21 @@ def step(op: str, *inputs: Any, **attributes: Any) -> Step:
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor that a kernel reads: a weight or an activation.
+    """A tensor that a kernel reads: a weight or an activation."""
 
-    Attributes:
-        name: unique within the kernel.
-        shape: integers and letters.
-        kind: `weight`, `value`, or `image`: an activation (N, C, ..) from an operator that may use a blocked channel
-            layout.
-    """
-
-    name: str
+    name: str  # unique within the kernel
     shape: tuple[Size, ...]
-    kind: str
+    kind: str  # `weight`, `value`, or `image`: (N, C, ..) from an operator that may use a blocked channel layout
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A sequence of steps and their operands; the result is that of the last step.
-
-    Attributes:
-        steps: operators in order.
-        operands: tensors in order of first use.
-        shape: shape of the result.
-        image: whether the result is read by operators that may use a blocked channel layout.
-    """
+    """A sequence of steps and their operands; the result is that of the last step."""
 
     steps: tuple[Step, ...]
-    operands: tuple[Operand, ...]
-    shape: tuple[Size, ...]
-    image: bool
+    operands: tuple[Operand, ...]  # in order of first use
+    shape: tuple[Size, ...]  # of the result
+    image: bool  # whether the result is read by operators that may use a blocked channel layout
 
     @property
     def letters(self) -> tuple[str, ...]:
@@ -131,14 +113,8 @@ def resolved(shape: Iterable[Size], sizes: Mapping[str, int]) -> tuple[int, ...]
 
 @dataclass(frozen=True)
 class Placed:
-    """A kernel in a network, and the axes that determine its widths.
-
-    Attributes:
-        kernel: with letters.
-        slots: for each letter, the network's axis.
-        nodes: names of the traced operations it covers.
-    """
+    """A kernel in a network, and the axes that determine its widths."""
 
     kernel: Kernel
-    slots: tuple[int, ...]
-    nodes: Sequence[str]
+    slots: tuple[int, ...]  # for each of the kernel's letters, the network's axis
+    nodes: Sequence[str]  # names of the traced operations it covers

@@ -1,11 +1,9 @@
 """Unit labels: which indices of which axes must be removed together, as a union-find over integers.
 
-Every axis of a value has *layers*: integer vectors as long as the axis. An index is alive if the labels of all its
-layers are alive; label 0 is always alive. Labels are tied together (`tie`), kept permanently (`freeze`), or replaced by
-the conjunction of others (`factor`): if a reshape splits an axis of 768 channels into 12 heads of 64, channel
-``64 h + d`` is alive exactly if head ``h`` and head dimension ``d`` are. All three only add equations that are
-*sufficient* for a sound cut: an unknown structure ties more together, never less. A label that is neither frozen nor a
-conjunction is a *root*: a unit, the smallest thing that can be removed.
+An index is alive if the labels of all *layers* of its axis are; label 0 always is. Labels are tied (`tie`), kept
+(`freeze`), or replaced by a conjunction (`factor`): in 12 heads of 64, channel ``64 h + d`` is alive exactly if head h
+and head dimension d are. Equations are only added that are *sufficient* for a sound cut. A label that is neither frozen
+nor a conjunction is a *root*: a unit, the smallest thing that can be removed.
 """
 
 from __future__ import annotations
@@ -31,13 +29,11 @@ class LabelMismatch(Exception):
 class Value:
     """A tensor during coupling: its shape and, for each axis, the layers of labels (none: never cut).
 
-    `param` is its name if it is a parameter or buffer; `table` holds the values of an integer buffer (a possible
-    index).
+    `table` holds the values of an integer buffer (a possible index).
     """
 
     shape: tuple[int, ...]
     axes: tuple[Layers, ...]
-    param: str = ""
     table: Layer | None = None
 
     @classmethod
@@ -376,21 +372,13 @@ def gather(layers: Iterable[Layer], index: NDArray[np.int64]) -> Layers:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LabelledGraph:
-    """Labels of all values of a graph, for cutting, counting and verification.
-
-    Attributes:
-        labels: the labels.
-        values: node name → `Value`, a tuple of them, or a concrete number for symbolic sizes.
-        calls: node name → argument name → `Value` or concrete argument, for every operator call.
-        params: parameter or buffer name → `Value`.
-        roots: group name → root label of each unit.
-    """
+    """Labels of all values of a graph, for cutting, counting and verification."""
 
     labels: LabelSet
-    values: Mapping[str, Any]
-    calls: Mapping[str, Mapping[str, Any]]
-    params: Mapping[str, Value]
-    roots: Mapping[str, tuple[int, ...]]
+    values: Mapping[str, Any]  # node name → `Value`, a tuple of them, or a concrete number for symbolic sizes
+    calls: Mapping[str, Mapping[str, Any]]  # operator call → argument name → `Value` or concrete argument
+    params: Mapping[str, Value]  # by parameter or buffer name
+    roots: Mapping[str, tuple[int, ...]]  # group name → root label of each unit
 
     def dead_roots(self, dead: Mapping[str, Sequence[int]]) -> Mask:
         """Return a mask of the roots of the removed units, which are given per group name."""

@@ -1,13 +1,12 @@
 """Changes to torch's internals that make captures faster. Nothing else in the package patches torch for speed.
 
 `benchmarks/studies/capture_time.py` measures each. Together they bring `trace` of MobileNetV2 from 3.6 to 1.4 CPU
-seconds. Patches of attributes that the installed torch does not have are skipped.
+seconds.
 """
 
 from __future__ import annotations
 
 import gc
-import inspect
 import sys
 import threading
 import traceback
@@ -15,10 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
+from torch._prims_common import suggest_memory_format
 from torch._subclasses import fake_impls, fake_tensor
 from torch.fx import proxy
 from torch.fx.experimental import proxy_tensor
@@ -45,28 +46,14 @@ _OBJECTS = 100_000
 """New objects between two runs of the garbage collector: graphs are large, and live long."""
 
 
-def _patches() -> Mapping[str, AbstractContextManager[None]]:
+def _patches() -> Mapping[str, AbstractContextManager[Any]]:
     """Patches of `lean`; comments give the CPU seconds each saves in `trace` of MobileNetV2."""
-    formats = "suggest_memory_format"
     return {
         "shapes of activations": _same_shape(),  # 1.5
-        "stack traces": instead(proxy, "CapturedTraceback", _OwnFrames),  # 0.3
-        "tensor metadata": instead(proxy_tensor, "_extract_tensor_metadata", lambda *_, **__: None),  # 0.2
-        "memory formats": instead(fake_tensor, formats, _memory_format(getattr(fake_tensor, formats, None))),  # 0.2
+        "stack traces": mock.patch.object(proxy, "CapturedTraceback", _OwnFrames),  # 0.3
+        "tensor metadata": mock.patch.object(proxy_tensor, "_extract_tensor_metadata", lambda *_, **__: None),  # 0.2
+        "memory formats": mock.patch.object(fake_tensor, "suggest_memory_format", _memory_format),  # 0.2
     }
-
-
-@contextmanager
-def instead(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Replace an attribute within the block, if it exists."""
-    before = inspect.getattr_static(owner, name, None)
-    if before is not None:
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if before is not None:
-            setattr(owner, name, before)
 
 
 # Shapes of activations and norms: those of their inputs. -------------------------------------------------------------
@@ -127,18 +114,13 @@ _STEPS = 100
 dozen."""
 
 
-def _memory_format(suggested: Any) -> Any:
+def _memory_format(x: Tensor) -> torch.memory_format:
     """Skip the analysis of symbolic strides, whose result torch discards. Raises LongSizes."""
-
-    def of(x: Tensor) -> torch.memory_format:
-        if not x._has_symbolic_sizes_strides:
-            found: torch.memory_format = suggested(x)
-            return found
-        if any(isinstance(size, torch.SymInt) and _steps(size.node.expr) > _STEPS for size in x.shape):
-            raise LongSizes(f"a size is computed from the input's in more than {_STEPS} steps")
-        return torch.contiguous_format
-
-    return of
+    if not x._has_symbolic_sizes_strides:
+        return suggest_memory_format(x)
+    if any(isinstance(size, torch.SymInt) and _steps(size.node.expr) > _STEPS for size in x.shape):
+        raise LongSizes(f"a size is computed from the input's in more than {_STEPS} steps")
+    return torch.contiguous_format
 
 
 @lru_cache(maxsize=4096)
@@ -149,19 +131,18 @@ def _steps(size: Any) -> int:
 class _OwnFrames:
     """Replacement for torch's captured traceback: the user's frames, and those named `forward`, which torch needs."""
 
-    _found: list[tuple[str, int, str]]
-
-    @classmethod
-    def extract(cls, **_: Any) -> _OwnFrames:
-        """Record the calling stack."""
-        frames = cls()
-        calls = ((frame.f_code, line) for frame, line in traceback.walk_stack(sys._getframe(1)))
-        frames._found = [
+    def __init__(self) -> None:
+        calls = ((frame.f_code, line) for frame, line in traceback.walk_stack(sys._getframe(2)))
+        self._found = [
             (code.co_filename, line, code.co_name)
             for code, line in calls
             if code.co_name == "forward" or not foreign(code.co_filename)
         ]
-        return frames
+
+    @classmethod
+    def extract(cls, **_: Any) -> _OwnFrames:
+        """Record the calling stack."""
+        return cls()
 
     def summary(self) -> traceback.StackSummary:
         """Return the frames, outermost first."""

@@ -70,14 +70,14 @@ def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
         if name not in params:
             same = tied.get(id(tensors[name]))
             axes = same.axes if same else tuple((labels.fresh(size),) if size > 1 else () for size in tensor.shape)
-            params[name] = tied[id(tensors[name])] = Value(tuple(tensor.shape), axes, name, index_table(tensor))
+            params[name] = tied[id(tensors[name])] = Value(tuple(tensor.shape), axes, index_table(tensor))
             if name in kept:
                 for layers in axes:
                     labels.freeze(layers, f"{KEPT} {kept[name]}")
         return params[name]
 
     values, calls = propagate_labels(program.graph, labels_of, lambda node: shapes_of(node.meta.get("val")), labels)
-    params |= {n: replace(tied[id(t)], param=n) for n, t in tensors.items() if id(t) in tied and n not in params}
+    params |= {n: tied[id(t)] for n, t in tensors.items() if id(t) in tied and n not in params}
     labels.settle()
     groups = groups_of(labels, params)
     labels.freeze(tuple(np.array(g.units) for g in groups if g.size == 1), ALONE)

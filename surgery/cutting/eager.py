@@ -173,7 +173,7 @@ def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
     labels.where = "torch-pruning's dependency graph"
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):  # shared tensors once
         axes = tuple((labels.fresh(size),) if size > 1 else () for size in tensor.shape)
-        params[name] = Value(tuple(tensor.shape), axes, name)
+        params[name] = Value(tuple(tensor.shape), axes)
     for name, pattern in (kept_names(program, keep) if keep else {}).items():
         for layers in params[name].axes if name in params else ():
             labels.freeze(layers, f"kept by --keep {pattern}")

@@ -261,12 +261,12 @@ def replay(cut: Cut, compact: CompactModel, shapes: Mapping[str, Any]) -> int:
             gather(labelled.labels.canon(layers), np.flatnonzero(cut.masks(value, a))) if layers else ()
             for a, layers in enumerate(value.axes)
         ]
-        return Value(cut.masks.shape(value), tuple(axes), value.param, value.table)
+        return Value(cut.masks.shape(value), tuple(axes), value.table)
 
     def labels(name: str, tensor: Tensor) -> Value:
         value = labelled.params.get(name)
         if value is None:
-            return Value(tuple(tensor.shape), ((),) * tensor.dim(), name, index_table(tensor))
+            return Value(tuple(tensor.shape), ((),) * tensor.dim(), index_table(tensor))
         expected = survivors(value)
         if expected.shape != tuple(tensor.shape):
             raise LabelMismatch(f"'{name}' has shape {tuple(tensor.shape)}, its survivors {expected.shape}")

@@ -1,8 +1,6 @@
 """The registry of operator rules, and the arguments rules receive.
 
-A rule holds everything about one operator: how it couples (`couple`), how literal sizes in its arguments are rewritten
-(`rewrite`), what it computes if some of its inputs are removed (`masked` or `reference`), its cost (`macs`), and an
-example that tests it. To add an operator, register one rule.
+A rule holds everything about one operator. To add an operator, register one rule.
 """
 
 from __future__ import annotations
@@ -32,19 +30,14 @@ class Call:
 
     Tensor arguments are `Value`s, all others are concrete. Labelled axes of tensor arguments that the rule does not
     handle (by `passed`, `tie`, `split`, `freeze` or `move`) are frozen afterwards, so a forgotten axis is never cut.
-
-    Attributes:
-        bound: argument name → `Value` or concrete value.
-        outputs: shapes of the results; `many` if the operator returns several.
-        raw: argument name → argument in the graph.
     """
 
     key: str
-    bound: Mapping[str, Any]
+    bound: Mapping[str, Any]  # argument name → `Value` or concrete value
     outputs: Sequence[Shape]
     labels: LabelSet
-    many: bool = False
-    raw: Mapping[str, Any] = field(default_factory=dict)
+    many: bool = False  # whether the operator returns several results
+    raw: Mapping[str, Any] = field(default_factory=dict)  # argument name → argument in the graph
     _handled: set[tuple[int, int]] = field(default_factory=set)
 
     def __getitem__(self, name: str) -> Any:
@@ -174,18 +167,11 @@ class Replacement:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """One operator call as its `rewrite` function sees it, with smaller inputs.
+    """One operator call as its `rewrite` function sees it, with smaller inputs."""
 
-    Attributes:
-        bound: argument name → `Value` (dense) or concrete value.
-        raw: argument name → argument in the graph: nodes for tensors and for sizes known only at run time.
-        outputs: dense outputs.
-        mask: (value, axis) → mask of the surviving indices.
-    """
-
-    bound: Mapping[str, Any]
-    raw: Mapping[str, Any]
-    outputs: tuple[Value, ...]
+    bound: Mapping[str, Any]  # argument name → `Value` (dense) or concrete value
+    raw: Mapping[str, Any]  # argument name → argument in the graph: nodes for tensors and for run-time sizes
+    outputs: tuple[Value, ...]  # dense
     mask: Masks
 
     def keep(self, name: str, axis: int) -> Mask:
@@ -210,17 +196,11 @@ def follow_sizes(argument: str) -> Callable[[Rewrite], Mapping[str, Any]]:
 
 @dataclass(frozen=True)
 class Dead:
-    """One operator call on real tensors, part of whose inputs are treated as removed.
-
-    Attributes:
-        op: the ATen operator.
-        bound: argument name → tensor or plain value, dense.
-        alive: (argument name, axis) → boolean mask of the survivors, for axes with removed indices.
-    """
+    """One operator call on real tensors, part of whose inputs are treated as removed."""
 
     op: Any
-    bound: Mapping[str, Any]
-    alive: Mapping[tuple[str, int], Tensor]
+    bound: Mapping[str, Any]  # argument name → tensor or plain value, dense
+    alive: Mapping[tuple[str, int], Tensor]  # (argument name, axis) → mask of the survivors, if indices are removed
 
     def survivors(self, name: str) -> Tensor:
         """Return the mask of a tensor argument's survivors, broadcastable to it."""
@@ -245,49 +225,30 @@ Macs = Callable[[Mapping[str, Shape], Shape], int]
 """Input shapes by name, output shape → multiply-adds."""
 
 Lowering = Callable[[Mapping[str, Any], Mapping[str, Any], Any], Sequence[Step] | None]
-"""Receives sizes as numbers, or as text if variable."""
+"""Arguments, shapes by name, output shape → ONNX operators; sizes are numbers, or text if variable."""
 
 Example = Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Everything about one operator.
+    """Everything about one operator."""
 
-    Attributes:
-        op: its ATen name, such as ``aten.conv2d.default``.
-        family: kind of operator, for the table of operators.
-        couple: labels of the inputs → labels of the outputs; ties and freezes labels.
-        example: a small network around the operator, and its inputs; tests cut and verify it.
-        rewrite: new arguments for smaller inputs.
-        masked: tensor arguments whose removed slices are treated as zero (contracted axes).
-        reference: what the operator computes if inputs are removed, where zeroing them is not equivalent.
-        macs: (input shapes by name, output shape) → multiply-adds, by fvcore's formula; None: not counted.
-        onnx: (arguments, shapes by name, output shape) → ONNX operators for latency tables; empty if the operator costs
-        nothing; None: not timed.
-        factors: arguments that make the result zero if they are all zero.
-        contracts: argument name of a weight → its contracted axis.
-        is_sum: whether the result is a sum or a concatenation, to which each operand contributes a share.
-        moments: mean and variance of the result from those of the arguments; None: by the operator's family.
-        gate: whether it maps many inputs to zero, like ReLU.
-        summary: one line for the table of operators.
-    """
-
-    op: str
-    family: str
-    couple: Callable[[Call], Coupled]
-    example: Example
-    rewrite: Callable[[Rewrite], Mapping[str, Any] | Replacement] | None = None
-    masked: tuple[str, ...] = ()
-    reference: Callable[[Dead], Any] | None = None
-    macs: Macs | None = None
-    onnx: Lowering | None = None
-    factors: tuple[str, ...] = ()
-    contracts: Mapping[str, int] = field(default_factory=dict)
-    is_sum: bool = False
-    moments: MomentRule | None = None
-    gate: bool = False
-    summary: str = ""
+    op: str  # its ATen name, such as ``aten.conv2d.default``
+    family: str  # kind of operator, for the table of operators
+    couple: Callable[[Call], Coupled]  # labels of the inputs → labels of the outputs; ties and freezes labels
+    example: Example  # a small network around the operator, and its inputs; tests cut and verify it
+    rewrite: Callable[[Rewrite], Mapping[str, Any] | Replacement] | None = None  # new arguments for smaller inputs
+    masked: tuple[str, ...] = ()  # arguments whose removed slices are treated as zero (contracted axes)
+    reference: Callable[[Dead], Any] | None = None  # what it computes without inputs, if not as with zeros
+    macs: Macs | None = None  # by fvcore's formula; None: not counted
+    onnx: Lowering | None = None  # operators for latency tables, none if it costs nothing; None: not timed
+    factors: tuple[str, ...] = ()  # arguments that make the result zero if they are all zero
+    contracts: Mapping[str, int] = field(default_factory=dict)  # argument name of a weight → its contracted axis
+    is_sum: bool = False  # whether each operand contributes a share to the result, as in a sum or concatenation
+    moments: MomentRule | None = None  # None: by the operator's family
+    gate: bool = False  # whether it maps many inputs to zero, like ReLU
+    summary: str = ""  # for the table of operators
 
 
 _RULES: dict[str, Rule] = {}
