@@ -1,8 +1,7 @@
 """MACs and parameters of a module, as fvcore counts them: the figures in reports and budgets.
 
-fvcore's table of operator handles is used unchanged, with handles added for multiply-adds that fvcore ignores
-(scaled-dot-product attention, ...) and for the names of the same operators in exported graphs; window pooling,
-activations and additions count zero, as in fvcore. One multiply-add is one MAC.
+Handles are added for multiply-adds that fvcore ignores (scaled-dot-product attention, ...) and for the names of the
+same operators in exported graphs. Window pooling, activations and additions count zero. One multiply-add is one MAC.
 """
 
 from __future__ import annotations
@@ -80,15 +79,10 @@ def _private_copy(module: nn.Module) -> nn.Module:
     for submodule in private.modules():
         submodule.training = False
         if isinstance(submodule, fx.GraphModule):
-            _avoid_untraceable(submodule)
+            for node in submodule.graph.nodes:
+                node.target = _TRACEABLE.get(node.target, node.target)
+            submodule.recompile()
     return private
-
-
-def _avoid_untraceable(module: fx.GraphModule) -> None:
-    """Replace operators on which torch's tracer fails (it records them with too few arguments) by equivalents."""
-    for node in module.graph.nodes:
-        node.target = _TRACEABLE.get(node.target, node.target)
-    module.recompile()
 
 
 _TRACEABLE: Mapping[Any, Any] = {
@@ -96,6 +90,7 @@ _TRACEABLE: Mapping[Any, Any] = {
     torch.ops.aten.fill.Tensor: torch.ops.aten.copy.default,
     torch.ops.aten.zero.default: torch.ops.aten.zeros_like.default,
 }
+"""Operators on which torch's tracer fails (it records them with too few arguments) → equivalents."""
 
 
 @contextmanager

@@ -1,14 +1,8 @@
 """Trace, couple, cut, count and verify a model that `torch.export` cannot capture, by running the user's own module.
 
-Groups come from torch-pruning's DependencyGraph, which follows autograd along the example's path through forward, so
-that data-dependent control flow is supported. torch-pruning maps indices of each layer to indices of the next; these
-pairs are tied as labels, which gives groups like those of `surgery.couple`. It treats every unknown operator as
-element-wise; here, channels that reach such an operator are frozen, with its name as the reason.
-
-There is no label replay, and only the example's path through forward is known. The module's tensors are sliced on a
-deep copy; the result is compared with the masked dense model on several inputs that take the same path.
-
-Source: Fang et al. 2023, DepGraph (arXiv:2301.12900).
+Groups come from torch-pruning's DependencyGraph, which follows autograd along the example's path: its maps from indices
+of a layer to those of the next are tied as labels. It treats every unknown operator as element-wise; here, channels
+that reach one are frozen. Source: Fang et al. 2023, DepGraph (arXiv:2301.12900).
 """
 
 from __future__ import annotations
@@ -18,8 +12,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from functools import partial
-from math import prod
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +40,9 @@ from surgery.core import (
     conditioned,
     copied,
     count_macs,
+    count_params,
     first_line,
+    flat_outputs,
     sample_inputs,
     where_raised,
 )
@@ -105,19 +100,18 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
 def _takes_any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Return whether the doubled batch gives the example's outputs twice."""
 
-    def twice(x: Any) -> Any:
-        return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x
+    def twice(tree: Any) -> Any:
+        return pytree.tree_map(lambda x: torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x, tree)
 
     with torch.no_grad():
-        once = [twice(x) for x in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(x, Tensor)]
+        once = pytree.tree_leaves(twice(model(*args, **kwargs)))
         try:
-            result = model(*pytree.tree_map(twice, args), **pytree.tree_map(twice, dict(kwargs)))
+            both = pytree.tree_leaves(model(*twice(args), **twice(dict(kwargs))))
         except Exception:  # any exception the user's forward raises
             return False
-    both = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
-    return len(once) == len(both) and all(
-        a.shape == b.shape and torch.allclose(a, b, 1e-3, 1e-4, equal_nan=True) for a, b in zip(once, both, strict=True)
-    )
+    pairs = [(a, b) for a, b in zip(once, both, strict=False) if isinstance(a, Tensor)]
+    same = (a.shape == b.shape and torch.allclose(a, b, 1e-3, 1e-4, equal_nan=True) for a, b in pairs)
+    return len(once) == len(both) and all(same)
 
 
 def _trail(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[str], Any]:
@@ -242,8 +236,8 @@ def _sides(model: nn.Module, without: Set[nn.Module]) -> _Sides:
     names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
     sides = {}
     for module in model.modules():
-        axes = _channel_axes(module)
-        if axes is not None and module not in without:
+        axes = None if module in without else _channel_axes(module)
+        if axes is not None:
             own = {leaf: names[id(t)] for leaf in _LEAVES if (t := getattr(module, leaf, None)) is not None}
             out, into = ([(own[leaf], axis) for leaf, axis in side if leaf in own] for side in axes)
             sides[module] = (out, into)
@@ -260,14 +254,11 @@ def _channel_axes(module: nn.Module) -> tuple[_Axes, _Axes] | None:
     if isinstance(module, _ConvNd) and module.groups == 1:
         out, into = (1, 0) if module.transposed else (0, 1)
         return [("weight", out), ("bias", 0)], [("weight", into)]
-    same: _Axes | None = None
-    if isinstance(module, _ConvNd):
-        same = [("weight", 0), ("bias", 0)] if module.groups == module.in_channels == module.out_channels else None
-    elif isinstance(module, _NormBase):
-        same = [(leaf, 0) for leaf in _LEAVES]
-    elif isinstance(module, nn.PReLU):
-        same = [("weight", 0)] if module.num_parameters > 1 else []
-    return None if same is None else (same, same)
+    same: _Axes = [(leaf, 0) for leaf in _LEAVES]
+    depthwise = isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels
+    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+        return [], []
+    return (same, same) if depthwise or isinstance(module, (_NormBase, nn.PReLU)) else None
 
 
 def _tie(
@@ -284,7 +275,7 @@ def _tie(
         fresh = labels.fresh(module.out_channels if isinstance(module, _ConvNd) else module.out_features)
         start = [_Index(k, label) for k, label in enumerate(fresh.tolist())]
         handler = graph.get_pruner_of_module(module).prune_out_channels
-        for target, inward, pairs, refusal in _walk(node, handler, start, partial(_refusal, marks=marks, sides=sides)):
+        for target, inward, pairs, refusal in _walk(node, handler, start, lambda n: _refusal(n, marks, sides)):
             carried = np.array([pair.root_idx for pair in pairs], dtype=np.int64)
             if refusal is not None:
                 labels.freeze((carried,), refusal)
@@ -399,29 +390,20 @@ def slice_module(cut: Cut) -> CompactModel:
 def cost_functions(program: Program, coupling: Coupling) -> Mapping[str, CostFn]:
     """Return functions that compute the cost of a pruned network, like `surgery.coupling.cost_functions`.
 
-    MACs are counted by running a cut copy along the example's path, which takes about a second per new plan.
+    A copy is cut and run along the example's path, which takes about a second per new plan.
     """
-    known: dict[tuple[Any, ...], int] = {}
 
-    def cut(dead: Mapping[str, Sequence[int]]) -> Cut:
-        plan = plan_from_dead(coupling, dead, fingerprint=program.fingerprint, inputs=program.inputs)
-        return Cut(program, coupling, plan)
+    @cache
+    def costs(dead: tuple[tuple[str, tuple[int, ...]], ...]) -> Mapping[str, int]:
+        plan = plan_from_dead(coupling, dict(dead), fingerprint=program.fingerprint, inputs=program.inputs)
+        module = slice_module(Cut(program, coupling, plan)).module
+        macs = count_macs(module, program.example_args, program.example_kwargs, batch=batch_size(program))
+        return {"macs": macs, "params": count_params(module)}
 
-    def macs(dead: Mapping[str, Sequence[int]]) -> int:
-        key = tuple(sorted((name, tuple(units)) for name, units in dead.items() if units))
-        if key not in known:
-            module = slice_module(cut(dead)).module
-            known[key] = count_macs(module, program.example_args, program.example_kwargs, batch=batch_size(program))
-        return known[key]
+    def of(kind: str) -> CostFn:
+        return lambda dead: costs(tuple(sorted((name, tuple(units)) for name, units in dead.items() if units)))[kind]
 
-    def params(dead: Mapping[str, Sequence[int]]) -> int:
-        shapes = {name: list(parameter.shape) for name, parameter in program.model.named_parameters()}
-        for c in cut(dead).plan.cuts:
-            if c.tensor in shapes:
-                shapes[c.tensor][c.axis] -= len(c.dead)
-        return sum(prod(shape) for shape in shapes.values())
-
-    return {"macs": macs, "params": params}
+    return {kind: of(kind) for kind in ("macs", "params")}
 
 
 # Checking. -----------------------------------------------------------------------------------------------------------
@@ -545,11 +527,6 @@ def _compare(
     program: Program, dense: nn.Module, compact: nn.Module, path: list[str], *, seed: int, dtype: torch.dtype | None
 ) -> tuple[float, float] | None:
     """Return relative error and varying share over inputs that take the path; None if too few do."""
-
-    def outputs(result: Any) -> list[Tensor]:
-        leaves = (x for x in pytree.tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point())
-        return [x if x.dim() else x[None] for x in leaves]
-
     wanted: list[list[Tensor]] = []
     got: list[list[Tensor]] = []
     with evaluating(dense), evaluating(compact), torch.no_grad():
@@ -557,8 +534,8 @@ def _compare(
             taken, result = _trail(dense, args, kwargs)
             if taken != path:
                 continue
-            wanted.append(outputs(result))
-            got.append(outputs(compact(*args, **kwargs)))
+            wanted.append(flat_outputs(result))
+            got.append(flat_outputs(compact(*args, **kwargs)))
             if len(wanted) == _ROUNDS:
                 return relative_error(wanted, got)
     return None

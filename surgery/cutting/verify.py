@@ -1,9 +1,8 @@
-"""Verify that the compact model computes the same as the masked dense model.
+"""Verify that the compact model computes the same as the masked dense model, in two independent ways.
 
-There are two independent checks. *Label replay* runs the rewritten program on the survivors' labels, with the same
-operator rules and locked labels: on integers, without data or tolerances. The *numerical comparison* runs the dense
-program with dead input slices of contractions zeroed, and the compact model, on distinct well-conditioned values in
-float64, then on the real weights. Dropped blocks, and the model around a submodule, are compared likewise.
+*Label replay* runs the rewritten program on the survivors' labels with the operator rules: integers, no tolerances. The
+*numerical comparison* runs the dense program with dead input slices of contractions zeroed, and the compact model, on
+distinct well-conditioned values in float64, then on the real weights; dropped blocks and whole models likewise.
 """
 
 from __future__ import annotations
@@ -135,7 +134,7 @@ class _Drawn:
 
 
 def _draw(cut: Cut, compact: CompactModel, seed: int) -> tuple[_Drawn, Mapping[str, Any]]:
-    """Draw well-conditioned values, and record the shapes of all values of the rewritten program."""
+    """Draw well-conditioned values, and record the shapes of the rewritten program's values."""
     dense = cut.reordered(well_conditioned(cut.program, seed=seed))
     kept, rounds = cut.kept(dense), _rounds(cut.program, seed, torch.float64)
     shapes: dict[str, Any] = {}
@@ -155,10 +154,7 @@ def _draw(cut: Cut, compact: CompactModel, seed: int) -> tuple[_Drawn, Mapping[s
 
 
 def _rounds(program: Program, seed: int, dtype: torch.dtype | None = None, by: int = 0) -> Rounds:
-    """Draw the inputs of a comparison.
-
-    One run of two samples suffices if the batch is the first axis of every output; otherwise two runs are compared.
-    """
+    """Draw one run of two samples if the batch is the first axis of every output; otherwise two runs to compare."""
     output = next(n for n in program.graph.graph.nodes if n.op == "output")
     values = [n.meta.get("val") for n in output.all_input_nodes]
     per_sample = all(isinstance(v, Tensor) and v.dim() > 0 and is_symbolic(v.shape[0]) for v in values)
@@ -247,10 +243,9 @@ def _batched(rounds: Rounds, batch: int | None) -> Rounds:
 
 
 def replay(cut: Cut, compact: CompactModel, shapes: Mapping[str, Any]) -> int:
-    """Run the rewritten program on the survivors' labels; return how many values were compared.
+    """Run the rewritten program, with values of these shapes, on the survivors' labels; return how many were compared.
 
     Raises CheckFailed if an operator ties units that are separate in the dense program, or a value has other survivors.
-    `shapes`: shapes of the rewritten program's values in a run, by node.
     """
     labelled = cut.coupling.labelled
     locked = labelled.labels.locked(labelled.dead_roots(cut.plan.dead))
@@ -315,11 +310,7 @@ def _mismatch(what: Any) -> CheckFailed:
 
 
 def relative_error(wanted: Rounds, got: Rounds) -> tuple[float, float]:
-    """Compare outputs over several samples.
-
-    Args:
-        wanted: output tensors of each run; inputs differ between runs, or between samples along the first axis.
-        got: the outputs to compare, likewise.
+    """Compare outputs of several runs, whose inputs differ between runs, or between samples along the first axis.
 
     Returns:
         The largest difference divided by the largest deviation from the mean over samples (maximum over outputs), and
@@ -364,8 +355,7 @@ def require(error: float, dtype: torch.dtype, what: str, advice: str = REPORT) -
 def _explained(reference: Executor, rounds: Rounds, error: float, dtype: torch.dtype, what: str) -> tuple[str, ...]:
     """Return a note if an error above the tolerance is explained by rounding in the reference; raise if it is not.
 
-    A deep network may amplify rounding errors beyond the tolerance. This is measured by moving every weight by one unit
-    in the last place and comparing the outputs.
+    The effect of rounding is measured by moving every weight by one unit in the last place.
     """
     if error <= TOLERANCE[dtype]:
         return ()
@@ -432,11 +422,10 @@ def _of_module(cut: Cut, compact: CompactModel, state: Mapping[str, Tensor] | No
 
 
 def check_dropped(program: Program, plan: Plan, *, seed: int = 0) -> tuple[str, ...]:
-    """Verify a program without blocks against the program as it was traced.
+    """Verify a program without blocks against the program as it was traced, in float64; return notes.
 
     In the traced program, dropped branches are replaced by their constants, and dropped layers by their inputs, on
-    distinct, well-conditioned values. Dead branches are compared unchanged on the real weights. Both run in float64.
-    Raises CheckFailed if outputs differ by more than 1e-10 of what varies with the input; returns notes.
+    distinct, well-conditioned values. Dead branches are compared unchanged on the real weights.
     """
     whole = program.dense
     gone = [block for block in find_blocks(whole) if block.name in plan.dropped]
@@ -463,10 +452,7 @@ def _apart(
     state: Mapping[str, Tensor],
     seed: int,
 ) -> float:
-    """Return the relative difference between the traced program with these blocks overridden, and that without blocks.
-
-    Also at other sizes.
-    """
+    """Return the largest relative difference of the traced program with these blocks overridden, at several sizes."""
     whole = program.dense
     branches = {block.branch: plan.dropped[block.name] for block in gone if not block.is_layer}
     layers = {name for block in gone if block.is_layer for name in (*block.nodes, block.sum)}
@@ -540,17 +526,10 @@ _INSIDE = "and in the whole model"
 def check_whole(
     whole: Whole, reference: nn.Module, compact: nn.Module, verdict: CheckResult, program: Program
 ) -> CheckResult:
-    """Compare the whole model around the compact submodule with that around the masked dense one.
+    """Compare the whole model `compact` around the compact submodule with that around the masked one, `reference`.
 
-    Args:
-        whole: the dense model and its example call.
-        reference: the masked submodule.
-        compact: the whole model around the compact submodule.
-        verdict: result of verifying the submodule alone, returned with a note on what was compared.
-        program: the dense submodule, traced.
-
-    Raises:
-        CheckFailed: the dense model runs, but the compact one fails or differs.
+    Returns the submodule's `verdict` with a note on what was compared; raises CheckFailed if the dense model runs, but
+    the compact one fails or differs.
     """
     calls: list[int] = []
     try:

@@ -221,20 +221,36 @@ def _onnx_linear(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) 
     return [product] if "bias" not in shapes else [product, step("Add", "%0", "bias")]
 
 
-def _of_two(op: str, first: str, second: str, function: Callable[[Tensor, Tensor], Tensor], summary: str) -> Rule:
+def _product(
+    name: str,
+    first: str,
+    second: str,
+    function: Callable[..., Tensor],
+    summary: str,
+    *,
+    weights: tuple[tuple[int, ...], ...] = (),
+    bias: str = "",
+) -> Rule:
+    """A product of two values or, with `weights`, of tokens (M, K) and a weight (K, N), with an optional bias."""
     return Rule(
-        op,
+        f"aten.{name}",
         "matrix product",
-        lambda call: _matmul(call, call.value(first), call.value(second)),
-        fork_linears(lambda a, b: function(function(a, b.transpose(1, 2)), b)),
-        masked=(first, second),
+        _couple_addmm if bias else lambda call: _matmul(call, call.value(first), call.value(second)),
+        _over_tokens(function, *weights) if weights else fork_linears(function),
+        masked=(first,) if weights else (first, second),
+        contracts={second: 0} if weights else {},
+        moments=(lambda a: contracted(a[second].mean.T, a.get(bias), a[first], -1, 2)) if weights else None,
         macs=lambda shapes, out: prod(out) * shapes[first][-1],
-        onnx=to_onnx("MatMul", first, second),
+        onnx=to_onnx("Gemm", first, second, bias) if bias else to_onnx("MatMul", first, second),
         summary=summary,
     )
 
 
-def _over_tokens(function: Callable[..., Tensor], *shapes: int | tuple[int, ...]) -> Example:
+def _twice(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda a, b: product(product(a, b.transpose(1, 2)), b)
+
+
+def _over_tokens(function: Callable[..., Tensor], *shapes: tuple[int, ...]) -> Example:
     """A function of a matrix and of parameters, between two linear layers."""
 
     def each(x: Tensor, *parameters: Tensor) -> Tensor:
@@ -257,37 +273,19 @@ register(
         onnx=_onnx_linear,
         summary="input features contracted",
     ),
-    _of_two(
-        "aten.matmul.default",
-        "self",
-        "other",
-        torch.matmul,
-        "inner axes contracted, outer ones pass, leading ones tied",
+    _product(
+        "matmul.default", "self", "other", _twice(torch.matmul), "inner axes contracted, outer pass, leading ones tied"
     ),
-    _of_two("aten.bmm.default", "self", "mat2", torch.bmm, "inner axes contracted, batch axis tied"),
-    Rule(
-        "aten.mm.default",
-        "matrix product",
-        lambda call: _matmul(call, call.value("self"), call.value("mat2")),
-        _over_tokens(torch.mm, (12, 10)),
-        masked=("self",),
-        contracts={"mat2": 0},
-        moments=lambda a: contracted(a["mat2"].mean.T, None, a["self"], -1, 2),
-        macs=lambda shapes, out: prod(out) * shapes["self"][-1],
-        onnx=to_onnx("MatMul", "self", "mat2"),
-        summary="inner axes contracted",
-    ),
-    Rule(
-        "aten.addmm.default",
-        "matrix product",
-        _couple_addmm,
-        _over_tokens(lambda x, weight, bias: torch.addmm(bias, x, weight), (12, 10), 10),
-        masked=("mat1",),
-        contracts={"mat2": 0},
-        moments=lambda a: contracted(a["mat2"].mean.T, a["self"], a["mat1"], -1, 2),
-        macs=lambda shapes, out: prod(out) * shapes["mat1"][-1],
-        onnx=to_onnx("Gemm", "mat1", "mat2", "self"),
-        summary="inner axes contracted, bias tied to the outputs",
+    _product("bmm.default", "self", "mat2", _twice(torch.bmm), "inner axes contracted, batch axis tied"),
+    _product("mm.default", "self", "mat2", torch.mm, "inner axes contracted", weights=((12, 10),)),
+    _product(
+        "addmm.default",
+        "mat1",
+        "mat2",
+        lambda x, weight, bias: torch.addmm(bias, x, weight),
+        "inner axes contracted, bias tied to the outputs",
+        weights=((12, 10), (10,)),
+        bias="self",
     ),
 )
 
