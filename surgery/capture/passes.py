@@ -6,21 +6,22 @@ verifies this after each pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
 from torch._ops import HigherOrderOperator
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from surgery.capture.constants import compute_weights, computed_weights, fold_scalars, scalars_of_constants
-from surgery.core import UNKNOWN, attribute, is_symbolic, last_own_line, mutates
+from surgery.core import UNKNOWN, Executor, Frontier, arguments_of, attribute, is_symbolic, last_own_line, mutates
 from surgery.errors import UnsupportedModel
+from surgery.ops import rules
 
 aten = torch.ops.aten
 _ASSERTIONS = ("_assert", "sym_constrain", "_guards_fn")
@@ -169,13 +170,10 @@ def writes(graph: fx.GraphModule) -> Iterator[fx.Node]:
 
 
 def functionalize(graph: fx.GraphModule) -> None:
-    """Replace in-place operators by out-of-place ones.
+    """Replace in-place operators by out-of-place ones; a write to a slice becomes a scatter into its base.
 
-    A write to a slice becomes a scatter into its base. A read through any other older view of the same memory requires
-    torch's functionalization, which takes about as long as another capture.
-
-    Raises:
-        NeedsFunctionalization: see above; the graph is then unusable.
+    Raises NeedsFunctionalization for a read through any other older view of the same memory: torch's functionalization
+    takes about as long as another capture. The graph is then unusable.
     """
     state = _Memory(_alias_families(graph))
     for node in list(graph.graph.nodes):
@@ -293,6 +291,147 @@ def decompose(graph: fx.GraphModule) -> None:
         graph.graph.erase_node(node)
 
 
+# Constants: computed weights become parameters, computed numbers become literals. ------------------------------------
+
+_SCALARS = (aten.item.default, aten._local_scalar_dense.default)
+_PER_SLICE = {"movement", "element-wise", "creation", "look-up"}
+"""Families of operators that commute with slicing a weight."""
+_MIXING = {"norm", "reduction", "attention"}
+"""Families of operators whose result at one index depends on other indices (attention: softmax)."""
+
+SOURCES = "computed_from"
+"""Key in the meta of a node that reads a computed weight: names of the tensors it was computed from."""
+
+Constants = Mapping[fx.Node, tuple[str, ...]]
+"""Nodes that depend only on parameters and literals → the names of those parameters."""
+
+
+def constants_of(graph: fx.GraphModule) -> Constants:
+    """Return the nodes that depend on no input, in order."""
+    found: dict[fx.Node, tuple[str, ...]] = {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            found[node] = (str(node.target),)
+        elif node.op == "call_function" and node.all_input_nodes and all(n in found for n in node.all_input_nodes):
+            found[node] = tuple(s for n in node.all_input_nodes for s in found[n])
+    return found
+
+
+def scalars_of_constants(graph: fx.GraphModule) -> Iterator[fx.Node]:
+    """Return numbers read from constant tensors, such as the strides of a detector's levels."""
+    constants = constants_of(graph)
+    return (n for n in constants if n.target in _SCALARS and not _learned(graph, constants[n]))
+
+
+def fold_scalars(graph: fx.GraphModule) -> None:
+    """Replace numbers read from constant tensors by literals."""
+    numbers = {node: _evaluated(graph, node) for node in scalars_of_constants(graph)}
+    for user in [user for node in numbers for user in node.users]:
+        user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda n: numbers.get(n, n))
+    for node in numbers:
+        graph.graph.erase_node(node)
+
+
+def computed_weights(graph: fx.GraphModule) -> Iterator[fx.Node]:
+    """Return weights computed from parameters by norms or reductions (weight norm, weight standardisation)."""
+    constants = constants_of(graph)
+    found = (w for node in graph.graph.nodes for w in _computed_weights_of(node, constants))
+    return (weight for weight in dict.fromkeys(found) if _learned(graph, constants[weight]))
+
+
+def compute_weights(graph: fx.GraphModule) -> None:
+    """Replace computed weights by parameters with their values; those that can be sliced as they are stay."""
+    constants = constants_of(graph)
+    named: dict[str, tuple[str, ...]] = {}
+    values = {weight: _parameter(graph, weight) for weight in computed_weights(graph)}
+    for weight, value in values.items():
+        origin = tuple(dict.fromkeys(constants[weight]))
+        same = (n for n, o in named.items() if o == origin and torch.equal(attribute(graph, n), value))
+        # A module that is called twice computes its weight twice.
+        name = next(same, None) or _free_name(graph, _learned(graph, origin), named)
+        if name not in named:
+            owner, _, leaf = name.rpartition(".")
+            vars(graph.get_submodule(owner)).pop(leaf, None)
+            graph.get_submodule(owner).register_parameter(leaf, value)
+        with graph.graph.inserting_before(weight):
+            held = graph.graph.get_attr(name)
+        held.meta = {"val": weight.meta.get("val"), SOURCES: origin}
+        weight.replace_all_uses_with(held)
+        named[name] = origin
+    graph.graph.eliminate_dead_code()
+
+
+def sources_of_weights(graph: fx.Graph) -> dict[str, tuple[str, ...]]:
+    """Return computed weight → the tensors it was computed from, without those still read elsewhere."""
+    reads = [node for node in graph.nodes if node.op == "get_attr"]
+    read = {str(node.target) for node in reads}
+    return {
+        str(node.target): tuple(source for source in node.meta[SOURCES] if source not in read)
+        for node in reads
+        if SOURCES in node.meta
+    }
+
+
+def _computed_weights_of(node: fx.Node, constants: Container[fx.Node]) -> Iterator[fx.Node]:
+    """Tensor operands of a call whose slices do not depend on slices of their sources alone.
+
+    The weight of a convolution or linear layer may be computed in any way; other tensors (biases, gains, operands of
+    products) count if computed through a norm, reduction or softmax and no contraction (such as a projected query).
+    """
+    if node.op != "call_function" or node in constants:
+        return
+    rule = rules().get(str(node.target))
+    own = arguments_of(node)["weight"] if rule is not None and "weight" in rule.contracts else None
+    for weight in node.all_input_nodes:
+        if weight.op != "call_function" or weight not in constants:
+            continue
+        families = {_family(n) for n in _ancestors(weight) if n.op == "call_function"}
+        mixed = bool(families & _MIXING) and families <= _PER_SLICE | _MIXING and weight.meta["val"].numel() > 1
+        if not families <= _PER_SLICE if weight is own else mixed:
+            yield weight
+
+
+def _family(node: fx.Node) -> str:
+    if node.target is operator.getitem:  # one of several results
+        return "movement"
+    rule = rules().get(str(node.target))
+    return rule.family if rule else ""
+
+
+def _learned(graph: fx.GraphModule, names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if isinstance(attribute(graph, name), nn.Parameter)]
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        if (seen := todo.pop()) not in found:
+            found.add(seen)
+            todo += seen.all_input_nodes
+    return found
+
+
+def _parameter(graph: fx.GraphModule, weight: fx.Node) -> nn.Parameter:
+    read = [attribute(graph, str(n.target)) for n in _ancestors(weight) if n.op == "get_attr"]
+    value = _evaluated(graph, weight).detach().clone()
+    return nn.Parameter(value, requires_grad=any(getattr(x, "requires_grad", False) for x in read))
+
+
+def _evaluated(graph: fx.GraphModule, wanted: fx.Node) -> Any:
+    with torch.no_grad():
+        return Executor(graph, {}, device=None).only(Frontier(0, {}), wanted.name)
+
+
+def _free_name(graph: fx.GraphModule, sources: list[str], taken: Container[str]) -> str:
+    """Return `conv.weight` of a parametrisation, else `conv.weight_computed`, numbered if taken."""
+    owner, _, leaf = sources[0].partition(".parametrizations.")
+    largest = max(sources, key=lambda s: attribute(graph, s).numel())
+    name = f"{owner}.{leaf.partition('.')[0]}" if leaf else f"{largest}_computed"
+    numbered = (name if k == 1 else f"{name}_{k}" for k in count(1))
+    return next(candidate for candidate in numbered if candidate not in taken)
+
+
 PASSES: tuple[tuple[Callable[[fx.GraphModule], None], Nodes], ...] = (
     (inline_regions, regions),
     (drop_assertions, assertions),
@@ -308,8 +447,7 @@ PASSES: tuple[tuple[Callable[[fx.GraphModule], None], Nodes], ...] = (
 def _plain_module(graph: fx.GraphModule) -> fx.GraphModule:
     """Return the graph as an ordinary GraphModule, without the hooks of `ExportedProgram.module()`.
 
-    If all inputs are plain arguments, the graph itself rebuilds the outputs (it can return tuples and dictionaries), so
-    that the module can be copied and saved without pytree information.
+    If all inputs are plain arguments, the graph itself rebuilds the outputs, so that it can be copied and saved.
     """
     info: Any = getattr(graph.graph._codegen, "pytree_info", None)
     flat = info is not None and all(leaf.is_leaf() for part in info.in_spec.children() for leaf in part.children())

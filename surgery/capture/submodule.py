@@ -22,15 +22,12 @@ from surgery.errors import InvalidInput, PlanMismatch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Whole:
-    """The whole dense model, and the submodule to be pruned with the call the model makes of it.
-
-    `example`: the whole model's example call; None if only the submodule's inputs are known.
-    """
+    """The whole dense model, and the submodule to be pruned with the call the model makes of it."""
 
     model: nn.Module
     name: str
     part: Callee
-    example: Callee | None = None
+    example: Callee | None = None  # the whole model's example call, if known
 
     @property
     def call(self) -> tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]:

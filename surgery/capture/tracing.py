@@ -1,28 +1,30 @@
 """Turn a module into a `Program`: the only place that calls `torch.export`.
 
 The batch axis is traced as dynamic (inputs of batch 1 are repeated to 2, because 1 would be specialised), height and
-width if the model permits. The captured graph then goes through `passes.PASSES`, so that later stages see a functional
-graph.
+width if the model permits. The captured graph then goes through `passes.PASSES`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import reduce
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from surgery.capture.constants import sources_of_weights
-from surgery.capture.dynamic_sizes import LARGEST, Inputs, slow_to_capture, wrong_at_other_batch, wrong_at_other_space
-from surgery.capture.passes import normalise
+from surgery.capture.passes import normalise, sources_of_weights
 from surgery.core import (
+    TOLERANCE,
     UNKNOWN,
     InputSpec,
     Program,
@@ -44,6 +46,8 @@ _ABOUT_INPUTS = re.compile("shape|size|dimension|channel|expected|dtype|type|arg
 
 
 Args = tuple[Any, ...]
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword inputs of a model."""
 
 
 def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Program:
@@ -114,7 +118,7 @@ def _in_forward_order(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, 
 
 def _at_batch_two(args: Args, kwargs: dict[str, Any]) -> Inputs:
     """Repeat inputs of batch 1; inputs with different first axes stay unchanged."""
-    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    tensors = _tensors((args, kwargs))
     if not tensors:
         raise InvalidInput("example inputs hold no tensor; pass one, or a tuple of some, such as (1, 3, 224, 224)")
     if any(t.numel() == 0 for t in tensors):
@@ -131,10 +135,7 @@ def _at_batch_two(args: Args, kwargs: dict[str, Any]) -> Inputs:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every submodule in eval mode within the block.
-
-    Flags are set directly, without running user code; `eval()` of a graph also sets its operators' flags.
-    """
+    """Put every submodule, and the operators of graphs, in eval mode within the block, without running user code."""
     modes = [(m, m.training) for m in model.modules()]
     graphs = [m for m, training in modes if training and isinstance(m, torch.fx.GraphModule)]
 
@@ -166,11 +167,7 @@ class _Capture(NamedTuple):
 
 
 def _capture(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> tuple[_Capture, tuple[str, ...]]:
-    """Capture with dynamic batch, height and width if valid; else with dynamic batch; else without dynamic axes.
-
-    Returns:
-        The capture, and notes for the user.
-    """
+    """Capture with dynamic batch, height and width if valid, else dynamic batch, else neither; also return notes."""
     twice = _at_batch_two(args, kwargs)
     if not slow_to_capture(model, twice):
         with suppress(Exception):  # torch.export raises whatever the user's forward or its own passes raise
@@ -186,7 +183,15 @@ def _capture(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> tuple[_Cap
             return found, ()
         reason = f"forward takes another path unless {condition}"
     note = f"batch is fixed at the example's: a dynamic one could not be traced ({reason})"
-    return _export_fixed(model, args, kwargs), (note,)
+    try:
+        return _export(model, (args, kwargs), None, None), (note,)
+    except Exception as error:  # likewise
+        validate_inputs(model, args, kwargs)
+        raise UnsupportedModel(
+            f"torch.export cannot capture this model, at {where_raised(error)}: {first_line(error)}; rewrite that line "
+            "without control flow on tensor values, or try --tracer torch-pruning, or --submodule for a submodule that "
+            "can be captured"
+        ) from error
 
 
 def _export(model: nn.Module, inputs: Inputs, batch: Any, space: Any) -> _Capture:
@@ -211,18 +216,6 @@ def _export(model: nn.Module, inputs: Inputs, batch: Any, space: Any) -> _Captur
         return _Capture(exported, exported.module(check_guards=False), (args, kwargs))
 
 
-def _export_fixed(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> _Capture:
-    try:
-        return _export(model, (args, kwargs), None, None)
-    except Exception as error:  # torch.export raises whatever the user's forward or its own passes raise
-        validate_inputs(model, args, kwargs)
-        raise UnsupportedModel(
-            f"torch.export cannot capture this model, at {where_raised(error)}: {first_line(error)}; rewrite that line "
-            "without control flow on tensor values, or try --tracer torch-pruning, or --submodule for a submodule that "
-            "can be captured"
-        ) from error
-
-
 def validate_inputs(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> None:
     """Raise InvalidInput if the model itself does not run on inputs of this shape or type."""
     try:
@@ -232,11 +225,183 @@ def validate_inputs(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> Non
     except Exception as error:  # any exception the user's forward raises
         if not _ABOUT_INPUTS.search(str(error)):
             return
-        shapes = [tuple(x.shape) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        shapes = [tuple(x.shape) for x in _tensors((args, kwargs))]
         raise InvalidInput(
             f"the model does not run on inputs of shape {shapes}: {where_raised(error)}: {first_line(error)}; "
             "give the shape it expects with --input-shape"
         ) from error
+
+
+# Sizes for which a captured graph is valid. --------------------------------------------------------------------------
+#
+# `torch.export` follows one path through the code. If that depends on a size (padding to a multiple, a branch on the
+# batch), the graph is silently wrong for sizes that take another. An axis is therefore dynamic only if every guard on
+# sizes along the path holds over a range of sizes around the example's.
+
+BATCHES = (2, 3, 4, 5, 6, 7, 8, 9, 10, 13, 16, 17, 23, 31, 32, 33, 47, 64)
+LARGEST = 16
+"""Heights and widths are tested from half the example's to this multiple of it."""
+_SIZES = 48
+_NAMES = {"max": max, "min": min, "abs": abs, "int": int, "float": float, "__builtins__": {}}
+
+
+def wrong_at_other_batch(exported: Any, graph: torch.fx.GraphModule, inputs: Inputs, model: nn.Module) -> str:
+    """Return a condition on the batch size that the graph requires, or an empty string."""
+    sizes = [{0: batch} for batch in BATCHES]
+    guard = _broken_guard(exported, model, inputs, lambda shape, change: (change[0], *shape[1:]), sizes)
+    return guard or _differs_at_batch_one(graph, model, inputs)
+
+
+def wrong_at_other_space(exported: Any, model: nn.Module, inputs: Inputs) -> str:
+    """Return a condition on height and width that the graph requires, or an empty string."""
+    if _spills(exported.graph):
+        return "a reshape keeps height and width apart from other axes"
+    tensors = [x for x in _tensors(inputs) if x.dim() in (4, 5)]
+    if not tensors:
+        return ""
+    smallest = [min(x.shape[axis] for x in tensors) for axis in (-2, -1)]
+
+    def changed(shape: torch.Size, change: Mapping[int, int]) -> tuple[int, ...]:
+        return (*shape[:-2], shape[-2] + change[-2], shape[-1] + change[-1]) if len(shape) in (4, 5) else shape
+
+    return _broken_guard(exported, model, inputs, changed, _changes(*smallest))
+
+
+# Guards. ------------------------------------------------------------------------------------------------------------
+
+
+def _changes(height: int, width: int) -> Iterator[dict[int, int]]:
+    """Return changes of height and width: equal ones, and several random pairs."""
+    random = np.random.default_rng(0)
+    lines = []
+    for size in (height, width):
+        low, high = -(size // 2), (LARGEST - 1) * size
+        spread = np.unique(np.linspace(low, high, _SIZES, dtype=np.int64)).tolist()
+        lines.append(sorted({*spread, *(d for d in range(-4, 5) if low <= d <= high)}))
+    yield from ({-2: d, -1: d} for d in lines[0] if d in lines[1] or height == width)
+    for _ in range(4):
+        pairs = zip(*(random.permutation(line).tolist() for line in lines), strict=False)
+        yield from ({-2: h, -1: w} for h, w in pairs)
+
+
+def _broken_guard(
+    exported: Any,
+    model: nn.Module,
+    inputs: Inputs,
+    changed: Callable[[torch.Size, Mapping[int, int]], tuple[int, ...]],
+    sizes: Iterable[dict[int, int]],
+) -> str:
+    codes = getattr(exported, "_guards_code", None)
+    if codes is None:
+        return "this version of torch does not report the sizes that its graphs hold for"
+    bound = dict(inspect.signature(model.forward).bind(*inputs[0], **inputs[1]).arguments)
+    guards = [(code, compile(code, "<guard>", "eval")) for code in codes]
+    for change in sizes:
+        named = pytree.tree_map(
+            lambda x, by=change: torch.empty(changed(x.shape, by), device="meta") if _has_axes(x) else x, bound
+        )
+        for code, guard in guards:
+            try:
+                holds = bool(eval(guard, dict(_NAMES), {"L": named}))
+            except Exception:  # an unknown torch operator: the guard is not shown to hold
+                holds = False
+            if not holds:
+                return str(code).replace("L['", "").replace("'].size()", ".shape")
+    return ""
+
+
+# A batch of one, which torch.export never traces. -------------------------------------------------------------------
+
+
+def _differs_at_batch_one(graph: torch.fx.GraphModule, model: nn.Module, inputs: Inputs) -> str:
+    single = pytree.tree_map(lambda x: x[:1] if _has_axes(x) else x, inputs)
+    with torch.no_grad():
+        try:
+            args, kwargs = fresh(single)
+            wanted = _tensors(model(*args, **kwargs))
+        except Exception:  # the model itself does not accept a batch of one
+            return ""
+        try:
+            run = torch.fx.Interpreter(graph)  # calling the module would generate its code first
+            got = _tensors(run.run(*pytree.tree_leaves(fresh(single)), enable_io_processing=False))
+        except Exception as error:  # any exception the graph's operators raise
+            return f"the batch is larger than 1 ({first_line(error)})"
+    same = len(wanted) == len(got) and all(_close(a, b) for a, b in zip(wanted, got, strict=True))
+    return "" if same else "the batch is larger than 1"
+
+
+def _has_axes(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() > 0
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or not a.numel():
+        return a.shape == b.shape
+    a, b, allowed = a.double(), b.double(), TOLERANCE.get(a.dtype, 0.0)
+    return torch.allclose(a, b, rtol=0.0, atol=allowed * float(a.abs().nan_to_num(0.0).max()), equal_nan=True)
+
+
+# Reshapes. ----------------------------------------------------------------------------------------------------------
+
+_MANY, _FEW = 40, 8
+_RESHAPES = ("view", "reshape", "expand", "unflatten", "multi_head_attention_forward")
+_ATTENTION = ("softmax", "scaled_dot_product_attention", "matmul", "__matmul__", "bmm", "einsum")
+
+
+class _ReshapeCount(TorchFunctionMode):
+    """Counts reshapes while a model runs, and records whether it has attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reshapes, self.attends = 0, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        self.reshapes += name in _RESHAPES
+        self.attends |= name in _ATTENTION
+        return func(*args, **(kwargs or {}))
+
+
+def slow_to_capture(model: nn.Module, inputs: Inputs) -> bool:
+    """Return whether capture with symbolic height and width would take minutes, as where pixels become tokens."""
+    with suppress(Exception), torch.no_grad(), _ReshapeCount() as count:  # the capture will raise the same exception
+        args, kwargs = fresh(inputs)
+        model(*args, **kwargs)
+        return bool(count.reshapes > (_FEW if count.attends else _MANY))
+    return True
+
+
+def _spills(graph: torch.fx.Graph) -> bool:
+    """Return whether a reshape mixes height or width into other axes, so that its literal size fits one size only.
+
+    ``x.view(-1, 320)`` after pooling to 20 x 4 x 4 gives different rows for a larger image; with 160 instead of 320,
+    rows are split differently. A symbolic axis of a reshape's output must be a product of symbolic axes of its input.
+    """
+    for node in graph.nodes:
+        value, source = node.meta.get("val"), node.args[0] if node.args else None
+        if _has_sizes(node) and isinstance(value, Tensor) and isinstance(source, torch.fx.Node):
+            before = [s.node.expr for s in source.meta["val"].shape if is_symbolic(s)]
+            spans = [before[k : n + 1] for k in range(len(before)) for n in range(k, len(before))]
+            whole = {str(reduce(operator.mul, span)) for span in spans}
+            sizes: list[Any] = [s for s in value.shape if is_symbolic(s)]
+            if any(not _is_whole(s.node.expr, before, whole) for s in sizes):
+                return True
+    return False
+
+
+def _has_sizes(node: torch.fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(a.name in ("size", "shape", "sizes") for a in schema.arguments)
+
+
+def _is_whole(size: Any, before: Sequence[Any], whole: Container[str]) -> bool:
+    """Return whether a symbolic size is a product of whole axes; the batch may include a constant (heads)."""
+    number, rest = size.as_coeff_Mul()
+    return str(rest) in whole and (number == 1 or rest == before[0])
 
 
 # Description. -------------------------------------------------------------------------------------------------------

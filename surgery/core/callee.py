@@ -17,11 +17,7 @@ from surgery.errors import UnsupportedModel
 
 
 def copied(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.Module:
-    """Return a deep copy of a module; `instead`: id of an object → its replacement in the copy.
-
-    Raises:
-        UnsupportedModel: the module holds something that cannot be copied (a lock, an open file).
-    """
+    """Return a deep copy, or UnsupportedModel if impossible; `instead`: id of an object → its replacement."""
     # Plain attributes with a `grad_fn` (the older weight norm), which `deepcopy` refuses.
     held = (x for module in model.modules() for x in vars(module).values() if isinstance(x, Tensor))
     detached = {id(x): x.detach().clone() for x in held if x.grad_fn is not None}
@@ -36,10 +32,7 @@ def copied(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.Mod
 
 
 def traceable(model: nn.Module) -> nn.Module:
-    """Return a copy of the module that shares its tensors and has empty caches.
-
-    Tracing the copy leaves no fake tensors in the user's model, and records how a cached table is computed.
-    """
+    """Return a copy that shares the tensors and has empty caches: tracing it leaves no fake tensors in the original."""
     duplicate = copied(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     empty_caches(duplicate)
     return duplicate
@@ -73,19 +66,13 @@ def empty_caches(model: nn.Module) -> None:
 
 
 class Callee(nn.Module):
-    """A module with an example call: takes the call's tensors in order; other arguments are the example's.
-
-    Attributes:
-        module: the module to call.
-        leaves: flattened arguments of the example call, tensors and constants.
-        spec: pytree structure of ``(args, kwargs)``.
-    """
+    """A module with an example call: takes the call's tensors in order; other arguments are the example's."""
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.module = module
         leaves, self.spec = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
-        self.leaves = tuple(leaves)
+        self.leaves = tuple(leaves)  # tensors and constants
 
     @classmethod
     def of(cls, program: Program, module: nn.Module | None = None) -> Callee:
@@ -108,11 +95,7 @@ class Callee(nn.Module):
         return tuple(leaf for leaf in self.leaves if isinstance(leaf, Tensor))
 
     def arguments(self, inputs: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return ``(args, kwargs)`` with copies of these tensors, since a module may write into its inputs.
-
-        Args:
-            inputs: one tensor per tensor of the example; other values are ignored.
-        """
+        """Return ``(args, kwargs)`` with copies of these tensors, one per tensor of the example; others are ignored."""
         given = iter(fresh([x for x in inputs if isinstance(x, Tensor)]))
         leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)

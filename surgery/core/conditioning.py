@@ -1,8 +1,7 @@
 """Well-conditioned weights and inputs for comparisons, also at other batch and image sizes; tolerances.
 
-A vision transformer's default head is all zero, and permuting channels of a deep network with default weights may
-change its output by only 1e-6, so that a comparison on such values detects nothing. Every parameter therefore gets
-distinct values of moderate magnitude, and batch norms the running statistics of the signal that reaches them.
+A comparison on default weights detects nothing: a vision transformer's head is all zero, and permuting channels of a
+deep network may change its output by 1e-6. So every parameter gets distinct values of moderate magnitude.
 """
 
 from __future__ import annotations
@@ -50,9 +49,8 @@ def sample_inputs(
 ) -> list[Tensor]:
     """Return random inputs in the order of the graph's placeholders; integer inputs keep the example's values.
 
-    Deep networks map different samples of white noise to the same output, so each sample gets its own contrast, offset
-    per channel and coarse pattern. `by`: pixels added to height and width where these are dynamic; `more`: whether the
-    first sample is repeated at the end.
+    Each sample gets its own contrast, offset per channel and coarse pattern, since deep networks map all white noise to
+    the same output. `by`: pixels added to dynamic height and width; `more`: whether to repeat the first sample.
     """
     generator = torch.Generator().manual_seed(seed)
     leaves, specs = pytree.tree_leaves((program.example_args, dict(program.example_kwargs))), iter(program.inputs)
@@ -72,15 +70,10 @@ T = TypeVar("T")
 
 
 def elsewhere(program: Program, attempt: Callable[[bool, int], T | None]) -> list[T | None]:
-    """Try another batch size, and another height and width, where these are dynamic.
+    """Try another batch size, and another height and width, where dynamic: together if that runs, else each.
 
-    Args:
-        program: the traced program.
-        attempt: called with whether to change the batch, and the change of height and width in pixels; returns None if
-            the model does not run at this size.
-
-    Returns:
-        The result of both changes together if that runs, else of each; None in place of one that does not run.
+    `attempt` is called with whether to change the batch, and the change of height and width in pixels; its result is
+    None if the model does not run at this size, which is returned if no size works.
     """
     free = [spec.shape[a] for spec in program.inputs for a in (2, 3) if a in spec.dynamic and "float" in spec.dtype]
     smaller = min(free, default=0) // 64 * 32  # 32 is the stride of most networks; half the size is the cheapest

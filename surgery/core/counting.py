@@ -119,16 +119,6 @@ def _attention(out: list[int], query: list[int], key: list[int], value: list[int
     return prod(out[:-1]) * key[-2] * (key[-1] + value[-1])  # leading axes after broadcasting
 
 
-def _tensordot(out: list[int], a: list[int], b: list[int], *_: Any) -> int:
-    """(F, K) x (K, G) → (F, G), each letter for several axes: the product of the input sizes is F * K * K * G."""
-    return prod(out) * isqrt(prod(a) * prod(b) // prod(out)) if prod(out) else 0
-
-
-def _bilinear(out: list[int], a: list[int], b: list[int], weight: list[int], *_: Any) -> int:
-    """(.., I) and (.., J) with weight (O, I, J): first to (.., O, J), then to (.., O)."""
-    return prod(a) * weight[0] * weight[2] + prod(out) * weight[2]
-
-
 def _matmul(inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
     """Extend fvcore's handle to a vector as second factor."""
     vector = len(get_shape(inputs[1])) == 1
@@ -152,8 +142,12 @@ _HANDLES: Mapping[str, Handle] = {
     "aten::addbmm": _of_shapes(lambda out, added, a, b, *_: prod(a) * b[-1]),
     "aten::addmv": _SECOND,
     **dict.fromkeys(("aten::mv", "aten::dot", "aten::vdot", "aten::inner"), _FIRST),
-    "aten::tensordot": _of_shapes(_tensordot),
-    "aten::bilinear": _of_shapes(_bilinear),
+    # (F, K) x (K, G) → (F, G), each letter for several axes: the product of the input sizes is F * K * K * G.
+    "aten::tensordot": _of_shapes(
+        lambda out, a, b, *_: prod(out) * isqrt(prod(a) * prod(b) // prod(out)) if prod(out) else 0
+    ),
+    # (.., I) and (.., J) with weight (O, I, J): first to (.., O, J), then to (.., O).
+    "aten::bilinear": _of_shapes(lambda out, a, b, weight, *_: prod(a) * weight[0] * weight[2] + prod(out) * weight[2]),
     "aten::layer_norm": _norm(2),
     "aten::native_layer_norm": _norm(2),
     "aten::native_group_norm": _norm(1),

@@ -1,7 +1,4 @@
-"""Traced graphs: their parameters, shapes and call arguments, and running them node by node.
-
-`Executor` runs a graph on tensors, `interpret` on any substitute for tensors.
-"""
+"""Traced graphs: their parameters, shapes and call arguments, and running them on tensors or substitutes for them."""
 
 from __future__ import annotations
 
@@ -71,10 +68,7 @@ def flat_outputs(result: Any) -> list[Tensor]:
 
 
 def all_tensors(program: Program) -> dict[str, Tensor]:
-    """Return all parameters and buffers of the model and constants of the graph; tied ones under each name.
-
-    Materialised weights replace the parameters they are computed from.
-    """
+    """Return all parameters, buffers and constants of the graph by name; not those of materialised weights."""
     model: nn.Module = program.model
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors |= dict(model.named_buffers(remove_duplicate=False))
@@ -107,10 +101,7 @@ def interpret(
     parameter: Callable[[str], Any],
     call: Callable[[torch.fx.Node, Mapping[str, Any]], Any],
 ) -> dict[str, Any]:
-    """Return a value for each node, by its name: labels, moments, or any other substitute for a tensor.
-
-    `call` receives an operator call and the values of all preceding nodes.
-    """
+    """Return a value for each node, by its name; `call` receives the values of all preceding nodes."""
     values: dict[str, Any] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -139,13 +130,9 @@ class Frontier:
 class Executor:
     """Run a graph on tensors, completely or in segments, freeing values after their last use.
 
-    Args:
-        graph: graph of ATen operators, functional except for tensors the traced program itself writes to.
-        state: parameter or buffer name → tensor, looked up when read; others are taken from the graph.
-        compute: hook that may compute calls instead of the operator.
-        dtype: replaces the floating dtype arguments of calls and the floating dtype of created tensors; None: as
-            traced.
-        device: replaces the device arguments of calls; None: as traced.
+    `state` is looked up when read; other tensors are taken from the graph. The hook `compute` may compute calls instead
+    of the operator. `dtype` and `device` replace those in the arguments of calls and of created tensors; None: as
+    traced.
     """
 
     def __init__(

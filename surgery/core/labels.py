@@ -210,13 +210,10 @@ class LabelSet:
                 self._freeze_root(root, reason)
 
     def factor(self, labels: NDArray[np.int64]) -> tuple[Layers, ...]:
-        """Distribute one layer, given per element of an array, over the array's axes.
+        """Distribute one layer, given per element of an array, over the array's axes: zero or one layer for each.
 
-        If the labels vary along one axis only, they are that axis' layer. If they vary along several, the survivors
-        must form a rectangle: each label becomes the conjunction of one new label per axis.
-
-        Returns:
-            For each axis of `labels`, zero or one layer.
+        If labels vary along several axes, the survivors must form a rectangle: each label becomes the conjunction of
+        one new label per axis.
         """
         core = _reduced(labels)
         axes = [a for a in range(labels.ndim) if core.shape[a] > 1]
@@ -313,11 +310,7 @@ class LabelSet:
         return None if None in reasons else reasons[0]
 
     def settle(self) -> None:
-        """Freeze the parts of conjunctions that no operator computes on separately.
-
-        A channel shuffle views C channels as (2, C/2), and removing one of the two halves is not useful. If no part is
-        claimed, the one on the longest axis remains removable.
-        """
+        """Freeze the parts of conjunctions that no operator claims (channel shuffles), but on the longest axis."""
         claimed = {root for label in self.claimed for root in self.expand(label)}
         unwanted: set[int] = set()
         wanted: set[int] = set()

@@ -1,9 +1,7 @@
 """Find removable blocks, from the graph and not by names, and those that are dead.
 
-A block is a residual branch (computed from the same value as the operand it is added to, so that the sum without it has
-the same shape and source) or a depthwise layer that keeps its shape. Such a layer ties its outputs to its inputs
-channel by channel, so removing it changes no shape, whatever is cut. Other layers with equal numbers of outputs and
-inputs belong to two groups, which may be cut differently.
+A block is a residual branch (computed from the same value as the operand it is added to) or a depthwise layer that
+keeps its shape: it ties its outputs to its inputs channel by channel, so removing it changes no shape, whatever is cut.
 """
 
 from __future__ import annotations
@@ -232,10 +230,7 @@ def in_float64(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def channel_axes(shape: Sequence[Any]) -> tuple[int, ...]:
-    """Return the possible channel axes of a value: axis 1, and the last one if its size differs.
-
-    Axes of dynamic size are excluded.
-    """
+    """Return the possible channel axes of a value: axis 1, and the last one if its size differs, unless dynamic."""
     axes = [a for a in (1, len(shape) - 1) if 1 <= a < len(shape) and not is_symbolic(shape[a])]
     return tuple(a for k, a in enumerate(axes) if all(hint(shape[b]) != hint(shape[a]) for b in axes[:k]))
 

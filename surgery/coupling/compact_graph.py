@@ -21,13 +21,9 @@ _RUNNING_MEAN = 3
 class CompactGraph(torch.fx.GraphModule):
     """A GraphModule over ATen operators whose `.train()`, `.eval()` and `.to(..)` reach the operators' own arguments.
 
-    A traced program contains eval mode and the dtypes and devices of created tensors as literals. `train` flips the
-    flags of its batch norms and dropouts; `to` rewrites literal dtypes and devices. All tensors of `root` are kept,
-    also in copies and if eval mode does not read them, so that the state dict is complete.
-
-    Attributes:
-        fixed_sizes: (input position, axis, size) of the axes with a static size; calls with another size raise
-            ValueError, since the result would be wrong. Taken from `root` if it has them.
+    `train` flips the flags of its batch norms and dropouts; `to` rewrites literal dtypes and devices. All tensors of
+    `root` are kept, so that the state dict is complete. `fixed_sizes`, taken from `root`: (input position, axis, size)
+    of the static axes; calls with another size raise ValueError, since the result would be wrong.
     """
 
     def __init__(self, root: nn.Module, graph: torch.fx.Graph, class_name: str = "Compact") -> None:

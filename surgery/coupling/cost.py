@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from math import log
+from collections.abc import Mapping, Sequence
+from math import log, prod
+from typing import Any
 
 import numpy as np
 
 from surgery.core import CostFn, Coupling, LabelledGraph, Layers, Mask, Plan, Program, Scores, Value
 from surgery.coupling.masking import batch_size, values_in
-from surgery.ops import Shape, rules
+from surgery.ops import Macs, Shape, rules
 
 
 class Sizes:
-    """Surviving lengths of many axes at once; axes with equal labels are counted once.
-
-    Attributes:
-        axes: the labels of each slot's axis, as roots.
-    """
+    """Surviving lengths of many axes at once; axes with equal labels share a slot. `axes`: the roots of each slot."""
 
     def __init__(self, labelled: LabelledGraph) -> None:
         self._labelled = labelled
@@ -50,49 +47,43 @@ def _shape(slots: Sequence[int], lengths: Sequence[int]) -> Shape:
 
 
 def cost_functions(program: Program, coupling: Coupling) -> Mapping[str, CostFn]:
-    """Return functions that compute the cost of a pruned network.
+    """Return functions of the removed units per group name that compute the cost of a pruned network.
 
-    Returns:
-        `macs`: multiply-adds per sample by fvcore's formulas (one multiply-add = 1 MAC; norms and resizing as fvcore
-        counts them); `params`: number of parameters, shared ones once. Each maps removed units per group name to an
-        int.
+    `macs`: multiply-adds per sample by fvcore's formulas; `params`: number of parameters, shared ones once.
     """
-    labelled = coupling.labelled
-    return {"macs": _macs(program, labelled), "params": _params(program, labelled)}
+    labelled, table, model = coupling.labelled, rules(), program.model
+    macs = [
+        (rule.macs, labelled.calls[node.name], values_in(labelled.values[node.name])[0])
+        for node in program.graph.graph.nodes
+        if (rule := table.get(str(node.target))) is not None and rule.macs is not None
+    ]
+    named = model.named_parameters(remove_duplicate=False)
+    values = {id(p): labelled.params[name] for name, p in named if name in labelled.params}
+    params: list[Term] = [(lambda shapes, out: prod(out), {}, value) for value in values.values()]
+    fixed = sum(p.numel() for p in model.parameters() if id(p) not in values)
+    return {"macs": _summed(labelled, macs, batch=batch_size(program)), "params": _summed(labelled, params, fixed)}
 
 
-def _macs(program: Program, labelled: LabelledGraph) -> CostFn:
-    table, sizes, batch = rules(), Sizes(labelled), batch_size(program)
-    terms: list[tuple[Callable[[Mapping[str, Shape], Shape], int], dict[str, list[int]], list[int]]] = []
-    for node in program.graph.graph.nodes:
-        rule = table.get(str(node.target))
-        if rule is not None and rule.macs is not None:
-            tensors = {k: sizes.track(v) for k, v in labelled.calls[node.name].items() if isinstance(v, Value)}
-            terms.append((rule.macs, tensors, sizes.track(values_in(labelled.values[node.name])[0])))
+Term = tuple[Macs, Mapping[str, Any], Value]
+"""A formula, the arguments whose shapes it takes, and the result."""
 
-    def macs(dead: Mapping[str, Sequence[int]]) -> int:
+
+def _summed(labelled: LabelledGraph, terms: Sequence[Term], fixed: int = 0, batch: int = 1) -> CostFn:
+    sizes = Sizes(labelled)
+    tracked = [
+        (formula, {k: sizes.track(v) for k, v in arguments.items() if isinstance(v, Value)}, sizes.track(out))
+        for formula, arguments, out in terms
+    ]
+
+    def cost(dead: Mapping[str, Sequence[int]]) -> int:
         lengths = sizes.lengths(labelled.dead_roots(dead))
         total = sum(
             formula({k: _shape(s, lengths) for k, s in tensors.items()}, _shape(out, lengths))
-            for formula, tensors, out in terms
+            for formula, tensors, out in tracked
         )
-        return total // batch
+        return (fixed + total) // batch
 
-    return macs
-
-
-def _params(program: Program, labelled: LabelledGraph) -> CostFn:
-    sizes, tracked = Sizes(labelled), dict[int, list[int]]()
-    for name, parameter in program.model.named_parameters(remove_duplicate=False):
-        if name in labelled.params:
-            tracked.setdefault(id(parameter), sizes.track(labelled.params[name]))
-    fixed: int = sum(p.numel() for p in program.model.parameters() if id(p) not in tracked)
-
-    def params(dead: Mapping[str, Sequence[int]]) -> int:
-        lengths = sizes.lengths(labelled.dead_roots(dead))
-        return fixed + sum(int(np.prod(_shape(s, lengths), dtype=np.int64)) for s in tracked.values())
-
-    return params
+    return cost
 
 
 FLUSHES_MIB = (4, 12, 24)
@@ -102,10 +93,7 @@ KEPT = 0.6
 
 
 def flush_mib(program: Program, precision: str = "fp32") -> int:
-    """Return how much cache, in MiB, a network overwrites between two runs of the same kernel.
-
-    Weights pass through the caches once per run (one byte each in `int8`); up to 1 MiB of weights stays cached.
-    """
+    """Return how many MiB of cache a network's weights overwrite between two runs of the same kernel."""
     weights = program.dense.model.parameters()
     held: float = sum(p.numel() * (1 if precision == "int8" else p.element_size()) for p in weights) / 2**20
     return min(FLUSHES_MIB, key=lambda size: abs(log(size / (KEPT * held)))) if held > 1 else 0
@@ -125,11 +113,7 @@ def priced(scores: Scores, coupling: Coupling, cost: CostFn) -> Scores:
 def kept_costs(
     dense: Coupling, before: Mapping[str, CostFn], left: Coupling, after: Mapping[str, CostFn], plan: Plan
 ) -> dict[str, tuple[int, int]]:
-    """Return parameters, MACs and units of a plan as (dense, kept).
-
-    `dense` and `before` are groups and cost functions of the whole program, `left` and `after` those of the program
-    without the dropped blocks.
-    """
+    """Return parameters, MACs and units as (dense, kept); `left` and `after` are without the plan's dropped blocks."""
     units = sum(group.size for group in dense.groups)
     kept = sum(group.size for group in left.groups) - sum(len(dead) for dead in plan.dead.values())
     costs = {kind: (cost({}), after[kind](plan.dead)) for kind, cost in before.items()}

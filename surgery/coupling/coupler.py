@@ -1,9 +1,6 @@
-"""Coupling: find which indices of which parameters must be removed together.
+"""Coupling: find which indices of which parameters must be removed together, as equivalence classes of labels.
 
-Every axis of every parameter and buffer starts with fresh labels; network inputs have none, and labels that reach a
-network output are frozen. Operator rules tie labels. The remaining equivalence classes are the units; units that occur
-on the same axes in the same way form a group. With locked labels, the same code replays a cut program.
-
+Network inputs have no labels, and labels that reach an output are frozen. Locked labels replay a cut program.
 Source: coupled groups after Fang et al. 2023 (arXiv:2301.12900); axes as conjunctions of factors after Shardy's
 sharding rules; running movement operators on integer labels is original.
 """
@@ -120,14 +117,10 @@ def propagate_labels(
     labels: LabelSet,
     settled: Callable[[str, Any], Any] = lambda name, value: value,
 ) -> tuple[dict[str, Any], dict[str, Mapping[str, Any]]]:
-    """Run a graph on labels, which are open to couple and locked to verify.
+    """Run a graph on labels, which are open to couple and locked to verify; return all values and call arguments.
 
-    `params` returns the labels of a parameter or buffer by name. `shapes` returns the output shape of a node: one
-    shape, a list of shapes, or a number for a symbolic size. `settled` is called with each computed value and its node
-    name, and returns the value to continue with.
-
-    Returns:
-        The value of every node, and the arguments of every operator call by name.
+    `params` returns the labels of a parameter or buffer; `shapes` a node's output shape, a list of them, or a number
+    for a symbolic size. `settled` is given each computed value and its node's name; its result is used instead.
     """
     table = rules()
     calls: dict[str, Mapping[str, Any]] = {}
@@ -255,10 +248,7 @@ def _unit_of(labelled: LabelledGraph) -> dict[int, tuple[str, int]]:
 
 
 def _required_units(labelled: LabelledGraph) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Return, by group, sets of units that form the whole axis of a value without being all units of their group.
-
-    One unit of each set must remain, or the axis would become empty.
-    """
+    """Return, by group, sets of units that form the whole axis of a value without being all units of their group."""
     unit_of, seen = _unit_of(labelled), set[bytes]()
     found: dict[str, dict[tuple[int, ...], None]] = {}
     axes = (axis for value in labelled.values.values() for v in values_in(value) for axis in v.axes)
@@ -283,10 +273,7 @@ Pieces = tuple[tuple[tuple[str, int], ...], ...]
 
 
 def _equal_pieces(graph: torch.fx.GraphModule, labelled: LabelledGraph) -> tuple[Pieces, ...]:
-    """Return equal pieces into which a chunk or split divides groups; the user's code works while they stay equal.
-
-    Omitted are pieces that contain part of a group only, and groups that are divided in two different ways.
-    """
+    """Return equal pieces into which a split divides groups, unless they hold parts of groups or are divided twice."""
     unit_of = _unit_of(labelled)
     found: dict[frozenset[str], Pieces | None] = {}
 

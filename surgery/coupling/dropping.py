@@ -47,8 +47,7 @@ def drop(program: Program, constants: Mapping[str, Sequence[float]], blocks: Seq
     """
     if not constants:
         return program
-    gone = _dropped(program, constants, blocks)
-    graph, left = _without(program, gone, constants)
+    graph, left, gone = _without(program, constants, blocks)
     read, reads = ({str(n.target) for n in g.nodes if n.op == "get_attr"} for g in (program.graph.graph, graph))
     tensors = {name: t for name, t in all_tensors(program).items() if name in reads or name not in read}
     shifted: dict[str, Tensor] = {}
@@ -101,9 +100,10 @@ def _dropped(
 
 
 def _without(
-    program: Program, gone: Sequence[Block], constants: Mapping[str, Sequence[float]]
-) -> tuple[torch.fx.Graph, BranchConstants]:
+    program: Program, constants: Mapping[str, Sequence[float]], blocks: Sequence[Block] | None = None
+) -> tuple[torch.fx.Graph, BranchConstants, list[Block]]:
     """Copy the graph; each sum becomes the remaining operand, plus the branch's constant unless a bias absorbs it."""
+    gone = _dropped(program, constants, blocks)
     skipped = {name for block in gone for name in block.nodes}
     sums = {block.sum: block for block in gone}
     graph = torch.fx.Graph()
@@ -133,7 +133,7 @@ def _without(
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
     own = {name: tensor for name, tensor in tensors.items() if name not in program.materialised}
-    return graph, _fold(graph, added, own)
+    return graph, _fold(graph, added, own), gone
 
 
 def _return(graph: torch.fx.Graph, output: torch.fx.Node, new: Mapping[torch.fx.Node, torch.fx.Node]) -> None:
@@ -171,14 +171,11 @@ class BranchConstants:
 
 def branch_constants(program: Program, constants: Mapping[str, Sequence[float]]) -> BranchConstants:
     """Return where `drop` adds the constants of dropped blocks; arguments and errors are the same."""
-    return _without(program, _dropped(program, constants), constants)[1]
+    return _without(program, constants)[1]
 
 
 def _fold(graph: torch.fx.Graph, added: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> BranchConstants:
-    """Remove sums with the constants `added` from a graph, in place, where a bias can absorb the constant.
-
-    Each constant is read by one sum, as second operand. Tensors read twice, or under two names, are not shifted.
-    """
+    """Remove sums with the constants `added`, as second operands, from a graph where a bias can absorb them."""
     reads = Counter(str(n.target) for n in graph.nodes if n.op == "get_attr" for _ in n.users)
     names = Counter(id(t) for t in tensors.values())
     free = {name for name, t in tensors.items() if names[id(t)] == 1 and t.is_floating_point()} | added.keys()
@@ -200,10 +197,7 @@ def _fold(graph: torch.fx.Graph, added: Mapping[str, Tensor], tensors: Mapping[s
 def _home(
     value: Any, reader: torch.fx.Node, constant: Tensor, free: Collection[str], reads: Mapping[str, int]
 ) -> str | None:
-    """Search backwards through sums for a bias, or another constant, that is added to the same channels.
-
-    `reader` is the only user of the value.
-    """
+    """Search backwards through sums, from a value that only `reader` uses, for a bias of the same channels."""
     if not isinstance(value, torch.fx.Node) or set(value.users) != {reader}:
         return None
     name, shape, own = str(value.target), constant.shape, getattr(value.meta.get("val"), "shape", ())
@@ -226,13 +220,7 @@ def _home(
 
 
 class Placeholder(nn.Module):
-    """Replaces a residual block without its branch: optional projection, (N, C, ..) plus a constant, optional ReLU.
-
-    Attributes:
-        constant: (1, C, 1, ..), or None for nothing.
-        rectified: whether the block ends in a ReLU.
-        shortcut: name of the submodule that projects the input, or None.
-    """
+    """Replaces a block without its branch: optional projection, plus a constant (1, C, 1, ..), optional ReLU."""
 
     def __init__(self, constant: nn.Parameter | None, *, rectified: bool, shortcut: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -263,7 +251,7 @@ def _model_without(
 ) -> nn.Module:
     """Return a copy of the user's model with a placeholder for each module of a dropped block, or raise _CannotReplace.
 
-    It is compared with `held`, the program without the blocks. `shifted`: id of a tensor of the model → its new value.
+    It is compared with `held`. `shifted`: id of a tensor of the model → its new value.
     """
     model: nn.Module = program.model
     nodes = {node.name: node for node in program.graph.graph.nodes}

@@ -1,8 +1,8 @@
 """The masked dense model: run the dense program with units treated as removed, and find where zeros would not do.
 
-A convolution or a linear layer loses the weights that read a removed unit, so the unit's value is irrelevant. For an
-operator without weights (a matrix product of two activations, a sum) it is not: after a function with a nonzero value
-at zero (`elu(x) + 1`, `exp`, a comparison), a zeroed unit would still contribute, and removing it changes the sum.
+A layer loses the weights that read a removed unit. For an operator without weights (a matrix product of two
+activations, a sum) the unit's value matters: after a function with a nonzero value at zero (`exp`, a comparison), a
+zeroed unit would still contribute.
 """
 
 from __future__ import annotations
@@ -69,10 +69,7 @@ def masked_run(
     state: Mapping[str, Tensor],
     dtype: torch.dtype | None = None,
 ) -> Executor:
-    """Return an executor of the dense program that treats units as removed, by zeroing only what contractions read.
-
-    `dtype` replaces floating dtype arguments of calls.
-    """
+    """Return an executor of the dense program that treats units as removed, by zeroing only what contractions read."""
     return Executor(program.graph, state, _masking(program, labelled, masks), dtype)
 
 

@@ -1,9 +1,8 @@
 """From units to a plan, and from a plan and its program to a cut: order and surviving positions of each tensor.
 
-Dimension d of all attention heads is one unit, and so is channel d of all convolution groups, because the remaining
-tensor must be a rectangle. But the members of each head may be reordered first (*head order*). If no operator combines
-member d of one head with member d of another, the network computes the same, and a unit can consist of the least
-important member of each head.
+Dimension d of all attention heads is one unit, because the remaining tensor must be a rectangle. But the members of
+each head may be reordered first (*head order*), so that a unit consists of the least important member of each head, if
+no operator combines member d of one head with member d of another. So with the channels of convolution groups.
 """
 
 from __future__ import annotations
@@ -116,11 +115,7 @@ def require_own_cuts(plan: Plan, coupling: Coupling) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """A plan, the program it was made for (without the blocks that the plan drops), and derived data.
-
-    Raises:
-        PlanMismatch: the plan was made for another architecture, or contradicts itself.
-    """
+    """A plan, the program it was made for (without its dropped blocks), and derived data; may raise PlanMismatch."""
 
     program: Program
     coupling: Coupling
@@ -232,11 +227,7 @@ class Places:
         return [Held(a, self._group[x], self._unit[x]) for a, x in layers if (self._group[x] >= 0).any()]
 
     def layouts(self, inner: str, outer: str) -> Iterator[Layout]:
-        """Yield the layout of each parameter and buffer that contains members `inner` of heads `outer`.
-
-        Raises:
-            PlanMismatch: a tensor contains members without their heads.
-        """
+        """Yield the layout of each tensor with members `inner` of heads `outer`; PlanMismatch if it lacks the heads."""
         within, heads = self.number[inner], self.number[outer]
         for name, held in self._params.items():
             for members in held:
@@ -256,11 +247,7 @@ class Places:
 
 
 def positions(owner: Index, count: int) -> Index:
-    """Return the positions of each of `count` owners, of shape (count, positions per owner).
-
-    Raises:
-        PlanMismatch: some own more than others.
-    """
+    """Return the positions of each of `count` owners (count, positions of one); PlanMismatch if some own more."""
     found = np.argsort(owner, kind="stable")[int((owner < 0).sum()) :]
     if len(found) % count or (np.bincount(owner[owner >= 0], minlength=count) != len(found) // count).any():
         raise PlanMismatch("members of one head own more positions than those of another; make a new plan")
@@ -270,11 +257,7 @@ def positions(owner: Index, count: int) -> Index:
 def reorderings(
     coupling: Coupling, arranged: Sequence[Arrangement], places: Places | None = None
 ) -> tuple[Reordering, ...]:
-    """Return the reorderings of each tensor; pass `places` to avoid computing it again.
-
-    Raises:
-        PlanMismatch: made for another architecture, or not permutations of the members.
-    """
+    """Return the reorderings of each tensor; PlanMismatch if made for another architecture, or not permutations."""
     if not arranged:
         return ()
     places, out = places or Places(coupling), []

@@ -58,10 +58,7 @@ ONE_PATH = "no label replay, one path exported: the one that the example input t
 
 
 def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Program:
-    """Describe `model` and its example call, without a graph; arguments and errors are those of `surgery.trace`.
-
-    The inputs choose the path through the model, which is followed again when needed.
-    """
+    """Describe `model` and its example call, without a graph; arguments and errors are those of `surgery.trace`."""
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
     require_finite(model)
@@ -115,10 +112,7 @@ def _takes_any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
 
 
 def _trail(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[str], Any]:
-    """Run the model and return the names of its modules in execution order, and the result.
-
-    Two runs with equal trails are assumed to follow the same path.
-    """
+    """Run the model; return the names of its modules in execution order, which identify its path, and the result."""
     names: list[str] = []
 
     def hook(name: str) -> Any:
@@ -158,10 +152,7 @@ class _Index(NamedTuple):
 
 
 def couple(program: Program, *, keep: Sequence[str] = ()) -> Coupling:
-    """Find the groups of units that may be removed; arguments and errors are those of `surgery.couple`.
-
-    Raises UnsupportedModel if torch-pruning cannot follow the model; the message names the user's source line.
-    """
+    """Find the groups of units that may be removed, like `surgery.couple`; UnsupportedModel if that is impossible."""
     model, graph, marks, sequences = _dependency_graph(program)
     labels, params = LabelSet(), dict[str, Value]()
     labels.where = "torch-pruning's dependency graph"
@@ -367,10 +358,7 @@ def _unknown_operator(grad: Any) -> str | None:
 
 
 def slice_module(cut: Cut) -> CompactModel:
-    """Return a copy of the user's module without the plan's dead units.
-
-    Raises UnsupportedModel if the forward does not run at the new sizes; the message names the user's source line.
-    """
+    """Return a copy without the plan's dead units; UnsupportedModel if its forward does not run at the new sizes."""
     tensors, program = cut.tensors(), cut.program
     grouped = {f"{n}.weight" for n, m in program.model.named_modules() if isinstance(m, _ConvNd) and m.groups > 1}
     # Only depthwise grouped convolutions are ever cut, with one group per channel.
@@ -388,10 +376,7 @@ def slice_module(cut: Cut) -> CompactModel:
 
 
 def cost_functions(program: Program, coupling: Coupling) -> Mapping[str, CostFn]:
-    """Return functions that compute the cost of a pruned network, like `surgery.coupling.cost_functions`.
-
-    A copy is cut and run along the example's path, which takes about a second per new plan.
-    """
+    """Return functions like `surgery.coupling.cost_functions`, which run a cut copy: about a second per new plan."""
 
     @cache
     def costs(dead: tuple[tuple[str, tuple[int, ...]], ...]) -> Mapping[str, int]:
@@ -419,10 +404,7 @@ _OFF_PATH = f"fewer than {_ROUNDS} of {_TRIES} inputs take the example's path th
 
 
 def check_module(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResult:
-    """Verify a compact module against the dense one with consumers' dead input slices zeroed, on several inputs.
-
-    Raises CheckFailed if outputs differ by more than 1e-10 in float64 or 1e-4 in float32, or the check is inconclusive.
-    """
+    """Verify a compact module against the dense one with consumers' dead input slices zeroed, on several inputs."""
     model = cut.program.model
     with evaluating(model):
         path, _ = _trail(model, cut.program.example_args, cut.program.example_kwargs)

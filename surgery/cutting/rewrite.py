@@ -1,9 +1,8 @@
 """The compact model: slice every tensor and update literal sizes of calls, or return the user's own class.
 
-The program is always rewritten; the user's own class is returned instead if it computes the same, so that trainers,
-`isinstance` checks and methods continue to work. Standard torch modules are updated from their tensors. A user's class
-may store sizes that are literals in the program, such as `self.num_heads`: if a literal of a call in that module
-changed and an integer attribute of the module equals it, the attribute is changed too.
+The program is always rewritten; the user's own class is returned instead if it computes the same. Standard modules are
+updated from their tensors. If a literal of a call changed and an integer attribute of its module equals it, such as
+`self.num_heads`, the attribute is changed too.
 """
 
 from __future__ import annotations
@@ -49,11 +48,7 @@ Literals = dict[tuple[str, int], set[int]]
 
 
 def rewrite_program(cut: Cut) -> CompactModel:
-    """Return the compact model of a traced program: the user's class if possible, else the rewritten program.
-
-    Raises:
-        IllegalCut: an axis of a value would become empty.
-    """
+    """Return the user's class if possible, else the rewritten program; IllegalCut if an axis would become empty."""
     sliced = cut.tensors()
     graph, literals = _rewritten(cut, sliced)
     module, why, stuck = _own_class(cut, graph, sliced, literals)
@@ -168,10 +163,7 @@ def _apply_change(
 def _own_class(
     cut: Cut, graph: CompactGraph, sliced: Mapping[str, Tensor], literals: Literals
 ) -> tuple[nn.Module | None, str, str]:
-    """Return the user's class with sliced submodules if it computes the same as the rewritten program, else None.
-
-    Also the reason, and the submodule whose forward does not run at the new sizes ("" if none).
-    """
+    """Return the user's class if it computes the same as the graph, the reason, and the submodule at fault."""
     program = cut.program
     if isinstance(program.model, torch.fx.GraphModule):
         return None, program.why_graph or "the model is a graph already", ""
@@ -274,10 +266,7 @@ def transplant(model: nn.Module, sliced: Mapping[str, Tensor], groups: Mapping[s
 
 
 def _repair(model: nn.Module, literals: Literals) -> str:
-    """Update integer attributes from the literals of calls in their module; returns the first changed module.
-
-    This guess is safe, because the class is only used if it computes the same as the rewritten program.
-    """
+    """Guess integer attributes from the literals of calls in their module; returns the first changed module."""
     modules, repaired = dict(model.named_modules()), []
     for (path, before), after in literals.items():
         module = modules.get(path)

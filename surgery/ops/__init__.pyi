@@ -3,6 +3,7 @@ from .moments import Moments as Moments, compressed as compressed, through as th
 from .registry import (
     Call as Call,
     Dead as Dead,
+    Macs as Macs,
     Replacement as Replacement,
     Rewrite as Rewrite,
     Rule as Rule,

@@ -1,10 +1,8 @@
 """Mean and variance of activations, estimated from a network's own weights and norm statistics, without images.
 
-Over the training data, the output of a batch norm has its shift as mean and its scale as standard deviation. From
-there, moments are propagated through the operators, assuming independent positions: through element-wise functions by
-Gauss-Hermite quadrature, through contractions by their weights; movement operators rearrange them.
-
-Source: after Nagel et al. 2019, Data-free quantization (arXiv:1906.04721), who use clipped normals for rectifiers.
+The output of a batch norm has its shift as mean and its scale as standard deviation. Moments are propagated assuming
+independent positions: through element-wise functions by Gauss-Hermite quadrature, through contractions by weights.
+Source: after Nagel et al. 2019 (arXiv:1906.04721), who use clipped normals for rectifiers.
 """
 
 from __future__ import annotations
