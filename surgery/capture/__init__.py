@@ -1,7 +1,4 @@
-"""Module → normalised graph: `trace` and its passes.
-
-Its public names are listed in `__init__.pyi` and loaded on first use.
-"""
+"""Module → normalised graph: `trace` and its passes."""
 
 import lazy_loader
 

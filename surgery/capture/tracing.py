@@ -67,7 +67,9 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
     """
     require_module(model)
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    kwargs = _in_forward_order(model, example_kwargs or {})
+    given = example_kwargs or {}
+    order = [*inspect.signature(model.forward).parameters, *given]  # as `torch.export` sorts keyword inputs
+    kwargs = dict(sorted(given.items(), key=lambda item: order.index(item[0])))
     require_finite(model)
     with evaluating(model), buffers_kept(model), quiet():
         (exported, captured, (args, kwargs)), notes = _capture(traceable(model), args, kwargs)
@@ -108,12 +110,6 @@ def require_finite(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InvalidInput(f"weight '{name}' holds NaN or infinite values; load an intact checkpoint")
-
-
-def _in_forward_order(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Sort keyword inputs in the order of forward's parameters, as `torch.export` does."""
-    order = [*inspect.signature(model.forward).parameters, *kwargs]
-    return dict(sorted(kwargs.items(), key=lambda item: order.index(item[0])))
 
 
 def _at_batch_two(args: Args, kwargs: dict[str, Any]) -> Inputs:
@@ -383,7 +379,9 @@ def _spills(graph: torch.fx.Graph) -> bool:
     """
     for node in graph.nodes:
         value, source = node.meta.get("val"), node.args[0] if node.args else None
-        if _has_sizes(node) and isinstance(value, Tensor) and isinstance(source, torch.fx.Node):
+        schema = getattr(node.target, "_schema", None)
+        sized = schema is not None and any(a.name in ("size", "shape", "sizes") for a in schema.arguments)
+        if sized and isinstance(value, Tensor) and isinstance(source, torch.fx.Node):
             before = [s.node.expr for s in source.meta["val"].shape if is_symbolic(s)]
             spans = [before[k : n + 1] for k in range(len(before)) for n in range(k, len(before))]
             whole = {str(reduce(operator.mul, span)) for span in spans}
@@ -391,11 +389,6 @@ def _spills(graph: torch.fx.Graph) -> bool:
             if any(not _is_whole(s.node.expr, before, whole) for s in sizes):
                 return True
     return False
-
-
-def _has_sizes(node: torch.fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(a.name in ("size", "shape", "sizes") for a in schema.arguments)
 
 
 def _is_whole(size: Any, before: Sequence[Any], whole: Container[str]) -> bool:

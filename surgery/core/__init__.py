@@ -1,7 +1,4 @@
-"""Data types passed between stages, and shared helpers: labels, execution, progress, tolerances, error locations.
-
-Its public names are listed in `__init__.pyi` and loaded on first use.
-"""
+"""Data types passed between stages, and shared helpers: labels, execution, progress, tolerances, error locations."""
 
 import lazy_loader
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from surgery.core.graphs import Compute, Executor, all_tensors, state_of
+from surgery.core.graphs import Executor, all_tensors, state_of
 from surgery.core.ir import Program
 
 aten = torch.ops.aten
@@ -123,13 +123,26 @@ def well_conditioned(program: Program, *, seed: int = 0) -> dict[str, Tensor]:
 def _settled(program: Program, state: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     """Running statistics of the batch norms, by name; cached as long as the program exists."""
     known = _SETTLED.setdefault(program.graph, {})
-    if seed not in known:
-        own = dict(state)
-        if any(n.target is aten.batch_norm.default for n in program.graph.graph.nodes):
-            inputs = sample_inputs(program, seed=seed + 1, dtype=torch.float64)
-            with torch.no_grad():
-                Executor(program.graph, own, _settle_statistics(own), torch.float64).run(*inputs)
-        known[seed] = {name: tensor for name, tensor in own.items() if tensor is not state[name]}
+    if seed in known:
+        return known[seed]
+    own = dict(state)
+
+    def settle(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.target is not aten.batch_norm.default or args[3] is None:
+            return NotImplemented
+        x: Tensor = args[0]
+        dims = [a for a in range(x.dim()) if a != 1]
+        mean, var = x.mean(dims), x.var(dims, unbiased=False)
+        names = [str(n.target) for n in node.args[3:5]]  # type: ignore[union-attr]
+        own[names[0]] = mean + 0.1 * var.sqrt() * own[names[0]]
+        own[names[1]] = var * own[names[1]] + 0.1 * var.mean() + 1e-6  # avoid exploding a channel by chance
+        return node.target(*args[:3], *(own[name] for name in names), *args[5:], **kwargs)
+
+    if any(n.target is aten.batch_norm.default for n in program.graph.graph.nodes):
+        inputs = sample_inputs(program, seed=seed + 1, dtype=torch.float64)
+        with torch.no_grad():
+            Executor(program.graph, own, settle, torch.float64).run(*inputs)
+    known[seed] = {name: tensor for name, tensor in own.items() if tensor is not state[name]}
     return known[seed]
 
 
@@ -151,18 +164,3 @@ def conditioned(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor
     if parameter or leaf == "running_var" or table:  # positive values may be variances
         return torch.rand(tensor.shape, generator=generator).double() + 0.5
     return tensor.double()
-
-
-def _settle_statistics(state: dict[str, Tensor]) -> Compute:
-    def override(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
-        if node.target is not aten.batch_norm.default or args[3] is None:
-            return NotImplemented
-        x: Tensor = args[0]
-        dims = [a for a in range(x.dim()) if a != 1]
-        mean, var = x.mean(dims), x.var(dims, unbiased=False)
-        names = [str(n.target) for n in node.args[3:5]]  # type: ignore[union-attr]
-        state[names[0]] = mean + 0.1 * var.sqrt() * state[names[0]]
-        state[names[1]] = var * state[names[1]] + 0.1 * var.mean() + 1e-6  # avoid exploding a channel by chance
-        return node.target(*args[:3], *(state[name] for name in names), *args[5:], **kwargs)
-
-    return override

@@ -167,7 +167,11 @@ class LabelSet:
             self._union_roots(left[0], right[0])
         elif len(left) == 1 or len(right) == 1:
             single, parts = (left[0], right) if len(left) == 1 else (right[0], left)
-            self._define_root(single, tuple(parts))
+            self._must_be_open(f"unit {single} to be split")
+            for part in parts if single in self.inexact else ():
+                self.inexact.setdefault(part, self.inexact[single])
+            self._known.clear()
+            self.parts[single] = tuple(parts)
         else:
             for root in (left + right)[1:]:
                 self._union_roots(left[0], root)
@@ -184,13 +188,6 @@ class LabelSet:
             self.inexact.setdefault(low, self.inexact[high])
         if high in self.axis_size:
             self.axis_size[low] = max(self.axis_size[high], self.axis_size.get(low, 0))
-
-    def _define_root(self, label: int, parts: tuple[int, ...]) -> None:
-        self._must_be_open(f"unit {label} to be split")
-        for part in parts if label in self.inexact else ():
-            self.inexact.setdefault(part, self.inexact[label])
-        self._known.clear()
-        self.parts[label] = parts
 
     def _freeze_root(self, root: int, reason: str) -> None:
         self._must_be_open(f"unit {root} to be kept")

@@ -1,7 +1,4 @@
-"""Groups of indices that must be removed together, and removable blocks.
-
-Its public names are listed in `__init__.pyi` and loaded on first use.
-"""
+"""Groups of indices that must be removed together, and removable blocks."""
 
 import lazy_loader
 

@@ -1,7 +1,4 @@
-"""Build the compact model, and verify it against the masked dense model.
-
-Its public names are listed in `__init__.pyi` and loaded on first use.
-"""
+"""Build the compact model, and verify it against the masked dense model."""
 
 import lazy_loader
 

@@ -129,18 +129,12 @@ def _trail(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 # Coupling. -----------------------------------------------------------------------------------------------------------
 
-# fmt: off
-_PER_CHANNEL = frozenset(
-    {
-        "Add", "Sub", "Mul", "Div", "Neg", "Abs", "Exp", "Log", "Sqrt", "Rsqrt", "Pow", "Clone", "Alias",
-        "ToCopy", "Clamp", "ClampMin", "ClampMax", "Relu", "Hardtanh", "Hardswish", "Hardsigmoid", "Silu",
-        "Gelu", "Sigmoid", "Tanh", "LeakyRelu", "Elu", "Celu", "Mish", "Softplus", "LogSigmoid", "Threshold",
-        "MaxPool2DWithIndices", "AvgPool2D", "AdaptiveAvgPool2D", "AdaptiveMaxPool2D", "UpsampleNearest2D",
-        "UpsampleBilinear2D", "UpsampleBicubic2D", "UpsampleNearestExact2D", "ReflectionPad2D",
-        "ReplicationPad2D",
-    }
-)
-# fmt: on
+_PER_CHANNEL = """
+Add Sub Mul Div Neg Abs Exp Log Sqrt Rsqrt Pow Clone Alias ToCopy Clamp ClampMin ClampMax Relu Hardtanh Hardswish
+Hardsigmoid Silu Gelu Sigmoid Tanh LeakyRelu Elu Celu Mish Softplus LogSigmoid Threshold MaxPool2DWithIndices AvgPool2D
+AdaptiveAvgPool2D AdaptiveMaxPool2D UpsampleNearest2D UpsampleBilinear2D UpsampleBicubic2D UpsampleNearestExact2D
+ReflectionPad2D ReplicationPad2D
+"""
 """Names that autograd gives to channel-wise operators."""
 
 
@@ -351,7 +345,7 @@ def _unknown_operator(grad: Any) -> str | None:
             return None
     if name == "ConstantPadNd" and len(grad._saved_pad) <= 4:
         return None
-    return None if name in _PER_CHANNEL else f"operator {name}: not known to treat channel by channel"
+    return None if name in _PER_CHANNEL.split() else f"operator {name}: not known to treat channel by channel"
 
 
 # Cutting and costs. --------------------------------------------------------------------------------------------------

@@ -1,7 +1,4 @@
-"""Operator rules, one file per family: the only code specific to individual operators.
-
-Its public names are listed in `__init__.pyi` and loaded on first use.
-"""
+"""Operator rules, one file per family: the only code specific to individual operators."""
 
 import lazy_loader
 

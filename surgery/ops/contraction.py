@@ -17,18 +17,7 @@ from torch import Tensor, nn
 from surgery.core import Layers, Step, Value, step
 from surgery.ops.examples import Around, Built, WithParameters, between_convs, between_linears, fork_linears
 from surgery.ops.moments import Moments, contracted
-from surgery.ops.registry import (
-    Call,
-    Example,
-    Rewrite,
-    Rule,
-    Scaled,
-    Shape,
-    join,
-    one_per_axis,
-    register,
-    to_onnx,
-)
+from surgery.ops.registry import Call, Example, Rewrite, Rule, Scaled, Shape, join, one_per_axis, register, to_onnx
 
 # Convolutions (dense, grouped, depthwise, transposed). ---------------------------------------------------------------
 
@@ -64,11 +53,6 @@ def _groups(r: Rewrite) -> Mapping[str, Any]:
     alive = int(keep.reshape(groups, -1).any(axis=1).sum())
     known = isinstance(r.raw["groups"], int)  # would depend on the number of samples
     return {"groups": alive if known else Scaled(r.raw["groups"], alive, groups)}
-
-
-def _conv_macs(shapes: Mapping[str, Shape], out: Shape, *, transposed: bool) -> int:
-    x, weight = shapes["input"], shapes["weight"]
-    return x[0] * prod(weight) * prod((x if transposed else out)[2:])
 
 
 def _onnx_conv(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape, *, transposed: bool) -> Sequence[Step]:
@@ -125,7 +109,9 @@ def _conv(name: str) -> Rule:
         factors=("weight",),
         contracts={"weight": 0 if transposed else 1},
         moments=partial(_conv_moments, transposed=transposed),
-        macs=partial(_conv_macs, transposed=transposed),
+        macs=lambda shapes, out: (
+            shapes["input"][0] * prod(shapes["weight"]) * prod((shapes["input"] if transposed else out)[2:])
+        ),
         onnx=partial(_onnx_conv, transposed=transposed),
         summary="input channels contracted per group; groups die whole, or shrink alike; `groups` rewritten",
     )
@@ -187,19 +173,13 @@ def _matmul(call: Call, a: Value, b: Value) -> Value:
         axes[rank - 1] = call.passed(b, -1)
     if len(a.shape) > 1:
         axes[rank - (2 if len(b.shape) > 1 else 1)] = call.passed(a, -2)
-    for back in range(3, max(len(a.shape), len(b.shape)) + 1):
-        axes[rank - back] = _batch_axis(call, a, b, back)
+    for back in range(3, max(len(a.shape), len(b.shape)) + 1):  # tied if neither operand is broadcast
+        wide = [v for v in (a, b) if len(v.shape) >= back and v.shape[-back] > 1]
+        found = [call.passed(v, -back) for v in wide]
+        axes[rank - back] = call.tie(a, -back, b, -back) if len(wide) == 2 else next(iter(found), ())
     for layers in axes.values():
         call.labels.claim(layers)
     return call.out(axes)
-
-
-def _batch_axis(call: Call, a: Value, b: Value, back: int) -> Layers:
-    """Tie axis -back of both operands if both have it and neither is broadcast."""
-    wide = [v for v in (a, b) if len(v.shape) >= back and v.shape[-back] > 1]
-    if len(wide) == 2:
-        return call.tie(a, -back, b, -back)
-    return call.passed(wide[0], -back) if wide else ()
 
 
 def _couple_addmm(call: Call) -> Value:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from surgery.core import Layers, Value, step
 from surgery.ops.examples import WithParameters, between_convs, between_linears
 from surgery.ops.moments import Moments
-from surgery.ops.registry import Call, Coupled, Dead, Macs, Rewrite, Rule, join, register, to_onnx
+from surgery.ops.registry import Call, Coupled, Dead, Macs, Rule, join, register, to_onnx
 
 
 def _tied(call: Call, axis: int, other_axis: int, *names: str) -> Layers:
@@ -65,11 +65,6 @@ def _couple_group(call: Call) -> Value:
     call.labels.mark_inexact(inner, f"{call.labels.where} normalises over the survivors")
     call.axes(x, range(2, len(x.shape)), "normalises over this axis")
     return call.out({**call.axes(x), 1: join(outer, inner, sizes)})
-
-
-def _rewrite_group(r: Rewrite) -> Mapping[str, Any]:
-    keep = r.keep("input", 1).reshape(r.bound["num_groups"], -1)
-    return {"num_groups": int(keep.any(axis=1).sum())}
 
 
 # What norms compute over the survivors. -----------------------------------------------------------------------------
@@ -196,7 +191,7 @@ register(
         op="aten.group_norm.default",
         couple=_couple_group,
         example=between_convs(nn.GroupNorm(4, 8)),
-        rewrite=_rewrite_group,
+        rewrite=lambda r: {"num_groups": int(r.keep("input", 1).reshape(r.bound["num_groups"], -1).any(axis=1).sum())},
         reference=_reference_group,
         summary="whole groups die exactly; members of all groups alike, inexactly",
     ),
