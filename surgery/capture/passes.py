@@ -31,12 +31,9 @@ Nodes = Callable[[fx.GraphModule], Iterator[fx.Node]]
 
 
 def normalise(exported: Any, graph: fx.GraphModule, *, checked: bool = False) -> fx.GraphModule:
-    """Return an exported program as a plain graph module that later stages can label and rewrite.
+    """Return an exported program as a plain functional graph module, or raise UnsupportedModel.
 
     `graph`: the program's `module()`, modified in place. `checked`: after each pass, verify what all so far ensure.
-
-    Raises:
-        UnsupportedModel: the program cannot be expressed as plain functions from values to values.
     """
     try:
         _apply(graph, checked)
@@ -67,12 +64,7 @@ def regions(graph: fx.GraphModule) -> Iterator[fx.Node]:
 
 
 def inline_regions(graph: fx.GraphModule) -> None:
-    """Inline the nodes of each region.
-
-    Raises:
-        UnsupportedModel: forward enables autocast, so that the graph does not determine an operator's precision; or it
-        has a conditional or a loop over tensor values.
-    """
+    """Inline the nodes of each region; UnsupportedModel if one enables autocast, or is a branch or loop on values."""
     while node := next(regions(graph), None):
         body, operands = _region(graph, node)
         inner = attribute(graph, str(body.target)).graph
@@ -343,8 +335,10 @@ def compute_weights(graph: fx.GraphModule) -> None:
     """Replace computed weights by parameters with their values; those that can be sliced as they are stay."""
     constants = constants_of(graph)
     named: dict[str, tuple[str, ...]] = {}
-    values = {weight: _parameter(graph, weight) for weight in computed_weights(graph)}
-    for weight, value in values.items():
+    values = {weight: _evaluated(graph, weight).detach().clone() for weight in computed_weights(graph)}
+    for weight, data in values.items():
+        read = [attribute(graph, str(n.target)) for n in _ancestors(weight) if n.op == "get_attr"]
+        value = nn.Parameter(data, requires_grad=any(getattr(x, "requires_grad", False) for x in read))
         origin = tuple(dict.fromkeys(constants[weight]))
         same = (n for n, o in named.items() if o == origin and torch.equal(attribute(graph, n), value))
         # A module that is called twice computes its weight twice.
@@ -375,8 +369,8 @@ def sources_of_weights(graph: fx.Graph) -> dict[str, tuple[str, ...]]:
 def _computed_weights_of(node: fx.Node, constants: Container[fx.Node]) -> Iterator[fx.Node]:
     """Tensor operands of a call whose slices do not depend on slices of their sources alone.
 
-    The weight of a convolution or linear layer may be computed in any way; other tensors (biases, gains, operands of
-    products) count if computed through a norm, reduction or softmax and no contraction (such as a projected query).
+    The weight of a layer may be computed in any way; other tensors count if computed through a norm, reduction or
+    softmax and no contraction (such as a projected query).
     """
     if node.op != "call_function" or node in constants:
         return
@@ -410,12 +404,6 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
             found.add(seen)
             todo += seen.all_input_nodes
     return found
-
-
-def _parameter(graph: fx.GraphModule, weight: fx.Node) -> nn.Parameter:
-    read = [attribute(graph, str(n.target)) for n in _ancestors(weight) if n.op == "get_attr"]
-    value = _evaluated(graph, weight).detach().clone()
-    return nn.Parameter(value, requires_grad=any(getattr(x, "requires_grad", False) for x in read))
 
 
 def _evaluated(graph: fx.GraphModule, wanted: fx.Node) -> Any:

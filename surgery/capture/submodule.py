@@ -54,11 +54,7 @@ def find(model: nn.Module, name: str) -> nn.Module:
 
 
 def reach(model: nn.Module, name: str, example_inputs: Any, example_kwargs: Mapping[str, Any] | None) -> Whole:
-    """Run the whole model on its inputs until it calls the submodule, and return that call.
-
-    Raises:
-        InvalidInput: there is no such submodule, it is never called, or the model fails before the call.
-    """
+    """Run the whole model on its inputs until it calls the submodule; InvalidInput if it never does."""
     part = find(model, name)
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(example_kwargs or {})

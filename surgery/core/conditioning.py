@@ -104,9 +104,8 @@ def _textured(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 def well_conditioned(program: Program, *, seed: int = 0) -> dict[str, Tensor]:
     """Return distinct float64 values for every floating parameter and buffer the graph reads.
 
-    Matrices and kernels are normal with variance 2 / fan-in, scales uniform in [0.5, 1.5], shifts normal with deviation
-    0.1; batch-norm statistics are then taken from a run over two random samples (data-dependent initialisation,
-    Mishkin 2016, arXiv:1511.06422), so that activations neither vanish nor explode.
+    Batch-norm statistics are taken from a run over two random samples (data-dependent initialisation, Mishkin 2016,
+    arXiv:1511.06422), so that activations neither vanish nor explode.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = all_tensors(program)
@@ -150,7 +149,7 @@ _SETTLED: WeakKeyDictionary[torch.fx.GraphModule, dict[int, dict[str, Tensor]]] 
 
 
 def conditioned(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Return float64 values for one parameter or buffer, by its name and shape."""
+    """Return float64 values by name and shape: kernels of variance 2 / fan-in, scales in [0.5, 1.5], small shifts."""
 
     def normal(scale: float) -> Tensor:
         return torch.randn(tensor.shape, generator=generator).double() * scale

@@ -25,13 +25,9 @@ from surgery.errors import InvalidInput, UnsupportedModel
 def count_macs(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, batch: int = 1
 ) -> int:
-    """Return the multiply-adds of one forward pass, divided by `batch` and rounded down.
+    """Return the multiply-adds of one forward pass in eval mode, divided by `batch` and rounded down.
 
-    The module is left unchanged; it is counted in eval mode, without gradients.
-
-    Raises:
-        InvalidInput: the arguments contain no tensor.
-        UnsupportedModel: the module cannot be copied or run on these arguments.
+    Raises InvalidInput if the arguments contain no tensor, UnsupportedModel if the module does not run on them.
     """
     return sum(count_by_operator(module, args, kwargs).values()) // batch
 

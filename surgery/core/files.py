@@ -16,10 +16,7 @@ from surgery.errors import InvalidInput
 def replacing(path: Union[str, os.PathLike[str]]) -> Iterator[Path]:
     """Yield a temporary path; its file, and its `.data` file, replace those at `path` if the block succeeds.
 
-    It has the same name in a temporary folder next to `path`, on the same file system, so that the move is atomic.
-
-    Raises:
-        InvalidInput: `path` cannot be written; raised before the block if that is already known.
+    It has the same name in a folder next to `path`, so that the move is atomic. InvalidInput if `path` is not writable.
     """
     target = Path(path)
     if target.is_dir():

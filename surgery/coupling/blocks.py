@@ -130,9 +130,8 @@ def _carries(node: torch.fx.Node, origin: torch.fx.Node) -> bool:
 
 def _learns(nodes: Collection[torch.fx.Node]) -> bool:
     """Return whether a branch contains a contraction with a weight."""
-    table = rules()
-    weighted = (n for n in nodes if any(a.op == "get_attr" for a in n.all_input_nodes))
-    return any((rule := table.get(str(n.target))) is not None and rule.masked for n in weighted)
+    weighted = {str(n.target) for n in nodes if any(a.op == "get_attr" for a in n.all_input_nodes)}
+    return any(rule.masked for name, rule in rules().items() if name in weighted)
 
 
 # Depthwise layers. ---------------------------------------------------------------------------------------------------
@@ -179,11 +178,8 @@ def _layer(layer: Sequence[torch.fx.Node]) -> Block:
 def dead_blocks(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[float, ...]]:
     """Return the blocks whose branch is a constant per channel for every input of every size, and that constant.
 
-    An operator with an all-zero weight, or a product with zeros, does not depend on its input; the values that follow
-    are computed by running the operators in float64.
-
-    Returns:
-        Block name → the constant of each channel (axis 1, or the last); empty if zero.
+    An operator with an all-zero weight does not depend on its input; the values that follow are computed in float64.
+    Constants are listed by channel (axis 1, or the last), and empty if zero.
     """
     if not blocks or not program.has_graph:
         return {}

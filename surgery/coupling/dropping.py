@@ -35,15 +35,10 @@ from surgery.errors import PlanMismatch
 
 
 def drop(program: Program, constants: Mapping[str, Sequence[float]], blocks: Sequence[Block] | None = None) -> Program:
-    """Return the program without some of its blocks.
+    """Return the program, which is unchanged, without some of its blocks.
 
-    Args:
-        program: the program as traced; unchanged.
-        constants: name of each dropped block → the constant per channel that replaces it, empty if none.
-        blocks: result of `find_blocks`, if available.
-
-    Raises:
-        PlanMismatch: the program has no block of that name, or its number of channels differs.
+    `constants`: name of each dropped block → the constant per channel that replaces it, empty if none. Raises
+    PlanMismatch if the program has no such block. `blocks`: result of `find_blocks`, if available.
     """
     if not constants:
         return program
@@ -85,9 +80,7 @@ def _dropped(
     nodes = {node.name: node for node in program.graph.graph.nodes}
     for name, values in constants.items():
         if name not in known:
-            raise PlanMismatch(
-                f"no block '{name}' in this model: the plan was made for another architecture; make a new plan"
-            )
+            raise PlanMismatch(f"no block '{name}' in this model: the plan is for another architecture")
         shape = nodes[known[name].sum].meta["val"].shape
         numbers = all(isinstance(x, (int, float)) and isfinite(x) for x in values)
         fits = len(values) in {hint(shape[a]) for a in channel_axes(shape)}

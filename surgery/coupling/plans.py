@@ -51,14 +51,9 @@ def plan_from_dead(
     notes: Sequence[str] = (),
     reasons: Mapping[str, str] = NO_SETTINGS,
 ) -> Plan:
-    """Return the plan that removes these units.
+    """Return the plan that removes these units, given in any order; the other arguments are stored, see `Plan`.
 
-    `dead`: group name → indices of the removed units within the group, in any order; groups may be missing. The other
-    arguments are stored, and described in `Plan`.
-
-    Raises:
-        PlanMismatch: the coupling does not have this group or unit.
-        IllegalCut: a group, or an axis of a tensor, would become empty.
+    Raises PlanMismatch if the coupling has no such unit, IllegalCut if a group or an axis would become empty.
     """
     units = {name: _valid_units(coupling.group(name), indices) for name, indices in dead.items()}
     units = {group.name: units[group.name] for group in coupling.groups if units.get(group.name)}

@@ -310,11 +310,10 @@ def _mismatch(what: Any) -> CheckFailed:
 
 
 def relative_error(wanted: Rounds, got: Rounds) -> tuple[float, float]:
-    """Compare outputs of several runs, whose inputs differ between runs, or between samples along the first axis.
+    """Compare outputs of runs or samples (first axis) with different inputs.
 
-    Returns:
-        The largest difference divided by the largest deviation from the mean over samples (maximum over outputs), and
-        the share of an output's magnitude that varies (minimum over outputs).
+    Returns the largest difference divided by the largest deviation from the mean over samples (maximum over outputs),
+    and the share of an output's magnitude that varies (minimum over outputs).
     """
     worst, share = 0.0, 1.0
     for outputs, others in zip(zip(*wanted, strict=True), zip(*got, strict=True), strict=True):
