@@ -28,10 +28,10 @@ def _couple_conv(call: Call, *, transposed: bool) -> Value:
     channel = len(x.shape) - len(weight.shape) + 1  # 0 for an input without batch axis
     inside = x.shape[channel] // groups
     outside = call.outputs[0][channel] // groups
-    halves = call.split(call.passed(weight, 0), (groups, inside if transposed else outside))
+    halves = call.split(weight, 0, (groups, inside if transposed else outside))
     (weight_groups, first), second = halves, call.passed(weight, 1)
     weight_in, weight_out = (first, second) if transposed else (second, first)
-    x_groups, x_in = call.split(call.passed(x, channel), (groups, inside))
+    x_groups, x_in = call.split(x, channel, (groups, inside))
     x_in = call.tie_layers(x_in, weight_in, inside)
     whole = call.tie_layers(x_groups, weight_groups, groups)
     call.labels.claim(whole)
@@ -127,7 +127,7 @@ def _couple_fold(call: Call) -> Value:
     if len(x.shape) == 4:  # im2col
         layers = join(call.passed(x, 1), (), (x.shape[1], kernel))
     else:
-        layers, inner = call.split(call.passed(x, 1), (x.shape[1] // kernel, kernel))
+        layers, inner = call.split(x, 1, (x.shape[1] // kernel, kernel))
         call.labels.freeze(inner, f"{call.labels.where}: kernel positions")
     return call.out({0: call.passed(x, 0), 1: layers})
 

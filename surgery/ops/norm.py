@@ -59,7 +59,7 @@ def _couple_group(call: Call) -> Value:
     """Input (N, C, ..): removing whole groups is exact; removing the same members of every group is inexact."""
     x, groups = call.value("input"), call["num_groups"]
     sizes = groups, x.shape[1] // groups
-    outer, inner = call.split(_tied(call, 1, 0), sizes)
+    outer, inner = call.split_layers(_tied(call, 1, 0), sizes)
     call.labels.claim(outer)
     call.labels.claim(inner)
     call.labels.mark_inexact(inner, f"{call.labels.where} normalises over the survivors")

@@ -29,7 +29,7 @@ class Call:
     """One operator call as its `couple` function sees it.
 
     Tensor arguments are `Value`s, all others are concrete. Labelled axes of tensor arguments that the rule does not
-    handle (by `passed`, `tie`, `freeze` or `move`) are frozen afterwards, so a forgotten axis is never cut.
+    handle (by `passed`, `tie`, `split`, `freeze` or `move`) are frozen afterwards, so a forgotten axis is never cut.
     """
 
     key: str
@@ -92,8 +92,12 @@ class Call:
         if layers:
             self.labels.freeze(layers, f"{self.labels.where}: {why}")
 
-    def split(self, layers: Layers, sizes: tuple[int, int]) -> tuple[Layers, Layers]:
+    def split(self, value: Value, axis: int, sizes: tuple[int, int]) -> tuple[Layers, Layers]:
         """Read an axis as (outer, inner) and return the labels of each part."""
+        return self.split_layers(self.passed(value, axis), sizes)
+
+    def split_layers(self, layers: Layers, sizes: tuple[int, int]) -> tuple[Layers, Layers]:
+        """Like `split`, for bare layers."""
         if 1 in sizes and not self.labels.is_locked:  # nothing to split; frozen labels keep their reasons
             return ((), layers) if sizes[0] == 1 else (layers, ())
         outer: Layers = ()
