@@ -41,7 +41,7 @@ from .graphs import (
     mutates as mutates,
     shapes_of as shapes_of,
     state_of as state_of,
-    with_values as with_values,
+    tensors_of as tensors_of,
 )
 from .ir import (
     KEPT as KEPT,

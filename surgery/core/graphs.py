@@ -35,11 +35,6 @@ def arguments_of(node: torch.fx.Node) -> dict[str, Any]:
     return {a.name: known[a.name] for a in schema.arguments if a.name in known}
 
 
-def with_values(arguments: Mapping[str, Any], lookup: Callable[[torch.fx.Node], Any]) -> dict[str, Any]:
-    """Return arguments with values instead of nodes."""
-    return {name: torch.fx.map_arg(argument, lookup) for name, argument in arguments.items()}
-
-
 def mutates(node: torch.fx.Node) -> bool:
     """Return whether a call may modify its arguments."""
     schema = getattr(node.target, "_schema", None)
@@ -67,11 +62,15 @@ def flat_outputs(result: Any) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point()]
 
 
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers by name; tied ones under each name."""
+    named: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    return named | dict(module.named_buffers(remove_duplicate=False))
+
+
 def all_tensors(program: Program) -> dict[str, Tensor]:
     """Return all parameters, buffers and constants of the graph by name; not those of materialised weights."""
-    model: nn.Module = program.model
-    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    tensors = tensors_of(program.model)
     for node in program.graph.graph.nodes if program.has_graph else ():
         if node.op == "get_attr" and node.target not in tensors:
             tensors[node.target] = attribute(program.graph, node.target)

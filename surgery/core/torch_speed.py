@@ -64,10 +64,9 @@ _NORM = "_native_batch_norm_legit_no_training"
 
 @contextmanager
 def _same_shape() -> Iterator[None]:
-    """Take the shape of an activation or a batch norm from its input, if torch needs only the shape.
+    """Take the shape of an activation or a batch norm from its input, instead of running the whole decomposition.
 
-    Otherwise torch runs the operator's whole decomposition on symbolic sizes. In-place operators are asked before torch
-    inserts the copying ones; their result is what they write to.
+    In-place operators are asked before torch inserts the copying ones; their result is what they write to.
     """
     with ExitStack() as stack:
         meta = torch._C.DispatchKey.Meta

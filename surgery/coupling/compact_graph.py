@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.fx.graph_module import reduce_graph_module
 from torch.utils import _pytree as pytree
 
+from surgery.core import tensors_of
+
 aten = torch.ops.aten
 
 _NORMS = {aten.batch_norm.default: 5, aten.instance_norm.default: 5}
@@ -28,8 +30,7 @@ class CompactGraph(torch.fx.GraphModule):
 
     def __init__(self, root: nn.Module, graph: torch.fx.Graph, class_name: str = "Compact") -> None:
         super().__init__(root, graph, class_name)
-        own = dict(root.named_parameters(remove_duplicate=False)), dict(root.named_buffers(remove_duplicate=False))
-        hold(self, {**own[0], **own[1]}, root)  # torch copies only tensors that are read
+        hold(self, tensors_of(root), root)  # torch copies only tensors that are read
         self.fixed_sizes: tuple[tuple[int, int, int], ...] = getattr(root, "fixed_sizes", ())
         self._forward_pre_hooks.clear()
         self.register_forward_pre_hook(_require_fixed_sizes)

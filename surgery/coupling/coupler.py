@@ -37,7 +37,6 @@ from surgery.core import (
     attribute,
     interpret,
     shapes_of,
-    with_values,
 )
 from surgery.coupling.masking import not_zeros, values_in
 from surgery.errors import InvalidInput
@@ -153,7 +152,7 @@ def propagate_labels(
 
     def run(node: torch.fx.Node, values: Mapping[str, Any]) -> Any:
         raw = arguments_of(node)
-        bound = calls[node.name] = with_values(raw, lambda n: values[n.name])
+        bound = calls[node.name] = torch.fx.map_arg(raw, lambda n: values[n.name])
         picked = node.target is operator.getitem
         return settled(node.name, bound["0"][bound["1"]] if picked else computed(node, raw))
 

@@ -292,8 +292,7 @@ def _walk(
 ) -> Iterator[tuple[Any, bool, list[_Index], str | None]]:
     """Yield dependents of a layer's output channels: (node, whether on its input side, positions, refusal).
 
-    Like `DependencyGraph.get_pruning_group`, which however loses a tie if two channels reach one position, and
-    continues past unknown operators.
+    `DependencyGraph.get_pruning_group` loses ties if channels share a position, and continues past unknown operators.
     """
     pending, seen = [(root, handler, start)], set()
     while pending:

@@ -8,12 +8,10 @@ updated from their tensors. If a literal of a call changed and an integer attrib
 from __future__ import annotations
 
 import copy
-import inspect
 import operator
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import lru_cache
 from math import gcd
 from typing import Any
 
@@ -37,6 +35,7 @@ from surgery.core import (
     first_line,
     flat_outputs,
     sample_inputs,
+    tensors_of,
     well_conditioned,
 )
 from surgery.coupling import CompactGraph, Cut, InDouble, hold, values_in
@@ -238,8 +237,7 @@ def transplant(model: nn.Module, sliced: Mapping[str, Tensor], groups: Mapping[s
 
     `groups`: weight name → remaining groups of its convolution or normalisation.
     """
-    own = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    made: nn.Module = copied(model, {id(tensor): sliced[name] for name, tensor in own})
+    made: nn.Module = copied(model, {id(tensor): sliced[name] for name, tensor in tensors_of(model).items()})
     empty_caches(made)
     for name, module in made.named_modules():
         weight, count = module._parameters.get("weight"), groups.get(f"{name}.weight")
@@ -305,15 +303,6 @@ def _unseen(program: Program) -> list[str]:
     return [n for n, _ in program.model.named_parameters() if n not in seen]
 
 
-@lru_cache(maxsize=256)
-def _reads_training(kind: type[nn.Module]) -> bool:
-    """Return whether the source of forward mentions the mode, whose branches were traced only in eval mode."""
-    try:
-        return "self.training" in inspect.getsource(kind.forward)
-    except (OSError, TypeError):
-        return False
-
-
 def _lost_in_training(program: Program) -> tuple[str, ...]:
     """Return training-time behaviour that the traced program loses, since eval mode does not run it."""
     lost = []
@@ -327,8 +316,6 @@ def _lost_in_training(program: Program) -> tuple[str, ...]:
             lost.append(f"attention dropout of '{name}'")
         if isinstance(module, _BatchNorm) and module.momentum is None and module.track_running_stats:
             lost.append(f"cumulative statistics of '{name}' (momentum None)")
-        if not type(module).__module__.startswith("torch.nn.") and _reads_training(type(module)):  # type: ignore[arg-type]
-            lost.append(f"what forward of '{name or kind}' does only where self.training is set")
     if any(isinstance(m, _BatchNorm) for m in program.model.modules()):
         lost.append("num_batches_tracked, which batch norms count up")
     lost += [f"the computation of '{name}' from {', '.join(s)}" for name, s in program.materialised.items()]

@@ -47,6 +47,7 @@ from surgery.core import (
     sample_inputs,
     shapes_of,
     state_of,
+    tensors_of,
     well_conditioned,
     where_raised,
 )
@@ -180,8 +181,8 @@ def _require_slices(cut: Cut, compact: CompactModel) -> None:
         raise CheckFailed(f"'{min(strange)}' is in the state of only one of the dense and the compact model")
     slices = cut.tensors()
     for module in (compact.graph, compact.module):
-        for name, tensor in _tensors_of(module).items():
-            if name in slices and not torch.equal(tensor, slices[name].detach().cpu()):
+        for name, tensor in tensors_of(module).items():
+            if name in slices and not torch.equal(tensor.cpu(), slices[name].cpu()):
                 raise CheckFailed(
                     f"'{name}' is not the slice of the dense tensor that the plan says; nothing was written; if its "
                     "weights were not changed after the cut, please report this model"
@@ -383,17 +384,12 @@ def _compare(reference: Executor, rounds: Rounds, found: list[Rounds]) -> tuple[
     return max(error for error, _ in errors), errors[0][1]
 
 
-def _tensors_of(graph: nn.Module) -> dict[str, Tensor]:
-    named: dict[str, Tensor] = dict(graph.named_parameters(remove_duplicate=False))
-    named |= dict(graph.named_buffers(remove_duplicate=False))
-    return {name: tensor.detach().cpu() for name, tensor in named.items()}
-
-
 def _of_graph(
     compact: CompactModel, state: Mapping[str, Tensor] | None, rounds: Rounds, override: Any = None
 ) -> Rounds:
     """Return the rewritten program's outputs by round, in float64 on `state`, or on its own weights if None."""
-    tensors = state if state is not None else _tensors_of(compact.graph)
+    own = {name: tensor.detach().cpu() for name, tensor in tensors_of(compact.graph).items()} if state is None else {}
+    tensors = state or own
     run = Executor(compact.graph, tensors, override, torch.float64 if state is not None else None)
     with evaluating(compact.graph):
         return _outputs(run, rounds)

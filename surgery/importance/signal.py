@@ -27,7 +27,6 @@ from surgery.core import (
     arguments_of,
     interpret,
     shapes_of,
-    with_values,
 )
 from surgery.ops import Moments, Rule, compressed, rules, through
 
@@ -162,7 +161,7 @@ def _standard(shape: Any) -> Any:
 
 def _result(node: torch.fx.Node, known: Mapping[str, Any], rule: Rule | None) -> Any:
     """Apply the operator's rule, else that of its family; otherwise pass the inputs' moments on."""
-    shape, given = shapes_of(node.meta.get("val")), with_values(arguments_of(node), lambda n: known[n.name])
+    shape, given = shapes_of(node.meta.get("val")), torch.fx.map_arg(arguments_of(node), lambda n: known[n.name])
     if node.target is operator.getitem:
         whole = given["0"]
         return whole[given["1"]] if isinstance(whole, tuple) else _passed_on([whole], shape)
