@@ -27,19 +27,12 @@ ONNX = "onnx"
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A file format.
+    """A file format."""
 
-    Attributes:
-        name: name in `--format`.
-        suffix: file suffix.
-        precisions: supported precisions of the ONNX file: `fp32`, `fp16`, `int8`.
-        convert: writes a file; raises an error of `surgery.errors` if it fails, or if the file differs.
-    """
-
-    name: str
+    name: str  # in `--format`
     suffix: str
-    precisions: tuple[str, ...]
-    convert: Convert
+    precisions: tuple[str, ...]  # of the ONNX file: `fp32`, `fp16`, `int8`
+    convert: Convert  # raises an error of `surgery.errors` if it fails or the file differs
 
 
 FORMATS: dict[str, Format] = {}

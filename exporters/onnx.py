@@ -77,42 +77,26 @@ class ExportSettings:
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """A written ONNX file.
-
-    Attributes:
-        path: path of the file.
-        bytes: its size, including external data.
-        opset: ONNX operator set.
-        dynamic: input name → names of its dynamic axes, by axis.
-        error: largest difference from the torch model in ONNX Runtime, relative to the part of the output that varies
-            with the input; None where `check` was off.
-        varying: share of the output that varies with the input, on the real weights; None where `check` was off.
-        notes: notes for the user, such as a static axis, a cast to float32, or a comparison on other weights.
-    """
+    """A written ONNX file."""
 
     path: Path
-    bytes: int
+    bytes: int  # including external data
     opset: int
-    dynamic: Mapping[str, Mapping[int, str]]
-    error: float | None
-    varying: float | None
-    notes: tuple[str, ...] = ()
+    dynamic: Mapping[str, Mapping[int, str]]  # input → axis → name
+    error: float | None  # relative to the part of the output that varies; None where not compared
+    varying: float | None  # share of the output that varies with the input; None likewise
+    notes: tuple[str, ...] = ()  # for the user
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
-    """An export: the call of a float32 copy in eval mode on the CPU, its tensors by name, and the output file.
-
-    Attributes:
-        file: in a temporary folder.
-        name: name of the output file, for messages.
-    """
+    """An export: the call of a float32 copy in eval mode on the CPU, its tensors by name, and the output file."""
 
     call: Callee
     tensors: Tensors
     outputs: tuple[str, ...]
-    file: Path
-    name: str
+    file: Path  # in a temporary folder
+    name: str  # of the output file, for messages
     metadata: Mapping[str, str]
     settings: ExportSettings
 

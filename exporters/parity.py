@@ -38,21 +38,13 @@ _TINY = 1e-30
 
 @dataclass(frozen=True, slots=True)
 class OutputParity:
-    """Comparison of one output: maximum over all runs. For integers, shares of differing elements.
+    """Comparison of one output: maximum over all runs. For integers, shares of differing elements."""
 
-    Attributes:
-        error: largest difference over the largest value of the part that varies with the input.
-        varying: largest value of the part that varies with the input over the largest value of the output.
-        difference: largest difference over the largest value of the output.
-        errors: like `error`, of every single draw.
-        rounding: the torch model's own error, float32 against float64, if that explains `error`.
-    """
-
-    error: float
-    varying: float
-    difference: float
-    errors: tuple[float, ...] = ()
-    rounding: float | None = None
+    error: float  # largest difference over the largest value of the part that varies with the input
+    varying: float  # that largest value over the largest value of the output
+    difference: float  # largest difference over the largest value of the output
+    errors: tuple[float, ...] = ()  # like `error`, of every single draw
+    rounding: float | None = None  # the torch model's own error in float32 if that explains `error`
 
     @property
     def blind(self) -> bool:
@@ -81,15 +73,10 @@ class OutputParity:
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """Comparison of an ONNX file with a torch model.
+    """Comparison of an ONNX file with a torch model."""
 
-    Attributes:
-        outputs: by name.
-        batches: batch sizes that were run; one that the torch model itself refuses is left out.
-    """
-
-    outputs: Mapping[str, OutputParity]
-    batches: tuple[int, ...]
+    outputs: Mapping[str, OutputParity]  # by name
+    batches: tuple[int, ...]  # batch sizes that the torch model runs at
 
     @property
     def error(self) -> float | None:

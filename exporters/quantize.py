@@ -69,22 +69,13 @@ class Int8:
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """A written low-precision file.
-
-    Attributes:
-        path: path of the file.
-        bytes: its size.
-        layers: convolutions, linear layers and matrix products in 8 bits, of how many.
-        cosine: between its outputs and the float file's, on the calibration images; the mean over images, of the
-            output where it is least; None where they were not compared.
-        notes: what the user should know.
-    """
+    """A written low-precision file."""
 
     path: Path
     bytes: int
-    layers: tuple[int, int]
-    cosine: float | None
-    notes: tuple[str, ...] = ()
+    layers: tuple[int, int]  # in 8 bits, of how many
+    cosine: float | None  # with the float file's outputs, where it is least; None where not compared
+    notes: tuple[str, ...] = ()  # for the user
 
 
 def to_int8(

@@ -94,5 +94,5 @@ CRITERIA: Registry[Criterion] = Registry(
     "criterion", "surgery.importance.criteria", ("images", "graph", "gradients", "consumers", "costs", "seed")
 )
 RECOVERY_METHODS: Registry[RecoveryMethod] = Registry(
-    "recovery method", "surgery.recovery.methods", ("images", "drawn-images", "graph", "gradients", "labels")
+    "recovery method", "surgery.recovery", ("images", "drawn-images", "graph", "gradients", "labels")
 )

@@ -1,11 +1,7 @@
 from .block_ablation import BlockAblation as BlockAblation, block_losses as block_losses
 from .contractions import (
-    CONVOLUTIONS as CONVOLUTIONS,
-    LINEAR as LINEAR,
-    NORM as NORM,
     Contraction as Contraction,
-    Window as Window,
-    convolution_rows as convolution_rows,
+    Layer as Layer,
     drawn as drawn,
     find_contractions as find_contractions,
     value_rows as value_rows,

@@ -62,38 +62,19 @@ class BlockAblation:
         self._blocks = {block.name: block for block in blocks}
         self._dense = list(self._outputs(()))
         self._variations = variations(self._dense)
-        self.alone = self._alone()
+        self.alone = {block.name: self.error((block.name,)) for block in blocks}
 
     def error(self, removed: Collection[str]) -> float:
         """Return the error without these blocks, the mean over outputs."""
-        return self._mean(squared_errors(*pair) for pair in zip(self._outputs(removed), self._dense, strict=True))
-
-    def _mean(self, errors: Iterable[Tensor]) -> float:
+        errors = (squared_errors(*pair) for pair in zip(self._outputs(removed), self._dense, strict=True))
         return float((sum(errors) / self._variations).mean()) if len(self._variations) else 0.0
 
-    def _alone(self) -> dict[str, float]:
-        """Compute the error without each single block; runs are shared up to the start of the block."""
-        whole = self._without(())
-        starts = {name: min(whole.place[node] for node in (*b.nodes, b.sum)) for name, b in self._blocks.items()}
-        tapes = {name: self._without((name,)) for name in sorted(starts, key=starts.__getitem__)}
-        errors: dict[str, list[Tensor]] = {name: [] for name in self._blocks}
-        with torch.no_grad():
-            for batch, dense in zip(self._batches, self._dense, strict=True):
-                run = whole.start(batch)
-                for name, tape in tapes.items():
-                    run = whole.advance(run, starts[name])
-                    errors[name].append(squared_errors(flat_outputs(tape.output(run)), dense))
-        return {name: self._mean(found) for name, found in errors.items()}
-
-    def _without(self, removed: Collection[str]) -> _Ablated:
-        return _Ablated(self._graph, self._state, [self._blocks[name] for name in removed])
-
+    @torch.no_grad()
     def _outputs(self, removed: Collection[str]) -> Iterator[list[Tensor]]:
-        tape = self._without(removed)
+        without = partial(_without, [self._blocks[name] for name in removed])
+        executor = Executor(self._graph, self._state, without)
         for batch in self._batches:
-            with torch.no_grad():
-                outputs = flat_outputs(tape.output(tape.start(batch)))
-            yield outputs
+            yield flat_outputs(executor.output(executor.start(batch)))
 
     def in_turn(self, most: float = MOST_ERROR) -> Iterator[tuple[str, float]]:
         """Yield blocks in order of removal, each with the error without it and all previous ones.
@@ -115,26 +96,16 @@ class BlockAblation:
             yield name, so_far
 
 
-class _Ablated(Executor):
-    """The network without some blocks: their branches are skipped, and their sums return the other operand."""
-
-    def __init__(self, graph: torch.fx.GraphModule, state: Mapping[str, Tensor], gone: Sequence[Block]) -> None:
-        super().__init__(graph, state)
-        self._sums = {block.sum: block for block in gone}
-        self._skipped = {name for block in gone if not block.is_layer for name in block.nodes}
-        self._through = {name for block in gone if block.is_layer for name in block.nodes}
-
-    def call(self, node: torch.fx.Node, values: Mapping[torch.fx.Node, Any], **changed: Any) -> Any:
-        """Run one node."""
-        if node.name in self._skipped:
-            return None
-        if node.name in self._through:
-            return self.value(node.all_input_nodes[0], values)
-        block = self._sums.get(node.name)
-        if block is None:
-            return super().call(node, values, **changed)
-        stays = node.all_input_nodes[0] if block.is_layer else self.nodes[self.place[block.stays]]
-        return self.value(stays, values)
+def _without(removed: Sequence[Block], node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
+    """Skip the branches of these blocks, and pass the other operand of their sums, or a layer's input, on."""
+    if any(node.name in block.nodes for block in removed if not block.is_layer):
+        return None
+    for block in removed:
+        if node.name in block.nodes or (node.name == block.sum and block.is_layer):
+            return args[0]
+        if node.name == block.sum:
+            return args[[getattr(source, "name", "") for source in node.args].index(block.stays)]
+    return NotImplemented
 
 
 # Differences between a network's outputs and those of the dense network. ---------------------------------------------

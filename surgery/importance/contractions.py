@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.core import arguments_of
+from surgery.core import Executor, arguments_of
 
 aten = torch.ops.aten
 
@@ -122,45 +122,50 @@ def _only_user(node: torch.fx.Node) -> torch.fx.Node | None:
 # Inputs as rows: one per image and position, in the order of the weight. ---------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Kernel size, stride, padding and dilation of a convolution, one number per spatial axis."""
+class Layer:
+    """A contraction in an executor's graph: its parameters by group, and its inputs as rows.
 
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    dilation: tuple[int, ...]
+    A separate norm has a group for each channel.
+    """
 
-    @classmethod
-    def of(cls, raw: Mapping[str, Any], weight: Tensor) -> Window:
-        """Return the window of a convolution's arguments."""
-        kernel, padding = tuple(weight.shape[2:]), raw["padding"]
+    def __init__(self, found: Contraction, executor: Executor) -> None:
+        self.found, self.state = found, executor.state
+        self.node = executor.nodes[executor.place[found.node]]
+        self._raw = arguments_of(self.node)
+        self.input: torch.fx.Node = self._raw["input"]
+        self.own = self.state[found.weight] if found.weight else None
+        if self.own is None:
+            self.groups, self.inputs, self.outputs = len(self.state[found.norm_names[0]]), 1, 1
+        else:
+            self.groups = int(self._raw["groups"]) if self.node.target in CONVOLUTIONS else 1
+            self.inputs, self.outputs = self.own[0].numel(), len(self.own) // self.groups
+        norm = executor.nodes[executor.place[found.norm]] if found.norm else None
+        self.epsilon = float(arguments_of(norm)["eps"]) if norm is not None else 0.0
 
-        def each(value: Any) -> tuple[int, ...]:
-            numbers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-            return numbers * len(kernel) if len(numbers) == 1 else numbers
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Return scale and offset per channel of the norm after the contraction."""
+        if not self.found.norm:
+            width = self.groups * self.outputs
+            return torch.ones(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+        gamma, beta, mean, var = (self.state[name].double() for name in self.found.norm_names)
+        scale = gamma / (var + self.epsilon).sqrt()
+        return scale, beta - scale * mean
 
-        stride, dilation = each(raw["stride"]), each(raw["dilation"])
-        if isinstance(padding, str):
-            whole = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
-            return cls(kernel, stride, tuple((w // 2, w - w // 2) for w in whole), dilation)
-        return cls(kernel, stride, tuple((p, p) for p in each(padding)), dilation)
+    def kernels(self) -> Tensor:
+        """Return the weight by group: (groups, n, outputs), float64; ones for a separate norm."""
+        if self.own is None:
+            return torch.ones(self.groups, 1, 1, dtype=torch.float64)
+        return self.own.double().reshape(self.groups, self.outputs, self.inputs).transpose(1, 2)
 
-    def positions(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """Return the number of positions along each spatial axis for an input of these sizes."""
-        axes = zip(sizes, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        return tuple((size + sum(pad) - d * (k - 1) - 1) // s + 1 for size, k, s, pad, d in axes)
+    def channel_axis(self, value: Tensor) -> int:
+        """Return the axis of the channels of its input or output."""
+        return value.dim() - 1 if self.node.target == LINEAR else 1
 
-    def read(self, places: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return the input index of each position and tap, (positions, taps), and whether it is inside the image."""
-        count, rank = len(places[0]), len(sizes)
-        flat, inside = torch.zeros((), dtype=torch.long), torch.ones((), dtype=torch.bool)
-        for axis, (size, place) in enumerate(zip(sizes, places, strict=True)):
-            taps = torch.arange(self.kernel[axis]) * self.dilation[axis] - self.padding[axis][0]
-            read = place[:, None] * self.stride[axis] + taps
-            read = read.reshape(count, *(len(taps) if a == axis else 1 for a in range(rank)))
-            flat, inside = flat * size + read.clamp(0, size - 1), inside & (read >= 0) & (read < size)
-        return flat.flatten(1), inside.flatten(1)
+    def rows(self, x: Tensor, at: tuple[Tensor, ...] | None) -> Tensor:
+        """Return (rows, groups, n): its inputs at the drawn positions."""
+        if self.own is not None and self.node.target in CONVOLUTIONS:
+            return convolution_rows(x, self.own.shape[2:], self._raw, self.groups, at)
+        return value_rows(x, self.channel_axis(x), self.groups, at)
 
 
 def drawn(positions: Sequence[int], most: int, generator: torch.Generator) -> tuple[Tensor, ...] | None:
@@ -172,20 +177,26 @@ def drawn(positions: Sequence[int], most: int, generator: torch.Generator) -> tu
     return torch.unravel_index(flat, tuple(positions))
 
 
-def convolution_rows(x: Tensor, window: Window, groups: int, at: tuple[Tensor, ...] | None) -> Tensor:
-    """Return (rows, groups, C / groups * prod(kernel)): what each position reads, of those drawn.
+def convolution_rows(
+    x: Tensor, kernel: Sequence[int], raw: Mapping[str, Any], groups: int, at: tuple[Tensor, ...] | None
+) -> Tensor:
+    """Return (rows, groups, C / groups * prod(kernel)): what a convolution with arguments `raw` reads."""
 
-    Only these inputs are accessed; no padded copy of the image is made.
-    """
-    images, channels, *sizes = x.shape
-    counts = window.positions(sizes)
-    flat, inside = window.read(torch.unravel_index(torch.arange(prod(counts)), counts) if at is None else at, sizes)
-    count, taps = flat.shape
-    planes = x.reshape(images, channels, -1)
-    seen = planes.gather(2, flat.reshape(-1).expand(images, channels, -1))
-    seen = seen.reshape(images, groups, channels // groups, count, taps)
-    seen = seen if bool(inside.all()) else seen.masked_fill(~inside, 0.0)
-    return seen.permute(1, 0, 3, 2, 4).reshape(groups, images * count, -1).transpose(0, 1)
+    def each(value: Any) -> tuple[int, ...]:
+        numbers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        return numbers * len(kernel) if len(numbers) == 1 else numbers
+
+    stride, dilation, padding = each(raw["stride"]), each(raw["dilation"]), raw["padding"]
+    if isinstance(padding, str):
+        whole = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        ends = [(w // 2, w - w // 2) for w in whole]
+    else:
+        ends = [(p, p) for p in each(padding)]
+    x = torch.nn.functional.pad(x, [p for pair in reversed(ends) for p in pair])
+    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
+        x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
+    index: tuple[Any, ...] = (slice(None), *(at or ()))
+    return x.movedim(1, 1 + len(kernel))[index].reshape(-1, groups, x.shape[1] // groups * prod(kernel))
 
 
 def value_rows(y: Tensor, axis: int, groups: int, at: tuple[Tensor, ...] | None) -> Tensor:

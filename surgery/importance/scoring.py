@@ -27,27 +27,16 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """The argument of criteria that need more than weights.
-
-    Attributes:
-        program: the dense model.
-        coupling: its groups.
-        weights: parameters by name, detached, on the CPU, in head order.
-        state: all parameters and buffers that the graph reads, likewise; empty without a graph.
-        images: batches of the program's inputs; empty unless the criterion needs images.
-        macs: MACs of one image, which limit the number of images for measurements; 0: no limit.
-        seed: seed of all random draws.
-        progress: called with the completed fraction.
-    """
+    """The argument of criteria that need more than weights."""
 
     program: Program
     coupling: Coupling
-    weights: Mapping[str, Tensor]
-    state: Mapping[str, Tensor]
-    images: Batches
-    macs: int
+    weights: Mapping[str, Tensor]  # parameters by name, detached, on the CPU, in head order
+    state: Mapping[str, Tensor]  # parameters and buffers of the graph, likewise; empty without one
+    images: Batches  # batches of the program's inputs; empty unless needed
+    macs: int  # of one image, to limit measurements; 0: no limit
     seed: int
-    progress: Callable[[float], None]
+    progress: Callable[[float], None]  # called with the completed fraction
 
     @cached_property
     def signal(self) -> Signal:

@@ -9,10 +9,9 @@ from math import isfinite, nan, sqrt
 from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 from scipy.optimize import brentq
-from scipy.stats import bootstrap, norm
+from scipy.stats import norm
 from torch import Tensor
 
 from surgery.capture import evaluating
@@ -31,63 +30,37 @@ JUDGED = 10_000
 KEPT, HELD = 2**30, 2**28
 """Maximum bytes of images, and of dense outputs, to keep in memory; beyond that, they are read and computed again."""
 CONFIDENCE = 0.95
-RESAMPLES = 5000
-FEW, MANY = 10, 30
-"""Images on which two models differ: up to the first number the bootstrap is not used, from the second only it."""
 _EXACT = (0.0, 0.0, 0.0)
 _NOTHING = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Agreement of a model with the dense one on the same images.
-
-    Attributes:
-        images: number of images.
-        cosine: mean cosine between the two models' outputs, as one vector per image.
-        error: squared difference over the variance of the dense model's outputs.
-        top1_match: share of images with the same predicted class; None if outputs are not class scores.
-        divergence: Kullback-Leibler divergence of the dense distribution from this one, in nats; None likewise.
-        accuracy: share of correctly classified images; None without labels.
-        drop: accuracy lost against the dense model in points, paired, with its 95 % interval; None without labels.
-        traded: numbers of images that only the dense model, and only this one, classifies correctly; None likewise.
-        differs: points of images with different predicted classes, with the interval; None like `top1_match`.
-        correlation: correlation of the two models' outputs over images, -1 to 1; NaN if not finite.
-    """
+    """Agreement of a model with the dense one on the same images."""
 
     images: int
-    cosine: float
-    error: float
-    top1_match: float | None = None
-    divergence: float | None = None
-    accuracy: float | None = None
-    drop: tuple[float, float, float] | None = None
-    traded: tuple[int, int] | None = None
-    differs: tuple[float, float, float] | None = None
-    correlation: float = nan
+    cosine: float  # mean cosine between the two models' outputs, as one vector per image
+    error: float  # squared difference over the variance of the dense model's outputs
+    top1_match: float | None = None  # share with the same predicted class; None if outputs are not class scores
+    divergence: float | None = None  # Kullback-Leibler, of the dense distribution from this one, in nats; None likewise
+    accuracy: float | None = None  # share of correctly classified images; None without labels
+    drop: tuple[float, float, float] | None = None  # points of accuracy lost, with 95 % interval; None without labels
+    traded: tuple[int, int] | None = None  # images that only the dense model, and only this one, has right
+    differs: tuple[float, float, float] | None = None  # points of images with other predicted classes, likewise
+    correlation: float = nan  # of the two models' outputs over images; NaN if not finite
 
 
 @dataclass(slots=True, eq=False)
 class Reference:
-    """The dense model's outputs on evaluation images, with which other models are compared batch by batch.
+    """The dense model's outputs on evaluation images, with which other models are compared batch by batch."""
 
-    Attributes:
-        dense_model: run again if its outputs are too large to keep.
-        batches: batches of inputs and classes (or None), identical in each iteration.
-        labels: class of each image, (N,), or None.
-        outputs: outputs of the dense model for each batch, (N, values), or None if too large.
-        classes: number of classes, 0 if outputs are not class scores.
-        named: description of the images.
-        notes: notes for the user.
-    """
-
-    dense_model: Model
-    batches: Iterable[Pair]
-    labels: Tensor | None
-    outputs: Sequence[Tensor] | None
-    classes: int
-    named: str
-    notes: tuple[str, ...] = ()
+    dense_model: Model  # run again if its outputs are too large to keep
+    batches: Iterable[Pair]  # of inputs and classes, identical in each iteration
+    labels: Tensor | None  # class of each image, (N,), or None
+    outputs: Sequence[Tensor] | None  # of the dense model, by batch, (N, values); None if too large
+    classes: int  # number of classes; 0 if outputs are not class scores
+    named: str  # description of the images
+    notes: tuple[str, ...] = ()  # for the user
 
     @classmethod
     def of(cls, dense: Model, batches: Iterable[Pair], named: str = "") -> Reference:
@@ -203,10 +176,9 @@ def validate_labels(named: str, lowest: int, highest: int, classes: int) -> None
 
 
 def paired_drop(dense: Tensor, compact: Tensor) -> tuple[float, float, float]:
-    """Return the accuracy lost in points, with its 95 % interval, paired on the same images.
+    """Return the accuracy lost in points, with its 95 % score interval, paired on the same images.
 
-    The bootstrap is unreliable if few images differ: up to `FEW`, the interval is Tango's score interval, from `MANY`
-    the percentile bootstrap, with a transition in between. Both ends are monotonic in images lost and won.
+    Both ends are monotonic in images lost and won, and the interval does not collapse if none are.
 
     Args:
         dense: whether each image is classified correctly, (N,), or the share of several models that do so.
@@ -214,28 +186,9 @@ def paired_drop(dense: Tensor, compact: Tensor) -> tuple[float, float, float]:
 
     Source: Tango 1998, Statistics in Medicine 17(8), 891-908.
     """
-    apart = 100.0 * (dense.double() - compact.double()).numpy()
-    differing = int(np.count_nonzero(apart))
-    share = min(1.0, max(0.0, (differing - FEW) / (MANY - FEW)))
-    ends = np.zeros(2)
-    if share > 0:
-        found = bootstrap(
-            (apart,), np.mean, confidence_level=CONFIDENCE, n_resamples=RESAMPLES, method="percentile",
-            batch=100, rng=np.random.default_rng(0),
-        ).confidence_interval  # fmt: skip
-        ends += share * np.array([found.low, found.high])
-    if share < 1:
-        few = score_interval(float(apart.clip(0).sum()) / 100, float((-apart).clip(0).sum()) / 100, len(apart))
-        ends += (1 - share) * 100 * np.array(few)
-    return float(apart.mean()), float(ends[0]), float(ends[1])
-
-
-def score_interval(lost: float, won: float, count: int) -> tuple[float, float]:
-    """Return Tango's 95 % score interval, -1 to 1, of a difference between shares of `count` pairs.
-
-    In `lost` pairs only the first is correct, in `won` only the second.
-    """
-    quantile = float(norm.ppf(0.5 + CONFIDENCE / 2))
+    apart, count = dense.double() - compact.double(), len(dense)
+    lost, won = float(apart.clamp_min(0).sum()), float((-apart).clamp_min(0).sum())
+    middle, quantile = (lost - won) / count, float(norm.ppf(0.5 + CONFIDENCE / 2))
 
     def beyond(difference: float, sign: int) -> float:
         """Return the deviation from the expected difference, minus the critical value."""
@@ -245,13 +198,13 @@ def score_interval(lost: float, won: float, count: int) -> tuple[float, float]:
         spread = sqrt(max(0.0, count * (2 * least + difference * (1 - difference))))
         return sign * (lost - won - count * difference) - quantile * spread
 
-    if not lost and not won:
-        wide = quantile**2 / (count + quantile**2)
-        return -wide, wide
-    middle = (lost - won) / count
-    low = brentq(beyond, -1.0, middle, args=(1,)) if middle > -1 else -1.0
-    high = brentq(beyond, middle, 1.0, args=(-1,)) if middle < 1 else 1.0
-    return float(low), float(high)
+    wide = quantile**2 / (count + quantile**2)
+    low, high = (-wide, wide) if not lost and not won else (-1.0, 1.0)
+    if low < middle and (lost or won):
+        low = float(brentq(beyond, low, middle, args=(1,)))
+    if middle < high and (lost or won):
+        high = float(brentq(beyond, middle, high, args=(-1,)))
+    return 100 * middle, 100 * low, 100 * high
 
 
 # Evaluation images. --------------------------------------------------------------------------------------------------

@@ -33,13 +33,10 @@ from surgery.core import (
 from surgery.coupling import Cut
 from surgery.errors import InvalidInput
 from surgery.importance import (
-    CONVOLUTIONS,
-    LINEAR,
     Contraction,
+    Layer,
     Moments,
     Solution,
-    Window,
-    convolution_rows,
     drawn,
     find_contractions,
     folds_for,
@@ -72,23 +69,14 @@ _SAME = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """The result of fitting one layer.
+    """The result of fitting one layer."""
 
-    Attributes:
-        name: name of the weight, or of the norm's scale.
-        rows: number of rows it was fitted on.
-        unknowns: number of weights of one output.
-        ridge: the chosen ridge; infinite if only the shift was fitted.
-        before: squared error over the variance of the target, as cut.
-        after: squared error after the fit, likewise, on held-out images.
-    """
-
-    name: str
+    name: str  # of the weight, or of the norm's scale
     rows: int
-    unknowns: int
-    ridge: float
-    before: float
-    after: float
+    unknowns: int  # weights of one output
+    ridge: float  # infinite if only the shift was fitted
+    before: float  # squared error over the variance of the target, as cut
+    after: float  # likewise after the fit, on held-out images
 
     @property
     def scarce(self) -> bool:
@@ -170,12 +158,12 @@ def _rails(node: torch.fx.Node) -> tuple[float, float]:
     return -inf if low is None else float(low), inf if high is None else float(high)
 
 
-class _Fit:
+class _Fit(Layer):
     """Collects the rows of one layer, and fits it; a second time if a rectifier follows."""
 
     def __init__(
         self,
-        layer: Contraction,
+        found: Contraction,
         dense: Executor,
         cut: Executor,
         aim: Value,
@@ -183,73 +171,45 @@ class _Fit:
         sizes: Sequence[int],
         seed: int,
     ) -> None:
-        self._layer, self._dense, self._cut, self._sizes = layer, dense, cut, sizes
-        self._node = cut.nodes[cut.place[layer.node]]
-        self._raw = arguments_of(self._node)
+        super().__init__(found, cut)
+        self._dense, self._cut, self._sizes = dense, cut, sizes
         self._alive = {
             a: torch.from_numpy(mask).nonzero().flatten()
             for a, axis in enumerate(aim.axes)
             if axis and not (mask := masks(aim, a)).all()
         }
         self._generator = torch.Generator().manual_seed(seed)
-        self._weight = cut.state[layer.weight] if layer.weight else None
-        if self._weight is None:
-            self._groups, self._inputs, self._outputs = len(cut.state[layer.norm_names[0]]), 1, 1
-        else:
-            self._groups = int(self._raw["groups"]) if self._node.target in CONVOLUTIONS else 1
-            self._inputs, self._outputs = self._weight[0].numel(), len(self._weight) // self._groups
-        read = self._groups * (self._inputs + 1)
-        cheap = min(MOST_ROWS, int(min(LITTLE / (self._inputs + 1) ** 2, FEW_VALUES / read)))
-        enough = max(FEWEST_ROWS, ROWS * (self._inputs + 1), cheap)
-        held = read + 2 * self._groups * self._outputs
+        read = self.groups * (self.inputs + 1)
+        cheap = min(MOST_ROWS, int(min(LITTLE / (self.inputs + 1) ** 2, FEW_VALUES / read)))
+        enough = max(FEWEST_ROWS, ROWS * (self.inputs + 1), cheap)
+        held = read + 2 * self.groups * self.outputs
         self._most = ceil(max(1, min(enough, MOST_VALUES // held)) / sum(sizes))
-        self._scale, _ = self._affine()
+        self._scale, _ = self.affine()
         self._prior = self._weights()
-        self._folds = [Moments.none(self._groups, self._inputs, self._outputs) for _ in range(folds_for(self._inputs))]
+        self._folds = [Moments.none(self.groups, self.inputs, self.outputs) for _ in range(folds_for(self.inputs))]
         # Bounds outside which no consumer of the target depends on its value.
-        rails = [_rails(user) for user in cut.nodes[cut.place[layer.aim]].users]
+        rails = [_rails(user) for user in cut.nodes[cut.place[found.aim]].users]
         self._rails = min((low for low, _ in rails), default=-inf), max((high for _, high in rails), default=inf)
         self._rows: list[tuple[int, Tensor, Tensor, Tensor | float]] = []
         """Fold, inputs (rows, groups, n), targets (rows, groups, outputs), and the sum's other operand."""
 
-    def _affine(self) -> tuple[Tensor, Tensor]:
-        """Return scale and offset per channel of the norm after the contraction."""
-        if not self._layer.norm:
-            width = len(self._cut.state[self._layer.weight])
-            return torch.ones(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
-        gamma, beta, mean, var = (self._cut.state[name].double() for name in self._layer.norm_names)
-        scale = gamma / (var + self._epsilon()).sqrt()
-        return scale, beta - scale * mean
-
-    def _epsilon(self) -> float:
-        return float(arguments_of(self._cut.nodes[self._cut.place[self._layer.norm]])["eps"])
-
     def _weights(self) -> Tensor:
         """Return (groups, n + 1, outputs): the current weights including the norm's scale and shift."""
-        scale, offset = self._affine()
-        weight = torch.ones(self._groups, 1, 1).double() if self._weight is None else self._per_group(self._weight)
-        bias = self._cut.state[self._layer.bias].double() if self._layer.bias else torch.zeros_like(offset)
-        shape = (self._groups, 1, self._outputs)
-        return torch.cat([weight * scale.reshape(shape), (scale * bias + offset).reshape(shape)], 1)
-
-    def _per_group(self, weight: Tensor) -> Tensor:
-        """(groups, n, outputs), float64."""
-        return weight.double().reshape(self._groups, self._outputs, self._inputs).transpose(1, 2)
+        scale, offset = self.affine()
+        bias = self.state[self.found.bias].double() if self.found.bias else torch.zeros_like(offset)
+        shape = (self.groups, 1, self.outputs)
+        return torch.cat([self.kernels() * scale.reshape(shape), (scale * bias + offset).reshape(shape)], 1)
 
     def add(self, k: int, dense: Frontier, cut: Frontier) -> None:
         """Add rows of one batch; the compact model's run is before the layer, the dense one's after the target."""
-        x, target = self._cut.value(self._raw["input"], cut.values), self._dense.only(dense, self._layer.aim)
+        x, target = self._cut.value(self.input, cut.values), self._dense.only(dense, self.found.aim)
         for a, alive in self._alive.items():
             target = target.index_select(a, alive)
-        axis = target.dim() - 1 if self._node.target == LINEAR else 1
+        axis = self.channel_axis(target)
         at = drawn(target.movedim(axis, -1).shape[1:-1], self._most, self._generator)
-        aim, other = value_rows(target, axis, self._groups, at), None
-        if self._layer.other:
-            other = value_rows(self._cut.only(cut, self._layer.other), axis, self._groups, at)
-        if self._weight is not None and self._node.target in CONVOLUTIONS:
-            given = convolution_rows(x, Window.of(self._raw, self._weight), self._groups, at)
-        else:
-            given = value_rows(x, axis, self._groups, at)
+        given, aim, other = self.rows(x, at), value_rows(target, axis, self.groups, at), None
+        if self.found.other:
+            other = value_rows(self._cut.only(cut, self.found.other), axis, self.groups, at)
         if len(given) > (limit := self._most * self._sizes[k]):  # positions are folded into the batch axis
             some = torch.randperm(len(given), generator=self._generator)[:limit].sort().values
             given, aim, other = given[some], aim[some], None if other is None else other[some]
@@ -260,7 +220,7 @@ class _Fit:
 
     def finish(self) -> Fitted | None:
         """Fit and write the weights; returns None if the error was already negligible."""
-        layer, whole = self._layer, sum(self._folds[1:], self._folds[0])
+        layer, whole = self.found, sum(self._folds[1:], self._folds[0])
         shift, name = bool(layer.norm or layer.bias), layer.weight or layer.norm_names[0]
         if not all(bool(sums.isfinite().all()) for sums in (whole.xx, whole.yy)):
             raise InvalidInput(
@@ -273,7 +233,7 @@ class _Fit:
         self._write(whole, solution)
         if self._rows:
             self._write(whole, solve(self._rectified(), self._prior, shift=shift, ridge=solution.ridge))
-        return Fitted(name, whole.count, self._inputs, solution.ridge, solution.before, solution.after)
+        return Fitted(name, whole.count, self.inputs, solution.ridge, solution.before, solution.after)
 
     def _rectified(self) -> list[Moments]:
         """Return moments of the same rows, with targets outside the bounds replaced by the layer's output."""
@@ -287,25 +247,25 @@ class _Fit:
         return folds
 
     def _write(self, whole: Moments, solution: Solution) -> None:
-        layer, state = self._layer, self._cut.state
+        found, state = self.found, self.state
         weight, shift = solution.weight[:, :-1], solution.weight[:, -1].flatten()
-        if self._weight is None:
-            kernel, scale = torch.ones_like(weight), weight.flatten()
+        if self.own is None:
+            kernel, scale = self.kernels(), weight.flatten()
         else:
             known = self._scale.abs() > _TINY  # the norm ignores the other channels, whose kernels are unchanged
-            shape = (self._groups, 1, self._outputs)
+            shape = (self.groups, 1, self.outputs)
             divisor = torch.where(known, self._scale, 1.0).reshape(shape)
-            kernel = torch.where(known.reshape(shape), weight / divisor, self._per_group(self._weight))
+            kernel = torch.where(known.reshape(shape), weight / divisor, self.kernels())
             scale = torch.where(known, self._scale, 0.0)
-            self._weight.copy_(kernel.transpose(1, 2).reshape(self._weight.shape))
-        if not layer.norm:
-            if layer.bias:
-                state[layer.bias].copy_(shift)
+            self.own.copy_(kernel.transpose(1, 2).reshape(self.own.shape))
+        if not found.norm:
+            if found.bias:
+                state[found.bias].copy_(shift)
             return
         mean, var = (values.flatten() for values in whole.moments_of(kernel))
-        mean = mean + state[layer.bias].double() if layer.bias else mean
-        gamma, beta, running_mean, running_var = (state[name] for name in layer.norm_names)
+        mean = mean + state[found.bias].double() if found.bias else mean
+        gamma, beta, running_mean, running_var = (state[name] for name in found.norm_names)
         running_mean.copy_(mean)
         running_var.copy_(var)
-        gamma.copy_(scale * (var + self._epsilon()).sqrt())
+        gamma.copy_(scale * (var + self.epsilon).sqrt())
         beta.copy_(shift + scale * mean)

@@ -32,23 +32,14 @@ Batches = Sequence[Sequence[Tensor]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Subject:
-    """A compact model and the dense model it was cut from.
+    """A compact model and the dense model it was cut from."""
 
-    Attributes:
-        cut: the dense program and its plan.
-        compact: the compact model, whose tensors are modified.
-        dense: the dense model, including the model around a submodule.
-        model: the compact model, likewise.
-        part: the compact module with the program's inputs.
-        whole: the dense model around a submodule, if any.
-    """
-
-    cut: Cut
-    compact: CompactModel
-    dense: Callee
-    model: Callee
-    part: Callee
-    whole: Whole | None = None
+    cut: Cut  # the dense program and its plan
+    compact: CompactModel  # the compact model, whose tensors are modified
+    dense: Callee  # the dense model, including the model around a submodule
+    model: Callee  # the compact model, likewise
+    part: Callee  # the compact module with the program's inputs
+    whole: Whole | None = None  # the dense model around a submodule, if any
 
     @classmethod
     def of(cls, cut: Cut, compact: CompactModel, model: torch.nn.Module, whole: Whole | None) -> Subject:
@@ -77,40 +68,24 @@ def _example_of(program: Program, whole: Whole | None) -> tuple[Callee, Sequence
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Task:
-    """The argument of a recovery method.
+    """The argument of a recovery method."""
 
-    Attributes:
-        subject: the compact model, to be modified in place, and the dense one.
-        recipe: the recipe, with opened data.
-        progress: called with the completed fraction.
-        images: batches of the program's inputs; empty if the method needs none.
-        held_out: batches on which the outputs are compared before and after.
-        seen: the user's images as read, if the method needs them.
-    """
-
-    subject: Subject
-    recipe: Recipe
-    progress: Callable[[float], None] = lambda fraction: None
-    images: Batches = ()
-    held_out: Batches = ()
-    seen: Calibration | None = None
+    subject: Subject  # the compact model, to be modified in place, and the dense one
+    recipe: Recipe  # the recipe, with opened data
+    progress: Callable[[float], None] = lambda fraction: None  # called with the completed fraction
+    images: Batches = ()  # batches of the program's inputs; empty if the method needs none
+    held_out: Batches = ()  # batches on which the outputs are compared before and after
+    seen: Calibration | None = None  # the user's images as read, if the method needs them
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The result of a recovery method.
+    """The result of a recovery method."""
 
-    Attributes:
-        notes: notes for the user.
-        layers: results of fitted layers.
-        history: training history.
-        name: name of the method that ran instead of the requested one, or empty.
-    """
-
-    notes: tuple[str, ...] = ()
-    layers: tuple[Fitted, ...] = ()
-    history: History | None = None
-    name: str = ""
+    notes: tuple[str, ...] = ()  # for the user
+    layers: tuple[Fitted, ...] = ()  # that were fitted
+    history: History | None = None  # of training
+    name: str = ""  # of the method that ran instead of the requested one
 
 
 def recovery_method(
@@ -161,44 +136,25 @@ def _task(name: str, subject: Subject, recipe: Recipe, seen: Calibration | None)
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Result of one step.
+    """Result of one step."""
 
-    Attributes:
-        name: `dense`, `cut`, or a level.
-        seconds: duration.
-        peak_memory_bytes: peak memory of the process up to its end.
-        agreement: agreement with the dense model afterwards; None without evaluation images.
-        kept: False if it was undone because it increased the distance to the dense model's outputs.
-        notes: notes for the user.
-        layers: results of fitted layers.
-        history: training history.
-        metrics: result of the user's own metric.
-    """
-
-    name: str
+    name: str  # `dense`, `cut`, or a method
     seconds: float
-    peak_memory_bytes: int
-    agreement: Agreement | None
-    kept: bool = True
-    notes: tuple[str, ...] = ()
+    peak_memory_bytes: int  # of the process, up to its end
+    agreement: Agreement | None  # with the dense model afterwards; None without evaluation images
+    kept: bool = True  # False if it was undone, since it led further from the dense model's outputs
+    notes: tuple[str, ...] = ()  # for the user
     layers: tuple[Fitted, ...] = field(default=(), repr=False)
     history: History | None = field(default=None, repr=False)
-    metrics: Mapping[str, float] | None = None
+    metrics: Mapping[str, float] | None = None  # the user's own
 
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """Result of recovery.
+    """Result of recovery."""
 
-    Attributes:
-        level: the requested level.
-        steps: the dense model, the compact one as cut, and each recovery step.
-        reference: reference to evaluate exported files; None without images.
-        seen: images learnt from, used to calibrate files in lower precision; None without images.
-    """
-
-    level: str
-    steps: tuple[Step, ...]
+    level: str  # as requested
+    steps: tuple[Step, ...]  # the dense model, the compact one as cut, and each method
     notes: tuple[str, ...] = ()
     reference: Reference | None = field(default=None, repr=False)
     seen: Calibration | None = field(default=None, repr=False)

@@ -71,46 +71,29 @@ class Mark:
 
 @dataclass(slots=True)
 class History:
-    """Training history.
+    """Training history."""
 
-    Attributes:
-        marks: one per epoch.
-        steps: number of steps.
-        processes: number of processes.
-        resumed: step at which training resumed from a checkpoint; 0 for none.
-        passed_over: whether a checkpoint of another run (other data, weights, plan or settings) was ignored.
-        stopped: why it ended before its last epoch; empty if it did not.
-        best: the mark whose weights are kept; 0 for the initial weights.
-    """
-
-    marks: list[Mark] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)  # one per epoch
     steps: int = 0
     processes: int = 1
-    resumed: int = 0
-    passed_over: bool = False
-    stopped: str = ""
-    best: int = -1
+    resumed: int = 0  # step at which training resumed from a checkpoint
+    passed_over: bool = False  # a checkpoint of another run was ignored
+    stopped: str = ""  # why it ended before its last epoch
+    best: int = -1  # the mark whose weights are kept; 0 for the initial weights
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainingRun:
-    """A compact model to be trained in place, on the outputs of the dense one.
-
-    Attributes:
-        data: a map-style Dataset of images and classes, or a DataLoader of batches, used as given.
-        parameters: those that may change.
-        labels: whether classes are learned too, beside the dense model's outputs.
-        key: identifies the run; a checkpoint with another key is not resumed.
-    """
+    """A compact model to be trained in place, on the outputs of the dense one."""
 
     compact: Callee
     dense: Callee
-    data: Any
+    data: Any  # a map-style Dataset of images and classes, or a DataLoader, used as given
     settings: config.Recovery
     inputs: Sequence[InputSpec]
-    parameters: Sequence[nn.Parameter]
-    labels: bool
-    key: str = ""
+    parameters: Sequence[nn.Parameter]  # those that may change
+    labels: bool  # learn classes too, beside the dense model's outputs
+    key: str = ""  # a checkpoint with another key is not resumed
     seed: int = 0
 
 

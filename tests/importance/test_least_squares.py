@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
-from surgery.importance.contractions import Window, convolution_rows, drawn, value_rows
+from surgery.importance.contractions import convolution_rows, drawn, value_rows
 from surgery.importance.least_squares import Moments, solve
 
 CONVOLUTIONS = [
@@ -23,7 +23,7 @@ CONVOLUTIONS = [
 
 def rows_of(layer: nn.Module, x: Tensor, at: tuple[Tensor, ...] | None = None) -> Tensor:
     raw = {name: getattr(layer, name) for name in ("stride", "padding", "dilation")}
-    return convolution_rows(x, Window.of(raw, layer.weight), int(layer.groups), at)  # type: ignore[arg-type, call-overload]
+    return convolution_rows(x, layer.weight.shape[2:], raw, int(layer.groups), at)  # type: ignore[arg-type, call-overload]
 
 
 @pytest.mark.parametrize("layer", CONVOLUTIONS, ids=str)

@@ -24,7 +24,7 @@ from surgery.errors import InvalidInput
 from surgery.inputs.datasets import open_images
 from surgery.inputs.libraries import Preprocessing
 from surgery.recovery import evaluation
-from surgery.recovery.evaluation import Pairs, Reference, paired_drop, score_interval
+from surgery.recovery.evaluation import Pairs, Reference, paired_drop
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = Preprocessing((0.0,) * 3, (1.0,) * 3)
@@ -168,11 +168,8 @@ def test_no_disagreement_on_a_few_images_is_no_proof(count: int) -> None:
     ("lost", "won", "count", "low", "high"),
     [(1, 0, 44, -0.05939, 0.11807), (5, 2, 40, -0.06568, 0.22339), (3, 3, 30, -0.18169, 0.18169)],
 )
-def test_few_images_that_differ_have_the_score_interval(
-    lost: int, won: int, count: int, low: float, high: float
-) -> None:
+def test_the_interval_is_the_score_interval(lost: int, won: int, count: int, low: float, high: float) -> None:
     """Ends found by maximising the likelihood of the pairs under each difference by brute force."""
-    assert score_interval(lost, won, count) == pytest.approx((low, high), abs=1e-5)
     assert drop_of(lost, won, count)[1:] == pytest.approx((100 * low, 100 * high), abs=1e-3)
 
 
@@ -184,10 +181,8 @@ def test_no_image_lost_moves_the_interval_down_and_none_won_moves_it_up(won: int
         assert all(a[0] <= b[0] and a[1] <= b[1] for a, b in pairwise(ends))
 
 
-def test_many_images_that_differ_have_the_bootstraps_interval() -> None:
-    value, low, high = drop_of(40, 10, 1000)
-    assert (value, low, high) == pytest.approx((3.0, 1.6, 4.4), abs=0.15)
-    assert (low * 10) % 1 == pytest.approx(0.0, abs=1e-6), "resampled images are counted"
+def test_many_images_that_differ_have_nearly_the_bootstraps_interval() -> None:
+    assert drop_of(40, 10, 1000) == pytest.approx((3.0, 1.6, 4.4), abs=0.15)
 
 
 @pytest.mark.parametrize("count", [96, 100])

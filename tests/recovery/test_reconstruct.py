@@ -20,7 +20,7 @@ from surgery.coupling.plans import Cut
 from surgery.cutting import cut
 from surgery.errors import InvalidInput
 from surgery.recovery import reconstruction as module
-from surgery.recovery.methods.refitting import bn
+from surgery.recovery.methods import bn
 from surgery.recovery.reconstruction import reconstruct
 from surgery.recovery.run import Subject, Task
 

@@ -328,7 +328,7 @@ def test_settings_out_of_range_say_so() -> None:
 # What it is made of. -------------------------------------------------------------------------------------------------
 
 
-def test_the_drop_is_paired_and_its_interval_a_bootstraps() -> None:
+def test_the_drop_is_paired_and_its_interval_like_a_bootstraps() -> None:
     dense = torch.ones(400, dtype=torch.bool)
     compact = dense.clone()
     compact[:40] = False

@@ -13,25 +13,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import ceil
-from typing import Any
+from math import ceil, prod
 
 import torch
 from torch import Tensor
 
-from surgery.core import Executor, Frontier, Group, Masks, Scores, Site, arguments_of, flat_outputs
+from surgery.core import Executor, Group, Masks, Scores, Site, flat_outputs
 from surgery.coupling import masked_run
 from surgery.importance.block_ablation import first, squared_errors, variations
-from surgery.importance.contractions import (
-    CONVOLUTIONS,
-    LINEAR,
-    Contraction,
-    Window,
-    convolution_rows,
-    drawn,
-    find_contractions,
-    value_rows,
-)
+from surgery.importance.contractions import Contraction, Layer, drawn, find_contractions
 from surgery.importance.criteria.weights import over_mean
 from surgery.importance.least_squares import Moments
 from surgery.importance.scoring import Batches, Evidence, criterion
@@ -65,7 +55,7 @@ def activation(evidence: Evidence) -> Scores:
         consumers = _consumers_of(group, layers)
         for layer, site in consumers:
             rms = (layer.moments.xx.diagonal(dim1=1, dim2=2)[:, :-1] / layer.moments.count).sqrt()  # (groups, n)
-            each = (layer.weight[:, :-1].abs().sum(-1) * rms).sum(0).reshape(-1, layer.kernel).sum(1)
+            each = (layer.weight[:, :-1].abs().sum(-1) * rms).sum(0).reshape(-1, layer.taps).sum(1)
             total += torch.tensor([float(each[list(owned)].sum()) for owned in site.index], dtype=torch.float64)
         out[group.name] = tuple(over_mean(total if consumers else out[group.name]).tolist())
     return out
@@ -88,53 +78,35 @@ def second_order(evidence: Evidence) -> Scores:
 # Inputs of layers. ---------------------------------------------------------------------------------------------------
 
 
-class _ObservedLayer:
+class _ObservedLayer(Layer):
     """A layer and the moments of its inputs on images.
 
     Attributes:
-        layer: the layer.
-        node: its operation.
-        source: the operation that computes its input.
         scale: (groups, outputs), scale of the following batch norm.
         weight: (groups, n + 1, outputs), including that scale; the last row, for the shift, is 0.
         moments: moments of its inputs.
-        kernel: kernel positions; n is the number of input channels times this.
+        taps: kernel positions; n is the number of input channels times this.
     """
 
-    def __init__(self, layer: Contraction, tape: Executor, seed: int) -> None:
-        self.layer, self.node = layer, tape.nodes[tape.place[layer.node]]
-        self._raw, self._own = arguments_of(self.node), tape.state[layer.weight]
-        self.source: torch.fx.Node = self._raw["input"]
-        own = self._own
-        groups = int(self._raw["groups"]) if self.node.target in CONVOLUTIONS else 1
-        inputs, outputs = own[0].numel(), len(own) // groups
-        scale = torch.ones(len(own), dtype=torch.float64)
-        if layer.norm:
-            gamma, _, _, var = (tape.state[name].double() for name in layer.norm_names)
-            epsilon = float(arguments_of(tape.nodes[tape.place[layer.norm]])["eps"])
-            scale = gamma / (var + epsilon).sqrt()
-        self.scale = scale.reshape(groups, outputs)
-        self._linear = own.double().reshape(groups, outputs, inputs).transpose(1, 2) * self.scale.unsqueeze(1)
+    def __init__(self, found: Contraction, tape: Executor, seed: int) -> None:
+        super().__init__(found, tape)
+        self.scale = self.affine()[0].reshape(self.groups, self.outputs)
+        self._linear = self.kernels() * self.scale.unsqueeze(1)
         self.weight = torch.cat([self._linear, torch.zeros_like(self._linear[:, :1])], 1)
-        self.moments = Moments.none(groups, inputs, 0)
-        self.kernel = own[0, 0].numel() if own.dim() > 2 else 1
+        self.moments = Moments.none(self.groups, self.inputs, 0)
+        self.taps = prod(tape.state[found.weight].shape[2:])
         self._generator = torch.Generator().manual_seed(seed)
 
     def add(self, x: Tensor, y: Tensor, images: int) -> None:
         """Add a batch of the layer's inputs and outputs; `images` are all images to come."""
-        linear, (groups, inputs, _) = self.node.target == LINEAR, self.moments.xx.shape
-        most = ceil(max(FEWEST_ROWS, ROWS * inputs) / images)
-        at = drawn(y.shape[1:-1] if linear else y.shape[2:], most, self._generator)
-        if linear:
-            rows = value_rows(x, x.dim() - 1, groups, at)
-        else:
-            rows = convolution_rows(x, Window.of(self._raw, self._own), groups, at)
+        most = ceil(max(FEWEST_ROWS, ROWS * (self.inputs + 1)) / images)
+        rows = self.rows(x, drawn(y.movedim(self.channel_axis(y), -1).shape[1:-1], most, self._generator))
         self.moments.add(rows, rows.new_zeros(*rows.shape[:2], 0))
 
     def error_weight(self, evidence: Evidence) -> float:
         """Return the factor for squared errors of its outputs: output relevance over their variance."""
         consumers = (consumer for found in evidence.signal.consumers.values() for consumer in found)
-        relevance = {consumer.name: consumer.relevance for consumer in consumers}.get(self.layer.weight, 1.0)
+        relevance = {consumer.name: consumer.relevance for consumer in consumers}.get(self.found.weight, 1.0)
         _, variance = self.moments.moments_of(self._linear)
         return relevance / float(variance.sum().clamp_min(1e-30))
 
@@ -154,13 +126,13 @@ def _observed_on(evidence: Evidence) -> Layers:
     found = [c for c in find_contractions(evidence.program.graph, tape.place.keys()) if c.weight]
     narrow = [(k, c) for k, c in enumerate(found) if evidence.state[c.weight][0].numel() <= WIDEST]
     layers = {c.weight: _ObservedLayer(c, tape, evidence.seed + k) for k, c in narrow}
-    keep = frozenset(name for layer in layers.values() for name in (layer.source.name, layer.node.name))
+    keep = frozenset(name for layer in layers.values() for name in (layer.input.name, layer.node.name))
     images = sum(len(batch[0]) for batch in batches)
     with torch.no_grad():
         for batch in batches:
             end = tape.advance(tape.start(batch), len(tape.nodes) - 1, keep=keep)
             for layer in layers.values():
-                layer.add(tape.value(layer.source, end.values), end.values[layer.node], images)
+                layer.add(tape.value(layer.input, end.values), end.values[layer.node], images)
     return layers
 
 
@@ -199,7 +171,7 @@ def _eliminations(evidence: Evidence) -> list[_Elimination]:
     for group in evidence.coupling.groups:
         found = _consumers_of(group, layers)
         if found:
-            consumers = [_Consumer(layer, site.index, weights[layer.layer.weight]) for layer, site in found]
+            consumers = [_Consumer(layer, site.index, weights[layer.found.weight]) for layer, site in found]
             out.append(_eliminated(group, [layer for layer, _ in found], consumers))
             continue
         scores = by_signal[group.name]
@@ -246,11 +218,11 @@ class _Consumer:
         scale += RIDGE * scale + 1e-6 * scale.mean(-1, keepdim=True) + 1e-12
         self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
         self.weight, self._error_weight = layer.weight.clone(), error_weight
-        longest = max(map(len, owned)) * layer.kernel
+        longest = max(map(len, owned)) * layer.taps
         self._index = torch.zeros(len(owned), longest, dtype=torch.long)
         self._mask = torch.zeros(len(owned), longest, dtype=torch.bool)
         for unit, positions in enumerate(owned):
-            at = [p * layer.kernel + j for p in positions for j in range(layer.kernel)]
+            at = [p * layer.taps + j for p in positions for j in range(layer.taps)]
             self._index[unit, : len(at)] = torch.tensor(at)
             self._mask[unit, : len(at)] = True
 
@@ -287,39 +259,32 @@ class _Consumer:
 
 def _measured(evidence: Evidence, orders: Sequence[_Elimination]) -> dict[str, dict[int, float]]:
     """Cut each group alone; return, by group and number of removed units, the outputs' error over their variation."""
-    tape = Executor(evidence.program.graph, dict(evidence.state))
+    tape = Executor(evidence.program.graph, evidence.state)
     errors = {order.group.name: dict.fromkeys(_measured_counts(order.group.size), 0.0) for order in orders}
     runs = max(1, sum(map(len, errors.values())))
     most = max(FEWEST, int(WORK_MACS / (runs * evidence.macs))) if evidence.macs else None
-    batches, dense = first(_held_out(evidence.images)[1], most), []
-    starts = [
-        min((tape.place[layer.layer.node] for layer in order.layers if order.weights), default=0) for order in orders
-    ]
+    batches = first(_held_out(evidence.images)[1], most)
     with torch.no_grad():
-        for k, batch in enumerate(batches):
-            run = tape.start(batch)
-            dense.append(flat_outputs(tape.output(run)))
-            for j, at in enumerate(sorted(range(len(orders)), key=starts.__getitem__)):
-                evidence.progress((k + j / len(orders)) / len(batches))
-                run = tape.advance(run, starts[at])  # shared by all groups whose consumers follow
-                found = errors[orders[at].group.name]
-                for count in found:
-                    outputs = _outputs(evidence, tape, orders[at], run, batch, count)
-                    found[count] += float(squared_errors(flat_outputs(outputs), dense[-1]).sum())
+        dense = [flat_outputs(tape.run(*batch)) for batch in batches]
+        for k, order in enumerate(orders):
+            evidence.progress(k / len(orders))
+            found = errors[order.group.name]
+            for count in found:
+                cut = _without(evidence, tape, order, count)
+                for batch, wanted in zip(batches, dense, strict=True):
+                    found[count] += float(squared_errors(flat_outputs(cut.run(*batch)), wanted).sum())
     evidence.progress(1.0)
     variation = float(variations(dense).sum())
     return {name: {count: error / variation for count, error in found.items()} for name, found in errors.items()}
 
 
-def _outputs(
-    evidence: Evidence, tape: Executor, order: _Elimination, run: Frontier, batch: Sequence[Tensor], count: int
-) -> Any:
-    """Return the network's outputs with `count` units removed; `run` has not yet passed the refitted layers."""
+def _without(evidence: Evidence, tape: Executor, order: _Elimination, count: int) -> Executor:
+    """Return an executor of the network with `count` units removed, and the layers that read them refitted."""
     if order.weights:
-        return tape.on(_refitted(tape.state, order.layers, order.weights[count])).output(run)
+        return tape.on(_refitted(tape.state, order.layers, order.weights[count]))
     labelled = evidence.coupling.labelled
     masks = Masks(labelled, labelled.dead_roots({order.group.name: order.units[:count]}))
-    return masked_run(evidence.program, labelled, masks, evidence.state).run(*batch)
+    return masked_run(evidence.program, labelled, masks, evidence.state)
 
 
 def _through(order: _Elimination, errors: Mapping[int, float]) -> list[float]:
@@ -344,7 +309,7 @@ def _refitted(
     """Return the state with these weights replaced."""
     changed = dict(state)
     for observed, refitted in zip(layers, weights, strict=True):
-        layer, own = observed.layer, state[observed.layer.weight]
+        layer, own = observed.found, state[observed.found.weight]
         scale = torch.where(observed.scale.abs() > 1e-8, observed.scale, 1.0).unsqueeze(1)
         changed[layer.weight] = (refitted[:, :-1] / scale).transpose(1, 2).reshape(own.shape).to(own.dtype)
         shift = layer.norm_names[1] if layer.norm else layer.bias
