@@ -34,15 +34,10 @@ from surgery.errors import UnsupportedModel
 def convert(
     call: Callee, tensors: Tensors, *, axes: Axes, outputs: Sequence[str], opset: int, dynamo: bool
 ) -> ir.Model:
-    """Return the ONNX graph of a model, named and cleaned.
+    """Return the ONNX graph of a model, named and cleaned; `call` may be changed, so pass a copy.
 
-    Args:
-        call: of the model in eval mode, on the CPU; may be changed by the exporter, so pass a copy.
-        tensors: example inputs by name, with a batch above 1 if the batch is dynamic.
-        axes: dynamic axes by input name; an axis that torch then finds to be fixed is an error.
-        outputs: output names, in the order in which the model returns its tensors.
-        opset: ONNX operator set to write.
-        dynamo: by `torch.export`; else by the TorchScript tracer, which follows the example's path through the code.
+    A dynamic axis that torch finds to be fixed is an error. Without `dynamo`, the TorchScript tracer follows the
+    example's path through the code.
 
     Raises:
         UnsupportedModel: the model cannot be exported; the message names the user's source line if known.
@@ -117,10 +112,7 @@ _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 def _reshaping(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None, shapes: Any
 ) -> torch.export.ExportedProgram:
-    """Capture with reshapes instead of views, and a uniform memory layout of attention results.
-
-    Whether a view is possible depends on strides, and torch's decompositions lay attention out unlike its kernel.
-    """
+    """Capture with reshapes for views, as torch's decompositions change strides, and attention contiguous."""
     program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     aten = torch.ops.aten
     for node in list(program.graph.nodes):
@@ -246,10 +238,9 @@ def _attention(
 
 
 def _keep_zeros_in_maxima(model: ir.Model) -> None:
-    """Make the axes of paddings before max-poolings explicit.
+    """Make the axes of paddings before max-poolings explicit, as ONNX Runtime then leaves the Pad alone.
 
-    ONNX Runtime makes one MaxPool of a Pad with zeros and a MaxPool, whose own padding is below any number: where all
-    of a window is negative the result differs (seen in 1.31). It leaves a Pad that names its axes alone.
+    It makes one MaxPool of the two, whose own padding is below any number: windows of negative values differ (in 1.31).
     """
     for graph in model.graphs():
         for node in [n for n in graph if n.op_type == "Pad" and len(n.inputs) < 4]:  # data, pads, value, axes

@@ -63,11 +63,7 @@ _TOLERANCE = 1e-4
 
 @register_format("ort", suffix=".ort", precisions=("fp32", "int8"))  # fp16 weights would be stored as float32
 def _to_ort(source: Path, target: Path, inputs: Mapping[str, NDArray[Any]]) -> None:
-    """Convert to ONNX Runtime's own format, which its small builds for phones and boards load.
-
-    The graph is optimised for any processor, without memory layouts for this machine. Two conversions of one file
-    compute the same and may differ in the order of their bytes.
-    """
+    """Convert to ONNX Runtime's own format, optimised for any processor, for its small builds for phones and boards."""
     # Imported here: ONNX Runtime takes a second, and `--help` needs the names alone.
     import numpy as np
     from onnxruntime import GraphOptimizationLevel, InferenceSession

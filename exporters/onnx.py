@@ -40,23 +40,12 @@ _TOOL = "model-surgery"
 
 @dataclass(frozen=True, slots=True)
 class ExportSettings:
-    """Export settings.
+    """Export settings; raises InvalidInput for an operator set out of range, or beyond what `min_ort` reads."""
 
-    Attributes:
-        opset: ONNX operator set; None: 20, or less if `min_ort` is older.
-        min_ort: oldest ONNX Runtime version that must read the file, such as `1.16`.
-        check: False skips the comparison in ONNX Runtime, not the ONNX checker.
-        dynamo: False exports by the TorchScript tracer, for models that `torch.export` cannot capture: the file then
-            holds the one path through the code that the example takes.
-
-    Raises:
-        InvalidInput: the operator set is out of range, or beyond what `min_ort` reads.
-    """
-
-    opset: int | None = None
-    min_ort: str | None = None
-    check: bool = True
-    dynamo: bool = True
+    opset: int | None = None  # ONNX operator set; None: 20, or less if `min_ort` is older
+    min_ort: str | None = None  # oldest ONNX Runtime version that must read the file, such as `1.16`
+    check: bool = True  # False skips the comparison in ONNX Runtime, not the ONNX checker
+    dynamo: bool = True  # False: by the TorchScript tracer, which writes only the example's path through the code
 
     def __post_init__(self) -> None:
         readable = newest_read(self.min_ort)[0] if self.min_ort is not None else DEFAULT_OPSET
@@ -114,7 +103,7 @@ def export(
     """Export `model` to an ONNX file and verify, in ONNX Runtime, that it computes the same.
 
     The file holds the model in eval mode and float32. Inputs are called like forward's parameters, outputs `output`,
-    `output_0`.. or like the keys of the dictionary that forward returns. Weights above 2 GB go to ``<path>.data``.
+    `output_0`.. or like the keys of the dictionary that it returns. Weights above 2 GB go to ``<path>.data``.
 
     Args:
         model: unchanged, including mode and device.
@@ -122,15 +111,13 @@ def export(
         path: output path; its folder must exist.
         settings: operator set, exporter and check.
         example_kwargs: keyword inputs.
-        dynamic_axes: input name → axes that may change from call to call, 2 and 3 of images ``(N, C, H, W)`` being
-            called `height` and `width`; where None, axis 0 of every input, called `batch`. An axis that the model
-            fixes becomes static, and a note says so.
+        dynamic_axes: input name → axes that may change from call to call; where None, axis 0 of every input. An axis
+            that the model fixes becomes static, and a note says so.
         metadata: written into the file, with the version of this package.
 
     Raises:
         InvalidInput: inputs the model does not take, an unknown axis, an unwritable path.
-        UnsupportedModel: the model cannot be exported, and the message has the user's source line; or it needs an
-            operator that `min_ort` does not know, which the message names.
+        UnsupportedModel: the model cannot be exported, or needs an operator that `min_ort` does not know.
         CheckFailed: the file is invalid or differs, or the comparison is inconclusive.
     """
     settings = settings or ExportSettings()
@@ -345,11 +332,7 @@ READ = {
 
 
 def newest_read(version: str) -> tuple[int, int]:
-    """Return the newest operator set and IR version that a release loads; releases after the last known read the same.
-
-    Raises:
-        InvalidInput: not a version, or older than the oldest whose operators can be written.
-    """
+    """Return the newest operator set and IR version that a release loads; one after the last known reads the same."""
     found = re.fullmatch(r"(\d+)\.(\d+)(?:\.\d+)*", str(version))
     if found is None:
         raise InvalidInput(f"ONNX Runtime '{version}' is no version; write one such as 1.16")
@@ -361,13 +344,7 @@ def newest_read(version: str) -> tuple[int, int]:
 
 
 def require_readable(model: onnx.ModelProto, version: str, name: str) -> None:
-    """Raise UnsupportedModel, with the operator's name, where a release does not load a model's operators or format.
-
-    Args:
-        model: its weights are not looked at.
-        version: the release.
-        name: name of the file, for the message.
-    """
+    """Raise UnsupportedModel, with the operator's name, where a release does not load a model's operators or format."""
     newest, ir_version = newest_read(version)
     opset = next((x.version for x in model.opset_import if x.domain in _OWN_DOMAINS), 0)
     for node in model.graph.node:

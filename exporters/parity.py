@@ -90,18 +90,12 @@ class Parity:
 
 
 def parity(path: str | os.PathLike[str], call: Callee, tensors: Tensors, *, near_example: bool = False) -> Parity:
-    """Compare an ONNX file in ONNX Runtime with the torch model, on random inputs like the example.
+    """Compare an ONNX file in ONNX Runtime with the torch model, in eval mode on the CPU, on random inputs.
 
     Batches of 1, 2 and 7 are run where the file's first axis is called `batch`, other sizes where axes are called
     `height` and `width`. Floating-point inputs are drawn with the example's mean and deviation, all others from
     the example's own values, three times per batch. Where the two differ by more than `TOLERANCE`, the torch model
-    is compared with itself in float64.
-
-    Args:
-        path: the ONNX file.
-        call: of the model in eval mode, on the CPU.
-        tensors: example inputs by name, as `bind` returns them.
-        near_example: stay within 5 % of the example, for a file that holds only the example's path through the code.
+    is compared with itself in float64. `near_example` stays within 5 % of the example.
 
     Raises:
         CheckFailed: ONNX Runtime cannot load or run the file, or its outputs have other names or shapes.
@@ -277,13 +271,8 @@ def _pool(runs: Sequence[_Magnitudes]) -> OutputParity:
 def well_conditioned(model: torch.nn.Module, run: Callable[[torch.nn.Module], object] | None = None) -> torch.nn.Module:
     """Return a deep copy whose parameters and norm statistics are random, distinct and of ordinary size.
 
-    Freshly initialised networks often have a zero head or layer scales of 1e-6: their output hardly depends on the
-    input, so that errors are not detected. Batch norms get the statistics of their input, so that activations neither
-    vanish nor explode; other buffers (index tables, anchors) are unchanged.
-
-    Args:
-        model: the model, unchanged.
-        run: calls the model on inputs like those that it will be compared on.
+    Fresh networks often have a zero head or layer scales of 1e-6, so that errors are not detected. `run` calls the
+    model on inputs, from which batch norms take their statistics; other buffers (index tables, anchors) are unchanged.
     """
     conditioned_copy = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)

@@ -1,9 +1,8 @@
 """ONNX files in fewer bits: int8 by ONNX Runtime's static quantization, fp16 by its converter.
 
-Both start from a float32 file and are compared with it, in ONNX Runtime and on the calibration images, before they
-replace an older file. Batch norms are folded first, so that a convolution and its norm are rounded once. Activations
-are unsigned and weights signed, with a scale per channel: x86 has fast kernels for that combination (signed activations
-ran three times slower on ResNet-56), ARM for both.
+Both are compared with the float32 file before they replace an older one. Batch norms are folded first, so that a layer
+and its norm are rounded once. Activations are unsigned and weights signed, with a scale per channel: x86 has fast
+kernels for that combination (signed activations ran three times slower on ResNet-56), ARM for both.
 """
 
 from __future__ import annotations
@@ -45,17 +44,13 @@ _Outputs = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Int8:
-    """Quantization settings.
+    """Quantization settings; raises InvalidInput for an unknown method.
 
     Attributes:
         method: how an activation's range follows from the calibration images: `minmax`, `entropy` or `percentile`.
-        keep: layers that stay in float32: `first`, `last`, or patterns (``*``, ``?``) of names: of the layer whose
-            weight it reads (``layer1.0.conv1``), which is the same in every file of a model, of the node or of the
-            operator.
+        keep: layers that stay in float32: `first`, `last`, or patterns (``*``, ``?``) of names: of the module whose
+            weight it reads (``layer1.0.conv1``), of the node or of the operator.
         reduce_range: weights of 7 bits, for x86 processors without VNNI, whose sums of products can saturate.
-
-    Raises:
-        InvalidInput: the method is unknown.
     """
 
     method: str = "minmax"
@@ -88,12 +83,8 @@ def to_int8(
 ) -> Quantised:
     """Quantise a float32 ONNX file by calibration images and compare the two before `target` is replaced.
 
-    Args:
-        source: ONNX file.
-        target: path of the int8 file, in QDQ format; its folder must exist.
-        batches: batches of the file's inputs by name, each (N, ...), normalised as the model expects.
-        settings: how to quantise.
-        check: refuse a file that computes something else; False for files that are only timed.
+    `batches` are of the file's inputs by name, each (N, ...), normalised as the model expects. Without `check`, for
+    files that are only timed, one that computes something else is not refused.
 
     Raises:
         InvalidInput: the source cannot be read, the images are missing, too few or do not fit, a pattern of
@@ -122,14 +113,9 @@ def to_int8(
 
 
 def to_fp16(source: str | os.PathLike[str], target: str | os.PathLike[str], batches: Iterable[Batch]) -> Quantised:
-    """Convert a float32 ONNX file to float16, inputs and outputs left in float32, and compare the two.
+    """Convert a float32 ONNX file to float16, inputs and outputs left in float32, and compare the two on these batches.
 
     Smaller, not faster, on processors: ONNX Runtime's own kernels there compute most operators in float32.
-
-    Args:
-        source: ONNX file.
-        target: path of the fp16 file; its folder must exist.
-        batches: inputs to compare on, as for `to_int8`; at least one.
 
     Raises:
         InvalidInput: the source cannot be read or converted, or there are no inputs to compare on.

@@ -39,15 +39,7 @@ def session_options(threads: int = 1) -> onnxruntime.SessionOptions:
 
 
 class OnnxModel:
-    """A file in ONNX Runtime: called with tensors, it returns tensors.
-
-    Args:
-        path: path of the file.
-        threads: intra-op threads.
-
-    Raises:
-        InvalidInput: the file cannot be run.
-    """
+    """A file in ONNX Runtime: called with tensors, it returns tensors; raises InvalidInput if it cannot be run."""
 
     training = False
 
@@ -58,10 +50,7 @@ class OnnxModel:
         self._batch = next((size for size in firsts if isinstance(size, int)), None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run on tensors or arrays, by position or by name; returns a tensor, or a tuple of them.
-
-        Where the file fixes the batch, any number of images is run in pieces of that size, the last one filled up.
-        """
+        """Run on tensors, by position or name, in filled pieces of a fixed batch; returns a tensor or a tuple."""
         given = {**dict(zip(self.inputs, args, strict=False)), **kwargs}
         tensors = {name: torch.as_tensor(x).detach().cpu() for name, x in given.items()}
         count = len(next(iter(tensors.values()))) if tensors and self._batch else 0

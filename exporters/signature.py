@@ -26,12 +26,7 @@ Tensors = Mapping[str, Tensor]
 
 
 def bind(model: nn.Module, inputs: Any, kwargs: Mapping[str, Any] | None = None) -> tuple[Callee, dict[str, Tensor]]:
-    """Return the example call, and its tensors by name.
-
-    Args:
-        model: its `forward` gives the names; parameter `x` holding a tuple of tensors gives `x_0`, `x_1`, ...
-        inputs: a tensor, or the tuple of positional inputs.
-        kwargs: keyword inputs.
+    """Return the example call, and its tensors by name; a tuple of tensors as parameter `x` gives `x_0`, `x_1`, ...
 
     Raises:
         InvalidInput: `forward` does not take these inputs, or there is no tensor among them.
@@ -45,12 +40,12 @@ def bind(model: nn.Module, inputs: Any, kwargs: Mapping[str, Any] | None = None)
             f"{type(model).__name__}.forward{signature} does not take the example inputs ({error}); "
             "give one value per parameter"
         ) from error
-    heads = _positional_names(signature, len(bound.args))
     tensors: dict[str, Tensor] = {}
-    for (side, head, *rest), leaf in pytree.tree_flatten_with_path((bound.args, bound.kwargs))[0]:
+    for (head, *rest), leaf in pytree.tree_flatten_with_path(dict(bound.arguments))[0]:
         if isinstance(leaf, Tensor):
-            top = heads[_key(head)] if _key(side) == 0 else str(_key(head))
-            tensors[_unique("_".join((top, *(str(_key(k)) for k in rest))), tensors)] = leaf
+            parameter = signature.parameters[_key(head)]
+            top = [] if parameter.kind is inspect.Parameter.VAR_KEYWORD else [parameter.name]
+            tensors[_unique("_".join((*top, *(str(_key(k)) for k in rest))), tensors)] = leaf
     if not tensors:
         raise InvalidInput(f"no tensor among the example inputs of {type(model).__name__}; an exported model needs one")
     return Callee(model, bound.args, bound.kwargs), tensors
@@ -59,9 +54,7 @@ def bind(model: nn.Module, inputs: Any, kwargs: Mapping[str, Any] | None = None)
 def name_outputs(output: Any, taken: Collection[str] = ()) -> dict[str, Tensor]:
     """Return the tensors that a model returned, by name, in their own order; what is not a tensor is left out.
 
-    Args:
-        output: what `forward` returned: a tensor (`output`), a sequence (`output_0`, ...), or a dictionary (its keys).
-        taken: input names; an output of the same name gets the prefix `output_`.
+    A tensor is `output`, those of a sequence `output_0`, ..., of a dictionary its keys, prefixed by `output_` if taken.
     """
     paths, _ = pytree.tree_flatten_with_path(output)
     tensors = [([_key(step) for step in path], leaf) for path, leaf in paths if isinstance(leaf, Tensor)]
@@ -106,16 +99,6 @@ def with_batch(tensors: Tensors, axes: Axes, batch: int) -> dict[str, Tensor]:
         name: tensor[arange(batch) % tensor.shape[0]] if 0 in axes.get(name, ()) else tensor.clone()
         for name, tensor in tensors.items()
     }
-
-
-def _positional_names(signature: inspect.Signature, count: int) -> list[str]:
-    names: list[str] = []
-    for parameter in signature.parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            names.extend(f"{parameter.name}_{k}" for k in range(count - len(names)))
-        elif parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-            names.append(parameter.name)
-    return names[:count]
 
 
 def _key(entry: Any) -> Any:

@@ -1,9 +1,8 @@
 """Layers that can be refitted, and their inputs as rows.
 
-A contraction is a convolution or a linear layer, together with the following batch norm if there is no other user in
-between. A separate batch norm also counts, as a contraction of each channel with itself. If the result is added to a
-value that depends neither on it nor on a later contraction, the target is the sum, so that the fit also compensates for
-errors of the other operand.
+A contraction is a convolution or a linear layer, together with the following batch norm if that is its only user, or a
+separate norm, of each channel with itself. If the result is added to a value that depends neither on it nor on a later
+contraction, the target is the sum, so that the fit also compensates for errors of the other operand.
 """
 
 from __future__ import annotations

@@ -29,16 +29,9 @@ Pair = tuple[Group, Group]
 
 
 def arrange(program: Program, coupling: Coupling, criterion: Any = "l1", *, seed: int = 0) -> tuple[Arrangement, ...]:
-    """Sort the members of each head from the most important to the least.
+    """Sort the members of each head from the most important to the least, where heads may be reordered independently.
 
-    Args:
-        program: the dense program.
-        coupling: its groups.
-        criterion: name of a criterion; with a callable, which scores whole units, the order is unchanged.
-        seed: seed of random criteria and of the test run.
-
-    Returns:
-        An arrangement for each group whose heads may be reordered independently.
+    With a callable `criterion`, which scores whole units, the order is unchanged.
     """
     if not isinstance(criterion, str) or not program.has_graph:
         return ()
@@ -96,11 +89,7 @@ def _pairs(places: Places, coupling: Coupling) -> list[Pair]:
 
 
 def _reorderable(program: Program, places: Places, coupling: Coupling, pairs: Sequence[Pair], seed: int) -> list[Pair]:
-    """Return the pairs whose members may be reordered.
-
-    If two groups occur together on all values, either may be the heads of the other; the pair with the earlier group as
-    heads is tested first.
-    """
+    """Return the pairs whose members may be reordered; of two possible heads, the earlier group is tried first."""
     if not pairs:
         return []
     shuffle = _Shuffle(program, places, coupling, seed)
@@ -114,10 +103,7 @@ def _reorderable(program: Program, places: Places, coupling: Coupling, pairs: Se
 
 
 class _Shuffle:
-    """Runs the dense program with members in random order, on well-conditioned weights; at most `_RUNS` sets of pairs.
-
-    Pairs still untested after that keep their order.
-    """
+    """Runs the dense program with members in random order, on well-conditioned weights, at most `_RUNS` times."""
 
     def __init__(self, program: Program, places: Places, coupling: Coupling, seed: int) -> None:
         self._program, self._places, self._coupling, self._seed = program, places, coupling, seed

@@ -75,14 +75,7 @@ def loss_of(relevance: float, share: float) -> float:
 def signal_of(
     program: Program, coupling: Coupling, parameters: Mapping[str, Tensor], blocks: Sequence[Block] = ()
 ) -> Signal:
-    """Return the distribution of the signal over units and blocks.
-
-    Args:
-        program: the program; without a graph, the relevance of every layer is 1.
-        coupling: its groups.
-        parameters: weights by name, on the CPU.
-        blocks: blocks to score.
-    """
+    """Return the distribution of the signal over units and blocks; without a graph, all relevances are 1."""
     with torch.no_grad():
         known = moments_of(program) if program.has_graph else {}
         layers = _layers(program, known) if known else {}
@@ -107,11 +100,7 @@ def _block_lost(program: Program, known: Mapping[str, Any], block: Block) -> flo
 
 
 def _input_correlation(program: Program, block: Block, known: Mapping[str, Any]) -> float:
-    """Return the squared correlation of a depthwise layer's output with its input.
-
-    Neighbouring pixels are assumed to be independent, so that a channel correlates with its input through the central
-    weight; activations are assumed not to change the correlation.
-    """
+    """Return the squared correlation of a depthwise layer's output with its input, taking neighbours as independent."""
     nodes, tensors = {node.name: node for node in program.graph.graph.nodes}, all_tensors(program)
     layer = [nodes[name] for name in (*block.nodes, block.sum)]
 

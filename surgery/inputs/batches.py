@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import count as counting
 from numbers import Number
 from pathlib import Path
 from typing import Any
@@ -38,19 +39,6 @@ _HOLDERS = ("base_dataloader", "batch_sampler", "sampler")
 
 # Random states. ------------------------------------------------------------------------------------------------------
 
-States = tuple[Tensor, Any, Any]
-"""Of the global generators: torch's on the CPU, numpy's and Python's."""
-
-
-def _states() -> States:
-    return torch.default_generator.get_state(), np.random.get_state(), random.getstate()
-
-
-def _restore(found: States) -> None:
-    torch.default_generator.set_state(found[0])
-    np.random.set_state(found[1])
-    random.setstate(found[2])
-
 
 def seed_all(seed: int) -> None:
     """Seed the global generators."""
@@ -61,37 +49,14 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def states_kept() -> Iterator[None]:
-    """Restore the global generators after the block."""
-    before = _states()
+    """Restore the global generators after the block: torch's on the CPU, numpy's and Python's."""
+    before = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
     try:
         yield
     finally:
-        _restore(before)
-
-
-class _Draws:
-    """Private random states: of the global generators, and of generators that replace a loader's."""
-
-    def __init__(self, seed: int, loader: Any = None) -> None:
-        self._generators = [(x, torch.Generator().manual_seed(seed)) for x in _holders(loader)]
-        with states_kept():
-            seed_all(seed)
-            self._states = _states()
-
-    @contextmanager
-    def ours(self) -> Iterator[None]:
-        """Use these states within the block."""
-        theirs = [(x, x.generator) for x, _ in self._generators]
-        with states_kept():
-            _restore(self._states)
-            for x, generator in self._generators:
-                x.generator = generator
-            try:
-                yield
-            finally:
-                self._states = _states()
-                for x, generator in theirs:
-                    x.generator = generator
+        torch.default_generator.set_state(before[0])
+        np.random.set_state(before[1])
+        random.setstate(before[2])
 
 
 def _holders(loader: Any) -> list[Any]:
@@ -105,8 +70,16 @@ def _holders(loader: Any) -> list[Any]:
 @contextmanager
 def seeded(loader: Any, seed: int) -> Iterator[None]:
     """Seed random draws of the block, including generators of a loader, and restore their states after it."""
-    with _Draws(seed, loader).ours():
-        yield
+    theirs = [(holder, holder.generator) for holder in _holders(loader)]
+    with states_kept():
+        seed_all(seed)
+        for holder, _ in theirs:
+            holder.generator = torch.Generator().manual_seed(seed)
+        try:
+            yield
+        finally:
+            for holder, generator in theirs:
+                holder.generator = generator
 
 
 def derived_seed(seed: int, number: int) -> int:
@@ -119,11 +92,11 @@ def derived_seed(seed: int, number: int) -> int:
 
 def read_batches(loader: Iterable[Any], seed: int, named: str = "data") -> Iterator[Any]:
     """Yield a loader's batches with seeded draws; raises InvalidInput if the loader or its dataset raises."""
-    draws, what = _Draws(seed, loader), f"{named}: reading a batch failed"
-    with draws.ours():
+    what = f"{named}: reading a batch failed"
+    with seeded(loader, seed):
         batches = guarded(what, lambda: iter(loader))
-    while True:
-        with draws.ours():
+    for k in counting():
+        with seeded(loader, derived_seed(seed, k) if k else seed):
             batch = guarded(what, lambda: next(batches, _END))
         if batch is _END:
             return
@@ -138,7 +111,7 @@ def read_item(data: Any, index: int, seed: int) -> Any:
     if isinstance(data, (Images, TensorDataset)):  # no random draws
         item = data[index]
     else:
-        with _Draws(seed).ours():
+        with seeded(None, seed):
             item = guarded(f"data: reading item {index} failed", lambda: data[index])
     kinds = (Tensor, np.ndarray, np.generic, Number)
     return pytree.tree_map(lambda x: torch.as_tensor(x)[None] if isinstance(x, kinds) else x, item)
@@ -243,14 +216,10 @@ def calibration_images(
 
 
 def gather(given: Any, inputs: Sequence[InputSpec], most: int = MOST, seed: int = 0) -> Calibration:
-    """Return calibration images as batches of a model's inputs.
+    """Return at most `most` calibration images as batches of a model's inputs.
 
-    Args:
-        given: a tensor (N, C, H, W), a Dataset, or a sequence or DataLoader of batches, each the model's input or a
-            tuple of its inputs; further elements, such as labels, are ignored.
-        inputs: the model's tensor inputs.
-        most: number of images at most.
-        seed: seed of a loader's or dataset's random draws, such as its order.
+    `given` is a tensor (N, C, H, W), a Dataset, or a sequence or DataLoader of batches, each the model's input or a
+    tuple of its inputs; further elements, such as labels, are ignored.
 
     Raises:
         InvalidInput: the data are of another type, or do not fit the inputs.

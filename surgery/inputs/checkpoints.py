@@ -1,8 +1,6 @@
 """Read state dicts from files and load them into a model, without unpickling arbitrary objects.
 
-A checkpoint is often a state dict inside a wrapper (`state_dict`, `model`, `ema`, ...), whose keys have a prefix
-(`module.` of data parallel, `_orig_mod.` of `torch.compile`, `model.` of training frameworks). Both are removed here;
-mismatches are reported in one sentence.
+Wrappers (`state_dict`, `model`, `ema`, ...) and prefixes of keys (`module.`, `_orig_mod.`, `model.`) are removed.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
 """Models of torchvision and timm: imports, constructors, example inputs and pretrained weights.
 
-torchvision's wheels contain operators built for one exact build of torch; with another build (such as a CPU torch with
-a CUDA torchvision) `import torchvision` fails at the missing schema of `nms`. Classification and segmentation models
-work without these operators, and detectors need them only in post-processing, so missing schemas are declared here.
-
-Downloads use the libraries' own loaders and caches, after one short request that tests the connection, because the
-loaders retry for minutes. Building random models never accesses the network.
+torchvision's operators are built for one exact build of torch; with another one (a CPU torch with a CUDA torchvision)
+`import torchvision` fails at the missing schema of `nms`, which only detectors need: it is declared here. Downloads use
+the libraries' loaders, after one short request that tests the connection, because the loaders retry for minutes.
 """
 
 from __future__ import annotations

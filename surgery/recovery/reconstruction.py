@@ -93,18 +93,9 @@ def reconstruct(
     memory: int = MEMORY,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> list[Fitted]:
-    """Fit the compact model's weights in place; the dense model is unchanged.
+    """Fit the compact model's weights in place on batches of its inputs; return each fitted layer, in order.
 
-    Args:
-        cut: the dense program and its plan.
-        compact: the compact model; its graph and module share their tensors.
-        batches: batches of the model's inputs, on the CPU.
-        seed: seed of the sampled positions.
-        memory: bytes of activations to keep between layers.
-        progress: called with the completed fraction.
-
-    Returns:
-        The result of each fitted layer, in order.
+    At most `memory` bytes of activations are kept between layers. The compact model's graph and module share tensors.
 
     Raises:
         InvalidInput: values within either model are not finite.

@@ -210,13 +210,8 @@ def recovered(
 ) -> Recovery | None:
     """Recover a compact model in place; returns None if nothing was requested and there is nothing to evaluate on.
 
-    Args:
-        subject: the compact model and the dense model it was cut from.
-        recipe: the recipe, with opened data.
-        progress: called for each step.
-        seen: images read from `data`; None if not read yet.
-        between: steps of intermediate models in iterative pruning.
-        shared: whether other processes train along; they are sent the plan and the compact model.
+    `seen` are images already read from `data`, `between` the steps of intermediate models in iterative pruning. Other
+    processes train along if `shared`; they are sent the plan and the compact model.
     """
     validate(recipe)
     program, whole, data = subject.cut.program, subject.whole, recipe.data
@@ -245,11 +240,10 @@ def _methods(level: str) -> list[str]:
 
 
 def _run_method(name: str, task: Task, judge: _Judge, before: Agreement | None, progress: Progress) -> Step:
-    """Run one recovery method and evaluate the compact model after it.
+    """Run one recovery method and evaluate the compact model after it; `before`: its agreement on the held-out images.
 
-    Its changes are undone if the outputs on the held-out images end up further from the dense model's, or not finite.
-    Both squared error and correlation must be worse, since batch norms alone may restore one and not the other.
-    `before` is the agreement before it, if the held-out images are those of the judge.
+    Its changes are undone if squared error and correlation with the dense outputs on the held-out images are both worse
+    (as batch norms alone may restore one and not the other), or not finite.
     """
     method, subject, guard = RECOVERY_METHODS[name], task.subject, None
     state = {k: v.clone() for k, v in subject.compact.module.state_dict().items()}

@@ -1,11 +1,9 @@
 """Distillation and fine-tuning: the compact model trained on the dense one's outputs, and on labels if given.
 
-Norms keep their statistics and dropout is off: the model is trained as it will be deployed. The result does not depend
-on the number of processes. A killed run resumes from its last checkpoint and gives the same weights: random draws
-depend only on the seed, the epoch and the image's index.
+Norms keep their statistics and dropout is off. Random draws depend only on the seed, the epoch and the image's index:
+the result does not depend on the number of processes, and a resumed run gives the same weights.
 
-Source: Hinton et al. 2015 (arXiv:1503.02531); identical views for teacher and student, and mixed images, after Beyer et
-al. 2022 (arXiv:2106.05237). Processes and precision are handled by Hugging Face Accelerate.
+Source: Hinton et al. 2015 (arXiv:1503.02531); identical views and mixed images after Beyer et al. 2022 (2106.05237).
 """
 
 from __future__ import annotations

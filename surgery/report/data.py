@@ -34,12 +34,8 @@ def describe(
 ) -> dict[str, Any]:
     """Return the report on a decision: what is pruned, what is left untouched and why, and the verification.
 
-    Args:
-        cut: the traced dense model, its groups, and the units to remove.
-        costs: ``params``, ``macs`` and ``channels`` → (dense, kept), in parameters, MACs per batch element, units.
-        loop: refinement log of a latency budget.
-        compact: the compact model, or None if not cut yet (`surgery show`).
-        verdict: result of the verification, or None.
+    `costs`: ``params``, ``macs`` and ``channels`` → (dense, kept); `loop`: log of a latency budget's refinement;
+    `compact` and `verdict`: None if not cut yet (`surgery show`).
     """
     program, coupling, plan = cut.program, cut.coupling, cut.plan
     kept = None

@@ -1,9 +1,5 @@
 """Criteria from the inputs of a unit's consumers on images: `activation`, `reconstruction` and `second-order`.
 
-The second moments of each layer's inputs tell which unit's removal costs least after the layer is refitted. Only errors
-of the outputs are comparable between groups: for `second-order`, each group is cut alone, to a few widths and with
-refitted consumers, and the error of the outputs is measured.
-
 Source: block optimal brain surgeon after Hassibi and Stork 1993 and Frantar and Alistarh 2022 (arXiv:2208.11580), with
 units as blocks and all consumers at once.
 """

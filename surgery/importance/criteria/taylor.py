@@ -46,10 +46,7 @@ def taylor(evidence: Evidence) -> Scores:
 
 
 def _drawn_log_likelihood(outputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-    """Return the log-likelihood of outputs sampled from the model's own distribution, summed over the batch.
-
-    (N, classes) are logits; others are means of normal distributions with the outputs' standard deviation.
-    """
+    """Return the log-likelihood of outputs drawn from logits (N, classes), or from normal distributions."""
     total = outputs[0].new_zeros(())
     for out in outputs:
         if out.dim() == 2 and out.shape[1] > 1:
