@@ -204,8 +204,6 @@ def _clear_notes(model: ir.Model) -> None:
             value.const_value.metadata_props.clear()
 
 
-# Attention. ---------------------------------------------------------------------------------------------------------
-
 _OWN_ATTENTION_SINCE = 23
 """From this operator set on, torch translates to ONNX's own Attention."""
 
@@ -234,9 +232,6 @@ def _attention(
     return op.MatMul(op.Softmax(scores, axis=-1), value)
 
 
-# A fault of ONNX Runtime. --------------------------------------------------------------------------------------------
-
-
 def _keep_zeros_in_maxima(model: ir.Model) -> None:
     """Make the axes of paddings before max-poolings explicit, as ONNX Runtime then leaves the Pad alone.
 
@@ -253,9 +248,6 @@ def _keep_zeros_in_maxima(model: ir.Model) -> None:
             graph.register_initializer(value)
             node.resize_inputs(4)
             node.replace_input_with(3, value)
-
-
-# Errors. ------------------------------------------------------------------------------------------------------------
 
 
 def place_of(error: BaseException) -> str:

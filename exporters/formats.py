@@ -1,10 +1,4 @@
-"""Formats of files besides ONNX, each made from an ONNX file. To add one, register a function that converts a file.
-
-    @register_format("ort", suffix=".ort", precisions=("fp32", "int8"))
-    def to_ort(source, target, inputs): ...
-
-`surgery shrink --format onnx,ort` and `surgery.save` then write `compact.ort` beside `compact.onnx`.
-"""
+"""Formats of files besides ONNX, each made from an ONNX file by a function that `register_format` registers."""
 
 from __future__ import annotations
 

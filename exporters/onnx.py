@@ -73,7 +73,6 @@ class ExportResult:
     opset: int
     dynamic: Mapping[str, Mapping[int, str]]  # input → axis → name
     error: float | None  # relative to the part of the output that varies; None where not compared
-    varying: float | None  # share of the output that varies with the input; None likewise
     notes: tuple[str, ...] = ()  # for the user
 
 
@@ -163,7 +162,7 @@ def _first_that_works(job: _Job, axes: Axes, notes: list[str]) -> ExportResult:
 
 def _attempt(job: _Job, axes: Axes, notes: list[str]) -> ExportResult:
     saved = _write(job, job.call, axes, job.file)
-    error, varying, found = _verify(job, axes) if job.settings.check else (None, None, ["not compared"])
+    error, found = _verify(job, axes) if job.settings.check else (None, ["not compared"])
     dynamic = {
         str(x.name): {k: d.value for k, d in enumerate(x.shape or ()) if isinstance(d, ir.SymbolicDim) and d.value}
         for x in saved.graph.inputs
@@ -176,7 +175,6 @@ def _attempt(job: _Job, axes: Axes, notes: list[str]) -> ExportResult:
         opset=saved.opset_imports[""],
         dynamic=dynamic,
         error=error,
-        varying=varying,
         notes=(*notes, *found),
     )
 
@@ -206,8 +204,8 @@ def _write(job: _Job, call: Callee, axes: Axes, file: Path) -> ir.Model:
     return graph
 
 
-def _verify(job: _Job, axes: Axes) -> tuple[float, float, list[str]]:
-    """Return (error, varying share, notes); raises CheckFailed if it differs or is inconclusive."""
+def _verify(job: _Job, axes: Axes) -> tuple[float, list[str]]:
+    """Return (error, notes); raises CheckFailed if it differs or is inconclusive."""
     real, near = _compare(job, job.call, job.file, near=False)
     notes = ["one path exported: compared near the example only, away from it the torch model differs"] if near else []
     if any(0 in chosen for chosen in axes.values()):
@@ -224,7 +222,7 @@ def _verify(job: _Job, axes: Axes) -> tuple[float, float, list[str]]:
     _accept(job, real)
     unclear = [name for name, found in real.outputs.items() if found.unclear]
     if not unclear:
-        return real.error or 0.0, real.varying, notes
+        return real.error or 0.0, notes
     conditioned = _conditioned(job, axes, near=near)
     clear = [found for name, found in real.outputs.items() if name not in unclear]
     if all(found.blind for found in conditioned.outputs.values()) and not clear:
@@ -234,7 +232,7 @@ def _verify(job: _Job, axes: Axes) -> tuple[float, float, list[str]]:
         )
     notes += [_unclear_note(name, real.outputs[name], conditioned.outputs[name]) for name in unclear]
     trusted = [*clear, *(conditioned.outputs[name] for name in unclear if not conditioned.outputs[name].blind)]
-    return max(found.error for found in trusted), real.varying, notes
+    return max(found.error for found in trusted), notes
 
 
 def _compare(job: _Job, call: Callee, file: Path, *, near: bool) -> tuple[Parity, bool]:
@@ -316,8 +314,6 @@ def _run(call: Callee, tensors: Tensors) -> Any:
             "check their shapes and types"
         ) from error
 
-
-# Releases of ONNX Runtime. -------------------------------------------------------------------------------------------
 
 READ = {
     (1, 14): (18, 8),

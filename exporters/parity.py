@@ -1,8 +1,7 @@
-"""Compare an ONNX file with its torch model.
+"""Compare an ONNX file with its torch model, on random inputs at several batch sizes.
 
-Both run on random inputs, at several batch sizes, and the difference is measured relative to the part of the output
-that varies with the input, since a constant offset could otherwise hide an error. If hardly anything varies, the
-comparison is reported as inconclusive.
+The difference is relative to the part of the output that varies with the input, since a constant offset could otherwise
+hide an error. If hardly anything varies, the comparison is reported as inconclusive.
 """
 
 from __future__ import annotations
@@ -83,11 +82,6 @@ class Parity:
         """Largest relative error over the outputs where the comparison can see; None where it is blind in all."""
         return max((o.error for o in self.outputs.values() if not o.blind), default=None)
 
-    @property
-    def varying(self) -> float:
-        """Share of the output that varies with the input, of the output where it is largest."""
-        return max((o.varying for o in self.outputs.values()), default=0.0)
-
 
 def parity(path: str | os.PathLike[str], call: Callee, tensors: Tensors, *, near_example: bool = False) -> Parity:
     """Compare an ONNX file in ONNX Runtime with the torch model, in eval mode on the CPU, on random inputs.
@@ -150,9 +144,6 @@ def _compared(
 ) -> dict[str, OutputParity]:
     cases = [_compare_draws(a, b, whose) for a, b in zip(expected, got, strict=True)]
     return {name: _pool([case[name] for case in cases]) for name in cases[0]}
-
-
-# Inputs. ------------------------------------------------------------------------------------------------------------
 
 
 def _sizes(session: Any, tensors: Tensors) -> Iterator[tuple[int, dict[str, tuple[int, ...]]]]:
@@ -263,9 +254,6 @@ def _pool(runs: Sequence[_Magnitudes]) -> OutputParity:
         difference=max(differences) / max(scale, _TINY),
         errors=tuple(difference / max(varying, _TINY) for difference in differences),
     )
-
-
-# Well-conditioned values. -------------------------------------------------------------------------------------------
 
 
 def well_conditioned(model: torch.nn.Module, run: Callable[[torch.nn.Module], object] | None = None) -> torch.nn.Module:

@@ -135,9 +135,6 @@ def to_fp16(source: str | os.PathLike[str], target: str | os.PathLike[str], batc
     return Quantised(Path(target), Path(target).stat().st_size, (0, 0), cosine)
 
 
-# Input. -------------------------------------------------------------------------------------------------------------
-
-
 def _calibration(
     source: Any, batches: Iterable[Batch], *, least: int = FEWEST, compare: bool = True
 ) -> tuple[list[Batch], _Outputs]:
@@ -174,9 +171,6 @@ def _kept(model: onnx.ModelProto, keep: Sequence[str]) -> list[str]:
             raise InvalidInput(f"'{pattern}' names no layer to keep in float32; there are {named} ...")
         chosen += found
     return chosen
-
-
-# Quantization. ------------------------------------------------------------------------------------------------------
 
 
 class _CalibrationReader:

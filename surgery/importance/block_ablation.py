@@ -9,7 +9,8 @@ inserted layers; here nothing is inserted, and blocks are removed in turn.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from math import log1p
 from typing import Any
@@ -106,9 +107,6 @@ def _without(removed: Sequence[Block], node: torch.fx.Node, args: Any, kwargs: A
         if node.name == block.sum:
             return args[[getattr(source, "name", "") for source in node.args].index(block.stays)]
     return NotImplemented
-
-
-# Differences between a network's outputs and those of the dense network. ---------------------------------------------
 
 
 def first(batches: Batches, most: int | None) -> Batches:

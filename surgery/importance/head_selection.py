@@ -1,8 +1,7 @@
 """Head orders: sort the members of each attention head, or convolution group, by importance.
 
-Heads may have independent orders if every value that contains members also identifies their head, and no operator
-combines members of several heads. The first is known from labels. The second is tested by running the dense program
-with members in random order, which must not change the outputs.
+Heads may have independent orders if every value that contains members also identifies their head (known from labels),
+and no operator combines members of several heads: the dense program is run with members in random order.
 """
 
 from __future__ import annotations

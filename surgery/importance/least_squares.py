@@ -1,8 +1,7 @@
 """Regularised least squares from sums accumulated batch by batch.
 
 For each group of a contraction, the second moments of its inputs (with a one appended for the shift) and of its targets
-are accumulated in float64; their size does not depend on the number of images. They are kept in folds, and the ridge is
-chosen by cross-validation.
+are accumulated in float64, in folds of images, by which the ridge is chosen.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 The forward pass computes mean and variance of every value from the statistics of norms (`moments_of`). The backward
 pass computes the *output relevance* of a value, its share of the outputs: it starts at 1; each operand of a sum or
-concatenation receives its share of the energy; a value with several consumers receives the sum of theirs, at most 1. A
-layer that loses inputs loses the share of its weights' energy on these inputs, times its output relevance.
+concatenation receives its share of the energy; a value with several consumers receives the sum of theirs, at most 1.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from .datasets import (
     Images as Images,
     as_dataset as as_dataset,
     as_loader as as_loader,
+    batch_size as batch_size,
     evenly_spaced as evenly_spaced,
     open_images as open_images,
 )

@@ -25,13 +25,11 @@ from torch.utils.data import Dataset, TensorDataset
 from surgery.capture import Whole, reach
 from surgery.core import Callee, InputSpec, Program, explained
 from surgery.errors import InvalidInput
-from surgery.inputs.datasets import UNKNOWN, Images, evenly_spaced
+from surgery.inputs.datasets import UNKNOWN, Images, batch_size, evenly_spaced
 from surgery.inputs.usercode import guarded
 
 MOST = 512
 """Images at most."""
-PIXELS, LARGEST = 1_250_000, 32
-"""Maximum number of values, and of images, per batch."""
 _GIVE = "give a tensor (N, C, H, W), a Dataset, or a sequence or DataLoader of batches"
 _END = object()
 _HOLDERS = ("base_dataloader", "batch_sampler", "sampler")
@@ -235,7 +233,7 @@ def gather(given: Any, inputs: Sequence[InputSpec], most: int = MOST, seed: int 
         whole = [torch.cat(column)[:most] for column in zip(*batches, strict=True)]
     whole = [validated_input(x, spec) for x, spec in zip(whole, inputs, strict=True)]
     fixed = 0 not in inputs[0].dynamic
-    size = inputs[0].shape[0] if fixed else max(8, min(LARGEST, PIXELS // max(1, whole[0][:1].numel())))
+    size = inputs[0].shape[0] if fixed else batch_size(whole[0].shape, 32)
     count = len(whole[0]) // size * size if fixed else len(whole[0])
     if not count or any(len(x) != len(whole[0]) for x in whole):
         raise InvalidInput(f"data: every input takes equally many images, at least {size if fixed else 1}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,11 @@ class Images(Dataset[tuple[Tensor, int]]):
         """Return notes for the user."""
         broken = [f"{self.option}: {len(self.unreadable)} files could not be read and were left out"]
         return [*self.folder_notes, *(broken if self.unreadable else ())]
+
+
+def batch_size(shape: Sequence[int], most: int = 64) -> int:
+    """Return how many images of this shape, its first axis aside, make a batch of moderate memory."""
+    return max(8, min(most, 1_250_000 // max(1, prod(shape[1:]))))
 
 
 def evenly_spaced(count: int, most: int) -> list[int]:

@@ -2,7 +2,6 @@
 
 A model is a library model (`resnet18`, `timm:NAME`), the result of the user's own code (`FILE.py:CALLABLE`,
 `package.module:CALLABLE`) or a `.pt2` program; its weights are pretrained, random from a seed, or from a checkpoint.
-Errors are reported here, in one sentence each, before long computations.
 """
 
 from __future__ import annotations
@@ -114,9 +113,6 @@ def check_runs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         ) from error
 
 
-# Weights and example inputs. -----------------------------------------------------------------------------------------
-
-
 def _with_weights(
     source: Source, weights: str, model_args: Mapping[str, Any], seed: int
 ) -> tuple[Built, str, tuple[str, ...], tuple[str, ...]]:
@@ -182,9 +178,6 @@ def _shape(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_shape(item) for item in value) + "]"
     return type(value).__name__
-
-
-# From the name to a source. ------------------------------------------------------------------------------------------
 
 
 def _find_source(spec: str, trust: bool) -> Source:

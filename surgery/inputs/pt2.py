@@ -1,10 +1,8 @@
 """Load `.pt2` exported programs without running untrusted code.
 
-`torch.export.load` is not meant for untrusted files: it unpickles some payloads directly and others if the safe
-unpickler rejects them, opens compiled libraries, evaluates symbolic expressions as Python, imports modules named in
-pytree specs, and inserts names into generated source. `load_program` therefore inspects the archive first, and rejects
-it unless it contains plain data only: payloads that `torch.load(weights_only=True)` reads, registered operators,
-arithmetic on symbols, and valid names.
+`torch.export.load` is not meant for untrusted files: it unpickles, opens compiled libraries, evaluates expressions as
+Python, imports modules named in pytree specs, and inserts names into generated source. The archive is therefore
+inspected first, and rejected unless it holds plain data only.
 """
 
 from __future__ import annotations

@@ -17,7 +17,16 @@ from torch import Tensor
 from surgery.capture import evaluating
 from surgery.core import InputSpec, flat_outputs
 from surgery.errors import InvalidInput
-from surgery.inputs import as_loader, classes_of, read_batches, split_batch, unlabelled, user_object, validated_input
+from surgery.inputs import (
+    as_loader,
+    batch_size,
+    classes_of,
+    read_batches,
+    split_batch,
+    unlabelled,
+    user_object,
+    validated_input,
+)
 
 Model = Callable[[Sequence[Tensor]], Any]
 """A batch of inputs → the model's result."""
@@ -214,9 +223,8 @@ class Pairs:
     """Batches of inputs with their classes, kept in memory or read again, and then required to be the same."""
 
     def __init__(self, given: Any, specs: Sequence[InputSpec], seed: int = 0) -> None:
-        values = max(1, int(torch.Size(specs[0].shape[1:]).numel()))
         fixed = 0 not in specs[0].dynamic
-        size = specs[0].shape[0] if fixed else max(8, min(64, 1_250_000 // values))
+        size = specs[0].shape[0] if fixed else batch_size(specs[0].shape)
         loader = as_loader(given, batch=size, most=JUDGED, option="val")
         self._loader: Any = list(read_batches(loader, seed, "val")) if isinstance(loader, Iterator) else loader
         self._specs, self._size, self._seed = specs, size if fixed else None, seed

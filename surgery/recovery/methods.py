@@ -49,7 +49,7 @@ def reconstruct(task: Task) -> Outcome:
         return replace(found, name="bn", notes=notes)
     seed = task.recipe.selection.seed
     layers = reconstruction.reconstruct(subject.cut, subject.compact, task.images, seed=seed, progress=task.progress)
-    scarce = [layer for layer in layers if layer.scarce]
+    scarce = [layer for layer in layers if layer.rows < layer.unknowns]  # whose fit depends on the ridge
     if not scarce:
         return Outcome(layers=tuple(layers))
     first = scarce[0]

@@ -1,7 +1,6 @@
 """Synthetic images: overlapping leaves of many sizes, and noise of all scales.
 
-Such images share with photographs edges at all scales, occlusion, uniform areas and a spectrum that falls with
-frequency. They activate a network's layers, which is sufficient for a least-squares fit.
+Edges, occlusion, uniform areas and the spectrum are those of photographs, which is sufficient for a least-squares fit.
 
 Source: dead leaves after Lee, Mumford and Huang 2001; learning from them after Baradad et al. 2021 (arXiv:2106.05963).
 """
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from surgery.core import InputSpec
+from surgery.inputs import batch_size
 
 DRAWN, VALUES = 512, 20_000_000
 """Number of images, and the maximum number of values of all batches together."""
@@ -74,6 +74,6 @@ def drawn_batches(spec: InputSpec, seed: int) -> list[tuple[Tensor]]:
     """Return batches of images for an input (N, C, H, W); fewer if they are large."""
     values = max(1, int(torch.Size(spec.shape[1:]).numel()))
     count = max(32, min(DRAWN, VALUES // values))
-    size = max(8, min(64, 1_250_000 // values)) if 0 in spec.dynamic else spec.shape[0]
+    size = batch_size(spec.shape) if 0 in spec.dynamic else spec.shape[0]
     images = drawn_images(-(-count // size) * size, *spec.shape[1:], seed=seed)
     return [(x,) for x in torch.split(images.to(getattr(torch, spec.dtype)), size)]

@@ -1,9 +1,7 @@
 """Reconstruction: refit each layer's weights to the outputs of the dense model's layer.
 
 Layers are fitted in network order on the compact model's own activations, with all previous layers already fitted, so
-that errors do not accumulate. If a layer's result is added to a stream, the target is the sum, so that the layer also
-compensates for the stream's error. Before a ReLU (or ReLU6), negative targets may be any negative value (and those
-above six any value above six). This needs no labels or gradients, and memory does not grow with the number of images.
+that errors do not accumulate; docs/explanation/reconstruction.md derives it.
 
 Source: after Luo et al. 2017, ThiNet (arXiv:1707.06342); the compact model's own inputs and the rectifier after Zhang
 et al. 2016 (arXiv:1505.06798).
@@ -20,16 +18,7 @@ import torch
 from torch import Tensor
 
 from surgery.capture import evaluating
-from surgery.core import (
-    CompactModel,
-    Executor,
-    Frontier,
-    LabelledGraph,
-    Masks,
-    Value,
-    arguments_of,
-    state_of,
-)
+from surgery.core import CompactModel, Executor, Frontier, LabelledGraph, Masks, Value, arguments_of, state_of
 from surgery.coupling import Cut
 from surgery.errors import InvalidInput
 from surgery.importance import (
@@ -77,11 +66,6 @@ class Fitted:
     ridge: float  # infinite if only the shift was fitted
     before: float  # squared error over the variance of the target, as cut
     after: float  # likewise after the fit, on held-out images
-
-    @property
-    def scarce(self) -> bool:
-        """Whether there are fewer rows than unknowns, so that the fit depends on the ridge."""
-        return self.rows < self.unknowns
 
 
 def reconstruct(

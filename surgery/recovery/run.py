@@ -63,9 +63,6 @@ def _example_of(program: Program, whole: Whole | None) -> tuple[Callee, Sequence
     return whole.example, [InputSpec("input", shape, dtype, tuple(range(len(shape)))) for shape, dtype in tensors]
 
 
-# Methods. ------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Task:
     """The argument of a recovery method."""
@@ -129,9 +126,6 @@ def _task(name: str, subject: Subject, recipe: Recipe, seen: Calibration | None)
         raise InvalidInput(f"recover={name!r} draws images (N, C, H, W); this model takes something else: give --data")
     images, held_out = (drawn_batches(spec, recipe.selection.seed + k) for k in range(2))
     return Task(subject, recipe, images=images, held_out=held_out[: max(1, len(held_out) // 4)])
-
-
-# Steps. --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,9 +339,6 @@ def copy_of(compact: CompactModel) -> CompactModel:
     """Return a copy whose graph and module share tensors, like the original's."""
     module, graph = copy.deepcopy((compact.module, compact.graph))
     return replace(compact, module=module, graph=graph)
-
-
-# The report. ---------------------------------------------------------------------------------------------------------
 
 
 def with_recovery(data: Mapping[str, Any], recovery: Recovery | None) -> dict[str, Any]:

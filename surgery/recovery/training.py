@@ -327,9 +327,6 @@ def loss_of(found: Sequence[Tensor], wanted: Sequence[Tensor], classes: Tensor |
     ).mean()
 
 
-# Data. ---------------------------------------------------------------------------------------------------------------
-
-
 class Views(Dataset[tuple[Tensor, ...]]):
     """Augmented images of one epoch, with the other inputs and the class; determined by seed, epoch and index."""
 

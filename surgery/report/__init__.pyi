@@ -17,11 +17,4 @@ from .rendering import (
     print_parts as print_parts,
     rich_table as rich_table,
 )
-from .sections import (
-    Part as Part,
-    Table as Table,
-    figure as figure,
-    ratio as ratio,
-    section as section,
-    size as size,
-)
+from .sections import Part as Part, Table as Table, figure as figure, ratio as ratio, section as section, size as size

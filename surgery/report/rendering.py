@@ -94,9 +94,6 @@ class Report:
         return report
 
 
-# On a terminal, and in Markdown. -------------------------------------------------------------------------------------
-
-
 def print_parts(parts: Iterable[Part], console: Console) -> None:
     """Print parts of a section, except charts."""
     for part in parts:

@@ -71,9 +71,6 @@ def second_order(evidence: Evidence) -> Scores:
     return {order.group.name: order.scores(_through(order, errors[order.group.name])) for order in orders}
 
 
-# Inputs of layers. ---------------------------------------------------------------------------------------------------
-
-
 class _ObservedLayer(Layer):
     """A layer and the moments of its inputs on images.
 
@@ -137,9 +134,6 @@ def _held_out(batches: Batches) -> tuple[Batches, Batches]:
     aside = [batch for k, batch in enumerate(batches) if k % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
     fitted = [batch for k, batch in enumerate(batches) if k % HELD_OUT_EVERY < HELD_OUT_EVERY - 1]
     return (fitted, aside) if aside else (batches, batches)
-
-
-# Elimination of units, with their consumers refitted after each removal. ---------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,9 +242,6 @@ class _Consumer:
             weight[at] = 0.0
             inverse[at], inverse[:, at] = 0.0, 0.0
             inverse[at, at] = 1.0
-
-
-# Errors of the outputs. ----------------------------------------------------------------------------------------------
 
 
 def _measured(evidence: Evidence, orders: Sequence[_Elimination]) -> dict[str, dict[int, float]]:
