@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from exporters.session import open_session, session_options
 from exporters.signature import BATCH, HEIGHT, WIDTH, Tensors, name_outputs
-from surgery.core import BLIND, ROUNDINGS, TOLERANCE as TOLERANCES, Callee, conditioned, explained
+from surgery.core import BLIND, ROUNDINGS, TOLERANCE as TOLERANCES, BatchStatistics, Callee, conditioned, explained
 from surgery.errors import CheckFailed, InvalidInput
 
 TOLERANCE = TOLERANCES[torch.float32]
@@ -270,28 +269,9 @@ def well_conditioned(model: torch.nn.Module, run: Callable[[torch.nn.Module], ob
             if tensor.is_floating_point() and tensor.numel():
                 tensor.copy_(conditioned(name, tensor, generator))
         if run is not None:
-            with _BatchNormStatistics():
+            with BatchStatistics() as mode:
                 run(conditioned_copy)
+            for running_mean, running_var, mean, variance, _ in mode.found():
+                running_mean.copy_(mean)
+                running_var.copy_(variance + 0.1 * variance.mean() + 1e-6)  # channels of small variance get more
     return conditioned_copy
-
-
-_BATCH_NORMS: dict[Any, tuple[int, ...]] = {
-    torch.nn.functional.batch_norm: (0, 1, 2),
-    torch.batch_norm: (0, 3, 4),
-    torch.ops.aten.batch_norm.default: (0, 3, 4),
-}
-"""Positions of the input, the running mean and the running variance among the arguments."""
-
-
-class _BatchNormStatistics(TorchFunctionMode):
-    """Batch norms take the statistics of what reaches them; channels of small variance get more."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        places = _BATCH_NORMS.get(func)
-        if places and len(args) > places[-1] and args[places[-1]] is not None:
-            x, mean, variance = (args[place] for place in places)
-            axes = [a for a in range(x.dim()) if a != 1]
-            mean.copy_(x.mean(axes))
-            spread = x.var(axes, correction=0)
-            variance.copy_(spread + 0.1 * spread.mean() + 1e-6)
-        return func(*args, **(kwargs or {}))

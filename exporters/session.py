@@ -38,18 +38,18 @@ def session_options(threads: int = 1) -> onnxruntime.SessionOptions:
     return options
 
 
-class OnnxModel:
+class OnnxModel(torch.nn.Module):
     """A file in ONNX Runtime: called with tensors, it returns tensors; raises InvalidInput if it cannot be run."""
 
-    training = False
-
     def __init__(self, path: str | Path, *, threads: int = 1) -> None:
+        super().__init__()
+        self.eval()
         self._session = open_session(path, session_options(threads))
         self.inputs = [x.name for x in self._session.get_inputs()]
         firsts = {x.shape[0] for x in self._session.get_inputs() if x.shape}
         self._batch = next((size for size in firsts if isinstance(size, int)), None)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run on tensors, by position or name, in filled pieces of a fixed batch; returns a tensor or a tuple."""
         given = {**dict(zip(self.inputs, args, strict=False)), **kwargs}
         tensors = {name: torch.as_tensor(x).detach().cpu() for name, x in given.items()}
@@ -74,18 +74,6 @@ class OnnxModel:
     def _run(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         found = self._session.run(None, {name: x.numpy() for name, x in tensors.items()})
         return tuple(torch.from_numpy(np.asarray(x)) for x in found)
-
-    def eval(self) -> OnnxModel:
-        """Return the model, which is always in eval mode."""
-        return self
-
-    def to(self, *args: Any, **kwargs: Any) -> OnnxModel:
-        """Return the model, which stays on the CPU."""
-        return self
-
-    def state_dict(self) -> Mapping[str, Tensor]:
-        """Return nothing, since the weights are in the file."""
-        return {}
 
 
 def feeds(path: str | Path, batches: Iterable[Sequence[Tensor]]) -> Iterator[dict[str, NDArray[Any]]]:

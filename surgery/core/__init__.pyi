@@ -1,3 +1,4 @@
+from .batch_norms import BatchStatistics as BatchStatistics
 from .blame import (
     UNKNOWN as UNKNOWN,
     explained as explained,

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from surgery.core import first_line, user_line
 from surgery.errors import InvalidInput, SurgeryError
@@ -106,7 +107,8 @@ def check_runs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     except SurgeryError:
         raise
     except Exception as error:  # forward is user code and may raise any exception
-        shapes = ", ".join(_shape(value) for value in (*args, *kwargs.values())) or "no input"
+        tensors = (x for x in pytree.tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor))
+        shapes = ", ".join("x".join(map(str, x.shape)) or "()" for x in tensors) or "no tensor"
         raise InvalidInput(
             f"{type(module).__name__} does not run on input {shapes}{user_line(error)}: {first_line(error)}; "
             "give a shape that it takes with --input-shape"
@@ -170,14 +172,6 @@ def _example_inputs(
     image = torch.randn(shape or source.shape(built.module, model_args), generator=torch.Generator().manual_seed(seed))
     floating = (t.dtype for t in built.module.parameters() if t.is_floating_point())
     return source.wrap(image.to(args[0].dtype if args else next(floating, image.dtype))), kwargs
-
-
-def _shape(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return "x".join(str(size) for size in value.shape) or "()"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_shape(item) for item in value) + "]"
-    return type(value).__name__
 
 
 def _find_source(spec: str, trust: bool) -> Source:

@@ -59,53 +59,50 @@ class Agreement:
     correlation: float = nan  # of the two models' outputs over images; NaN if not finite
 
 
-@dataclass(slots=True, eq=False)
 class Reference:
-    """The dense model's outputs on evaluation images, with which other models are compared batch by batch."""
+    """The dense model's outputs on evaluation images, with which other models are compared batch by batch.
 
-    dense_model: Model  # run again if its outputs are too large to keep
-    batches: Iterable[Pair]  # of inputs and classes, identical in each iteration
-    labels: Tensor | None  # class of each image, (N,), or None
-    outputs: Sequence[Tensor] | None  # of the dense model, by batch, (N, values); None if too large
-    classes: int  # number of classes; 0 if outputs are not class scores
-    named: str  # description of the images
-    notes: tuple[str, ...] = ()  # for the user
+    Outputs that are too large to keep are computed again, from batches that must be identical in each iteration. Raises
+    InvalidInput if there are none, or labels are out of range.
+    """
 
-    @classmethod
-    def of(cls, dense: Model, batches: Iterable[Pair], named: str = "") -> Reference:
-        """Run the dense model; raises InvalidInput if labels are out of range."""
-        seen, outputs, classes, held = list[Tensor | None](), list[Tensor](), 0, 0
+    def __init__(self, dense: Model, batches: Iterable[Pair], named: str = "") -> None:
+        self._dense, self._batches, self.named = dense, batches, named
+        self.labels: Tensor | None = None  # class of each image, (N,)
+        self._classes, held = 0, 0  # number of classes; 0 if outputs are not class scores
+        seen, outputs = list[Tensor | None](), list[Tensor]()
         for inputs, labels in batches:
-            found, classes = _outputs(dense, inputs)
+            found, self._classes = _outputs(dense, inputs)
             seen.append(labels)
             held += found.numel() * found.element_size()
             if held <= HELD:
                 outputs.append(found)
         if not seen:
             raise InvalidInput("there are no images to evaluate on")
-        known = torch.cat([x for x in seen if x is not None]) if all(x is not None for x in seen) else None
-        notes = batches.notes if isinstance(batches, Pairs) else []
-        if known is not None and not classes:
-            known = None
-            notes = [f"the classes of {named} are not used: the model's output is not (N, classes) alone", *notes]
-        if known is not None:
-            validate_labels(named, int(known.min()), int(known.max()), classes)
-        return cls(dense, batches, known, outputs if held <= HELD else None, classes, named, tuple(notes))
+        self._outputs = outputs if held <= HELD else None
+        self.notes = batches.notes if isinstance(batches, Pairs) else []
+        known = [x for x in seen if x is not None]
+        if len(known) == len(seen) and not self._classes:
+            note = f"the classes of {named} are not used: the model's output is not (N, classes) alone"
+            self.notes = [note, *self.notes]
+        elif len(known) == len(seen):
+            self.labels = torch.cat(known)
+            validate_labels(named, int(self.labels.min()), int(self.labels.max()), self._classes)
 
     def judge(self, model: Model | None) -> Agreement:
         """Return the agreement of a model with the dense one; of the dense one with itself for None."""
         sums, cosines, divergences, predicted = _Sums(), list[Tensor](), list[Tensor](), list[Tensor]()
-        for k, (inputs, _) in enumerate(self.batches):
-            own = self.outputs[k] if self.outputs is not None else _outputs(self.dense_model, inputs)[0]
+        for k, (inputs, _) in enumerate(self._batches):
+            own = self._outputs[k] if self._outputs is not None else _outputs(self._dense, inputs)[0]
             pair = torch.stack([own, own if model is None else _outputs(model, inputs)[0]]).double()
             sums.add(pair)
             cosines.append(torch.nn.functional.cosine_similarity(pair[0], pair[1], dim=1))
-            if self.classes:
+            if self._classes:
                 logs, others = pair.log_softmax(2)
                 divergences.append((logs.exp() * (logs - others)).sum(1))
                 predicted.append(pair.argmax(2))
         found = Agreement(sums.count, float(torch.cat(cosines).mean()), sums.error(), correlation=sums.correlation())
-        if not self.classes:
+        if not self._classes:
             return found
         ours, theirs = torch.cat(predicted, 1)
         value, low, high = paired_drop(torch.ones(sums.count), ours == theirs) if model is not None else _EXACT

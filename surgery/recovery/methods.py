@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgery.capture import evaluating
+from surgery.core import BatchStatistics
 from surgery.errors import InvalidInput
 from surgery.inputs import as_dataset
 from surgery.recovery import reconstruction
@@ -28,15 +25,15 @@ def none(task: Task) -> Outcome:
 @recovery_method("bn", needs=["images"])
 def bn(task: Task) -> Outcome:
     """Re-estimate the running statistics of all batch norms on images."""
-    mode, model = _Estimating(), task.subject.part
+    mode, model = BatchStatistics(), task.subject.part
     with torch.no_grad(), evaluating(model), mode:  # dropouts are off
         for k, batch in enumerate(task.images):
             task.progress(k / len(task.images))
             model(*batch)
-    for count, mean, square, running_mean, running_var in mode.sums.values():
+    for running_mean, running_var, mean, variance, count in mode.found():
         running_mean.copy_(mean)
-        running_var.copy_((square - mean.square()).clamp_min(0) * count / max(1, count - 1))
-    return Outcome(() if mode.sums else ("the model has no batch norms with running statistics",))
+        running_var.copy_(variance * count / max(1, count - 1))
+    return Outcome(() if mode.found() else ("the model has no batch norms with running statistics",))
 
 
 @recovery_method("reconstruct", needs=["images"])
@@ -110,26 +107,3 @@ def _digest(task: Task, data: object) -> str:
     for x in tensors:
         digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-class _Estimating(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Norms use batch statistics, as in training; mean and mean square over all batches are accumulated."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.sums: dict[int, tuple[int, Tensor, Tensor, Tensor, Tensor]] = {}
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Run one operator."""
-        if func is not torch.ops.aten.native_batch_norm.default:
-            return func(*args, **(kwargs or {}))
-        x, weight, bias, running_mean, running_var, _, momentum, eps = args
-        if running_mean is not None:
-            rows = x.double().movedim(1, 0).flatten(1)
-            count, mean, square, *_ = self.sums.get(id(running_mean), (0, torch.zeros(1), torch.zeros(1)))
-            share = rows.shape[1] / (count + rows.shape[1])
-            mean, square = mean + share * (rows.mean(1) - mean), square + share * (rows.square().mean(1) - square)
-            self.sums[id(running_mean)] = count + rows.shape[1], mean, square, running_mean, running_var
-        return func(x, weight, bias, None, None, True, momentum, eps)

@@ -311,18 +311,19 @@ def _reference(subject: Subject, recipe: Recipe, seen: Calibration | None) -> Re
     """Return the dense model's reference on the validation images, else on the calibration images."""
     if recipe.data.val is not None:
         pairs = Pairs(recipe.data.val, subject.inputs, recipe.selection.seed)
-        found = Reference.of(in_eval_mode(subject.dense), pairs, "--val")
-        return replace(found, named=f"{pairs.count} images of --val")
+        found = Reference(in_eval_mode(subject.dense), pairs, "--val")
+        found.named = f"{pairs.count} images of --val"
+        return found
     if seen is None:
         return None
     batches = [(batch, None) for batch in seen.given or seen.batches]
-    return Reference.of(in_eval_mode(subject.dense), batches, f"{seen.count} images of --data, those it was made with")
+    return Reference(in_eval_mode(subject.dense), batches, f"{seen.count} images of --data, those it was made with")
 
 
 def _reference_on(subject: Subject, batches: Batches) -> Reference:
     """Return the dense program's reference on these images."""
     dense = subject.part.on(subject.cut.program.dense.model)
-    return Reference.of(in_eval_mode(dense), [(batch, None) for batch in batches])
+    return Reference(in_eval_mode(dense), [(batch, None) for batch in batches])
 
 
 def in_eval_mode(callee: Callee) -> Model:

@@ -125,9 +125,9 @@ def test_outputs_that_are_too_many_are_made_again(
     model: nn.Module, cut: surgery.Result, images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches: Any = [((part,), None) for part in torch.split(images[0], 32)]
-    held = Reference.of(lambda inputs: model(*inputs), batches, "images")
+    held = Reference(lambda inputs: model(*inputs), batches, "images")
     monkeypatch.setattr(evaluation, "HELD", 100)
-    anew = Reference.of(lambda inputs: model(*inputs), batches, "images")
+    anew = Reference(lambda inputs: model(*inputs), batches, "images")
     assert held.outputs is not None
     assert anew.outputs is None
     compact = cut.model
@@ -138,7 +138,7 @@ def test_error_and_correlation_are_what_all_outputs_at_once_give(
     model: nn.Module, cut: surgery.Result, images: tuple[Tensor, Tensor]
 ) -> None:
     batches: Any = [((part,), None) for part in torch.split(images[0], 48)]
-    reference = Reference.of(lambda inputs: model(*inputs) + 100, batches, "images")
+    reference = Reference(lambda inputs: model(*inputs) + 100, batches, "images")
     with torch.no_grad():
         own, other = (m(images[0]).double() + shift for m, shift in ((model, 100), (cut.model, 0)))
     own, other = own.float().double(), other.float().double()

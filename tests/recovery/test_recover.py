@@ -339,7 +339,7 @@ def test_the_drop_is_paired_and_its_interval_like_a_bootstraps() -> None:
 
 def test_agreement_of_outputs_that_are_no_classes() -> None:
     batches = [([torch.rand(4, 3)], None)]
-    reference = Reference.of(lambda inputs: inputs[0].reshape(4, 3, 1), batches, "images")
+    reference = Reference(lambda inputs: inputs[0].reshape(4, 3, 1), batches, "images")
     found = reference.judge(lambda inputs: 2 * inputs[0].reshape(4, 3, 1))
     assert found.top1_match is None and found.accuracy is None
     assert found.cosine == pytest.approx(1.0)

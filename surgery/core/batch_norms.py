@@ -1,0 +1,37 @@
+"""Statistics of what reaches the batch norms of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class BatchStatistics(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Norms use batch statistics, as in training; mean and mean square over all batches are accumulated."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._sums: dict[int, tuple[int, Tensor, Tensor, Tensor, Tensor]] = {}
+
+    def found(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor, int]]:
+        """Return for each norm its running mean and variance, to be changed, and mean, variance and count of rows."""
+        return [(m, v, x, (xx - x.square()).clamp_min(0), n) for n, x, xx, m, v in self._sums.values()]
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run one operator."""
+        if func is not torch.ops.aten.native_batch_norm.default:
+            return func(*args, **(kwargs or {}))
+        x, weight, bias, running_mean, running_var, _, momentum, eps = args
+        if running_mean is not None:
+            rows = x.double().movedim(1, 0).flatten(1)
+            count, mean, square, *_ = self._sums.get(id(running_mean), (0, torch.zeros(1), torch.zeros(1)))
+            share = rows.shape[1] / (count + rows.shape[1])
+            mean, square = mean + share * (rows.mean(1) - mean), square + share * (rows.square().mean(1) - square)
+            self._sums[id(running_mean)] = count + rows.shape[1], mean, square, running_mean, running_var
+        return func(x, weight, bias, None, None, True, momentum, eps)
