@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from exporters.quantize import FEWEST
-from surgery import config, search
+from surgery import config, pipeline
 from surgery.config import Recipe
 from surgery.core import Clock, Progress, buffers_kept
 from surgery.errors import InvalidInput
@@ -59,8 +59,8 @@ def shrink(
     task = opened(asked, loaded, trained=is_named and loaded.is_trained)
     inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
     with torch.random.fork_rng(devices=()), buffers_kept(loaded.module):
-        decision = search.decide(loaded.module, inputs, task, example_kwargs=kwargs, progress=progress)
-        result = search.realise(decision, progress=progress)
+        decision = pipeline.decide(loaded.module, inputs, task, example_kwargs=kwargs, progress=progress)
+        result = pipeline.realise(decision, progress=progress)
     asked = config.resolved(asked.but(recover=task.recovery.recover, model=model if is_named else None))
     return replace(result, recipe=asked, report=with_origin(result.report, loaded) if is_named else result.report)
 

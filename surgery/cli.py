@@ -1,8 +1,7 @@
 """The command line: prints a table or JSON; errors are reported in one sentence, with an exit code.
 
-Options and help follow from the fields of `config`. Large packages are imported only when a command runs, so that
-`--help` and errors in options are fast. Standard output contains only the result; progress, warnings and output of
-libraries or the user's own file go to standard error.
+Large packages are imported only when a command runs, so that `--help` and errors in options are fast. Standard output
+contains only the result; progress, warnings and output of libraries or the user's own file go to standard error.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ if TYPE_CHECKING:
     from surgery.planning import Decision
 
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
-FEW = 12
-"""Help with no more options than this is one page."""
+FEW = 12  # help with no more options than this is one page
 
 EXIT_CODES = """\b
 Exit codes:
@@ -459,10 +457,10 @@ def _load(recipe: Recipe, progress: Progress) -> LoadedModel:
 
 
 def _decide(loaded: LoadedModel, recipe: Recipe, progress: Progress) -> Decision:
-    from surgery import search  # saves start-up seconds
+    from surgery import pipeline  # saves start-up seconds
 
     inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
-    return search.decide(loaded.module, inputs, recipe, example_kwargs=kwargs, progress=progress)
+    return pipeline.decide(loaded.module, inputs, recipe, example_kwargs=kwargs, progress=progress)
 
 
 def _deliver(session: Session, recipe: Recipe, progress: Progress, plan: Path | None = None) -> Mapping[str, Any]:
@@ -471,7 +469,7 @@ def _deliver(session: Session, recipe: Recipe, progress: Progress, plan: Path | 
     What is cut is decided here, or by an earlier run's plan. Processes of a distributed run other than the first return
     an empty report.
     """
-    from surgery import api, delivery, pipeline, planning, recovery, report, search  # saves start-up seconds
+    from surgery import api, delivery, pipeline, planning, recovery, report  # saves start-up seconds
     from surgery.core import Plan  # saves start-up seconds
 
     decided = None if plan is None else Plan.load(plan)
@@ -501,7 +499,7 @@ def _deliver(session: Session, recipe: Recipe, progress: Progress, plan: Path | 
     else:
         decision = repeated(decided, loaded.module, loaded.example_inputs, progress=progress)
         decision = replace(decision, recipe=task)
-    result = search.realise(replace(decision, shared=shared), progress=progress)
+    result = pipeline.realise(replace(decision, shared=shared), progress=progress)
     asked = config.resolved(recipe.but(out=out, recover=task.recovery.recover))
     next_command = command_to_evaluate(out, loaded, recipe)
     command = command_line(*session.arguments)
@@ -521,8 +519,7 @@ def _print_report(session: Session, data: Mapping[str, Any]) -> None:
 
 # Progress and results. ------------------------------------------------------------------------------------------------
 
-PLAIN_WIDTH = 110
-"""Width of tables if standard output is a file or a pipe."""
+PLAIN_WIDTH = 110  # width of tables if standard output is a file or a pipe
 
 
 class Terminated(KeyboardInterrupt):
@@ -608,8 +605,7 @@ def command_to_evaluate(out: Path, loaded: LoadedModel, recipe: Recipe) -> str:
     code = (
         f"import surgery; dense = surgery.load_model({arguments}).module; compact = surgery.load({str(out)!r}, dense)"
     )
-    # Double quotes inside, so that the shell's single ones need no escaping; names with quotes keep Python's choice.
-    code = code if '"' in code or "\\" in code else code.replace("'", '"')
+    code = code if '"' in code or "\\" in code else code.replace("'", '"')  # so that the shell needs no escaping
     return f"{_python()} -i -c {shlex.quote(code)}"
 
 
@@ -678,7 +674,6 @@ def _explain(error: BaseException, session: Session) -> int:
 
 
 def _explained(error: BaseException, session: Session) -> tuple[str, int]:
-    """Return the sentence and the exit code."""
     if session.stopped or isinstance(error, KeyboardInterrupt):
         return _stopped(session.stopped or INTERRUPTED), session.stopped or INTERRUPTED
     if isinstance(error, MemoryError):

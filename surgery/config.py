@@ -203,10 +203,8 @@ class Group:
 
 # The groups. ---------------------------------------------------------------------------------------------------------
 
-TRACERS = {"export": True, "torch-pruning": False}
-"""Tracer → whether it provides a graph of operators."""
-DEPLOYED = ("fp32", "int8")
-"""Precisions that a latency budget may refer to."""
+TRACERS = {"export": True, "torch-pruning": False}  # tracer → whether it provides a graph of operators
+DEPLOYED = ("fp32", "int8")  # precisions that a latency budget may refer to
 
 # fmt: off
 
@@ -487,8 +485,7 @@ OPTIONS: Mapping[str, Option] = {
 }
 """Every option by name."""
 HEADINGS = ("Model", "Budget", "Data", "Recovery", "Deployment", "Output", "Advanced")
-ONE_OF = (*(f.name for f in fields(Budget)), "max_drop")
-"""Mutually exclusive options."""
+ONE_OF = (*(f.name for f in fields(Budget)), "max_drop")  # mutually exclusive options
 OLD_NAMES: Mapping[str, tuple[str, str | None]] = {
     **{"exact": ("inexact", "never"), "allow_inexact": ("inexact", "always"), "part": ("submodule", None)},
     **{"eval": ("metric", None), "evaluate": ("metric", None), "images": ("max_images", None)},

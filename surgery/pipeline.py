@@ -1,18 +1,24 @@
-"""From a decision to a compact model: cut, verify, refine by measurements, recover, and report.
+"""From a model to a compact model: decide, cut, verify, refine by measurements, recover, and report.
 
-Each stage is a function that can be called separately.
+Each stage is a function that can be called separately. Iterative pruning and the search for the fastest model within a
+drop of accuracy go through them several times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from exporters.session import OnnxModel
+from surgery import planning
 from surgery.capture import Whole
-from surgery.config import Recipe
+from surgery.config import DEPLOYED, MILDEST, Budget, Recipe
 from surgery.core import (
     CheckResult,
     Clock,
@@ -27,9 +33,10 @@ from surgery.core import (
 )
 from surgery.coupling import Cut, batch_size, drop
 from surgery.cutting import check_whole, describe_whole, tracer_of
-from surgery.errors import UnsupportedModel
-from surgery.planning import Decision, refined, traced
-from surgery.recovery import Recovery, Step, Subject, recovered, run as recovery, with_recovery
+from surgery.errors import BudgetUnreachable, InvalidInput, SurgeryError, UnsupportedModel
+from surgery.inputs import read_batches
+from surgery.planning import Decision, LatencyBench, refined, traced
+from surgery.recovery import Recovery, Step, Subject, points_lost, recovered, run as recovery, with_recovery
 from surgery.report import as_json, describe, layer_shapes
 
 
@@ -78,7 +85,18 @@ class Result:
 
 
 def realise(decision: Decision, *, progress: Progress | None = None) -> Result:
-    """Cut and verify a decision; raises CheckFailed if the compact model differs from the masked dense one."""
+    """Return the verified and recovered compact model, with `max_drop` the fastest one within it.
+
+    Raises:
+        CheckFailed: the compact model differs from the masked dense one.
+        BudgetUnreachable: no model is within `max_drop`.
+    """
+    if decision.recipe.selection.max_drop is not None:
+        return fastest(decision, progress)
+    return _realised(decision, progress=progress)
+
+
+def _realised(decision: Decision, *, progress: Progress | None = None) -> Result:
     run = Clock(progress)
     decision = refined(decision, run)
     choice = decision.choice
@@ -156,3 +174,160 @@ def _counted(decision: Decision, compact: CompactModel) -> tuple[dict[str, tuple
         return dict(decision.choice.costs), [f"MACs are the plan's own count, fvcore has none: {error}"]
     params = count_params(modules[0]), count_params(modules[1])
     return {**decision.choice.costs, "macs": (dense, kept), "params": params}, []
+
+
+# Iterative pruning. --------------------------------------------------------------------------------------------------
+
+
+def decide(
+    model: torch.nn.Module,
+    example_inputs: Any,
+    recipe: Recipe,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Decision:
+    """Return what would be cut; arguments and errors are those of `shrink`.
+
+    In iterative pruning, each step chooses units on the recovered model of the step before; all make one plan.
+    """
+    planned = partial(planning.decide, example_kwargs=example_kwargs, progress=progress)
+    steps, seed = recipe.selection.steps, recipe.selection.seed
+    if isinstance(recipe.data.val, Iterator):  # can be read once, and is needed for each model
+        recipe = recipe.but(val=list(read_batches(recipe.data.val, seed, "val")))
+    if steps == 1:
+        return planned(model, example_inputs, recipe)
+    goal, between = recipe.goal, list[Step]()
+    targets = [1 - (1 - goal.amount) * step / steps for step in range(1, steps + 1)]
+    decision = planned(model, example_inputs, _toward(recipe, targets[0]))
+    quiet = decision.recipe.but(recover="reconstruct")
+    if isinstance(recipe.data.data, Iterator):  # can be read once
+        recipe = recipe.but(data=decision.seen)
+    for step, target in enumerate(targets[1:], 1):
+        dense, left = decision.choice.costs[goal.kind]
+        kept = left / dense
+        if kept <= target:
+            continue
+        so_far, which = _realised(replace(decision, recipe=quiet), progress=progress), f"{step} of {steps}"
+        for done in so_far.steps[1:]:
+            notes = tuple(f"step {which}: {note}" for note in done.notes)
+            between.append(replace(done, name=f"{done.name} {which}", notes=notes))
+        again = _toward(recipe, target / kept).but(drop_layers=False)
+        decision = _joined(decision, planned(so_far.model, example_inputs, again))
+    plan = replace(decision.choice.plan, budget=goal)
+    return replace(decision, choice=replace(decision.choice, plan=plan), recipe=recipe, between=tuple(between))
+
+
+def _toward(recipe: Recipe, fraction: float) -> Recipe:
+    return recipe.but(steps=1, budget=Budget(**{recipe.goal.kind: min(fraction, 0.999)}))
+
+
+def _joined(decision: Decision, further: Decision) -> Decision:
+    """Return the decision with the units removed further from its model, where indices are those of the units left."""
+    choice, plan, more = decision.choice, decision.choice.plan, further.choice.plan
+    sizes = {group.name: group.size for group in choice.coupling.groups}
+    dead = dict(plan.dead)
+    for name, units in more.dead.items():
+        removed = dead.get(name, ())
+        left = [unit for unit in range(sizes.get(name, 0)) if unit not in removed]
+        if len(left) != more.sizes[name]:
+            raise SurgeryError(
+                f"--steps: group '{name}' of the smaller model has {more.sizes[name]} units where {len(left)} were "
+                "left; please report it, and do without --steps"
+            )
+        dead[name] = tuple(sorted([*removed, *(left[unit] for unit in units)]))
+    plan = replace(planning.with_dead(plan, choice.coupling, dead), notes=(*plan.notes, *more.notes))
+    joined = planning.choice_of(plan, choice.program.dense, decision.recipe, Clock(None))
+    return replace(decision, choice=joined)
+
+
+# The fastest model within a drop. ------------------------------------------------------------------------------------
+
+FIRST = 0.5
+NEAR = 0.04  # the search ends when the interval is this narrow, as a fraction of the dense latency
+MOST = 7  # maximum number of recovered models
+
+
+def lost_by(steps: tuple[Step, ...]) -> tuple[float, float, str]:
+    """Return points lost from the dense model to the last step, their upper bound, and the metric."""
+    first, last = steps[0], steps[-1]
+    if last.agreement is not None and last.agreement.drop is not None:
+        return last.agreement.drop[0], last.agreement.drop[2], "accuracy"
+    if first.metrics and last.metrics:
+        lost = points_lost(first.metrics, last.metrics)
+        return lost, lost, f"'{next(iter(first.metrics))}' of --metric, without an interval"
+    if last.agreement is not None and last.agreement.differs is not None:
+        return last.agreement.differs[0], last.agreement.differs[2], "agreement with the dense model"
+    raise InvalidInput(
+        "--max-drop needs something to lose: give labelled images with --val, a measure with --metric, or a classifier "
+        "and images with --data"
+    )
+
+
+def fastest(decision: Decision, progress: Progress | None) -> Result:
+    """Return the result with the lowest measured latency among those that lose no more than `max_drop`.
+
+    The interval of latencies is halved: both latency and accuracy fall as more is cut. Models that lose little enough
+    are timed against the dense one.
+    """
+    recipe, choice, clock = decision.recipe, decision.choice, Clock(progress)
+    limit = recipe.selection.max_drop
+    assert limit is not None and choice.refinement is not None, "the caller makes sure"
+    tried = list[dict[str, Any]]()
+    best: tuple[float, Result] | None = None
+    low, high, target = 0.0, 1.0, FIRST
+    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
+        dense, seen = choice.program.dense, decision.seen
+        bench = LatencyBench(dense, Path(folder), recipe, seen, clock.progress, for_accuracy=True)
+        while len(tried) < MOST and high - low > NEAR and target <= MILDEST.amount:
+            clock.progress(f"within {limit:g} points: {target:.2f} of the latency", 0.0)
+            found, measured = _at(decision, target, progress), None
+            if found is not None:
+                file = bench.export(found.compact.module)
+                lost, upper, _ = lost_by(_with_last(found, file, recipe))
+                measured = bench.ratio(file, processes=2).value if upper <= limit else None
+                figures = {"aim": round(target, 4), "lost": round(lost, 3), "upper": round(upper, 3)}
+                tried.append({**figures, "measured": measured})  # None if it lost too much to be timed
+                if measured is not None and (best is None or measured < best[0]):
+                    best = measured, found
+            low, high = (low, target) if measured is not None else (target, high)
+            target = (low + high) / 2
+    if best is None:
+        nearest = min(tried, key=lambda t: float(t["upper"]), default=None)
+        hint = "; the nearest, {aim:.2f} of the latency, loses up to {upper:.2f}".format(**nearest) if nearest else ""
+        raise BudgetUnreachable(
+            f"no model within --max-drop {limit:g} was found in {len(tried)} tries{hint}; allow more, recover more "
+            "(--recover distill), or evaluate on more images: the bound is that of the 95 % interval"
+        )
+    (ratio, result), of = best, choice.refinement.dense
+    within = {"max_drop": limit, "dense": of, "of": lost_by(result.steps)[2], "measured": ratio, "tried": tried}
+    verdict = f"measured {ratio:.4f} of {of} latency, the lowest found within {limit:g} points"
+    latency = {**result.report["latency"], "target": ratio, "verdict": verdict}
+    return replace(result, report={**result.report, "within": within, "latency": latency})
+
+
+def _with_last(found: Result, file: Path, recipe: Recipe) -> tuple[Step, ...]:
+    """Return the result's steps; for low-precision deployment, the last one is evaluated on its file.
+
+    A submodule's file does not take the whole model's images: the float model is evaluated on those.
+    """
+    if recipe.target.deploy == DEPLOYED[0] or found.whole is not None:
+        return found.steps
+    model, reference = OnnxModel(file), found.recovery.reference if found.recovery is not None else None
+    agreement = None if reference is None else reference.judge(lambda inputs: model(*inputs))
+    metrics = None if recipe.data.metric is None else recipe.data.metric(model)
+    return (*found.steps, replace(found.steps[-1], name=recipe.target.deploy, agreement=agreement, metrics=metrics))
+
+
+def _at(decision: Decision, target: float, progress: Progress | None) -> Result | None:
+    """Return the result for one latency; None if it cannot be reached."""
+    assert decision.planner is not None
+    try:
+        choice = decision.planner.plan(target)
+    except BudgetUnreachable:
+        return None
+    plan = replace(choice.plan, budget=Budget(latency=target))
+    refinement = replace(choice.refinement, target=target) if choice.refinement is not None else None
+    recipe = decision.recipe.but(budget=plan.budget, correct=False, max_drop=None)
+    attempt = replace(decision, choice=replace(choice, plan=plan, refinement=refinement), recipe=recipe)
+    return _realised(attempt, progress=progress)

@@ -1,8 +1,7 @@
-"""Registries of criteria and recovery methods, built-in and user-defined.
+"""Registries of criteria and recovery methods, built-in and user-defined, registered by the same decorators.
 
-A registry belongs to a package whose modules register entries by a decorator. Names are read from the decorators in the
-files, so that a command line can offer them without loading torch; a module is loaded when an entry of its is first
-asked for. Users register entries of their own by the same decorators.
+Names are read from the decorators in a package's files, so that a command line can offer them without loading torch; a
+module is loaded when an entry of its is first asked for.
 """
 
 from __future__ import annotations

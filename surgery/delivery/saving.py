@@ -1,13 +1,8 @@
 """Save and load results: `save` exports, times and writes the files, `load` reads the compact model back.
 
-The report is described in docs/reference/report.md. All files except the report are determined by the model, the seed
-and the arguments; plan and weights are byte-identical. If a submodule was pruned, ONNX files contain the whole model if
-it can be exported, else the submodule.
-
-The output folder is replaced as a whole, so that it never mixes old and new files. A run writes into a folder in a
-hidden sibling, ``.NAME.partial-XXXX``, which replaces ``NAME`` at the end. If the run ends before that (a failed check,
-Ctrl-C, SIGTERM, a power cut), the previous set is unchanged. A run locks its sibling folder, so that the next run can
-distinguish remains of killed runs, which it removes, from running ones.
+Plan and weights are byte-identical for the same model, seed and arguments. The output folder is replaced as a whole by
+a hidden sibling, ``.NAME.partial-XXXX``: if the run ends before that, the previous set is unchanged. A run locks its
+sibling, so that the next run can distinguish remains of killed runs, which it removes, from running ones.
 """
 
 from __future__ import annotations
@@ -426,14 +421,11 @@ def deployed_recipe(result: Result, recipe: Recipe) -> tuple[Recipe, list[str]]:
 
 # Latency and accuracy of each file. -----------------------------------------------------------------------------------
 
-FASTER = 0.97
-"""A low-precision file is called faster if the upper end of its ratio's interval is below this."""
+FASTER = 0.97  # a low-precision file is called faster if the upper end of its ratio's interval is below this
 
-Estimate = tuple[float, float, float]
-"""Value, lower end and upper end of its interval."""
+Estimate = tuple[float, float, float]  # value, lower end and upper end of its interval
 
-Standing = tuple[Estimate, Estimate]
-"""A row's relative time, and its loss."""
+Standing = tuple[Estimate, Estimate]  # a row's relative time, and its loss
 
 
 def with_standings(
@@ -510,13 +502,10 @@ def quantised_notes(quantised: Mapping[str, Quantised], timing: Mapping[str, Any
 
 
 def prepare(out: str | Path) -> Path:
-    """Return the absolute output folder, after an early check that it can be written.
+    """Return the absolute output folder, after an early check that it can be written; its parents need not exist.
 
-    It and its parents need not exist. Remains of killed runs are removed, and a set that one of them had moved aside is
-    restored.
-
-    Raises:
-        InvalidInput: it cannot be written, or contains files that replacing the folder would remove.
+    A set that a killed run had moved aside is restored. Raises InvalidInput if the folder cannot be written, or
+    contains files that replacing it would remove.
     """
     try:
         target = Path(out).expanduser().resolve()
@@ -535,11 +524,7 @@ def prepare(out: str | Path) -> Path:
 
 @contextmanager
 def output_set(out: str | Path) -> Iterator[Path]:
-    """Yield an empty folder on the same file system, which replaces `out` if the block succeeds.
-
-    Raises:
-        InvalidInput: it cannot be written (no permission, no space), or contains other files.
-    """
+    """Yield an empty folder that replaces `out` if the block succeeds; errors are those of `prepare`."""
     target = prepare(out)
     partial = _new_folder(target)
     lock = FileLock(partial / _LOCK)
@@ -603,7 +588,6 @@ def _new_folder(target: Path) -> Path:
 
 
 def _cannot_write(target: str | Path, error: Exception) -> str:
-    why = getattr(error, "strerror", None) or error
-    above = [folder for folder in Path(target).absolute().parents if folder.is_file()]
-    why = f"{above[0]} is a file" if above else why
+    above = [f"{folder} is a file" for folder in Path(target).absolute().parents if folder.is_file()]
+    why = above[0] if above else getattr(error, "strerror", None) or error
     return f"--out {target}: cannot be written ({why}); name a folder that can, with room to spare"

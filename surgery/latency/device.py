@@ -73,12 +73,7 @@ def _options(arguments: Sequence[str], *, accept: bool) -> argparse.Namespace:
 
 def _conditions(options: argparse.Namespace, request: Mapping[str, Any]) -> probe.Conditions:
     threads = int(options.threads or request["threads"])
-    cores = probe.available_cores()
-    if threads > cores:
-        raise InvalidInput(
-            f"--threads {threads}: this process may use {cores} cores, and threads that share one would measure "
-            "waiting; ask for fewer"
-        )
+    probe.require_cores(threads, f"--threads {threads}")
     return probe.Conditions(threads, int(request["flush_mib"]), str(request["precision"]))
 
 

@@ -1,9 +1,7 @@
 """Fill latency tables by measuring: choice and order of points, and evaluation of samples.
 
-Samples are taken in shuffled rounds over all points, with a reference kernel between every few of them: temporary
-slowdowns of the machine affect the reference too and are divided out. The step of the device's latency staircase is
-measured first, by timing kernels of each kind at many widths. Copied to devices unchanged: Python 3.8, numpy,
-onnxruntime.
+Temporary slowdowns of the machine affect a reference kernel between samples too, and are divided out. Copied to devices
+unchanged: Python 3.8, numpy, onnxruntime.
 """
 
 from __future__ import annotations
@@ -27,13 +25,11 @@ Point = Tuple[Kernel, Widths]
 ROUNDS = 3
 PROBE_ROUNDS = 5
 REFERENCE_EVERY = 8
-MOST_LEVELS = (4, 7)
-"""Maximum number of grid lines for a kernel's first width, and for its second."""
+MOST_LEVELS = (4, 7)  # maximum number of grid lines for a kernel's first width, and for its second
 DIAGONAL = (0.25, 0.5, 0.75, 1.0)
 PROBED = (8, 12, 16, 20, 24, 28, 30, 31, 32, 33, 36, 40, 44, 47, 48, 49, 56, 60, 62, 63, 64)
 STEPS = (32, 16, 8, 4)
-TOLERANCE = 0.06
-"""A width is useful if it saves more than this fraction against the next step."""
+TOLERANCE = 0.06  # a width is useful if it saves more than this fraction against the next step
 
 
 @dataclass(frozen=True)

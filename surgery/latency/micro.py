@@ -1,14 +1,8 @@
 """Kernels as small ONNX models, with the memory layouts they have in a network.
 
-Runtimes store images in blocks of channels between operators that support it, and every change of layout takes time.
-To time a kernel as in its network, each image it reads is produced by a small blocked operator, and its result is
-consumed by one. The names of both begin with `CONTEXT`, and their time is excluded.
-
-In int8, a kernel is written as by ONNX Runtime's quantizer: unsigned activations, signed weights with a scale per
-channel, and unsupported operators in float between `DequantizeLinear` and `QuantizeLinear`, whose time is included.
-
-Copied to devices unchanged: Python 3.8 and numpy. The files are therefore assembled byte by byte, without the onnx
-package.
+Each image that a kernel reads is produced by a small operator in blocks of channels, and its result is consumed by one:
+the names of both begin with `CONTEXT`, and their time is excluded. In int8, a kernel is written as by ONNX Runtime's
+quantizer. Copied to devices unchanged: Python 3.8 and numpy, so that files are assembled byte by byte, without onnx.
 """
 
 from __future__ import annotations
@@ -34,13 +28,11 @@ IN_8_BITS = frozenset(
     )
 )
 """Operators that the quantizer supports."""
-WEIGHTED = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
-"""Operators whose second operand is signed."""
+WEIGHTED = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))  # operators whose second operand is signed
 BY_RANGE = frozenset(("Clip", "Relu"))
 """Operators it omits after those, since 8-bit values are clipped to their range anyway."""
 
-_ACTIVATION, _WEIGHT = np.float32(0.02), np.float32(0.01)
-"""Arbitrary scales, on which times do not depend."""
+_ACTIVATION, _WEIGHT = np.float32(0.02), np.float32(0.01)  # arbitrary scales, on which times do not depend
 
 _FLOAT = 1
 _KINDS = {"float32": _FLOAT, "uint8": 2, "int8": 3, "int32": 6, "int64": 7}

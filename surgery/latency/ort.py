@@ -1,10 +1,8 @@
 """Latency in ONNX Runtime, measured as in serving: warm, with one model at a time. Needs no torch.
 
-A block creates a session, warms it up, times some runs and destroys it, so that no idle thread pool spins next to
-another model and no model runs on caches left by another (strict A B A B alternation has both problems). A round is one
-block of each model, in shuffled order; it gives one ratio of block medians per model. Rounds continue until every
-ratio's 95 % interval is narrow. Rounds disturbed by other processes are excluded, if enough others remain. The
-baseline's file is timed a second time as the A/A row: if its ratio differs from 1, the figures are called unreliable.
+A block creates a session, warms it up, times some runs and destroys it. A round is one block of each model, in shuffled
+order; it gives one ratio of block medians per model. Rounds disturbed by other processes are excluded, if enough others
+remain. The baseline's file is timed a second time: if its ratio differs from 1, the figures are called unreliable.
 """
 
 from __future__ import annotations
@@ -196,7 +194,11 @@ def time(
         why=why,
         rounds=len(found.used),
         stopped=stopped,
-        environment={**describe(settings.threads, settings.provider), **found.disturbance},
+        environment={
+            **describe(settings.threads, settings.provider),
+            "other_processes": round(found.others, 3),
+            "disturbed_rounds": len(found.shares) - len(found.undisturbed),
+        },
         settings={**asdict(settings), **asdict(limits)},
     )
 
@@ -239,14 +241,6 @@ class _Measurement:
     def used(self) -> list[int]:
         """Rounds to use: the undisturbed ones, or all if those are too few."""
         return self.undisturbed if len(self.undisturbed) >= MIN_ROUNDS else list(range(len(self.shares)))
-
-    @property
-    def disturbance(self) -> dict[str, Any]:
-        """What the report's environment says about other processes."""
-        return {
-            "other_processes": round(self.others, 3),
-            "disturbed_rounds": len(self.shares) - len(self.undisturbed),
-        }
 
     @property
     def others(self) -> float:

@@ -68,6 +68,15 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def require_cores(threads: int, option: str) -> None:
+    """Raise InvalidInput for more threads than this process has cores."""
+    if threads > available_cores():
+        raise InvalidInput(
+            f"{option}: this process may use {available_cores()} cores, and threads that share one would measure "
+            "waiting; ask for fewer"
+        )
+
+
 def open_session(path: str, threads: int, *, provider: str = PROVIDER, profile: str = "") -> Any:
     """Return a session on an ONNX file; `profile` is the path prefix of an operator profile, if any.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -29,6 +29,7 @@ from surgery.latency.probe import (
     processor,
     profiled,
     random_inputs,
+    require_cores,
     session_options,
 )
 from surgery.latency.ratio import SERVER, ask
@@ -61,11 +62,7 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise InvalidInput(f"{name}={value!r}: give a whole number of {least} or more")
-        if self.threads > available_cores():
-            raise InvalidInput(
-                f"threads={self.threads}: this process may use {available_cores()} cores, and threads that share one "
-                "would measure waiting; ask for fewer"
-            )
+        require_cores(self.threads, f"threads={self.threads}")
         if self.provider not in (known := onnxruntime.get_available_providers()):
             raise InvalidInput(
                 f"provider '{self.provider}' is not in this build of ONNX Runtime, which has {', '.join(known)}; "
@@ -155,16 +152,15 @@ def peak_bytes() -> int:
     status = Path("/proc/self/status")
     if status.exists():
         # Not getrusage: on Linux its maximum survives exec, so the child of a large process would report its parent's.
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+        found = re.search(r"VmHWM:\s*(\d+)", status.read_text(encoding="ascii", errors="replace"))
+        if found:
+            return int(found[1]) * 1024
     memory = psutil.Process().memory_info()
     if hasattr(memory, "peak_wset"):
         return int(memory.peak_wset)  # Windows
     import resource  # absent on Windows
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak) if sys.platform == "darwin" else int(peak) * 1024
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # in bytes on macOS
 
 
 def _shape(

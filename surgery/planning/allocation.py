@@ -1,9 +1,7 @@
 """Make a plan from scores, costs and a budget. Does not import torch.
 
-Cost decreases along a schedule of steps, so the first state that meets the budget is found by bisection, in about a
-dozen calls of the cost function; undoing its last step would exceed the budget. Only `plan_from_dead` converts units to
-positions of tensors. A *ladder* is the sequence of steps in which a group, or several that must have equal sizes, may
-shrink.
+Cost decreases along a schedule of steps, so the first state that meets the budget is found by bisection. A *ladder* is
+the sequence of steps in which a group, or several that must have equal sizes, may shrink.
 """
 
 from __future__ import annotations
@@ -23,8 +21,7 @@ from surgery.core import KEPT, CostFn, Coupling, Group, Plan, Program, Scores
 from surgery.coupling import NO_SETTINGS, plan_from_dead
 from surgery.errors import BudgetUnreachable, InvalidInput
 
-Unit = tuple[str, int]
-"""A group's name, and a unit of it."""
+Unit = tuple[str, int]  # a group's name, and a unit of it
 _Dead = dict[str, tuple[int, ...]]
 
 
@@ -68,7 +65,12 @@ def allocate(
     """
     selection = selection or Selection()
     _validate_scores(coupling, scores)
-    meter = _Meter.of(coupling, budget, cost, dense)
+    if budget.kind == "channels":
+        dense = total = sum(group.size for group in coupling.groups)
+        cost = lambda dead: total - sum(map(len, dead.values()))  # noqa: E731
+    if cost is None:
+        raise InvalidInput(f"a budget on {budget.kind} needs a cost function: pass `cost`, or give budget channels")
+    meter = _Meter(budget.kind, budget.amount, cost({}) if dense is None else dense, cost)
     ladders = ladders_of(coupling, scores, selection.round_to)
     dead, notes = _least(coupling, ladders, meter, selection)
     return plan_from_dead(
@@ -135,15 +137,6 @@ class _Meter:
     fraction: float
     dense: int
     cost: CostFn
-
-    @classmethod
-    def of(cls, coupling: Coupling, budget: Budget, cost: CostFn | None, dense: int | None) -> _Meter:
-        if budget.kind == "channels":
-            total = sum(group.size for group in coupling.groups)
-            return cls("channels", budget.amount, total, lambda dead: total - sum(map(len, dead.values())))
-        if cost is None:
-            raise InvalidInput(f"a budget on {budget.kind} needs a cost function: pass `cost`, or give budget channels")
-        return cls(budget.kind, budget.amount, cost({}) if dense is None else dense, cost)
 
     def share(self, dead: Mapping[str, Sequence[int]]) -> float:
         """Remaining fraction of the dense cost (as a quotient, since 0.29 * 100 is not 29)."""

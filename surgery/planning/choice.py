@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from surgery.capture import submodule
 from surgery.config import Recipe
 from surgery.core import Arrangement, Block, Clock, CostFn, Coupling, Plan, Program, Scores
@@ -29,8 +31,7 @@ from surgery.latency import FP32, INT8
 from surgery.planning.latency_search import Staircase
 from surgery.planning.lowering import Lowered, lower
 
-LOWEST, HIGHEST = 0.92, 1.03
-"""A plan meets its budget if the measured ratio over the target is between these."""
+LOWEST, HIGHEST = 0.92, 1.03  # a plan meets its budget if the measured ratio over the target is between these
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,16 @@ class Choice:
     def cut(self) -> Cut:
         """The plan applied to its program."""
         return Cut(self.program, self.coupling, self.plan)
+
+
+def traced_part(
+    model: torch.nn.Module, inputs: Any, kwargs: Mapping[str, Any] | None, recipe: Recipe, clock: Clock
+) -> tuple[Program, submodule.Whole | None]:
+    """Trace the model, or the recipe's submodule, which comes with the whole model."""
+    with clock("trace"):
+        part = recipe.selection.submodule
+        whole = submodule.reach(model, part, inputs, kwargs) if part is not None else None
+        return tracer_of(recipe.selection.tracer).trace(*(whole.call if whole else (model, inputs, kwargs))), whole
 
 
 def with_dead(plan: Plan, coupling: Coupling, dead: Mapping[str, Sequence[int]]) -> Plan:

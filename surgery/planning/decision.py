@@ -19,7 +19,7 @@ from surgery.errors import InvalidInput, PlanMismatch, UnsupportedModel
 from surgery.importance import settled
 from surgery.inputs import Calibration, calibration_images
 from surgery.planning.allocation import allocate
-from surgery.planning.choice import Candidate, Candidates, Choice, plan_settings
+from surgery.planning.choice import Candidate, Candidates, Choice, plan_settings, traced_part
 from surgery.planning.latency_planner import LatencyPlanner
 from surgery.planning.refinement import LatencyBench, refine
 from surgery.recovery import Step, validate_training
@@ -57,11 +57,7 @@ def decide(
     """Return what would be pruned, without changing the model; arguments and errors are those of `shrink`."""
     validate(recipe)
     clock = Clock(progress)
-    with clock("trace"):
-        part = recipe.selection.submodule
-        whole = parts.reach(model, part, example_inputs, example_kwargs) if part is not None else None
-        call = whole.call if whole else (model, example_inputs, example_kwargs)
-        program = tracer_of(recipe.selection.tracer).trace(*call)
+    program, whole = traced_part(model, example_inputs, example_kwargs, recipe, clock)
     seen = None
     if recipe.data.data is not None:
         with clock("read images"):

@@ -32,12 +32,9 @@ from surgery.planning.latency_search import (
 from surgery.planning.lowering import Lowered
 from surgery.planning.refinement import HIGHEST_AIM, LatencyBench
 
-SCHEMA = 1
-"""Schema of acceptances."""
-FINEST = 32
-"""Number of steps of a group if the device has no stairs."""
-REFINEMENTS = 4
-"""Number of times that the points used by a plan are measured, and the plan is updated."""
+SCHEMA = 1  # schema of acceptances
+FINEST = 32  # number of steps of a group if the device has no stairs
+REFINEMENTS = 4  # number of times that the points used by a plan are measured, and the plan is updated
 _HINT = "`python PACK.zip accept compact.onnx` writes one on the device"
 
 
@@ -76,11 +73,11 @@ class Acceptance:
                     f"{path}: its compact model does not say which latency was predicted for it; accept one that "
                     "`surgery shrink --latency` wrote"
                 )
-            ratio, predicted, ms = (float(data[key]) for key in ("ratio", "predicted_latency_ratio", "dense_ms"))
-            if not all(0 < figure < inf for figure in (ratio, predicted, ms)):
+            figures = [float(data[key]) for key in ("ratio", "predicted_latency_ratio", "dense_ms")]
+            if not all(0 < figure < inf for figure in figures):
                 raise ValueError("latencies must be positive")
-            fingerprint, batch = str(data["dense_fingerprint"]), int(data["batch"])
-            return cls(str(path), ratio, predicted, ms, dict(data["device"]), fingerprint, batch)
+            (ratio, predicted, ms), fingerprint = figures, str(data["dense_fingerprint"])
+            return cls(str(path), ratio, predicted, ms, dict(data["device"]), fingerprint, int(data["batch"]))
         except OSError as error:
             raise InvalidInput(f"cannot read acceptance {path}: {error}; {_HINT}") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -348,7 +345,6 @@ class WidthSearch:
 
 
 def _reasons(problem: Problem, state: State) -> dict[str, str]:
-    """Return group or block name → reason for its size."""
     reasons: dict[str, str] = {}
     for k, ladder in enumerate(problem.ladders):
         reasons.update(dict.fromkeys(ladder.groups, _why_width(problem, state, k)))
@@ -363,10 +359,8 @@ def _untimed(lowered: Lowered, problem: Problem) -> list[str]:
     entries = problem.forecast.table.entries
     idle = [p for p in lowered.placed if (entry := entries.get(p.kernel.key)) and not any(entry.grid)]
     names = [*lowered.untimed, *(name for placed in idle for name in placed.nodes[:1])]
-    if not names:
-        return []
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return [f"the latency table does not time {len(names)} operations: {', '.join(names[:3])}{more}"]
+    return [f"the latency table does not time {len(names)} operations: {', '.join(names[:3])}{more}"] if names else []
 
 
 def _rate(ms: float, lost: float) -> str:

@@ -1,12 +1,8 @@
-"""Search for latency budgets: minimise the importance lost within a time. Does not import torch.
+"""Search for latency budgets: minimise the importance lost within a time, as in docs/explanation/latency-budgets.md.
 
-A state consists of the steps taken on each ladder, and the dropped blocks; its latency is predicted by a latency table,
-from the kernels at the remaining widths. Latency is not linear in channels: all widths between two edges of the
-device's staircase cost like the upper edge, and the saving of a step depends on neighbouring widths. The search
-therefore moves from edge to edge, each time by the move with the best ratio of saved time to lost importance, and
-recomputes all costs after each move; a final pass exchanges moves as long as this increases the importance kept.
-Droppable blocks compete with channels by the same measure. Since blocks are large, greedy search misjudges them: it is
-run several times, with the loss of blocks scaled down and up, and the best result by true loss is used.
+Widths move from edge to edge of the device's latency staircase, each time by the move with the best ratio of saved time
+to lost importance; a final pass exchanges moves. Blocks compete by the same measure, at several prices, since greedy
+search misjudges what is large. Does not import torch.
 
 Source: after Yang et al. 2018, NetAdapt (arXiv:1804.03230), and Shen et al. 2022, HALP (arXiv:2110.10811).
 """
@@ -29,10 +25,8 @@ from surgery.planning.lowering import Lowered
 LOOK_AHEAD = 4
 """Maximum steps of a ladder per move; single steps may save nothing if several units share a stair."""
 EXCHANGES = 200
-PRICES = (1.0, 0.7, 0.55, 1.5)
-"""Factors for the loss of blocks in successive searches."""
-SHOWN, _POINTS = 4, 96
-"""Maximum number of staircases, and about how many widths each has."""
+PRICES = (1.0, 0.7, 0.55, 1.5)  # factors for the loss of blocks in successive searches
+SHOWN, _POINTS = 4, 96  # maximum number of staircases, and about how many widths each has
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,12 +180,7 @@ class ImportanceLoss:
 
 
 def ladder_losses(ladders: Sequence[Ladder], signal: Signal) -> tuple[tuple[float, ...], ...]:
-    """Return the importance lost at each level of each ladder: the signal lost by the consumers.
-
-    Losses measured on images are summed. Otherwise, narrowing one layer to nothing costs more than removing as many
-    units from several layers, and a unit of a residual stream, with many consumers, costs more than one with a single
-    consumer.
-    """
+    """Return the importance lost at each level of each ladder: measured on images, or signal lost by consumers."""
     return tuple(tuple(_lost(ladder, signal).tolist()) for ladder in ladders)
 
 

@@ -1,8 +1,7 @@
 """Program → kernels: the operators that a runtime will run, with variable widths.
 
-Each operator's rule defines its ONNX operators. Batch norms are folded into the preceding convolution, as by the
-exporter, and element-wise operators join the kernel whose result has no other user: whether a runtime fuses them is
-measured, not assumed.
+Each operator's rule defines its ONNX operators. Batch norms are folded into the preceding convolution, and element-wise
+operators join the kernel whose result has no other user: whether a runtime fuses them is measured, not assumed.
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ _BLOCKED = {"Conv", "MaxPool", "AveragePool", "GlobalAveragePool", "BatchNormali
 
 _READS_BLOCKS = {"convolution", "pooling and resizing", "element-wise", "norm"}
 """Families of operators that read blocked layouts."""
-_IDEMPOTENT = {"Relu"}
-"""Idempotent operators, which exporters deduplicate."""
+_IDEMPOTENT = {"Relu"}  # idempotent operators, which exporters deduplicate
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,8 +56,6 @@ class Lowered:
 
 @dataclass(slots=True)
 class _Draft:
-    """An unfinished kernel."""
-
     steps: list[Step] = field(default_factory=list)
     operands: list[Operand] = field(default_factory=list)
     shape: tuple[Size, ...] = ()
@@ -116,9 +112,8 @@ class _Lowering:
                 draft.steps[-1] = replace(last, inputs=(*last.inputs, name))
         elif len(steps) > 1 or steps[0].op not in _IDEMPOTENT or joined is None or draft.steps[-1].op != steps[0].op:
             self._append(draft, steps, sources, joined)
-        draft.shape, draft.last = self._shape(node), node
+        draft.shape, draft.last, self._home[node] = self._shape(node), node, draft
         draft.nodes.append(node.name)
-        self._home[node] = draft
         image = steps[-1].op in _BLOCKED or not self._images.isdisjoint(sources.values())
         if image and len(draft.shape) == 4:
             self._images.add(node)
@@ -194,12 +189,9 @@ def _placed(draft: _Draft, *, image: bool) -> Placed:
 
 
 def _batch_symbol(program: Program) -> Any:
-    for node in program.graph.graph.nodes:
-        value = node.meta.get("val")
-        first: Any = value.shape[0] if isinstance(value, Tensor) and value.dim() else None
-        if node.op == "placeholder" and is_symbolic(first):
-            return first.node.expr
-    return None
+    values = (node.meta.get("val") for node in program.graph.graph.find_nodes(op="placeholder"))
+    firsts: Any = (x.shape[0] for x in values if isinstance(x, Tensor) and x.dim())
+    return next((size.node.expr for size in firsts if is_symbolic(size)), None)
 
 
 def _tensors(arguments: Mapping[str, Any]) -> dict[str, torch.fx.Node]:

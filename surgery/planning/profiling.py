@@ -21,13 +21,11 @@ import torch
 from rich.console import Console
 
 from surgery import __version__
-from surgery.capture import submodule as parts
 from surgery.config import Recipe
 from surgery.core import Clock, Program, Progress, replacing
-from surgery.cutting import tracer_of
 from surgery.errors import InvalidInput
 from surgery.latency import LatencyTable, Measured, Point, device
-from surgery.planning.choice import Candidates
+from surgery.planning.choice import Candidates, traced_part
 from surgery.planning.latency_planner import conditions_of
 from surgery.planning.latency_search import predicted_ms
 from surgery.planning.refinement import LatencyBench
@@ -106,12 +104,7 @@ def survey(
         UnsupportedModel: the model cannot be traced.
     """
     run = Clock(progress)
-    tracer = tracer_of(recipe.selection.tracer)
-    with run("trace"):
-        part = recipe.selection.submodule
-        whole = parts.reach(model, part, example_inputs, example_kwargs) if part is not None else None
-        program = tracer.trace(*(whole.call if whole else (model, example_inputs, example_kwargs)))
-
+    program, _ = traced_part(model, example_inputs, example_kwargs, recipe, run)
     candidates = Candidates(program, recipe, None, run)
     dense = candidates.without(()).lowered.points()
     with run("couple without blocks"):

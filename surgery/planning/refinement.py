@@ -26,12 +26,9 @@ from surgery.latency import INT8, ratio as timer
 from surgery.planning.choice import HIGHEST, LOWEST, Choice, Iteration, RefinementLog
 
 ITERATIONS = 4
-NEAR = 0.02
-"""A ratio from one process this close to the target is also measured in other processes."""
-CLOSE = 0.015
-"""Refinement ends when the measured ratio is this close to the target, relative to it."""
-HIGHEST_AIM = 0.999
-"""Upper limit of corrections, as a fraction of the dense latency."""
+NEAR = 0.02  # a ratio from one process this close to the target is also measured in other processes
+CLOSE = 0.015  # refinement ends when the measured ratio is this close to the target, relative to it
+HIGHEST_AIM = 0.999  # upper limit of corrections, as a fraction of the dense latency
 
 
 def int8_of(recipe: Recipe) -> Int8:

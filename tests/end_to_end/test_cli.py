@@ -353,7 +353,7 @@ def test_an_interrupted_run_leaves_the_earlier_set_whole(place: Place, signum: s
 
 def test_public_names_are_the_functions_whatever_was_imported_before() -> None:
     code = (
-        "import surgery.api, surgery.search, surgery.delivery.saving, surgery, types; "
+        "import surgery.api, surgery.delivery.saving, surgery, types; "
         "values = {name: getattr(surgery, name) for name in surgery.__all__}; "
         "print([name for name, value in values.items() if isinstance(value, types.ModuleType) or not callable(value)])"
     )

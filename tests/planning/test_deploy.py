@@ -22,7 +22,7 @@ from torch import nn
 
 import surgery
 from exporters.quantize import to_int8
-from surgery import search
+from surgery import pipeline
 from surgery.capture.tracing import trace
 from surgery.core.kernels import Kernel, Operand, Widths, step
 from surgery.coupling.coupler import couple
@@ -203,16 +203,16 @@ def test_the_drop_is_that_of_the_int8_file(
     asked = surgery.recipe(latency=0.9, latency_table=table, data=images, val=(images, classes), deploy="int8")
     decision = decide(net(), IMAGE, asked)
     judged: list[str] = []
-    lost_by = search.lost_by
+    lost_by = pipeline.lost_by
 
     def noted(steps: tuple[Step, ...]) -> tuple[float, float, str]:
         judged.append(steps[-1].name)
         return lost_by(steps)
 
-    monkeypatch.setattr(search, "lost_by", noted)
+    monkeypatch.setattr(pipeline, "lost_by", noted)
     monkeypatch.setattr(LatencyBench, "ratio", lambda *given, **named: type("R", (), {"value": 0.5})())
-    monkeypatch.setattr(search, "MOST", 1)
-    result = search.fastest(replace(decision, recipe=decision.recipe.but(max_drop=99.9)), None)
+    monkeypatch.setattr(pipeline, "MOST", 1)
+    result = pipeline.fastest(replace(decision, recipe=decision.recipe.but(max_drop=99.9)), None)
     assert judged[0] == "int8"
     assert "of the dense int8 latency" in result.report["latency"]["verdict"]
 

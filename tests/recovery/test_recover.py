@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import surgery
-from surgery import search
+from surgery import pipeline
 from surgery.capture.tracing import trace
 from surgery.core.ir import InputSpec
 from surgery.coupling.coupler import couple
@@ -694,11 +694,11 @@ def test_the_lowest_latency_within_a_drop(
     table = table_of(program, couple(program))
     asked = surgery.recipe(latency=0.9, latency_table=table, data=images, val=unseen, max_images=128)
     decision = decide(trained, images[0][:2], asked)
-    monkeypatch.setattr(search, "LatencyBench", lambda *args, **more: Bench())
+    monkeypatch.setattr(pipeline, "LatencyBench", lambda *args, **more: Bench())
 
     def fastest(points: float) -> surgery.Result:
         limited = replace(decision, recipe=decision.recipe.but(max_drop=points))
-        found: surgery.Result = search.fastest(limited, None)
+        found: surgery.Result = pipeline.fastest(limited, None)
         return found
 
     found = fastest(4.0)
@@ -709,7 +709,7 @@ def test_the_lowest_latency_within_a_drop(
     assert all((t["measured"] is not None) == (t["upper"] <= 4.0) for t in told["tried"])
     assert f" (measured {100 * told['measured']:.1f} %) loses up to " in Report(found.report).to_markdown()
     with pytest.raises(BudgetUnreachable, match="no model within --max-drop"):
-        monkeypatch.setattr(search, "lost_by", lambda steps: (9.0, 10.0, "accuracy"))
+        monkeypatch.setattr(pipeline, "lost_by", lambda steps: (9.0, 10.0, "accuracy"))
         fastest(1.0)
 
 

@@ -14,7 +14,7 @@ import matplotlib.backends.backend_svg  # noqa: F401
 import torch
 
 import surgery
-import surgery.search
+import surgery.pipeline
 from benchmarks.studies.coverage import tools  # noqa: F401
 from exporters import onnx
 from surgery.delivery import save  # noqa: F401
