@@ -49,11 +49,9 @@ class Result:
         plan: the removed units; `apply(plan, copy_of_the_dense_model)` repeats it.
         check: result of the verification.
         report: contents of report.json, without files and times, which `save` adds.
-        program: the traced dense model.
-        coupling: its groups.
+        program: the traced dense model; `coupling` are its groups.
         compact: the compact model, or compact submodule, with the reason for its kind.
         whole: the dense model around a pruned submodule, if any; `model` is then the whole compact model.
-        recipe: the recipe.
         recovery: recovery steps with evaluations, and the images; None without recovery.
     """
 

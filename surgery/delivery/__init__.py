@@ -1,7 +1,4 @@
-"""Export, time and write the files of a run.
-
-Its public names are listed in `__init__.pyi` and loaded on first use.
-"""
+"""Export, time and write the files of a run."""
 
 import lazy_loader
 

@@ -171,19 +171,12 @@ def fewer_bits(recipe: Recipe) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Subject:
-    """The model in the ONNX files: the pruned model, or the whole model around a pruned submodule.
+    """The model in the ONNX files: the pruned model, or the whole model around a pruned submodule."""
 
-    Attributes:
-        dense: the example call of the dense model.
-        around: compact or masked submodule → the model in the file.
-        dynamic: dynamic axes of each tensor input; None if unknown, when axis 0 may be the batch.
-        whole: whether only a submodule was pruned.
-    """
-
-    dense: Callee
-    around: Callable[[torch.nn.Module], torch.nn.Module]
-    dynamic: tuple[tuple[int, ...], ...] | None
-    whole: bool = False
+    dense: Callee  # the example call of the dense model
+    around: Callable[[torch.nn.Module], torch.nn.Module]  # compact or masked submodule → the model in the file
+    dynamic: tuple[tuple[int, ...], ...] | None  # axes of each tensor input; None if unknown: axis 0 may be the batch
+    whole: bool = False  # whether only a submodule was pruned
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -195,14 +188,7 @@ class Subject:
 class _Files:
     """Writes plan, weights and models to `folder`, and the masked model, which is only timed, to `scratch`.
 
-    Attributes:
-        exports: `dense`, `masked` and `compact` → float32 file.
-        quantised: name such as `dense int8` → file.
-        subject: the model in the files.
-        notes: notes for the user.
-
-    Raises:
-        InvalidInput, UnsupportedModel, CheckFailed: a file cannot be written, or fails verification.
+    Raises InvalidInput, UnsupportedModel or CheckFailed if a file cannot be written, or fails verification.
     """
 
     def __init__(self, result: Result, recipe: Recipe, folder: Path, scratch: Path, clock: Clock) -> None:

@@ -1,7 +1,4 @@
-"""Measured time: the timer, kernel models, latency tables, devices. Nothing here imports torch.
-
-Its public names are listed in `__init__.pyi` and loaded on first use.
-"""
+"""Measured time: the timer, kernel models, latency tables, devices. Nothing here imports torch."""
 
 import lazy_loader
 

@@ -54,7 +54,9 @@ def model_bytes(kernel: Kernel, widths: Widths, precision: str = FP32) -> bytes:
         result = f"s{k}"
         attributes = dict(s.attributes)
         if s.op in ("Conv", "ConvTranspose"):
-            attributes["group"] = _groups(s.op, shapes.get(s.inputs[0], ()), shapes[s.inputs[1]], made)
+            # Weights are (O, I / groups, ..), and (I, O / groups, ..) where the convolution is transposed.
+            channels = shapes.get(s.inputs[0], ()) if s.op == "Conv" else made
+            attributes["group"] = max(1, channels[1] // shapes[s.inputs[1]][1]) if len(channels) > 1 else 1
         graph.add(s.op, [graph.name_of(x) for x in s.inputs], result, f"{KERNEL}{result}", attributes)
     if kernel.image and len(made) == 4:
         result = graph.context(result, made[1], f"{CONTEXT}out")
@@ -91,12 +93,6 @@ def _prepared(steps: Sequence[Step]) -> List[Step]:
         else:
             at[f"%{k}"] = put(s.op, *inputs, **dict(s.attributes))
     return done
-
-
-def _groups(op: str, x: Sequence[int], weight: Sequence[int], made: Sequence[int]) -> int:
-    """Weights are (O, I / groups, ..), and (I, O / groups, ..) where the convolution is transposed."""
-    channels = x if op == "Conv" else made
-    return max(1, channels[1] // weight[1]) if len(channels) > 1 else 1
 
 
 class _Graph:
@@ -168,8 +164,7 @@ class _Graph:
 class _Quantised(_Graph):
     """Builder of the same graph in QDQ format, as written by ONNX Runtime's quantizer.
 
-    Between two 8-bit operators, a value passes through `QuantizeLinear` and `DequantizeLinear`, which the runtime fuses
-    into the operators. Those that it cannot fuse are part of the kernel, unless they belong to the context.
+    `QuantizeLinear` and `DequantizeLinear` that the runtime cannot fuse are part of the kernel, or of the context.
     """
 
     def __init__(self, shapes: Mapping[str, Tuple[int, ...]]) -> None:

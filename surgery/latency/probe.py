@@ -31,16 +31,10 @@ KERNEL_MS, MIN_KERNEL_RUNS, MAX_KERNEL_RUNS = 12.0, 4, 20
 
 @dataclass(frozen=True)
 class Conditions:
-    """Conditions of kernel measurements, for which a latency table is valid.
-
-    Attributes:
-        threads: threads of ONNX Runtime.
-        flush_mib: cache overwritten by the rest of the network between two runs of a kernel; 0 for a small network.
-        precision: `fp32` or `int8`.
-    """
+    """Conditions of kernel measurements, for which a latency table is valid."""
 
     threads: int = 1
-    flush_mib: int = 4
+    flush_mib: int = 4  # overwritten by the rest of the network between two runs of a kernel; 0 for a small network
     precision: str = FP32
 
 

@@ -26,18 +26,15 @@ LADDER = 2
 
 @dataclass(frozen=True)
 class Entry:
-    """Measurements of one kernel.
+    """Measurements of one kernel: milliseconds by width.
 
-    Attributes:
-        axes: measured values of each width, increasing; a single axis with the number of elements if the kernel has
-            more than `LADDER` widths.
-        grid: milliseconds at each combination, the last axis fastest.
-        points: milliseconds at other widths, measured later.
+    `axes` are the measured values of each width, increasing; a single axis with the number of elements if the kernel
+    has more than `LADDER` widths.
     """
 
     axes: tuple[tuple[int, ...], ...]
-    grid: tuple[float, ...]
-    points: Mapping[Widths, float] = field(default_factory=dict)
+    grid: tuple[float, ...]  # at each combination, the last axis fastest
+    points: Mapping[Widths, float] = field(default_factory=dict)  # at other widths, measured later
 
     def at(self, place: Sequence[int]) -> float:
         """Return the milliseconds at a position, interpolated within the grid and in proportion outside."""
@@ -67,30 +64,21 @@ def _between(axis: Sequence[int], x: int) -> list[tuple[int, float]]:
 class Stairs:
     """Latency staircase of a kind of kernel on a device.
 
-    Attributes:
-        step: widths that are not a multiple of it cost at least as much as the next multiple; 1 if time is linear.
-        curve: width → milliseconds of a square kernel of the kind.
+    Widths that are not a multiple of `step` cost at least as much as the next multiple; 1 if time is linear.
     """
 
     step: int
-    curve: Mapping[int, float]
+    curve: Mapping[int, float]  # width → milliseconds of a square kernel of the kind
 
 
 @dataclass(frozen=True, eq=False)
 class LatencyTable:
-    """Milliseconds of kernels on one device.
+    """Milliseconds of kernels on one device."""
 
-    Attributes:
-        device: what latencies depend on, as `probe.describe` returns it.
-        stairs: kind of kernel → its staircase.
-        overhead_ms: overhead per operator in addition to its kernel's time.
-        entries: kernel key → its measurements.
-    """
-
-    device: Mapping[str, Any]
-    stairs: Mapping[str, Stairs]
-    overhead_ms: float
-    entries: Mapping[str, Entry]
+    device: Mapping[str, Any]  # as `probe.describe` returns it
+    stairs: Mapping[str, Stairs]  # by kind of kernel
+    overhead_ms: float  # per operator, in addition to its kernel's time
+    entries: Mapping[str, Entry]  # by kernel key
 
     def step(self, kernel: Kernel) -> int:
         """Return the stair step for a kernel's widths."""
@@ -180,17 +168,10 @@ class LatencyTable:
         data = {
             "schema": SCHEMA,
             "device": dict(self.device),
-            "stairs": {
-                kind: {"step": s.step, "curve": [[w, ms] for w, ms in sorted(s.curve.items())]}
-                for kind, s in self.stairs.items()
-            },
+            "stairs": {kind: {"step": s.step, "curve": sorted(s.curve.items())} for kind, s in self.stairs.items()},
             "overhead_ms": self.overhead_ms,
             "kernels": {
-                key: {
-                    "axes": [list(axis) for axis in entry.axes],
-                    "grid": list(entry.grid),
-                    "points": [[list(w), ms] for w, ms in sorted(entry.points.items())],
-                }
+                key: {"axes": entry.axes, "grid": entry.grid, "points": sorted(entry.points.items())}
                 for key, entry in self.entries.items()
             },
         }

@@ -1,7 +1,4 @@
-"""Make a plan from scores, costs and a budget, and refine it by measurements.
-
-Its public names are listed in `__init__.pyi` and loaded on first use.
-"""
+"""Make a plan from scores, costs and a budget, and refine it by measurements."""
 
 import lazy_loader
 

@@ -46,24 +46,15 @@ class Iteration:
 
 @dataclass(frozen=True, slots=True)
 class RefinementLog:
-    """The predicted and measured latency of a plan, and the plans tried before it.
+    """The predicted and measured latency of a plan, and the plans tried before it."""
 
-    Attributes:
-        target: the requested fraction of the dense latency.
-        dense_ms: the dense model's measured latency; None if nothing was measured.
-        predicted_dense_ms: the dense model's latency by the table; `predicted_ms` is the plan's.
-        taken: index of the iteration with the final plan; -1 if nothing was measured.
-        verdict: whether the budget is met, or why not.
-        device: the device and precision of the measurements.
-    """
-
-    target: float
-    dense_ms: float | None
-    predicted_dense_ms: float
+    target: float  # the requested fraction of the dense latency
+    dense_ms: float | None  # measured; None if nothing was measured
+    predicted_dense_ms: float  # by the table
     predicted_ms: float
     iterations: tuple[Iteration, ...] = ()
-    taken: int = -1
-    verdict: str = ""
+    taken: int = -1  # index of the iteration with the final plan; -1 if nothing was measured
+    verdict: str = ""  # whether the budget is met, or why not
     device: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,22 +84,15 @@ class RefinementLog:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Choice:
-    """A plan and its program, without the dropped blocks.
-
-    Attributes:
-        costs: ``params``, ``macs``, ``channels`` → (dense, kept).
-        refinement: the plan's latency; None for other budgets.
-        warnings: warnings about the latency table.
-        stairs: times of the costliest kernels by width; empty for other budgets.
-    """
+    """A plan and its program, without the dropped blocks."""
 
     program: Program
     coupling: Coupling
     plan: Plan
-    costs: Mapping[str, tuple[int, int]]
-    refinement: RefinementLog | None = None
-    warnings: tuple[str, ...] = ()
-    stairs: tuple[Staircase, ...] = ()
+    costs: Mapping[str, tuple[int, int]]  # ``params``, ``macs``, ``channels`` → (dense, kept)
+    refinement: RefinementLog | None = None  # the plan's latency; None for other budgets
+    warnings: tuple[str, ...] = ()  # about the latency table
+    stairs: tuple[Staircase, ...] = ()  # times of the costliest kernels by width
 
     @property
     def cut(self) -> Cut:
@@ -212,8 +196,7 @@ class Candidates:
     Attributes:
         blocks: the blocks that the recipe allows to drop, which contain no tensor to be kept.
         dead: blocks that are always dropped because their branch is constant, with the constant of each channel; none
-            if all are constant, as before training.
-        notes: notes on the dead blocks.
+            if all are constant, as before training. `notes` are on these.
     """
 
     def __init__(self, program: Program, recipe: Recipe, seen: Calibration | None, clock: Clock) -> None:

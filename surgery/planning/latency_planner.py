@@ -182,10 +182,10 @@ class LatencyPlanner:
         """
         with self._clock("allocate"):
             problem, state = self._search.solve(fraction * self.dense_ms)
-            ms = problem.forecast.total(state)
-            notes = [f"predicted by the latency table: {ms:.4g} ms, aimed at {fraction * self.dense_ms:.4g}"]
-            candidate, plan = self._carried(problem, state, [*notes, *_untimed(self._candidates.base.lowered, problem)])
-        notes = [*plan.notes, *self._candidates.notes]
+            candidate, plan = self._carried(problem, state)
+        ms = problem.forecast.total(state)
+        notes = [f"predicted by the latency table: {ms:.4g} ms, aimed at {fraction * self.dense_ms:.4g}"]
+        notes += [*_untimed(self._candidates.base.lowered, problem), *self._candidates.notes]
         if self.calibration is not None:
             notes.append(
                 f"aimed at {self.calibration.aim(self.target):.4f} of the dense latency by the table, calibrated with "
@@ -194,12 +194,12 @@ class LatencyPlanner:
             )
         settings = {**plan.settings, "predicted_latency_ratio": round(ms / self.dense_ms, 6)}
         plan = replace(plan, notes=tuple(notes), settings=settings)
-        verdict, device = "not timed: the latencies are the table's", self.source.device
-        log = RefinementLog(self.target, None, self.dense_ms, ms, verdict=verdict, device=device)
+        verdict = "not timed: the latencies are the table's"
+        log = RefinementLog(self.target, None, self.dense_ms, ms, verdict=verdict, device=self.source.device)
         stairs = staircases(candidate.lowered, self.source.cover(candidate.lowered.points()), plan.dead)
         return self._candidates.chosen(candidate, plan, refinement=log, warnings=tuple(self.warnings), stairs=stairs)
 
-    def _carried(self, problem: Problem, state: State, notes: Sequence[str]) -> tuple[Candidate, Plan]:
+    def _carried(self, problem: Problem, state: State) -> tuple[Candidate, Plan]:
         """Return a solution as a plan, with the program without the dropped blocks."""
         base = self._candidates.base
         plan = plan_from_dead(
@@ -209,7 +209,6 @@ class LatencyPlanner:
             inputs=self._program.inputs,
             budget=self._recipe.goal,
             settings=plan_settings(self._program, self._recipe, self._candidates.seen),
-            notes=notes,
             reasons=_reasons(problem, state),
         )
         dropped = {**self._candidates.dead, **{problem.blocks[b].name: () for b in sorted(state.dropped)}}
