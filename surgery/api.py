@@ -138,11 +138,10 @@ def opened(recipe: Recipe, loaded: LoadedModel, *, trained: bool) -> Recipe:
     Raises:
         InvalidInput: there are no such images, too few of them, or they do not fit.
     """
-    given = recipe.data
+    given, inputs = recipe.data, loaded.example_inputs
     size = None if given.size is None else (given.size[0], given.size[-1])
     asked = {"mean": given.mean, "std": given.std, "crop": given.crop, "size": size}
     how: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-    inputs = loaded.example_inputs
     first = inputs[0] if isinstance(inputs, Sequence) and inputs else inputs
     shape = tuple(getattr(first, "shape", ()))
     found: dict[str, Any] = {

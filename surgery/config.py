@@ -1,8 +1,7 @@
 """Every option, declared once: its default, accepted values, help, and place.
 
-A `Recipe` is made of frozen groups of fields. From the fields follow the options of the command line, the keys of a
-TOML recipe, the arguments of `recipe`, the checks of values and the table in the documentation. `validate` holds the
-rules across fields. Imports neither torch nor anything else heavy.
+From the fields of a `Recipe` follow the options of the command line, the keys of a TOML recipe, the arguments of
+`recipe`, the checks of values and the table in the documentation. Imports neither torch nor anything else heavy.
 """
 
 from __future__ import annotations
@@ -230,11 +229,7 @@ class Model(Group):
 
 @dataclass(frozen=True, slots=True)
 class Budget(Group):
-    """The target: a fraction of the dense model (0 < R < 1), or milliseconds in ONNX Runtime. At most one is set.
-
-    Raises:
-        InvalidInput: several are set, or one is out of range.
-    """
+    """The target: a fraction of the dense model (0 < R < 1), or milliseconds in ONNX Runtime. At most one is set."""
 
     HEADING = "Budget"
     latency: float | None = option(
@@ -531,12 +526,8 @@ def current(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def read_recipe(path: str | Path, *, registered: bool = False) -> tuple[dict[str, Any], list[str]]:
     """Return the options in a TOML file, and a deprecation message for each former name.
 
-    Args:
-        path: the file.
-        registered: whether the user's own code has registered its names by now; unknown ones are accepted before.
-
-    Raises:
-        InvalidInput: the file cannot be read; or a key or value is not accepted: the message names its line.
+    Unknown names of what may be `registered` are accepted until the user's own code has registered them. Raises
+    InvalidInput if the file cannot be read, or a key or value is not accepted: the message names its line.
     """
     try:
         content = Path(path).read_text(encoding="utf-8")

@@ -149,11 +149,7 @@ def table_source(
     progress: Progress | None = None,
     warn: Callable[[str], None] = lambda sentence: None,
 ) -> Source:
-    """Return the source of kernel times: the given table, or this machine if None.
-
-    Raises:
-        InvalidInput: the table cannot be read, or is of another precision.
-    """
+    """Return the source of kernel times: the given table, or this machine if None; raises InvalidInput as `load`."""
     if table is None:
         return Measured(conditions, seed=seed, progress=progress, warn=warn)
     given, origin = (table, "table.json") if isinstance(table, LatencyTable) else (LatencyTable.load(table), str(table))

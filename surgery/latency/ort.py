@@ -78,32 +78,21 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One model's figures.
-
-    Attributes:
-        p50_ms: median latency of all timed runs; `p90_ms` and `p99_ms` likewise, `p99_ms` None under 1000 runs.
-        quantiles_ms: of single runs, from the shortest to the longest in steps of five hundredths.
-        throughput_per_s: batch items per second, from the mean latency.
-        ratio: latency relative to the baseline's, below 1 is faster.
-        file_bytes: size on disk, including external weights.
-        load_ms: time to create the session in a fresh process; None if not requested, as for the following.
-        peak_memory_bytes: peak resident set of that process, including interpreter and runtime.
-        floor_memory_bytes: resident set before the model was loaded.
-    """
+    """One model's figures; those of a fresh process are None if not requested."""
 
     name: str
-    p50_ms: float
+    p50_ms: float  # of all timed runs
     p90_ms: float
-    p99_ms: float | None
-    quantiles_ms: tuple[float, ...]
-    throughput_per_s: float
+    p99_ms: float | None  # None under 1000 runs
+    quantiles_ms: tuple[float, ...]  # from the shortest run to the longest in steps of five hundredths
+    throughput_per_s: float  # batch items per second, from the mean latency
     runs: int
-    ratio: Interval
+    ratio: Interval  # latency relative to the baseline's, below 1 is faster
     speedup: Interval
-    file_bytes: int
-    load_ms: float | None = None
-    peak_memory_bytes: int | None = None
-    floor_memory_bytes: int | None = None
+    file_bytes: int  # including external weights
+    load_ms: float | None = None  # time to create the session in a fresh process
+    peak_memory_bytes: int | None = None  # peak resident set of that process, including interpreter and runtime
+    floor_memory_bytes: int | None = None  # resident set before the model was loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,14 +349,9 @@ _SUFFIX = "executionprovider"
 def settings_of(
     shapes: Mapping[str, tuple[int, ...]], *, batch: int = 1, threads: int = 1, seed: int = 0, provider: str = "cpu"
 ) -> Settings:
-    """Return settings from command-line values.
+    """Return settings from command-line values: a `batch` of 1 is that of the shapes.
 
-    Args:
-        shapes: input name → shape, for files that leave more than the batch open.
-        batch: items per run; if it is 1, the batch of the shapes.
-        threads: intra-op threads.
-        seed: of inputs and order.
-        provider: execution provider, case-insensitive and with or without `ExecutionProvider`.
+    The provider's name is case-insensitive, with or without `ExecutionProvider`.
     """
     given = {shape[0]: name for name, shape in shapes.items() if shape}
     if len(given) == 1 and batch == 1:
@@ -389,13 +373,9 @@ def compare(
     baseline: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Time ONNX files with the same inputs by `surgery.latency.time`; return plain JSON values.
+    """Time ONNX files by `time`, and return JSON values; raises InvalidInput also if the files' inputs differ.
 
-    Rows are named after the file, or its path if two files share a name. `baseline` is the path that ratios refer to,
-    by default the first.
-
-    Raises:
-        InvalidInput: a file cannot be read or run, or the files' inputs differ.
+    Rows are named after the file, or its path if two files share a name.
     """
     names = _names(paths)
     _require_same_inputs(paths, settings)

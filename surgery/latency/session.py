@@ -41,20 +41,15 @@ WARM_RUNS, PROFILED_RUNS, FRESH_RUNS = 3, 20, 5
 class Settings:
     """Session settings.
 
-    Attributes:
-        batch: length of the batch axis: axis 0 if dynamic, and any axis named `batch`.
-        threads: `intra_op_num_threads`; operators run sequentially.
-        shapes: input name → whole shape, for inputs with dynamic axes other than the batch axis.
-
     Raises:
         InvalidInput: a value is out of range; more threads than this process has cores; a provider that this build of
             ONNX Runtime does not have.
     """
 
-    batch: int = 1
-    threads: int = 1
+    batch: int = 1  # length of the batch axis: axis 0 if dynamic, and any axis named `batch`
+    threads: int = 1  # intra-op; operators run sequentially
     seed: int = 0
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # for dynamic axes other than the batch
     provider: str = PROVIDER
 
     def __post_init__(self) -> None:

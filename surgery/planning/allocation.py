@@ -228,10 +228,7 @@ def removed(ladders: Sequence[Ladder], levels: Sequence[int]) -> _Dead:
 
 
 def _widths(group: Group) -> list[int]:
-    """Return positions per unit along the group's longest extent on a first axis, the channels seen by a runtime.
-
-    Later axes may repeat a channel many times (a linear layer after flattening), which would hide its width.
-    """
+    """Return positions per unit along the group's longest extent on a first axis: later axes may repeat channels."""
     first = [site for site in group.sites if site.axis == 0]
     widest = max(first or group.sites, key=lambda site: sum(map(len, site.index)), default=None)
     return [len(owned) for owned in widest.index] if widest else [1] * group.size

@@ -131,10 +131,7 @@ def _in_the_way(choice: Choice, recipe: Recipe, clock: Clock) -> str:
 def traced(
     plan: Plan, dense_model: torch.nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None
 ) -> tuple[Program, parts.Whole | None]:
-    """Return the traced program of a plan, and the whole model if the program is a submodule.
-
-    Arguments and errors are those of `surgery.apply`.
-    """
+    """Return the program of a plan, and the whole model around a submodule; errors are those of `surgery.apply`."""
     if not isinstance(plan, Plan):
         raise InvalidInput(f"the plan is of type {type(plan).__name__}; read one with surgery.Plan.load(path)")
     if not isinstance(dense_model, torch.nn.Module):

@@ -43,20 +43,14 @@ class Acceptance:
     """A compact model's latency measured on another device, which calibrates the next plan for that device.
 
     ``python PACK.zip accept compact.onnx`` writes one on the device.
-
-    Attributes:
-        origin: name in messages.
-        ratio: measured latency of the compact model relative to the dense one, which took `dense_ms`.
-        predicted: the ratio predicted by the latency table when the plan was made.
-        fingerprint: fingerprint of the dense architecture.
     """
 
-    origin: str
-    ratio: float
-    predicted: float
+    origin: str  # name in messages
+    ratio: float  # measured latency of the compact model relative to the dense one
+    predicted: float  # by the latency table when the plan was made
     dense_ms: float
     device: Mapping[str, Any]
-    fingerprint: str
+    fingerprint: str  # of the dense architecture
     batch: int
 
     @classmethod

@@ -97,12 +97,7 @@ def survey(
     example_kwargs: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Survey:
-    """Return the kernels of a model to time; the recipe's budget is ignored.
-
-    Raises:
-        InvalidInput: the model does not accept the inputs, or has no such submodule.
-        UnsupportedModel: the model cannot be traced.
-    """
+    """Return the kernels of a model to time; the recipe's budget is ignored, errors are those of `shrink`."""
     run = Clock(progress)
     program, _ = traced_part(model, example_inputs, example_kwargs, recipe, run)
     candidates = Candidates(program, recipe, None, run)
@@ -163,12 +158,7 @@ def render_terminal(data: Mapping[str, Any], console: Console) -> None:
 
 
 def pack(subject: Survey, path: str | Path, *, name: str, progress: Progress | None = None) -> None:
-    """Write a zip file that measures the model's kernels on a device with only Python, numpy and onnxruntime.
-
-    Raises:
-        InvalidInput: the file cannot be written.
-        UnsupportedModel: the model cannot be exported.
-    """
+    """Write a zip file that measures the model's kernels on a device with only Python, numpy and onnxruntime."""
     recipe, conditions = subject.recipe, conditions_of(subject.program, subject.recipe)
     with replacing(path) as file, tempfile.TemporaryDirectory(prefix="surgery-") as folder:
         bench = LatencyBench(subject.program, Path(folder), recipe, progress=progress)

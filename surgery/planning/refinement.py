@@ -90,10 +90,7 @@ class LatencyBench:
         return timer.measure(self.dense, compact, self.shapes, threads=threads, seeds=seeds, progress=self._progress)
 
     def _calibration(self, path: Path) -> list[dict[str, Any]]:
-        """Return the calibration images: a few if files are only timed, the example inputs if there are none.
-
-        Calibration ranges affect a file's results, but not its time.
-        """
+        """Return the calibration images: a few if files are only timed, the example inputs if there are none."""
         seen = self._seen
         batches = seen.batches if seen is not None else [tuple(self._tensors.values())] * FEWEST
         found, count = list[dict[str, Any]](), 0
