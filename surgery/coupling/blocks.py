@@ -193,22 +193,14 @@ def dead_blocks(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[fl
     if not dead:
         return {}
     branches = {block.name: block.branch for block in blocks if block.name in dead}
-    state = in_float64(state_of(program))
+    run = Executor(program.graph, in_float64(state_of(program)), dtype=torch.float64)
 
-    def holds(batch: bool, by: int) -> set[str] | None:
+    def holds(more: bool, by: int) -> set[str] | None:
         """Return the blocks whose constant is the same at another size, unlike a sum over pixels."""
-        seen: dict[str, Tensor] = {}
-
-        def record(node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
-            if node.name not in branches.values():
-                return NotImplemented
-            seen[node.name] = node.target(*args, **kwargs)  # type: ignore[operator]
-            return seen[node.name]
-
         with suppress(Exception), torch.no_grad():  # any exception an operator raises at a size it does not accept
-            inputs = sample_inputs(program, seed=77, dtype=torch.float64, by=by, more=batch)
-            Executor(program.graph, state, record, torch.float64).run(*inputs)
-            return {name for name in dead if _equals(seen[branches[name]], dead[name], traced[branches[name]].shape)}
+            start = run.start(sample_inputs(program, seed=77, dtype=torch.float64, by=by, more=more))
+            seen = {name: run.only(start, branches[name]) for name in dead}
+            return {name for name, value in seen.items() if _equals(value, dead[name], traced[branches[name]].shape)}
         return None
 
     found = [names or set() for names in elsewhere(program, holds)]
