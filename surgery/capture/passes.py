@@ -94,20 +94,21 @@ def _region(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, list[Any]]:
         return arguments[1], arguments[2:]
     if node.target is not wrap_with_autocast:
         raise UnsupportedModel(
-            f"'{node.target}' at {_line_of(node) or UNKNOWN} branches or loops on values of tensors; write forward "
+            f"'{node.target}' at {source_of(node) or UNKNOWN} branches or loops on values of tensors; write forward "
             "without it, or shrink a submodule that does not contain it by --submodule"
         )
     device, _, enabled, _, body, *operands = arguments
     if enabled and device == "cpu":
-        line = next(filter(None, map(_line_of, attribute(graph, str(body.target)).graph.nodes)), "")
+        line = next(filter(None, map(source_of, attribute(graph, str(body.target)).graph.nodes)), "")
         raise UnsupportedModel(
             f"forward enables autocast on the CPU{line and f' around {line}'}; remove it, and cast the model itself"
         )
     return body, operands
 
 
-def _line_of(node: fx.Node) -> str:
-    return last_own_line(str(node.meta.get("stack_trace", "")))
+def source_of(node: fx.Node) -> str:
+    """Return `file:line` of the user's code that made this node: the innermost frame outside torch."""
+    return last_own_line(node.meta.get("stack_trace") or "")
 
 
 # Assertions and sizes. -----------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ def value_dependent_sizes(graph: fx.GraphModule) -> Iterator[fx.Node]:
 def validate_sizes(graph: fx.GraphModule) -> None:
     """Raise UnsupportedModel if a size depends on values."""
     if node := next(value_dependent_sizes(graph), None):
-        where = _line_of(node) or UNKNOWN
+        where = source_of(node) or UNKNOWN
         raise UnsupportedModel(
             f"'{node.target}' at {where} returns a tensor whose size depends on values (a selection by a mask), which "
             "leaves no size to plan with; shrink a submodule without it by --submodule, or try --tracer torch-pruning"

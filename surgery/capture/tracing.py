@@ -33,7 +33,6 @@ from surgery.core import (
     first_line,
     fresh,
     is_symbolic,
-    last_own_line,
     lean,
     quiet,
     shapes_of,
@@ -424,11 +423,6 @@ def _notes_on_space(inputs: tuple[InputSpec, ...]) -> Iterator[str]:
                 f"input '{spec.name}': the size of axes {fixed} is fixed at {size}, in the ONNX files too: the model "
                 "bakes it in, or other sizes could not be examined"
             )
-
-
-def source_of(node: torch.fx.Node) -> str:
-    """Return `file:line` of the user's code that made this node: the innermost frame outside torch."""
-    return last_own_line(node.meta.get("stack_trace") or "")
 
 
 def module_of(node: torch.fx.Node) -> str:

@@ -21,7 +21,6 @@ from .conditioning import (
     TOLERANCE as TOLERANCE,
     conditioned as conditioned,
     elsewhere as elsewhere,
-    names_dtype as names_dtype,
     narrowest as narrowest,
     sample_inputs as sample_inputs,
     well_conditioned as well_conditioned,

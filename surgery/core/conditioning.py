@@ -38,12 +38,6 @@ def narrowest(program: Program) -> torch.dtype:
     return max(found, key=lambda dtype: TOLERANCE[dtype], default=torch.float32)
 
 
-def names_dtype(program: Program) -> bool:
-    """Return whether forward casts to an explicit floating dtype, which determines its precision."""
-    given = pytree.tree_leaves([(n.args, dict(n.kwargs)) for n in program.graph.graph.nodes])
-    return any(isinstance(x, torch.dtype) and x.is_floating_point for x in given)
-
-
 def sample_inputs(
     program: Program, *, seed: int, dtype: torch.dtype | None = None, by: int = 0, more: bool = False
 ) -> list[Tensor]:

@@ -279,20 +279,18 @@ def _reordering(layout: Layout, orders: Index) -> Reordering:
     return Reordering(layout.tensor, layout.axis, row[None])
 
 
-def _reorder(tensor: Tensor, by: Reordering) -> Tensor:
-    if by.by is None or by.which is None:
-        return tensor.index_select(by.axis, torch.from_numpy(by.orders[0]).to(tensor.device))
-    index = torch.from_numpy(by.orders[by.which]).to(tensor.device)  # (size of `by`, size of `axis`)
-    if by.by > by.axis:
-        index = index.T
-    shape = [size if a in (by.by, by.axis) else 1 for a, size in enumerate(tensor.shape)]
-    return torch.take_along_dim(tensor, index.reshape(shape), dim=by.axis)
-
-
 def reordered(state: Mapping[str, Tensor], orders: Sequence[Reordering]) -> dict[str, Tensor]:
     """Return reordered copies of the tensors by name."""
     out = dict(state)
     for order in orders:
-        if order.tensor in out:
-            out[order.tensor] = _reorder(out[order.tensor].detach(), order)
+        if order.tensor not in out:
+            continue
+        tensor = out[order.tensor].detach()
+        if order.by is None or order.which is None:
+            out[order.tensor] = tensor.index_select(order.axis, torch.from_numpy(order.orders[0]).to(tensor.device))
+            continue
+        index = torch.from_numpy(order.orders[order.which]).to(tensor.device)  # (size of `by`, size of `axis`)
+        shape = [size if a in (order.by, order.axis) else 1 for a, size in enumerate(tensor.shape)]
+        index = (index.T if order.by > order.axis else index).reshape(shape)
+        out[order.tensor] = torch.take_along_dim(tensor, index, dim=order.axis)
     return out

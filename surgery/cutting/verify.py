@@ -42,7 +42,6 @@ from surgery.core import (
     gather,
     is_constant,
     is_symbolic,
-    names_dtype,
     narrowest,
     sample_inputs,
     shapes_of,
@@ -81,7 +80,12 @@ def check_cut(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResult:
     for k in range(seed, seed + _DRAWS):
         drawn, shapes = _draw(cut, compact, k)
         replayed = replay(cut, compact, shapes)
-        notes = _require_order_exact(cut, drawn, k) if cut.head_order else ()
+        notes: tuple[str, ...] = ()
+        if cut.head_order:  # the dense network computes the same in this order
+            own = well_conditioned(cut.program, seed=k)
+            error, _ = relative_error(outputs_of(cut.program, own, k), outputs_of(cut.program, drawn.dense, k))
+            reference = Executor(cut.program.graph, own, dtype=torch.float64)
+            notes = _explained(reference, drawn.rounds, error, torch.float64, "members in another order")
         found = [drawn.outputs, *_of_module(cut, compact, drawn.kept, drawn.rounds)]
         error64, varying = _compare(drawn.reference(), drawn.rounds, found)
         if varying >= BLIND or not drawn.outputs[0]:
@@ -99,7 +103,7 @@ def check_cut(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResult:
     require(error64, torch.float64, _DISTINCT)
     notes += _require_other_sizes(drawn)
     state, rounds = cut.reordered(state_of(cut.program)), _rounds(cut.program, seed)
-    reference, error = cut.masked_run(state), None
+    reference, real = cut.masked_run(state), None
     found = [_of_graph(compact, None, rounds), *_of_module(cut, compact, None, rounds)]
     difference, varying = _compare(reference, rounds, found)
     if varying < BLIND:
@@ -108,14 +112,14 @@ def check_cut(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResult:
             "(a zero head, or untrained layer scales); equality was shown on well-conditioned values",
         )
     else:
-        error = difference
-        notes += _explained(reference, rounds, error, narrowest(cut.program), "the real weights")
+        real = difference
+        notes += _explained(reference, rounds, real, narrowest(cut.program), "the real weights")
     if cut.program.whole is not None:
         notes += check_dropped(cut.program, cut.plan, seed=seed)
     meaning = "dense model with the dead input slices of every contraction zeroed"
     if any(group.inexact and cut.plan.dead.get(group.name) for group in cut.coupling.groups):
         meaning += ", norms, means and sums over the survivors"
-    return CheckResult(replayed, error64, error, varying, meaning, notes)
+    return CheckResult(replayed, error64, real, varying, meaning, notes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,14 +165,6 @@ def _rounds(program: Program, seed: int, dtype: torch.dtype | None = None, by: i
     per_sample = all(isinstance(v, Tensor) and v.dim() > 0 and is_symbolic(v.shape[0]) for v in values)
     count = 1 if values and per_sample else 2
     return [sample_inputs(program, seed=seed + 100 + k, dtype=dtype, by=by) for k in range(count)]
-
-
-def _require_order_exact(cut: Cut, drawn: _Drawn, seed: int) -> tuple[str, ...]:
-    """Raise unless the dense network computes the same in the plan's head order."""
-    program, own = cut.program, well_conditioned(cut.program, seed=seed)
-    error, _ = relative_error(outputs_of(program, own, seed), outputs_of(program, drawn.dense, seed))
-    reference = Executor(program.graph, own, dtype=torch.float64)
-    return _explained(reference, drawn.rounds, error, torch.float64, "members in another order")
 
 
 def _require_slices(cut: Cut, compact: CompactModel) -> None:
@@ -541,7 +537,10 @@ def check_whole(
             f"the whole model does not run around the compact part '{whole.name}': {where_raised(error)}: "
             f"{first_line(error)}; nothing was written"
         ) from error
-    inside = narrowest(program) if program.has_graph and names_dtype(program) else dtype
+    nodes = program.graph.graph.nodes if program.has_graph else ()
+    literals = pytree.tree_leaves([(n.args, dict(n.kwargs)) for n in nodes])
+    casts = any(isinstance(x, torch.dtype) and x.is_floating_point for x in literals)
+    inside = narrowest(program) if casts else dtype
     allowed = max(TOLERANCE[dtype], TOLERANCE[inside])
     difference = 0.0 if [x.shape for x in wanted] == [x.shape for x in got] else float("inf")
     for x, y in zip(wanted, got, strict=True) if difference == 0 else ():
@@ -580,10 +579,8 @@ def describe_whole(whole: Whole, compact: nn.Module, verdict: CheckResult) -> tu
     inside = any(_INSIDE in note for note in verdict.notes)
     params, macs = [count_params(whole.model), count_params(compact)], None
     if inside and whole.example is not None:
-        try:
+        with suppress(SurgeryError):
             macs = [count_macs(model, *whole.example.example) for model in (whole.model, compact)]
-        except SurgeryError:
-            macs = None
     counted = f"MACs of the example {macs[0]:,} → {macs[1]:,}" if macs else "its MACs cannot be counted"
     data = {
         "name": whole.name,
