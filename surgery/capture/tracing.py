@@ -88,9 +88,6 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
     )
 
 
-# Inputs. ------------------------------------------------------------------------------------------------------------
-
-
 def require_module(model: Any) -> None:
     """Raise InvalidInput unless the model is a Python module whose parameters have values."""
     if not isinstance(model, nn.Module):
@@ -148,9 +145,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         set_operators(True)
         for m, mode in modes:
             m.training = mode
-
-
-# Capture. -----------------------------------------------------------------------------------------------------------
 
 
 class _Capture(NamedTuple):
@@ -394,9 +388,6 @@ def _is_whole(size: Any, before: Sequence[Any], whole: Container[str]) -> bool:
     """Return whether a symbolic size is a product of whole axes; the batch may include a constant (heads)."""
     number, rest = size.as_coeff_Mul()
     return str(rest) in whole and (number == 1 or rest == before[0])
-
-
-# Description. -------------------------------------------------------------------------------------------------------
 
 
 def _input_specs(graph: torch.fx.GraphModule) -> tuple[InputSpec, ...]:

@@ -85,8 +85,6 @@ def state_of(program: Program) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in sorted(tensors.items()) if id(tensor) in read}
 
 
-# Running them. -------------------------------------------------------------------------------------------------------
-
 Compute = Callable[[torch.fx.Node, Any, Any], Any]
 """(node, args, kwargs) → the value of a call, or NotImplemented to run the operator itself."""
 

@@ -86,8 +86,6 @@ class LabelSet:
         """The largest label plus one."""
         return len(self.parent)
 
-    # -- making labels -------------------------------------------------------------------------------------------
-
     def fresh(self, count: int) -> Layer:
         """Return `count` new labels."""
         self._must_be_open("new labels")
@@ -107,8 +105,6 @@ class LabelSet:
         if len(kept) != count:
             raise LabelMismatch(f"{self.where}: creates {count} indices where {len(kept)} survive")
         return kept
-
-    # -- equations -----------------------------------------------------------------------------------------------
 
     def tie(self, a: Layers, b: Layers, length: int) -> None:
         """Tie index i of one axis to index i of another, for all i < length."""
@@ -243,8 +239,6 @@ class LabelSet:
             for layer in self.canon(layers):
                 for root in np.unique(layer):
                     self.inexact.setdefault(int(root), reason)
-
-    # -- queries -------------------------------------------------------------------------------------------------
 
     def find(self, label: int) -> int:
         """Return the representative of `label`."""

@@ -56,8 +56,6 @@ def _patches() -> Mapping[str, AbstractContextManager[Any]]:
     }
 
 
-# Shapes of activations and norms: those of their inputs. -------------------------------------------------------------
-
 _ACTIVATIONS = ("hardtanh", "hardswish", "hardsigmoid", "relu", "silu", "leaky_relu", "gelu", "elu", "mish")
 _NORM = "_native_batch_norm_legit_no_training"
 
@@ -99,9 +97,6 @@ def _like_input(op: Any) -> Any:
             return found if op.name() != f"aten::{_NORM}" else (found, x.new_empty(0), x.new_empty(0))
 
     return shape
-
-
-# Symbolic sizes. -----------------------------------------------------------------------------------------------------
 
 
 class LongSizes(Exception):

@@ -203,8 +203,8 @@ def dead_blocks(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[fl
             return {name for name, value in seen.items() if _equals(value, dead[name], traced[branches[name]].shape)}
         return None
 
-    found = [names or set() for names in elsewhere(program, holds)]
-    return {name: row for name, row in dead.items() if all(name in names for names in found)}
+    found = elsewhere(program, holds)
+    return {name: row for name, row in dead.items() if all(names is not None and name in names for names in found)}
 
 
 def _equals(value: Tensor, constant: Sequence[float], shape: Sequence[Any]) -> bool:

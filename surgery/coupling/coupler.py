@@ -179,9 +179,6 @@ def index_table(tensor: Tensor) -> Layer | None:
     return tensor.detach().cpu().numpy().astype(np.int64) if whole else None
 
 
-# Groups. -------------------------------------------------------------------------------------------------------------
-
-
 def groups_of(labels: LabelSet, params: Mapping[str, Value]) -> tuple[Group, ...]:
     """Group the units that occur on the same axes in the same way, in order of first appearance, with unique names."""
     places: list[tuple[str, int]] = []  # one entry per layer of a parameter axis

@@ -105,9 +105,6 @@ def require_own_cuts(plan: Plan, coupling: Coupling) -> None:
         raise PlanMismatch("the plan's cuts do not follow from its dead units: the file was edited; make a new plan")
 
 
-# Plan and program. --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class Cut:
     """A plan, the program it was made for (without its dropped blocks), and derived data; may raise PlanMismatch."""

@@ -277,9 +277,6 @@ def _repair(model: nn.Module, literals: Literals) -> str:
     return next(iter(repaired), "")
 
 
-# Training mode. ------------------------------------------------------------------------------------------------------
-
-
 def _fails_in_training(program: Program, module: nn.Module) -> str | None:
     """Return why forward fails in training mode, whose branches were not traced."""
     unseen = _unseen(program)

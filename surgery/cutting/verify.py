@@ -303,9 +303,6 @@ def _mismatch(what: Any) -> CheckFailed:
     return CheckFailed(f"label replay: {what}; {REPORT}")
 
 
-# Numbers. ------------------------------------------------------------------------------------------------------------
-
-
 def relative_error(wanted: Rounds, got: Rounds) -> tuple[float, float]:
     """Compare outputs of runs or samples (first axis) with different inputs.
 

@@ -17,8 +17,6 @@ from surgery.ops.registry import Call, Replacement, Rewrite, Rule, register
 aten = torch.ops.aten
 Changes = Mapping[str, Any] | Replacement
 
-# Lookups. -----------------------------------------------------------------------------------------------------------
-
 
 def _couple_embedding(call: Call) -> Value:
     """Weight (V, D), indices (..), output (.., D)."""
@@ -70,8 +68,6 @@ def picked(r: Rewrite, dim: int, source: NDArray[np.int64]) -> Changes:
     index = (np.cumsum(keep) - 1)[source[keep[source]]]
     return Replacement(aten.index_select.default, (r.raw["self"], dim, torch.from_numpy(index)))
 
-
-# Slices. ------------------------------------------------------------------------------------------------------------
 
 _OPEN = 2**63 - 1
 """The end of a slice without an explicit end."""
@@ -128,9 +124,6 @@ def _couple_select_scatter(call: Call) -> Value:
     x, src = call.value("self"), call.value("src")
     others = call.axes(x, (call["dim"],), "a single index of this axis is written")
     return call.out({a: call.tie(x, a, src, k) for k, a in enumerate(others) if x.shape[a] > 1})
-
-
-# Rules. -------------------------------------------------------------------------------------------------------------
 
 
 _ROWS = torch.tensor([0, 2, 4, 6, 8, 1])

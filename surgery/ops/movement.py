@@ -82,9 +82,6 @@ def _twice(op: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: op(op(x.flatten(0, 1))).reshape(-1, 6, 12)
 
 
-# Views and orders. --------------------------------------------------------------------------------------------------
-
-
 def _view(name: str, function: Callable[[Tensor], Tensor]) -> Rule:
     """Labels are expanded over the other axes without a copy, which `view` rejects; `reshape` is equivalent."""
 
@@ -141,9 +138,6 @@ def _squeezed(r: Rewrite) -> Changes:
     return Replacement(aten.squeeze.dims, (r.raw["self"], single))
 
 
-# Pieces. ------------------------------------------------------------------------------------------------------------
-
-
 def _split_sizes(r: Rewrite) -> Changes:
     """Chunk and split: if survivors are distributed unevenly, list the size of every piece."""
     dim = r.bound["dim"] % len(r.bound["self"].shape)
@@ -181,9 +175,6 @@ def _couple_stack(call: Call) -> Value:
     dim = call["dim"] % len(call.outputs[0])
     axes = range(len(call.outputs[0]) - 1)
     return call.out({a if a < dim else a + 1: _tied(call, call["tensors"], a) for a in axes})
-
-
-# Padding. -----------------------------------------------------------------------------------------------------------
 
 
 def _pads(bound: Mapping[str, Any]) -> list[tuple[int, int]]:
@@ -231,9 +222,6 @@ def _pad_rule(name: str) -> Rule:
     example = between_convs(lambda x: pad(x, [1, 1, 0, 0, 2, 3]), after=13)
     summary = "constant padding of channels may go channel by channel"
     return Rule(f"aten.{name}", "movement", _couple_pad, example, _rewrite_pad, summary=summary)
-
-
-# Creation. ----------------------------------------------------------------------------------------------------------
 
 
 def _couple_uniform(call: Call) -> Value:

@@ -102,9 +102,6 @@ def _reference_group(dead: Dead) -> Tensor:
     return _affine(dead, y, [1, -1] + [1] * (x.dim() - 2))
 
 
-# Estimates. ---------------------------------------------------------------------------------------------------------
-
-
 def _moments(a: Mapping[str, Any], axis: int | None) -> Moments:
     """Of a norm with scale and shift along `axis`, or aligned with the last axes (None).
 
