@@ -148,7 +148,8 @@ def _draw(cut: Cut, compact: CompactModel, seed: int) -> tuple[_Drawn, Mapping[s
         try:
             result = node.target(*args, **kwargs)  # type: ignore[operator]
         except Exception as error:  # torch raises several exception types for mismatched sizes
-            raise _mismatch(f"node '{node.name}' ({node.target}) does not run: {first_line(error)}") from error
+            said = f"label replay: node '{node.name}' ({node.target}) does not run: {first_line(error)}; {REPORT}"
+            raise CheckFailed(said) from error
         shapes.setdefault(node.name, shapes_of(result))
         return result
 
@@ -281,7 +282,7 @@ def replay(cut: Cut, compact: CompactModel, shapes: Mapping[str, Any]) -> int:
     try:
         propagate_labels(compact.graph, labels, lambda node: shapes[node.name], locked, settled)
     except LabelMismatch as error:
-        raise _mismatch(error) from error
+        raise CheckFailed(f"label replay: {error}; {REPORT}") from error
     return sum(compared)
 
 
@@ -297,10 +298,6 @@ def _equal(wanted: Layers, found: Layers) -> bool:
     units = [[set(labels) - {0} for labels in zip(*layers, strict=True)] for layers in (left, right)]
     everywhere = set.intersection(*units[0])
     return all(a - everywhere == b - everywhere and b <= a for a, b in zip(*units, strict=True))
-
-
-def _mismatch(what: Any) -> CheckFailed:
-    return CheckFailed(f"label replay: {what}; {REPORT}")
 
 
 def relative_error(wanted: Rounds, got: Rounds) -> tuple[float, float]:
