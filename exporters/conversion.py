@@ -37,10 +37,7 @@ def convert(
     """Return the ONNX graph of a model, named and cleaned; `call` may be changed, so pass a copy.
 
     A dynamic axis that torch finds to be fixed is an error. Without `dynamo`, the TorchScript tracer follows the
-    example's path through the code.
-
-    Raises:
-        UnsupportedModel: the model cannot be exported; the message names the user's source line if known.
+    example's path through the code. Raises UnsupportedModel, with the user's source line if known.
     """
     try:
         if dynamo:
@@ -233,10 +230,7 @@ def _attention(
 
 
 def _keep_zeros_in_maxima(model: ir.Model) -> None:
-    """Make the axes of paddings before max-poolings explicit, as ONNX Runtime then leaves the Pad alone.
-
-    It makes one MaxPool of the two, whose own padding is below any number: windows of negative values differ (in 1.31).
-    """
+    """Make axes of paddings before max-poolings explicit; ONNX Runtime (1.31) merges others, as if padded by -inf."""
     for graph in model.graphs():
         for node in [n for n in graph if n.op_type == "Pad" and len(n.inputs) < 4]:  # data, pads, value, axes
             maxima = [user for user, _ in node.outputs[0].uses() if user.op_type == "MaxPool"]

@@ -36,11 +36,7 @@ FORMATS: dict[str, Format] = {}
 def register_format(
     name: str, *, suffix: str, precisions: tuple[str, ...] = ("fp32", "fp16", "int8")
 ) -> Callable[[Convert], Convert]:
-    """Return a decorator that registers a conversion from an ONNX file to another format.
-
-    Raises:
-        ValueError: the name or suffix is already registered.
-    """
+    """Return a decorator that registers a conversion of an ONNX file; raises ValueError for a taken name or suffix."""
     if name == ONNX or name in FORMATS or suffix in (f.suffix for f in FORMATS.values()):
         raise ValueError(f"a format '{name}', or one with the suffix {suffix}, is registered already")
 

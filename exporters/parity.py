@@ -88,11 +88,8 @@ def parity(path: str | os.PathLike[str], call: Callee, tensors: Tensors, *, near
     Batches of 1, 2 and 7 are run where the file's first axis is called `batch`, other sizes where axes are called
     `height` and `width`. Floating-point inputs are drawn with the example's mean and deviation, all others from
     the example's own values, three times per batch. Where the two differ by more than `TOLERANCE`, the torch model
-    is compared with itself in float64. `near_example` stays within 5 % of the example.
-
-    Raises:
-        CheckFailed: ONNX Runtime cannot load or run the file, or its outputs have other names or shapes.
-        InvalidInput: the model does not run on these inputs.
+    is compared with itself in float64. `near_example` stays within 5 % of the example. Raises CheckFailed if ONNX
+    Runtime cannot run the file, or outputs have other names or shapes; InvalidInput if the model does not run.
     """
     session = open_session(path, session_options(torch.get_num_threads()), kind=CheckFailed)
     generator = torch.Generator().manual_seed(0)

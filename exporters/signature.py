@@ -26,11 +26,7 @@ Tensors = Mapping[str, Tensor]
 
 
 def bind(model: nn.Module, inputs: Any, kwargs: Mapping[str, Any] | None = None) -> tuple[Callee, dict[str, Tensor]]:
-    """Return the example call, and its tensors by name; a tuple of tensors as parameter `x` gives `x_0`, `x_1`, ...
-
-    Raises:
-        InvalidInput: `forward` does not take these inputs, or there is no tensor among them.
-    """
+    """Return the example call, and its tensors by name (`x_0`, ... in `x`); InvalidInput if `forward` refuses it."""
     given = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     signature = inspect.signature(model.forward)
     try:

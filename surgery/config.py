@@ -80,7 +80,7 @@ def choice(*words: str) -> Kind:
     return Kind("|".join(words), f"one of {', '.join(words)}", accepted=lambda word: word in words)
 
 
-def registered(registry: Registry[Any], metavar: str, accepted: Callable[[Any], bool] = lambda value: False) -> Kind:
+def registered(registry: Registry, metavar: str, accepted: Callable[[Any], bool] = lambda value: False) -> Kind:
     """Accept the names of a registry, those that were added since included, or another `accepted` value."""
     words = tuple(registry.names())
     accepts = f"one of {', '.join(words)}"

@@ -12,36 +12,24 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from surgery.errors import InvalidInput
 
 
 @dataclass(frozen=True, slots=True)
-class Criterion:
-    """A criterion for scoring units."""
+class Entry:
+    """A criterion for scoring units, or a recovery method."""
 
     name: str
-    function: Callable[..., Any]  # see `surgery.criterion`
-    needs: frozenset[str] = frozenset()  # inputs besides the weights
-    head_members: Callable[..., Any] | None = None  # for the members of attention heads; without needs
-
-
-@dataclass(frozen=True, slots=True)
-class RecoveryMethod:
-    """A recovery method."""
-
-    name: str
-    function: Callable[..., Any]  # see `surgery.recovery_method`
-    needs: frozenset[str] = frozenset()  # inputs besides the two models
+    function: Callable[..., Any]  # see `surgery.criterion` and `surgery.recovery_method`
+    needs: frozenset[str] = frozenset()  # inputs besides the weights, or the two models
+    head_members: Callable[..., Any] | None = None  # of a criterion: for the members of attention heads; without needs
     after: str = ""  # name of the method that runs before it; empty for none
-    undo_if_worse: bool = True  # whether to undo it if outputs get further from the dense model's
+    undo_if_worse: bool = True  # whether to undo a method if outputs get further from the dense model's
 
 
-Entry = TypeVar("Entry", Criterion, RecoveryMethod)
-
-
-class Registry(Generic[Entry]):
+class Registry:
     """Entries by name, which the modules of a package register; `kind` is what messages call one."""
 
     def __init__(self, kind: str, package: str, needs: Collection[str]) -> None:
@@ -89,9 +77,9 @@ class Registry(Generic[Entry]):
         return self._entries[name]
 
 
-CRITERIA: Registry[Criterion] = Registry(
+CRITERIA = Registry(
     "criterion", "surgery.importance.criteria", ("images", "graph", "gradients", "consumers", "costs", "seed")
 )
-RECOVERY_METHODS: Registry[RecoveryMethod] = Registry(
+RECOVERY_METHODS = Registry(
     "recovery method", "surgery.recovery", ("images", "drawn-images", "graph", "gradients", "labels")
 )

@@ -52,7 +52,7 @@ def block_losses(program: Program, blocks: Sequence[Block], batches: Batches, *,
 
 
 class BlockAblation:
-    """Runs a network without some of its blocks; errors are squared errors of the outputs over their variance.
+    """A network without some blocks; errors are squared errors of the outputs over their variance.
 
     Attributes:
         alone: block name → error with only that block removed.

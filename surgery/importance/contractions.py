@@ -42,10 +42,7 @@ class Contraction:
 
 
 def find_contractions(graph: torch.fx.GraphModule, known: Collection[str]) -> list[Contraction]:
-    """Return the layers of a graph that can be fitted, in graph order.
-
-    `known`: names of possible target operations, those of the dense program.
-    """
+    """Return the layers of a graph that can be fitted, in its order, to targets among the `known` operations."""
     nodes = list(graph.graph.nodes)
     reads = Counter(str(node.target) for node in nodes if node.op == "get_attr" for _ in node.users)
     drafts: dict[torch.fx.Node, tuple[Contraction, torch.fx.Node]] = {}
@@ -122,10 +119,7 @@ def _only_user(node: torch.fx.Node) -> torch.fx.Node | None:
 
 
 class Layer:
-    """A contraction in an executor's graph: its parameters by group, and its inputs as rows.
-
-    A separate norm has a group for each channel.
-    """
+    """A contraction in an executor's graph: parameters by group (of a norm, by channel), and inputs as rows."""
 
     def __init__(self, found: Contraction, executor: Executor) -> None:
         self.found, self.state = found, executor.state
@@ -199,9 +193,6 @@ def convolution_rows(
 
 
 def value_rows(y: Tensor, axis: int, groups: int, at: tuple[Tensor, ...] | None) -> Tensor:
-    """Return (rows, groups, channels of a group) at the drawn positions, for a value with channels on `axis`.
-
-    Positions are all axes except the first and the channel axis.
-    """
+    """Return (rows, groups, channels of a group) at the drawn positions; the channels are on `axis`."""
     index: tuple[Any, ...] = (slice(None), *(at or ()))
     return y.movedim(axis, -1)[index].reshape(-1, groups, y.shape[axis] // groups)

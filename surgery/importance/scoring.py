@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from surgery.core import Coupling, Group, Program, Scores, all_tensors, first_line, state_of, user_line
 from surgery.errors import InvalidInput, PlanMismatch
 from surgery.importance.signal import Signal, signal_of
-from surgery.registry import CRITERIA, Criterion
+from surgery.registry import CRITERIA, Entry
 
 GroupCriterion = Callable[[Group, Mapping[str, Tensor]], Sequence[float] | Tensor]
 """A group and the model's parameters by name (detached; not to be written to) → one score per unit of the group."""
@@ -69,7 +69,7 @@ def criterion(
     """
 
     def register(function: _Function) -> _Function:
-        CRITERIA.add(Criterion(name, function, frozenset(needs), head_members))
+        CRITERIA.add(Entry(name, function, frozenset(needs), head_members))
         return function
 
     return register
@@ -110,7 +110,7 @@ def score(
     if isinstance(criterion, str):
         entry = CRITERIA[criterion]
     elif callable(criterion):
-        entry = Criterion(getattr(criterion, "__name__", "callable"), criterion)
+        entry = Entry(getattr(criterion, "__name__", "callable"), criterion)
     else:
         raise InvalidInput(f"criterion {criterion!r}: give a name ({', '.join(CRITERIA.names())}) or a callable")
     if "images" in entry.needs and images is None:
@@ -140,11 +140,11 @@ def score_members(group: Group, weights: Mapping[str, Tensor], criterion: str, *
     """
     entry = CRITERIA[criterion]
     if entry.head_members is not None:
-        entry = Criterion(entry.name, entry.head_members)
+        entry = Entry(entry.name, entry.head_members)
     return _score_group(entry if entry.needs <= {"seed"} else CRITERIA["l1"], group, weights, seed)
 
 
-def _score_group(entry: Criterion, group: Group, weights: Mapping[str, Tensor], seed: int) -> tuple[float, ...]:
+def _score_group(entry: Entry, group: Group, weights: Mapping[str, Tensor], seed: int) -> tuple[float, ...]:
     """Return the importance of every unit of one group by a criterion that needs only weights and a seed."""
     try:
         with torch.no_grad():
@@ -155,7 +155,7 @@ def _score_group(entry: Criterion, group: Group, weights: Mapping[str, Tensor], 
     return _numbers(values, group, entry)
 
 
-def _numbers(values: Any, group: Group, entry: Criterion) -> tuple[float, ...]:
+def _numbers(values: Any, group: Group, entry: Entry) -> tuple[float, ...]:
     """Return one finite number per unit; raise InvalidInput otherwise."""
     where = f"criterion {entry.name} on group '{group.name}'"
     try:

@@ -296,10 +296,7 @@ def _consumers(group: Group, parameters: Mapping[str, Tensor], layers: Layers) -
 
 
 def _shares(weight: Tensor, site: Site, energies: Tensor | None) -> tuple[float, ...]:
-    """Average each unit's share of the weight's energy and its share of the output energy.
-
-    The first is the loss after batch norms are re-estimated, the second before, due to shifted means.
-    """
+    """Average the shares of the weight's energy (lost once norms are re-estimated) and of output energy (before)."""
     own = _over(power_sum(site, weight, order=2), weight.double().square().sum())
     if energies is None or not bool(energies.any()):
         return tuple(own.tolist())

@@ -102,10 +102,7 @@ def read_batches(loader: Iterable[Any], seed: int, named: str = "data") -> Itera
 
 
 def read_item(data: Any, index: int, seed: int) -> Any:
-    """Return an item of a map-style dataset as a batch of one; errors as in `read_batches`.
-
-    Tensors, arrays and numbers get a batch axis; other values are unchanged.
-    """
+    """Return an item of a map-style dataset, with a batch axis before tensors, arrays and numbers."""
     if isinstance(data, (Images, TensorDataset)):  # no random draws
         item = data[index]
     else:
@@ -119,9 +116,7 @@ def split_batch(batch: Any, specs: Sequence[InputSpec], named: str = "data") -> 
     """Return a batch's tensors: a model's inputs, for `validated_input`, and the others, such as classes.
 
     Inputs come first; in a dictionary, whose order is arbitrary, each is the first tensor of equal rank and kind.
-
-    Raises:
-        InvalidInput: the batch has fewer tensors than the model has inputs.
+    Raises InvalidInput for too few.
     """
     leaves = pytree.tree_leaves(batch)
     rest = [x for x in leaves if isinstance(x, Tensor) and x.dim()]
@@ -214,13 +209,10 @@ def calibration_images(
 
 
 def gather(given: Any, inputs: Sequence[InputSpec], most: int = MOST, seed: int = 0) -> Calibration:
-    """Return at most `most` calibration images as batches of a model's inputs.
+    """Return at most `most` calibration images as batches of a model's inputs; raises InvalidInput if they do not fit.
 
     `given` is a tensor (N, C, H, W), a Dataset, or a sequence or DataLoader of batches, each the model's input or a
     tuple of its inputs; further elements, such as labels, are ignored.
-
-    Raises:
-        InvalidInput: the data are of another type, or do not fit the inputs.
     """
     batches, classes = list[list[Tensor]](), list[Tensor | None]()
     for batch in _batches(given, most, seed):

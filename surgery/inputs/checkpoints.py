@@ -68,10 +68,7 @@ class Mismatch:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a safetensors file, or a `torch.save` file of tensors in plain containers; nothing else is unpickled.
 
-    Wrappers are removed; averaged (EMA) weights are preferred if there are several state dicts.
-
-    Raises:
-        InvalidInput: the file is missing, truncated, of another kind, or contains pickled objects.
+    Wrappers are removed, averaged (EMA) weights preferred. Raises InvalidInput for a missing, damaged or other file.
     """
     if not path.is_file():
         raise InvalidInput(f"no checkpoint file {path}; --weights takes auto, random or the path of a state dict")
@@ -117,11 +114,7 @@ def class_counts(mismatch: Mismatch) -> tuple[int, ...]:
 
 
 def fit(module: nn.Module, checkpoint: Checkpoint, *, label: str) -> None:
-    """Load a checkpoint into a module built for it, in place.
-
-    Raises:
-        InvalidInput: keys or shapes differ, or a tensor contains NaN or infinite values.
-    """
+    """Load a checkpoint into a module, in place; raises InvalidInput if it does not fit, or values are not finite."""
     tensors = without_prefixes(checkpoint.tensors, module.state_dict().keys())
     mismatch = compare(module, tensors)
     if mismatch:

@@ -115,10 +115,7 @@ def open_images(given: str, input_shape: Sequence[int], how: Preprocessing, *, o
     """Return the `Images` named by an option, for an input (N, C, H, W), or what the user's callable returns.
 
     `given` is an .npz file with `images` (N, H, W, C) of uint8 and optional `labels` (N,); a folder of images, with or
-    without a folder per class; or `FILE.py:CALLABLE` that returns a DataLoader, which is used unchanged.
-
-    Raises:
-        InvalidInput: there are no such images, or they do not fit the model.
+    without a folder per class; or `FILE.py:CALLABLE` that returns a DataLoader. Raises InvalidInput if they do not fit.
     """
     owner, colon, name = given.rpartition(":")
     if colon and owner and not Path(given).exists():

@@ -90,11 +90,7 @@ class Source:
 
 
 def import_torchvision() -> ModuleType:
-    """Return torchvision; if its operators do not load, detectors can be built, but not post-process.
-
-    Raises:
-        InvalidInput: torchvision is not installed, or its import fails for another reason.
-    """
+    """Return torchvision, without operators that do not load; raises InvalidInput if its import fails otherwise."""
     try:
         return _imported("torchvision", "torchvision")
     except InvalidInput as error:

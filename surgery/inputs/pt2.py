@@ -49,12 +49,7 @@ _SYMBOL_SYNTAX = (
 
 
 def load_program(path: Path, *, trust: bool = False) -> torch.export.ExportedProgram:
-    """Read a file written by `torch.export.save`; with `trust`, without the inspection.
-
-    Raises:
-        InvalidInput: the file is missing, damaged, of another kind, or, without `trust`, could run code on loading;
-            nothing has been executed then.
-    """
+    """Read a file of `torch.export.save`; raises InvalidInput before anything runs that could, unless `trust`."""
     if not path.is_file():
         raise InvalidInput(f"no such file: {path}")
     if not trust:

@@ -63,11 +63,7 @@ def _unpack(label: str, result: Any) -> Built:
 
 
 def user_object(owner: str, name: str) -> Any:
-    """Return an object of the user's file or module, which is imported, and called, with its folder on `sys.path`.
-
-    Raises:
-        InvalidInput: there is no such name, or the import or the call fails.
-    """
+    """Return an object of the user's file or module, with its folder on `sys.path`; InvalidInput if that fails."""
     is_file = owner.endswith(".py")
     folder = Path(owner).expanduser().resolve().parent if is_file else Path.cwd()
     load = _import_file if is_file else importlib.import_module

@@ -184,11 +184,8 @@ def validate_labels(named: str, lowest: int, highest: int, classes: int) -> None
 def paired_drop(dense: Tensor, compact: Tensor) -> tuple[float, float, float]:
     """Return the accuracy lost in points, with its 95 % score interval, paired on the same images.
 
-    Both ends are monotonic in images lost and won, and the interval does not collapse if none are.
-
-    Args:
-        dense: whether each image is classified correctly, (N,), or the share of several models that do so.
-        compact: likewise for the evaluated model.
+    Both are given as whether each image is classified correctly, (N,), or the share of several models that do so. Both
+    ends are monotonic in images lost and won, and the interval does not collapse if none are.
 
     Source: Tango 1998, Statistics in Medicine 17(8), 891-908.
     """
@@ -291,11 +288,7 @@ class Pairs:
 
 
 def open_metric(given: str | Callable[[Any], Any]) -> Evaluate:
-    """Return the user's function of a model, or `FILE.py:CALLABLE`, with its results checked.
-
-    Raises:
-        InvalidInput: there is no such callable; on a call, if it fails or does not return finite numbers by name.
-    """
+    """Return the user's function of a model, or `FILE.py:CALLABLE`, which must give finite numbers by name."""
     named, function = "metric", given
     if isinstance(given, str):
         named, (owner, _, name) = f"--metric {given}", given.rpartition(":")

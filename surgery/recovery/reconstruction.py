@@ -79,10 +79,7 @@ def reconstruct(
 ) -> list[Fitted]:
     """Fit the compact model's weights in place on batches of its inputs; return each fitted layer, in order.
 
-    At most `memory` bytes of activations are kept between layers. The compact model's graph and module share tensors.
-
-    Raises:
-        InvalidInput: values within either model are not finite.
+    At most `memory` bytes of activations are kept between layers. Raises InvalidInput if values are not finite.
     """
     labelled, whole, graph = cut.coupling.labelled, cut.program.dense, compact.graph
     tensors = (*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False))

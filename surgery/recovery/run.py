@@ -25,7 +25,7 @@ from surgery.recovery.evaluation import Agreement, Evaluate, Model, Pairs, Refer
 from surgery.recovery.random_images import drawn_batches
 from surgery.recovery.reconstruction import Fitted
 from surgery.recovery.training import NO_CLASSES, History, classes_in
-from surgery.registry import RECOVERY_METHODS, RecoveryMethod
+from surgery.registry import RECOVERY_METHODS, Entry
 
 Batches = Sequence[Sequence[Tensor]]
 
@@ -102,7 +102,7 @@ def recovery_method(
     """
 
     def register(function: Callable[[Task], Outcome]) -> Callable[[Task], Outcome]:
-        RECOVERY_METHODS.add(RecoveryMethod(name, function, frozenset(needs), after, undo_if_worse))
+        RECOVERY_METHODS.add(Entry(name, function, frozenset(needs), after=after, undo_if_worse=undo_if_worse))
         return function
 
     return register
@@ -275,10 +275,7 @@ def follow(subject: Subject, recipe: Recipe) -> None:
 
 
 def validate_training(program: Program, whole: Whole | None, recipe: Recipe, seen: Calibration | None) -> None:
-    """Raise InvalidInput early if training or evaluation would fail; arguments are those of `recovered`.
-
-    Checks for a fixed batch, labels out of range (as far as known without reading all images), and missing labels.
-    """
+    """Raise InvalidInput early for a fixed batch, or labels out of range or missing; arguments as of `recovered`."""
     (call, specs), method = _example_of(program, whole), recipe.recovery.recover
     if RECOVERY_METHODS.has_need(method, "gradients") and 0 not in specs[0].dynamic:
         raise InvalidInput(

@@ -98,8 +98,7 @@ class TrainingRun:
 def train(run: TrainingRun, progress: Callable[[float], None]) -> History:
     """Train the compact model in place; must be called by all processes with the same arguments.
 
-    Raises:
-        InvalidInput: there are too few images, no classes where they are needed, or the loss is not finite.
+    Raises InvalidInput for too few images, no classes where they are needed, or a loss that is not finite.
     """
     learning = {id(p) for p in run.parameters}
     frozen = [p for p in run.compact.parameters() if p.requires_grad and id(p) not in learning]
@@ -306,9 +305,6 @@ def loss_of(found: Sequence[Tensor], wanted: Sequence[Tensor], classes: Tensor |
     """Return the loss between outputs and the teacher's outputs `wanted`, and the classes (N,) if given.
 
     A single output (N, classes) is taken as logits, whose distributions are compared; other outputs by value.
-
-    Raises:
-        InvalidInput: a class is out of range, or there are classes but no logits.
     """
     if len(wanted) == 1 and wanted[0].dim() == 2 and wanted[0].shape[1] > 1:
         ours, theirs = (F.log_softmax(x[0].float() / temperature, 1) for x in (found, wanted))

@@ -78,11 +78,7 @@ _REGISTRY: dict[str, tuple[Yields, bool]] = {}
 
 
 def section(title: str, *, on_terminal: bool = True) -> Callable[[Yields], Yields]:
-    """Register a function of report.json's data as a section of every report, and of a terminal's if `on_terminal`.
-
-    Raises:
-        ValueError: a section of this title is already registered.
-    """
+    """Register a function of report.json's data as a section; raises ValueError if there is one of this title."""
 
     def register(function: Yields) -> Yields:
         if title in _REGISTRY:

@@ -72,14 +72,7 @@ def second_order(evidence: Evidence) -> Scores:
 
 
 class _ObservedLayer(Layer):
-    """A layer and the moments of its inputs on images.
-
-    Attributes:
-        scale: (groups, outputs), scale of the following batch norm.
-        weight: (groups, n + 1, outputs), including that scale; the last row, for the shift, is 0.
-        moments: moments of its inputs.
-        taps: kernel positions; n is the number of input channels times this.
-    """
+    """A layer and the moments of its inputs on images; `weight` includes its norm's `scale`, the last row being 0."""
 
     def __init__(self, found: Contraction, tape: Executor, seed: int) -> None:
         super().__init__(found, tape)
