@@ -115,9 +115,6 @@ def _only_user(node: torch.fx.Node) -> torch.fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-# Inputs as rows: one per image and position, in the order of the weight. ---------------------------------------------
-
-
 class Layer:
     """A contraction in an executor's graph: parameters by group (of a norm, by channel), and inputs as rows."""
 

@@ -16,17 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.core import (
-    Block,
-    Coupling,
-    Group,
-    Program,
-    Site,
-    all_tensors,
-    arguments_of,
-    interpret,
-    shapes_of,
-)
+from surgery.core import Block, Coupling, Group, Program, Site, all_tensors, arguments_of, interpret, shapes_of
 from surgery.ops import Moments, Rule, compressed, rules, through
 
 

@@ -6,6 +6,7 @@ from .batches import (
     read_batches as read_batches,
     read_item as read_item,
     seeded as seeded,
+    specs_of as specs_of,
     split_batch as split_batch,
     unlabelled as unlabelled,
     validated_input as validated_input,

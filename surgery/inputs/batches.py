@@ -35,8 +35,6 @@ _END = object()
 _HOLDERS = ("base_dataloader", "batch_sampler", "sampler")
 """Attributes of a DataLoader, or Accelerate's, for samplers and their generators."""
 
-# Random states. ------------------------------------------------------------------------------------------------------
-
 
 def seed_all(seed: int) -> None:
     """Seed the global generators."""
@@ -83,9 +81,6 @@ def seeded(loader: Any, seed: int) -> Iterator[None]:
 def derived_seed(seed: int, number: int) -> int:
     """Return a seed derived from another seed and the number of an epoch or an item."""
     return (seed * 1_000_003 + number) % 2**63
-
-
-# Reading. ------------------------------------------------------------------------------------------------------------
 
 
 def read_batches(loader: Iterable[Any], seed: int, named: str = "data") -> Iterator[Any]:
@@ -168,9 +163,6 @@ def unlabelled(classes: Tensor) -> bool:
     return bool((classes == UNKNOWN).all())
 
 
-# Calibration. --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Calibration:
     """Inputs to calibrate on, on the CPU."""
@@ -198,14 +190,19 @@ def calibration_images(
     if whole is None:
         return gather(given, program.inputs, most, seed)
     call = whole.example or Callee(whole.model, ())
-    kinds = [(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in call.tensors]
-    specs = [InputSpec("input", shape, dtype, tuple(range(len(shape)))) for shape, dtype in kinds]
-    found, arriving = gather(given, specs, most, seed), []
+    found, arriving = gather(given, specs_of(call), most, seed), []
     for batch in found.batches:
         inputs = [x.to(example) for x, example in zip(batch, call.tensors, strict=True)]
         part = reach(whole.model, whole.name, *call.arguments(inputs)).part
         arriving.append(tuple(x.cpu() for x in part.tensors))
     return replace(found, batches=tuple(arriving), given=found.batches)
+
+
+def specs_of(call: Callee) -> list[InputSpec]:
+    """Return a whole model's inputs by an example; any axis may be dynamic."""
+    return [
+        InputSpec("input", tuple(x.shape), str(x.dtype)[len("torch.") :], tuple(range(x.dim()))) for x in call.tensors
+    ]
 
 
 def gather(given: Any, inputs: Sequence[InputSpec], most: int = MOST, seed: int = 0) -> Calibration:

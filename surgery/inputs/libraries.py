@@ -86,9 +86,6 @@ class Source:
     preprocessing: Callable[[nn.Module], Preprocessing] = lambda module: Preprocessing()
 
 
-# Imports. ------------------------------------------------------------------------------------------------------------
-
-
 def import_torchvision() -> ModuleType:
     """Return torchvision, without operators that do not load; raises InvalidInput if its import fails otherwise."""
     try:
@@ -124,8 +121,6 @@ def _declare_operators() -> torch.library.Library:
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
     return library
 
-
-# torchvision ---------------------------------------------------------------------------------------------------------
 
 _FAMILIES: Mapping[str, Arguments] = {
     "detection": {
@@ -204,9 +199,6 @@ def _torchvision_preprocessing(weights: Any) -> Preprocessing:
     return Preprocessing(tuple(transforms.mean), tuple(transforms.std), share, transforms.interpolation.value)
 
 
-# timm ----------------------------------------------------------------------------------------------------------------
-
-
 def timm_source(name: str) -> Source:
     """Describe a model of timm; raises InvalidInput if timm is not installed."""
     create, label = import_timm().create_model, f"timm:{name}"
@@ -264,9 +256,6 @@ def _hub_offline(offline: bool) -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
-
-
-# Both. ---------------------------------------------------------------------------------------------------------------
 
 
 def _built(label: str, builder: Callable[..., nn.Module], random: bool = False, /, **arguments: Any) -> Built:

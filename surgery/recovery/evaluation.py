@@ -178,9 +178,6 @@ def validate_labels(named: str, lowest: int, highest: int, classes: int) -> None
         )
 
 
-# Statistics. ---------------------------------------------------------------------------------------------------------
-
-
 def paired_drop(dense: Tensor, compact: Tensor) -> tuple[float, float, float]:
     """Return the accuracy lost in points, with its 95 % score interval, paired on the same images.
 
@@ -208,9 +205,6 @@ def paired_drop(dense: Tensor, compact: Tensor) -> tuple[float, float, float]:
     if middle < high and (lost or won):
         high = float(brentq(beyond, middle, high, args=(-1,)))
     return 100 * middle, 100 * low, 100 * high
-
-
-# Evaluation images. --------------------------------------------------------------------------------------------------
 
 
 class Pairs:
@@ -282,9 +276,6 @@ class Pairs:
                 yield [torch.cat(column[:size]) for column in held], torch.cat(first) if len(first) == size else None
                 held, labels = [column[size:] for column in held], labels[size:]
         self._left = len(labels)
-
-
-# The user's metric. --------------------------------------------------------------------------------------------------
 
 
 def open_metric(given: str | Callable[[Any], Any]) -> Evaluate:

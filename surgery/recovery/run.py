@@ -20,7 +20,7 @@ from surgery.config import Recipe, validate
 from surgery.core import Callee, CompactModel, InputSpec, Program, Progress, flat_outputs
 from surgery.coupling import Cut
 from surgery.errors import InvalidInput
-from surgery.inputs import Calibration, Images, as_dataset, calibration_images, classes_of
+from surgery.inputs import Calibration, Images, as_dataset, calibration_images, classes_of, specs_of
 from surgery.recovery.evaluation import Agreement, Evaluate, Model, Pairs, Reference, validate_labels
 from surgery.recovery.random_images import drawn_batches
 from surgery.recovery.reconstruction import Fitted
@@ -59,8 +59,7 @@ def _example_of(program: Program, whole: Whole | None) -> tuple[Callee, Sequence
     """Return an example call and the inputs of the dense program, or of the whole model that it is a submodule of."""
     if whole is None or whole.example is None:
         return Callee.of(program, program.dense.model), program.inputs
-    tensors = [(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in whole.example.tensors]
-    return whole.example, [InputSpec("input", shape, dtype, tuple(range(len(shape)))) for shape, dtype in tensors]
+    return whole.example, specs_of(whole.example)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
