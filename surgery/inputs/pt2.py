@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import io
 import json
-import logging
 import re
 import warnings
 import zipfile
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch.export.pt2_archive import PT2ArchiveReader, constants, is_pt2_package
 
-from surgery.core import explained
+from surgery.core import explained, quiet
 from surgery.errors import InvalidInput
 
 _NAME = re.compile(r"[\w.+\-]*")
@@ -62,14 +61,9 @@ def load_program(path: Path, *, trust: bool = False) -> torch.export.ExportedPro
                 f"{path} holds {problem}, which could run code on loading; nothing was loaded. Pass --trust if you "
                 "trust whoever made the file"
             )
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)  # it logs tracebacks of errors, which are raised as one exception here
-    try:
-        with explained(f"cannot load exported program {path}"), warnings.catch_warnings(action="ignore"):
-            return torch.export.load(str(path))
-    finally:
-        logger.setLevel(level)
+    # Tracebacks of errors, which are raised as one exception here, would be logged.
+    with explained(f"cannot load exported program {path}"), quiet():
+        return torch.export.load(str(path))
 
 
 def plain_module(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:

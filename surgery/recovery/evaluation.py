@@ -79,7 +79,7 @@ class Reference:
                 outputs.append(found)
         if not seen:
             raise InvalidInput("there are no images to evaluate on")
-        self._outputs = outputs if held <= HELD else None
+        self.outputs = outputs if held <= HELD else None
         self.notes = batches.notes if isinstance(batches, Pairs) else []
         known = [x for x in seen if x is not None]
         if len(known) == len(seen) and not self._classes:
@@ -93,7 +93,7 @@ class Reference:
         """Return the agreement of a model with the dense one; of the dense one with itself for None."""
         sums, cosines, divergences, predicted = _Sums(), list[Tensor](), list[Tensor](), list[Tensor]()
         for k, (inputs, _) in enumerate(self._batches):
-            own = self._outputs[k] if self._outputs is not None else _outputs(self._dense, inputs)[0]
+            own = self.outputs[k] if self.outputs is not None else _outputs(self._dense, inputs)[0]
             pair = torch.stack([own, own if model is None else _outputs(model, inputs)[0]]).double()
             sums.add(pair)
             cosines.append(torch.nn.functional.cosine_similarity(pair[0], pair[1], dim=1))
