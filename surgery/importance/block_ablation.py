@@ -52,18 +52,14 @@ def block_losses(program: Program, blocks: Sequence[Block], batches: Batches, *,
 
 
 class BlockAblation:
-    """A network without some blocks; errors are squared errors of the outputs over their variance.
-
-    Attributes:
-        alone: block name → error with only that block removed.
-    """
+    """A network without some blocks; errors are squared errors of the outputs over their variance."""
 
     def __init__(self, program: Program, blocks: Sequence[Block], batches: Batches) -> None:
         self._graph, self._state, self._batches = program.graph, state_of(program), batches
         self._blocks = {block.name: block for block in blocks}
         self._dense = list(self._outputs(()))
         self._variations = variations(self._dense)
-        self.alone = {block.name: self.error((block.name,)) for block in blocks}
+        self.alone = {block.name: self.error((block.name,)) for block in blocks}  # of single blocks
 
     def error(self, removed: Collection[str]) -> float:
         """Return the error without these blocks, the mean over outputs."""

@@ -48,11 +48,6 @@ class Images(Dataset[tuple[Tensor, int]]):
         """Return the number of images, unreadable ones included."""
         return len(self.items)
 
-    @property
-    def labelled(self) -> bool:
-        """Whether every image has a class."""
-        return len(self.classes) > 0
-
     def __getitem__(self, k: int) -> tuple[Tensor, int]:
         """Return an image and its class; if unreadable, the next readable one."""
         found = next(self._readable((k + step) % len(self) for step in range(len(self))), None)

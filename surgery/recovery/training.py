@@ -260,8 +260,6 @@ class _Loop:
         mean = self._accelerator.reduce(mean, "mean")  # a DataLoader's batches may differ between processes
         return self._finite(float(mean), "the loss on held-out images")
 
-    # Checkpoints. ----------------------------------------------------------------------------------------------------
-
     def _tensors(self) -> dict[str, list[Tensor]]:
         return {"weights": [p.detach() for p in self._weights], "average": self._average, "best": self._best}
 

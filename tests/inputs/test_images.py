@@ -84,7 +84,7 @@ def test_an_archive_is_scaled_resized_and_normalised(tmp_path: Path) -> None:
     known = pixels(5, 8, 8, 3)
     np.savez(tmp_path / "a.npz", images=known, labels=np.arange(5))
     found = opened(tmp_path / "a.npz", (1, 3, 8, 8), mean=(0.5, 0.5, 0.5), std=(0.25, 0.5, 0.5))
-    assert len(found) == 5 and found.labelled
+    assert len(found) == 5 and found.classes
     image, label = found[2]
     assert image.shape == (3, 8, 8) and label == 2
     assert float(image[0, 3, 4]) == pytest.approx((known[2, 3, 4, 0] / 255 - 0.5) / 0.25, abs=1e-6)
@@ -102,7 +102,7 @@ def test_a_folder_is_read_by_name_from_the_middle_of_each_image(tmp_path: Path) 
     Image.fromarray(pixels(8, 8, 3)).save(tmp_path / "a.PNG")
     (tmp_path / "notes.txt").write_text("no image")
     found = opened(tmp_path, (1, 3, 8, 8), mean=(0, 0, 0), std=(1, 1, 1))
-    assert len(found) == 2 and not found.labelled
+    assert len(found) == 2 and not found.classes
     assert bool((found[1][0] == 1).all())
     assert opened(tmp_path, (1, 1, 8, 8), mean=(0,), std=(1,))[0][0].shape == (1, 8, 8)
 

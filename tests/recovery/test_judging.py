@@ -317,7 +317,7 @@ def test_one_folder_is_no_class_and_that_is_said(tmp_path: Path) -> None:
     make(tmp_path / "holidays" / "a.png")
     make(tmp_path / "holidays" / "b.png")
     found = open_images(str(tmp_path), (1, 3, 10, 10), PLAIN)
-    assert not found.labelled
+    assert not found.classes
     assert any("all images are in one folder" in note for note in found.notes())
 
 

@@ -122,4 +122,4 @@ def _digests(images: Tensor) -> set[bytes]:
 def _read(images: Any, most: int | None) -> tuple[Tensor, Tensor | None]:
     pairs = list(images.some(len(images) if most is None else most))
     classes = torch.tensor([label for _, label in pairs])
-    return torch.stack([image for image, _ in pairs]), classes if images.labelled else None
+    return torch.stack([image for image, _ in pairs]), classes if images.classes else None
