@@ -90,11 +90,9 @@ def refine(table: LatencyTable, points: Iterable[Point], timer: Timer) -> Latenc
     """Return the table with these points measured too, if they are between grid lines."""
     news: Dict[Tuple[str, Widths], Point] = {}
     for kernel, widths in points:
-        if kernel.key not in table.entries:
-            continue  # covered by a similar one
-        entry = table.entries[kernel.key]
-        on_grid = len(kernel.letters) <= LADDER and all(w in a for w, a in zip(widths, entry.axes))
-        if not on_grid and widths not in entry.points:
+        entry = table.entries.get(kernel.key)  # None if covered by a similar one
+        on_grid = entry and len(kernel.letters) <= LADDER and all(w in a for w, a in zip(widths, entry.axes))
+        if entry and not on_grid and widths not in entry.points:
             news[kernel.key, widths] = kernel, widths
     found: Dict[str, Dict[Widths, float]] = {}
     for (key, widths), ms in timer.measure(list(news.values())).items():

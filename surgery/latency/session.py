@@ -169,21 +169,18 @@ def _shape(
         )
     sizes: list[int] = []
     for axis, size in enumerate(declared):
+        where = f"{path}: axis {axis} of input '{name}' is"
         if isinstance(size, int):
             if given is not None and size != given[axis]:
-                raise InvalidInput(
-                    f"{path}: axis {axis} of input '{name}' is {size} in the model, {given[axis]} in the given shape"
-                )
+                raise InvalidInput(f"{where} {size} in the model, {given[axis]} in the given shape")
             sizes.append(size)
         elif axis == 0 or size == "batch":
             sizes.append(settings.batch)
         elif len(known) == len(declared):
             sizes.append(known[axis])
         else:
-            raise InvalidInput(
-                f"{path}: axis {axis} of input '{name}' is dynamic ({size or 'unnamed'}); "
-                f"give shapes={{'{name}': (...)}}, or --input-shape {name}=N,C,H,W on the command line"
-            )
+            instead = f"give shapes={{'{name}': (...)}}, or --input-shape {name}=N,C,H,W on the command line"
+            raise InvalidInput(f"{where} dynamic ({size or 'unnamed'}); {instead}")
     return tuple(sizes)
 
 

@@ -77,18 +77,12 @@ def _chosen(
     if recipe.goal.is_latency:
         planner = LatencyPlanner(candidates)
         return planner.first_plan(), planner
-    left, dense = candidates.base, candidates.without(()).costs.get(recipe.goal.kind)
-    scores, cost = left.scores, left.costs.get(recipe.goal.kind)  # stages of their own
+    goal, left, dense = recipe.goal, candidates.base, candidates.without(()).costs.get(recipe.goal.kind)
+    scores, cost, selection = left.scores, left.costs.get(goal.kind), recipe.selection  # stages of their own
+    units, settings = None if dense is None else dense({}), plan_settings(program, recipe, seen)
     with clock("allocate"):
         plan = allocate(
-            program,
-            left.coupling,
-            scores,
-            recipe.goal,
-            cost=cost,
-            dense=None if dense is None else dense({}),
-            selection=recipe.selection,
-            settings=plan_settings(program, recipe, seen),
+            program, left.coupling, scores, goal, cost=cost, dense=units, selection=selection, settings=settings
         )
     plan = settled(plan, left.orders)
     plan = replace(plan, dropped=candidates.dead, notes=(*plan.notes, *candidates.notes))

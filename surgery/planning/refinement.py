@@ -70,15 +70,9 @@ class LatencyBench:
         """Export a module with the dense model's inputs; replaces a file of the same name."""
         if self._progress is not None:
             self._progress(f"export {name} to time it", 0.0)
-        program = self._program
-        path = onnx.export(
-            module,
-            program.example_args,
-            self._folder / f"{name}.onnx",
-            onnx.ExportSettings(check=False),
-            example_kwargs=program.example_kwargs,
-            dynamic_axes=self._axes,
-        ).path
+        args, kwargs = self._program.example_args, self._program.example_kwargs
+        path, how = self._folder / f"{name}.onnx", onnx.ExportSettings(check=False)
+        onnx.export(module, args, path, how, example_kwargs=kwargs, dynamic_axes=self._axes)
         if self._recipe.target.deploy == INT8:
             to_int8(path, path, self._calibration(path), int8_of(self._recipe), check=False)
         return path
