@@ -91,10 +91,6 @@ def realise(decision: Decision, *, progress: Progress | None = None) -> Result:
     """
     if decision.recipe.selection.max_drop is not None:
         return fastest(decision, progress)
-    return _realised(decision, progress=progress)
-
-
-def _realised(decision: Decision, *, progress: Progress | None = None) -> Result:
     run = Clock(progress)
     decision = refined(decision, run)
     choice = decision.choice
@@ -206,7 +202,7 @@ def decide(
         kept = left / dense
         if kept <= target:
             continue
-        so_far, which = _realised(replace(decision, recipe=quiet), progress=progress), f"{step} of {steps}"
+        so_far, which = realise(replace(decision, recipe=quiet), progress=progress), f"{step} of {steps}"
         for done in so_far.steps[1:]:
             notes = tuple(f"step {which}: {note}" for note in done.notes)
             between.append(replace(done, name=f"{done.name} {which}", notes=notes))
@@ -328,4 +324,4 @@ def _at(decision: Decision, target: float, progress: Progress | None) -> Result 
     refinement = replace(choice.refinement, target=target) if choice.refinement is not None else None
     recipe = decision.recipe.but(budget=plan.budget, correct=False, max_drop=None)
     attempt = replace(decision, choice=replace(choice, plan=plan, refinement=refinement), recipe=recipe)
-    return _realised(attempt, progress=progress)
+    return realise(attempt, progress=progress)

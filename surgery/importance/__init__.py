@@ -1,7 +1,4 @@
-"""Importance of units and blocks: criteria, and the statistics they use from weights and images.
-
-Its public names are listed in `__init__.pyi` and loaded on first use.
-"""
+"""Importance of units and blocks: criteria, and the statistics they use from weights and images."""
 
 import lazy_loader
 

@@ -1,7 +1,4 @@
-"""Load what a user names: models, tensors, images, checkpoints.
-
-Its public names are listed in `__init__.pyi` and loaded on first use.
-"""
+"""Load what a user names: models, tensors, images, checkpoints."""
 
 import lazy_loader
 

@@ -1,7 +1,4 @@
-"""Recover a compact model's accuracy, and evaluate it against the dense model.
-
-Its public names are listed in `__init__.pyi` and loaded on first use.
-"""
+"""Recover a compact model's accuracy, and evaluate it against the dense model."""
 
 import lazy_loader
 

@@ -1,7 +1,4 @@
-"""Reports: data of a run, and sections rendered on a terminal, in Markdown and in HTML.
-
-Its public names are listed in `__init__.pyi` and loaded on first use.
-"""
+"""Reports: data of a run, and sections rendered on a terminal, in Markdown and in HTML."""
 
 import lazy_loader
 
