@@ -48,7 +48,7 @@ def convert(
             with lean(), registry, mock.patch.object(rewriter, "_DEFAULT_REWRITE_RULES", rules):
                 graph = _by_torch_export(call, tensors, axes, opset)
         else:
-            with mock.patch.object(torch._C, "_jit_onnx_log", lambda *_: None):  # it prints whole graphs when it fails
+            with mock.patch.object(torch._C, "_jit_onnx_log", lambda *_: None, create=True):  # prints failed graphs
                 graph = _by_torchscript(call, tensors, axes, outputs, opset)
     except Exception as error:  # torch's exporters pass on any exception of the model
         raise UnsupportedModel(_refusal(call.module, error, dynamo=dynamo)) from error

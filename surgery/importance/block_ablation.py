@@ -9,7 +9,7 @@ inserted layers; here nothing is inserted, and blocks are removed in turn.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from math import log1p
@@ -59,17 +59,34 @@ class BlockAblation:
         self._blocks = {block.name: block for block in blocks}
         self._dense = list(self._outputs(()))
         self._variations = variations(self._dense)
-        self.alone = {block.name: self.error((block.name,)) for block in blocks}  # of single blocks
+        self.alone = self._alone()  # of single blocks
 
     def error(self, removed: Collection[str]) -> float:
         """Return the error without these blocks, the mean over outputs."""
-        errors = (squared_errors(*pair) for pair in zip(self._outputs(removed), self._dense, strict=True))
+        return self._mean(squared_errors(*pair) for pair in zip(self._outputs(removed), self._dense, strict=True))
+
+    def _mean(self, errors: Iterable[Tensor]) -> float:
         return float((sum(errors) / self._variations).mean()) if len(self._variations) else 0.0
 
     @torch.no_grad()
+    def _alone(self) -> dict[str, float]:
+        """Return the error without each single block; runs are shared up to the start of the block."""
+        whole = self._without(())
+        starts = {name: min(whole.place[node] for node in (*b.nodes, b.sum)) for name, b in self._blocks.items()}
+        errors: dict[str, list[Tensor]] = {name: [] for name in self._blocks}
+        for batch, dense in zip(self._batches, self._dense, strict=True):
+            run = whole.start(batch)
+            for name in sorted(starts, key=starts.__getitem__):
+                run = whole.advance(run, starts[name])
+                errors[name].append(squared_errors(flat_outputs(self._without((name,)).output(run)), dense))
+        return {name: self._mean(found) for name, found in errors.items()}
+
+    def _without(self, removed: Collection[str]) -> Executor:
+        return Executor(self._graph, self._state, partial(_without, [self._blocks[name] for name in removed]))
+
+    @torch.no_grad()
     def _outputs(self, removed: Collection[str]) -> Iterator[list[Tensor]]:
-        without = partial(_without, [self._blocks[name] for name in removed])
-        executor = Executor(self._graph, self._state, without)
+        executor = self._without(removed)
         for batch in self._batches:
             yield flat_outputs(executor.output(executor.start(batch)))
 

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from surgery.core import Executor, Group, Masks, Scores, Site, flat_outputs
+from surgery.core import Executor, Frontier, Group, Masks, Scores, Site, flat_outputs
 from surgery.coupling import masked_run
 from surgery.importance.block_ablation import first, squared_errors, variations
 from surgery.importance.contractions import Contraction, Layer, drawn, find_contractions
@@ -243,28 +244,33 @@ def _measured(evidence: Evidence, orders: Sequence[_Elimination]) -> dict[str, d
     errors = {order.group.name: dict.fromkeys(_measured_counts(order.group.size), 0.0) for order in orders}
     runs = max(1, sum(map(len, errors.values())))
     most = max(FEWEST, int(WORK_MACS / (runs * evidence.macs))) if evidence.macs else None
-    batches = first(_held_out(evidence.images)[1], most)
+    batches, dense = first(_held_out(evidence.images)[1], most), []
+    starts = [min((tape.place[x.found.node] for x in order.layers if order.weights), default=0) for order in orders]
     with torch.no_grad():
-        dense = [flat_outputs(tape.run(*batch)) for batch in batches]
-        for k, order in enumerate(orders):
-            evidence.progress(k / len(orders))
-            found = errors[order.group.name]
-            for count in found:
-                cut = _without(evidence, tape, order, count)
-                for batch, wanted in zip(batches, dense, strict=True):
-                    found[count] += float(squared_errors(flat_outputs(cut.run(*batch)), wanted).sum())
+        for k, batch in enumerate(batches):
+            run = tape.start(batch)
+            dense.append(flat_outputs(tape.output(run)))
+            for j, at in enumerate(sorted(range(len(orders)), key=starts.__getitem__)):
+                evidence.progress((k + j / len(orders)) / len(batches))
+                run = tape.advance(run, starts[at])  # shared by all groups whose consumers follow
+                found = errors[orders[at].group.name]
+                for count in found:
+                    outputs = _outputs(evidence, tape, orders[at], run, batch, count)
+                    found[count] += float(squared_errors(flat_outputs(outputs), dense[-1]).sum())
     evidence.progress(1.0)
     variation = float(variations(dense).sum())
     return {name: {count: error / variation for count, error in found.items()} for name, found in errors.items()}
 
 
-def _without(evidence: Evidence, tape: Executor, order: _Elimination, count: int) -> Executor:
-    """Return an executor of the network with `count` units removed, and the layers that read them refitted."""
+def _outputs(
+    evidence: Evidence, tape: Executor, order: _Elimination, run: Frontier, batch: Sequence[Tensor], count: int
+) -> Any:
+    """Return the network's outputs with `count` units removed; `run` has not yet passed the refitted layers."""
     if order.weights:
-        return tape.on(_refitted(tape.state, order.layers, order.weights[count]))
+        return tape.on(_refitted(tape.state, order.layers, order.weights[count])).output(run)
     labelled = evidence.coupling.labelled
     masks = Masks(labelled, labelled.dead_roots({order.group.name: order.units[:count]}))
-    return masked_run(evidence.program, labelled, masks, evidence.state)
+    return masked_run(evidence.program, labelled, masks, evidence.state).run(*batch)
 
 
 def _through(order: _Elimination, errors: Mapping[int, float]) -> list[float]:
