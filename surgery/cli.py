@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -648,7 +649,7 @@ def _stop(session: Session, number: int) -> None:
     signal.signal(number, signal.SIG_DFL)  # a second one ends the process; the previous files are whole in any case
     if not session.writing:
         if distributed.rank() == 0:
-            say(_stopped(session.stopped))
+            say(distributed.word() or _stopped(session.stopped))
         os._exit(session.stopped)
     raise Terminated
 
@@ -668,6 +669,8 @@ def _explain(error: BaseException, session: Session) -> int:
     sentence, code = _explained(error, session)
     ended = distributed.lost(error) or bool(session.stopped)  # it may be for another process's sake
     if distributed.rank() > 0 and (ended or distributed.leave_word(sentence) or distributed.follows()):
+        if not ended and not session.writing:
+            time.sleep(distributed.GRACE)
         return code
     say((ended and distributed.word()) or sentence)
     return code

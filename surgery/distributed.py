@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 PATIENCE = timedelta(hours=24)
 """The others wait for the first as long as this: it may measure kernels and reconstruct meanwhile."""
+GRACE = 3.0
+"""Seconds for which the others leave the first to report: a launcher ends all processes as soon as one has failed."""
 
 _WORD = "surgery: what went wrong"
 
