@@ -44,13 +44,13 @@ EXIT_CODES = """\b
 Exit codes:
   0    ok
   1    internal error (please report it)
-  2    bad arguments, files, shapes or plan
-  3    the model is not supported
-  4    the check failed: nothing was written
+  2    invalid arguments, files, shapes or plan
+  3    unsupported model
+  4    verification failed: nothing was written
   5    the budget cannot be reached
   130  interrupted (Ctrl-C)
   143  terminated (SIGTERM)
-In every case but 0 an earlier set of files in --out is left unchanged."""
+Unless the exit code is 0, existing files in --out are left unchanged."""
 INTERRUPTED, TERMINATED = 130, 143
 
 EXAMPLES = """\
@@ -216,29 +216,29 @@ _SHAPE = Kind("NAME=N,C,H,W", "NAME=SHAPE, as in input=1,3,224,224", _named_shap
 NOTED: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": False, "callback": _note}
 RUN = [
     Row("--json", "as_json", **NOTED, help="Print the report as JSON and nothing else."),
-    Row("--quiet", **NOTED, help="No progress."),
+    Row("--quiet", **NOTED, help="Do not show progress."),
     Row("--debug", common=False, heading="Advanced", **NOTED, help="Show the traceback of an error."),
 ]
 """Options of all commands that run a model."""
 RECIPE_FILE = [
     Row("--recipe", "recipe_file", type=_PATH, metavar="FILE.toml", heading="Model",
-        help="Take options from this file; those on the command line come first."),
+        help="Read options from this file; the command line takes precedence."),
 ]
 PROFILE = [
-    Row("--out", type=_PATH, metavar="FILE", help="Write the latency table there."),
+    Row("--out", type=_PATH, metavar="FILE", help="Write the latency table to this file."),
     Row("--pack", type=_PATH, metavar="FILE.zip",
-        help="Measure nothing here: write what measures on a device that has Python, numpy and onnxruntime."),
+        help="Measure nothing here, but write a pack to run on a device with Python, numpy and onnxruntime."),
 ]
 BENCH = [
-    Row("--baseline", type=_PATH, metavar="FILE", help="Which of them times are relative to.  [default: the first]"),
+    Row("--baseline", type=_PATH, metavar="FILE", help="The file that times are relative to.  [default: the first]"),
     Row("--provider", default="cpu", show_default=True, metavar="NAME",
         help="Execution provider of ONNX Runtime, as in CUDAExecutionProvider or cuda."),
     Row("--input-shape", "shapes", type=Value(_SHAPE), multiple=True, metavar=_SHAPE.metavar,
-        help="Whole shape of an input of which more than the batch is open; may be repeated."),
+        help="Shape of an input with more dynamic axes than the batch; may be repeated."),
     Row("--runs", type=click.IntRange(min=3), default=2000, show_default=True, metavar="N",
-        help="Timed runs of a file at most; fewer once intervals are narrow. A p99 takes 1000."),
+        help="Maximum timed runs per file; fewer if intervals are narrow. A p99 needs 1000."),
     Row("--seconds", type=click.FloatRange(0.0, min_open=True), default=45.0, show_default=True, metavar="S",
-        help="Begin no round of measuring after that, as long as there are twelve."),
+        help="Start no further round after this time, once there are twelve."),
 ]
 # fmt: on
 
@@ -259,7 +259,7 @@ def cli(ctx: click.Context) -> None:
 @click.argument("model")
 @click.pass_obj
 def shrink(session: Session, /, **parameters: Any) -> None:
-    """Shrink MODEL: cut, check, export to ONNX, time, and write everything into --out.
+    """Prune MODEL, verify it, export it to ONNX, time it, and write all files to --out.
 
     MODEL is a torchvision name (resnet18), timm:NAME, FILE.py:CALLABLE or package.module:CALLABLE that returns a module
     (or a module and its example inputs), or a .pt2 exported program.
@@ -280,7 +280,7 @@ def shrink(session: Session, /, **parameters: Any) -> None:
 @click.argument("recipe_file", metavar="RECIPE.toml", type=_PATH)
 @click.pass_context
 def run(ctx: click.Context, /, recipe_file: Path, **parameters: Any) -> None:
-    """Shrink the model that RECIPE.toml names, with the options in it; those on the command line come first."""
+    """Shrink the model named in RECIPE.toml with the options in it; the command line takes precedence."""
     model = config.read_recipe(recipe_file)[0].get("model")
     if model is None:
         raise InvalidInput(f'{recipe_file} names no model: add a line such as model = "resnet18"')
@@ -292,9 +292,9 @@ def run(ctx: click.Context, /, recipe_file: Path, **parameters: Any) -> None:
 @click.argument("model")
 @click.pass_obj
 def apply(session: Session, /, plan: Path, **parameters: Any) -> None:
-    """Repeat PLAN, the plan.json of an earlier run, on MODEL: the same architecture, with any weights.
+    """Apply PLAN, the plan.json of an earlier run, to MODEL: the same architecture, with any weights.
 
-    MODEL, and what is written into --out, are as for `surgery shrink`; whatever is drawn at random is drawn as then.
+    MODEL and the files in --out are as for `surgery shrink`; the seed is that of the plan.
     """
     recipe = _recipe(parameters)
     with work(session) as progress:
@@ -306,10 +306,10 @@ def apply(session: Session, /, plan: Path, **parameters: Any) -> None:
 @click.argument("model")
 @click.pass_obj
 def profile(session: Session, /, out: Path | None, pack: Path | None, **parameters: Any) -> None:
-    """Measure what MODEL's kernels take on this machine, or pack them to be measured on a device.
+    """Measure the latency of MODEL's kernels on this machine, or pack them to be measured on a device.
 
-    The latency table that --out writes, here or there, is what `surgery shrink MODEL --latency-table` plans by. Give
-    the same --keep, --submodule and --batch to both.
+    `surgery shrink MODEL --latency-table` plans with the latency table that --out, or the pack on the device, writes.
+    Pass the same --keep, --submodule and --batch to both commands.
     """
     if out is not None and pack is not None:
         raise click.UsageError("--out measures here and --pack does not; choose one of them")
@@ -349,10 +349,10 @@ def profile(session: Session, /, out: Path | None, pack: Path | None, **paramete
 @click.argument("files", nargs=-1, required=True, type=_PATH)
 @click.pass_obj
 def bench(session: Session, /, files: tuple[Path, ...], shapes: Any, **parameters: Any) -> None:
-    """Time ONNX FILES against each other: in blocks of shuffled order, beside a copy of the first.
+    """Time ONNX FILES against each other, in blocks of runs, in shuffled order, next to a copy of the first.
 
-    Each gets an equal share of the machine's quiet and busy moments. Times are relative to the first file's, with 95 %
-    intervals; load time and peak memory are a fresh process's.
+    Disturbances of the machine thus affect all files alike. Times are relative to those of the first file, with 95 %
+    intervals; load time and peak memory are measured in a fresh process.
     """
     with work(session) as progress:
         from surgery.latency import Limits, ort  # saves start-up seconds
@@ -390,7 +390,7 @@ def show(session: Session, /, **parameters: Any) -> None:
 def ops(markdown: bool, as_json: bool) -> None:
     """List the operators that can be cut through, and what each does to the channels of its arguments.
 
-    Layers that meet any other operator are left untouched and reported.
+    Tensors that reach any other operator are left uncut, and reported.
     """
     from surgery import report  # saves start-up seconds
 
@@ -403,7 +403,7 @@ def ops(markdown: bool, as_json: bool) -> None:
 @cli.command(cls=click.Command)
 @click.option("--markdown", is_flag=True, help="Markdown, as in the documentation; the only format so far.")
 def options(markdown: bool) -> None:
-    """List all options with accepted values and defaults; they are the keys of a recipe too."""
+    """List all options with accepted values and defaults; they are also the keys of a recipe."""
     click.echo(config.options_table(), nl=False)
 
 

@@ -1,7 +1,7 @@
 """Every option, declared once: its default, accepted values, help, and place.
 
-From the fields of a `Recipe` follow the options of the command line, the keys of a TOML recipe, the arguments of
-`recipe`, the checks of values and the table in the documentation. Imports neither torch nor anything else heavy.
+The fields of a `Recipe` define the options of the command line, the keys of a TOML recipe, the arguments of `recipe`,
+the checks of values and the table in the documentation. Imports neither torch nor other large packages.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ ASSIGNMENTS = Kind("NAME=VALUE", "NAME=VALUE, as in num_classes=10", _assignment
 FRACTION = number("R", above=0, below=1)
 FOLDER = text("DIR", "a folder's path")
 ACCEPTED_IMAGES = (
-    "a folder of images, an .npz file with 'images' (N,H,W,C) of uint8 and perhaps 'labels', or FILE.py:CALLABLE that "
-    "returns a DataLoader"
+    "a folder of images, an .npz file with 'images' (N,H,W,C), uint8, and optionally 'labels', or FILE.py:CALLABLE "
+    "that returns a DataLoader"
 )
 IMAGES = Kind("IMAGES", ACCEPTED_IMAGES)
 PER_CHANNEL = numbers("R,G,B", "a number for each channel, as in 0.5,0.5,0.5", float)
@@ -224,7 +224,7 @@ class Model(Group):
         "Shape of the example input.", common=True, unset="the model's own")
     model_arg: Mapping[str, Any] = option(
         dict, ASSIGNMENTS, "Passed to the model's constructor, as in num_classes=10; may be repeated.")
-    trust: bool = option(False, FLAG, "Load a .pt2 file that holds pickled payloads: it can run any code.")
+    trust: bool = option(False, FLAG, "Load a .pt2 file with pickled objects, which can execute arbitrary code.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,13 +280,13 @@ class Selection(Group):
     HEADING = "Advanced"
     max_drop: float | None = option(
         None, number("P", above=0, below=100), heading="Budget", common=True,
-        help="Instead of a budget: the fastest model that loses at most P points. They are the upper end of the 95 % "
-        "interval of the accuracy lost on labelled --val; else points of --metric's first figure, else of agreement "
-        "with the dense model on --data.")
+        help="Instead of a budget: find the fastest model that loses at most P points. Points are the upper end of the "
+        "95 % interval of the accuracy lost on labelled --val, else the loss in the first value of --metric, else in "
+        "agreement with the dense model on --data.")
     steps: int = option(1, whole(1), "Prune in N steps, each followed by recovery; not for latency budgets.")
     criterion: Any = option(
         None, registered(CRITERIA, "NAME", callable), f"Importance of a unit: {', '.join(CRITERIA.names())}.",
-        unset="second-order with --data, else signal for a latency, else l1")
+        unset="second-order with --data, else signal for a latency budget, else l1")
     scope: str = option(
         "global", choice("global", "uniform"), "Rank all units together, or keep the same share of every group.")
     round_to: int = option(1, whole(1), "Keep multiples of N units per group.")
@@ -295,15 +295,15 @@ class Selection(Group):
         "Cut units whose removal is not the same as setting them to zero (norms, means).")
     keep: tuple[str, ...] = option(
         (), names("PATTERN", "patterns of names, such as 'fc' or 'layer4.*'"),
-        "Leave modules or parameters of this name whole (* and ? match); may be repeated.")
+        "Do not prune modules or parameters of this name (wildcards: * and ?); may be repeated.")
     own_class: bool = option(
-        False, FLAG, "Keep whole what your class's code cannot run at other sizes, so that your class comes back.")
+        False, FLAG, "Do not prune what your model's own code cannot run at other sizes, so that its class is kept.")
     submodule: str | None = option(
         None, text("NAME", "the submodule's dotted name, such as 'backbone'"),
         "Shrink this submodule only; its interface is unchanged.")
     drop_layers: bool = option(
-        True, FLAG, "Remove whole residual blocks and depthwise layers: dead ones, and those that cost most latency "
-        "for their importance.")
+        True, FLAG, "Remove whole residual blocks and depthwise layers: dead ones, and those with the most latency "
+        "relative to their importance.")
     tracer: str = option(
         "export", choice(*TRACERS),
         "How the model is captured; torch-pruning for models that torch.export cannot capture.")
@@ -322,17 +322,17 @@ class Target(Group):
     HEADING = "Deployment"
     deploy: str = option(
         "fp32", choice(*DEPLOYED), common=True,
-        help="Precision that the latency refers to. With int8 it is that of the int8 file against the dense model in "
-        "int8.")
+        help="Precision that the latency budget refers to. With int8, the compact int8 file is compared with the dense "
+        "int8 file.")
     threads: int = option(1, whole(1), "Intra-op threads of ONNX Runtime.", common=True)
     batch: int = option(1, whole(1), "Items per timed run.")
     latency_table: Any = option(
         None, Kind("FILE", "the path of a table that `surgery profile` wrote"), common=True,
-        help="Plan by this latency table. It may be another device's; nothing is timed to plan.",
+        help="Plan with this latency table. It can be that of another device; planning measures nothing then.",
         unset="this machine's")
     acceptance: str | None = option(
         None, text("FILE", "the path of an acceptance"),
-        "Calibrate with a measurement of an earlier plan on the table's device.")
+        "Correct the plan by a measurement of an earlier one on the table's device.")
     correct: bool = option(True, FLAG, "Time the compact model and correct the plan until the latency is met.")
 
 
@@ -343,21 +343,21 @@ class Data(Group):
     HEADING = "Data"
     data: Any = option(
         None, IMAGES, common=True,
-        help=f"Images to choose by and to recover with, without labels. Accepted are {ACCEPTED_IMAGES}.")
-    val: Any = option(None, IMAGES, "Images to evaluate on; if labelled, the accuracy lost is measured.", common=True)
+        help=f"Images for selection and recovery, labels not needed. Accepted are {ACCEPTED_IMAGES}.")
+    val: Any = option(None, IMAGES, "Images for evaluation; with labels, the accuracy lost is measured.", common=True)
     metric: Any = option(
         None, Kind("FILE.py:CALLABLE", "a function of a model that returns {metric: value}"),
-        "A function of a model that returns {metric: value}; it evaluates torch models and the exported files.")
-    max_images: int = option(512, whole(1), "Images of --data that are used at most, to choose and to reconstruct.")
+        "A function from a model to {metric: value}; called with the torch models and the exported files.")
+    max_images: int = option(512, whole(1), "Maximum number of images of --data used for selection and reconstruction.")
     mean: tuple[float, ...] | None = option(
-        None, PER_CHANNEL, "Mean of each channel, for pixels of 0 to 1.", unset="the model's own")
+        None, PER_CHANNEL, "Mean of each channel, for pixel values from 0 to 1.", unset="the model's own")
     std: tuple[float, ...] | None = option(
         None, PER_CHANNEL, "Standard deviation of each channel.", unset="the model's own")
     size: tuple[int, ...] | None = option(
         None, numbers("N|H,W", "one number, or height and width as in 192,256", int, (1, 2)),
         "Height and width of the images.", unset="the example input's")
     crop: float | None = option(
-        None, number("F", above=0, most=1), "Share of an image's shorter side to keep, about its centre.",
+        None, number("F", above=0, most=1), "Fraction of an image's shorter side kept by the center crop.",
         unset="the model's own")
 
 
@@ -371,19 +371,19 @@ class Recovery(Group):
         help=f"How to recover accuracy: {', '.join(RECOVERY_METHODS.names())}.",
         unset="reconstruct with --data, else fold for trained weights, else none")
     epochs: int = option(10, whole(1), "Training epochs, for distill and finetune.", common=True)
-    lr: float = option(3e-4, number("X", above=0, below=10), "Highest learning rate of AdamW.")
-    train_batch: int = option(128, whole(1), "Images per step, over all processes together.")
-    weight_decay: float = option(1e-4, number("X", least=0), "Weight decay of AdamW, on weights of two axes or more.")
-    temperature: float = option(2.0, number("T", above=0), "Temperature of the distributions compared in distillation.")
+    lr: float = option(3e-4, number("X", above=0, below=10), "Peak learning rate of AdamW.")
+    train_batch: int = option(128, whole(1), "Images per step, in total over all processes.")
+    weight_decay: float = option(1e-4, number("X", least=0), "Weight decay of AdamW, for weights with 2 or more axes.")
+    temperature: float = option(2.0, number("T", above=0), "Softmax temperature in distillation.")
     ema: float = option(
-        0.99, number("X", least=0, below=1), "Decay of the moving average of the weights; 0: the last weights.")
+        0.99, number("X", least=0, below=1), "Decay of the moving average of the weights; 0 disables averaging.")
     mixed_precision: str = option("no", choice("no", "fp16", "bf16"), "Precision of training.")
     held_out: float = option(
-        0.05, number("R", least=0, below=1), "Share of the images held out to measure progress; 0: none.")
-    patience: int = option(5, whole(1), "Epochs without progress after which training ends.")
-    shift: float = option(0.125, number("R", least=0, below=1), "Shift images by up to this share of their size.")
-    flip: bool | None = option(None, FLAG, "Flip half of the images left to right.", unset="for distill alone")
-    mix: bool = option(True, FLAG, "Mix pairs of images, half of them; for distill alone.")
+        0.05, number("R", least=0, below=1), "Fraction of the images held out to measure progress; 0 for none.")
+    patience: int = option(5, whole(1), "Epochs without improvement after which training stops.")
+    shift: float = option(0.125, number("R", least=0, below=1), "Shift images by up to this fraction of their size.")
+    flip: bool | None = option(None, FLAG, "Flip half of the images horizontally.", unset="for distill only")
+    mix: bool = option(True, FLAG, "Mix half of the images in pairs; for distill only.")
     checkpoint_steps: int = option(200, whole(1), "Steps between checkpoints of training.")
     checkpoint: str | None = option(None, FOLDER, "Folder for checkpoints of training.", unset="beside --out")
 
@@ -399,22 +399,22 @@ class Output(Group):
         ("fp32",), several("fp32", "fp16", "int8"), common=True,
         help="Precisions in which files are written; int8 is calibrated on --data.")
     int8_method: str = option(
-        "minmax", choice("minmax", "entropy", "percentile"), "How an activation's range follows from the images.")
+        "minmax", choice("minmax", "entropy", "percentile"), "Calibration method for the ranges of activations.")
     int8_keep: tuple[str, ...] = option(
         (), names("first|last|PATTERN", "first, last, or patterns of names"),
-        "Leave layers in float32: the first, the last, nodes or operators of this name (* and ? match); may be "
+        "Keep layers in float32: the first, the last, nodes or operators of this name (wildcards: * and ?); may be "
         "repeated.")
-    int8_reduce_range: bool = option(False, FLAG, "Weights of 7 bits, for x86 processors without VNNI.")
-    opset: int | None = option(None, whole(18), "ONNX opset.", unset="the exporter's")
+    int8_reduce_range: bool = option(False, FLAG, "7-bit weights, for x86 processors without VNNI.")
+    opset: int | None = option(None, whole(18), "ONNX opset.", unset="20, or less for an older --min-ort")
     format: tuple[str, ...] = option(
         ("onnx",), several("onnx", "ort", built_in=("onnx", "ort")),
-        "Formats of the compact files: ort is what ONNX Runtime's builds for phones load; ONNX files are always "
+        "Formats of the compact files; ort is the one that ONNX Runtime's mobile builds load. ONNX files are always "
         "written.")
     min_ort: str | None = option(
         None, text("VERSION", "a version of ONNX Runtime, as in 1.16"),
-        "Oldest ONNX Runtime that is to read the files.")
+        "Oldest ONNX Runtime that must be able to load the files.")
     runs: int = option(
-        2000, whole(3), "Timed runs per model at most; fewer once the speedup's interval is narrow.", heading="Output")
+        2000, whole(3), "Maximum timed runs per model; fewer if the speedup's interval is narrow.", heading="Output")
 
 
 # fmt: on

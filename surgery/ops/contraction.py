@@ -113,7 +113,7 @@ def _conv(name: str) -> Rule:
             shapes["input"][0] * prod(shapes["weight"]) * prod((shapes["input"] if transposed else out)[2:])
         ),
         onnx=partial(_onnx_conv, transposed=transposed),
-        summary="input channels contracted per group; groups die whole, or shrink alike; `groups` rewritten",
+        summary="input channels contracted per group; groups are removed whole, or shrink equally; `groups` rewritten",
     )
 
 

@@ -190,6 +190,6 @@ register(
         example=between_convs(nn.GroupNorm(4, 8)),
         rewrite=lambda r: {"num_groups": int(r.keep("input", 1).reshape(r.bound["num_groups"], -1).any(axis=1).sum())},
         reference=_reference_group,
-        summary="whole groups die exactly; members of all groups alike, inexactly",
+        summary="whole groups are removed exactly; the same members of all groups, inexactly",
     ),
 )
