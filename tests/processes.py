@@ -19,13 +19,21 @@ WARM = "benchmarks.studies.coverage.warm"
 def run_surgery(
     folder: Path, *args: str, env: Mapping[str, str] | None = None, timeout: float = 600, processes: int = 1
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m surgery.cli ARGS`` in a folder, with these environment variables besides the test's own.
+    """Run ``python -m surgery.cli ARGS``; see `run_python`."""
+    return run_python(folder, "-m", "surgery.cli", *args, env=env, timeout=timeout, processes=processes)
+
+
+def run_python(
+    folder: Path, *args: str, env: Mapping[str, str] | None = None, timeout: float = 600, processes: int = 1
+) -> subprocess.CompletedProcess[str]:
+    """Run ``python ARGS`` in a folder, with these environment variables besides the test's own.
 
     A fork saves the seconds of importing torch and the exporters. On systems without it, each run is a new interpreter.
-    Several processes are launched as by ``torchrun --standalone``.
+    ARGS are ``-m MODULE ...``, ``-c CODE`` or ``FILE ...``. Several processes are launched as by ``torchrun
+    --standalone``.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else ()), "-m", "surgery.cli", *args]
+    command = [sys.executable, *(launcher if processes > 1 else ()), *args]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **(env or {})}
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return subprocess.run(
@@ -55,19 +63,24 @@ def _main(
     os.environ.clear()
     os.environ.update(environment)
     sys.path[0] = str(folder)
-    sys.argv[1:] = args
     if processes == 1:
-        return _run()
+        return _run(*args)
     from torch.distributed.launcher import LaunchConfig, elastic_launch
 
     where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": str(os.getpid())}
     config = LaunchConfig(1, 1, processes, start_method="fork", max_restarts=0, monitor_interval=0.1, **where)
-    elastic_launch(config, _run)()
+    elastic_launch(config, _run)(*args)
 
 
-def _run() -> None:
+def _run(kind: str, *args: str) -> None:
+    sys.argv[:] = [kind, *args] if kind not in ("-c", "-m") else [kind, *args[1:]]
     try:
-        runpy.run_module("surgery.cli", run_name="__main__", alter_sys=True)
+        if kind == "-c":
+            exec(args[0], {"__name__": "__main__"})
+        elif kind == "-m":
+            runpy.run_module(args[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(kind, run_name="__main__")
     except SystemExit as end:  # the launcher takes any as a failure
         if end.code:
             raise

@@ -70,10 +70,10 @@ def _noise(random: np.random.Generator, count: int, channels: int, height: int, 
     return noise
 
 
-def drawn_batches(spec: InputSpec, seed: int) -> list[tuple[Tensor]]:
-    """Return batches of images for an input (N, C, H, W); fewer if they are large."""
+def drawn_batches(spec: InputSpec, seed: int, share: int = 1) -> list[tuple[Tensor]]:
+    """Return batches of images for an input (N, C, H, W); fewer if they are large, and one in `share` of those."""
     values = max(1, int(torch.Size(spec.shape[1:]).numel()))
-    count = max(32, min(DRAWN, VALUES // values))
+    count = max(32, min(DRAWN, VALUES // values) // share)
     size = batch_size(spec.shape) if 0 in spec.dynamic else spec.shape[0]
     images = drawn_images(-(-count // size) * size, *spec.shape[1:], seed=seed)
     return [(x,) for x in torch.split(images.to(getattr(torch, spec.dtype)), size)]

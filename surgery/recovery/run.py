@@ -123,8 +123,8 @@ def _task(name: str, subject: Subject, recipe: Recipe, seen: Calibration | None)
     spec, *others = program.inputs
     if others or len(spec.shape) != 4 or "float" not in spec.dtype:
         raise InvalidInput(f"recover={name!r} draws images (N, C, H, W); this model takes something else: give --data")
-    images, held_out = (drawn_batches(spec, recipe.selection.seed + k) for k in range(2))
-    return Task(subject, recipe, images=images, held_out=held_out[: max(1, len(held_out) // 4)])
+    seed = recipe.selection.seed
+    return Task(subject, recipe, images=drawn_batches(spec, seed), held_out=drawn_batches(spec, seed + 1, share=4))
 
 
 @dataclass(frozen=True, slots=True)

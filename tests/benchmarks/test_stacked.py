@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import WARM
+from processes import WARM, run_python
 from torch import nn
 
 from benchmarks.studies import record
@@ -243,14 +240,6 @@ def test_random_weights_are_no_demonstration(folder: Path) -> None:
     ],
 )
 def test_what_is_missing_is_told_in_a_sentence(folder: Path, arguments: tuple[str, ...], told: str) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "scripts" / "demo.py"),
-        "--model",
-        "net.py:net",
-        "--weights",
-        "net.pt",
-        *arguments,
-    ]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ})
+    demo = str(ROOT / "scripts" / "demo.py")
+    done = run_python(folder, demo, "--model", "net.py:net", "--weights", "net.pt", *arguments)
     assert (done.returncode, told in done.stderr, "Traceback" in done.stderr) == (2, True, False), done.stderr

@@ -213,12 +213,12 @@ def test_of_parallel_branches_each_may_go_and_the_stream_never() -> None:
 
 def test_a_depthwise_layer_in_a_dead_branch_goes_with_it_for_a_latency() -> None:
     torch.manual_seed(0)
-    model = import_torchvision().models.mobilenet_v2(weights=None).eval()
+    model = import_torchvision().models.MobileNetV2(inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 3, 2]]).eval()
     nn.init.zeros_(model.features[3].conv[3].weight)
     image = torch.randn(1, 3, 64, 64)
     program = trace(model, image)
     given = table_of(program, couple(program))
-    result = surgery.shrink(model, image, surgery.recipe(latency=0.7, latency_table=given))
+    result = surgery.shrink(model, image, surgery.recipe(latency=0.7, latency_table=given, correct=False))
     assert "features.3" in result.plan.dropped
 
 

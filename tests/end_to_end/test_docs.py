@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from processes import run_python
 
 import surgery
 from benchmarks.studies import allocation, blocks, cifar, record
@@ -53,9 +53,7 @@ def test_links_lead_to_files(document: Path) -> None:
 def test_python_in_the_documents_runs(document: str, tmp_path: Path) -> None:
     code = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), flags=re.DOTALL)
     assert code
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "ignore", "-c", "\n".join(code)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = run_python(tmp_path, "-c", "\n".join(code))
     assert done.returncode == 0, done.stderr
 
 

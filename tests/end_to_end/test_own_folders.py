@@ -30,7 +30,7 @@ from pathlib import Path
 import net, surgery
 from surgery.latency import ratio
 
-result = surgery.shrink(*net.net(), surgery.recipe(macs=0.5))
+result = surgery.shrink(*net.net(), surgery.recipe(macs=0.5, recover="none"))
 report = surgery.save(result, "by_api", surgery.recipe(runs=3))  # peak memory comes from a worker process each
 assert report.data["timing"]["rows"][0]["peak_memory_bytes"] > 0
 files = "by_api/dense.onnx", "by_api/compact.onnx"
@@ -64,7 +64,20 @@ def test_a_script_and_its_workers(folder: Path) -> None:
 
 
 def test_the_command_line_and_the_command_that_it_prints(folder: Path) -> None:
-    arguments = ("shrink", "net.py:net", "--macs", "0.5", "--runs", "3", "--quiet", "--json", "--out", "out")
+    arguments = (
+        "shrink",
+        "net.py:net",
+        "--macs",
+        "0.5",
+        "--recover",
+        "none",
+        "--runs",
+        "3",
+        "--quiet",
+        "--json",
+        "--out",
+        "out",
+    )
     data = json.loads(run(folder, sys.executable, "-m", "surgery.cli", *arguments))
     _, interactive, *rest = shlex.split(data["accuracy"]["next_command"])
     assert interactive == "-i"  # which would wait for a terminal

@@ -26,6 +26,7 @@ from surgery import pipeline
 from surgery.capture.tracing import trace
 from surgery.core.kernels import Kernel, Operand, Widths, step
 from surgery.coupling.coupler import couple
+from surgery.delivery.saving import deployed_recipe
 from surgery.errors import InvalidInput
 from surgery.latency import cache, fill, probe
 from surgery.latency.fill import REFERENCE
@@ -33,7 +34,7 @@ from surgery.latency.micro import BY_RANGE, FP32, IN_8_BITS, INT8, model_bytes
 from surgery.latency.probe import Conditions
 from surgery.latency.tables import LatencyTable
 from surgery.ops.registry import rules
-from surgery.planning.decision import decide
+from surgery.planning.decision import decide, repeat
 from surgery.planning.lowering import lower
 from surgery.planning.refinement import LatencyBench
 from surgery.recovery.run import Step
@@ -225,6 +226,9 @@ def test_files_are_made_as_the_plan_was_timed(table: LatencyTable, tmp_path: Pat
     data = surgery.save(result, tmp_path / "out", surgery.recipe(runs=12)).data
     assert any("3 of 4 layers are in 8 bits" in note for note in data["notes"])
     assert "compact int8: " in data["accuracy"]["verdict"]
+    without_images = pipeline.realise(repeat(result.plan, net(), IMAGE))
+    _, (note,) = deployed_recipe(without_images, surgery.recipe())
+    assert note.startswith("the widths were chosen for int8")
     damaged = replace(result.plan, settings={**result.plan.settings, "int8": {"keep": ["last"], "bits": 4}})
     with pytest.raises(InvalidInput, match="the plan's setting int8="):
         surgery.save(replace(result, plan=damaged), tmp_path / "out", surgery.recipe(runs=12))
@@ -274,11 +278,6 @@ def test_a_budget_for_int8_is_of_the_int8_files(folder: Path) -> None:
     assert (folder / "out" / "compact.int8.onnx").is_file()
     page = (folder / "out" / "report.html").read_text()
     assert "compact int8 against dense int8" in page
-    again = run(
-        folder, "apply", "out/plan.json", "nets.py:net", "--weights", "random", "--out", "again", "--runs", "50",
-    )  # fmt: skip
-    assert again.returncode == 0, again.stderr
-    assert "the widths were chosen for int8" in (folder / "again" / "report.md").read_text()
 
 
 def test_a_profile_and_a_pack_for_int8(folder: Path) -> None:
