@@ -70,6 +70,7 @@ def found(case: Case, tmp_path_factory: pytest.TempPathFactory) -> dict[str, obj
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SURGERY_CACHE", str(cache))
         patch.setattr(rows, "CRITERIA", {"l1": rows.CRITERIA["l1"]})
+        patch.setattr(rows, "TRIES", 2)
         get_context("forkserver").set_forkserver_preload([WARM])
         patch.setattr(LatencyBench, "ratio", lambda *given, **named: Ratio(((0.8, 1.0, 0.8),)))  # met at once
         return measured(case, Ask(0.8, ("fp32", "int8"), smaller=(16,), seconds=1.0), tmp_path_factory.mktemp("files"))

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Cutting, cut_model, random_dead, tensors
+from conftest import Cutting, apply_plan, cut_model, random_dead, tensors
 from torch import Tensor, nn
 
 import surgery
+from surgery.capture.tracing import trace
 from surgery.core.counting import count_macs, count_params
 from surgery.coupling.cost import cost_functions
+from surgery.coupling.coupler import couple
 from surgery.errors import UnsupportedModel
 from surgery.inputs import import_torchvision
 
@@ -164,7 +166,9 @@ def test_heads_head_dimensions_and_mlp_widths_of_a_vit() -> None:
     model = _tiny_vit(import_torchvision())
     x = torch.randn(1, 3, 32, 32)
     weight = "encoder.layers.encoder_layer_0.self_attention.in_proj_weight"
-    groups = {g.name: g for g in cut_model(model, x, dead={}).coupling.groups}
+    program = trace(model, x)
+    coupling = couple(program)
+    groups = {g.name: g for g in coupling.groups}
     sizes = {n: (g.size, len(g.sites[0].index[0])) for n, g in groups.items() if n.startswith(weight)}
     heads = [n for n, (size, width) in sizes.items() if size == 4 and width % 16 == 0]
     inner = [n for n, (size, _) in sizes.items() if size == 16]
@@ -177,7 +181,7 @@ def test_heads_head_dimensions_and_mlp_widths_of_a_vit() -> None:
         ({wide[0]: list(range(40))}, lambda s: s["encoder.layers.encoder_layer_0.mlp.0.weight"].shape[0] == 88),
         ({heads[0]: [0], inner[0]: [2], wide[0]: [1]}, lambda s: s[f"{weight}"].shape[0] < 144),
     ):
-        cutting = cut_model(model, x, dead=dead)
+        cutting = apply_plan(program, coupling, dead)
         assert cutting.check().error_float64 <= 1e-10
         assert change(cutting.compact.module.state_dict())
 
@@ -186,10 +190,11 @@ def test_whole_groups_and_widths_of_grouped_convolutions() -> None:
     torch.manual_seed(0)
     model = _tiny_resnext(import_torchvision())
     x = torch.randn(1, 3, 32, 32)
-    coupling = cut_model(model, x, dead={}).coupling
+    program = trace(model, x)
+    coupling = couple(program)
     whole = [g for g in coupling.groups if g.size == 32 and any(s.tensor == "layer1.0.conv2.weight" for s in g.sites)]
     assert len(whole) == 1
-    cutting = cut_model(model, x, dead={whole[0].name: list(range(0, 32, 2))})
+    cutting = apply_plan(program, coupling, {whole[0].name: list(range(0, 32, 2))})
     cutting.check()
     assert cutting.compact.kind == "module"
     layer = cutting.compact.module.layer1[0].conv2

@@ -161,7 +161,21 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(folder / "env", with_pip=False, symlinks=os.name != "nt")
     scripts = folder / "env" / ("Scripts" if os.name == "nt" else "bin")
     python = scripts / Path("python").with_suffix(Path(sys.executable).suffix if os.name == "nt" else "")
-    run([sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel])
+    run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            python,
+            "install",
+            "-q",
+            "--no-compile",
+            "--no-deps",
+            "--no-index",
+            wheel,
+        ]
+    )
     own = run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip()
     # torch and the like come from here, behind the wheel's own files; .pth files of that folder are not read again.
     dependencies = dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))

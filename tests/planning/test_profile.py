@@ -195,7 +195,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Device:
     venv.create(place / "env", with_pip=False, symlinks=os.name != "nt")
     python = place / "env" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     needed = [f"{name}=={version(name)}" for name in ("numpy", "onnxruntime")]
-    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", *needed]
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-compile", *needed]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     if done.returncode != 0:
         pytest.skip(f"no package index to install numpy and onnxruntime from: {done.stderr.strip()[-200:]}")
