@@ -179,7 +179,7 @@ class LatencyPlanner:
             candidate, plan = self._carried(problem, state)
         ms = problem.forecast.total(state)
         notes = [f"predicted by the latency table: {ms:.4g} ms, aimed at {fraction * self.dense_ms:.4g}"]
-        notes += [*_untimed(self._candidates.base.lowered, problem), *self._candidates.notes]
+        notes += [*_untimed(self._candidates.base.lowered, problem), *plan.notes, *self._candidates.notes]
         if self.calibration is not None:
             notes.append(
                 f"aimed at {self.calibration.aim(self.target):.4f} of the dense latency by the table, calibrated with "
