@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import apply_plan, random_dead
+from conftest import apply_plan, random_dead, vit
+from stairs import table_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -241,6 +242,16 @@ def test_a_plan_goes_to_another_copy_through_a_file(tmp_path: Path) -> None:
     again = surgery.apply(plan, copy.deepcopy(model), x)
     for name, tensor in result.model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_a_plan_by_a_latency_table_notes_the_order_too() -> None:
+    torch.manual_seed(0)
+    model, x = vit().eval(), torch.randn(1, 3, 224, 224)
+    program = trace(model, x)
+    table = table_of(program, couple(program))
+    plan = surgery.shrink(model, x, surgery.recipe(latency=0.6, latency_table=table, correct=False)).plan
+    assert plan.arranged
+    assert any("other members" in note for note in plan.notes)
 
 
 def test_an_arrangement_of_what_is_tied_is_caught() -> None:
