@@ -460,7 +460,7 @@ def test_a_pack_holds_the_files_as_they_stand(folder: Path) -> None:
 def test_a_plan_is_repeated_from_the_command_line(folder: Path) -> None:
     model = ("nets.py:net", "--weights", "random", "--model-arg", "width=16", "--runs", "3", "--quiet")
     good(run(folder, "shrink", *model, "--macs", "0.5", "--seed", "3", "--recover", "none", "--out", "first"))
-    done = run(folder, "apply", "first/plan.json", *model, "--out", "again", "--json")
+    done = run(folder, "apply", "first/plan.json", *model, "--recover", "none", "--out", "again", "--json")
     data = json.loads(good(done))
     assert {path.name for path in (folder / "first").iterdir()} == {path.name for path in (folder / "again").iterdir()}
     for name in ("plan.json", "compact.safetensors"):
