@@ -1,8 +1,9 @@
 """Load `.pt2` exported programs without running untrusted code.
 
 `torch.export.load` is not meant for untrusted files: it unpickles, opens compiled libraries, evaluates expressions as
-Python, imports modules named in pytree specs, and inserts names into generated source. The archive is therefore
-inspected first, and rejected unless it holds plain data only.
+Python, imports modules named in pytree specs, and inserts names into generated source. A program may also call any
+registered operator, some of which read and write files. The archive is therefore inspected first, and rejected unless
+it holds plain data and operators that only compute.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._decomp import decomposition_table
 from torch.export.pt2_archive import PT2ArchiveReader, constants, is_pt2_package
 
 from surgery.core import explained, quiet
 from surgery.errors import InvalidInput
+from surgery.ops import rules
 
 _NAME = re.compile(r"[\w.+\-]*")
 """Names, versions and dotted paths: nothing that could end a Python statement or call a function."""
@@ -29,7 +32,13 @@ _TREE = re.compile(r'(?:[\w\s.\-+/\[\]{},:$<>]|\\*")*')
 """A serialised tree of containers: JSON whose only escape is the quote."""
 _FREE_TEXT = frozenset({"metadata", "as_string", "as_strings", "guards_code"})
 """Keys whose text is never executed: read as strings, or (guards) omitted from the module."""
-_OPERATOR = re.compile(r"torch\.ops\.\w+\.\w+(\.\w+)?")
+_OPERATOR = re.compile(r"torch\.ops\.(\w+)\.(\w+)\.(\w+)")
+_MODE = re.compile(
+    "approximate|equation|indexing|interpolation|mode|norm|ord|padding|padding_side|reduce|rounding_mode|side|UPLO"
+)
+"""Arguments of operators whose text is a mode, not the name of a file."""
+_ALSO = frozenset({"cummax", "cummin", "max", "median", "min", "nanmedian", "randint", "randint_like", "randn_like"})
+"""Operators that compute, although they have neither a rule nor a decomposition."""
 _SYMBOL_OPERATOR = re.compile(
     r"_operator\.(eq|ne|le|ge|lt|gt|neg|pos|mul|add|sub|floordiv|truediv|mod|pow|and_|or_|lshift|rshift)"
     r"|math\.trunc|torch\.sym_(not|int|float|ite|max|min|sqrt)"
@@ -88,6 +97,8 @@ def _problem(path: Path) -> str | None:
             if is_object or not _is_plain_pickle(reader.read_bytes(payload)):
                 return f"a pickled {'object' if is_object else 'payload'} ({payload})"
         found = _executable_text(json.loads(reader.read_string(record)))
+        if found is not None and found.startswith("torch.ops."):
+            return f"the operator {found[:80]} in {record}, which is not known to only compute"
         if found is not None:
             return f"text that is not plain data ({found[:80]!r} in {record})"
     return None
@@ -159,13 +170,24 @@ def _is_plain_text(text: str, key: str) -> bool:
 
 
 def _is_operator(path: str) -> bool:
-    """Return whether the path names a registered operator, not just any Python callable reachable from torch."""
-    if not _OPERATOR.fullmatch(path):
+    """Return whether the path names arithmetic on symbols, or an ATen operator known to compute and do nothing else.
+
+    Known are those with a rule or one of torch's decompositions, core operators, and the in-place forms of all of them.
+    """
+    match = _OPERATOR.fullmatch(path)
+    if match is None:
         return _SYMBOL_OPERATOR.fullmatch(path) is not None
-    found: Any = torch
-    for name in path.split(".")[1:]:
-        found = getattr(found, name, None)
-    return found is None or isinstance(found, (torch._ops.OpOverload, torch._ops.HigherOrderOperator))
+    namespace, name, overload = match.groups()
+    packets = (getattr(torch.ops.aten, form, None) for form in (name, name.removesuffix("_")))
+    forms = [op for op in (getattr(packet, overload, None) for packet in packets) if op is not None]
+    known = (
+        str(op) in rules() or op in decomposition_table or torch.Tag.core in op.tags or op._can_decompose()
+        for op in forms
+    )  # fmt: skip
+    if namespace != "aten" or not (name in _ALSO or any(known)):
+        return False
+    texts = [a.name for op in forms for a in op._schema.arguments if "str" in str(a.type)]
+    return all(_MODE.fullmatch(text) for text in texts)
 
 
 def _is_arithmetic(text: str) -> bool:

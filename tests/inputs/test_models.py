@@ -484,6 +484,58 @@ def test_code_in_a_programs_text_runs_nothing(program: Path, tmp_path: Path) -> 
         assert not marker.exists(), edit.__name__
 
 
+class Writes(nn.Module):
+    """Writes its input into a new tensor."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(4).copy_(x) + 1
+
+
+def test_a_program_whose_operators_write_files_writes_none(tmp_path: Path) -> None:
+    torch.export.save(torch.export.export(Writes(), (torch.ones(4),)), tmp_path / "plain.pt2")
+    assert load_model(str(tmp_path / "plain.pt2")).name == "plain"
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious" * 2)
+
+    def into_the_file(model: dict[str, Any]) -> None:
+        node = model["graph_module"]["graph"]["nodes"][0]
+        values = {"filename": {"as_string": str(victim)}, "shared": {"as_bool": True}, "size": {"as_int": 4}}
+        node["target"] = "torch.ops.aten.from_file.default"
+        node["inputs"] = [{"name": name, "arg": arg, "kind": 1} for name, arg in values.items()]
+
+    crafted = with_graph(tmp_path / "plain.pt2", into_the_file)
+    with pytest.raises(InvalidInput, match=r"the operator torch\.ops\.aten\.from_file\.default .*--trust"):
+        load_model(str(crafted))
+    assert victim.read_bytes() == b"precious" * 2
+    load_model(str(crafted), trust=True).module(torch.ones(4))
+    assert victim.read_bytes() != b"precious" * 2  # so that the file is known to be harmful
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torchvision.nms.default",
+        "image.read_file.default",
+        "higher_order.cond",
+        "aten._print.default",
+        "mine.op.default",
+    ],
+)
+def test_operators_that_may_do_more_than_compute_are_refused_by_name(program: Path, name: str) -> None:
+    def edit(model: dict[str, Any]) -> None:
+        model["graph_module"]["graph"]["nodes"][0]["target"] = f"torch.ops.{name}"
+
+    with pytest.raises(InvalidInput, match=rf"the operator torch\.ops\.{name}"):
+        load_model(str(with_graph(program, edit)))
+
+
+@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "swin_t"])
+def test_programs_of_real_networks_load_without_trust(name: str, tmp_path: Path) -> None:
+    model = getattr(import_torchvision().models, name)().eval()
+    torch.export.save(torch.export.export(model, (torch.zeros(1, 3, 224, 224),)), tmp_path / "net.pt2")
+    assert load_model(str(tmp_path / "net.pt2")).name == "net"
+
+
 def test_guards_in_a_program_are_never_executed(program: Path, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     guard = f"__import__('pathlib').Path({str(marker)!r}).touch() is None"
