@@ -245,6 +245,8 @@ class Budget(Group):
         if len(self._set) > 1:
             flags = " and ".join(OPTIONS[name].flag for name in self._set)
             raise InvalidInput(f"{flags} are given, but a run has one budget; choose one of them")
+        for name in self._set:
+            object.__setattr__(self, name, float(getattr(self, name)))
 
     @property
     def _set(self) -> list[str]:

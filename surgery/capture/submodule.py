@@ -10,8 +10,10 @@ import difflib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -107,7 +109,15 @@ def inputs_of(plan: Plan, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, 
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for spec in plan.inputs:
-        dtype = getattr(torch, spec.dtype.removeprefix("torch."))
+        dtype = getattr(torch, spec.dtype.removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise PlanMismatch(f"the plan's input '{spec.name}' has the type {spec.dtype!r}, which torch does not have")
+        needed, memory = prod(spec.shape) * dtype.itemsize, psutil.virtual_memory().total
+        if needed > memory:
+            raise PlanMismatch(
+                f"the plan's input '{spec.name}' of shape {spec.shape} takes {needed / 2**30:,.0f} GiB and this "
+                f"machine has {memory / 2**30:,.0f}: the file was edited; make a new plan"
+            )
         values = torch.randn(spec.shape, generator=generator) if dtype.is_floating_point else torch.zeros(spec.shape)
         tensors[spec.name] = values.to(device=device, dtype=dtype)
     parameters, plain = inspect.signature(model.forward).parameters, dict(plan.settings.get("arguments", {}))

@@ -12,17 +12,22 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
+
+import msgspec
 
 from surgery.config import Budget
 from surgery.core.files import replacing
-from surgery.core.kernels import as_tuples
-from surgery.errors import PlanMismatch
+from surgery.errors import InvalidInput, PlanMismatch
 
 if TYPE_CHECKING:  # labels need numpy
     from surgery.core.labels import LabelledGraph
 
 PLAN_SCHEMA = 3
+
+Index = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+Length = Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+"""A position and a size, within these bounds when read from a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +35,9 @@ class InputSpec:
     """One tensor input of the network; `dynamic` lists the axes whose size may vary between calls."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[Length, ...]
     dtype: str
-    dynamic: tuple[int, ...] = ()
+    dynamic: tuple[Index, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -165,9 +170,9 @@ class AxisCut:
     """Positions `dead` (increasing) to remove along `axis` of `tensor`, of dense length `size`."""
 
     tensor: str
-    axis: int
-    size: int
-    dead: tuple[int, ...]
+    axis: Index
+    size: Length
+    dead: tuple[Index, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +185,30 @@ class Arrangement:
 
     group: str
     outer: str
-    orders: tuple[tuple[int, ...], ...]
+    orders: tuple[tuple[Index, ...], ...]
+
+
+class _Int8(TypedDict):
+    method: str
+    keep: list[str]
+    reduce_range: bool | None
+
+
+class _Settings(TypedDict, total=False):
+    """Types of the settings of a plan that applying it reads."""
+
+    part: str | None
+    keep: list[str]
+    arguments: dict[str, Any]
+    tracer: Literal["export", "torch-pruning"]
+    seed: int
+    deploy: str
+    int8: _Int8
+    predicted_latency_ratio: float
+
+
+class _Schema(msgspec.Struct):
+    schema: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +229,8 @@ class Plan:
         reasons: group or block name → why it has the size it has.
     """
 
-    dead: Mapping[str, tuple[int, ...]]
-    sizes: Mapping[str, int]
+    dead: Mapping[str, tuple[Index, ...]]
+    sizes: Mapping[str, Length]
     cuts: tuple[AxisCut, ...]
     fingerprint: str
     inputs: tuple[InputSpec, ...]
@@ -232,16 +260,13 @@ class Plan:
     def from_json(cls, text: str, origin: str = "plan") -> Plan:
         """Parse the output of `to_json`; raises PlanMismatch if the text is not a plan of this schema."""
         try:
-            data = json.loads(text)
-            schema = data.pop("schema")
+            schema = msgspec.json.decode(text, type=_Schema).schema
             if schema != PLAN_SCHEMA:
                 raise PlanMismatch(f"{origin}: plan schema {schema}, this version reads {PLAN_SCHEMA}; make a new plan")
-            given = {f.name: as_tuples(data[f.name]) for f in fields(cls)}
-            for name, kind in (("cuts", AxisCut), ("inputs", InputSpec), ("arranged", Arrangement)):
-                given[name] = tuple(kind(**each) for each in given[name])
-            budget = Budget(**data["budget"]) if data["budget"] else None
-            return cls(**given | {"budget": budget, "settings": data["settings"]})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            plan = msgspec.json.decode(text, type=cls)
+            msgspec.convert(plan.settings, _Settings)
+            return plan
+        except (msgspec.MsgspecError, InvalidInput, RecursionError) as error:
             raise PlanMismatch(
                 f"{origin}: not a plan file ({error}); `surgery shrink` writes one as plan.json"
             ) from error

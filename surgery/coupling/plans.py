@@ -101,6 +101,12 @@ def _cuts(coupling: Coupling, units: Mapping[str, Sequence[int]]) -> tuple[AxisC
 def require_own_cuts(plan: Plan, coupling: Coupling) -> None:
     """Raise PlanMismatch if the plan's cuts do not follow from its dead units, or the coupling lacks one of them."""
     derived = plan_from_dead(coupling, plan.dead, fingerprint=plan.fingerprint, inputs=plan.inputs)
+    for name, size in derived.sizes.items():
+        if plan.sizes.get(name, size) != size:
+            raise PlanMismatch(
+                f"the plan says that group '{name}' has {plan.sizes[name]} units, this model's has {size}: the file "
+                "was edited, or is for another architecture; make a new plan"
+            )
     if derived.cuts != plan.cuts:
         raise PlanMismatch("the plan's cuts do not follow from its dead units: the file was edited; make a new plan")
 
