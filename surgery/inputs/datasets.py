@@ -6,6 +6,7 @@ unreadable ones are skipped and counted.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite, prod
@@ -71,7 +72,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         item, (channels, height, width) = self.items[k], self.shape
         try:
             with Image.open(item) if isinstance(item, Path) else Image.fromarray(item) as opened:
-                image = opened.convert("RGB" if channels == 3 else "L")
+                image = ImageOps.exif_transpose(_in_8_bits(opened)).convert("RGB" if channels == 3 else "L")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # raised by PIL on broken files
             self.unreadable.add(str(item))
             self._require_readable(len(self))
@@ -99,6 +100,20 @@ class Images(Dataset[tuple[Tensor, int]]):
 def batch_size(shape: Sequence[int], most: int = 64) -> int:
     """Return how many images of this shape, its first axis aside, make a batch of moderate memory."""
     return max(8, min(most, 1_250_000 // max(1, prod(shape[1:]))))
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Return the image with values up to 255: PIL would clip those of 16 bits, instead of scaling them.
+
+    Raises:
+        InvalidInput: the values are floating point or of 32 bits, of which the range is not known.
+    """
+    in_16_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    if not in_16_bits and image.mode in ("I", "F"):
+        name = Path(getattr(image, "filename", "") or "an image").name
+        kind = "whole numbers of 32 bits" if image.mode == "I" else "floating-point numbers"
+        raise InvalidInput(f"{name} holds {kind}, of which black and white are not known; convert it to 8 or 16 bits")
+    return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)) if in_16_bits else image
 
 
 def evenly_spaced(count: int, most: int) -> list[int]:
@@ -165,19 +180,40 @@ def _folder(place: Path, shape: tuple[int, int, int], how: Preprocessing, option
     """Read several folders like torchvision's ImageFolder: each is a class, sorted by name."""
     names = sorted(path.name for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
     beside = [path for path in sorted(place.iterdir()) if path.is_file() and path.suffix.lower() in SUFFIXES]
-    known, folder = {name: k for k, name in enumerate(names)}, import_torchvision().datasets.DatasetFolder
-    found = folder.make_dataset(place, known, SUFFIXES, allow_empty=True) if known else []
-    files, classes = [Path(file) for file, _ in found], tuple(label for _, label in found)
+    seen = {path.resolve() for path in (place, *(place / name for name in names))}
+    found = [
+        (file, label) for label, name in enumerate(names) for file in sorted(_files(place / name, seen), key=_by_folder)
+    ]
+    files, classes = [file for file, _ in found], tuple(label for _, label in found)
     if len(set(classes)) > 1:
         notes = [f"{option}: {len(beside)} images beside the folders of classes are left out"] if beside else []
         empty = [name for k, name in enumerate(names) if k not in classes]
-        notes += [f"{option}: folder '{name}' holds no images, and counts as a class" for name in empty]
+        if empty:
+            more = f"and {len(empty) - 1} others hold no images, and count as classes"
+            said = "holds no images, and counts as a class" if len(empty) == 1 else more
+            notes.append(f"{option}: folder '{empty[0]}' {said}")
     else:
         files, classes = [*beside, *files], ()
         notes = [f"{option}: all images are in one folder, so that no classes are known"] if names and files else []
     if not files or shape[0] not in (1, 3):
         raise InvalidInput(f"{option} {place}: no images ({', '.join(SUFFIXES)}) for {shape[0]} channels")
     return Images(option, place, shape, how, files, classes, notes)
+
+
+def _by_folder(file: Path) -> tuple[str, str]:
+    return str(file.parent), file.name
+
+
+def _files(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """Yield the images below a folder. Links are followed, but not to a folder or a file seen before."""
+    for path, names, files in os.walk(folder, followlinks=True):
+        for file in (Path(path, name) for name in sorted(files)):
+            if file.suffix.lower() in SUFFIXES and (real := file.resolve()) not in seen:
+                seen.add(real)
+                yield file
+        inner = {name: Path(path, name).resolve() for name in sorted(names)}
+        names[:] = [name for name, real in inner.items() if real not in seen]
+        seen.update(inner.values())
 
 
 def as_dataset(given: Any, *, option: str = "data") -> Any:

@@ -125,6 +125,54 @@ def test_folders_side_by_side_are_classes(tmp_path: Path) -> None:
     assert [found[k][1] for k in range(6)] == [0, 0, 1, 1, 1, 2]
 
 
+def test_loops_of_links_count_each_file_once(tmp_path: Path) -> None:
+    for name in ("ant", "bee"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        Image.fromarray(pixels(8, 8, 3)).save(tmp_path / name / "deep" / "1.png")
+        (tmp_path / name / "deep" / "up").symlink_to(tmp_path)
+        (tmp_path / name / "again").symlink_to(tmp_path / name / "deep")
+    assert opened(tmp_path, (1, 3, 8, 8)).classes == (0, 1)
+
+
+def test_classes_without_images_are_one_note(tmp_path: Path) -> None:
+    for k in range(9):
+        (tmp_path / str(k)).mkdir()
+    for k in (3, 7):
+        Image.fromarray(pixels(8, 8, 3)).save(tmp_path / str(k) / "1.png")
+    found = opened(tmp_path, (1, 3, 8, 8))
+    assert found.classes == (3, 7)
+    assert found.notes() == ["--data: folder '0' and 6 others hold no images, and count as classes"]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_images_of_16_bits_are_scaled(tmp_path: Path, mode: str) -> None:
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    raw = values.astype(">u2" if mode == "I;16B" else "<u2").tobytes()
+    image = Image.frombytes(mode, (8, 8), raw)
+    image.save(tmp_path / "1.tif")
+    Image.fromarray(values).save(tmp_path / "2.png")
+    found = opened(tmp_path, (1, 1, 8, 8), mean=(0,), std=(1,))
+    for k in range(2):
+        assert torch.allclose(found[k][0][0], torch.from_numpy(values / 65535).float(), atol=1 / 255)
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_images_without_a_known_range_are_refused(tmp_path: Path, mode: str) -> None:
+    Image.fromarray(pixels(8, 8)).convert(mode).save(tmp_path / "1.tif")
+    with pytest.raises(InvalidInput, match=r"1\.tif holds .* convert it to 8 or 16 bits"):
+        opened(tmp_path, (1, 1, 8, 8), mean=(0,), std=(1,))[0]
+
+
+def test_a_photo_is_turned_as_its_camera_was_held(tmp_path: Path) -> None:
+    upright = pixels(8, 8, 3)
+    held = Image.fromarray(np.rot90(upright).copy())
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to show
+    held.save(tmp_path / "1.png", exif=exif)
+    found = opened(tmp_path, (1, 3, 8, 8), mean=(0, 0, 0), std=(1, 1, 1))[0][0]
+    assert torch.allclose(found, torch.from_numpy(upright / 255).float().permute(2, 0, 1), atol=1e-6)
+
+
 def test_files_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path) -> None:
     for k in range(120):
         Image.fromarray(pixels(8, 8, 3)).save(tmp_path / f"{k:03}.png")
