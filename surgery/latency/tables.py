@@ -186,15 +186,15 @@ class LatencyTable:
         entries = {}
         for key, entry in data["kernels"].items():
             Kernel.from_key(key)
-            axes = tuple(tuple(int(x) for x in axis) for axis in entry["axes"])
+            axes = tuple(tuple(map(_width, axis)) for axis in entry["axes"])
             grid = tuple(_time(ms) for ms in entry["grid"])
             if len(grid) != prod(map(len, axes)):
                 raise ValueError(f"kernel {key:.60} has a damaged grid")
-            if not all(list(axis) == sorted({*axis}) and axis[0] > 0 for axis in axes):
+            if not all(axis and list(axis) == sorted({*axis}) for axis in axes):
                 raise ValueError(f"kernel {key:.60} has damaged axes")
-            entries[key] = Entry(axes, grid, {tuple(widths): _time(ms) for widths, ms in entry["points"]})
+            entries[key] = Entry(axes, grid, {tuple(map(_width, ws)): _time(ms) for ws, ms in entry["points"]})
         given = data["stairs"].items()
-        stairs = {kind: Stairs(s["step"], {int(w): _time(ms) for w, ms in s["curve"]}) for kind, s in given}
+        stairs = {kind: Stairs(s["step"], {_width(w): _time(ms) for w, ms in s["curve"]}) for kind, s in given}
         if not all(type(s.step) is int and 1 <= s.step <= _LARGEST_STEP for s in stairs.values()):
             raise ValueError("its stairs are damaged")
         return cls(dict(data["device"]), stairs, _time(data["overhead_ms"]), entries)
@@ -216,13 +216,19 @@ class LatencyTable:
 
 
 _A_DAY_MS = 1e8
-_LARGEST_STEP = 1024
+_LARGEST_STEP, _LARGEST_WIDTH = 1024, 2**53
 
 
 def _time(ms: Any) -> float:
     if not 0.0 <= float(ms) < _A_DAY_MS:
         raise ValueError("damaged: a figure is not a time")
     return float(ms)
+
+
+def _width(width: Any) -> int:
+    if type(width) is not int or not 0 < width < _LARGEST_WIDTH:
+        raise ValueError("damaged: a width is not a positive whole number")
+    return width
 
 
 def _steps_key(kernel: Kernel) -> str:

@@ -120,6 +120,11 @@ def test_what_is_no_table_is_refused_in_one_sentence(tmp_path: Path, text: str) 
         {"kernels": {CONV.key: {"axes": [[16], [16]], "grid": [1e308], "points": []}}},
         {"kernels": {CONV.key: {"axes": [[32, 16], [16]], "grid": [1.0, 2.0], "points": []}}},
         {"kernels": {CONV.key: {"axes": [[16], [16]], "grid": [1.0], "points": [[[16, 8], float("inf")]]}}},
+        {"kernels": {CONV.key: {"axes": [[float("inf")], [16]], "grid": [1.0], "points": []}}},
+        {"kernels": {CONV.key: {"axes": [[-16], [16]], "grid": [1.0], "points": []}}},
+        {"kernels": {CONV.key: {"axes": [[], [16]], "grid": [], "points": []}}},
+        {"kernels": {CONV.key: {"axes": [[16], [16]], "grid": [1.0], "points": [[[16, float("inf")], 1.0]]}}},
+        {"stairs": {"conv": {"step": 4, "curve": [[float("inf"), 1.0]]}}},
     ],
 )
 def test_figures_that_are_no_times_are_refused(damage: dict[str, object]) -> None:
