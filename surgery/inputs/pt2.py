@@ -34,11 +34,14 @@ _FREE_TEXT = frozenset({"metadata", "as_string", "as_strings", "guards_code"})
 """Keys whose text is never executed: read as strings, or (guards) omitted from the module."""
 _OPERATOR = re.compile(r"torch\.ops\.(\w+)\.(\w+)\.(\w+)")
 _MODE = re.compile(
-    "approximate|equation|indexing|interpolation|mode|norm|ord|padding|padding_side|reduce|rounding_mode|side|UPLO"
+    "approximate|assert_msg|equation|indexing|interpolation|mode|norm|ord|padding|padding_side|reduce|rounding_mode|side|UPLO"
 )
 """Arguments of operators whose text is a mode, not the name of a file."""
-_ALSO = frozenset({"cummax", "cummin", "max", "median", "min", "nanmedian", "randint", "randint_like", "randn_like"})
-"""Operators that compute, although they have neither a rule nor a decomposition."""
+_ALSO = re.compile(
+    "_assert_(scalar|tensor_metadata|async)|sym_constrain_range(_for_size)?|bernoulli|bincount|cummax|cummin|linalg_qr|max"
+    "|median|min|multinomial|nanmedian|randint|randint_like|randn_like|searchsorted|sort|unique_dim|view_as_(complex|real)"
+)
+"""Operators that compute or check, although they have neither a rule nor a decomposition."""
 _SYMBOL_OPERATOR = re.compile(
     r"_operator\.(eq|ne|le|ge|lt|gt|neg|pos|mul|add|sub|floordiv|truediv|mod|pow|and_|or_|lshift|rshift)"
     r"|math\.trunc|torch\.sym_(not|int|float|ite|max|min|sqrt)"
@@ -179,12 +182,13 @@ def _is_operator(path: str) -> bool:
         return _SYMBOL_OPERATOR.fullmatch(path) is not None
     namespace, name, overload = match.groups()
     packets = (getattr(torch.ops.aten, form, None) for form in (name, name.removesuffix("_")))
-    forms = [op for op in (getattr(packet, overload, None) for packet in packets) if op is not None]
+    found = (getattr(packet, overload, None) for packet in packets)
+    forms = [op for op in found if isinstance(op, torch._ops.OpOverload)]
     known = (
         str(op) in rules() or op in decomposition_table or torch.Tag.core in op.tags or op._can_decompose()
         for op in forms
     )  # fmt: skip
-    if namespace != "aten" or not (name in _ALSO or any(known)):
+    if namespace != "aten" or not (_ALSO.fullmatch(name) or any(known)):
         return False
     texts = [a.name for op in forms for a in op._schema.arguments if "str" in str(a.type)]
     return all(_MODE.fullmatch(text) for text in texts)

@@ -484,6 +484,22 @@ def test_code_in_a_programs_text_runs_nothing(program: Path, tmp_path: Path) -> 
         assert not marker.exists(), edit.__name__
 
 
+class Checked(nn.Module):
+    """Operators that torch.export adds checks for."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._check(x.shape[0] < 9)
+        return x.to(torch.float64).sort(stable=True)[0]
+
+
+def test_the_checks_that_torch_adds_to_a_program_are_allowed(tmp_path: Path) -> None:
+    dynamic = ({0: torch.export.Dim.DYNAMIC},)
+    exported = torch.export.export(Checked(), (torch.ones(4, 3),), dynamic_shapes=dynamic)
+    assert any("_assert" in str(node.target) for node in exported.graph.nodes)
+    torch.export.save(exported, tmp_path / "checked.pt2")
+    assert load_model(str(tmp_path / "checked.pt2")).name == "checked"
+
+
 class Writes(nn.Module):
     """Writes its input into a new tensor."""
 
@@ -519,6 +535,8 @@ def test_a_program_whose_operators_write_files_writes_none(tmp_path: Path) -> No
         "higher_order.cond",
         "aten._print.default",
         "mine.op.default",
+        "aten.add.__init__",
+        "aten.__class__.__call__",
     ],
 )
 def test_operators_that_may_do_more_than_compute_are_refused_by_name(program: Path, name: str) -> None:

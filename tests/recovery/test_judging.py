@@ -127,11 +127,11 @@ def test_outputs_that_are_too_many_are_made_again(
     batches: Any = [((part,), None) for part in torch.split(images[0], 32)]
     held = Reference(lambda inputs: model(*inputs), batches, "images")
     monkeypatch.setattr(evaluation, "HELD", 100)
-    anew = Reference(lambda inputs: model(*inputs), batches, "images")
+    recomputed = Reference(lambda inputs: model(*inputs), batches, "images")
     assert held.outputs is not None
-    assert anew.outputs is None
+    assert recomputed.outputs is None
     compact = cut.model
-    assert held.judge(lambda inputs: compact(*inputs)) == anew.judge(lambda inputs: compact(*inputs))
+    assert held.judge(lambda inputs: compact(*inputs)) == recomputed.judge(lambda inputs: compact(*inputs))
 
 
 def test_error_and_correlation_are_what_all_outputs_at_once_give(

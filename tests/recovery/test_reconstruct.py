@@ -261,7 +261,7 @@ def test_values_that_are_not_finite_are_said() -> None:
         reconstruct(found.cut, found.compact, images())
 
 
-def test_norms_are_estimated_anew_and_parameters_stay() -> None:
+def test_batch_norms_are_reestimated_and_parameters_kept() -> None:
     torch.manual_seed(0)
     found = without(
         nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)),
