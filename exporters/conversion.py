@@ -201,8 +201,7 @@ def _clear_notes(model: ir.Model) -> None:
             value.const_value.metadata_props.clear()
 
 
-_OWN_ATTENTION_SINCE = 23
-"""From this operator set on, torch translates to ONNX's own Attention."""
+_OWN_ATTENTION_SINCE = 23  # from this operator set on, torch translates to ONNX's own Attention
 
 
 def _attention(

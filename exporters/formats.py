@@ -29,8 +29,7 @@ class Format:
     convert: Convert  # raises an error of `surgery.errors` if it fails or the file differs
 
 
-FORMATS: dict[str, Format] = {}
-"""Name → format, of those that are registered."""
+FORMATS: dict[str, Format] = {}  # name → format, of those that are registered
 
 
 def register_format(

@@ -22,10 +22,10 @@ import onnx_ir as ir
 import torch
 
 from exporters.conversion import convert, place_of, reason
-from exporters.parity import BATCHES, TOLERANCE, OutputParity, Parity, parity, well_conditioned
+from exporters.parity import BATCHES, TOLERANCE, OutputParity, Parity, parity
 from exporters.signature import Axes, Tensors, bind, check_axes, default_axes, name_outputs, with_batch
 from surgery import __version__
-from surgery.core import Callee, explained, file_bytes, quiet, replacing
+from surgery.core import Callee, conditioned_copy, explained, file_bytes, quiet, replacing, require_finite
 from surgery.errors import CheckFailed, InvalidInput, UnsupportedModel
 
 DEFAULT_OPSET = 20
@@ -270,7 +270,7 @@ def _conditioned(job: _Job, axes: Axes, *, near: bool) -> Parity:
         with contextlib.suppress(InvalidInput):  # a model may take no noise; the comparison draws like its example
             _run(job.call.on(model), drawn)
 
-    conditioned = job.call.on(well_conditioned(job.call.module, run=settle))
+    conditioned = job.call.on(conditioned_copy(job.call.module, settle))
     file = job.file.with_name("well_conditioned.onnx")
     _write(job, conditioned, axes, file)
     found, _ = _compare(job, conditioned, file, near=near)
@@ -291,9 +291,7 @@ def _copy(model: torch.nn.Module) -> tuple[torch.nn.Module, list[str]]:
     """Return a float32 copy in eval mode on the CPU, and a note where that changed the precision."""
     floating = {n: v for n, v in (*model.named_parameters(), *model.named_buffers()) if v.is_floating_point()}
     others = sorted({str(v.dtype).removeprefix("torch.") for v in floating.values()} - {"float32"})
-    spoilt = next((name for name, value in floating.items() if bool(torch.isnan(value).any())), None)
-    if spoilt:
-        raise InvalidInput(f"{type(model).__name__} has NaN in '{spoilt}'; export it from intact weights")
+    require_finite(floating, type(model).__name__)
     try:
         subject = copy.deepcopy(model).cpu().float()
     except Exception as error:  # deepcopy runs code of the user's own classes

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -18,14 +18,12 @@ from torch import Tensor
 
 from exporters.session import open_session, session_options
 from exporters.signature import BATCH, HEIGHT, WIDTH, Tensors, name_outputs
-from surgery.core import BLIND, ROUNDINGS, TOLERANCE as TOLERANCES, BatchStatistics, Callee, conditioned, explained
+from surgery.core import BLIND, ROUNDINGS, TOLERANCE as TOLERANCES, Callee, explained
 from surgery.errors import CheckFailed, InvalidInput
 
 TOLERANCE = TOLERANCES[torch.float32]
-ROUNDING = 1e-5
-"""Differences up to this share of the whole output are float32 rounding, summed over a network."""
-CLEAR = 0.75
-"""Share of the draws on which torch's own rounding must be small: the others prove little."""
+ROUNDING = 1e-5  # differences up to this share of the whole output are float32 rounding, summed over a network
+CLEAR = 0.75  # share of the draws on which torch's own rounding must be small: the others prove little
 
 BATCHES = (1, 2, 7)
 DRAWS = 3
@@ -250,25 +248,3 @@ def _pool(runs: Sequence[_Magnitudes]) -> OutputParity:
         difference=max(differences) / max(scale, _TINY),
         errors=tuple(difference / max(varying, _TINY) for difference in differences),
     )
-
-
-def well_conditioned(model: torch.nn.Module, run: Callable[[torch.nn.Module], object] | None = None) -> torch.nn.Module:
-    """Return a deep copy whose parameters and norm statistics are random, distinct and of ordinary size.
-
-    Fresh networks often have a zero head or layer scales of 1e-6, so that errors are not detected. `run` calls the
-    model on inputs, from which batch norms take their statistics; other buffers (index tables, anchors) are unchanged.
-    """
-    conditioned_copy = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(0)
-    statistics = [(n, b) for n, b in conditioned_copy.named_buffers() if n.endswith(("running_mean", "running_var"))]
-    with torch.no_grad():
-        for name, tensor in (*conditioned_copy.named_parameters(), *statistics):
-            if tensor.is_floating_point() and tensor.numel():
-                tensor.copy_(conditioned(name, tensor, generator))
-        if run is not None:
-            with BatchStatistics() as mode:
-                run(conditioned_copy)
-            for running_mean, running_var, mean, variance, _ in mode.found():
-                running_mean.copy_(mean)
-                running_var.copy_(variance + 0.1 * variance.mean() + 1e-6)  # channels of small variance get more
-    return conditioned_copy

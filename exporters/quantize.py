@@ -27,16 +27,14 @@ from surgery.errors import CheckFailed, InvalidInput
 
 METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
 """Calibration method of activation ranges → its name in ONNX Runtime."""
-FEWEST = 8
-"""Minimum number of calibration images."""
+FEWEST = 8  # minimum number of calibration images
 FIRST, LAST = "first", "last"
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _PERCENTILE = 99.999
 _SUMS = ("LayerNormalization", "GroupNormalization", "InstanceNormalization")
 """Left in float32: means and variances lose digits in 16 bits, and older runtimes have no such kernels."""
 
-LEAST = 0.5
-"""Cosine between the outputs in float32 and in fewer bits; a file below that is refused."""
+LEAST = 0.5  # cosine between the outputs in float32 and in fewer bits; a file below that is refused
 
 Batch = Mapping[str, NDArray[Any]]
 _Outputs = dict[str, NDArray[Any]]

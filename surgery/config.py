@@ -490,8 +490,7 @@ OLD_NAMES: Mapping[str, tuple[str, str | None]] = {
 """Former name of an option → its name, and the value that the former one stands for (None: the given value)."""
 
 DEFAULT_BUDGET = Budget(latency=0.5)
-MILDEST = Budget(latency=0.95)
-"""Mildest cut that the max-drop search tries, as a fraction of the dense latency."""
+MILDEST = Budget(latency=0.95)  # mildest cut that the max-drop search tries, as a fraction of the dense latency
 WITHOUT_PROGRAM = Budget(macs=0.5)
 """The default for models that `torch.export` cannot capture, whose operators at run time are not known."""
 

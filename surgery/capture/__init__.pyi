@@ -4,7 +4,6 @@ from .submodule import Whole as Whole, reach as reach
 from .tracing import (
     evaluating as evaluating,
     module_of as module_of,
-    require_finite as require_finite,
     trace as trace,
     validate_inputs as validate_inputs,
 )

@@ -35,6 +35,7 @@ from surgery.core import (
     is_symbolic,
     lean,
     quiet,
+    require_finite,
     shapes_of,
     traceable,
     where_raised,
@@ -69,7 +70,7 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
     given = example_kwargs or {}
     order = [*inspect.signature(model.forward).parameters, *given]  # as `torch.export` sorts keyword inputs
     kwargs = dict(sorted(given.items(), key=lambda item: order.index(item[0])))
-    require_finite(model)
+    require_finite(model.state_dict(keep_vars=True), type(model).__name__)
     with evaluating(model), buffers_kept(model), quiet():
         (exported, captured, (args, kwargs)), notes = _capture(traceable(model), args, kwargs)
         graph = normalise(exported, captured)
@@ -99,13 +100,6 @@ def require_module(model: Any) -> None:
             raise InvalidInput(f"parameter '{name}' has no size yet; run the model once on an example first")
         if parameter.is_meta:
             raise InvalidInput(f"parameter '{name}' is on the meta device and has no values; load weights first")
-
-
-def require_finite(model: nn.Module) -> None:
-    """Raise InvalidInput if a weight is NaN or infinite."""
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InvalidInput(f"weight '{name}' holds NaN or infinite values; load an intact checkpoint")
 
 
 def _at_batch_two(args: Args, kwargs: dict[str, Any]) -> Inputs:
@@ -228,8 +222,7 @@ def validate_inputs(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> Non
 # sizes along the path holds over a range of sizes around the example's.
 
 BATCHES = (2, 3, 4, 5, 6, 7, 8, 9, 10, 13, 16, 17, 23, 31, 32, 33, 47, 64)
-LARGEST = 16
-"""Heights and widths are tested from half the example's to this multiple of it."""
+LARGEST = 16  # heights and widths are tested from half the example's to this multiple of it
 _SIZES = 48
 _NAMES = {"max": max, "min": min, "abs": abs, "int": int, "float": float, "__builtins__": {}}
 

@@ -1,4 +1,4 @@
-from .batch_norms import BatchStatistics as BatchStatistics
+from .batch_norms import BatchStatistics as BatchStatistics, conditioned_copy as conditioned_copy
 from .blame import (
     UNKNOWN as UNKNOWN,
     explained as explained,
@@ -13,13 +13,13 @@ from .callee import (
     copied as copied,
     empty_caches as empty_caches,
     fresh as fresh,
+    require_finite as require_finite,
     traceable as traceable,
 )
 from .conditioning import (
     BLIND as BLIND,
     ROUNDINGS as ROUNDINGS,
     TOLERANCE as TOLERANCE,
-    conditioned as conditioned,
     elsewhere as elsewhere,
     narrowest as narrowest,
     sample_inputs as sample_inputs,

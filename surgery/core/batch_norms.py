@@ -1,13 +1,16 @@
-"""Statistics of what reaches the batch norms of a model."""
+"""Statistics of what reaches the batch norms of a model, and a copy of the model with well-conditioned values."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from surgery.core.conditioning import conditioned
 
 
 class BatchStatistics(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -35,3 +38,24 @@ class BatchStatistics(TorchDispatchMode):  # type: ignore[no-untyped-call]
             mean, square = mean + share * (rows.mean(1) - mean), square + share * (rows.square().mean(1) - square)
             self._sums[id(running_mean)] = count + rows.shape[1], mean, square, running_mean, running_var
         return func(x, weight, bias, None, None, True, momentum, eps)
+
+
+def conditioned_copy(model: nn.Module, run: Callable[[nn.Module], object] | None = None, seed: int = 0) -> nn.Module:
+    """Return a deep copy whose parameters and norm statistics are random, distinct and of ordinary size.
+
+    Fresh networks often have a zero head or layer scales of 1e-6, so that errors are not detected. `run` calls the
+    model on inputs, from which batch norms take their statistics; other buffers (index tables, anchors) are unchanged.
+    """
+    made, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    statistics = [(n, b) for n, b in made.named_buffers() if n.endswith(("running_mean", "running_var"))]
+    with torch.no_grad():
+        for name, tensor in (*made.named_parameters(), *statistics):
+            if tensor.is_floating_point() and tensor.numel():
+                tensor.copy_(conditioned(name, tensor, generator))
+        if run is not None:
+            with BatchStatistics() as mode:
+                run(made)
+            for running_mean, running_var, mean, variance, _ in mode.found():
+                running_mean.copy_(mean)
+                running_var.copy_(variance + 0.1 * variance.mean() + 1e-6)  # channels of small variance get more
+    return made

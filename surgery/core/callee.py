@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.core.blame import first_line
 from surgery.core.ir import Program
-from surgery.errors import UnsupportedModel
+from surgery.errors import InvalidInput, UnsupportedModel
 
 
 def copied(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.Module:
@@ -63,6 +63,20 @@ def empty_caches(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "cache" in name and isinstance(value, dict) and all(isinstance(x, Tensor) for x in value.values()):
                 setattr(module, name, type(value)())
+
+
+def require_finite(tensors: Mapping[str, Any], origin: str) -> None:
+    """Raise InvalidInput if a parameter or norm statistic is NaN or infinite, or another tensor contains NaN.
+
+    Attention masks are buffers that may contain minus infinity. `tensors` may contain other objects, as a state dict.
+    """
+    for name, x in tensors.items():
+        if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()):
+            strict = isinstance(x, nn.Parameter) or name.endswith(("running_mean", "running_var"))
+            bad = int((~torch.isfinite(x) if strict else torch.isnan(x)).sum())
+            if bad:
+                what = f"{name} holds {bad} NaN or infinite values out of {x.numel()}"
+                raise InvalidInput(f"{origin}: {what}; use a checkpoint from before training diverged")
 
 
 class Callee(nn.Module):

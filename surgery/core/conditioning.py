@@ -24,8 +24,7 @@ aten = torch.ops.aten
 TOLERANCE = MappingProxyType({torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2})
 """By dtype, the largest error at which results count as equal, relative to the part that varies with the input."""
 
-BLIND = 1e-3
-"""If less than this share of the output varies with the input, a comparison is inconclusive."""
+BLIND = 1e-3  # if less than this share of the output varies with the input, a comparison is inconclusive
 
 ROUNDINGS = 16
 """On the real weights, the error accepted as rounding, as a multiple of the effect of one ulp in every weight."""

@@ -26,8 +26,7 @@ from torch.fx.experimental import proxy_tensor
 
 from surgery.core.blame import foreign
 
-ONE_AT_A_TIME = threading.RLock()
-"""Held while process-wide state is changed: torch's functions, streams, logging."""
+ONE_AT_A_TIME = threading.RLock()  # held while process-wide state is changed: torch's functions, streams, logging
 
 
 @contextmanager
@@ -42,8 +41,7 @@ def lean() -> Iterator[None]:
         yield
 
 
-_OBJECTS = 100_000
-"""New objects between two runs of the garbage collector: graphs are large, and live long."""
+_OBJECTS = 100_000  # new objects between two runs of the garbage collector: graphs are large, and live long
 
 
 def _patches() -> Mapping[str, AbstractContextManager[Any]]:

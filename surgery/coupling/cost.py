@@ -86,10 +86,8 @@ def _summed(labelled: LabelledGraph, terms: Sequence[Term], fixed: int = 0, batc
     return cost
 
 
-FLUSHES_MIB = (4, 12, 24)
-"""Amounts that are measured; larger ones make little difference."""
-KEPT = 0.6
-"""Fraction of the weights, halfway between the dense network and usual plans."""
+FLUSHES_MIB = (4, 12, 24)  # amounts that are measured; larger ones make little difference
+KEPT = 0.6  # fraction of the weights, halfway between the dense network and usual plans
 
 
 def flush_mib(program: Program, precision: str = "fp32") -> int:

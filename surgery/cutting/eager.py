@@ -12,7 +12,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from surgery.capture import evaluating, require_finite, validate_inputs
+from surgery.capture import evaluating, validate_inputs
 from surgery.core import (
     BLIND,
     TOLERANCE,
@@ -37,12 +37,13 @@ from surgery.core import (
     LabelSet,
     Program,
     Value,
-    conditioned,
+    conditioned_copy,
     copied,
     count_macs,
     count_params,
     first_line,
     flat_outputs,
+    require_finite,
     sample_inputs,
     where_raised,
 )
@@ -61,7 +62,7 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
     """Describe `model` and its example call, without a graph; arguments and errors are those of `surgery.trace`."""
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
-    require_finite(model)
+    require_finite(model.state_dict(keep_vars=True), type(model).__name__)
     with evaluating(model):
         validate_inputs(model, args, kwargs)
         batched = _takes_any_batch(model, args, kwargs)
@@ -441,7 +442,7 @@ def _on_distinct_values(
     for attempt in range(_SEEDS + 1):
         dense = copied(program.model).double()
         if attempt < _SEEDS:
-            _condition(program, dense, path, seed=seed + attempt)
+            dense = conditioned_copy(dense, partial(_takes, program, path, seed + attempt), seed + attempt)
         state = cut.kept({**dict(dense.named_parameters()), **dict(dense.named_buffers())})
         small = copied(compact).double()
         with torch.no_grad():
@@ -454,33 +455,10 @@ def _on_distinct_values(
     raise CheckFailed(f"inconclusive: {_OFF_PATH}")
 
 
-def _condition(program: Program, model: nn.Module, path: list[str], *, seed: int) -> None:
-    """Set every tensor to well-conditioned values, and batch norms to the statistics of their input."""
-
-    def settle(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0]
-        dims = [a for a in range(x.dim()) if a != 1]
-        mean, var = x.mean(dims), x.var(dims, unbiased=False)
-        spread = torch.linspace(0.7, 1.3, len(mean), dtype=x.dtype, device=x.device)
-        norm.running_mean.copy_(mean + 0.1 * var.sqrt() * (spread - 1))  # type: ignore[operator]
-        norm.running_var.copy_(var * spread + 1e-3 * var.mean() + 1e-6)  # type: ignore[operator]
-
-    generator = torch.Generator().manual_seed(seed)
-    statistics = ((n, b) for n, b in model.named_buffers() if n.endswith(("running_mean", "running_var")))
-    with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *statistics):
-            if tensor.is_floating_point():
-                tensor.copy_(conditioned(name, tensor, generator))
-    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
-    hooks = [norm.register_forward_pre_hook(settle) for norm in norms]
-    try:
-        with evaluating(model):
-            for args, kwargs in _inputs(program, seed=seed, dtype=torch.float64):
-                if _trail(model, args, kwargs)[0] == path:
-                    break
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _takes(program: Program, path: list[str], seed: int, model: nn.Module) -> bool:
+    """Run the model in float64 until an input takes the path; return whether one does."""
+    with evaluating(model):
+        return any(_trail(model, *call)[0] == path for call in _inputs(program, seed=seed, dtype=torch.float64))
 
 
 def _inputs(program: Program, *, seed: int, dtype: torch.dtype | None) -> Iterator[tuple[Any, Any]]:

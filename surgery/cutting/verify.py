@@ -65,8 +65,7 @@ from surgery.coupling import (
 )
 from surgery.errors import CheckFailed, InvalidInput, SurgeryError
 
-_DRAWS = 4
-"""Draws of well-conditioned values until the output varies."""
+_DRAWS = 4  # draws of well-conditioned values until the output varies
 REPORT = "nothing was written; please report this model"
 _DISTINCT = "distinct, well-conditioned values"
 

@@ -21,12 +21,9 @@ from torch import Tensor
 from surgery.core import Block, Executor, Program, flat_outputs, state_of
 from surgery.importance.scoring import Batches
 
-MOST_ERROR = 1.0
-"""Blocks are removed in turn until the error of the outputs is as large as their variance."""
-NEAR = 1.2
-"""A block is removed immediately if no other can be better by more than this factor."""
-WORK_MACS, FEWEST = 1.5e12, 8
-"""Limit on the multiply-adds of all runs together, and the minimum number of images."""
+MOST_ERROR = 1.0  # blocks are removed in turn until the error of the outputs is as large as their variance
+NEAR = 1.2  # a block is removed immediately if no other can be better by more than this factor
+WORK_MACS, FEWEST = 1.5e12, 8  # limit on the multiply-adds of all runs together, and the minimum number of images
 
 
 def block_losses(program: Program, blocks: Sequence[Block], batches: Batches, *, macs: int = 0) -> dict[str, float]:

@@ -13,13 +13,11 @@ from math import inf
 import torch
 from torch import Tensor
 
-RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
-"""Candidate ridges, relative to each input's mean square."""
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)  # candidate ridges, relative to each input's mean square
 FOLDS, WIDE, FEW_RIDGES = 4, 1_500, (1e-3, 3e-2, 1.0)
 """Layers with more than `WIDE` inputs use two folds (one to fit, one to predict) and few ridges: memory per fold grows
 quadratically and time per ridge cubically."""
-PRECISE = 1_000
-"""Up to this many inputs, products within a batch are float64, else float32; sums are always float64."""
+PRECISE = 1_000  # up to this many inputs, products within a batch are float64, else float32; sums are always float64
 _LEAST = 1e-12
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from surgery.core import Coupling, Group, Program, Scores, all_tensors, first_line, state_of, user_line
+from surgery.core import Coupling, Group, Program, Scores, all_tensors, first_line, require_finite, state_of, user_line
 from surgery.errors import InvalidInput, PlanMismatch
 from surgery.importance.signal import Signal, signal_of
 from surgery.registry import CRITERIA, Entry
@@ -182,14 +182,7 @@ def weights_of(program: Program, coupling: Coupling) -> dict[str, Tensor]:
         shape = tuple(tensor.shape)
         if traced is not None and tuple(traced) != shape:
             raise PlanMismatch(f"{name} has shape {shape}, but {tuple(traced)} in the coupling: couple this model")
-        if tensor.numel() and tensor.is_floating_point():
-            extremes = torch.stack(torch.aminmax(tensor.detach()))  # NaN if the tensor contains one; makes no copy
-            infinite = name in parameters and not extremes.isfinite().all()  # buffers may be (attention masks)
-            if extremes.isnan().any() or infinite:
-                what = "NaN" if extremes.isnan().any() else "infinite values"
-                raise InvalidInput(
-                    f"{name} holds {what}: such weights cannot be ranked; check the checkpoint it came from"
-                )
+    require_finite(tensors, "the weights to be ranked")
     for group in coupling.groups:
         if not any(site.tensor in tensors for site in group.sites):
             raise PlanMismatch(f"group '{group.name}' touches no tensor of this model: couple this model")

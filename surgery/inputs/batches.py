@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count as counting
+from math import inf
 from numbers import Number
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,7 @@ from surgery.errors import InvalidInput
 from surgery.inputs.datasets import UNKNOWN, Images, batch_size, evenly_spaced
 from surgery.inputs.usercode import guarded
 
-MOST = 512
-"""Images at most."""
+MOST = 512  # images at most
 _GIVE = "give a tensor (N, C, H, W), a Dataset, or a sequence or DataLoader of batches"
 _END = object()
 _HOLDERS = ("base_dataloader", "batch_sampler", "sampler")
@@ -83,9 +83,9 @@ def derived_seed(seed: int, number: int) -> int:
     return (seed * 1_000_003 + number) % 2**63
 
 
-def read_batches(loader: Iterable[Any], seed: int, named: str = "data") -> Iterator[Any]:
-    """Yield a loader's batches with seeded draws; raises InvalidInput if the loader or its dataset raises."""
-    what = f"{named}: reading a batch failed"
+def read_batches(loader: Iterable[Any], seed: int, named: str = "data", most: float = inf) -> Iterator[Any]:
+    """Yield a loader's batches with seeded draws until they hold `most` samples; errors of the loader: InvalidInput."""
+    what, seen = f"{named}: reading a batch failed", 0
     with seeded(loader, seed):
         batches = guarded(what, lambda: iter(loader))
     for k in counting():
@@ -94,6 +94,9 @@ def read_batches(loader: Iterable[Any], seed: int, named: str = "data") -> Itera
         if batch is _END:
             return
         yield batch
+        seen += next((len(x) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.dim()), 0)
+        if seen >= most:
+            return
 
 
 def read_item(data: Any, index: int, seed: int) -> Any:
@@ -251,9 +254,4 @@ def _batches(given: Any, most: int, seed: int) -> Iterator[Any]:
     elif isinstance(given, (str, Path, Mapping)) or not isinstance(given, Iterable):
         raise InvalidInput(f"data is of type {type(given).__name__}: {_GIVE}")
     else:
-        seen = 0
-        for batch in read_batches(given, seed):
-            yield batch
-            seen += next((len(x) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.dim()), 0)
-            if seen >= most:
-                return
+        yield from read_batches(given, seed, most=most)

@@ -22,13 +22,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from surgery.core import explained
+from surgery.core import explained, require_finite
 from surgery.errors import InvalidInput
 
 _AVERAGED = ("state_dict_ema", "model_ema", "ema")
 _WRAPPERS = (*_AVERAGED, "state_dict", "model_state_dict", "model", "module")
 _PREFIXES = ("module.", "model.", "_orig_mod.")
-_STATISTICS = ("running_mean", "running_var")
 _DEPTH = 4
 _LISTED = 3
 _REFUSED_OBJECT = re.compile(r"GLOBAL ([\w.]+)|got <class '([\w.]+)'")
@@ -121,23 +120,7 @@ def fit(module: nn.Module, checkpoint: Checkpoint, *, label: str) -> None:
         hint = "give the class count with --model-arg num_classes=N" if mismatch.shapes else "check the model's name"
         raise InvalidInput(f"checkpoint {checkpoint.path} does not fit {label}: {mismatch.describe()}; {hint}")
     module.load_state_dict(tensors, strict=False)
-    check_finite(module, origin=str(checkpoint.path))
-
-
-def check_finite(module: nn.Module, *, origin: str) -> None:
-    """Raise InvalidInput if a parameter or norm statistic is not finite, or a buffer contains NaN."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    for name, value in module.state_dict().items():
-        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
-            continue
-        # Attention masks are buffers that may contain minus infinity.
-        strict = name in parameters or name.endswith(_STATISTICS)
-        bad = ~torch.isfinite(value) if strict else torch.isnan(value)
-        if bool(bad.any()):
-            raise InvalidInput(
-                f"{origin}: {name} holds {int(bad.sum())} NaN or infinite values out of {value.numel()}; "
-                "use a checkpoint from before training diverged"
-            )
+    require_finite(module.state_dict(keep_vars=True), str(checkpoint.path))
 
 
 def _some(names: Collection[str], separator: str = ", ") -> str:

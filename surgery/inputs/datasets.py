@@ -26,10 +26,8 @@ from surgery.inputs.libraries import Preprocessing, import_torchvision
 from surgery.inputs.usercode import user_object
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif", ".tiff")
-UNREADABLE = 0.01
-"""Raise if more than this share of the files cannot be read."""
-UNKNOWN = -1
-"""The class of an unlabelled image."""
+UNREADABLE = 0.01  # raise if more than this share of the files cannot be read
+UNKNOWN = -1  # the class of an unlabelled image
 
 
 @dataclass(eq=False)

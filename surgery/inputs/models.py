@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from surgery.core import first_line, user_line
+from surgery.core import first_line, require_finite, user_line
 from surgery.errors import InvalidInput, SurgeryError
 from surgery.inputs import checkpoints
 from surgery.inputs.batches import seed_all, states_kept
@@ -91,7 +91,7 @@ def load_model(
         source = _find_source(spec, trust)
         built, label, notes, warnings = _with_weights(source, weights, model_args, seed)
         module = built.module.eval()
-        checkpoints.check_finite(module, origin=source.label)
+        require_finite(module.state_dict(keep_vars=True), source.label)
         args, kwargs = _example_inputs(source, built, input_shape, model_args, seed)
         if source.runs:
             check_runs(module, args, kwargs)

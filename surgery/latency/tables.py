@@ -20,8 +20,7 @@ from surgery.core import Kernel, Size, Widths, replacing, resolved
 from surgery.errors import InvalidInput
 
 SCHEMA = 1
-LADDER = 2
-"""Kernels with more widths than this are tabulated along the diagonal only, where all widths shrink together."""
+LADDER = 2  # kernels with more widths than this are tabulated along the diagonal only, where all widths shrink together
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,7 @@ def picked(r: Rewrite, dim: int, source: NDArray[np.int64]) -> Changes:
     return Replacement(aten.index_select.default, (r.raw["self"], dim, torch.from_numpy(index)))
 
 
-_OPEN = 2**63 - 1
-"""The end of a slice without an explicit end."""
+_OPEN = 2**63 - 1  # the end of a slice without an explicit end
 
 
 def slice_bounds(r: Rewrite) -> Changes:

@@ -22,8 +22,7 @@ from surgery.latency import LatencyTable, Point, kind_of
 from surgery.planning.allocation import Ladder
 from surgery.planning.lowering import Lowered
 
-LOOK_AHEAD = 4
-"""Maximum steps of a ladder per move; single steps may save nothing if several units share a stair."""
+LOOK_AHEAD = 4  # maximum steps of a ladder per move; single steps may save nothing if several units share a stair
 EXCHANGES = 200
 PRICES = (1.0, 0.7, 0.55, 1.5)  # factors for the loss of blocks in successive searches
 SHOWN, _POINTS = 4, 96  # maximum number of staircases, and about how many widths each has

@@ -34,8 +34,7 @@ Pair = tuple[Sequence[Tensor], Tensor | None]
 """A batch of inputs, and their classes if known."""
 Evaluate = Callable[[Any], Mapping[str, float]]
 """A model → metrics by name, of which the first is maximised."""
-JUDGED = 10_000
-"""Maximum number of evaluation images of a dataset."""
+JUDGED = 10_000  # maximum number of evaluation images of a dataset
 KEPT, HELD = 2**30, 2**28
 """Maximum bytes of images, and of dense outputs, to keep in memory; beyond that, they are read and computed again."""
 CONFIDENCE = 0.95
@@ -253,16 +252,12 @@ class Pairs:
         self.count, self._held = count, held if kept <= KEPT else None
 
     def _pairs(self) -> Iterator[Pair]:
-        seen = 0
-        for batch in read_batches(self._loader, self._seed, "val"):
+        for batch in read_batches(self._loader, self._seed, "val", JUDGED):
             inputs, rest = split_batch(batch, self._specs, "val")
             inputs = [validated_input(x, spec, "val") for x, spec in zip(inputs, self._specs, strict=True)]
             classes = classes_of(rest, len(inputs[0]))
             self._dropped |= bool(rest) and classes is None and not unlabelled(rest[0])
             yield inputs, classes
-            seen += len(inputs[0])
-            if seen >= JUDGED:
-                break
 
     def _regrouped(self, pairs: Iterable[Pair], size: int) -> Iterator[Pair]:
         """Yield the same images in batches of the given size, dropping an incomplete last batch."""

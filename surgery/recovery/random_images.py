@@ -14,12 +14,9 @@ from torch import Tensor
 from surgery.core import InputSpec
 from surgery.inputs import batch_size
 
-DRAWN, VALUES = 512, 20_000_000
-"""Number of images, and the maximum number of values of all batches together."""
-LEAVES = 40
-"""On each image."""
-_TOGETHER = 0.85
-"""Correlation between channels."""
+DRAWN, VALUES = 512, 20_000_000  # number of images, and the maximum number of values of all batches together
+LEAVES = 40  # on each image
+_TOGETHER = 0.85  # correlation between channels
 
 
 def drawn_images(count: int, channels: int, height: int, width: int, *, seed: int = 0) -> Tensor:

@@ -36,14 +36,11 @@ from surgery.importance import (
 aten = torch.ops.aten
 
 Batches = Sequence[Sequence[Tensor]]
-MEMORY = 2**31
-"""Maximum bytes of activations kept between layers; beyond that, runs restart further back."""
+MEMORY = 2**31  # maximum bytes of activations kept between layers; beyond that, runs restart further back
 ROWS, FEWEST_ROWS, MOST_ROWS = 16, 20_000, 80_000
 """Sufficient number of rows per weight of an output, and the minimum in total; more are used if cheap."""
-LITTLE, FEW_VALUES = 1e10, 1e8
-"""Numbers of products, and of input values, per layer that count as cheap."""
-MOST_VALUES = 2**29
-"""Maximum values kept for one layer, of both networks together: 2 GiB in float32."""
+LITTLE, FEW_VALUES = 1e10, 1e8  # numbers of products, and of input values, per layer that count as cheap
+MOST_VALUES = 2**29  # maximum values kept for one layer, of both networks together: 2 GiB in float32
 _CLAMPS: dict[Any, tuple[Any, Any]] = {
     aten.relu.default: (0.0, None),
     aten.relu6.default: (0.0, 6.0),
@@ -52,8 +49,7 @@ _CLAMPS: dict[Any, tuple[Any, Any]] = {
 }
 """Operator → bounds, or the arguments that hold them."""
 _TINY = 1e-8
-_SAME = 1e-9
-"""A layer whose relative error is below this is left unchanged."""
+_SAME = 1e-9  # a layer whose relative error is below this is left unchanged
 
 
 @dataclass(frozen=True, slots=True)

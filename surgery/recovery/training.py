@@ -24,7 +24,6 @@ from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataPara
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from surgery import config
@@ -46,8 +45,7 @@ from surgery.recovery.evaluation import validate_labels
 
 WARM_UP = 0.05
 HELD_OUT_LEAST = 64
-JUDGED_BY = 512
-"""Images of a DataLoader used to evaluate training, since none can be held out."""
+JUDGED_BY = 512  # images of a DataLoader used to evaluate training, since none can be held out
 CHECKPOINT = "training.pt"
 """Name of the file in the folder of checkpoints."""
 NO_CLASSES = (
@@ -392,7 +390,7 @@ def _loaders(run: TrainingRun, processes: int) -> tuple[Any, Any]:
     if not isinstance(data, (Dataset, DataLoader)) or not hasattr(getattr(data, "dataset", data), "__len__"):
         raise InvalidInput("for training, give a folder, an .npz file, a Dataset, or a DataLoader with a length")
     if isinstance(data, DataLoader):
-        return data, _first_batches(data, run.seed)
+        return data, list(read_batches(data, run.seed, most=JUDGED_BY))
     count = len(data)  # type: ignore[arg-type]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(run.seed)).tolist()
     aside = max(int(how.held_out * count), min(HELD_OUT_LEAST, count // 5)) if how.held_out else 0
@@ -405,17 +403,6 @@ def _loaders(run: TrainingRun, processes: int) -> tuple[Any, Any]:
     sampler = SeedableRandomSampler(views, data_seed=run.seed)
     loader = DataLoader(views, batch_size=batch, sampler=sampler, drop_last=True)
     return loader, DataLoader(Views(data, order[:aside], run.inputs, run.seed), batch_size=batch) if aside else None
-
-
-def _first_batches(loader: Any, seed: int) -> list[Any]:
-    """Return the first batches of a DataLoader, used for training and evaluation since none can be held out."""
-    found, count = [], 0
-    for batch in read_batches(loader, seed):
-        found.append(batch)
-        count += next((len(x) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.dim()), 0)
-        if count >= JUDGED_BY:
-            break
-    return found
 
 
 def classes_in(data: Any, inputs: int) -> Tensor | None:

@@ -15,8 +15,7 @@ from surgery.report import charts
 from surgery.report.charts import Chart
 from surgery.report.data import deployed_precision
 
-MOST_LAYERS = 120
-"""Maximum number of layers in the chart of widths; report.json has all of them."""
+MOST_LAYERS = 120  # maximum number of layers in the chart of widths; report.json has all of them
 
 
 @dataclass(frozen=True, slots=True)

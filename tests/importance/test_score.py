@@ -237,7 +237,7 @@ def test_an_unknown_criterion_lists_the_known_ones(model: nn.Module, criterion: 
 def test_nan_names_its_tensor(model: nn.Module, name: str) -> None:
     with torch.no_grad():
         model.state_dict()[name].flatten()[1] = float("nan")
-    with pytest.raises(InvalidInput, match=f"{name} holds NaN"):
+    with pytest.raises(InvalidInput, match=f"{name} holds 1 NaN"):
         score(program_of(model), coupling_of(model))
 
 
@@ -246,7 +246,7 @@ def test_infinite_weights_are_refused_and_infinite_masks_are_not(model: nn.Modul
     assert score(program_of(model), coupling_of(model))
     with torch.no_grad():
         model.fc.weight[0, 0] = float("inf")
-    with pytest.raises(InvalidInput, match=r"fc\.weight holds infinite values"):
+    with pytest.raises(InvalidInput, match=r"fc\.weight holds 1 NaN or infinite values"):
         score(program_of(model), coupling_of(model))
 
 

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from surgery.core import require_finite
 from surgery.errors import InvalidInput
-from surgery.inputs.checkpoints import check_finite, class_counts, compare, fit, read_checkpoint
+from surgery.inputs.checkpoints import class_counts, compare, fit, read_checkpoint
 
 
 def net(classes: int = 10) -> nn.Module:
@@ -143,7 +144,7 @@ def test_nan_and_infinite_weights_are_named(tmp_path: Path, name: str, value: fl
 def test_an_attention_mask_of_minus_infinity_is_no_fault() -> None:
     module = net()
     module.register_buffer("mask", torch.full((2, 2), float("-inf")))
-    check_finite(module, origin="net")
+    require_finite(module.state_dict(keep_vars=True), "net")
     module.mask[0, 0] = float("nan")
     with pytest.raises(InvalidInput, match="mask"):
-        check_finite(module, origin="net")
+        require_finite(module.state_dict(keep_vars=True), "net")

@@ -23,19 +23,13 @@ from surgery.importance.criteria.weights import over_mean
 from surgery.importance.least_squares import Moments
 from surgery.importance.scoring import Batches, Evidence, criterion
 
-WIDEST = 6_000
-"""Layers with more inputs are omitted, since memory grows quadratically."""
-ROWS, FEWEST_ROWS = 16, 20_000
-"""Rows collected per input of a layer, and the minimum number of rows."""
+WIDEST = 6_000  # layers with more inputs are omitted, since memory grows quadratically
+ROWS, FEWEST_ROWS = 16, 20_000  # rows collected per input of a layer, and the minimum number of rows
 RIDGE = 1e-3
-STEPS = 96
-"""Units of a group are removed one by one, or in at most this many steps."""
-MEASURED_SHARES = (0.25, 0.5, 0.75)
-"""Fractions of each group at which refitted weights are kept to measure the outputs."""
-HELD_OUT_EVERY = 4
-"""Every fourth batch is held out, since weights fitted to few images overfit."""
-SEVERAL_CONSUMERS = 4.0
-"""Cutting one group alone underestimates units with several consumers by about this factor."""
+STEPS = 96  # units of a group are removed one by one, or in at most this many steps
+MEASURED_SHARES = (0.25, 0.5, 0.75)  # fractions of each group at which refitted weights are kept to measure the outputs
+HELD_OUT_EVERY = 4  # every fourth batch is held out, since weights fitted to few images overfit
+SEVERAL_CONSUMERS = 4.0  # cutting one group alone underestimates units with several consumers by about this factor
 WORK_MACS, FEWEST = 8e11, 24
 """Limit on the multiply-adds of all measurements together, and the minimum number of images."""
 
