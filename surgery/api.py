@@ -57,9 +57,8 @@ def shrink(
     loaded = _loaded(model, example_inputs, example_kwargs, asked)
     is_named = isinstance(model, str)
     task = opened(asked, loaded, trained=is_named and loaded.is_trained)
-    inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
     with torch.random.fork_rng(devices=()), buffers_kept(loaded.module):
-        decision = pipeline.decide(loaded.module, inputs, task, example_kwargs=kwargs, progress=progress)
+        decision = pipeline.decide(loaded, task, progress)
         result = pipeline.realise(decision, progress=progress)
     asked = config.resolved(asked.but(recover=task.recovery.recover, model=model if is_named else None))
     return replace(result, recipe=asked, report=with_origin(result.report, loaded) if is_named else result.report)
@@ -89,7 +88,7 @@ def recover(
     example = whole.example if whole else None
     inputs = example.example[0] if example else result.program.example_args
     model = whole.model if whole else result.program.dense.model
-    asked = opened(asked, LoadedModel(model, inputs, {}, "", ""), trained=True)
+    asked = opened(asked, LoadedModel(model, inputs), trained=True)
     with torch.random.fork_rng(devices=()), buffers_kept(result.model):
         compact = copy_of(result.compact)
         model = whole.around(compact.module) if whole else compact.module
@@ -164,7 +163,7 @@ def _loaded(model: Any, example_inputs: Any, example_kwargs: Mapping[str, Any] |
     if example_kwargs is not None and not isinstance(example_kwargs, Mapping):
         raise InvalidInput(f"example_kwargs is of type {type(example_kwargs).__name__}: give a dictionary of inputs")
     if not isinstance(model, str):
-        return LoadedModel(model, example_inputs, example_kwargs or {}, type(model).__name__, "")
+        return LoadedModel(model, example_inputs, example_kwargs or {}, type(model).__name__)
     found = load_named(recipe.but(model=model))
     for warning in found.warnings:
         warnings.warn(warning, stacklevel=3)

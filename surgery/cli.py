@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from surgery.core import Progress
     from surgery.inputs import LoadedModel
-    from surgery.planning import Decision
 
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 FEW = 12  # help with no more options than this is one page
@@ -323,8 +322,7 @@ def profile(session: Session, /, out: Path | None, pack: Path | None, **paramete
         if pack is None:
             Settings(threads=recipe.target.threads)  # refuses more threads than cores, which a device may have
         loaded = _load(recipe, progress)
-        inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
-        found = profiling.survey(loaded.module, inputs, recipe, example_kwargs=kwargs, progress=progress)
+        found = profiling.survey(loaded, recipe, progress)
         session.writing = True
         if pack is not None:
             profiling.pack(found, pack, name=loaded.name, progress=progress)
@@ -375,12 +373,12 @@ def show(session: Session, /, **parameters: Any) -> None:
     recipe = _recipe(parameters)
     config.validate(recipe)
     with work(session) as progress:
-        from surgery import api, report  # saves start-up seconds
+        from surgery import api, pipeline, report  # saves start-up seconds
 
         loaded = _load(recipe, progress)
         task = api.opened(recipe, loaded, trained=loaded.is_trained)
         next_command = command_line("shrink", *session.arguments[1:])
-        data = report.with_origin(_decide(loaded, task, progress).report, loaded, next_command=next_command)
+        data = report.with_origin(pipeline.decide(loaded, task, progress).report, loaded, next_command=next_command)
     _print_report(session, data)
 
 
@@ -435,11 +433,11 @@ def _recipe(parameters: Mapping[str, Any]) -> Recipe:
 def _refuse_huge_batch(loaded: LoadedModel, batch: int) -> None:
     """Raise early if the batch is too large to be timed."""
     import psutil  # saves start-up seconds
-    from torch import Tensor  # saves start-up seconds
-    from torch.utils import _pytree  # saves start-up seconds
 
-    leaves = _pytree.tree_leaves((loaded.example_inputs, dict(loaded.example_kwargs)))
-    needed = batch * sum(x[:1].numel() * x.element_size() for x in leaves if isinstance(x, Tensor) and x.ndim)
+    from surgery.core import Callee  # saves start-up seconds
+
+    tensors = Callee(*loaded.call).tensors
+    needed = batch * sum(x[:1].numel() * x.element_size() for x in tensors if x.ndim)
     memory = psutil.virtual_memory().total
     if needed > memory:
         what = f"the input alone takes {needed / 2**30:,.0f} GiB and this machine has {memory / 2**30:,.0f}"
@@ -457,13 +455,6 @@ def _load(recipe: Recipe, progress: Progress) -> LoadedModel:
     return loaded
 
 
-def _decide(loaded: LoadedModel, recipe: Recipe, progress: Progress) -> Decision:
-    from surgery import pipeline  # saves start-up seconds
-
-    inputs, kwargs = loaded.example_inputs, loaded.example_kwargs
-    return pipeline.decide(loaded.module, inputs, recipe, example_kwargs=kwargs, progress=progress)
-
-
 def _deliver(session: Session, recipe: Recipe, progress: Progress, plan: Path | None = None) -> Mapping[str, Any]:
     """Cut, check, export, time, and write everything into the output folder; return the report.
 
@@ -479,7 +470,6 @@ def _deliver(session: Session, recipe: Recipe, progress: Progress, plan: Path | 
         recipe = planning.as_planned(recipe, decided)
     loaded = _load(recipe, progress)
     task = api.opened(recipe, loaded, trained=loaded.is_trained)
-    repeated = partial(planning.repeat, example_kwargs=loaded.example_kwargs)
     shared = RECOVERY_METHODS.has_need(task.recovery.recover, "gradients") and distributed.processes() > 1
     if shared:
         recovery.refuse_batch(task.data.data, task.recovery, distributed.processes())
@@ -487,7 +477,7 @@ def _deliver(session: Session, recipe: Recipe, progress: Progress, plan: Path | 
     if distributed.rank() > 0:
         if shared:
             sent, tensors = distributed.receive()
-            decision = repeated(sent, loaded.module, loaded.example_inputs)
+            decision = planning.repeat(sent, loaded)
             pipeline.follow(replace(decision, recipe=planning.as_planned(task, sent)), tensors)
             distributed.disconnect()
         return {}
@@ -496,10 +486,9 @@ def _deliver(session: Session, recipe: Recipe, progress: Progress, plan: Path | 
     delivery.prepare(out)
     task = task.but(checkpoint=out.absolute().parent / f".{out.name}.training")
     if decided is None:
-        decision = _decide(loaded, task, progress)
+        decision = pipeline.decide(loaded, task, progress)
     else:
-        decision = repeated(decided, loaded.module, loaded.example_inputs, progress=progress)
-        decision = replace(decision, recipe=task)
+        decision = replace(planning.repeat(decided, loaded, progress), recipe=task)
     result = pipeline.realise(replace(decision, shared=shared), progress=progress)
     asked = config.resolved(recipe.but(out=out, recover=task.recovery.recover))
     next_command = command_to_evaluate(out, loaded, recipe)

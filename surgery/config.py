@@ -541,6 +541,8 @@ def read_recipe(path: str | Path, *, registered: bool = False) -> tuple[dict[str
     for name, value in found.items():
         line = re.search(rf"""^\s*\[?["']?{re.escape(name)}["']?\s*[=.\]]""", content, re.MULTILINE)
         where = f"{path}, line {content.count(chr(10), 0, line.end()) + 1 if line else 1}"
+        if name in GROUPS and isinstance(value, Mapping):
+            raise InvalidInput(f"{where}: recipes have no tables; write the keys of [{name}] without that line")
         if name not in OPTIONS:
             raise InvalidInput(f"{where}: there is no key '{name}'{_nearest(name)}")
         if registered or not OPTIONS[name].kind.is_new(value):

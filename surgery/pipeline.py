@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from surgery.core import (
 from surgery.coupling import Cut, batch_size, drop
 from surgery.cutting import check_whole, describe_whole, tracer_of
 from surgery.errors import BudgetUnreachable, InvalidInput, SurgeryError, UnsupportedModel
-from surgery.inputs import read_batches
+from surgery.inputs import LoadedModel, read_batches
 from surgery.planning import Decision, LatencyBench, refined, traced
 from surgery.recovery import Recovery, Step, Subject, points_lost, recovered, run as recovery, with_recovery
 from surgery.report import as_json, describe, layer_shapes
@@ -173,27 +172,19 @@ def _counted(decision: Decision, compact: CompactModel) -> tuple[dict[str, tuple
 # Iterative pruning. --------------------------------------------------------------------------------------------------
 
 
-def decide(
-    model: torch.nn.Module,
-    example_inputs: Any,
-    recipe: Recipe,
-    *,
-    example_kwargs: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-) -> Decision:
-    """Return what would be cut; arguments and errors are those of `shrink`.
+def decide(loaded: LoadedModel, recipe: Recipe, progress: Progress | None = None) -> Decision:
+    """Return what would be cut; errors are those of `shrink`.
 
     In iterative pruning, each step chooses units on the recovered model of the step before; all make one plan.
     """
-    planned = partial(planning.decide, example_kwargs=example_kwargs, progress=progress)
     steps, seed = recipe.selection.steps, recipe.selection.seed
     if isinstance(recipe.data.val, Iterator):  # can be read once, and is needed for each model
         recipe = recipe.but(val=list(read_batches(recipe.data.val, seed, "val")))
     if steps == 1:
-        return planned(model, example_inputs, recipe)
+        return planning.decide(loaded, recipe, progress)
     goal, between = recipe.goal, list[Step]()
     targets = [1 - (1 - goal.amount) * step / steps for step in range(1, steps + 1)]
-    decision = planned(model, example_inputs, _toward(recipe, targets[0]))
+    decision = planning.decide(loaded, _toward(recipe, targets[0]), progress)
     quiet = decision.recipe.but(recover="reconstruct")
     if isinstance(recipe.data.data, Iterator):  # can be read once
         recipe = recipe.but(data=decision.seen)
@@ -207,7 +198,7 @@ def decide(
             notes = tuple(f"step {which}: {note}" for note in done.notes)
             between.append(replace(done, name=f"{done.name} {which}", notes=notes))
         again = _toward(recipe, target / kept).but(drop_layers=False)
-        decision = _joined(decision, planned(so_far.model, example_inputs, again))
+        decision = _joined(decision, planning.decide(replace(loaded, module=so_far.model), again, progress))
     plan = replace(decision.choice.plan, budget=goal)
     return replace(decision, choice=replace(decision.choice, plan=plan), recipe=recipe, between=tuple(between))
 

@@ -53,9 +53,26 @@ def conditioned_copy(model: nn.Module, run: Callable[[nn.Module], object] | None
             if tensor.is_floating_point() and tensor.numel():
                 tensor.copy_(conditioned(name, tensor, generator))
         if run is not None:
-            with BatchStatistics() as mode:
+            with _Settling():
                 run(made)
-            for running_mean, running_var, mean, variance, _ in mode.found():
-                running_mean.copy_(mean)
-                running_var.copy_(variance + 0.1 * variance.mean() + 1e-6)  # channels of small variance get more
     return made
+
+
+class _Settling(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Norms take the statistics of their input, varied by their own values, before they use them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._own: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run one operator."""
+        if func is torch.ops.aten.native_batch_norm.default and args[3] is not None:
+            x, (mean, variance) = args[0], args[3:5]
+            shift, scale = self._own.setdefault(id(mean), (mean.clone(), variance.clone()))
+            found, centre = torch.var_mean(x, [a for a in range(x.dim()) if a != 1], correction=0)
+            mean.copy_(centre + 0.1 * found.sqrt() * shift)
+            variance.copy_(found * scale + 0.1 * found.mean() + 1e-6)  # channels of small variance get more
+        return func(*args, **(kwargs or {}))

@@ -260,13 +260,14 @@ class Plan:
     def from_json(cls, text: str, origin: str = "plan") -> Plan:
         """Parse the output of `to_json`; raises PlanMismatch if the text is not a plan of this schema."""
         try:
-            schema = msgspec.json.decode(text, type=_Schema).schema
+            data = json.loads(text)  # not msgspec's own, which has no infinity, as a model's argument may be
+            schema = msgspec.convert(data, _Schema).schema
             if schema != PLAN_SCHEMA:
                 raise PlanMismatch(f"{origin}: plan schema {schema}, this version reads {PLAN_SCHEMA}; make a new plan")
-            plan = msgspec.json.decode(text, type=cls)
+            plan = msgspec.convert(data, cls)
             msgspec.convert(plan.settings, _Settings)
             return plan
-        except (msgspec.MsgspecError, InvalidInput, RecursionError) as error:
+        except (ValueError, InvalidInput, RecursionError) as error:
             raise PlanMismatch(
                 f"{origin}: not a plan file ({error}); `surgery shrink` writes one as plan.json"
             ) from error

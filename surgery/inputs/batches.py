@@ -79,8 +79,8 @@ def seeded(loader: Any, seed: int) -> Iterator[None]:
 
 
 def derived_seed(seed: int, number: int) -> int:
-    """Return a seed derived from another seed and the number of an epoch or an item."""
-    return (seed * 1_000_003 + number) % 2**63
+    """Return a seed derived from another seed and the number of an epoch, batch or item; no two draws are alike."""
+    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0]) % 2**63
 
 
 def read_batches(loader: Iterable[Any], seed: int, named: str = "data", most: float = inf) -> Iterator[Any]:

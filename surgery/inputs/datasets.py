@@ -7,7 +7,9 @@ unreadable ones are skipped and counted.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import isfinite, prod
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -70,11 +72,12 @@ class Images(Dataset[tuple[Tensor, int]]):
         item, (channels, height, width) = self.items[k], self.shape
         try:
             with Image.open(item) if isinstance(item, Path) else Image.fromarray(item) as opened:
-                image = ImageOps.exif_transpose(_in_8_bits(opened)).convert("RGB" if channels == 3 else "L")
+                turn, image = _turn_of(opened), _in_8_bits(opened).convert("RGB" if channels == 3 else "L")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # raised by PIL on broken files
             self.unreadable.add(str(item))
             self._require_readable(len(self))
             return None
+        image = image if turn is None else image.transpose(turn)
         if image.size != (width, height) or self.how.crop < 1:
             method = Image.Resampling[self.how.interpolation.upper()]
             image = ImageOps.fit(image, (width, height), method, bleed=(1 - self.how.crop) / 2)
@@ -112,6 +115,16 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
         kind = "whole numbers of 32 bits" if image.mode == "I" else "floating-point numbers"
         raise InvalidInput(f"{name} holds {kind}, of which black and white are not known; convert it to 8 or 16 bits")
     return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)) if in_16_bits else image
+
+
+_TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))  # by EXIF orientation
+
+
+def _turn_of(image: Image.Image) -> Image.Transpose | None:
+    """Return how an image is to be turned; None where damaged EXIF data, for which PIL raises anything, do not say."""
+    with suppress(Exception), warnings.catch_warnings(action="ignore"):
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return None
 
 
 def evenly_spaced(count: int, most: int) -> list[int]:
@@ -177,7 +190,7 @@ def _archive(place: Path, shape: tuple[int, int, int], how: Preprocessing, optio
 def _folder(place: Path, shape: tuple[int, int, int], how: Preprocessing, option: str) -> Images:
     """Read several folders like torchvision's ImageFolder: each is a class, sorted by name."""
     names = sorted(path.name for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
-    beside = [path for path in sorted(place.iterdir()) if path.is_file() and path.suffix.lower() in SUFFIXES]
+    beside = [path for path in sorted(place.iterdir()) if path.is_file() and _is_image(path.name)]
     seen = {path.resolve() for path in (place, *(place / name for name in names))}
     found = [
         (file, label) for label, name in enumerate(names) for file in sorted(_files(place / name, seen), key=_by_folder)
@@ -198,6 +211,10 @@ def _folder(place: Path, shape: tuple[int, int, int], how: Preprocessing, option
     return Images(option, place, shape, how, files, classes, notes)
 
 
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")  # as macOS puts beside each file
+
+
 def _by_folder(file: Path) -> tuple[str, str]:
     return str(file.parent), file.name
 
@@ -205,8 +222,10 @@ def _by_folder(file: Path) -> tuple[str, str]:
 def _files(folder: Path, seen: set[Path]) -> Iterator[Path]:
     """Yield the images below a folder. Links are followed, but not to a folder or a file seen before."""
     for path, names, files in os.walk(folder, followlinks=True):
-        for file in (Path(path, name) for name in sorted(files)):
-            if file.suffix.lower() in SUFFIXES and (real := file.resolve()) not in seen:
+        here = Path(path).resolve()
+        for file in (Path(path, name) for name in sorted(files) if _is_image(name)):
+            real = file.resolve() if file.is_symlink() else here / file.name  # to resolve each takes ten times as long
+            if real not in seen:
                 seen.add(real)
                 yield file
         inner = {name: Path(path, name).resolve() for name in sorted(names)}

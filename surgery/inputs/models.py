@@ -44,13 +44,18 @@ class LoadedModel:
     """A model ready to be traced."""
 
     module: nn.Module  # in eval mode
-    example_inputs: tuple[Any, ...]  # positional arguments of forward, usually one tensor (1, C, H, W)
-    example_kwargs: Mapping[str, Any]
-    name: str  # short, and safe for folders
-    weights: str  # in the report: `IMAGENET1K_V1 (torchvision)`, `random`, `checkpoint resnet.pt`
+    example_inputs: Any  # positional arguments of forward: one tensor (1, C, H, W), or a tuple
+    example_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""  # short, and safe for folders
+    weights: str = ""  # in the report: `IMAGENET1K_V1 (torchvision)`, `random`, `checkpoint resnet.pt`
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()  # for the user, such as random weights because pretrained ones are unavailable
     preprocessing: Preprocessing = field(default_factory=Preprocessing)  # that the model expects
+
+    @property
+    def call(self) -> tuple[nn.Module, Any, Mapping[str, Any]]:
+        """The module and its example inputs: arguments of `surgery.trace`."""
+        return self.module, self.example_inputs, self.example_kwargs
 
     @property
     def is_trained(self) -> bool:

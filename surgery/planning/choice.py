@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from surgery.capture import submodule
 from surgery.config import Recipe
 from surgery.core import Arrangement, Block, Clock, CostFn, Coupling, Plan, Program, Scores
@@ -26,7 +24,7 @@ from surgery.coupling import (
 )
 from surgery.cutting import tracer_of
 from surgery.importance import arrange, measures_losses, score
-from surgery.inputs import Calibration
+from surgery.inputs import Calibration, LoadedModel
 from surgery.latency import FP32, INT8
 from surgery.planning.latency_search import Staircase
 from surgery.planning.lowering import Lowered, lower
@@ -100,14 +98,12 @@ class Choice:
         return Cut(self.program, self.coupling, self.plan)
 
 
-def traced_part(
-    model: torch.nn.Module, inputs: Any, kwargs: Mapping[str, Any] | None, recipe: Recipe, clock: Clock
-) -> tuple[Program, submodule.Whole | None]:
+def traced_part(loaded: LoadedModel, recipe: Recipe, clock: Clock) -> tuple[Program, submodule.Whole | None]:
     """Trace the model, or the recipe's submodule, which comes with the whole model."""
     with clock("trace"):
-        part = recipe.selection.submodule
-        whole = submodule.reach(model, part, inputs, kwargs) if part is not None else None
-        return tracer_of(recipe.selection.tracer).trace(*(whole.call if whole else (model, inputs, kwargs))), whole
+        part, (model, *call) = recipe.selection.submodule, loaded.call
+        whole = submodule.reach(model, part, *call) if part is not None else None
+        return tracer_of(recipe.selection.tracer).trace(*(whole.call if whole else loaded.call)), whole
 
 
 def with_dead(plan: Plan, coupling: Coupling, dead: Mapping[str, Sequence[int]]) -> Plan:

@@ -17,7 +17,7 @@ from surgery.coupling import drop, require_own_cuts
 from surgery.cutting import tracer_of
 from surgery.errors import InvalidInput, PlanMismatch, UnsupportedModel
 from surgery.importance import settled
-from surgery.inputs import Calibration, calibration_images
+from surgery.inputs import Calibration, LoadedModel, calibration_images
 from surgery.planning.allocation import allocate
 from surgery.planning.choice import Candidate, Candidates, Choice, plan_settings, traced_part
 from surgery.planning.latency_planner import LatencyPlanner
@@ -46,18 +46,11 @@ class Decision:
         return {**data, "notes": [*data["notes"], *self.choice.warnings], "stages_s": dict(self.stages_s)}
 
 
-def decide(
-    model: torch.nn.Module,
-    example_inputs: Any,
-    recipe: Recipe,
-    *,
-    example_kwargs: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-) -> Decision:
+def decide(loaded: LoadedModel, recipe: Recipe, progress: Progress | None = None) -> Decision:
     """Return what would be pruned, without changing the model; arguments and errors are those of `shrink`."""
     validate(recipe)
     clock = Clock(progress)
-    program, whole = traced_part(model, example_inputs, example_kwargs, recipe, clock)
+    program, whole = traced_part(loaded, recipe, clock)
     seen = None
     if recipe.data.data is not None:
         with clock("read images"):
@@ -153,19 +146,12 @@ def as_planned(recipe: Recipe, plan: Plan) -> Recipe:
     return recipe.but(budget=plan.budget or Budget(), submodule=plan.settings.get("part"), **settings)
 
 
-def repeat(
-    plan: Plan,
-    dense_model: torch.nn.Module,
-    example_inputs: Any,
-    *,
-    example_kwargs: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-) -> Decision:
-    """Return a plan as a decision for this model; arguments and errors are those of `surgery.apply`."""
+def repeat(plan: Plan, loaded: LoadedModel, progress: Progress | None = None) -> Decision:
+    """Return a plan as a decision for this model; errors are those of `surgery.apply`."""
     clock = Clock(progress)
     recipe = as_planned(Recipe(), plan)
     with clock("trace"):
-        dense, whole = traced(plan, dense_model, example_inputs, example_kwargs)
+        dense, whole = traced(plan, *loaded.call)
     choice = choice_of(plan, dense, recipe, clock)
     require_own_cuts(plan, choice.coupling)
     return Decision(recipe, choice, clock.seconds, whole)

@@ -17,13 +17,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from surgery import __version__
 from surgery.config import Recipe
 from surgery.core import Clock, Program, Progress, replacing
 from surgery.errors import InvalidInput
+from surgery.inputs import LoadedModel
 from surgery.latency import LatencyTable, Measured, Point, device
 from surgery.planning.choice import Candidates, traced_part
 from surgery.planning.latency_planner import conditions_of
@@ -89,17 +89,10 @@ class Survey:
         return found
 
 
-def survey(
-    model: torch.nn.Module,
-    example_inputs: Any,
-    recipe: Recipe,
-    *,
-    example_kwargs: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-) -> Survey:
+def survey(loaded: LoadedModel, recipe: Recipe, progress: Progress | None = None) -> Survey:
     """Return the kernels of a model to time; the recipe's budget is ignored, errors are those of `shrink`."""
     run = Clock(progress)
-    program, _ = traced_part(model, example_inputs, example_kwargs, recipe, run)
+    program, _ = traced_part(loaded, recipe, run)
     candidates = Candidates(program, recipe, None, run)
     dense = candidates.without(()).lowered.points()
     with run("couple without blocks"):

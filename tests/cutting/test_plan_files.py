@@ -90,6 +90,11 @@ def test_what_is_no_plan_is_refused(text: str) -> None:
         surgery.Plan.from_json(text)
 
 
+def test_an_infinite_argument_of_forward_survives_a_file() -> None:
+    plan = replace(surgery.Plan.load(WRITTEN), settings={"arguments": {"limit": float("inf")}})
+    assert surgery.Plan.from_json(plan.to_json()) == plan
+
+
 def test_a_whole_number_of_milliseconds_survives_a_file() -> None:
     plan = replace(surgery.Plan.load(WRITTEN), budget=surgery.recipe(latency_ms=5).budget)
     assert surgery.Plan.from_json(plan.to_json()).digest == plan.digest

@@ -150,7 +150,7 @@ def test_objects_of_python_stand_in_a_recipe_as_comments(tmp_path: Path) -> None
     [
         ("# ours\n\nlatencyy = 0.5\n", "line 3: there is no key 'latencyy'; the nearest is 'latency'"),
         ('macs = 0.5\nscope = "all"\n', "line 2: scope = 'all': give one of global, uniform"),
-        ("[budget]\nmacs = 0.5\n", "line 1: "),
+        ("[budget]\nmacs = 0.5\n", "line 1: recipes have no tables; write the keys of .budget. without that line"),
         ("macs = \n", "not TOML: .*line 1"),
     ],
 )

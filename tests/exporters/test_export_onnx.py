@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -379,6 +380,15 @@ def test_twin_is_reproducible_distinct_and_leaves_the_model_alone():
         if value.is_floating_point():
             assert value.unique().numel() == value.numel() and value.abs().min() > 0, name
     assert first.norm.running_var.min() >= 0.5 and not model.head.weight.any()
+
+
+def test_twin_of_a_deep_network_varies_with_the_input():
+    widths = [3, *[8] * 50]
+    layers = [x for i, o in pairwise(widths) for x in (nn.Conv2d(i, o, 3, 1, 1), nn.BatchNorm2d(o), nn.ReLU())]
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = conditioned_copy(nn.Sequential(*layers).eval(), lambda model: model(images))(images)
+    assert float((found - found.mean(0)).abs().max() / found.abs().max()) > 0.3
 
 
 def test_names_of_outputs():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,27 @@ def test_a_photo_is_turned_as_its_camera_was_held(tmp_path: Path) -> None:
     assert torch.allclose(found, torch.from_numpy(upright / 255).float().permute(2, 0, 1), atol=1e-6)
 
 
+def exif_of(*entries: tuple[int, int, bytes]) -> bytes:
+    """EXIF data of entries (tag, type, value in four bytes)."""
+    content = b"".join(struct.pack("<HHI", tag, kind, 1) + value for tag, kind, value in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + content + bytes(4)
+
+
+def test_a_photo_is_turned_though_other_data_of_its_camera_are_damaged(tmp_path: Path) -> None:
+    upright = pixels(8, 8, 3)
+    turned, too_large = (0x0112, 3, struct.pack("<HH", 6, 0)), (0x0213, 4, struct.pack("<I", 70000))
+    Image.fromarray(np.rot90(upright).copy()).save(tmp_path / "1.png", exif=exif_of(turned, too_large))
+    Image.fromarray(upright).save(tmp_path / "2.png", exif=b"Exif\0\0II*\0nothing of use")
+    found = opened(tmp_path, (1, 3, 8, 8), mean=(0, 0, 0), std=(1, 1, 1))
+    assert torch.equal(found[0][0], found[1][0])
+
+
+def test_hidden_files_are_no_images(tmp_path: Path) -> None:
+    Image.fromarray(pixels(8, 8, 3)).save(tmp_path / "1.png")
+    (tmp_path / "._1.png").write_bytes(b"as macOS puts beside each file on other disks")
+    assert len(opened(tmp_path, (1, 3, 8, 8))) == 1
+
+
 def test_files_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path) -> None:
     for k in range(120):
         Image.fromarray(pixels(8, 8, 3)).save(tmp_path / f"{k:03}.png")
@@ -223,3 +245,9 @@ def test_a_part_sees_what_arrives_at_it() -> None:
     found = batches.calibration_images(GIVEN, trace(*whole.call), whole)
     assert torch.equal(found.batches[1][0], model[0](GIVEN[32:]))
     assert found.digest == batches.gather(GIVEN, SPEC).digest
+
+
+def test_no_two_seeds_and_batches_give_the_same_draws() -> None:
+    """As they would for augmentation, epoch by epoch."""
+    draws = [float(x) for seed in range(3) for x in batches.read_batches((torch.rand(()) for _ in range(3)), seed)]
+    assert len(set(draws)) == 9

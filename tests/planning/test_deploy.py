@@ -28,6 +28,7 @@ from surgery.core.kernels import Kernel, Operand, Widths, step
 from surgery.coupling.coupler import couple
 from surgery.delivery.saving import deployed_recipe
 from surgery.errors import InvalidInput
+from surgery.inputs import LoadedModel
 from surgery.latency import cache, fill, probe
 from surgery.latency.fill import REFERENCE
 from surgery.latency.micro import BY_RANGE, FP32, IN_8_BITS, INT8, model_bytes
@@ -202,7 +203,7 @@ def test_the_drop_is_that_of_the_int8_file(
 ) -> None:
     images, classes = torch.randn(64, 3, 16, 16), torch.arange(64) % 10
     asked = surgery.recipe(latency=0.9, latency_table=table, data=images, val=(images, classes), deploy="int8")
-    decision = decide(net(), IMAGE, asked)
+    decision = decide(LoadedModel(net(), IMAGE), asked)
     judged: list[str] = []
     lost_by = pipeline.lost_by
 
@@ -226,7 +227,7 @@ def test_files_are_made_as_the_plan_was_timed(table: LatencyTable, tmp_path: Pat
     data = surgery.save(result, tmp_path / "out", surgery.recipe(runs=12)).data
     assert any("3 of 4 layers are in 8 bits" in note for note in data["notes"])
     assert "compact int8: " in data["accuracy"]["verdict"]
-    without_images = pipeline.realise(repeat(result.plan, net(), IMAGE))
+    without_images = pipeline.realise(repeat(result.plan, LoadedModel(net(), IMAGE)))
     _, (note,) = deployed_recipe(without_images, surgery.recipe())
     assert note.startswith("the widths were chosen for int8")
     damaged = replace(result.plan, settings={**result.plan.settings, "int8": {"keep": ["last"], "bits": 4}})

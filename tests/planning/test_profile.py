@@ -25,6 +25,7 @@ import surgery
 from surgery.config import recipe, validate
 from surgery.core.kernels import Kernel
 from surgery.errors import InvalidInput
+from surgery.inputs import LoadedModel
 from surgery.latency.cache import Given
 from surgery.latency.tables import LatencyTable
 from surgery.planning import profiling as profile
@@ -488,7 +489,7 @@ def test_a_plan_that_drops_blocks_is_repeated_with_the_same_figures(
     first = surgery.shrink(model, images, surgery.recipe(latency=0.1, latency_table=folder / "here.json"))
     plan = surgery.Plan.from_json(first.plan.to_json())
     assert plan.dropped
-    again = pipeline.realise(repeat(plan, model, images))
+    again = pipeline.realise(repeat(plan, LoadedModel(model, images)))
     assert again.plan.digest == first.plan.digest
     assert torch.equal(again.model(*images), first.model(*images))
     for key in ("models", "groups", "dropped", "settings"):

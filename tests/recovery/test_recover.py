@@ -28,6 +28,7 @@ from surgery.capture.tracing import trace
 from surgery.core.ir import InputSpec
 from surgery.coupling.coupler import couple
 from surgery.errors import BudgetUnreachable, InvalidInput
+from surgery.inputs import LoadedModel
 from surgery.planning.decision import decide
 from surgery.recovery import training
 from surgery.recovery.evaluation import Reference, paired_drop
@@ -693,7 +694,7 @@ def test_the_lowest_latency_within_a_drop(
     program = trace(trained, images[0][:2])
     table = table_of(program, couple(program))
     asked = surgery.recipe(latency=0.9, latency_table=table, data=images, val=unseen, max_images=128)
-    decision = decide(trained, images[0][:2], asked)
+    decision = decide(LoadedModel(trained, images[0][:2]), asked)
     monkeypatch.setattr(pipeline, "LatencyBench", lambda *args, **more: Bench())
 
     def fastest(points: float) -> surgery.Result:

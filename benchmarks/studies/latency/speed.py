@@ -22,7 +22,7 @@ from benchmarks.studies.latency.rivals import PLAIN, SETTINGS, Subject, Uniform,
 from benchmarks.studies.latency.search import reach
 from surgery.cutting import cut, masked
 from surgery.errors import BudgetUnreachable
-from surgery.inputs import load_model
+from surgery.inputs import LoadedModel, load_model
 from surgery.planning import Choice, decide
 
 Entry = dict[str, Any]
@@ -164,7 +164,7 @@ def channels(job: Job, options: Options, folder: Path) -> Entry:
 def ours_of_macs(subject: Subject, wanted: float, *, threads: int) -> tuple[Choice, float]:
     """Return the plan of a budget of time that leaves about these MACs, and the budget."""
     recipe = surgery.recipe(latency=0.5, threads=threads, correct=False)
-    planner = decide(subject.module, subject.inputs, recipe).planner
+    planner = decide(LoadedModel(subject.module, subject.inputs), recipe).planner
     assert planner is not None, "latency budgets have one"
     plans: dict[float, Choice] = {}
 
