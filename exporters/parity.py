@@ -149,17 +149,11 @@ def _sizes(session: Any, tensors: Tensors) -> Iterator[tuple[int, dict[str, tupl
     if dynamic & {HEIGHT, WIDTH}:
         sizes.append((rows, 32, 64))
     for batch, taller, wider in sizes:
-        more = {HEIGHT: taller, WIDTH: wider}
-        yield (
-            batch,
-            {
-                name: tuple(
-                    batch if dim == BATCH else n + more.get(dim, 0)
-                    for dim, n in zip(named.get(name, t.shape), t.shape, strict=True)
-                )
-                for name, t in tensors.items()
-            },
-        )
+        more, shapes = {HEIGHT: taller, WIDTH: wider}, {}
+        for name, t in tensors.items():
+            dims = zip(named.get(name, t.shape), t.shape, strict=True)
+            shapes[name] = tuple(batch if dim == BATCH else n + more.get(dim, 0) for dim, n in dims)
+        yield batch, shapes
 
 
 def _draw(example: Tensor, shape: Sequence[int], generator: torch.Generator, near: bool) -> Tensor:

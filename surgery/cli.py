@@ -318,7 +318,7 @@ def profile(session: Session, /, out: Path | None, pack: Path | None, **paramete
         from surgery.planning import profiling  # saves start-up seconds
 
         if (target := pack or out) is not None:
-            profiling.refuse_unwritable("--pack" if pack else "--out", target)
+            profiling.require_writable("--pack" if pack else "--out", target)
         if pack is None:
             Settings(threads=recipe.target.threads)  # refuses more threads than cores, which a device may have
         loaded = _load(recipe, progress)
@@ -430,7 +430,7 @@ def _recipe(parameters: Mapping[str, Any]) -> Recipe:
     return config.recipe(**chosen)
 
 
-def _refuse_huge_batch(loaded: LoadedModel, batch: int) -> None:
+def _require_memory(loaded: LoadedModel, batch: int) -> None:
     """Raise early if the batch is too large to be timed."""
     import psutil  # saves start-up seconds
 
@@ -451,7 +451,7 @@ def _load(recipe: Recipe, progress: Progress) -> LoadedModel:
     loaded = api.load_named(recipe)
     for warning in loaded.warnings:
         say(f"warning: {warning}")
-    _refuse_huge_batch(loaded, recipe.target.batch)
+    _require_memory(loaded, recipe.target.batch)
     return loaded
 
 
@@ -472,7 +472,7 @@ def _deliver(session: Session, recipe: Recipe, progress: Progress, plan: Path | 
     task = api.opened(recipe, loaded, trained=loaded.is_trained)
     shared = RECOVERY_METHODS.has_need(task.recovery.recover, "gradients") and distributed.processes() > 1
     if shared:
-        recovery.refuse_batch(task.data.data, task.recovery, distributed.processes())
+        recovery.validate_batch(task.data.data, task.recovery, distributed.processes())
         distributed.connect()
     if distributed.rank() > 0:
         if shared:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from math import inf, isfinite
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,11 +50,14 @@ class Kind:
         return bool(self.built_in) and not {*_listed(value)} <= {*self.built_in}
 
 
+_NUMBERS: Mapping[type, Any] = {int: Integral, float: Real}
+
+
 def _number(value: Any, cast: type[int] | type[float]) -> Any:
-    found = cast(value) if isinstance(value, str) else value
-    if not isinstance(found, (int, cast)) or isinstance(found, bool) or not isfinite(found):
+    found, kind = cast(value) if isinstance(value, str) else value, _NUMBERS[cast]
+    if not isinstance(found, kind) or isinstance(found, bool) or not isfinite(found):
         raise ValueError(value)
-    return found
+    return found if isinstance(found, (int, float)) else cast(found)  # those of numpy too
 
 
 def _listed(value: Any) -> tuple[Any, ...]:

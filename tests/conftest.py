@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,15 @@ from surgery.inputs import import_torchvision
 
 torch.set_num_threads(1)  # the networks here are tiny: more threads only wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so in the processes that tests start
+
+
+LONG = ("test_own_folders", "test_deploy", "test_cli", "test_recover", "test_stacked", "test_profile", "test_house")
+"""Files with tests of half a minute and more."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run long tests first, so that all workers end at about the same time."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @dataclass(frozen=True)

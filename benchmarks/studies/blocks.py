@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from benchmarks.studies import data, record
 from surgery.capture import trace
 from surgery.core import Block, Program
-from surgery.coupling import drop, find_blocks
-from surgery.importance import BlockAblation, block_worth
+from surgery.coupling import couple, drop, find_blocks
+from surgery.importance import BlockAblation, signal_of, weights_of
 
 BATCH = 8
 NETWORK = "resnet56"
@@ -54,7 +54,8 @@ class Row:
 
 def orders(program: Program, blocks: Sequence[Block], images: Tensor) -> Iterator[tuple[str, list[str]]]:
     """Yield the name of each score, and the names of the blocks, the least important first."""
-    worth = block_worth(program, blocks)
+    coupling = couple(program)
+    worth = signal_of(program, coupling, weights_of(program, coupling), blocks).blocks
     yield "weights alone", _rising(worth)
     ablation = BlockAblation(program, blocks, [(part,) for part in torch.split(images, BATCH)])
     yield f"{len(images)} images: individually", _rising(ablation.alone)

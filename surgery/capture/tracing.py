@@ -106,9 +106,9 @@ def _at_batch_two(args: Args, kwargs: dict[str, Any]) -> Inputs:
     """Repeat inputs of batch 1; inputs with different first axes stay unchanged."""
     tensors = _tensors((args, kwargs))
     if not tensors:
-        raise InvalidInput("example inputs hold no tensor; pass one, or a tuple of some, such as (1, 3, 224, 224)")
+        raise InvalidInput("example inputs hold no tensor; pass one or several, as in (torch.randn(1, 3, 224, 224),)")
     if any(t.numel() == 0 for t in tensors):
-        raise InvalidInput("an example input is empty; pass at least one sample, such as (1, 3, 224, 224)")
+        raise InvalidInput("an example input is empty; pass at least one sample, as in torch.randn(1, 3, 224, 224)")
     single = all(t.dim() > 0 and t.shape[0] == 1 for t in tensors)
 
     def twice(x: Any) -> Any:

@@ -496,7 +496,7 @@ def prepare(out: str | Path) -> Path:
     try:
         target = Path(out).expanduser().resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        _refuse_unsafe(target)
+        _require_replaceable(target)
         for folder in sorted(target.parent.glob(f".{target.name}.partial-*")):
             if _abandoned(folder):
                 if (folder / _PREVIOUS).exists() and not target.exists():
@@ -530,7 +530,7 @@ def output_set(out: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _refuse_unsafe(target: Path) -> None:
+def _require_replaceable(target: Path) -> None:
     """Raise InvalidInput if replacing the folder would remove the user's files."""
     if not target.exists():
         return

@@ -18,7 +18,6 @@ from .scoring import (
 from .signal import (
     Consumer as Consumer,
     Signal as Signal,
-    block_worth as block_worth,
     loss_of as loss_of,
     signal_of as signal_of,
 )

@@ -182,11 +182,19 @@ def convolution_rows(
         ends = [(w // 2, w - w // 2) for w in whole]
     else:
         ends = [(p, p) for p in each(padding)]
-    x = torch.nn.functional.pad(x, [p for pair in reversed(ends) for p in pair])
-    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
-        x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
-    index: tuple[Any, ...] = (slice(None), *(at or ()))
-    return x.movedim(1, 1 + len(kernel))[index].reshape(-1, groups, x.shape[1] // groups * prod(kernel))
+    if at is None:
+        axes = zip(x.shape[2:], kernel, stride, dilation, ends, strict=True)
+        counts = tuple((size + sum(pair) - d * (k - 1) - 1) // s + 1 for size, k, s, d, pair in axes)
+        at = torch.unravel_index(torch.arange(prod(counts)), counts)
+    flat, inside = torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.bool)
+    for axis, (place, k, s, d, (low, _)) in enumerate(zip(at, kernel, stride, dilation, ends, strict=True), 1):
+        size, shape = x.shape[1 + axis], [len(place), *[k if a == axis else 1 for a in range(1, 1 + len(kernel))]]
+        taps = ((place * s - low)[:, None] + d * torch.arange(k)).reshape(shape)
+        flat, inside = flat * size + taps.clamp(0, size - 1), inside & (taps >= 0) & (taps < size)
+    seen = x.flatten(2).index_select(2, flat.flatten())  # only what is read: no padded copy of the image
+    seen = seen if bool(inside.all()) else seen * inside.flatten()
+    seen = seen.reshape(len(x), groups, -1, len(at[0]), prod(kernel)).permute(0, 3, 1, 2, 4)
+    return seen.reshape(len(x) * len(at[0]), groups, -1)
 
 
 def value_rows(y: Tensor, axis: int, groups: int, at: tuple[Tensor, ...] | None) -> Tensor:

@@ -72,13 +72,6 @@ def signal_of(
         return Signal(consumers, {block.name: _block_lost(program, known, block) for block in blocks})
 
 
-def block_worth(program: Program, blocks: Sequence[Block]) -> dict[str, float]:
-    """Return each block's loss: a branch's share of its sum's variance, or a layer's decorrelation from its input."""
-    with torch.no_grad():
-        known = moments_of(program) if blocks else {}
-        return {block.name: _block_lost(program, known, block) for block in blocks}
-
-
 def _block_lost(program: Program, known: Mapping[str, Any], block: Block) -> float:
     if block.is_layer:
         return loss_of(1.0, 1.0 - _input_correlation(program, block, known))

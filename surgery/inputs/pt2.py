@@ -38,8 +38,9 @@ _MODE = re.compile(
 )
 """Arguments of operators whose text is a mode, not the name of a file."""
 _ALSO = re.compile(
-    "_assert_(scalar|tensor_metadata|async)|sym_constrain_range(_for_size)?|bernoulli|bincount|cummax|cummin|linalg_qr|max"
-    "|median|min|multinomial|nanmedian|randint|randint_like|randn_like|searchsorted|sort|unique_dim|view_as_(complex|real)"
+    "_assert_(scalar|tensor_metadata|async)|sym_constrain_range(_for_size)?|bernoulli|bincount|cummax|cummin|histc"
+    "|fractional_max_pool[23]d|kthvalue|linalg_(qr|svdvals)|logcumsumexp|max|median|min|multinomial|nanmedian|randint"
+    "|randint_like|randn_like|searchsorted|sort|unique_dim|view_as_(complex|real)"
 )
 """Operators that compute or check, although they have neither a rule nor a decomposition."""
 _SYMBOL_OPERATOR = re.compile(
@@ -70,7 +71,7 @@ def load_program(path: Path, *, trust: bool = False) -> torch.export.ExportedPro
             problem = _problem(path)
         if problem is not None:
             raise InvalidInput(
-                f"{path} holds {problem}, which could run code on loading; nothing was loaded. Pass --trust if you "
+                f"{path} holds {problem}; nothing was loaded, since such files could run code. Pass --trust if you "
                 "trust whoever made the file"
             )
     # Tracebacks of errors, which are raised as one exception here, would be logged.
@@ -101,7 +102,7 @@ def _problem(path: Path) -> str | None:
                 return f"a pickled {'object' if is_object else 'payload'} ({payload})"
         found = _executable_text(json.loads(reader.read_string(record)))
         if found is not None and found.startswith("torch.ops."):
-            return f"the operator {found[:80]} in {record}, which is not known to only compute"
+            return f"the operator {found[:80]} in {record}, which is not among those known to only compute"
         if found is not None:
             return f"text that is not plain data ({found[:80]!r} in {record})"
     return None

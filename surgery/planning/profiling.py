@@ -179,7 +179,7 @@ def pack(subject: Survey, path: str | Path, *, name: str, progress: Progress | N
                     shutil.copyfileobj(read, write)
 
 
-def refuse_unwritable(option: str, path: Path) -> None:
+def require_writable(option: str, path: Path) -> None:
     """Raise InvalidInput if a file cannot be written, before long computations."""
     if path.is_dir():
         raise InvalidInput(f"{option} {path}: is a folder; name a file in it")

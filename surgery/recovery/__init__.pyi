@@ -18,4 +18,4 @@ from .run import (
     verdict_on as verdict_on,
     with_recovery as with_recovery,
 )
-from .training import History as History, TrainingRun as TrainingRun, refuse_batch as refuse_batch, train as train
+from .training import History as History, TrainingRun as TrainingRun, train as train, validate_batch as validate_batch

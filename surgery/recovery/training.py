@@ -372,7 +372,7 @@ class Views(Dataset[tuple[Tensor, ...]]):
         return padded[:, top : top + image.shape[1], left : left + image.shape[2]]
 
 
-def refuse_batch(data: Any, how: config.Recovery, processes: int) -> None:
+def validate_batch(data: Any, how: config.Recovery, processes: int) -> None:
     """Raise InvalidInput if the batch cannot be divided evenly among processes."""
     own = isinstance(data, DataLoader)
     batch = (data.batch_size or getattr(data.batch_sampler, "batch_size", 0)) if own else how.train_batch
@@ -386,7 +386,7 @@ def refuse_batch(data: Any, how: config.Recovery, processes: int) -> None:
 def _loaders(run: TrainingRun, processes: int) -> tuple[Any, Any]:
     """Return batches to train on, and held-out batches (or None)."""
     data, how = run.data, run.settings
-    refuse_batch(data, how, processes)
+    validate_batch(data, how, processes)
     if not isinstance(data, (Dataset, DataLoader)) or not hasattr(getattr(data, "dataset", data), "__len__"):
         raise InvalidInput("for training, give a folder, an .npz file, a Dataset, or a DataLoader with a length")
     if isinstance(data, DataLoader):

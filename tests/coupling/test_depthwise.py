@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
@@ -20,7 +21,8 @@ from surgery.coupling.dropping import drop
 from surgery.cutting.verify import check_dropped
 from surgery.errors import CheckFailed
 from surgery.importance.block_ablation import BlockAblation
-from surgery.importance.signal import block_worth
+from surgery.importance.scoring import weights_of
+from surgery.importance.signal import signal_of
 from surgery.planning.latency_search import ImportanceLoss, State
 
 IMAGE = torch.randn(2, 3, 16, 16)
@@ -82,13 +84,18 @@ def test_the_oracle_notices_a_layer_that_is_still_there_and_one_too_many() -> No
         check_dropped(drop(program, {"3": (), "4": ()}), plan_without(program, "3"))
 
 
+def worth_of_blocks(program: Program) -> Mapping[str, float]:
+    coupling = couple(program)
+    return signal_of(program, coupling, weights_of(program, coupling), find_blocks(program)).blocks
+
+
 def test_a_layer_without_weights_is_not_taken_for_a_dead_branch() -> None:
     """Nothing flows through it; if it went, something would."""
     model = net(layer(32))
     nn.init.zeros_(model[3][0].weight)  # type: ignore[index, arg-type]
     program = trace(model, IMAGE)
     assert dead_blocks(program, find_blocks(program)) == {}
-    assert block_worth(program, find_blocks(program))["3"] > 10
+    assert worth_of_blocks(program)["3"] > 10
 
 
 @pytest.mark.parametrize("kernel", [3, 5])
@@ -96,7 +103,7 @@ def test_the_nearer_to_an_identity_the_less_is_lost(kernel: int) -> None:
     torch.manual_seed(0)
     model = net(*(layer(32, near=near, kernel=kernel) for near in (0.0, 0.3, 1.0)))
     program = trace(model, IMAGE)
-    worth = block_worth(program, find_blocks(program))
+    worth = worth_of_blocks(program)
     assert worth["3"] == pytest.approx(0.0, abs=1e-9)
     assert worth["3"] < worth["4"] < worth["5"]
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import run_surgery
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,24 +64,13 @@ def test_a_script_and_its_workers(folder: Path) -> None:
     assert (folder / "by_api" / "compact.onnx").is_file()
 
 
-def test_the_command_line_and_the_command_that_it_prints(folder: Path) -> None:
-    arguments = (
-        "shrink",
-        "net.py:net",
-        "--macs",
-        "0.5",
-        "--recover",
-        "none",
-        "--runs",
-        "3",
-        "--quiet",
-        "--json",
-        "--out",
-        "out",
-    )
-    data = json.loads(run(folder, sys.executable, "-m", "surgery.cli", *arguments))
+def test_the_command_line_and_the_commands_that_it_prints(folder: Path) -> None:
+    budget = ("--macs", "0.5", "--recover", "none", "--runs", "3")
+    done = run_surgery(folder, "shrink", "net.py:net", *budget, "--quiet", "--json", "--out", "out")
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    _, *again = shlex.split(data["command"])
+    assert json.loads(run(folder, sys.executable, *again))["plan"] == data["plan"]
     _, interactive, *rest = shlex.split(data["accuracy"]["next_command"])
     assert interactive == "-i"  # which would wait for a terminal
     run(folder, sys.executable, *rest)
-    _, *again = shlex.split(data["command"])
-    assert json.loads(run(folder, sys.executable, *again))["plan"] == data["plan"]

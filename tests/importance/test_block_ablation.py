@@ -17,7 +17,8 @@ from surgery.coupling.blocks import find_blocks
 from surgery.coupling.coupler import couple
 from surgery.coupling.dropping import drop
 from surgery.importance.block_ablation import BlockAblation, block_losses, first
-from surgery.importance.signal import block_worth
+from surgery.importance.scoring import weights_of
+from surgery.importance.signal import signal_of
 
 IMAGES = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 BATCHES = [(IMAGES[:16],), (IMAGES[16:],)]
@@ -107,9 +108,10 @@ def test_a_plan_goes_by_what_the_images_show() -> None:
         model[2].bn.running_var.fill_(1e6)  # type: ignore[index, union-attr]
     program = trace(model, IMAGES[:2])
     blocks = find_blocks(program)
-    by_weights = block_worth(program, blocks)
+    coupling = couple(program)
+    by_weights = signal_of(program, coupling, weights_of(program, coupling), blocks).blocks
     assert max(by_weights, key=by_weights.__getitem__) == "2"
-    given = table_of(program, couple(program))
+    given = table_of(program, coupling)
     asked = {"budget": surgery.Budget(latency=0.8), "latency_table": given}
     first_run, again = (surgery.shrink(model, IMAGES[:2], surgery.recipe(data=IMAGES, **asked)) for _ in range(2))  # type: ignore[arg-type]
     assert set(first_run.plan.dropped) == {"2"}
