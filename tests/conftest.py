@@ -82,10 +82,7 @@ def cut_model(
 
 
 def apply_plan(
-    program: Program,
-    coupling: Coupling,
-    dead: Mapping[str, Sequence[int]],
-    arrangements: Sequence[Arrangement] = (),
+    program: Program, coupling: Coupling, dead: Mapping[str, Sequence[int]], arrangements: Sequence[Arrangement] = ()
 ) -> Cutting:
     """Cut a traced program by `dead`, heads' members in the order of the arrangements."""
     plan = settled(make_plan(program, coupling, dead), arrangements)

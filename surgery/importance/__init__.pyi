@@ -15,9 +15,4 @@ from .scoring import (
     score as score,
     weights_of as weights_of,
 )
-from .signal import (
-    Consumer as Consumer,
-    Signal as Signal,
-    loss_of as loss_of,
-    signal_of as signal_of,
-)
+from .signal import Consumer as Consumer, Signal as Signal, loss_of as loss_of, signal_of as signal_of

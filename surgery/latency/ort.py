@@ -23,14 +23,7 @@ from surgery.core import file_bytes
 from surgery.errors import InvalidInput
 from surgery.latency.fill import Progress
 from surgery.latency.probe import BLOCK_MS, MIN_BLOCK_RUNS, block_ms
-from surgery.latency.session import (
-    Settings,
-    clocks,
-    describe,
-    fresh_process,
-    inputs_of,
-    share_of_others,
-)
+from surgery.latency.session import Settings, clocks, describe, fresh_process, inputs_of, share_of_others
 from surgery.report import Table, figure, print_parts, ratio, size
 
 if TYPE_CHECKING:

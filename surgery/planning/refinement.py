@@ -97,10 +97,7 @@ class LatencyBench:
 
 
 def refine(
-    first: Choice,
-    plan: Callable[[float], Choice],
-    cut: Callable[[Choice], torch.nn.Module],
-    bench: LatencyBench,
+    first: Choice, plan: Callable[[float], Choice], cut: Callable[[Choice], torch.nn.Module], bench: LatencyBench
 ) -> Choice:
     """Correct a plan until its measured ratio is the target, in at most `ITERATIONS` iterations.
 

@@ -235,10 +235,7 @@ def test_random_weights_are_no_demonstration(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    [
-        (("--photos", "nowhere"), "--photos"),
-        (("--weights", "net.pt"), "give a folder of photos with --photos"),
-    ],
+    [(("--photos", "nowhere"), "--photos"), (("--weights", "net.pt"), "give a folder of photos with --photos")],
 )
 def test_what_is_missing_is_told_in_a_sentence(folder: Path, arguments: tuple[str, ...], told: str) -> None:
     demo = str(ROOT / "scripts" / "demo.py")

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -240,3 +241,11 @@ def test_surgery_alone_shows_the_help_with_whole_sentences(tmp_path: Path) -> No
     done = surgery_run(tmp_path)
     assert done.returncode == 0 and "..." not in done.stdout.partition("Commands:")[2]
     assert surgery_run(tmp_path, "shrink", "--help").returncode == 0
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    found = surgery.recipe(latency=np.float32(0.5), steps=np.int64(2))
+    assert found.goal.latency == 0.5 and type(found.goal.latency) is float
+    assert type(found.selection.steps) is int
+    with pytest.raises(InvalidInput, match="steps"):
+        surgery.recipe(steps=np.float64(2))

@@ -109,10 +109,7 @@ def _apply(step: str, layer: nn.Module, x: Tensor) -> Tensor:
 
 
 networks = st.builds(
-    RandomNet,
-    st.lists(st.sampled_from(STEPS), min_size=2, max_size=6),
-    st.sampled_from([8, 12]),
-    view=st.booleans(),
+    RandomNet, st.lists(st.sampled_from(STEPS), min_size=2, max_size=6), st.sampled_from([8, 12]), view=st.booleans()
 )
 seeds = st.integers(0, 1000)
 INPUT = (2, 3, 8, 8)

@@ -37,15 +37,7 @@ def singles(size: int) -> tuple[tuple[int, ...], ...]:
 
 
 def program_of(model: nn.Module) -> Program:
-    return Program(
-        graph=None,
-        inputs=(),
-        example_args=(),
-        example_kwargs={},
-        fingerprint="f",
-        notes=(),
-        model=model,
-    )
+    return Program(graph=None, inputs=(), example_args=(), example_kwargs={}, fingerprint="f", notes=(), model=model)
 
 
 def coupling_of(model: nn.Module) -> Coupling:

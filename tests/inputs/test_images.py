@@ -189,6 +189,20 @@ def test_a_photo_is_turned_though_other_data_of_its_camera_are_damaged(tmp_path:
     assert torch.equal(found[0][0], found[1][0])
 
 
+def test_a_link_to_itself_is_left_out(tmp_path: Path) -> None:
+    Image.fromarray(pixels(8, 8, 3)).save(tmp_path / "1.png")
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "dogs").mkdir()
+    for name in ("cats/1.png", "dogs/1.png"):
+        (tmp_path / name).write_bytes((tmp_path / "1.png").read_bytes())
+    (tmp_path / "cats" / "2.png").symlink_to(tmp_path / "cats" / "2.png")
+    (tmp_path / "cats" / "again").symlink_to(tmp_path / "cats")
+    (tmp_path / "dogs" / "2.png").symlink_to(tmp_path / "dogs" / "1.png")
+    found = opened(tmp_path, (1, 3, 8, 8))
+    readable = [str(path.relative_to(tmp_path)) for path in found.items if path.exists()]  # type: ignore[union-attr]
+    assert readable == ["cats/1.png", "dogs/1.png"]
+
+
 def test_hidden_files_are_no_images(tmp_path: Path) -> None:
     Image.fromarray(pixels(8, 8, 3)).save(tmp_path / "1.png")
     (tmp_path / "._1.png").write_bytes(b"as macOS puts beside each file on other disks")

@@ -98,8 +98,7 @@ def test_a_table_is_the_same_after_a_trip_through_its_file(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "{}", "[1]", '{"schema": 1}', "nonsense", '{"schema": 1, "kernels": {"x": 1}}', "[" * 100_000],
+    "text", ["", "{}", "[1]", '{"schema": 1}', "nonsense", '{"schema": 1, "kernels": {"x": 1}}', "[" * 100_000]
 )
 def test_what_is_no_table_is_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "t.json").write_text(text)

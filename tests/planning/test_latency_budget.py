@@ -104,11 +104,7 @@ def test_milliseconds_are_taken_of_the_tables_dense_model(table: LatencyTable) -
 
 @pytest.mark.parametrize(
     ("asked", "said"),
-    [
-        ({"round_to": 8}, "round_to"),
-        ({"scope": "uniform"}, "scope"),
-        ({"tracer": "torch-pruning"}, "torch.export"),
-    ],
+    [({"round_to": 8}, "round_to"), ({"scope": "uniform"}, "scope"), ({"tracer": "torch-pruning"}, "torch.export")],
 )
 def test_what_the_clock_decides_is_refused_beside_it(table: LatencyTable, asked: dict[str, object], said: str) -> None:
     with pytest.raises(InvalidInput, match=said):

@@ -77,11 +77,7 @@ REDUNDANT: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "0",
         "0.weight:0",
     ),
-    "linear": (
-        lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 12), nn.ReLU(), nn.Linear(12, 5)),
-        "1",
-        "1.weight:0",
-    ),
+    "linear": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 12), nn.ReLU(), nn.Linear(12, 5)), "1", "1.weight:0"),
     "concatenation": (Joined, "a", "a.weight:0"),
 }
 

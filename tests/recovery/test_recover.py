@@ -117,11 +117,7 @@ def divergence(model: nn.Module, dense: nn.Module, data: tuple[Tensor, Tensor]) 
 
 @pytest.mark.parametrize("level", ["fold", "bn", "reconstruct", "distill", "finetune"])
 def test_every_level_helps(
-    level: str,
-    trained: nn.Module,
-    cut: surgery.Result,
-    images: tuple[Tensor, Tensor],
-    unseen: tuple[Tensor, Tensor],
+    level: str, trained: nn.Module, cut: surgery.Result, images: tuple[Tensor, Tensor], unseen: tuple[Tensor, Tensor]
 ) -> None:
     """A network of which a third is left: with the images it learns from, or with none."""
     before = [p.clone() for p in cut.model.parameters()]

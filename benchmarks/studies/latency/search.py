@@ -22,12 +22,7 @@ class Point:
 
 
 def reach(
-    ratio_of: Callable[[float], float],
-    wanted: float,
-    *,
-    tolerance: float,
-    most: int,
-    start: float | None = None,
+    ratio_of: Callable[[float], float], wanted: float, *, tolerance: float, most: int, start: float | None = None
 ) -> Point:
     """Return the point that comes nearest to a ratio, one at most `tolerance` above it before any other.
 

@@ -46,10 +46,7 @@ OURS = {
     "l1": ("none", "fold", "bn", "reconstruct"),
 }
 """Criterion → recovery methods."""
-COMPARED = (
-    ("resnet20", 0.5, ("l1", "reconstruction", "activation", "taylor")),
-    ("resnet56", 0.476, ("l1",)),
-)
+COMPARED = (("resnet20", 0.5, ("l1", "reconstruction", "activation", "taylor")), ("resnet56", 0.476, ("l1",)))
 """Network, fraction of its MACs, and criteria that are compared there with `second-order`."""
 ALL, SHORTLIST, ROUNDED, BOTH = "all", "shortlist", "round_to 8", "shortlist, also round_to 8"
 AT_LATENCY = (
