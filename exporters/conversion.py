@@ -10,7 +10,7 @@ import inspect
 import math
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,18 +55,16 @@ def convert(
     return _tidy(graph, list(tensors), outputs, axes)
 
 
-def _registry(opset_version: int) -> ONNXRegistry:
+def _registry(*opset: int, **named: int) -> ONNXRegistry:
     """Return torch's translations to ONNX; the exporter may add to the copy."""
-    built = _built_registry(opset_version)
+    built = _built_registry(*opset, **named)
     registry = ONNXRegistry()
     registry._opset_version = built._opset_version
     registry.functions = {target: list(translations) for target, translations in built.functions.items()}
     return registry
 
 
-@cache
-def _built_registry(opset: int, build: Callable[..., ONNXRegistry] = ONNXRegistry.from_torchlib) -> ONNXRegistry:
-    return build(opset_version=opset)
+_built_registry = cache(ONNXRegistry.from_torchlib)
 
 
 def _by_torch_export(call: Callee, tensors: Tensors, axes: Axes, opset: int) -> ir.Model:

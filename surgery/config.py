@@ -228,7 +228,8 @@ class Model(Group):
         "Shape of the example input.", common=True, unset="the model's own")
     model_arg: Mapping[str, Any] = option(
         dict, ASSIGNMENTS, "Passed to the model's constructor, as in num_classes=10; may be repeated.")
-    trust: bool = option(False, FLAG, "Load a .pt2 file with pickled objects, which can execute arbitrary code.")
+    trust: bool = option(
+        False, FLAG, "Load a .pt2 file with pickled objects or unknown operators, which can execute arbitrary code.")
 
 
 @dataclass(frozen=True, slots=True)

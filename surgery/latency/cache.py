@@ -44,6 +44,7 @@ class Measured:
         progress: Progress | None = None,
         warn: Callable[[str], None] = lambda sentence: None,
     ) -> None:
+        probe.require_cores(conditions.threads, f"--threads {conditions.threads}")
         self._timer, self._warn = Timer(conditions, seed, progress=progress), warn
         self.device: Mapping[str, Any] = probe.describe(conditions)
         key = hashlib.sha256(json.dumps(self.device, sort_keys=True).encode()).hexdigest()[:16]

@@ -168,6 +168,8 @@ def test_weights_that_are_missing_or_of_another_plan_are_one_sentence(result: An
 def test_more_threads_than_cores_are_refused_before_any_work() -> None:
     with pytest.raises(InvalidInput, match="threads"):
         validate_output(surgery.recipe(threads=100_000))
+    with pytest.raises(InvalidInput, match="--threads 100000: this process may use"):
+        surgery.shrink(net(), IMAGE, surgery.recipe(latency=0.5, threads=100_000))
 
 
 @pytest.mark.parametrize("asked", [{"tracer": "no-such-tracer"}])
