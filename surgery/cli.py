@@ -197,7 +197,7 @@ def given(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _note(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+def _set_flag(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     setattr(ctx.ensure_object(Session), str(param.name), value)
 
 
@@ -212,11 +212,11 @@ def _named_shape(value: str) -> tuple[str, tuple[int, ...]]:
 _PATH = click.Path(path_type=Path)
 _SHAPE = Kind("NAME=N,C,H,W", "NAME=SHAPE, as in input=1,3,224,224", _named_shape)
 # fmt: off
-NOTED: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": False, "callback": _note}
+OF_SESSION: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": False, "callback": _set_flag}
 RUN = [
-    Row("--json", "as_json", **NOTED, help="Print the report as JSON and nothing else."),
-    Row("--quiet", **NOTED, help="Do not show progress."),
-    Row("--debug", common=False, heading="Advanced", **NOTED, help="Show the traceback of an error."),
+    Row("--json", "as_json", **OF_SESSION, help="Print the report as JSON and nothing else."),
+    Row("--quiet", **OF_SESSION, help="Do not show progress."),
+    Row("--debug", common=False, heading="Advanced", **OF_SESSION, help="Show the traceback of an error."),
 ]
 """Options of all commands that run a model."""
 RECIPE_FILE = [
@@ -234,8 +234,6 @@ BENCH = [
         help="Execution provider of ONNX Runtime, as in CUDAExecutionProvider or cuda."),
     Row("--input-shape", "shapes", type=Value(_SHAPE), multiple=True, metavar=_SHAPE.metavar,
         help="Shape of an input with more dynamic axes than the batch; may be repeated."),
-    Row("--runs", type=click.IntRange(min=3), default=2000, show_default=True, metavar="N",
-        help="Maximum timed runs per file; fewer if intervals are narrow. A p99 needs 1000."),
     Row("--seconds", type=click.FloatRange(0.0, min_open=True), default=45.0, show_default=True, metavar="S",
         help="Start no further round after this time, once there are twelve."),
 ]
@@ -343,7 +341,7 @@ def profile(session: Session, /, out: Path | None, pack: Path | None, **paramete
     _show(session, data, render)
 
 
-@cli.command(params=[*BENCH, *of_recipe("seed", "threads", "batch"), *RUN])
+@cli.command(params=[*BENCH, *of_recipe("seed", "threads", "batch", "runs"), *RUN])
 @click.argument("files", nargs=-1, required=True, type=_PATH)
 @click.pass_obj
 def bench(session: Session, /, files: tuple[Path, ...], shapes: Any, **parameters: Any) -> None:
@@ -356,7 +354,8 @@ def bench(session: Session, /, files: tuple[Path, ...], shapes: Any, **parameter
         from surgery.latency import Limits, ort  # saves start-up seconds
 
         options = given(parameters)
-        baseline, limits = options.pop("baseline", None), Limits(options.pop("runs"), options.pop("seconds"))
+        runs, seconds = options.pop("runs", OPTIONS["runs"].default), options.pop("seconds")
+        baseline, limits = options.pop("baseline", None), Limits(runs, seconds)
         settings = ort.settings_of(dict(shapes), **options)
         found = ort.compare(files, settings, limits, baseline=baseline, progress=progress)
     _show(session, found, partial(ort.render_terminal, found))

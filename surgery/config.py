@@ -420,8 +420,7 @@ class Output(Group):
     min_ort: str | None = option(
         None, text("VERSION", "a version of ONNX Runtime, as in 1.16"),
         "Oldest ONNX Runtime that must be able to load the files.")
-    runs: int = option(
-        2000, whole(3), "Maximum timed runs per model; fewer if the speedup's interval is narrow.", heading="Output")
+    runs: int = option(2000, whole(3), "Maximum timed runs per file; fewer if intervals are narrow. A p99 needs 1000.")
 
 
 # fmt: on

@@ -132,8 +132,8 @@ class Exact:
 
     def _kernels(self, forecast: Forecast) -> None:
         alike: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = defaultdict(list)
-        for k, depends_on in enumerate(forecast.dependencies):
-            alike[depends_on].append(k)
+        for k, owners in enumerate(forecast._depends):
+            alike[tuple(owners), tuple(b for b, gone in enumerate(forecast._gone) if k in gone)].append(k)
         for (ladders, blocks), kernels in alike.items():
             for combination, variable in self._together(ladders, blocks).items():
                 levels = list(self._dense)

@@ -51,7 +51,8 @@ def find(model: nn.Module, name: str) -> nn.Module:
     modules: dict[str, nn.Module] = {path: module for path, module in model.named_modules() if path}
     if name not in modules:
         near = difflib.get_close_matches(name, modules, n=3, cutoff=0.3)
-        raise InvalidInput(f"--submodule {name!r} names no submodule; near names: {', '.join(near) or 'none'}")
+        similar = f"; similar names: {', '.join(near)}" if near else ""
+        raise InvalidInput(f"--submodule {name!r} names no submodule{similar}")
     return modules[name]
 
 
@@ -116,7 +117,7 @@ def inputs_of(plan: Plan, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, 
         if needed > memory:
             raise PlanMismatch(
                 f"the plan's input '{spec.name}' of shape {spec.shape} takes {needed / 2**30:,.0f} GiB and this "
-                f"machine has {memory / 2**30:,.0f}: the file was edited; make a new plan"
+                f"machine has {memory / 2**30:,.0f}; pass example inputs, or make a new plan if the file was edited"
             )
         values = torch.randn(spec.shape, generator=generator) if dtype.is_floating_point else torch.zeros(spec.shape)
         tensors[spec.name] = values.to(device=device, dtype=dtype)

@@ -211,7 +211,7 @@ def validate_inputs(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> Non
         shapes = [tuple(x.shape) for x in _tensors((args, kwargs))]
         raise InvalidInput(
             f"the model does not run on inputs of shape {shapes}: {where_raised(error)}: {first_line(error)}; "
-            "give the shape it expects with --input-shape"
+            "give inputs of the shape it expects (--input-shape)"
         ) from error
 
 

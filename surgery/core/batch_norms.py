@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from surgery.core.conditioning import conditioned
 
 
+class NormInput(NamedTuple):
+    """A norm's running statistics, and those of its input: mean and mean square over `rows`, by channel."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    rows: int
+    mean: Tensor
+    square: Tensor
+
+    @property
+    def variance(self) -> Tensor:
+        """The input's variance."""
+        return (self.square - self.mean.square()).clamp_min(0)
+
+
 class BatchStatistics(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Norms use batch statistics, as in training; mean and mean square over all batches are accumulated."""
+    """Norms use batch statistics, as in training; those of all batches together are accumulated in `found`."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._sums: dict[int, tuple[int, Tensor, Tensor, Tensor, Tensor]] = {}
-
-    def found(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor, int]]:
-        """Return for each norm its running mean and variance, to be changed, and mean, variance and count of rows."""
-        return [(m, v, x, (xx - x.square()).clamp_min(0), n) for n, x, xx, m, v in self._sums.values()]
+        self.found: dict[int, NormInput] = {}
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -32,11 +43,13 @@ class BatchStatistics(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **(kwargs or {}))
         x, weight, bias, running_mean, running_var, _, momentum, eps = args
         if running_mean is not None:
-            rows = x.double().movedim(1, 0).flatten(1)
-            count, mean, square, *_ = self._sums.get(id(running_mean), (0, torch.zeros(1), torch.zeros(1)))
-            share = rows.shape[1] / (count + rows.shape[1])
-            mean, square = mean + share * (rows.mean(1) - mean), square + share * (rows.square().mean(1) - square)
-            self._sums[id(running_mean)] = count + rows.shape[1], mean, square, running_mean, running_var
+            rows, before = x.double().movedim(1, 0).flatten(1), self.found.get(id(running_mean))
+            count, mean, square = rows.shape[1], rows.mean(1), rows.square().mean(1)
+            if before is not None:
+                count += before.rows
+                share = rows.shape[1] / count
+                mean, square = before.mean.lerp(mean, share), before.square.lerp(square, share)
+            self.found[id(running_mean)] = NormInput(running_mean, running_var, count, mean, square)
         return func(x, weight, bias, None, None, True, momentum, eps)
 
 

@@ -38,12 +38,12 @@ def narrowest(program: Program) -> torch.dtype:
 
 
 def sample_inputs(
-    program: Program, *, seed: int, dtype: torch.dtype | None = None, by: int = 0, more: bool = False
+    program: Program, *, seed: int, dtype: torch.dtype | None = None, by: int = 0, other_batch: bool = False
 ) -> list[Tensor]:
     """Return random inputs in the order of the graph's placeholders; integer inputs keep the example's values.
 
     Each sample gets its own contrast, offset per channel and coarse pattern, since deep networks map all white noise to
-    the same output. `by`: pixels added to dynamic height and width; `more`: whether to repeat the first sample.
+    the same output. `by`: pixels added to dynamic height and width; `other_batch`: repeat the first sample.
     """
     generator = torch.Generator().manual_seed(seed)
     leaves, specs = pytree.tree_leaves((program.example_args, dict(program.example_kwargs))), iter(program.inputs)
@@ -56,7 +56,7 @@ def sample_inputs(
             out.append(_textured(shape, generator).to(dtype or leaf.dtype))
         else:
             out.append(leaf.cpu() if isinstance(leaf, Tensor) else leaf)
-    return [torch.cat([x, x[:1]]) if more and isinstance(x, Tensor) else x for x in out]
+    return [torch.cat([x, x[:1]]) if other_batch and isinstance(x, Tensor) else x for x in out]
 
 
 T = TypeVar("T")

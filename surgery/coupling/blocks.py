@@ -195,10 +195,10 @@ def dead_blocks(program: Program, blocks: Sequence[Block]) -> dict[str, tuple[fl
     branches = {block.name: block.branch for block in blocks if block.name in dead}
     run = Executor(program.graph, in_float64(state_of(program)), dtype=torch.float64)
 
-    def holds(more: bool, by: int) -> set[str] | None:
+    def holds(other_batch: bool, by: int) -> set[str] | None:
         """Return the blocks whose constant is the same at another size, unlike a sum over pixels."""
         with suppress(Exception), torch.no_grad():  # any exception an operator raises at a size it does not accept
-            start = run.start(sample_inputs(program, seed=77, dtype=torch.float64, by=by, more=more))
+            start = run.start(sample_inputs(program, seed=77, dtype=torch.float64, by=by, other_batch=other_batch))
             seen = {name: run.only(start, branches[name]) for name in dead}
             return {name for name, value in seen.items() if _equals(value, dead[name], traced[branches[name]].shape)}
         return None

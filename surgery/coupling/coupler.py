@@ -99,9 +99,8 @@ def kept_names(program: Program, patterns: Sequence[str]) -> dict[str, str]:
             matched.update(n for n in names if n.startswith(module + "."))
         if not matched:
             near = difflib.get_close_matches(pattern, [*modules, *names], n=3, cutoff=0.3)
-            raise InvalidInput(
-                f"--keep {pattern!r} matches no module or parameter; near names: {', '.join(near) or 'none'}"
-            )
+            similar = f"; similar names: {', '.join(near)}" if near else ""
+            raise InvalidInput(f"--keep {pattern!r} matches no module or parameter{similar}")
         kept.update(dict.fromkeys(matched, pattern))
     return kept
 

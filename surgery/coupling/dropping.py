@@ -179,8 +179,10 @@ def _fold(graph: torch.fx.Graph, added: Mapping[str, Tensor], tensors: Mapping[s
         home = _home(stays, node, left[name], free - {name}, reads) if name in left else None
         if home is not None:
             constant = left.pop(name)
-            into = left if home in left else shifts
-            into[home] = into.get(home, 0.0) + (constant if home in left else constant.flatten())
+            if home in left:
+                left[home] = left[home] + constant
+            else:
+                shifts[home] = shifts.get(home, 0.0) + constant.flatten()
             node.replace_all_uses_with(stays)
             graph.erase_node(node)
             graph.erase_node(attribute)

@@ -8,10 +8,12 @@ updated from their tensors. If a literal of a call changed and an integer attrib
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from math import gcd
 from typing import Any
 
@@ -194,12 +196,12 @@ def _differs(cut: Cut, graph: CompactGraph, module: nn.Module) -> tuple[str | No
     named = {k: state[k] for k, _ in module.named_parameters() if k in state}
     callee = Callee.of(cut.program, module)
 
-    def dense(single: bool, by: int) -> tuple[str, list[Tensor], list[Tensor]] | None:
+    def dense(other_batch: bool, by: int) -> tuple[str, list[Tensor], list[Tensor]] | None:
         """Run the rewritten program; return a description of the sizes, the inputs and the outputs."""
-        sizes = "the new sizes" + ", for another batch or image" * (single or by != 0)
+        sizes = "the new sizes" + ", for another batch or image" * (other_batch or by != 0)
         drawn = sample_inputs(cut.program, seed=7, dtype=torch.float64, by=by)
-        inputs = [x[:1] if single and isinstance(x, Tensor) else x for x in drawn]
-        unsure = (Exception,) if single or by else ()  # the dense model may not accept another size either
+        inputs = [x[:1] if other_batch and isinstance(x, Tensor) else x for x in drawn]
+        unsure = (Exception,) if other_batch or by else ()  # the dense model may not accept another size either
         with suppress(*unsure), torch.no_grad(), evaluating(graph):
             return sizes, inputs, flat_outputs(Executor(graph, state, dtype=torch.float64).run(*inputs))
         return None
@@ -300,6 +302,15 @@ def _unseen(program: Program) -> list[str]:
     return [n for n, _ in program.model.named_parameters() if n not in seen]
 
 
+@cache
+def _reads_training(kind: type[nn.Module]) -> bool:
+    """Return whether forward depends on the mode in its own source; only its branches in eval mode were traced."""
+    try:
+        return not kind.__module__.startswith("torch.nn.") and "self.training" in inspect.getsource(kind.forward)
+    except (OSError, TypeError):  # no source
+        return False
+
+
 def _lost_in_training(program: Program) -> tuple[str, ...]:
     """Return training-time behaviour that the traced program loses, since eval mode does not run it."""
     lost = []
@@ -313,6 +324,8 @@ def _lost_in_training(program: Program) -> tuple[str, ...]:
             lost.append(f"attention dropout of '{name}'")
         if isinstance(module, _BatchNorm) and module.momentum is None and module.track_running_stats:
             lost.append(f"cumulative statistics of '{name}' (momentum None)")
+        if _reads_training(type(module)):  # type: ignore[arg-type]
+            lost.append(f"what forward of '{name or kind}' does only where self.training is set")
     if any(isinstance(m, _BatchNorm) for m in program.model.modules()):
         lost.append("num_batches_tracked, which batch norms count up")
     lost += [f"the computation of '{name}' from {', '.join(s)}" for name, s in program.materialised.items()]

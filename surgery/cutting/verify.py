@@ -377,9 +377,10 @@ def _of_graph(
     compact: CompactModel, state: Mapping[str, Tensor] | None, rounds: Rounds, override: Any = None
 ) -> Rounds:
     """Return the rewritten program's outputs by round, in float64 on `state`, or on its own weights if None."""
-    own = {name: tensor.detach().cpu() for name, tensor in tensors_of(compact.graph).items()} if state is None else {}
-    tensors = state or own
-    run = Executor(compact.graph, tensors, override, torch.float64 if state is not None else None)
+    dtype = None if state is None else torch.float64
+    if state is None:
+        state = {name: tensor.detach().cpu() for name, tensor in tensors_of(compact.graph).items()}
+    run = Executor(compact.graph, state, override, dtype)
     with evaluating(compact.graph):
         return _outputs(run, rounds)
 
@@ -454,12 +455,12 @@ def _apart(
     reference = Executor(whole.graph, state, override, torch.float64)
     shifted = Executor(program.graph, small, dtype=torch.float64)
 
-    def difference(more: bool, by: int) -> float | None:
-        inputs = sample_inputs(whole, seed=seed + 31, dtype=torch.float64, by=by, more=more)
+    def difference(other_batch: bool, by: int) -> float | None:
+        inputs = sample_inputs(whole, seed=seed + 31, dtype=torch.float64, by=by, other_batch=other_batch)
         try:
             wanted = _outputs(reference, [inputs])
         except Exception:  # any exception an operator raises at a size it does not accept
-            if more or by:
+            if other_batch or by:
                 return None
             raise
         found = _outputs(shifted, [inputs])

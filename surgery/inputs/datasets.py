@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import isfinite, prod
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from surgery.config import ACCEPTED_IMAGES
-from surgery.core import explained
+from surgery.core import explained, first_line
 from surgery.errors import InvalidInput
 from surgery.inputs.libraries import Preprocessing, import_torchvision
 from surgery.inputs.usercode import user_object
@@ -43,7 +43,7 @@ class Images(Dataset[tuple[Tensor, int]]):
     items: Sequence[Path] | np.ndarray  # files, or pixels: (N, H, W, 3) or (N, H, W) of uint8
     classes: Sequence[int] = ()  # of each image; empty if unknown
     folder_notes: Sequence[str] = ()  # on how the folder was read
-    unreadable: set[str] = field(default_factory=set)  # files that could not be read as images
+    unreadable: dict[str, str] = field(default_factory=dict)  # files that could not be read as images, and why
 
     def __len__(self) -> int:
         """Return the number of images, unreadable ones included."""
@@ -73,8 +73,8 @@ class Images(Dataset[tuple[Tensor, int]]):
         try:
             with Image.open(item) if isinstance(item, Path) else Image.fromarray(item) as opened:
                 turn, image = _turn_of(opened), _in_8_bits(opened).convert("RGB" if channels == 3 else "L")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # raised by PIL on broken files
-            self.unreadable.add(str(item))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's on broken files
+            self.unreadable[str(item)] = first_line(error)
             self._require_readable(len(self))
             return None
         image = image if turn is None else image.transpose(turn)
@@ -87,9 +87,10 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def _require_readable(self, count: int) -> None:
         if len(self.unreadable) > UNREADABLE * count:
+            file, why = min(self.unreadable.items())
             raise InvalidInput(
                 f"{self.option} {self.place}: at least {len(self.unreadable)} of {count} images cannot be read, the "
-                f"first is {min(self.unreadable)}; remove them or restore them"
+                f"first is {file} ({why}); remove, restore or convert them"
             )
 
     def notes(self) -> list[str]:
@@ -106,14 +107,12 @@ def batch_size(shape: Sequence[int], most: int = 64) -> int:
 def _in_8_bits(image: Image.Image) -> Image.Image:
     """Return the image with values up to 255: PIL would clip those of 16 bits, instead of scaling them.
 
-    Raises:
-        InvalidInput: the values are floating point or of 32 bits, of which the range is not known.
+    Raises ValueError for values in floating point or 32 bits, whose range is unknown.
     """
     in_16_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
     if not in_16_bits and image.mode in ("I", "F"):
-        name = Path(getattr(image, "filename", "") or "an image").name
-        kind = "whole numbers of 32 bits" if image.mode == "I" else "floating-point numbers"
-        raise InvalidInput(f"{name} holds {kind}, of which black and white are not known; convert it to 8 or 16 bits")
+        kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+        raise ValueError(f"{kind}, whose range is unknown: convert it to 8 or 16 bits")
     return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)) if in_16_bits else image
 
 
@@ -191,10 +190,8 @@ def _folder(place: Path, shape: tuple[int, int, int], how: Preprocessing, option
     """Read several folders like torchvision's ImageFolder: each is a class, sorted by name."""
     names = sorted(path.name for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
     beside = [path for path in sorted(place.iterdir()) if path.is_file() and _is_image(path.name)]
-    seen = {os.path.realpath(path) for path in (place, *(place / name for name in names))}
-    found = [
-        (file, label) for label, name in enumerate(names) for file in sorted(_files(place / name, seen), key=_by_folder)
-    ]
+    tops = {os.path.realpath(path) for path in (place, *(place / name for name in names))}
+    found = [(file, label) for label, name in enumerate(names) for file in _files(place / name, tops)]
     files, classes = [file for file, _ in found], tuple(label for _, label in found)
     if len(set(classes)) > 1:
         notes = [f"{option}: {len(beside)} images beside the folders of classes are left out"] if beside else []
@@ -215,22 +212,15 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")  # as macOS puts beside each file
 
 
-def _by_folder(file: Path) -> tuple[str, str]:
-    return str(file.parent), file.name
-
-
-def _files(folder: Path, seen: set[str]) -> Iterator[Path]:
-    """Yield the images below a folder. Links are followed, but not to a folder or a file seen before."""
+def _files(folder: Path, tops: Collection[str]) -> list[Path]:
+    """Return the images below a folder. Links are followed, but to none of `tops` and to no folder visited before."""
+    found, seen = list[Path](), {*tops}
     for path, names, files in os.walk(folder, followlinks=True):
-        here = os.path.realpath(path)
-        for file in (Path(path, name) for name in sorted(files) if _is_image(name)):
-            real = os.path.realpath(file) if file.is_symlink() else f"{here}/{file.name}"  # the former takes long
-            if real not in seen:
-                seen.add(real)
-                yield file
-        inner = {name: os.path.realpath(Path(path, name)) for name in sorted(names)}
-        names[:] = [name for name, real in inner.items() if real not in seen]
-        seen.update(inner.values())
+        found += [Path(path, name) for name in files if _is_image(name)]
+        inner = {os.path.realpath(Path(path, name)): name for name in names}
+        names[:] = [name for real, name in inner.items() if real not in seen]
+        seen.update(inner)
+    return sorted(found, key=lambda file: (str(file.parent), file.name))
 
 
 def as_dataset(given: Any, *, option: str = "data") -> Any:

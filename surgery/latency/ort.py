@@ -322,7 +322,7 @@ def _verdict(found: _Measurement) -> tuple[bool, str]:
     came_out = f"the baseline against its own copy came out at {aa.value:.3f} [{aa.low:.3f}, {aa.high:.3f}]"
     others = f"; other processes used {found.others:.0%} of the machine" if found.others > 0.02 else ""
     if rounds < MIN_ROUNDS:
-        return False, f"only {rounds} rounds were made, {MIN_ROUNDS} are needed: allow more runs or more time{others}"
+        return False, f"{rounds} of at least {MIN_ROUNDS} rounds were made: allow more runs or more time{others}"
     if abs(aa.value - 1.0) > AA_TOLERANCE:
         return False, f"{came_out}, outside 1.00 ± {AA_TOLERANCE}{others}"
     if max(aa.high - 1.0, 1.0 - aa.low) > 2 * AA_TOLERANCE:
@@ -398,8 +398,8 @@ def _require_same_inputs(paths: Sequence[Path], settings: Settings) -> None:
         one, other = taken[first], taken[path]
         if one.keys() != other.keys() or not all(map(_agree, one.values(), (other[name] for name in one))):
             raise InvalidInput(
-                f"{first} takes {_text(one)} and {path} takes {_text(other)}: times can be compared "
-                "where files take the same inputs; export them alike"
+                f"{first} takes {_text(one)} and {path} takes {_text(other)}: only files with the same inputs can be "
+                "compared; export them with the same shapes and types"
             )
 
 

@@ -66,8 +66,8 @@ def require_cores(threads: int, option: str) -> None:
     """Raise InvalidInput for more threads than this process has cores."""
     if threads > available_cores():
         raise InvalidInput(
-            f"{option}: this process may use {available_cores()} cores, and threads that share one would measure "
-            "waiting; ask for fewer"
+            f"{option}: this process may use {available_cores()} cores; times of more threads would include waiting "
+            "for a core, so ask for fewer"
         )
 
 

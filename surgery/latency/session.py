@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -155,7 +156,7 @@ def peak_bytes() -> int:
         return int(memory.peak_wset)  # Windows
     import resource  # absent on Windows
 
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # in bytes on macOS
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
 def _shape(

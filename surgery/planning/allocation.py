@@ -251,7 +251,7 @@ def _left_whole(
     stuck = [ladder for ladder in ladders if not ladder.ends and len(ladder.order) > len(ladder.groups)]
     narrow = [name for ladder in stuck for name in ladder.groups if name in chosen]
     if narrow:
-        notes.append(f"left whole for want of a smaller multiple of {selection.round_to}: {', '.join(narrow)}")
+        notes.append(f"left uncut, since there is no smaller multiple of {selection.round_to}: {', '.join(narrow)}")
     return notes
 
 

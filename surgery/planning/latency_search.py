@@ -126,12 +126,6 @@ class Forecast:
         """Return the kinds of kernels affected by one ladder."""
         return sorted({kind_of(self._placed[k].kernel) for k in self._touched[ladder]})
 
-    @property
-    def dependencies(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """For each kernel, the ladders that determine its widths, and the blocks it belongs to."""
-        gone = [tuple(b for b, kernels in enumerate(self._gone) if k in kernels) for k in range(len(self._placed))]
-        return list(zip(map(tuple, self._depends), gone, strict=True))
-
     def _there(self, kernels: Iterable[int], state: State) -> list[int]:
         """Return the kernels that do not belong to a dropped block."""
         gone = frozenset[int]().union(*(self._gone[b] for b in state.dropped))

@@ -30,10 +30,10 @@ def bn(task: Task) -> Outcome:
         for k, batch in enumerate(task.images):
             task.progress(k / len(task.images))
             model(*batch)
-    for running_mean, running_var, mean, variance, count in mode.found():
-        running_mean.copy_(mean)
-        running_var.copy_(variance * count / max(1, count - 1))
-    return Outcome(() if mode.found() else ("the model has no batch norms with running statistics",))
+    for found in mode.found.values():
+        found.running_mean.copy_(found.mean)
+        found.running_var.copy_(found.variance * found.rows / max(1, found.rows - 1))
+    return Outcome(() if mode.found else ("the model has no batch norms with running statistics",))
 
 
 @recovery_method("reconstruct", needs=["images"])

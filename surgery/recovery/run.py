@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import resource
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,6 +19,7 @@ from surgery.core import Callee, CompactModel, InputSpec, Program, Progress, fla
 from surgery.coupling import Cut
 from surgery.errors import InvalidInput
 from surgery.inputs import Calibration, Images, as_dataset, calibration_images, classes_of, specs_of
+from surgery.latency import peak_bytes
 from surgery.recovery.evaluation import Agreement, Evaluate, Model, Pairs, Reference, validate_labels
 from surgery.recovery.random_images import drawn_batches
 from surgery.recovery.reconstruction import Fitted
@@ -185,11 +184,10 @@ class _Judge:
 
     def step(self, model: Callee, name: str, seconds: float = 0.0, **values: Any) -> Step:
         """Return a step, with the evaluation of its result as far as not among `values`."""
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         if "agreement" not in values:
             values["agreement"] = None if self.reference is None else self.reference.judge(in_eval_mode(model))
         metrics = None if self.metric is None else self.metric(model.module)
-        return Step(name, round(seconds, 3), memory, metrics=metrics, **values)
+        return Step(name, round(seconds, 3), peak_bytes(), metrics=metrics, **values)
 
 
 def recovered(

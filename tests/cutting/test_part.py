@@ -85,7 +85,7 @@ def test_where_the_whole_model_does_not_run_the_part_is_checked_on_its_own() -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("bdy", "near names: body"), ("unused", "never called"), ("", "names no submodule")]
+    ("name", "message"), [("bdy", "similar names: body"), ("unused", "never called"), ("", "names no submodule")]
 )
 def test_a_part_that_is_not_there_or_not_reached(name: str, message: str) -> None:
     model = Whole()

@@ -160,7 +160,7 @@ def test_images_of_16_bits_are_scaled(tmp_path: Path, mode: str) -> None:
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_images_without_a_known_range_are_refused(tmp_path: Path, mode: str) -> None:
     Image.fromarray(pixels(8, 8)).convert(mode).save(tmp_path / "1.tif")
-    with pytest.raises(InvalidInput, match=r"1\.tif holds .* convert it to 8 or 16 bits"):
+    with pytest.raises(InvalidInput, match=r"--data .*1 of 1 images .*1\.tif \(.* range is unknown: convert it to 8"):
         opened(tmp_path, (1, 1, 8, 8), mean=(0,), std=(1,))[0]
 
 
@@ -189,18 +189,21 @@ def test_a_photo_is_turned_though_other_data_of_its_camera_are_damaged(tmp_path:
     assert torch.equal(found[0][0], found[1][0])
 
 
-def test_a_link_to_itself_is_left_out(tmp_path: Path) -> None:
-    Image.fromarray(pixels(8, 8, 3)).save(tmp_path / "1.png")
-    (tmp_path / "cats").mkdir()
-    (tmp_path / "dogs").mkdir()
-    for name in ("cats/1.png", "dogs/1.png"):
-        (tmp_path / name).write_bytes((tmp_path / "1.png").read_bytes())
-    (tmp_path / "cats" / "2.png").symlink_to(tmp_path / "cats" / "2.png")
-    (tmp_path / "cats" / "again").symlink_to(tmp_path / "cats")
-    (tmp_path / "dogs" / "2.png").symlink_to(tmp_path / "dogs" / "1.png")
-    found = opened(tmp_path, (1, 3, 8, 8))
-    readable = [str(path.relative_to(tmp_path)) for path in found.items if path.exists()]  # type: ignore[union-attr]
-    assert readable == ["cats/1.png", "dogs/1.png"]
+def test_links_are_followed_and_one_to_itself_cannot_be_read(tmp_path: Path) -> None:
+    for name in ("cats", "dogs", "store/inner"):
+        (tmp_path / "data" / name if "store" not in name else tmp_path / name).mkdir(parents=True)
+    for name in ("store/1.png", "store/inner/2.png", "data/cats/3.png"):
+        Image.fromarray(pixels(8, 8, 3)).save(tmp_path / name)
+    (tmp_path / "data" / "cats" / "1.png").symlink_to(tmp_path / "store" / "1.png")
+    (tmp_path / "data" / "dogs" / "1.png").symlink_to(tmp_path / "store" / "1.png")  # in two classes
+    for name in ("hens", "owls"):  # two classes that are links to one folder
+        (tmp_path / "data" / name).symlink_to(tmp_path / "store")
+    found = opened(tmp_path / "data", (1, 3, 8, 8))
+    assert found.classes == (0, 0, 1, 2, 2, 3, 3)
+    assert not found.folder_notes
+    (tmp_path / "data" / "dogs" / "9.png").symlink_to(tmp_path / "data" / "dogs" / "9.png")
+    with pytest.raises(InvalidInput, match=r"1 of 8 images cannot be read, the first is .*9\.png \("):
+        list(opened(tmp_path / "data", (1, 3, 8, 8)).some(8))
 
 
 def test_hidden_files_are_no_images(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_rounding_first_brings_a_group_to_a_multiple_and_leaves_one_multiple() -
     assert sizes_left(plan_for(coupling, Budget(channels=0.9), cheap_tail, round_to=4)) == [8, 3]
     smallest = plan_for(coupling, Budget(channels=0.6), cheap_tail, round_to=4)
     assert sizes_left(smallest) == [4, 3]
-    assert any("for want of a smaller multiple of 4: l1.weight:0" in note for note in smallest.notes)
+    assert any("since there is no smaller multiple of 4: l1.weight:0" in note for note in smallest.notes)
     with pytest.raises(BudgetUnreachable, match="round to less than 4"):
         plan_for(coupling, Budget(channels=0.4), cheap_tail, round_to=4)
 

@@ -126,3 +126,26 @@ def test_a_graph_is_copied_and_saved_with_all_that_it_holds() -> None:
         assert twin.train().training
     exported = torch.export.export(compact.module.eval(), (x,))
     assert torch.equal(exported.module()(x), wanted)
+
+
+class Noisy(nn.Module):
+    """Noise in training; a size in forward that the user's class cannot have smaller."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.drop = nn.Conv2d(3, 16, 3), nn.Conv1d(16, 4, 1), nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) → (N, 4, positions)."""
+        y = torch.relu(self.first(x))
+        if self.training:
+            y = y + torch.randn_like(y)
+        y = self.second(y.view(len(y), 16, -1))
+        return self.drop(y) if self.training else y
+
+
+def test_a_graph_tells_what_forward_does_in_training_only() -> None:
+    compact = cut_model(Noisy().eval(), torch.randn(2, 3, 8, 8)).compact
+    assert compact.kind == "graph"
+    assert "what forward of 'Noisy' does only where self.training is set" in compact.lost_in_training
+    assert "Dropout 'drop'" in compact.lost_in_training

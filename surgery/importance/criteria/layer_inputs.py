@@ -54,13 +54,13 @@ def activation(evidence: Evidence) -> Scores:
 
 @criterion("reconstruction", needs=["images", "graph", "consumers"])
 def reconstruction(evidence: Evidence) -> Scores:
-    """Loss of the unit's consumers, after their other weights are refitted, when it goes after the units before it."""
+    """Loss of the unit's consumers, after their other weights are refitted, when units are removed one by one."""
     return {order.group.name: order.scores(order.losses) for order in _eliminations(evidence)}
 
 
 @criterion("second-order", needs=["images", "graph", "consumers", "costs"])
 def second_order(evidence: Evidence) -> Scores:
-    """Loss of the outputs when the unit is removed after those before it: scaled losses of `reconstruction`."""
+    """Loss of the outputs when units are removed one by one: scaled losses of `reconstruction`."""
     orders = _eliminations(evidence)
     errors = _measured(evidence, orders)
     return {order.group.name: order.scores(_through(order, errors[order.group.name])) for order in orders}
