@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,14 @@ from surgery.inputs import import_torchvision
 
 torch.set_num_threads(1)  # the networks here are tiny: more threads only wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so in the processes that tests start
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One cache of latency tables for all tests and workers of a session; it is the user's own otherwise."""
+    if not hasattr(config, "workerinput") and "SURGERY_CACHE" not in os.environ:
+        cache = tempfile.TemporaryDirectory(prefix="surgery-tests-")
+        os.environ["SURGERY_CACHE"] = cache.name
+        config.add_cleanup(cache.cleanup)
 
 
 LONG = ("test_own_folders", "test_deploy", "test_cli", "test_recover", "test_stacked", "test_profile", "test_house")
@@ -64,7 +73,7 @@ def random_dead(coupling: Coupling, seed: int, fractions: Sequence[float] = (0.3
 
 def make_plan(program: Program, coupling: Coupling, dead: Mapping[str, Sequence[int]]) -> Plan:
     """A plan for this program that removes `dead`."""
-    return plan_from_dead(coupling, dead, fingerprint=program.fingerprint, inputs=program.inputs)
+    return plan_from_dead(program, coupling, dead)
 
 
 def cut_model(

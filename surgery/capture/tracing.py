@@ -77,16 +77,8 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
     inputs = _input_specs(graph)
     computed = sources_of_weights(graph.graph)
     weights = (f"'{name}' holds the weight that forward computed from {', '.join(s)}" for name, s in computed.items())
-    return Program(
-        graph=graph,
-        inputs=inputs,
-        example_args=args,
-        example_kwargs=kwargs,
-        fingerprint=_fingerprint(graph),
-        notes=(*notes, *_notes_on_space(inputs), *weights),
-        model=model,
-        materialised=computed,
-    )
+    notes = (*notes, *_notes_on_space(inputs), *weights)
+    return Program(graph, inputs, args, kwargs, _fingerprint(graph), notes, model, materialised=computed)
 
 
 def require_module(model: Any) -> None:

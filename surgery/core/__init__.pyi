@@ -11,6 +11,7 @@ from .callee import (
     Callee as Callee,
     buffers_kept as buffers_kept,
     copied as copied,
+    digest_of as digest_of,
     empty_caches as empty_caches,
     fresh as fresh,
     require_finite as require_finite,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,6 +64,15 @@ def empty_caches(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "cache" in name and isinstance(value, dict) and all(isinstance(x, Tensor) for x in value.values()):
                 setattr(module, name, type(value)())
+
+
+def digest_of(tensors: Iterable[Any]) -> str:
+    """Return the SHA-256 of the tensors' shapes, types and values, hexadecimal; other objects are ignored."""
+    digest = hashlib.sha256()
+    for x in (x for x in tensors if isinstance(x, Tensor)):
+        digest.update(f"{tuple(x.shape)} {x.dtype}".encode())
+        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def require_finite(tensors: Mapping[str, Any], origin: str) -> None:

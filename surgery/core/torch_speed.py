@@ -12,13 +12,14 @@ import threading
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
+from torch._export import utils as _export_utils
 from torch._prims_common import suggest_memory_format
 from torch._subclasses import fake_impls, fake_tensor
 from torch.fx import proxy
@@ -52,9 +53,12 @@ def _patches() -> Mapping[str, AbstractContextManager[Any]]:
         "stack traces": replaced(proxy, "CapturedTraceback", _OwnFrames),  # 0.3
         "tensor metadata": replaced(proxy_tensor, "_extract_tensor_metadata", lambda *_, **__: None),  # 0.2
         "memory formats": replaced(fake_tensor, "suggest_memory_format", _memory_format),  # 0.2
+        # Torch looks for new composite operators in each of its namespaces, several times in each export.
+        "composite operators": replaced(_export_utils, _LISTING, cache(getattr(_export_utils, _LISTING, bool))),  # 0.1
     }
 
 
+_LISTING = "_materialize_cpp_cia_ops"
 _ACTIVATIONS = ("hardtanh", "hardswish", "hardsigmoid", "relu", "silu", "leaky_relu", "gelu", "elu", "mish")
 _NORM = "_native_batch_norm_legit_no_training"
 

@@ -20,19 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from surgery.config import Budget
-from surgery.core import (
-    Arrangement,
-    AxisCut,
-    Coupling,
-    Executor,
-    Group,
-    InputSpec,
-    Masks,
-    Plan,
-    Program,
-    Value,
-    all_tensors,
-)
+from surgery.core import Arrangement, AxisCut, Coupling, Executor, Group, Masks, Plan, Program, Value, all_tensors
 from surgery.coupling.masking import masked_run
 from surgery.errors import IllegalCut, PlanMismatch
 
@@ -41,33 +29,23 @@ Index = NDArray[np.int64]
 
 
 def plan_from_dead(
+    program: Program | Plan,
     coupling: Coupling,
     dead: Mapping[str, Iterable[int]],
     *,
-    fingerprint: str,
-    inputs: tuple[InputSpec, ...],
     budget: Budget | None = None,
     settings: Mapping[str, Any] = NO_SETTINGS,
     notes: Sequence[str] = (),
-    reasons: Mapping[str, str] = NO_SETTINGS,
 ) -> Plan:
-    """Return the plan that removes these units, given in any order; the other arguments are stored, see `Plan`.
+    """Return the plan that removes these units, given in any order, for a program or for that of another plan.
 
-    Raises PlanMismatch if the coupling has no such unit, IllegalCut if a group or an axis would become empty.
+    The other arguments are stored, see `Plan`. Raises PlanMismatch if the coupling has no such unit, IllegalCut if a
+    group or an axis would become empty.
     """
     units = {name: _valid_units(coupling.group(name), indices) for name, indices in dead.items()}
     units = {group.name: units[group.name] for group in coupling.groups if units.get(group.name)}
-    return Plan(
-        dead=units,
-        sizes={group.name: group.size for group in coupling.groups},
-        cuts=_cuts(coupling, units),
-        fingerprint=fingerprint,
-        inputs=inputs,
-        budget=budget,
-        settings=dict(settings),
-        notes=tuple(notes),
-        reasons=dict(reasons),
-    )
+    sizes, cuts = {group.name: group.size for group in coupling.groups}, _cuts(coupling, units)
+    return Plan(units, sizes, cuts, program.fingerprint, program.inputs, budget, dict(settings), tuple(notes))
 
 
 def _valid_units(group: Group, indices: Iterable[int]) -> tuple[int, ...]:
@@ -100,7 +78,7 @@ def _cuts(coupling: Coupling, units: Mapping[str, Sequence[int]]) -> tuple[AxisC
 
 def require_own_cuts(plan: Plan, coupling: Coupling) -> None:
     """Raise PlanMismatch if the plan's cuts do not follow from its dead units, or the coupling lacks one of them."""
-    derived = plan_from_dead(coupling, plan.dead, fingerprint=plan.fingerprint, inputs=plan.inputs)
+    derived = plan_from_dead(plan, coupling, plan.dead)
     for name, size in derived.sizes.items():
         if plan.sizes.get(name, size) != size:
             raise PlanMismatch(

@@ -83,16 +83,7 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
         digest.update(f"{name} {type(module).__qualname__} {module.extra_repr()}\n".encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-    return Program(
-        graph=None,
-        inputs=tuple(inputs),
-        example_args=args,
-        example_kwargs=kwargs,
-        fingerprint=digest.hexdigest(),
-        notes=tuple(notes),
-        model=model,
-        tracer="torch-pruning",
-    )
+    return Program(None, tuple(inputs), args, kwargs, digest.hexdigest(), tuple(notes), model, tracer="torch-pruning")
 
 
 def _takes_any_batch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -374,7 +365,7 @@ def cost_functions(program: Program, coupling: Coupling) -> Mapping[str, CostFn]
 
     @cache
     def costs(dead: tuple[tuple[str, tuple[int, ...]], ...]) -> Mapping[str, int]:
-        plan = plan_from_dead(coupling, dict(dead), fingerprint=program.fingerprint, inputs=program.inputs)
+        plan = plan_from_dead(program, coupling, dict(dead))
         module = slice_module(Cut(program, coupling, plan)).module
         macs = count_macs(module, program.example_args, program.example_kwargs, batch=batch_size(program))
         return {"macs": macs, "params": count_params(module)}

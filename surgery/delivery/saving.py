@@ -43,7 +43,7 @@ from surgery.inputs import Calibration
 from surgery.latency import Limits, Settings, by_operator, ort
 from surgery.pipeline import Result, apply
 from surgery.planning import int8_of
-from surgery.recovery import Agreement, Evaluate, verdict_on
+from surgery.recovery import Agreement, Evaluate, Subject, evaluated_again, open_metric, verdict_on, with_recovery
 from surgery.report import REPORT_FILES, Report, deployed_precision
 
 DENSE_ONNX = "dense.onnx"
@@ -91,6 +91,7 @@ def save(
         raise InvalidInput(f"save takes what surgery.shrink returned, not an object of type {type(result).__name__}")
     asked = recipe or result.recipe
     _validate_runtime(asked)
+    result = _evaluated(result)
     how, notes = deployed_recipe(result, asked)
     clock = Clock(progress)
     with output_set(out) as folder, tempfile.TemporaryDirectory(prefix="surgery-") as scratch:
@@ -103,6 +104,18 @@ def save(
                 models = {name: path for name, path in files.paths.items() if name != "masked"}
                 data["evaluation"] = {n: evaluate(OnnxModel(p, threads=how.target.threads)) for n, p in models.items()}
         return Report(data).write(folder)
+
+
+def _evaluated(result: Result) -> Result:
+    """Return the result with figures of the weights that it has now."""
+    if (before := result.recovery) is None:
+        return result
+    asked, model = result.recipe.data.metric, Subject.of(result.cut, result.compact, result.model, result.whole).model
+    found = evaluated_again(before, model, open_metric(asked) if asked is not None else None)
+    if found is before:
+        return result
+    notes = [note for note in result.report["notes"] if note not in found.notes]
+    return replace(result, recovery=found, report=with_recovery({**result.report, "notes": notes}, found))
 
 
 def validate_output(recipe: Recipe) -> None:
@@ -123,7 +136,7 @@ def load(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> torch.nn.Module:
-    """Return the compact model, with its weights, from a folder written by `save` or `surgery shrink`.
+    """Return the compact model, in eval mode, with its weights, from a folder of `save` or `surgery shrink`.
 
     Args:
         folder: contains plan.json and compact.safetensors.
@@ -143,7 +156,7 @@ def load(
     except (OSError, SafetensorError, RuntimeError) as error:
         why = " ".join(str(error).split())
         raise InvalidInput(f"{place}: not the weights of this plan's compact model ({why}); shrink it again") from error
-    return compact
+    return compact.eval()
 
 
 def _validate_runtime(recipe: Recipe) -> None:
@@ -170,7 +183,7 @@ def fewer_bits(recipe: Recipe) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Subject:
+class ModelInFile:
     """The model in the ONNX files: the pruned model, or the whole model around a pruned submodule."""
 
     dense: Callee  # the example call of the dense model
@@ -226,14 +239,14 @@ class _Files:
         first = self.subject.dense.tensors[0]
         return first.shape[0] if first.dim() else 1
 
-    def _exported(self) -> tuple[Subject, dict[str, onnx.ExportResult]]:
+    def _exported(self) -> tuple[ModelInFile, dict[str, onnx.ExportResult]]:
         """Export the three models, with the whole model around a submodule if possible."""
         program, whole = self._result.program, self._result.whole
         if whole is not None:
             try:
                 if whole.example is None:
                     raise InvalidInput("its inputs are not known")
-                subject = Subject(whole.example, whole.around, None, whole=True)
+                subject = ModelInFile(whole.example, whole.around, None, whole=True)
                 exports = self._export(subject)
                 self.notes.append(f"ONNX and times: the whole model around part '{whole.name}'")
                 return subject, exports
@@ -241,10 +254,10 @@ class _Files:
                 alone = f"the part alone, '{whole.name}'; the whole model cannot be exported"
                 self.notes.append(f"ONNX and times: {alone}: {error}")
         dynamic = tuple(spec.dynamic for spec in program.inputs)
-        subject = Subject(Callee.of(program, program.dense.model), lambda module: module, dynamic)
+        subject = ModelInFile(Callee.of(program, program.dense.model), lambda module: module, dynamic)
         return subject, self._export(subject)
 
-    def _export(self, subject: Subject) -> dict[str, onnx.ExportResult]:
+    def _export(self, subject: ModelInFile) -> dict[str, onnx.ExportResult]:
         result, program, plan = self._result, self._result.program, self._result.plan
         models: dict[str, tuple[Callable[[], Any], Path]] = {
             "dense": (lambda: subject.dense.module, self._folder / DENSE_ONNX),

@@ -6,7 +6,6 @@ data. The user's own generators are left unchanged.
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, TensorDataset
 
 from surgery.capture import Whole, reach
-from surgery.core import Callee, InputSpec, Program, explained
+from surgery.core import Callee, InputSpec, Program, digest_of, explained
 from surgery.errors import InvalidInput
 from surgery.inputs.datasets import UNKNOWN, Images, batch_size, evenly_spaced
 from surgery.inputs.usercode import guarded
@@ -229,14 +228,11 @@ def gather(given: Any, inputs: Sequence[InputSpec], most: int = MOST, seed: int 
     count = len(whole[0]) // size * size if fixed else len(whole[0])
     if not count or any(len(x) != len(whole[0]) for x in whole):
         raise InvalidInput(f"data: every input takes equally many images, at least {size if fixed else 1}")
-    whole, digest = [x[:count] for x in whole], hashlib.sha256()
-    for x in whole:
-        digest.update(f"{tuple(x.shape)} {x.dtype}".encode())
-        digest.update(x.contiguous().view(torch.uint8).numpy().tobytes())
+    whole = [x[:count] for x in whole]
     parts = tuple(zip(*(torch.split(x, size) for x in whole), strict=True))
     known = [x for x in classes if x is not None]
     ends = (min(int(x.min()) for x in known), max(int(x.max()) for x in known)) if len(known) == len(classes) else None
-    return Calibration(parts, count, digest.hexdigest(), classes=ends)
+    return Calibration(parts, count, digest_of(whole), classes=ends)
 
 
 def _batches(given: Any, most: int, seed: int) -> Iterator[Any]:

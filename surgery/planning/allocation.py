@@ -73,15 +73,7 @@ def allocate(
     meter = _Meter(budget.kind, budget.amount, cost({}) if dense is None else dense, cost)
     ladders = ladders_of(coupling, scores, selection.round_to)
     dead, notes = _least(coupling, ladders, meter, selection)
-    return plan_from_dead(
-        coupling,
-        dead,
-        fingerprint=program.fingerprint,
-        inputs=program.inputs,
-        budget=budget,
-        settings=settings,
-        notes=notes,
-    )
+    return plan_from_dead(program, coupling, dead, budget=budget, settings=settings, notes=notes)
 
 
 def _least(

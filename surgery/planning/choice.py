@@ -108,28 +108,8 @@ def traced_part(loaded: LoadedModel, recipe: Recipe, clock: Clock) -> tuple[Prog
 
 def with_dead(plan: Plan, coupling: Coupling, dead: Mapping[str, Sequence[int]]) -> Plan:
     """Return the plan with other removed units."""
-    made = plan_from_dead(coupling, dead, fingerprint=plan.fingerprint, inputs=plan.inputs)
+    made = plan_from_dead(plan, coupling, dead)
     return replace(plan, dead=made.dead, sizes=made.sizes, cuts=made.cuts)
-
-
-def plan_settings(program: Program, recipe: Recipe, seen: Calibration | None) -> dict[str, Any]:
-    """Return the settings recorded in a plan, so that it can be applied again: JSON values, without the budget."""
-    selection, target, output, criterion = recipe.selection, recipe.target, recipe.output, recipe.criterion
-    names = ("scope", "round_to", "inexact", "own_class", "tracer", "seed", "drop_layers", "steps")
-    found: dict[str, Any] = {
-        "criterion": criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "custom"),
-        "keep": list(selection.keep),
-        "part": selection.submodule,
-        **{name: getattr(selection, name) for name in names},
-    }
-    if recipe.goal.is_latency:
-        found |= {"threads": target.threads, "batch": target.batch, "deploy": target.deploy}
-        if target.deploy == INT8:
-            int8 = {"method": output.int8_method, "keep": list(output.int8_keep)}
-            found["int8"] = {**int8, "reduce_range": output.int8_reduce_range}
-    if seen is not None:
-        found["data"] = seen.described()
-    return {**found, **submodule.plain_arguments(program)}
 
 
 # Candidates. ----------------------------------------------------------------------------------------------------------
@@ -221,6 +201,26 @@ class Candidates:
             constants = {b.name: self.dead.get(b.name, ()) for b in self.blocks if b.name in key}
             self._known[key] = Candidate(drop(self.program, constants, self.blocks), self)
         return self._known[key]
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The settings recorded in a plan, so that it can be applied again: JSON values, without the budget."""
+        recipe, selection, target, output = self.recipe, self.recipe.selection, self.recipe.target, self.recipe.output
+        names = ("scope", "round_to", "inexact", "own_class", "tracer", "seed", "drop_layers", "steps")
+        found: dict[str, Any] = {
+            "criterion": by if isinstance(by := recipe.criterion, str) else getattr(by, "__name__", "custom"),
+            "keep": list(selection.keep),
+            "part": selection.submodule,
+            **{name: getattr(selection, name) for name in names},
+        }
+        if recipe.goal.is_latency:
+            found |= {"threads": target.threads, "batch": target.batch, "deploy": target.deploy}
+            if target.deploy == INT8:
+                int8 = {"method": output.int8_method, "keep": list(output.int8_keep)}
+                found["int8"] = {**int8, "reduce_range": output.int8_reduce_range}
+        if self.seen is not None:
+            found["data"] = self.seen.described()
+        return {**found, **submodule.plain_arguments(self.program)}
 
     @property
     def base(self) -> Candidate:

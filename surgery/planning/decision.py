@@ -19,7 +19,7 @@ from surgery.errors import InvalidInput, PlanMismatch, UnsupportedModel
 from surgery.importance import settled
 from surgery.inputs import Calibration, LoadedModel, calibration_images
 from surgery.planning.allocation import allocate
-from surgery.planning.choice import Candidate, Candidates, Choice, plan_settings, traced_part
+from surgery.planning.choice import Candidate, Candidates, Choice, traced_part
 from surgery.planning.latency_planner import LatencyPlanner
 from surgery.planning.refinement import LatencyBench, refine
 from surgery.recovery import Step, validate_training
@@ -72,7 +72,7 @@ def _chosen(
         return planner.first_plan(), planner
     goal, left, dense = recipe.goal, candidates.base, candidates.without(()).costs.get(recipe.goal.kind)
     scores, cost, selection = left.scores, left.costs.get(goal.kind), recipe.selection  # stages of their own
-    units, settings = None if dense is None else dense({}), plan_settings(program, recipe, seen)
+    units, settings = None if dense is None else dense({}), candidates.settings
     with clock("allocate"):
         plan = allocate(
             program, left.coupling, scores, goal, cost=cost, dense=units, selection=selection, settings=settings

@@ -18,7 +18,7 @@ from surgery.errors import BudgetUnreachable, InvalidInput
 from surgery.importance import Signal, block_losses, measures_losses, settled, signal_of, weights_of
 from surgery.latency import Conditions, LatencyTable, Source, table_source
 from surgery.planning.allocation import Ladder, attempts, ladders_of, removed
-from surgery.planning.choice import Candidate, Candidates, Choice, RefinementLog, plan_settings, with_dead
+from surgery.planning.choice import Candidate, Candidates, Choice, RefinementLog, with_dead
 from surgery.planning.latency_search import (
     Forecast,
     ImportanceLoss,
@@ -196,15 +196,9 @@ class LatencyPlanner:
     def _carried(self, problem: Problem, state: State) -> tuple[Candidate, Plan]:
         """Return a solution as a plan, with the program without the dropped blocks."""
         base = self._candidates.base
-        plan = plan_from_dead(
-            base.coupling,
-            removed(problem.ladders, state.levels),
-            fingerprint=self._program.fingerprint,
-            inputs=self._program.inputs,
-            budget=self._recipe.goal,
-            settings=plan_settings(self._program, self._recipe, self._candidates.seen),
-            reasons=_reasons(problem, state),
-        )
+        dead, settings = removed(problem.ladders, state.levels), self._candidates.settings
+        plan = plan_from_dead(self._program, base.coupling, dead, budget=self._recipe.goal, settings=settings)
+        plan = replace(plan, reasons=_reasons(problem, state))
         dropped = {**self._candidates.dead, **{problem.blocks[b].name: () for b in sorted(state.dropped)}}
         if state.dropped:
             base = self._candidates.without(dropped)

@@ -12,6 +12,7 @@ from .run import (
     Step as Step,
     Subject as Subject,
     copy_of as copy_of,
+    evaluated_again as evaluated_again,
     recovered as recovered,
     recovery_method as recovery_method,
     validate_training as validate_training,

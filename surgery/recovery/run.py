@@ -15,7 +15,7 @@ from torch import Tensor
 from surgery import distributed
 from surgery.capture import Whole, evaluating
 from surgery.config import Recipe, validate
-from surgery.core import Callee, CompactModel, InputSpec, Program, Progress, flat_outputs
+from surgery.core import Callee, CompactModel, InputSpec, Program, Progress, digest_of, flat_outputs
 from surgery.coupling import Cut
 from surgery.errors import InvalidInput
 from surgery.inputs import Calibration, Images, as_dataset, calibration_images, classes_of, specs_of
@@ -150,6 +150,7 @@ class Recovery:
     notes: tuple[str, ...] = ()
     reference: Reference | None = field(default=None, repr=False)
     seen: Calibration | None = field(default=None, repr=False)
+    weights: str = ""  # digest of the model's state at the end, which the last step's figures are of
 
     @property
     def judged_by(self) -> str:
@@ -223,7 +224,21 @@ def recovered(
         steps.append(_run_method(name, task, judge, before if by_data and task.seen is not None else None, progress))
     notes = [note for given in (data.data, data.val) if isinstance(given, Images) for note in given.notes()]
     notes += reference.notes if reference is not None else ()
-    return Recovery(level, tuple(steps), tuple(notes), reference, seen) if steps else None
+    fitted, held = (x.place.resolve() if isinstance(x, Images) else id(x) for x in (data.data, data.val))
+    if data.data is not None and fitted == held:
+        notes.append("--val has the images of --data, which the model is fitted to: figures on others will be worse")
+    weights = digest_of(subject.model.module.state_dict().values())
+    return Recovery(level, tuple(steps), tuple(notes), reference, seen, weights) if steps else None
+
+
+def evaluated_again(recovery: Recovery, model: Callee, metric: Evaluate | None) -> Recovery:
+    """Return the recovery with one more step if the model's weights have been changed since, as by training."""
+    weights = digest_of(model.module.state_dict().values())
+    if weights == recovery.weights:
+        return recovery
+    notes = (*recovery.notes, "the weights were changed after the last step of recovery; figures are of those now")
+    step = _Judge(recovery.reference, metric).step(model, "changed since")
+    return replace(recovery, steps=(*recovery.steps, step), notes=notes, weights=weights)
 
 
 def _methods(level: str) -> list[str]:

@@ -66,9 +66,7 @@ def case(network: nn.Module) -> Case:
 
 @pytest.fixture(scope="module")
 def found(case: Case, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SURGERY_CACHE", str(cache))
         patch.setattr(rows, "CRITERIA", {"l1": rows.CRITERIA["l1"]})
         patch.setattr(rows, "TRIES", 2)
         get_context("forkserver").set_forkserver_preload([WARM])

@@ -61,21 +61,32 @@ NETWORKS = {
     "resnet50": (16, 0),
     "mobilenet_v2": (10, 13),
     "convnext_tiny": (18, 18),
-    "vit_b_16": (24, 0),
     "efficientnet_b0": (9, 12),
-    "swin_t": (24, 0),
     "resnet110": (54, 0),
+    "vit": (8, 0),
+    "swin": (10, 0),
 }
 """How many branches that may go each has, and how many depthwise layers."""
+
+
+VIT = {"image_size": 64, "patch_size": 16, "num_layers": 4, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
+SWIN = {"patch_size": [4, 4], "embed_dim": 24, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8], "window_size": [7, 7]}
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("VisionTransformer", VIT), "swin": ("SwinTransformer", SWIN),
+}  # fmt: skip
+"""torchvision's classes with fewer blocks."""
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_blocks_of_real_networks_are_found_and_dropped_exactly(name: str) -> None:
     if name == "resnet110":
         model, image = CifarResNet(18).eval(), torch.randn(1, 3, 32, 32)
+    elif name in TRANSFORMERS:
+        kind, sizes = TRANSFORMERS[name]
+        model = getattr(import_torchvision().models, kind)(**sizes).eval()
+        image = torch.randn(1, 3, 64, 64)
     else:
-        sized = {"image_size": 64} if name == "vit_b_16" else {}
-        model = import_torchvision().models.get_model(name, weights=None, **sized).eval()
+        model = import_torchvision().models.get_model(name, weights=None).eval()
         image = torch.randn(1, 3, 64, 64)
     program = trace(model, image)
     blocks = find_blocks(program)

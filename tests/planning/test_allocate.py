@@ -271,11 +271,11 @@ def test_a_few_cost_calls_suffice() -> None:
 
 def test_units_become_positions_of_every_tensor_the_group_touches() -> None:
     coupling = chain([3, 4])
-    plan = plan_from_dead(coupling, {"l1.weight:0": [3, 1, 3], "l0.weight:0": []}, fingerprint="f", inputs=INPUTS)
+    plan = plan_from_dead(PROGRAM, coupling, {"l1.weight:0": [3, 1, 3], "l0.weight:0": []})
     assert plan.dead == {"l1.weight:0": (1, 3)}
     assert plan.sizes == {"l0.weight:0": 3, "l1.weight:0": 4}
     assert plan.cuts == (AxisCut("l1.weight", 0, 4, (1, 3)), AxisCut("l2.weight", 1, 4, (1, 3)))
-    assert plan_from_dead(coupling, {}, fingerprint="f", inputs=INPUTS).cuts == ()
+    assert plan_from_dead(PROGRAM, coupling, {}).cuts == ()
 
 
 def heads_by_dimensions() -> Coupling:
@@ -287,7 +287,7 @@ def heads_by_dimensions() -> Coupling:
 
 
 def test_a_position_with_two_owners_dies_with_either() -> None:
-    plan = plan_from_dead(heads_by_dimensions(), {"q:0": [1], "k:0": [0]}, fingerprint="f", inputs=INPUTS)
+    plan = plan_from_dead(PROGRAM, heads_by_dimensions(), {"q:0": [1], "k:0": [0]})
     assert plan.cuts == (AxisCut("q", 0, 12, (0, 4, 5, 6, 7, 8)),)
 
 
@@ -295,7 +295,7 @@ def test_an_axis_is_never_emptied() -> None:
     halves = (Group("a:0", (1, 2), (Site("w", 0, ((0,), (1,))),)), Group("b:0", (3, 4), (Site("w", 0, ((1,), (0,))),)))
     coupling = Coupling(groups=halves, frozen=(), shapes={"w": (2, 2)})
     with pytest.raises(IllegalCut, match="axis 0 of w"):
-        plan_from_dead(coupling, {"a:0": [0], "b:0": [0]}, fingerprint="f", inputs=INPUTS)
+        plan_from_dead(PROGRAM, coupling, {"a:0": [0], "b:0": [0]})
 
 
 @pytest.mark.parametrize(
@@ -310,4 +310,4 @@ def test_an_axis_is_never_emptied() -> None:
 )
 def test_hand_made_plans_that_do_not_fit(dead: dict[str, list[int]], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        plan_from_dead(chain([3, 4]), dead, fingerprint="f", inputs=INPUTS)
+        plan_from_dead(PROGRAM, chain([3, 4]), dead)

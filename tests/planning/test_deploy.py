@@ -256,7 +256,7 @@ def net():
 
 
 def run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    return run_surgery(folder, *args, env={"SURGERY_CACHE": str(folder / "cache")})
+    return run_surgery(folder, *args)
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def net(width=64):
 
 
 def run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    return run_surgery(folder, *args, env={"SURGERY_CACHE": str(folder / "cache")})
+    return run_surgery(folder, *args)
 
 
 def good(done: subprocess.CompletedProcess[str]) -> str:

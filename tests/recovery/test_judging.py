@@ -480,3 +480,34 @@ def shrink(folder: Path, arguments: list[str], environment: dict[str, str]) -> s
     done = run_surgery(folder, "shrink", "net.py:net", "--out", "out", *arguments, env=environment)
     assert done.returncode == 2
     return done
+
+
+def test_the_same_images_for_fitting_and_judging_are_reported(
+    cut: surgery.Result, images: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "some.npz", images=np.zeros((16, 10, 10, 3), np.uint8), labels=np.arange(16) % 5)
+    name = str(tmp_path / "some.npz")
+    for data, val, told in ((images, images, True), (name, name, True), (images[0], images, False)):
+        notes = surgery.recover(cut, surgery.recipe(data=data, val=val, recover="bn")).report["notes"]
+        assert any("--val has the images of --data" in note for note in notes) is told
+
+
+def test_figures_are_of_the_weights_that_are_saved(
+    cut: surgery.Result, images: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    recovered = surgery.recover(cut, surgery.recipe(data=images[0], val=images, recover="bn"))
+    fast = surgery.recipe(runs=3)
+    unchanged = surgery.save(recovered, tmp_path / "unchanged", fast).data
+    assert [step["name"] for step in unchanged["recovery"]["steps"]] == ["dense", "cut", "bn"]
+    with torch.no_grad():
+        recovered.model.fc.weight.neg_()  # type: ignore[union-attr, operator]
+    data = surgery.save(recovered, tmp_path / "changed", fast).data
+    assert [step["name"] for step in data["recovery"]["steps"]] == ["dense", "cut", "bn", "changed since"]
+    loaded = surgery.load(tmp_path / "changed", Net().train())
+    assert not any(module.training for module in loaded.modules())
+    with torch.no_grad():
+        accuracy = float((loaded(images[0]).argmax(1) == images[1]).double().mean())
+    row = next(row for row in data["models"] if row["name"] == "compact")
+    assert row["agreement"]["accuracy"] == pytest.approx(accuracy)
+    assert f"accuracy {100 * accuracy:.2f} %" in data["accuracy"]["verdict"]
+    assert sum("the weights were changed" in note for note in data["notes"]) == 1
