@@ -11,7 +11,7 @@ import math
 import tempfile
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -70,19 +70,9 @@ _built_registry = cache(ONNXRegistry.from_torchlib)
 def _by_torch_export(call: Callee, tensors: Tensors, axes: Axes, opset: int) -> ir.Model:
     args, kwargs = _arguments(call, tensors)
     shapes = _dynamic_shapes(call, tensors, axes) if any(axes.values()) else None
-
-    def export(subject: Any) -> Any:
-        return torch.onnx.export(
-            subject,
-            args,
-            kwargs=kwargs,
-            dynamo=True,
-            verbose=False,
-            opset_version=opset,
-            custom_translation_table={_SDPA: _attention} if opset < _OWN_ATTENTION_SINCE else {},
-            dynamic_shapes=shapes,
-        )
-
+    table = {_SDPA: _attention} if opset < _OWN_ATTENTION_SINCE else {}
+    how: dict[str, Any] = {"opset_version": opset, "custom_translation_table": table, "dynamic_shapes": shapes}
+    export: Any = partial(torch.onnx.export, args=args, kwargs=kwargs, dynamo=True, verbose=False, **how)
     try:
         program = export(call.module)
     except Exception as error:
@@ -125,24 +115,12 @@ def _reshaping(
 
 def _by_torchscript(call: Callee, tensors: Tensors, axes: Axes, outputs: Sequence[str], opset: int) -> ir.Model:
     args, kwargs = _arguments(call, tensors)
+    free = {n: {axis: axis_name(n, axis, t.ndim) for axis in axes[n]} for n, t in tensors.items() if axes.get(n)}
+    named: dict[str, Any] = {"input_names": list(tensors), "output_names": list(outputs), "dynamic_axes": free}
+    how: dict[str, Any] = {"kwargs": kwargs, "dynamo": False, "verbose": False, "opset_version": opset}
     with tempfile.TemporaryDirectory() as room:
         file = Path(room) / "model.onnx"
-        torch.onnx.export(
-            call.module,
-            args,
-            file,
-            kwargs=kwargs,
-            dynamo=False,
-            verbose=False,
-            opset_version=opset,
-            input_names=list(tensors),
-            output_names=list(outputs),
-            dynamic_axes={
-                name: {axis: axis_name(name, axis, tensor.ndim) for axis in axes[name]}
-                for name, tensor in tensors.items()
-                if axes.get(name)
-            },
-        )
+        torch.onnx.export(call.module, args, file, **how, **named)
         graph: ir.Model = ir.from_proto(onnx.load(file))
         return graph
 

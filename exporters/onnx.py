@@ -169,14 +169,8 @@ def _attempt(job: _Job, axes: Axes, notes: list[str]) -> ExportResult:
     }
     unused = [name for name in job.tensors if name not in dynamic]
     found += [f"input '{name}' is not used by the model, and not in the file" for name in unused]
-    return ExportResult(
-        path=job.file,
-        bytes=file_bytes(job.file),
-        opset=saved.opset_imports[""],
-        dynamic=dynamic,
-        error=error,
-        notes=(*notes, *found),
-    )
+    opset, size = saved.opset_imports[""], file_bytes(job.file)
+    return ExportResult(job.file, size, opset, dynamic, error, notes=(*notes, *found))
 
 
 def _write(job: _Job, call: Callee, axes: Axes, file: Path) -> ir.Model:

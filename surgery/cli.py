@@ -46,7 +46,7 @@ Exit codes:
   2    invalid arguments, files, shapes or plan
   3    unsupported model
   4    verification failed: nothing was written
-  5    the budget cannot be reached
+  5    the budget cannot be reached, or is not met by the files in OUT.unmet
   130  interrupted (Ctrl-C)
   143  terminated (SIGTERM)
 Unless the exit code is 0, existing files in --out are left unchanged."""
@@ -617,6 +617,7 @@ def _python() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; `arguments` are those of the process by default."""
     session = Session(arguments=tuple(sys.argv[1:] if arguments is None else arguments))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's threads spin for a core that others use
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda received, _: _stop(session, received))
@@ -661,6 +662,8 @@ def _explain(error: BaseException, session: Session) -> int:
             time.sleep(distributed.GRACE)
         return code
     say((ended and distributed.word()) or sentence)
+    if session.as_json:
+        click.echo(json.dumps({"error": {"exit_code": code, "message": sentence.removeprefix("error: ")}}))
     return code
 
 

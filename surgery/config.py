@@ -341,6 +341,8 @@ class Target(Group):
         None, text("FILE", "the path of an acceptance"),
         "Correct the plan by a measurement of an earlier one on the table's device.")
     correct: bool = option(True, FLAG, "Time the compact model and correct the plan until the latency is met.")
+    best_effort: bool = option(
+        False, FLAG, "Accept a latency budget that is not met. Otherwise such files go to OUT.unmet, with exit code 5.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,11 +38,11 @@ from surgery.capture import evaluating
 from surgery.config import Recipe, to_toml
 from surgery.core import Callee, Clock, Plan, Progress, quiet
 from surgery.cutting import masked
-from surgery.errors import CheckFailed, InvalidInput, UnsupportedModel
+from surgery.errors import BudgetUnreachable, CheckFailed, InvalidInput, UnsupportedModel
 from surgery.inputs import Calibration
 from surgery.latency import Limits, Settings, by_operator, ort
 from surgery.pipeline import Result, apply
-from surgery.planning import int8_of
+from surgery.planning import HIGHEST, int8_of
 from surgery.recovery import Agreement, Evaluate, Subject, evaluated_again, open_metric, verdict_on, with_recovery
 from surgery.report import REPORT_FILES, Report, deployed_precision
 
@@ -86,6 +86,7 @@ def save(
         InvalidInput: the folder cannot be written.
         UnsupportedModel: the model cannot be exported.
         CheckFailed: an exported model differs from the torch model.
+        BudgetUnreachable: the compact file does not meet the latency budget; the files are in a folder `OUT.unmet`.
     """
     if not isinstance(result, Result):
         raise InvalidInput(f"save takes what surgery.shrink returned, not an object of type {type(result).__name__}")
@@ -103,7 +104,17 @@ def save(
             with clock("evaluate"):
                 models = {name: path for name, path in files.paths.items() if name != "masked"}
                 data["evaluation"] = {n: evaluate(OnnxModel(p, threads=how.target.threads)) for n, p in models.items()}
-        return Report(data).write(folder)
+        report = Report(data).write(folder)
+        if (latency := data["latency"]) and latency["met"] is False and not asked.target.best_effort:
+            unmet = Path(f"{Path(out)}.unmet")
+            with output_set(unmet) as other:
+                shutil.copytree(folder, other, dirs_exist_ok=True)
+            raise BudgetUnreachable(
+                f"the compact model takes {latency['final']:.4f} of the dense latency, and the budget is "
+                f"{latency['target']:.4f}: its files are in {unmet}; accept them with --best-effort, or leave room by "
+                f"--latency {latency['target'] ** 2 / latency['final']:.3f}"
+            )
+        return report
 
 
 def _evaluated(result: Result) -> Result:
@@ -332,6 +343,7 @@ class _Files:
         notes = [*self.notes, *notes, *quantised_notes(self.quantised, timing, deployed)]
         return {
             **result.report,
+            "latency": _decided(result.report, timing),
             "models": with_standings(self._model_rows(), self.quantised, judged, timing),
             "timing": timing,
             "operators": operators,
@@ -449,6 +461,18 @@ def with_standings(
     for row in listed:
         row["dominated_by"] = dominating(row["name"], standings)
     return listed
+
+
+def _decided(report: Mapping[str, Any], timing: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the report on a latency budget whose plan was timed, decided by the final times if they are reliable."""
+    latency, times = report["latency"], _times(timing)
+    if latency is None or latency["taken"] < 0 or "within" in report:
+        return latency  # type: ignore[no-any-return]
+    dense, compact = (f"{name} {deployed_precision(report)}".removesuffix(" fp32") for name in ("dense", "compact"))
+    final = latency["rounds"][latency["taken"]]["measured"]
+    if timing["reliable"] and {dense, compact} <= times.keys():
+        final = times[compact][0] / times[dense][0]
+    return {**latency, "final": final, "met": final <= HIGHEST * latency["target"]}
 
 
 def _times(timing: Mapping[str, Any]) -> dict[str, Estimate]:

@@ -92,9 +92,10 @@ def compare(module: nn.Module, tensors: Mapping[str, Tensor]) -> Mismatch:
 
 
 def without_prefixes(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
-    """Strip up to three of `module.`, `model.` and `_orig_mod.` if more keys then match `wanted`."""
+    """Strip up to three of `module.`, `model.`, `_orig_mod.` and a name common to all keys, if more match `wanted`."""
     best, names = dict(tensors), set(wanted)
-    for prefixes in product(("", *_PREFIXES), repeat=3):
+    tops = {key.partition(".")[0] for key in tensors}  # one, as in a Lightning module's `net.`
+    for prefixes in product(dict.fromkeys(("", *_PREFIXES, *(f"{top}." for top in tops if len(tops) == 1))), repeat=3):
         variant = {reduce(_strip, prefixes, key): value for key, value in tensors.items()}
         if len(variant.keys() & names) > len(best.keys() & names) and len(variant) == len(best):
             best = variant

@@ -52,6 +52,10 @@ class LoadedModel:
     warnings: tuple[str, ...] = ()  # for the user, such as random weights because pretrained ones are unavailable
     preprocessing: Preprocessing = field(default_factory=Preprocessing)  # that the model expects
 
+    def __post_init__(self) -> None:
+        eager = getattr(self.module, "_orig_mod", self.module)  # of a model that torch.compile returned
+        object.__setattr__(self, "module", eager)
+
     @property
     def call(self) -> tuple[nn.Module, Any, Mapping[str, Any]]:
         """The module and its example inputs: arguments of `surgery.trace`."""

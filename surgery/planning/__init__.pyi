@@ -1,6 +1,6 @@
 from . import profiling as profiling
 from .allocation import allocate as allocate
-from .choice import Choice as Choice, RefinementLog as RefinementLog, with_dead as with_dead
+from .choice import HIGHEST as HIGHEST, Choice as Choice, RefinementLog as RefinementLog, with_dead as with_dead
 from .decision import (
     Decision as Decision,
     as_planned as as_planned,

@@ -6,9 +6,10 @@ import hashlib
 from dataclasses import replace
 
 import torch
+from torch.nn.modules.batchnorm import _NormBase
 
 from surgery.capture import evaluating
-from surgery.core import BatchStatistics
+from surgery.core import BatchStatistics, digest_of
 from surgery.errors import InvalidInput
 from surgery.inputs import as_dataset
 from surgery.recovery import reconstruction
@@ -59,7 +60,10 @@ def reconstruct(task: Task) -> Outcome:
 
 @recovery_method("fold", needs=["drawn-images", "graph"])
 def fold(task: Task) -> Outcome:
-    """Reconstruct on synthetic images."""
+    """Reconstruct on synthetic images, unless the batch norms show that the network was never trained."""
+    norms = [m for m in task.subject.dense.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+    if norms and not any(bool(m.running_mean.any()) for m in norms):  # type: ignore[union-attr]
+        return Outcome(("fold was skipped: no batch norm has recorded statistics, so that there is nothing to keep",))
     return reconstruct(task)
 
 
@@ -99,11 +103,6 @@ def _digest(task: Task, data: object) -> str:
     """Return a digest of both models' weights and of the data, as far as known without reading all of it."""
     assert task.seen is not None, "methods that need images are given some"
     size, files = len(data) if hasattr(data, "__len__") else 0, [str(file) for file in getattr(data, "files", ())]
-    digest = hashlib.sha256(f"{task.seen.digest} {task.seen.classes} {size} {files}".encode())
-    known = classes_in(data, len(task.subject.inputs))
-    tensors = [known] if known is not None else []
-    for model in (task.subject.dense.module, task.subject.model.module):
-        tensors += [x for _, x in sorted(model.state_dict().items())]
-    for x in tensors:
-        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    states = [x for m in (task.subject.dense, task.subject.model) for _, x in sorted(m.module.state_dict().items())]
+    tensors = digest_of([classes_in(data, len(task.subject.inputs)), *states])
+    return hashlib.sha256(f"{task.seen.digest} {task.seen.classes} {size} {files} {tensors}".encode()).hexdigest()

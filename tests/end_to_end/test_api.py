@@ -203,3 +203,8 @@ def test_arguments_that_are_no_tensors_are_in_the_plan(tmp_path: Path) -> None:
         assert torch.equal(same[0]["map"], same[1]["map"]) and torch.equal(same[0]["energy"], same[1]["energy"])
     with pytest.raises(PlanMismatch):
         surgery.apply(plan, model, x, example_kwargs={"bent": True})
+
+
+def test_a_compiled_model_is_shrunk_as_the_model_that_it_wraps() -> None:
+    result = surgery.shrink(torch.compile(net()), IMAGE, surgery.recipe(macs=0.5, recover="none"))
+    assert type(result.model) is type(net())

@@ -46,7 +46,9 @@ def load_into(module: nn.Module, path: Path) -> nn.Module:
 @pytest.mark.parametrize(
     "wrapper", [[], ["state_dict"], ["model"], ["model_state_dict"], ["ema"], ["state_dict_ema"], ["ema", "module"]]
 )
-@pytest.mark.parametrize("prefix", ["", "module.", "model.", "_orig_mod.", "module._orig_mod.", "model.module."])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "model.", "_orig_mod.", "module._orig_mod.", "model.module.", "net."]
+)
 def test_wrappers_and_prefixes_are_undone(tmp_path: Path, wrapper: list[str], prefix: str) -> None:
     donor = net()
     data: object = {prefix + key: value for key, value in donor.state_dict().items()}

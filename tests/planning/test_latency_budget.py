@@ -294,6 +294,22 @@ def test_the_command_line_plans_by_a_table(folder: Path) -> None:
     assert not (folder / "cache").exists()
 
 
+def test_files_that_do_not_meet_the_budget_go_elsewhere(table: LatencyTable, tmp_path: Path) -> None:
+    """The last race decides: nothing takes a ten-thousandth of the dense latency."""
+    result = shrunk(table, surgery.Budget(latency=0.5))
+    measured = {"taken": 0, "rounds": [{"measured": 0.5}], "target": 1e-4, "met": True}
+    result = replace(result, report={**result.report, "latency": {**result.report["latency"], **measured}})
+    out, fast = tmp_path / "out", surgery.recipe(runs=3)
+    with pytest.raises(BudgetUnreachable, match=r"its files are in .*out\.unmet; accept them with --best-effort"):
+        surgery.save(result, out, fast)
+    assert not out.exists()
+    told = json.loads((tmp_path / "out.unmet" / "report.json").read_text())["latency"]
+    assert told["met"] is False and told["final"] > 1e-3
+    report = surgery.save(result, out, fast.but(best_effort=True))
+    assert report.data["latency"]["met"] is False and (out / "compact.onnx").is_file()
+    assert "target 0.01 % of the dense latency: NOT MET" in (out / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
@@ -321,3 +337,6 @@ def test_what_goes_wrong_is_said_in_one_sentence(
     stderr = capfd.readouterr().err
     assert said in stderr
     assert len(stderr.strip().splitlines()) == 1
+    assert cli.main(["show", "nets.py:net", *args, "--quiet", "--json"]) == code
+    error = json.loads(capfd.readouterr().out)["error"]
+    assert error["exit_code"] == code and said in error["message"]

@@ -343,6 +343,16 @@ def test_agreement_of_outputs_that_are_no_classes() -> None:
     assert found.error > 0.1
 
 
+def test_a_network_that_was_never_trained_is_not_folded() -> None:
+    torch.manual_seed(0)
+    result = surgery.shrink(SPACE["Net"]().eval(), torch.randn(1, 1, 8, 8), surgery.recipe(macs=0.5, recover="fold"))
+    before = result.model.state_dict()
+    images = torch.randn(8, 1, 8, 8)
+    found = surgery.recover(result, surgery.recipe(recover="fold", val=images))
+    assert any("fold was skipped" in note for note in found.steps[-1].notes)
+    assert all(torch.equal(x, before[name]) for name, x in found.model.state_dict().items())
+
+
 def test_drawn_images_are_the_same_for_a_seed_and_look_like_normalised_ones() -> None:
     first, again, other = (drawn_images(24, 3, 32, 24, seed=s) for s in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
