@@ -307,15 +307,8 @@ def _run(call: Callee, tensors: Tensors) -> Any:
         ) from error
 
 
-READ = {
-    (1, 14): (18, 8),
-    (1, 15): (19, 9),
-    (1, 17): (20, 9),
-    (1, 18): (21, 10),
-    (1, 21): (22, 10),
-    (1, 23): (23, 11),
-    (1, 24): (25, 13),
-}
+READ = {(1, 14): (18, 8), (1, 15): (19, 9), (1, 17): (20, 9), (1, 18): (21, 10), (1, 21): (22, 10), (1, 23): (23, 11)}
+READ[1, 24] = 25, 13
 """Release of ONNX Runtime → operator set and IR version from then on, by its release notes; tried from 1.15 on."""
 
 

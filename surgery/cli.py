@@ -7,6 +7,7 @@ contains only the result; progress, warnings and output of libraries or the user
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import shlex
@@ -618,6 +619,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; `arguments` are those of the process by default."""
     session = Session(arguments=tuple(sys.argv[1:] if arguments is None else arguments))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's threads spin for a core that others use
+    gc.set_threshold(100_000, 50, 100)  # graphs are many objects, which live long: by default a tenth of all time
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda received, _: _stop(session, received))

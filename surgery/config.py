@@ -354,6 +354,8 @@ class Data(Group):
         None, IMAGES, common=True,
         help=f"Images for selection and recovery, labels not needed. Accepted are {ACCEPTED_IMAGES}.")
     val: Any = option(None, IMAGES, "Images for evaluation; with labels, the accuracy lost is measured.", common=True)
+    allow_chance: bool = option(
+        False, FLAG, "Go on although the dense model is no better than chance on the labels of --val.")
     metric: Any = option(
         None, Kind("FILE.py:CALLABLE", "a function of a model that returns {metric: value}"),
         "A function from a model to {metric: value}; called with the torch models and the exported files.")

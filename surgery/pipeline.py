@@ -197,7 +197,7 @@ def decide(loaded: LoadedModel, recipe: Recipe, progress: Progress | None = None
         for done in so_far.steps[1:]:
             notes = tuple(f"step {which}: {note}" for note in done.notes)
             between.append(replace(done, name=f"{done.name} {which}", notes=notes))
-        again = _toward(recipe, target / kept).but(drop_layers=False)
+        again = _toward(recipe, target / kept).but(drop_layers=False, allow_chance=True)
         decision = _joined(decision, planning.decide(replace(loaded, module=so_far.model), again, progress))
     plan = replace(decision.choice.plan, budget=goal)
     return replace(decision, choice=replace(decision.choice, plan=plan), recipe=recipe, between=tuple(between))

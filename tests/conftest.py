@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import tempfile
@@ -21,6 +22,7 @@ from surgery.cutting import check, cut
 from surgery.importance.head_selection import arrange, settled
 from surgery.inputs import import_torchvision
 
+gc.set_threshold(100_000, 50, 100)  # graphs are many objects, which live long
 torch.set_num_threads(1)  # the networks here are tiny: more threads only wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so in the processes that tests start
 

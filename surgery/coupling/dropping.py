@@ -62,14 +62,8 @@ def drop(program: Program, constants: Mapping[str, Sequence[float]], blocks: Seq
         training = program.model.training
         model, why = CompactGraph(root, copy.deepcopy(graph), name).train() if training else held, str(error)
     held.eval()  # programs are in eval mode; the model keeps its own mode
-    return replace(
-        program,
-        graph=held,
-        model=model,
-        why_graph=why,
-        materialised={name: sources for name, sources in program.materialised.items() if name in tensors},
-        whole=program,
-    )
+    computed = {name: sources for name, sources in program.materialised.items() if name in tensors}
+    return replace(program, graph=held, model=model, why_graph=why, materialised=computed, whole=program)
 
 
 def _dropped(

@@ -42,6 +42,7 @@ class Images(Dataset[tuple[Tensor, int]]):
     how: Preprocessing
     items: Sequence[Path] | np.ndarray  # files, or pixels: (N, H, W, 3) or (N, H, W) of uint8
     classes: Sequence[int] = ()  # of each image; empty if unknown
+    folders: int = 0  # number of class folders; 0 if classes are unknown, or not from folders
     folder_notes: Sequence[str] = ()  # on how the folder was read
     unreadable: dict[str, str] = field(default_factory=dict)  # files that could not be read as images, and why
 
@@ -205,7 +206,7 @@ def _folder(place: Path, shape: tuple[int, int, int], how: Preprocessing, option
         notes = [f"{option}: all images are in one folder, so that no classes are known"] if names and files else []
     if not files or shape[0] not in (1, 3):
         raise InvalidInput(f"{option} {place}: no images ({', '.join(SUFFIXES)}) for {shape[0]} channels")
-    return Images(option, place, shape, how, files, classes, notes)
+    return Images(option, place, shape, how, files, classes, len(names) if classes else 0, notes)
 
 
 def _is_image(name: str) -> bool:

@@ -111,13 +111,10 @@ def _problem(path: Path) -> str | None:
 def _pickled(reader: PT2ArchiveReader, records: list[str], model: str) -> Iterator[tuple[str, bool]]:
     """Yield every record that the loader would unpickle for one model, and whether it is an object, not tensors."""
     yield constants.SAMPLE_INPUTS_FILENAME_FORMAT.format(model), False
+    c = constants
     folders = (
-        (constants.WEIGHTS_DIR, constants.WEIGHTS_CONFIG_FILENAME_FORMAT, ""),
-        (
-            constants.CONSTANTS_DIR,
-            constants.CONSTANTS_CONFIG_FILENAME_FORMAT,
-            constants.TENSOR_CONSTANT_FILENAME_PREFIX,
-        ),
+        (c.WEIGHTS_DIR, c.WEIGHTS_CONFIG_FILENAME_FORMAT, ""),
+        (c.CONSTANTS_DIR, c.CONSTANTS_CONFIG_FILENAME_FORMAT, c.TENSOR_CONSTANT_FILENAME_PREFIX),
     )
     for folder, config_format, tensor_prefix in folders:
         old = f"{folder}{model}.pt"

@@ -197,17 +197,13 @@ _INSTRUCTION_SETS = {**{name: name for name in (*_X86, *_MATRIX)}, **_ALIASES}
 def describe(threads: int, provider: str = PROVIDER) -> dict[str, Any]:
     """Return runtime, provider, session options, CPU model, instruction sets and cores, as plain JSON values."""
     brand, flags = _processor()
-    options = session_options(threads)
+    names = ("intra_op_num_threads", "inter_op_num_threads", "execution_mode", "graph_optimization_level")
+    options = {name: getattr(session_options(threads), name) for name in names}
     return {
         "onnxruntime": onnxruntime.__version__,
         "provider": provider,
         "threads": threads,
-        "session_options": {
-            "intra_op_num_threads": options.intra_op_num_threads,
-            "inter_op_num_threads": options.inter_op_num_threads,
-            "execution_mode": options.execution_mode.name,
-            "graph_optimization_level": options.graph_optimization_level.name,
-        },
+        "session_options": {name: getattr(value, "name", value) for name, value in options.items()},
         "cpu": brand,
         "architecture": platform.machine(),
         "instruction_sets": list(dict.fromkeys(name for flag, name in _INSTRUCTION_SETS.items() if flag in flags)),

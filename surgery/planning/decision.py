@@ -22,7 +22,7 @@ from surgery.planning.allocation import allocate
 from surgery.planning.choice import Candidate, Candidates, Choice, traced_part
 from surgery.planning.latency_planner import LatencyPlanner
 from surgery.planning.refinement import LatencyBench, refine
-from surgery.recovery import Step, validate_training
+from surgery.recovery import Step, validate_dense, validate_training
 from surgery.report import describe
 
 
@@ -56,6 +56,9 @@ def decide(loaded: LoadedModel, recipe: Recipe, progress: Progress | None = None
         with clock("read images"):
             seen = calibration_images(recipe.data.data, program, whole, recipe.data.max_images, recipe.selection.seed)
     validate_training(program, whole, recipe, seen)
+    if recipe.data.val is not None and not recipe.data.allow_chance:
+        with clock("evaluate the dense model"):
+            validate_dense(program, whole, recipe)
     choice, planner = _chosen(program, recipe, seen, clock)
     while recipe.selection.own_class and (module := _in_the_way(choice, recipe, clock)):
         recipe = recipe.but(keep=(*recipe.selection.keep, module))

@@ -15,6 +15,7 @@ from .run import (
     evaluated_again as evaluated_again,
     recovered as recovered,
     recovery_method as recovery_method,
+    validate_dense as validate_dense,
     validate_training as validate_training,
     verdict_on as verdict_on,
     with_recovery as with_recovery,

@@ -68,10 +68,10 @@ class Reference:
     def __init__(self, dense: Model, batches: Iterable[Pair], named: str = "") -> None:
         self._dense, self._batches, self.named = dense, batches, named
         self.labels: Tensor | None = None  # class of each image, (N,)
-        self._classes, held = 0, 0  # number of classes; 0 if outputs are not class scores
+        self.classes, held = 0, 0  # number of classes; 0 if outputs are not class scores
         seen, outputs = list[Tensor | None](), list[Tensor]()
         for inputs, labels in batches:
-            found, self._classes = _outputs(dense, inputs)
+            found, self.classes = _outputs(dense, inputs)
             seen.append(labels)
             held += found.numel() * found.element_size()
             if held <= HELD:
@@ -81,12 +81,12 @@ class Reference:
         self.outputs = outputs if held <= HELD else None
         self.notes = batches.notes if isinstance(batches, Pairs) else []
         known = [x for x in seen if x is not None]
-        if len(known) == len(seen) and not self._classes:
+        if len(known) == len(seen) and not self.classes:
             note = f"the classes of {named} are not used: the model's output is not (N, classes) alone"
             self.notes = [note, *self.notes]
         elif len(known) == len(seen):
             self.labels = torch.cat(known)
-            validate_labels(named, int(self.labels.min()), int(self.labels.max()), self._classes)
+            validate_labels(named, int(self.labels.min()), int(self.labels.max()), self.classes)
 
     def judge(self, model: Model | None) -> Agreement:
         """Return the agreement of a model with the dense one; of the dense one with itself for None."""
@@ -96,12 +96,12 @@ class Reference:
             pair = torch.stack([own, own if model is None else _outputs(model, inputs)[0]]).double()
             sums.add(pair)
             cosines.append(torch.nn.functional.cosine_similarity(pair[0], pair[1], dim=1))
-            if self._classes:
+            if self.classes:
                 logs, others = pair.log_softmax(2)
                 divergences.append((logs.exp() * (logs - others)).sum(1))
                 predicted.append(pair.argmax(2))
         found = Agreement(sums.count, float(torch.cat(cosines).mean()), sums.error(), correlation=sums.correlation())
-        if not self._classes:
+        if not self.classes:
             return found
         ours, theirs = torch.cat(predicted, 1)
         value, low, high = paired_drop(torch.ones(sums.count), ours == theirs) if model is not None else _EXACT
@@ -209,12 +209,12 @@ def paired_drop(dense: Tensor, compact: Tensor) -> tuple[float, float, float]:
 class Pairs:
     """Batches of inputs with their classes, kept in memory or read again, and then required to be the same."""
 
-    def __init__(self, given: Any, specs: Sequence[InputSpec], seed: int = 0) -> None:
+    def __init__(self, given: Any, specs: Sequence[InputSpec], seed: int = 0, most: int = JUDGED) -> None:
         fixed = 0 not in specs[0].dynamic
         size = specs[0].shape[0] if fixed else batch_size(specs[0].shape)
-        loader = as_loader(given, batch=size, most=JUDGED, option="val")
+        loader = as_loader(given, batch=size, most=most, option="val")
         self._loader: Any = list(read_batches(loader, seed, "val")) if isinstance(loader, Iterator) else loader
-        self._specs, self._size, self._seed = specs, size if fixed else None, seed
+        self._specs, self._size, self._seed, self._most = specs, size if fixed else None, seed, most
         self._sums: list[list[float]] = []
         self._held: list[Pair] | None = None
         self._dropped = False
@@ -252,7 +252,7 @@ class Pairs:
         self.count, self._held = count, held if kept <= KEPT else None
 
     def _pairs(self) -> Iterator[Pair]:
-        for batch in read_batches(self._loader, self._seed, "val", JUDGED):
+        for batch in read_batches(self._loader, self._seed, "val", self._most):
             inputs, rest = split_batch(batch, self._specs, "val")
             inputs = [validated_input(x, spec, "val") for x, spec in zip(inputs, self._specs, strict=True)]
             classes = classes_of(rest, len(inputs[0]))

@@ -10,6 +10,7 @@ from math import isfinite
 from typing import Any
 
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from surgery import distributed
@@ -304,9 +305,34 @@ def validate_training(program: Program, whole: Whole | None, recipe: Recipe, see
         return
     with evaluating(call), torch.no_grad():
         outputs = flat_outputs(call(*call.tensors))
+    folders = getattr(recipe.data.val, "folders", 0)
+    if folders and len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] != folders:
+        raise InvalidInput(
+            f"--val has {folders} folders of classes and the model has {outputs[0].shape[1]}: which is which is not "
+            "known; give a folder for each class, empty ones too, or an .npz file with 'labels'"
+        )
     for option, ends in known.items():
         if ends is not None and len(outputs) == 1 and outputs[0].dim() == 2:
             validate_labels(option, *ends, outputs[0].shape[1])
+
+
+EARLY, DOUBT = 256, 0.01
+"""Images on which the dense model is evaluated before any work, and the p-value above which it is at chance."""
+
+
+def validate_dense(program: Program, whole: Whole | None, recipe: Recipe) -> None:
+    """Raise InvalidInput if the dense model is at chance on some labelled images; arguments as of `recovered`."""
+    call, specs = _example_of(program, whole)
+    reference = Reference(in_eval_mode(call), Pairs(recipe.data.val, specs, recipe.selection.seed, EARLY), "--val")
+    if (accuracy := reference.judge(None).accuracy) is None or reference.labels is None:
+        return
+    count = len(reference.labels)
+    if binomtest(round(accuracy * count), count, 1 / reference.classes, alternative="greater").pvalue > DOUBT:
+        raise InvalidInput(
+            f"the dense model classifies {accuracy:.1%} of {count} images of --val correctly, no better than chance: "
+            "labels or preprocessing do not fit the model; check the order of the classes (that of folders is "
+            "alphabetical), --mean, --std, --size and --crop, or go on with --allow-chance"
+        )
 
 
 def _class_range(data: Any, inputs: int, option: str) -> tuple[int, int] | None:

@@ -21,6 +21,7 @@ from benchmarks.studies.stacked.subjects import Case, Judges, named
 from exporters.session import OnnxModel
 from surgery.errors import InvalidInput
 from surgery.inputs import import_torchvision
+from surgery.latency import fill, ort
 from surgery.latency.ratio import Ratio
 from surgery.planning.refinement import LatencyBench
 
@@ -69,6 +70,9 @@ def found(case: Case, tmp_path_factory: pytest.TempPathFactory) -> dict[str, obj
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows, "CRITERIA", {"l1": rows.CRITERIA["l1"]})
         patch.setattr(rows, "TRIES", 2)
+        patch.setattr(ort, "MIN_ROUNDS", 3)
+        patch.setattr(fill, "PROBE_ROUNDS", 1)
+        patch.setenv("SURGERY_CACHE", str(tmp_path_factory.mktemp("cache")))  # others' tables are measured with more
         get_context("forkserver").set_forkserver_preload([WARM])
         patch.setattr(LatencyBench, "ratio", lambda *given, **named: Ratio(((0.8, 1.0, 0.8),)))  # met at once
         return measured(case, Ask(0.8, ("fp32", "int8"), smaller=(16,), seconds=1.0), tmp_path_factory.mktemp("files"))

@@ -77,7 +77,7 @@ def test_files_of_one_name_are_told_apart(files: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["wide.onnx", "small.onnx"], "times can be compared where files take the same inputs"),
+        (["wide.onnx", "small.onnx"], "only files with the same inputs can be compared"),
         (["wide.onnx", "--provider", "cuda"], "has .*CPUExecutionProvider; choose one of these"),
         (["text.onnx"], "cannot load text.onnx"),
         (["absent.onnx"], "cannot load absent.onnx"),

@@ -36,8 +36,12 @@ class Chain:
         return self.total(state) - self.total(state.moved(ladder, to))
 
     @property
-    def dependencies(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        return [(layer, tuple(b for b, k in enumerate(self.blocks) if k == n)) for n, layer in enumerate(self.layers)]
+    def _depends(self) -> tuple[tuple[int, ...], ...]:
+        return self.layers
+
+    @property
+    def _gone(self) -> list[set[int]]:
+        return [{k} for k in self.blocks]
 
     def kernel(self, k: int, state: State) -> float:
         return self._ms(self.layers[k], state.levels)
