@@ -203,9 +203,9 @@ def _latency_sentence(latency: Data, precision: str) -> str:
     table = f"latency table: {latency['predicted_ms']:.4g} of {latency['predicted_dense_ms']:.4g} ms"
     if latency["taken"] < 0:
         return f"{target}: {latency['verdict']}; {table}"
-    if "final" not in latency:  # not timed for the last time yet, or the fastest within a drop
-        return f"{latency['verdict']}; {table}"
-    return f"{target}: {'reached' if latency['met'] else 'NOT MET:'} {percent(latency['final'], 1)}; {table}"
+    measured = percent(latency.get("final", latency["rounds"][latency["taken"]]["measured"]), 1)
+    found = f"reached {measured}" if latency["met"] else f"NOT MET: {measured} ({latency['verdict']})"
+    return f"{target}: {found}; {table}"
 
 
 def _figures(data: Data) -> Iterator[Figure]:

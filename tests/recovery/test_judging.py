@@ -511,3 +511,19 @@ def test_figures_are_of_the_weights_that_are_saved(
     assert row["agreement"]["accuracy"] == pytest.approx(accuracy)
     assert f"accuracy {100 * accuracy:.2f} %" in data["accuracy"]["verdict"]
     assert sum("the weights were changed" in note for note in data["notes"]) == 1
+
+
+def test_labels_that_do_not_fit_are_refused_before_any_work(model: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+    others = (images[0], (images[1] + 2) % 5)
+    with pytest.raises(InvalidInput, match=r"classifies 0\.0% of 160 images of --val correctly, no better than chance"):
+        surgery.shrink(model, images[0][:1], recipe(macs=0.5, val=others, recover="none"))
+    allowed = surgery.shrink(model, images[0][:1], recipe(macs=0.5, val=others, recover="none", allow_chance=True))
+    assert allowed.steps[0].agreement is not None and allowed.steps[0].agreement.accuracy == 0
+
+
+def test_folders_of_some_of_the_classes_are_refused(model: nn.Module, tmp_path: Path) -> None:
+    for name in ("cat", "dog", "owl"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.zeros((10, 10, 3), np.uint8)).save(tmp_path / name / "1.png")
+    with pytest.raises(InvalidInput, match="--val has 3 folders of classes and the model has 5"):
+        surgery.shrink(model, torch.randn(1, 3, 10, 10), recipe(macs=0.5, val=str(tmp_path), recover="none"))

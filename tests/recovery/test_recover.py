@@ -243,7 +243,7 @@ def test_a_dense_model_in_training_mode_stays_as_it_is(trained: nn.Module) -> No
     model = copy.deepcopy(trained).train()
     state = {k: v.clone() for k, v in model.state_dict().items()}
     x = torch.rand(64, 1, 8, 8)
-    found = surgery.shrink(model, x[:2], surgery.recipe(macs=0.5, data=x, val=(x, torch.zeros(64).long())))
+    found = surgery.shrink(model, x[:2], surgery.recipe(macs=0.5, data=x, val=x))
     surgery.recover(found, surgery.recipe(data=x, recover="bn"))
     surgery.recover(found, surgery.recipe(data=x, recover="distill", epochs=1, train_batch=16))
     assert model.training

@@ -179,11 +179,13 @@ def test_markdown_holds_the_table_and_the_notes(data: dict[str, Any]) -> None:
 def test_targets_are_reported_in_percent_with_what_was_reached(data: dict[str, Any]) -> None:
     assert "target 50 % of the macs: reached 49.50 % (990 k of 2 M)" in terminal(data)
     latency = {
-        "target": 0.6, "taken": 0, "rounds": [{"measured": 0.601}], "met": True, "verdict": "", "device": {},
+        "target": 0.6, "taken": 0, "rounds": [{"measured": 0.601}], "met": True, "verdict": "too slow", "device": {},
         "predicted_ms": 5.9, "predicted_dense_ms": 10.0,
     }  # fmt: skip
     text = terminal({**data, "budget": None, "latency": latency})
     assert "target 60 % of the dense latency: reached 60.1 %; latency table: 5.9 of 10 ms" in text
+    text = terminal({**data, "budget": None, "latency": {**latency, "met": False, "final": 0.65}})
+    assert "target 60 % of the dense latency: NOT MET: 65.0 % (too slow); latency table" in text
 
 
 def test_a_section_from_outside_the_package_is_in_every_rendering(
