@@ -258,7 +258,6 @@ def _vit(tv: Any) -> nn.Module:
 
 MODELS: dict[str, tuple[Callable[[Any], nn.Module], int]] = {
     "convnext_tiny": (lambda tv: tv.models.convnext_tiny(weights=None), 32),
-    "inception_v3": (lambda tv: tv.models.inception_v3(weights=None, init_weights=False, aux_logits=False), 75),
     "shufflenet_v2": (lambda tv: tv.models.shufflenet_v2_x0_5(weights=None), 32),
     "vit": (_vit, 32),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,11 +17,13 @@ from surgery.inputs import import_torchvision
 # Widths of ViT-B/16, with 3 of its 12 blocks.
 VIT = {"image_size": 32, "patch_size": 16, "num_layers": 3, "num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072}
 
+CONVNEXT = (96, 192, 384, 768, None)  # widths of ConvNeXt-T, here with one block each
+
 # name → (constructor arguments, input side, a tensor, how many of its rows one unit of each of its groups owns)
 CASES: dict[str, tuple[dict[str, Any], int, str, set[int]]] = {
     # 12 heads of 64 in each of query, key and value, and 64 dimensions of 12 heads each
     "VisionTransformer": (VIT, 32, "encoder.layers.encoder_layer_0.self_attention.in_proj_weight", {36, 192}),
-    "convnext_tiny": ({}, 64, "features.1.0.block.0.weight", {1}),  # depthwise
+    "ConvNeXt": ({}, 64, "features.1.0.block.0.weight", {1}),  # depthwise
     "resnext50_32x4d": ({}, 64, "layer1.0.conv2.weight", {4, 32}),  # 32 groups of 4 channels
     "shufflenet_v2_x1_0": ({}, 64, "stage2.0.branch2.3.weight", {1}),  # depthwise
 }
@@ -30,7 +33,10 @@ CASES: dict[str, tuple[dict[str, Any], int, str, set[int]]] = {
 def test_groups_heads_and_depthwise_channels_are_cut(name: str) -> None:
     arguments, side, tensor, owned = CASES[name]
     torch.manual_seed(0)
-    model = getattr(import_torchvision().models, name)(**arguments)
+    models = import_torchvision().models
+    if name == "ConvNeXt":
+        arguments = {"block_setting": [models.convnext.CNBlockConfig(i, o, 1) for i, o in pairwise(CONVNEXT)]}
+    model = getattr(models, name)(**arguments)
     cutting = cut_model(model, torch.randn(1, 3, side, side))
     assert set(_positions_per_unit(cutting, tensor)) == owned
     result = cutting.check()

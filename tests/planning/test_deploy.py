@@ -269,38 +269,40 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_a_budget_for_int8_is_of_the_int8_files(folder: Path) -> None:
-    asked = ("--weights", "random", "--data", "images.npz", "--latency", "0.7", "--deploy", "int8", "--out", "out")
-    asked = (*asked, "--no-correct")
-    done = run(folder, "shrink", "nets.py:net", *asked, "--runs", "50", "--json", "--quiet")
-    assert done.returncode == 0, done.stderr
-    data = json.loads(done.stdout)
-    assert data["latency"]["device"]["precision"] == "int8"
-    assert data["latency"]["predicted_ms"] <= 0.7 * data["latency"]["predicted_dense_ms"]
-    assert {"dense int8", "compact int8"} <= {model["name"] for model in data["models"]}
-    assert (folder / "out" / "compact.int8.onnx").is_file()
-    page = (folder / "out" / "report.html").read_text()
-    assert "compact int8 against dense int8" in page
-
-
-def test_a_profile_and_a_pack_for_int8(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def packed(folder: Path) -> Path:
+    """The folder with a pack for int8, and the table that it wrote."""
     done = run(folder, "profile", "nets.py:net", "--weights", "random", "--deploy", "int8", "--pack", "pack.zip")
     assert done.returncode == 0, done.stderr
-    with zipfile.ZipFile(folder / "pack.zip") as pack:
-        assert json.loads(pack.read("request.json"))["precision"] == "int8"
-        pack.extract("dense.onnx", folder)
-    assert "QuantizeLinear" in {node.op_type for node in onnx.load(folder / "dense.onnx").graph.node}
     filled = subprocess.run(
         [sys.executable, "pack.zip", "--rounds", "1", "--out", "table.json"],
         cwd=folder, capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
     assert filled.returncode == 0, filled.stderr
-    assert LatencyTable.load(folder / "table.json").device["precision"] == "int8"
-    shown = run(
-        folder, "show", "nets.py:net", "--weights", "random", "--latency-table", "table.json", "--deploy", "int8",
-    )  # fmt: skip
-    assert shown.returncode == 0, shown.stderr
-    other = run(folder, "show", "nets.py:net", "--weights", "random", "--latency-table", "table.json")
+    return folder
+
+
+def test_a_budget_for_int8_is_of_the_int8_files(packed: Path) -> None:
+    asked = ("--weights", "random", "--data", "images.npz", "--latency", "0.7", "--deploy", "int8", "--out", "out")
+    asked = (*asked, "--latency-table", "table.json", "--runs", "50", "--json", "--quiet")
+    done = run(packed, "shrink", "nets.py:net", *asked)
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert data["latency"]["device"]["precision"] == "int8"
+    assert data["latency"]["predicted_ms"] <= 0.7 * data["latency"]["predicted_dense_ms"]
+    assert {"dense int8", "compact int8"} <= {model["name"] for model in data["models"]}
+    assert (packed / "out" / "compact.int8.onnx").is_file()
+    page = (packed / "out" / "report.html").read_text()
+    assert "compact int8 against dense int8" in page
+
+
+def test_a_profile_and_a_pack_for_int8(packed: Path) -> None:
+    with zipfile.ZipFile(packed / "pack.zip") as pack:
+        assert json.loads(pack.read("request.json"))["precision"] == "int8"
+        pack.extract("dense.onnx", packed)
+    assert "QuantizeLinear" in {node.op_type for node in onnx.load(packed / "dense.onnx").graph.node}
+    assert LatencyTable.load(packed / "table.json").device["precision"] == "int8"
+    other = run(packed, "show", "nets.py:net", "--weights", "random", "--latency-table", "table.json")
     assert (other.returncode, "--deploy int8" in other.stderr) == (2, True)
 
 
