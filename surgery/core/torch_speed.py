@@ -10,7 +10,7 @@ import gc
 import sys
 import threading
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache, lru_cache, partial
 from typing import Any
@@ -24,6 +24,7 @@ from torch._prims_common import suggest_memory_format
 from torch._subclasses import fake_impls, fake_tensor
 from torch.fx import proxy
 from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental.sym_node import SymNode
 
 from surgery.core.blame import foreign
 
@@ -36,19 +37,18 @@ def lean() -> Iterator[None]:
     with ONE_AT_A_TIME, ExitStack() as stack:
         for patch in _patches().values():
             stack.enter_context(patch)
-        threshold, *others = gc.get_threshold()
-        stack.callback(gc.set_threshold, threshold, *others)
-        gc.set_threshold(threshold and max(threshold, _OBJECTS), *others)
+        if gc.isenabled():  # graphs are large, and live long
+            gc.disable()
+            stack.callback(gc.enable)
         yield
-
-
-_OBJECTS = 100_000  # new objects between two runs of the garbage collector: graphs are large, and live long
 
 
 def _patches() -> Mapping[str, AbstractContextManager[Any]]:
     """Patches of `lean`; comments give the CPU seconds each saves in `trace` of MobileNetV2."""
     replaced = partial(mock.patch.object, create=True)  # no error where a version of torch lacks it
     return {
+        **{f"sizes: {name}": replaced(SymNode, name, _once(name, {})) for name in _ARITHMETIC},  # 0.4 together
+        "code of graphs": replaced(torch.fx.GraphModule, "recompile", _later(torch.fx.GraphModule.recompile)),  # 0.3
         "shapes of activations": _same_shape(),  # 1.5
         "stack traces": replaced(proxy, "CapturedTraceback", _OwnFrames),  # 0.3
         "tensor metadata": replaced(proxy_tensor, "_extract_tensor_metadata", lambda *_, **__: None),  # 0.2
@@ -56,6 +56,40 @@ def _patches() -> Mapping[str, AbstractContextManager[Any]]:
         # Torch looks for new composite operators in each of its namespaces, several times in each export.
         "composite operators": replaced(_export_utils, _LISTING, cache(getattr(_export_utils, _LISTING, bool))),  # 0.1
     }
+
+
+_ARITHMETIC = ("add", "sub", "mul", "eq", "ne", "ge", "gt", "le", "lt")
+
+
+def _once(name: str, known: dict[Any, Any]) -> Any:
+    """Cache arithmetic on symbolic sizes, except where the calculation itself is captured."""
+    compute = getattr(SymNode, name)
+
+    def cached(left: Any, right: Any) -> Any:
+        if proxy_tensor.get_proxy_mode():
+            return compute(left, right)
+        key = left.shape_env, left._expr, right._expr, left.pytype, right.pytype
+        if key not in known:
+            known[key] = compute(left, right)
+        return known[key]
+
+    return cached
+
+
+def _later(recompile: Callable[[torch.fx.GraphModule], Any]) -> Callable[[torch.fx.GraphModule], None]:
+    """Write a graph's Python code when it is first called."""
+
+    def deferred(graph: torch.fx.GraphModule) -> None:
+        def forward(module: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+            recompile(module)
+            return module.forward(*args, **kwargs)
+
+        type(graph).forward = forward  # each graph module has a class of its own
+        structure = getattr(graph.graph._codegen, "pytree_info", None)
+        if structure is not None:  # torch's passes read these
+            graph._in_spec, graph._out_spec = structure.in_spec, structure.out_spec
+
+    return deferred
 
 
 _LISTING = "_materialize_cpp_cia_ops"
