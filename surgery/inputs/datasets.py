@@ -218,7 +218,7 @@ def _files(folder: Path, tops: Collection[str]) -> list[Path]:
     found, seen = list[Path](), {*tops}
     for path, names, files in os.walk(folder, followlinks=True):
         found += [Path(path, name) for name in files if _is_image(name)]
-        inner = {os.path.realpath(Path(path, name)): name for name in names}
+        inner = {os.path.realpath(Path(path, name)): name for name in sorted(names)}
         names[:] = [name for real, name in inner.items() if real not in seen]
         seen.update(inner)
     return sorted(found, key=lambda file: (str(file.parent), file.name))

@@ -99,7 +99,7 @@ def load_model(
     with states_kept(), torch.random.fork_rng(devices=devices):
         source = _find_source(spec, trust)
         built, label, notes, warnings = _with_weights(source, weights, model_args, seed)
-        module = built.module.eval()
+        module = getattr(built.module, "_orig_mod", built.module).eval()  # not compiled: it would be, on its first run
         require_finite(module.state_dict(keep_vars=True), source.label)
         args, kwargs = _example_inputs(source, built, input_shape, model_args, seed)
         if source.runs:

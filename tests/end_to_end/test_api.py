@@ -208,3 +208,10 @@ def test_arguments_that_are_no_tensors_are_in_the_plan(tmp_path: Path) -> None:
 def test_a_compiled_model_is_shrunk_as_the_model_that_it_wraps() -> None:
     result = surgery.shrink(torch.compile(net()), IMAGE, surgery.recipe(macs=0.5, recover="none"))
     assert type(result.model) is type(net())
+
+
+def test_a_compiled_model_from_a_file_is_not_compiled_to_be_loaded(tmp_path: Path) -> None:
+    source = "import torch\n\ndef never(graph, inputs):\n    raise RuntimeError('it was compiled')\n\ndef make():\n"
+    (tmp_path / "net.py").write_text(source + "    return torch.compile(torch.nn.Conv2d(3, 8, 3), backend=never)\n")
+    loaded = surgery.load_model(f"{tmp_path / 'net.py'}:make", input_shape=(1, 3, 8, 8))
+    assert type(loaded.module) is nn.Conv2d
