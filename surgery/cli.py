@@ -399,9 +399,8 @@ def ops(markdown: bool, as_json: bool) -> None:
 
 
 @cli.command(cls=click.Command)
-@click.option("--markdown", is_flag=True, help="Markdown, as in the documentation; the only format so far.")
-def options(markdown: bool) -> None:
-    """List all options with accepted values and defaults; they are also the keys of a recipe."""
+def options() -> None:
+    """List all options as Markdown, with accepted values and defaults; they are also the keys of a recipe."""
     click.echo(config.options_table(), nl=False)
 
 

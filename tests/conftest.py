@@ -39,6 +39,12 @@ LONG = ("test_own_folders", "test_deploy", "test_cli", "test_recover", "test_sta
 """Files with tests of half a minute and more."""
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Draw the same weights and inputs in every run, whatever ran before: tests that need more values say so."""
+    torch.manual_seed(0)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run long tests first, so that all workers end at about the same time."""
     items.sort(key=lambda item: item.path.stem not in LONG)

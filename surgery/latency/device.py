@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Sequence
 
@@ -129,26 +130,13 @@ def _accept(archive: str, options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
         with zipfile.ZipFile(archive) as pack:
             pack.extractall(folder, [name for name in pack.namelist() if name.startswith(DENSE)])  # and .data, if large
-        measured = ratio.measure(
-            Path(folder, DENSE),
-            Path(options.compact),
-            request["shapes"],
-            threads=conditions.threads,
-            seeds=range(request["seed"], request["seed"] + ratio.PROCESSES),
-            rounds=options.rounds or ratio.ROUNDS,
-            program=(archive, "time"),
-            progress=_Progress(),
-        )
-    acceptance = {
-        "schema": SCHEMA,
-        "ratio": measured.value,
-        "ratios": list(measured.ratios),
-        "dense_ms": measured.dense_ms,
-        "compact_ms": measured.compact_ms,
-        "device": probe.describe(conditions),
-        "batch": request["batch"],
-        **origin,
-    }
+        dense, compact, threads = Path(folder, DENSE), Path(options.compact), conditions.threads
+        seeds, rounds = range(request["seed"], request["seed"] + ratio.PROCESSES), options.rounds or ratio.ROUNDS
+        time = partial(ratio.measure, seeds=seeds, rounds=rounds, program=(archive, "time"), progress=_Progress())
+        measured = time(dense, compact, request["shapes"], threads=threads)
+    figures = {"ratio": measured.value, "dense_ms": measured.dense_ms, "compact_ms": measured.compact_ms}
+    where = {"device": probe.describe(conditions), "batch": request["batch"]}
+    acceptance = {"schema": SCHEMA, **figures, "ratios": list(measured.ratios), **where, **origin}
     with replacing(options.out) as file:
         file.write_text(json.dumps(acceptance, sort_keys=True, indent=1) + "\n", encoding="utf-8")
     print(f"{options.out}: the compact model takes {acceptance['ratio']:.4f} of the dense one's time on this device")

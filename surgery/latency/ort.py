@@ -167,22 +167,11 @@ def time(
         timed[CONTROL] = replace(timed[base], blocks=[])
     found = _Measurement(timed, base, settings, limits)
     stopped = found.run(report)
-    reliable, why = _verdict(found)
-    return Timing(
-        rows=tuple(_row(name, found, firsts.get(name, {})) for name in models),
-        baseline=base,
-        aa=found.ratio(CONTROL) if aa else None,
-        reliable=reliable,
-        why=why,
-        rounds=len(found.used),
-        stopped=stopped,
-        environment={
-            **describe(settings.threads, settings.provider),
-            "other_processes": round(found.others, 3),
-            "disturbed_rounds": len(found.shares) - len(found.undisturbed),
-        },
-        settings={**asdict(settings), **asdict(limits)},
-    )
+    rows = tuple(_row(name, found, firsts.get(name, {})) for name in models)
+    control, asked = found.ratio(CONTROL) if aa else None, {**asdict(settings), **asdict(limits)}
+    others = {"other_processes": round(found.others, 3), "disturbed_rounds": len(found.shares) - len(found.undisturbed)}
+    environment = {**describe(settings.threads, settings.provider), **others}
+    return Timing(rows, base, control, *_verdict(found), len(found.used), stopped, environment, asked)
 
 
 @dataclass(slots=True)
@@ -300,19 +289,11 @@ def _row(name: str, found: _Measurement, first: Mapping[str, Any]) -> Row:
     runs_ms = np.concatenate([model.blocks[i] for i in found.used])
     ratio = found.ratio(name)
     p50, p90, p99 = (float(p) for p in np.percentile(runs_ms, [50, 90, 99]))
-    return Row(
-        name=name,
-        p50_ms=p50,
-        p90_ms=p90,
-        p99_ms=p99 if runs_ms.size >= P99_RUNS else None,
-        quantiles_ms=tuple(float(q) for q in np.percentile(runs_ms, np.arange(0, 101, 5))),
-        throughput_per_s=found.settings.batch * 1e3 / float(runs_ms.mean()),
-        runs=int(runs_ms.size),
-        ratio=ratio,
-        speedup=Interval(1.0 / ratio.value, 1.0 / ratio.high, 1.0 / ratio.low),
-        file_bytes=file_bytes(model.path),
-        **first,
-    )
+    quantiles = tuple(float(q) for q in np.percentile(runs_ms, np.arange(0, 101, 5)))
+    tail, rate = p99 if runs_ms.size >= P99_RUNS else None, found.settings.batch * 1e3 / float(runs_ms.mean())
+    speedup = Interval(1.0 / ratio.value, 1.0 / ratio.high, 1.0 / ratio.low)
+    figures = (p50, p90, tail, quantiles, rate, int(runs_ms.size), ratio, speedup, file_bytes(model.path))
+    return Row(name, *figures, **first)
 
 
 def _verdict(found: _Measurement) -> tuple[bool, str]:

@@ -199,19 +199,15 @@ def describe(threads: int, provider: str = PROVIDER) -> dict[str, Any]:
     brand, flags = _processor()
     names = ("intra_op_num_threads", "inter_op_num_threads", "execution_mode", "graph_optimization_level")
     options = {name: getattr(session_options(threads), name) for name in names}
+    runtime = {"onnxruntime": onnxruntime.__version__, "provider": provider, "threads": threads}
+    sets = list(dict.fromkeys(name for flag, name in _INSTRUCTION_SETS.items() if flag in flags))
     return {
-        "onnxruntime": onnxruntime.__version__,
-        "provider": provider,
-        "threads": threads,
+        **runtime,
         "session_options": {name: getattr(value, "name", value) for name, value in options.items()},
-        "cpu": brand,
-        "architecture": platform.machine(),
-        "instruction_sets": list(dict.fromkeys(name for flag, name in _INSTRUCTION_SETS.items() if flag in flags)),
-        "cores": available_cores(),
+        **{"cpu": brand, "architecture": platform.machine(), "instruction_sets": sets, "cores": available_cores()},
         "physical_cores": psutil.cpu_count(logical=False),
         "memory_bytes": int(psutil.virtual_memory().total),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
+        **{"system": f"{platform.system()} {platform.release()}", "python": platform.python_version()},
     }
 
 

@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -115,21 +115,14 @@ def measure(subject: Survey, *, name: str, progress: Progress | None = None) -> 
     table = source.cover([*dense, *subject.others])
     table = (source.refine(dense) or table).only([*dense, *subject.others])
     total = predicted_ms(dense, table)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for (kernel, widths), count in Counter(dense).items():
         ms = predicted_ms([(kernel, widths)] * count, table)
         rows.append({"title": kernel.title, "widths": list(widths), "count": count, "ms": ms, "share": ms / total})
-    return table, {
-        "model": name,
-        "batch": recipe.target.batch,
-        "device": dict(table.device),
-        "predicted_ms": total,
-        "overhead_ms": table.overhead_ms,
-        "stairs": {kind: stairs.step for kind, stairs in table.stairs.items()},
-        "kernels": sorted(rows, key=lambda row: -row["ms"]),
-        "cache": str(source.path),
-        "notes": warnings,
-    }
+    of = {"model": name, "batch": recipe.target.batch, "device": dict(table.device), "cache": str(source.path)}
+    stairs = {kind: stairs.step for kind, stairs in table.stairs.items()}
+    found = {"kernels": sorted(rows, key=lambda row: -row["ms"]), "stairs": stairs, "notes": warnings}
+    return table, {**of, "predicted_ms": total, "overhead_ms": table.overhead_ms, **found}
 
 
 def render_terminal(data: Mapping[str, Any], console: Console) -> None:
@@ -155,17 +148,9 @@ def pack(subject: Survey, path: str | Path, *, name: str, progress: Progress | N
     recipe, conditions = subject.recipe, conditions_of(subject.program, subject.recipe)
     with replacing(path) as file, tempfile.TemporaryDirectory(prefix="surgery-") as folder:
         bench = LatencyBench(subject.program, Path(folder), recipe, progress=progress)
-        request = {
-            "model": name,
-            **{key: getattr(conditions, key) for key in ("flush_mib", "precision", "threads")},
-            "part": recipe.selection.submodule,
-            "tool_version": __version__,
-            "fingerprint": subject.program.fingerprint,
-            "batch": recipe.target.batch,
-            "seed": recipe.selection.seed,
-            "shapes": bench.shapes,
-            "kernels": subject.keys,
-        }
+        of = {"model": name, "fingerprint": subject.program.fingerprint, "part": recipe.selection.submodule}
+        how = {"batch": recipe.target.batch, "seed": recipe.selection.seed, **asdict(conditions)}
+        request = {"tool_version": __version__, **of, **how, "shapes": bench.shapes, "kernels": subject.keys}
         package = files("surgery")
         own = {part: package.joinpath(part.removeprefix("surgery/")).read_text("utf-8") for part in DEVICE_FILES}
         texts = {**PACK_TEXTS, **own, device.REQUEST: json.dumps(request, indent=1) + "\n"}

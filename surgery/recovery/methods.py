@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from surgery.capture import evaluating
 from surgery.core import BatchStatistics, digest_of
 from surgery.errors import InvalidInput
-from surgery.inputs import as_dataset
+from surgery.inputs import Images, as_dataset
 from surgery.recovery import reconstruction
 from surgery.recovery.run import Outcome, Task, recovery_method
 from surgery.recovery.training import TrainingRun, classes_in, train
@@ -102,7 +102,7 @@ def trained(task: Task, name: str, *, labels: bool) -> Outcome:
 def _digest(task: Task, data: object) -> str:
     """Return a digest of both models' weights and of the data, as far as known without reading all of it."""
     assert task.seen is not None, "methods that need images are given some"
-    size, files = len(data) if hasattr(data, "__len__") else 0, [str(file) for file in getattr(data, "files", ())]
+    count, items = len(data) if hasattr(data, "__len__") else 0, data.items if isinstance(data, Images) else ()
     states = [x for m in (task.subject.dense, task.subject.model) for _, x in sorted(m.module.state_dict().items())]
     tensors = digest_of([classes_in(data, len(task.subject.inputs)), *states])
-    return hashlib.sha256(f"{task.seen.digest} {task.seen.classes} {size} {files} {tensors}".encode()).hexdigest()
+    return hashlib.sha256(f"{task.seen.digest} {task.seen.classes} {count} {items} {tensors}".encode()).hexdigest()

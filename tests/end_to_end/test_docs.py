@@ -71,7 +71,7 @@ def test_tables_in_the_documents_match_the_results_files() -> None:
 
 
 def test_options_reference_is_up_to_date() -> None:
-    assert page("reference/options.md").endswith(options_table()), "surgery options --markdown"
+    assert page("reference/options.md").endswith(options_table()), "surgery options"
 
 
 def test_every_public_name_is_in_the_api_reference() -> None:
