@@ -11,7 +11,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -190,12 +190,33 @@ def _write(job: _Job, call: Callee, axes: Axes, file: Path) -> ir.Model:
             "ask for that one"
         )
     graph.metadata_props.update(sorted(job.metadata.items()))
-    size = sum(v.const_value.nbytes for g in graph.graphs() for v in g.initializers.values() if v.const_value)
-    external = f"{file.name}.data" if size > _ONE_FILE_BYTES else None
-    ir.save(graph, file, external_data=external)
+    _save(graph, file)
     with explained(f"{job.name}: torch's export is not valid ONNX", CheckFailed):
         onnx.checker.check_model(os.fspath(file), full_check=True)
     return graph
+
+
+def _save(graph: ir.Model, file: Path) -> None:
+    size = sum(v.const_value.nbytes for g in graph.graphs() for v in g.initializers.values() if v.const_value)
+    ir.save(graph, file, external_data=f"{file.name}.data" if size > _ONE_FILE_BYTES else None)
+
+
+def with_zeros(source: ExportResult, path: Path, slices: Iterable[tuple[str, int, Sequence[int]]]) -> ExportResult:
+    """Write an exported file again with slices of its weights set to zero, as masking does: (name, axis, indices).
+
+    Weights that the export has merged or transposed keep their values: zeros do not change the time a file takes.
+    """
+    graph = ir.load(source.path)
+    for name, axis, indices in slices:
+        value = graph.graph.initializers.get(name)
+        if value is not None and value.const_value is not None and axis < len(value.const_value.shape):
+            zeroed = value.const_value.numpy().copy()
+            if zeroed.shape[axis] > max(indices):
+                zeroed.swapaxes(0, axis)[list(indices)] = 0
+                value.const_value = ir.tensor(zeroed, name=name)
+    graph.metadata_props["model"] = "masked"
+    _save(graph, path)
+    return replace(source, path=path, error=None, notes=())
 
 
 def _verify(job: _Job, axes: Axes) -> tuple[float, list[str]]:

@@ -92,7 +92,7 @@ def recover(
     with torch.random.fork_rng(devices=()), buffers_kept(result.model):
         compact = copy_of(result.compact)
         model = whole.around(compact.module) if whole else compact.module
-        found = recovered(Subject.of(result.cut, compact, model, whole), asked, Clock(progress).progress)
+        found = recovered(Subject.of(result.cut, compact, model, whole), asked, Clock(progress))
     report = with_recovery(result.report, found)
     return replace(result, model=model, compact=compact, report=report, recovery=found or result.recovery)
 

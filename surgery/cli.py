@@ -511,6 +511,24 @@ def _print_report(session: Session, data: Mapping[str, Any]) -> None:
 PLAIN_WIDTH = 110  # width of tables if standard output is a file or a pipe
 
 
+HEARTBEAT_S = 15.0  # a log file gets a line at least as often
+TIMED = ("measure kernels", "timing")  # stages in which this process times files
+
+
+@dataclass
+class _Stage:
+    """The stage that runs now."""
+
+    name: str
+    done: float  # completed fraction
+    start: float = 0.0
+
+    def __str__(self) -> str:
+        seconds = time.monotonic() - self.start
+        left = f", about {seconds / self.done - seconds:.0f} s left" if 0.05 < self.done < 1 else ""
+        return f"{self.name}: {self.done:.0%} after {seconds:.0f} s{left}"
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM as an exception, so that cleanup runs as for Ctrl-C."""
 
@@ -523,25 +541,40 @@ def work(session: Session) -> Iterator[Progress]:
 
     console, quiet = Console(stderr=True), session.quiet or distributed.rank() > 0
     columns = (TimeElapsedColumn(), BarColumn(), TextColumn("{task.description}"))
-    # No refreshing thread: it would disturb the timer.
     bar = Bar(*columns, console=console, auto_refresh=False, transient=True, disable=quiet, redirect_stdout=False)
     task = bar.add_task("", total=1.0)
     seen: set[str] = set()
+    now, over = _Stage("", 0.0), threading.Event()
 
     def progress(stage: str, fraction: float) -> None:
         if session.stopped:
             raise Terminated
+        if stage != now.name:
+            now.name, now.start = stage, time.monotonic()
+        now.done = fraction
         if console.is_terminal:
             bar.update(task, description=stage, completed=fraction, refresh=True)
         elif stage not in seen and not quiet:  # a log file: one line per stage
             console.print(stage, highlight=False)
         seen.add(stage)
 
+    def remind() -> None:
+        while not over.wait(1 if console.is_terminal else HEARTBEAT_S):
+            if console.is_terminal and now.name not in TIMED:  # drawing the bar would disturb a measurement
+                bar.refresh()
+            elif not console.is_terminal and now.name:
+                console.print(str(now), highlight=False)
+
     with only_result_on_stdout(), warnings.catch_warnings():
         if not session.debug:
             warnings.simplefilter("ignore")
-        with bar if console.is_terminal else contextlib.nullcontext():
-            yield progress
+        if not quiet:
+            threading.Thread(target=remind, daemon=True).start()
+        try:
+            with bar if console.is_terminal else contextlib.nullcontext():
+                yield progress
+        finally:
+            over.set()
 
 
 @contextlib.contextmanager

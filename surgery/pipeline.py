@@ -106,7 +106,7 @@ def realise(decision: Decision, *, progress: Progress | None = None) -> Result:
         costs, notes = _counted(decision, compact)
     subject = Subject.of(cut, compact, model, whole)
     seen, between, shared = decision.seen, decision.between, decision.shared
-    regained = recovered(subject, decision.recipe, run.progress, seen=seen, between=between, shared=shared)
+    regained = recovered(subject, decision.recipe, run, seen=seen, between=between, shared=shared)
     data = describe(cut, costs, choice.refinement, compact=compact, verdict=verdict)
     if whole is not None:
         data["part"], note = describe_whole(whole, model, verdict)

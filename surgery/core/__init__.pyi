@@ -7,6 +7,7 @@ from .blame import (
     user_line as user_line,
     where_raised as where_raised,
 )
+from .cache import VARIABLE as VARIABLE, cache_folder as cache_folder, remembered as remembered
 from .callee import (
     Callee as Callee,
     buffers_kept as buffers_kept,

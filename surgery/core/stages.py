@@ -16,20 +16,30 @@ Progress = Callable[[str, float], None]
 
 
 class Clock:
-    """Report stages to `progress` and record their durations in `seconds`."""
+    """Report stages to `progress`, and record in `seconds` how long each took, without the stages within it."""
 
     def __init__(self, progress: Progress | None) -> None:
         self.seconds: dict[str, float] = {}
         self.progress = progress or (lambda stage, fraction: None)
+        self._stages: list[str] = []
+        self._within = 0.0
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Time the block as one stage."""
         self.progress(stage, 0.0)
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
+        start, before, self._within = time.perf_counter(), self._within, 0.0
+        self._stages.append(stage)
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            self._stages.pop()
+            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + seconds - self._within, 3)
+            self._within = before + seconds
         self.progress(stage, 1.0)
+        if self._stages:
+            self.progress(self._stages[-1], 0.0)
 
 
 @contextmanager

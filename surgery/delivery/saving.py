@@ -37,7 +37,6 @@ from exporters.signature import bind
 from surgery.capture import evaluating
 from surgery.config import Recipe, to_toml
 from surgery.core import Callee, Clock, Plan, Progress, quiet
-from surgery.cutting import masked
 from surgery.errors import BudgetUnreachable, CheckFailed, InvalidInput, UnsupportedModel
 from surgery.inputs import Calibration
 from surgery.latency import Limits, Settings, by_operator, ort
@@ -251,7 +250,7 @@ class _Files:
         return first.shape[0] if first.dim() else 1
 
     def _exported(self) -> tuple[ModelInFile, dict[str, onnx.ExportResult]]:
-        """Export the three models, with the whole model around a submodule if possible."""
+        """Export the models, with the whole model around a submodule if possible."""
         program, whole = self._result.program, self._result.whole
         if whole is not None:
             try:
@@ -272,7 +271,6 @@ class _Files:
         result, program, plan = self._result, self._result.program, self._result.plan
         models: dict[str, tuple[Callable[[], Any], Path]] = {
             "dense": (lambda: subject.dense.module, self._folder / DENSE_ONNX),
-            "masked": (lambda: subject.around(masked(result.cut)), self._scratch / "masked.onnx"),
             "compact": (lambda: subject.around(result.compact.module), self._folder / COMPACT_ONNX),
         }
         origin = {
@@ -291,7 +289,13 @@ class _Files:
             with self._clock(f"export {name}"):
                 metadata = {**origin, "model": name}
                 exports[name] = onnx.export(model(), args, path, settings, metadata=metadata, **more)
-        return exports
+        inside = f"{result.whole.name}." if subject.whole and result.whole is not None else ""
+        left, dense = dict(program.model.named_parameters()), dict(program.dense.model.named_parameters())
+        gone = [(name, 0, range(len(dense[name]))) for name in dense.keys() - left if dense[name].dim()]
+        zeros = [*((c.tensor, c.axis, c.dead) for c in plan.cuts), *gone]
+        zeros = [(inside + name, axis, indices) for name, axis, indices in zeros]
+        masked = onnx.with_zeros(exports["dense"], self._scratch / "masked.onnx", zeros)
+        return {"dense": exports["dense"], "masked": masked, "compact": exports["compact"]}
 
     def _fixed_sizes(self) -> list[str]:
         """Return notes on static height and width that the program's notes do not mention."""
@@ -310,7 +314,7 @@ class _Files:
             asked = ",".join(precisions)
             raise InvalidInput(f"--precision {asked} needs images to calibrate on: give them with --data")
         given, min_ort, found = images.given if self.subject.whole else images.batches, self._recipe.output.min_ort, {}
-        with self._clock("fewer bits"):
+        with self._clock("quantise"):
             for precision, name in product(precisions, ("dense", "compact")):
                 source = self.exports[name].path
                 target, batches = source.with_name(f"{name}.{precision}.onnx"), list(feeds(source, given))
@@ -330,11 +334,12 @@ class _Files:
         shapes = {name: tuple(tensor.shape) for name, tensor in self.subject.tensors.items()}
         settings = Settings(batch, target.threads, recipe.selection.seed, shapes)
         limits = Limits(max_runs=recipe.output.runs)
-        timing = ort.time(self.paths, settings, limits, baseline="dense", progress=clock.progress).to_dict()
+        with clock("time"):
+            timing = ort.time(self.paths, settings, limits, baseline="dense", progress=clock.progress).to_dict()
         if batch != target.batch:
             notes = [f"timed at batch {batch}, which the model fixes", *notes]
         deployed = deployed_precision(result.report)
-        with clock("profile"):
+        with clock("time by operator"):
             shown = {name: path for name, path in self.paths.items() if name != "masked"}
             operators = {name: dict(by_operator(path, settings)) for name, path in shown.items()}
         judged, accuracy = self._judged(), result.report["accuracy"]

@@ -9,16 +9,16 @@ inserted layers; here nothing is inserted, and blocks are removed in turn.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from math import log1p
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from surgery.core import Block, Executor, Program, flat_outputs, state_of
+from surgery.core import Block, Executor, Program, digest_of, flat_outputs, remembered, state_of
 from surgery.importance.scoring import Batches
 
 MOST_ERROR = 1.0  # blocks are removed in turn until the error of the outputs is as large as their variance
@@ -26,7 +26,14 @@ NEAR = 1.2  # a block is removed immediately if no other can be better by more t
 WORK_MACS, FEWEST = 1.5e12, 8  # limit on the multiply-adds of all runs together, and the minimum number of images
 
 
-def block_losses(program: Program, blocks: Sequence[Block], batches: Batches, *, macs: int = 0) -> dict[str, float]:
+def block_losses(
+    program: Program,
+    blocks: Sequence[Block],
+    batches: Batches,
+    *,
+    macs: int = 0,
+    progress: Callable[[float], None] = lambda fraction: None,
+) -> dict[str, float]:
     """Return the loss of each block, in addition to the blocks that are removed before it.
 
     The loss is the increase of ``log(1 + error)``. Near zero it agrees with ``-log(1 - error)`` as in `signal.loss_of`,
@@ -37,10 +44,21 @@ def block_losses(program: Program, blocks: Sequence[Block], batches: Batches, *,
     if not blocks:
         return {}
     most = max(FEWEST, int(WORK_MACS / (4 * len(blocks) * macs))) if macs else None
-    ablation = BlockAblation(program, blocks, first(batches, most))
+    used, names = first(batches, most), [block.name for block in blocks]
+    given = digest_of([*state_of(program).values(), *chain.from_iterable(used)])
+    compute = partial(_block_losses, program, blocks, used, progress)
+    losses: dict[str, float] = remembered("ablation", (names, program.graph.graph, given), compute)
+    return losses
+
+
+def _block_losses(
+    program: Program, blocks: Sequence[Block], batches: Batches, progress: Callable[[float], None]
+) -> dict[str, float]:
+    ablation = BlockAblation(program, blocks, batches, progress)
     found: dict[str, float] = {}
     before, least = 0.0, 0.0
     for name, error in ablation.in_turn():
+        progress(0.5 + 0.5 * min(1.0, error / MOST_ERROR))
         least = max(least, log1p(error) - log1p(before), 1e-6)
         found[name], before = least, error
     for name in ablation.alone.keys() - found.keys():
@@ -51,7 +69,14 @@ def block_losses(program: Program, blocks: Sequence[Block], batches: Batches, *,
 class BlockAblation:
     """A network without some blocks; errors are squared errors of the outputs over their variance."""
 
-    def __init__(self, program: Program, blocks: Sequence[Block], batches: Batches) -> None:
+    def __init__(
+        self,
+        program: Program,
+        blocks: Sequence[Block],
+        batches: Batches,
+        progress: Callable[[float], None] = lambda fraction: None,
+    ) -> None:
+        self._progress = progress
         self._graph, self._state, self._batches = program.graph, state_of(program), batches
         self._blocks = {block.name: block for block in blocks}
         self._dense = list(self._outputs(()))
@@ -71,7 +96,8 @@ class BlockAblation:
         whole = self._without(())
         starts = {name: min(whole.place[node] for node in (*b.nodes, b.sum)) for name, b in self._blocks.items()}
         errors: dict[str, list[Tensor]] = {name: [] for name in self._blocks}
-        for batch, dense in zip(self._batches, self._dense, strict=True):
+        for k, (batch, dense) in enumerate(zip(self._batches, self._dense, strict=True)):
+            self._progress(0.5 * k / len(self._batches))
             run = whole.start(batch)
             for name in sorted(starts, key=starts.__getitem__):
                 run = whole.advance(run, starts[name])

@@ -9,12 +9,25 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from surgery.core import Coupling, Group, Program, Scores, all_tensors, first_line, require_finite, state_of, user_line
+from surgery.core import (
+    Coupling,
+    Group,
+    Program,
+    Scores,
+    all_tensors,
+    digest_of,
+    first_line,
+    remembered,
+    require_finite,
+    state_of,
+    user_line,
+)
 from surgery.errors import InvalidInput, PlanMismatch
 from surgery.importance.signal import Signal, signal_of
 from surgery.registry import CRITERIA, Entry
@@ -124,8 +137,18 @@ def score(
     if entry.needs <= {"seed"}:
         return {group.name: _score_group(entry, group, weights, seed) for group in coupling.groups}
     state = prepare(state_of(program)) if "graph" in entry.needs else {}
-    found = entry.function(Evidence(program, coupling, weights, state, images or (), macs, seed, progress))
-    return {g.name: _numbers(found.get(g.name), g, entry) for g in coupling.groups}
+    evidence = Evidence(program, coupling, weights, state, images or (), macs, seed, progress)
+
+    def numbers() -> dict[str, tuple[float, ...]]:
+        found = entry.function(evidence)
+        return {g.name: _numbers(found.get(g.name), g, entry) for g in coupling.groups}
+
+    if not evidence.images or not entry.function.__module__.startswith("surgery."):
+        return numbers()
+    groups = [(group.name, group.size) for group in coupling.groups]
+    given = digest_of([*weights.values(), *state.values(), *chain.from_iterable(evidence.images)])
+    on = (entry.name, seed, macs, groups, program.graph.graph if program.has_graph else program.fingerprint, given)
+    return {name: tuple(values) for name, values in remembered("scores", on, numbers).items()}
 
 
 def measures_losses(criterion: object) -> bool:

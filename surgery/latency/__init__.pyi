@@ -1,5 +1,5 @@
 from . import device as device, ort as ort, ratio as ratio
-from .cache import VARIABLE as VARIABLE, Measured as Measured, Source as Source, table_source as table_source
+from .cache import Measured as Measured, Source as Source, table_source as table_source
 from .fill import Point as Point
 from .micro import FP32 as FP32, INT8 as INT8
 from .ort import Limits as Limits, Timing as Timing, time as time

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import filelock
-import platformdirs
 
+from surgery.core import cache_folder
 from surgery.errors import InvalidInput
 from surgery.latency import fill, probe
 from surgery.latency.fill import Point, Progress, Timer
@@ -24,7 +23,6 @@ from surgery.latency.micro import FP32
 from surgery.latency.probe import Conditions
 from surgery.latency.tables import LatencyTable
 
-VARIABLE = "SURGERY_CACHE"
 LOCK_S = 600.0
 
 
@@ -48,8 +46,7 @@ class Measured:
         self._timer, self._warn = Timer(conditions, seed, progress=progress), warn
         self.device: Mapping[str, Any] = probe.describe(conditions)
         key = hashlib.sha256(json.dumps(self.device, sort_keys=True).encode()).hexdigest()[:16]
-        folder = os.environ.get(VARIABLE) or platformdirs.user_cache_dir("model-surgery", appauthor=False)
-        self.path = Path(folder, f"latency-{key}.json")
+        self.path = cache_folder() / f"latency-{key}.json"
         self._table = self._read(warn)
 
     def cover(self, placed: Sequence[Point]) -> LatencyTable:

@@ -91,7 +91,7 @@ def refined(decision: Decision, clock: Clock) -> Decision:
     if planner is None or not (recipe.target.correct and planner.source.live):
         return decision
     tracer = tracer_of(recipe.selection.tracer)
-    with clock("close the loop"), tempfile.TemporaryDirectory(prefix="surgery-") as folder:
+    with clock("correct the plan"), tempfile.TemporaryDirectory(prefix="surgery-") as folder:
         bench = LatencyBench(choice.program.dense, Path(folder), recipe, decision.seen, clock.progress)
         found = refine(choice, planner.plan, lambda choice: tracer.cut(choice.cut).module, bench)
     return replace(decision, choice=found)

@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -221,8 +221,9 @@ class LatencyPlanner:
         parameters = reordered(weights_of(base.program, base.coupling), order)
         signal = signal_of(base.program, base.coupling, parameters, blocks)
         if seen is not None and blocks:
-            with self._clock("calibrate"):
-                lost = block_losses(base.program, blocks, seen.batches, macs=base.costs["macs"]({}))
+            with self._clock("score blocks"):
+                told = partial(self._clock.progress, "score blocks")
+                lost = block_losses(base.program, blocks, seen.batches, macs=base.costs["macs"]({}), progress=told)
             signal = replace(signal, blocks=lost)
         if measures_losses(recipe.criterion):
             return replace(signal, losses=base.scores)

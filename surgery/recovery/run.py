@@ -16,7 +16,7 @@ from torch import Tensor
 from surgery import distributed
 from surgery.capture import Whole, evaluating
 from surgery.config import Recipe, validate
-from surgery.core import Callee, CompactModel, InputSpec, Program, Progress, digest_of, flat_outputs
+from surgery.core import Callee, Clock, CompactModel, InputSpec, Program, Progress, digest_of, flat_outputs
 from surgery.coupling import Cut
 from surgery.errors import InvalidInput
 from surgery.inputs import Calibration, Images, as_dataset, calibration_images, classes_of, specs_of
@@ -195,7 +195,7 @@ class _Judge:
 def recovered(
     subject: Subject,
     recipe: Recipe,
-    progress: Progress,
+    clock: Clock,
     *,
     seen: Calibration | None = None,
     between: Sequence[Step] = (),
@@ -215,14 +215,17 @@ def recovered(
     judge = _Judge(_reference(subject, recipe, seen), data.metric)
     reference, steps = judge.reference, list[Step]()
     if reference is not None or judge.metric is not None:
-        exact = None if reference is None else reference.judge(None)
-        steps = [judge.step(subject.dense, "dense", agreement=exact), *between, judge.step(subject.model, "cut")]
+        with clock("evaluate"):
+            exact = None if reference is None else reference.judge(None)
+            steps = [judge.step(subject.dense, "dense", agreement=exact), *between, judge.step(subject.model, "cut")]
     by_data = data.val is None and whole is None
     for name in _methods(level):
         if "gradients" in RECOVERY_METHODS[name].needs and shared:
             distributed.send(subject.cut.plan, subject.compact.module)
         task, before = _task(name, subject, recipe, seen), steps[-1].agreement if steps else None
-        steps.append(_run_method(name, task, judge, before if by_data and task.seen is not None else None, progress))
+        with clock(name):
+            before = before if by_data and task.seen is not None else None
+            steps.append(_run_method(name, task, judge, before, clock.progress))
     notes = [note for given in (data.data, data.val) if isinstance(given, Images) for note in given.notes()]
     notes += reference.notes if reference is not None else ()
     fitted, held = (x.place.resolve() if isinstance(x, Images) else id(x) for x in (data.data, data.val))
@@ -257,7 +260,6 @@ def _run_method(name: str, task: Task, judge: _Judge, before: Agreement | None, 
     if method.undo_if_worse and task.held_out:
         guard = (judge.reference if before is not None else None) or _reference_on(subject, task.held_out)
         before = before or guard.judge(in_eval_mode(subject.part))
-    progress(name, 0.0)
     start = time.perf_counter()
     outcome = method.function(replace(task, progress=lambda fraction: progress(name, min(0.999, fraction))))
     seconds = time.perf_counter() - start
@@ -274,7 +276,6 @@ def _run_method(name: str, task: Task, judge: _Judge, before: Agreement | None, 
                     tensor.copy_(state[key])
         if guard is judge.reference:
             values["agreement"] = after if values["kept"] else before
-    progress(name, 1.0)
     return judge.step(subject.model, ran, seconds, **values)
 
 

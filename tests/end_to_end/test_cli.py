@@ -5,20 +5,24 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import run_surgery
 from stairs import table_of
 
 import surgery
+from surgery import cli
 from surgery.config import read_recipe
 from surgery.delivery import NAMES
 
@@ -332,6 +336,19 @@ def test_debug_shows_the_traceback(place: Place) -> None:
     assert result.returncode == 1
     assert "Traceback" in result.stderr
     assert "no such key" in result.stderr
+
+
+def test_a_long_stage_gets_a_line_now_and_then(capfd: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(cli, "HEARTBEAT_S", 0.05)
+    with cli.work(cli.Session()) as progress:
+        progress("score", 0.0)
+        progress("score", 0.5)
+        time.sleep(0.2)
+    time.sleep(0.1)
+    first, *lines = capfd.readouterr().err.splitlines()
+    assert first == "score"
+    assert 1 <= len(lines) <= 4
+    assert all(re.fullmatch(r"score: 50% after \d s, about \d s left", line) for line in lines), lines
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

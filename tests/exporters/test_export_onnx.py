@@ -473,3 +473,19 @@ class PaddedMaxima(nn.Module):
 def test_zeros_take_part_in_a_maximum(tmp_path, dynamo):
     result = export(PaddedMaxima(), torch.randn(2, 3, 8, 8), tmp_path / "m.onnx", ExportSettings(dynamo=dynamo))
     assert result.error < 1e-5
+
+
+def test_a_file_with_zeros_is_the_masked_network(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(256, 5)
+    model = nn.Sequential(*layers).eval()
+    dense = export(model, IMAGE, tmp_path / "dense.onnx")
+    dead = [1, 4, 6]
+    zeros = [("0.weight", 0, dead), ("3.weight", 1, dead), ("not in the file", 0, [0])]
+    masked = onnx_export.with_zeros(dense, tmp_path / "masked.onnx", zeros)
+    with torch.no_grad():
+        layers[3].weight[:, dead] = 0
+    session = onnxruntime.InferenceSession(masked.path)
+    (found,) = session.run(None, {session.get_inputs()[0].name: IMAGE.numpy()})
+    np.testing.assert_allclose(found, model(IMAGE).detach().numpy(), rtol=1e-4, atol=1e-5)
+    assert session.get_modelmeta().custom_metadata_map["model"] == "masked"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.capture.tracing import trace
-from surgery.core.ir import Coupling, Group, Program, Site
+from surgery.core.ir import Coupling, Group, Program, Scores, Site
 from surgery.coupling.coupler import couple
 from surgery.errors import InvalidInput, PlanMismatch
 from surgery.importance.scoring import Evidence, score
@@ -250,6 +251,31 @@ def test_a_coupling_of_another_model_is_refused(model: nn.Module) -> None:
         score(program_of(wider), coupling)
     with pytest.raises(PlanMismatch, match="touches no tensor of this model"):
         score(program_of(nn.Linear(2, 2)), coupling)
+
+
+def test_scores_on_images_are_kept_for_the_same_weights_and_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.Flatten(), nn.Linear(16, 3)).eval()
+    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path))
+    images, runs = [(torch.randn(8, 3, 4, 4),)], list[float]()
+    program = trace(model, images[0])
+    coupling = couple(program)
+
+    def scores(images: list[tuple[Tensor]]) -> Scores:
+        runs.clear()
+        return score(program, coupling, "second-order", images=images, progress=runs.append)
+
+    first = scores(images)
+    assert runs
+    assert scores(images) == first
+    assert not runs
+    scores([(images[0][0] + 1,)])
+    assert runs
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    scores(images)
+    assert runs
 
 
 @pytest.fixture

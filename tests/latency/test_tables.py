@@ -174,7 +174,7 @@ class Fakes:
 
     def __init__(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
         self.measured: list[tuple[str, tuple[int, ...]]] = []
-        patch.setenv(cache.VARIABLE, str(folder))
+        patch.setenv("SURGERY_CACHE", str(folder))
         patch.setattr(probe, "describe", lambda conditions: {**DEVICE, "threads": conditions.threads})
         patch.setattr(fill.Timer, "measure", lambda timer, points: self.measure(points))
         patch.setattr(fill, "new_table", lambda timer: LatencyTable({**DEVICE, "threads": 1}, {}, 0.001, {}))
@@ -223,7 +223,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_nothing_more(
     fakes: Fakes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "file" / "below"))
+    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path / "file" / "below"))
     said: list[str] = []
     table = cache.Measured(Conditions(1), warn=said.append).cover([(CONV, (32, 32))])
     assert table.ms(CONV, (32, 32)) == 64.0

@@ -149,7 +149,7 @@ def test_kernels_are_timed_in_the_precision_that_is_asked_for(monkeypatch: pytes
 
 
 def test_each_precision_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path))
     paths = {cache.Measured(Conditions(1, 4, precision)).path for precision in (FP32, INT8)}
     assert len(paths) == 2
     assert cache.Measured(Conditions(1, 4, INT8)).device["precision"] == INT8

@@ -13,7 +13,8 @@ from typing import Any
 from benchmarks.studies.latency.bench import loop_of, tell
 from benchmarks.studies.latency.jobs import Job
 from benchmarks.studies.latency.options import Options
-from surgery.latency import VARIABLE, TimerFailed
+from surgery.core import VARIABLE
+from surgery.latency import TimerFailed
 
 _ROOT = Path(__file__).resolve().parents[3]
 
