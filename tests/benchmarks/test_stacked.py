@@ -71,7 +71,7 @@ def found(case: Case, tmp_path_factory: pytest.TempPathFactory) -> dict[str, obj
         patch.setattr(rows, "CRITERIA", {"l1": rows.CRITERIA["l1"]})
         patch.setattr(rows, "TRIES", 2)
         patch.setattr(ort, "MIN_ROUNDS", 3)
-        patch.setattr(fill, "PROBE_ROUNDS", 1)
+        patch.setattr(fill, "MOST_PROBES", 1)
         patch.setenv("SURGERY_CACHE", str(tmp_path_factory.mktemp("cache")))  # others' tables are measured with more
         get_context("forkserver").set_forkserver_preload([WARM])
         patch.setattr(LatencyBench, "ratio", lambda *given, **named: Ratio(((0.8, 1.0, 0.8),)))  # met at once

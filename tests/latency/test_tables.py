@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from surgery.core.kernels import Kernel, Operand, step
+from surgery.core.kernels import Kernel, Operand, Widths, step
 from surgery.errors import InvalidInput
 from surgery.latency import cache, fill, probe
+from surgery.latency.fill import Timer
 from surgery.latency.probe import Conditions
 from surgery.latency.tables import Entry, LatencyTable, Stairs, kind_of
 
@@ -95,6 +96,24 @@ def test_a_table_is_the_same_after_a_trip_through_its_file(tmp_path: Path) -> No
     again = LatencyTable.load(tmp_path / "t.json")
     assert again.to_json() == grid().to_json()
     assert [path.name for path in tmp_path.iterdir()] == ["t.json"]
+
+
+def test_steps_are_measured_until_measurements_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[list[str]] = []
+
+    def measure(timer: Timer, points: list[tuple[Kernel, Widths]]) -> dict[tuple[str, Widths], float]:
+        measured.append(sorted({kind_of(kernel) for kernel, _ in points}))
+        step = {"matmul": 1 if len(measured) == 1 else 8, "conv": 16}  # matmul is disturbed once
+        sizes = {k.key: step.get(kind_of(k), 8) for k, _ in points}
+        return {(k.key, ws): float(-(-ws[0] // sizes[k.key]) * sizes[k.key]) for k, ws in points}
+
+    monkeypatch.setattr(Timer, "measure", measure)
+    monkeypatch.setattr(probe, "processor", lambda: ("", ["avx2", "avx"]))
+    monkeypatch.setattr(fill, "overhead_ms", lambda threads: 0.001)
+    table = fill.new_table(Timer(Conditions(1)))
+    kinds = ["conv", "conv 1x1", "depthwise", "matmul"]
+    assert [again for again in measured if again] == [kinds, kinds, ["conv", "matmul"]]
+    assert {kind: stairs.step for kind, stairs in table.stairs.items()} == {**dict.fromkeys(kinds, 8), "conv": 16}
 
 
 @pytest.mark.parametrize(
