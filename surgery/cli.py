@@ -697,7 +697,8 @@ def _explain(error: BaseException, session: Session) -> int:
         return code
     say((ended and distributed.word()) or sentence)
     if session.as_json:
-        click.echo(json.dumps({"error": {"exit_code": code, "message": sentence.removeprefix("error: ")}}))
+        found = {"exit_code": code, "message": sentence.removeprefix("error: ")}
+        click.echo(json.dumps({"error": {**found, "figures": getattr(error, "figures", {})}}))
     return code
 
 

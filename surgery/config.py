@@ -314,6 +314,8 @@ class Selection(Group):
     tracer: str = option(
         "export", choice(*TRACERS),
         "How the model is captured; torch-pruning for models that torch.export cannot capture.")
+    fixed_size: bool = option(
+        False, FLAG, "Fix height and width at the example's, without trying to keep them dynamic.")
     seed: int = option(0, whole(0), "Seed of all random numbers.")
 
     @property

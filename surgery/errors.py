@@ -6,6 +6,9 @@ do next. Imports neither torch nor other modules of the package.
 
 from __future__ import annotations
 
+from math import isfinite
+from typing import Mapping
+
 OK = 0
 INTERNAL = 1
 
@@ -14,6 +17,7 @@ class SurgeryError(Exception):
     """Base class of all exceptions of the package; `exit_code` is the exit code of the command line."""
 
     exit_code = INTERNAL
+    figures: Mapping[str, float] = {}  # in the message, by name
 
 
 class InvalidInput(SurgeryError):
@@ -43,6 +47,10 @@ class CheckFailed(SurgeryError):
 
 
 class BudgetUnreachable(SurgeryError):
-    """The budget cannot be met; the message says what was reachable and what is frozen."""
+    """The budget cannot be met; the message and `figures` say what was reachable."""
 
     exit_code = 5
+
+    def __init__(self, message: str, figures: Mapping[str, float] | None = None) -> None:
+        super().__init__(message)
+        self.figures = {name: value for name, value in (figures or {}).items() if isfinite(value)}

@@ -282,7 +282,8 @@ def fastest(decision: Decision, progress: Progress | None) -> Result:
         hint = "; the nearest, {aim:.2f} of the latency, loses up to {upper:.2f}".format(**nearest) if nearest else ""
         raise BudgetUnreachable(
             f"no model within --max-drop {limit:g} was found in {len(tried)} tries{hint}; allow more, recover more "
-            "(--recover distill), or evaluate on more images: the bound is that of the 95 % interval"
+            "(--recover distill), or evaluate on more images: the bound is that of the 95 % interval",
+            {name: value for name, value in (nearest or {}).items() if value is not None},
         )
     (ratio, result), of = best, choice.refinement.dense
     within = {"max_drop": limit, "dense": of, "of": lost_by(result.steps)[2], "measured": ratio, "tried": tried}

@@ -18,7 +18,7 @@ import torch
 import exporters.onnx
 from benchmarks.studies import record
 from surgery.capture import trace
-from surgery.core import torch_speed
+from surgery.core import CaptureLimits, torch_speed
 from surgery.inputs import load_model
 
 ALL, NONE = "with all", "with none"
@@ -28,8 +28,8 @@ def cpu_seconds(run: Callable[[], object], without: str, repeats: int) -> float:
     """Return the least CPU seconds of several runs without one of the changes, or without all (`NONE`)."""
     patches, found = torch_speed._patches, []
 
-    def kept() -> Mapping[str, AbstractContextManager[None]]:
-        return {} if without == NONE else {name: patch for name, patch in patches().items() if name != without}
+    def kept(limits: CaptureLimits) -> Mapping[str, AbstractContextManager[None]]:
+        return {} if without == NONE else {name: patch for name, patch in patches(limits).items() if name != without}
 
     with mock.patch.object(torch_speed, "_patches", kept):
         for _ in range(repeats):
@@ -53,7 +53,7 @@ def main(network: str, repeats: int) -> None:
             "export": lambda: exporters.onnx.export(loaded.module, loaded.example_inputs, file),
         }
         rows = {}
-        for name in (ALL, *torch_speed._patches(), NONE):
+        for name in (ALL, *torch_speed._patches(CaptureLimits()), NONE):
             rows[name] = {kind: cpu_seconds(run, name, repeats) for kind, run in runs.items()}
             click.echo(f"{name}: {rows[name]}")
     command = record.command("benchmarks.studies.capture_time")

@@ -26,6 +26,7 @@ from surgery.capture.passes import normalise, sources_of_weights
 from surgery.core import (
     TOLERANCE,
     UNKNOWN,
+    CaptureLimits,
     InputSpec,
     Program,
     attribute,
@@ -42,6 +43,8 @@ from surgery.core import (
 )
 from surgery.errors import InvalidInput, UnsupportedModel
 
+SPACE_CPU_S, SPACE_BYTES = 60.0, 2 * 2**30
+"""Limits of a capture with symbolic height and width; without them, most captures take seconds."""
 _ABOUT_INPUTS = re.compile("shape|size|dimension|channel|expected|dtype|type|argument|mat1", re.IGNORECASE)
 
 
@@ -50,13 +53,16 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of a model."""
 
 
-def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Program:
+def trace(
+    model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None, *, fixed_size: bool = False
+) -> Program:
     """Capture `model` in eval mode as a graph of ATen operators.
 
     Args:
         model: any module that `torch.export` can capture; unchanged, including its mode.
         example_inputs: one tensor or a tuple of positional inputs, such as (1, 3, 224, 224) of float32.
         example_kwargs: keyword inputs.
+        fixed_size: do not try to keep height and width dynamic.
 
     Returns:
         The program. The batch is dynamic unless `notes` explains why not.
@@ -72,12 +78,12 @@ def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, An
     kwargs = dict(sorted(given.items(), key=lambda item: order.index(item[0])))
     require_finite(model.state_dict(keep_vars=True), type(model).__name__)
     with evaluating(model), buffers_kept(model), quiet():
-        (exported, captured, (args, kwargs)), notes = _capture(traceable(model), args, kwargs)
+        (exported, captured, (args, kwargs)), notes = _capture(traceable(model), args, kwargs, fixed_size=fixed_size)
         graph = normalise(exported, captured)
     inputs = _input_specs(graph)
     computed = sources_of_weights(graph.graph)
     weights = (f"'{name}' holds the weight that forward computed from {', '.join(s)}" for name, s in computed.items())
-    notes = (*notes, *_notes_on_space(inputs), *weights)
+    notes = (*notes, *_notes_on_space(inputs, fixed_size), *weights)
     return Program(graph, inputs, args, kwargs, _fingerprint(graph), notes, model, materialised=computed)
 
 
@@ -141,10 +147,12 @@ class _Capture(NamedTuple):
     inputs: Inputs
 
 
-def _capture(model: nn.Module, args: Args, kwargs: dict[str, Any]) -> tuple[_Capture, tuple[str, ...]]:
+def _capture(
+    model: nn.Module, args: Args, kwargs: dict[str, Any], *, fixed_size: bool = False
+) -> tuple[_Capture, tuple[str, ...]]:
     """Capture with dynamic batch, height and width if valid, else dynamic batch, else neither; also return notes."""
     twice = _at_batch_two(args, kwargs)
-    if not slow_to_capture(model, twice):
+    if not (fixed_size or slow_to_capture(model, twice)):
         with suppress(Exception):  # torch.export raises whatever the user's forward or its own passes raise
             found = _export(model, twice, Dim.DYNAMIC, Dim.AUTO)
             if not wrong_at_other_space(found.exported, model, twice) and not wrong_at_other_batch(*found, model):
@@ -186,7 +194,7 @@ def _export(model: nn.Module, inputs: Inputs, batch: Any, space: Any) -> _Captur
         shapes = dict(inspect.signature(model.forward).bind(*by_position, **by_name).arguments)
     # Copies, because torch.export treats a tensor passed twice as one input, and marks tensors as dynamic.
     args, kwargs = fresh(inputs)
-    with torch.no_grad(), lean():
+    with torch.no_grad(), lean(None if space is None else CaptureLimits(SPACE_CPU_S, SPACE_BYTES)):
         exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         return _Capture(exported, exported.module(check_guards=False), (args, kwargs))
 
@@ -386,7 +394,8 @@ def _input_specs(graph: torch.fx.GraphModule) -> tuple[InputSpec, ...]:
     return tuple(specs)
 
 
-def _notes_on_space(inputs: tuple[InputSpec, ...]) -> Iterator[str]:
+def _notes_on_space(inputs: tuple[InputSpec, ...], asked: bool) -> Iterator[str]:
+    why = "as asked for" if asked else "the model bakes it in, or other sizes could not be examined"
     for spec in inputs:
         free, fixed = ([a for a in (2, 3) if (a in spec.dynamic) is yes] for yes in (True, False))
         if len(spec.shape) == 4 and free:
@@ -395,10 +404,7 @@ def _notes_on_space(inputs: tuple[InputSpec, ...]) -> Iterator[str]:
             yield f"input '{spec.name}': axes {free} may be {low} to {high}; other sizes were not examined"
         if len(spec.shape) == 4 and fixed:
             size = " x ".join(str(spec.shape[a]) for a in fixed)
-            yield (
-                f"input '{spec.name}': the size of axes {fixed} is fixed at {size}, in the ONNX files too: the model "
-                "bakes it in, or other sizes could not be examined"
-            )
+            yield f"input '{spec.name}': the size of axes {fixed} is fixed at {size}, in the ONNX files too: {why}"
 
 
 def module_of(node: torch.fx.Node) -> str:

@@ -85,4 +85,4 @@ from .labels import (
     is_constant as is_constant,
 )
 from .stages import Clock as Clock, Progress as Progress, quiet as quiet
-from .torch_speed import ONE_AT_A_TIME as ONE_AT_A_TIME, lean as lean
+from .torch_speed import ONE_AT_A_TIME as ONE_AT_A_TIME, CaptureLimits as CaptureLimits, lean as lean

@@ -12,10 +12,14 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
+from math import inf
+from time import process_time
 from typing import Any
 from unittest import mock
 
+import psutil
 import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
@@ -32,10 +36,10 @@ ONE_AT_A_TIME = threading.RLock()  # held while process-wide state is changed: t
 
 
 @contextmanager
-def lean() -> Iterator[None]:
-    """Make `torch.export` faster within the block."""
+def lean(limits: CaptureLimits | None = None) -> Iterator[None]:
+    """Make `torch.export` faster within the block; raises LongSizes where solving for sizes exceeds the limits."""
     with ONE_AT_A_TIME, ExitStack() as stack:
-        for patch in _patches().values():
+        for patch in _patches(limits or CaptureLimits()).values():
             stack.enter_context(patch)
         if gc.isenabled():  # graphs are large, and live long
             gc.disable()
@@ -43,7 +47,7 @@ def lean() -> Iterator[None]:
         yield
 
 
-def _patches() -> Mapping[str, AbstractContextManager[Any]]:
+def _patches(limits: CaptureLimits) -> Mapping[str, AbstractContextManager[Any]]:
     """Patches of `lean`; comments give the CPU seconds each saves in `trace` of MobileNetV2."""
     replaced = partial(mock.patch.object, create=True)  # no error where a version of torch lacks it
     return {
@@ -52,7 +56,7 @@ def _patches() -> Mapping[str, AbstractContextManager[Any]]:
         "shapes of activations": _same_shape(),  # 1.5
         "stack traces": replaced(proxy, "CapturedTraceback", _OwnFrames),  # 0.3
         "tensor metadata": replaced(proxy_tensor, "_extract_tensor_metadata", lambda *_, **__: None),  # 0.2
-        "memory formats": replaced(fake_tensor, "suggest_memory_format", _memory_format),  # 0.2
+        "memory formats": replaced(fake_tensor, "suggest_memory_format", partial(_memory_format, limits)),  # 0.2
         # Torch looks for new composite operators in each of its namespaces, several times in each export.
         "composite operators": replaced(_export_utils, _LISTING, cache(getattr(_export_utils, _LISTING, bool))),  # 0.1
     }
@@ -145,12 +149,31 @@ _STEPS = 100
 dozen."""
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
+@dataclass(frozen=True, slots=True)
+class CaptureLimits:
+    """Limits of a capture with symbolic sizes, from its construction on."""
+
+    cpu_s: float = inf
+    bytes: float = inf
+    start_s: float = field(default_factory=process_time)
+    start_bytes: int = field(default_factory=lambda: int(psutil.Process().memory_info().rss))
+
+    def check(self) -> None:
+        """Raise LongSizes if a limit is exceeded."""
+        used_s = process_time() - self.start_s
+        if used_s > self.cpu_s:
+            raise LongSizes(f"solving for the sizes takes more than {self.cpu_s:g} s of CPU time")
+        if used_s > 1 and psutil.Process().memory_info().rss - self.start_bytes > self.bytes:
+            raise LongSizes(f"solving for the sizes takes more than {self.bytes / 2**30:g} GiB of memory")
+
+
+def _memory_format(limits: CaptureLimits, x: Tensor) -> torch.memory_format:
     """Skip the analysis of symbolic strides, whose result torch discards. Raises LongSizes."""
     if not x._has_symbolic_sizes_strides:
         return suggest_memory_format(x)
     if any(isinstance(size, torch.SymInt) and _steps(size.node.expr) > _STEPS for size in x.shape):
         raise LongSizes(f"a size is computed from the input's in more than {_STEPS} steps")
+    limits.check()
     return torch.contiguous_format
 
 

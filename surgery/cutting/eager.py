@@ -58,7 +58,9 @@ ONE_PATH = "no label replay, one path exported: the one that the example input t
 # Tracing. ------------------------------------------------------------------------------------------------------------
 
 
-def trace(model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None) -> Program:
+def trace(
+    model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None = None, *, fixed_size: bool = True
+) -> Program:
     """Describe `model` and its example call, without a graph; arguments and errors are those of `surgery.trace`."""
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     kwargs = dict(example_kwargs or {})

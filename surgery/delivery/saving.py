@@ -108,10 +108,11 @@ def save(
             unmet = Path(f"{Path(out)}.unmet")
             with output_set(unmet) as other:
                 shutil.copytree(folder, other, dirs_exist_ok=True)
+            target, final = latency["target"], latency["final"]
             raise BudgetUnreachable(
-                f"the compact model takes {latency['final']:.4f} of the dense latency, and the budget is "
-                f"{latency['target']:.4f}: its files are in {unmet}; accept them with --best-effort, or leave room by "
-                f"--latency {latency['target'] ** 2 / latency['final']:.3f}"
+                f"the compact model takes {final:.4f} of the dense latency, and the budget is {target:.4f}: its files "
+                f"are in {unmet}; accept them with --best-effort, or leave room by --latency {target**2 / final:.3f}",
+                {"target": target, "measured": final, "aim": target**2 / final},
             )
         return report
 

@@ -96,7 +96,8 @@ def _least(
     reached = notes[-1] if ladders else "no unit of it can be removed"
     frozen = "; ".join(_frozen_reasons(coupling)) or "nothing"
     hints = _hints(coupling, selection, shrinks=meter.share(smallest) < 1)
-    raise BudgetUnreachable(f"{wish}: {reached}; frozen: {frozen}; {' or '.join(hints)}")
+    figures = {"target": meter.fraction, "least": meter.share(smallest)}
+    raise BudgetUnreachable(f"{wish}: {reached}; frozen: {frozen}; {' or '.join(hints)}", figures)
 
 
 def _first_within(last: int, state: Callable[[int], _Dead], meter: _Meter) -> _Dead | None:

@@ -101,9 +101,11 @@ class Choice:
 def traced_part(loaded: LoadedModel, recipe: Recipe, clock: Clock) -> tuple[Program, submodule.Whole | None]:
     """Trace the model, or the recipe's submodule, which comes with the whole model."""
     with clock("trace"):
-        part, (model, *call) = recipe.selection.submodule, loaded.call
+        chosen, (model, *call) = recipe.selection, loaded.call
+        part = chosen.submodule
         whole = submodule.reach(model, part, *call) if part is not None else None
-        return tracer_of(recipe.selection.tracer).trace(*(whole.call if whole else loaded.call)), whole
+        traced = tracer_of(chosen.tracer).trace(*(whole.call if whole else loaded.call), fixed_size=chosen.fixed_size)
+        return traced, whole
 
 
 def with_dead(plan: Plan, coupling: Coupling, dead: Mapping[str, Sequence[int]]) -> Plan:

@@ -133,7 +133,8 @@ def traced(
         call = dense_model, example_inputs, {**plan.settings.get("arguments", {}), **(example_kwargs or {})}
     else:
         call = dense_model, *parts.inputs_of(plan, dense_model)
-    program = tracer_of(plan.settings.get("tracer", "export")).trace(*call)
+    fixed_size = not any(axis for spec in plan.inputs for axis in spec.dynamic)
+    program = tracer_of(plan.settings.get("tracer", "export")).trace(*call, fixed_size=fixed_size)
     if program.fingerprint != plan.fingerprint:
         raise PlanMismatch(
             f"the plan was made for another architecture than this {type(dense_model).__name__} "

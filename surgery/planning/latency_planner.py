@@ -166,7 +166,9 @@ class LatencyPlanner:
         except BudgetUnreachable as error:
             if self._recipe.selection.max_drop is None:
                 raise
-            raise BudgetUnreachable(f"--max-drop: nothing can be cut that takes time ({error})") from error
+            raise BudgetUnreachable(
+                f"--max-drop: nothing can be cut that takes time ({error})", error.figures
+            ) from error
 
     def plan(self, fraction: float) -> Choice:
         """Return a plan with a predicted latency of at most this fraction of the dense model's.
@@ -326,7 +328,8 @@ class WidthSearch:
         )
         if not step and not self.blocks:
             obstacle = "nothing of the model may be cut, all of it is frozen or kept"
-        raise BudgetUnreachable(f"cannot get down to {target_ms:.4g} ms: {obstacle}")
+        figures = {"target_ms": target_ms, "least_ms": least}
+        raise BudgetUnreachable(f"cannot get down to {target_ms:.4g} ms: {obstacle}", figures)
 
 
 # Reasons. ------------------------------------------------------------------------------------------------------------

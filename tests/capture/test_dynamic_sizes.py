@@ -19,6 +19,7 @@ from torch.export import Dim
 
 import exporters.onnx
 import surgery
+from surgery.capture import tracing
 from surgery.capture.tracing import trace
 from surgery.core.torch_speed import LongSizes, lean
 
@@ -195,6 +196,15 @@ def test_sizes_that_take_minutes_to_solve_for_are_given_up_early() -> None:
     with lean(), pytest.raises(LongSizes):
         torch.export.export(_PaddedToTheStride(7), (torch.randn(2, 3, 192, 192),), dynamic_shapes=sizes, strict=False)
     assert trace(_PaddedToTheStride(7).eval(), torch.randn(1, 3, 192, 192)).inputs[0].dynamic == (0,)
+
+
+def test_an_attempt_at_dynamic_sizes_has_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Conv2d(3, 4, 3).eval(), torch.randn(1, 3, 16, 16)
+    assert trace(model, x).inputs[0].dynamic == (0, 2, 3)
+    fixed = trace(model, x, fixed_size=True)
+    assert fixed.inputs[0].dynamic == (0,) and any("16 x 16, in the ONNX files too: as asked" in n for n in fixed.notes)
+    monkeypatch.setattr(tracing, "SPACE_CPU_S", 0.0)
+    assert trace(model, x).inputs[0].dynamic == (0,)
 
 
 IN_PLACE: dict[str, Callable[[Tensor], object]] = {

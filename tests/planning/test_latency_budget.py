@@ -340,3 +340,4 @@ def test_what_goes_wrong_is_said_in_one_sentence(
     assert cli.main(["show", "nets.py:net", *args, "--quiet", "--json"]) == code
     error = json.loads(capfd.readouterr().out)["error"]
     assert error["exit_code"] == code and said in error["message"]
+    assert bool(error["figures"]) is (code == 5)
