@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import inspect
 import math
-import tempfile
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -27,7 +25,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils import _pytree as pytree
 
 from exporters.signature import Axes, Tensors, axis_name
-from surgery.core import Callee, first_line, last_own_line, lean, user_line
+from surgery.core import Callee, first_line, last_own_line, lean, scratch_folder, user_line
 from surgery.errors import UnsupportedModel
 
 
@@ -118,8 +116,8 @@ def _by_torchscript(call: Callee, tensors: Tensors, axes: Axes, outputs: Sequenc
     free = {n: {axis: axis_name(n, axis, t.ndim) for axis in axes[n]} for n, t in tensors.items() if axes.get(n)}
     named: dict[str, Any] = {"input_names": list(tensors), "output_names": list(outputs), "dynamic_axes": free}
     how: dict[str, Any] = {"kwargs": kwargs, "dynamo": False, "verbose": False, "opset_version": opset}
-    with tempfile.TemporaryDirectory() as room:
-        file = Path(room) / "model.onnx"
+    with scratch_folder() as room:
+        file = room / "model.onnx"
         torch.onnx.export(call.module, args, file, **how, **named)
         graph: ir.Model = ir.from_proto(onnx.load(file))
         return graph

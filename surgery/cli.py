@@ -28,6 +28,7 @@ import click
 
 from surgery import __version__, config, distributed
 from surgery.config import FLAG, HEADINGS, OLD_NAMES, OPTIONS, Kind, Option, Recipe
+from surgery.core import visible
 from surgery.errors import INTERNAL, OK, InvalidInput, SurgeryError
 from surgery.registry import RECOVERY_METHODS
 
@@ -540,7 +541,7 @@ def work(session: Session) -> Iterator[Progress]:
     from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn  # saves start-up seconds
 
     console, quiet = Console(stderr=True), session.quiet or distributed.rank() > 0
-    columns = (TimeElapsedColumn(), BarColumn(), TextColumn("{task.description}"))
+    columns = (TimeElapsedColumn(), BarColumn(), TextColumn("{task.description}", markup=False))
     bar = Bar(*columns, console=console, auto_refresh=False, transient=True, disable=quiet, redirect_stdout=False)
     task = bar.add_task("", total=1.0)
     seen: set[str] = set()
@@ -553,9 +554,9 @@ def work(session: Session) -> Iterator[Progress]:
             now.name, now.start = stage, time.monotonic()
         now.done = fraction
         if console.is_terminal:
-            bar.update(task, description=stage, completed=fraction, refresh=True)
+            bar.update(task, description=visible(stage), completed=fraction, refresh=True)
         elif stage not in seen and not quiet:  # a log file: one line per stage
-            console.print(stage, highlight=False)
+            console.print(visible(stage), markup=False, highlight=False)
         seen.add(stage)
 
     def remind() -> None:
@@ -563,7 +564,7 @@ def work(session: Session) -> Iterator[Progress]:
             if console.is_terminal and now.name not in TIMED:  # drawing the bar would disturb a measurement
                 bar.refresh()
             elif not console.is_terminal and now.name:
-                console.print(str(now), highlight=False)
+                console.print(visible(str(now)), markup=False, highlight=False)
 
     with only_result_on_stdout(), warnings.catch_warnings():
         if not session.debug:
@@ -607,7 +608,7 @@ def _show(session: Session, data: Mapping[str, Any], render: Callable[[Console],
 
 def say(sentence: str) -> None:
     """Print one sentence on standard error."""
-    click.echo(f"surgery: {sentence}", err=True)
+    click.echo(f"surgery: {visible(sentence)}", err=True)
 
 
 # Commands that a report tells the user to type next. ------------------------------------------------------------------

@@ -6,7 +6,6 @@ drop of accuracy go through them several times.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from surgery.core import (
     buffers_kept,
     count_macs,
     count_params,
+    scratch_folder,
 )
 from surgery.coupling import Cut, batch_size, drop
 from surgery.cutting import check_whole, describe_whole, tracer_of
@@ -261,9 +261,9 @@ def fastest(decision: Decision, progress: Progress | None) -> Result:
     tried = list[dict[str, Any]]()
     best: tuple[float, Result] | None = None
     low, high, target = 0.0, 1.0, FIRST
-    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
+    with scratch_folder() as folder:
         dense, seen = choice.program.dense, decision.seen
-        bench = LatencyBench(dense, Path(folder), recipe, seen, clock.progress, for_accuracy=True)
+        bench = LatencyBench(dense, folder, recipe, seen, clock.progress, for_accuracy=True)
         while len(tried) < MOST and high - low > NEAR and target <= MILDEST.amount:
             clock.progress(f"within {limit:g} points: {target:.2f} of the latency", 0.0)
             found, measured = _at(decision, target, progress), None

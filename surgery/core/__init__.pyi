@@ -5,6 +5,7 @@ from .blame import (
     first_line as first_line,
     last_own_line as last_own_line,
     user_line as user_line,
+    visible as visible,
     where_raised as where_raised,
 )
 from .cache import VARIABLE as VARIABLE, cache_folder as cache_folder, remembered as remembered
@@ -83,6 +84,11 @@ from .labels import (
     Value as Value,
     gather as gather,
     is_constant as is_constant,
+)
+from .scratch import (
+    locked_folder as locked_folder,
+    remove_abandoned as remove_abandoned,
+    scratch_folder as scratch_folder,
 )
 from .stages import Clock as Clock, Progress as Progress, quiet as quiet
 from .torch_speed import ONE_AT_A_TIME as ONE_AT_A_TIME, CaptureLimits as CaptureLimits, lean as lean

@@ -32,6 +32,12 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(" .:")[:300] if lines else type(error).__name__
 
 
+def visible(text: str) -> str:
+    r"""Return the text on one line, control characters written out as escapes such as ``\x1b``."""
+    shown = (c if c.isprintable() else " " if c.isspace() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)
+
+
 @contextmanager
 def explained(what: str, kind: type[SurgeryError] = InvalidInput) -> Iterator[None]:
     """Re-raise a library's exception as one of ours: what failed, and the first line of the library's message."""

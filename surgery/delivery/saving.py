@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import product
@@ -22,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from onnx import load as load_onnx
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save as to_safetensors
@@ -36,7 +33,7 @@ from exporters.session import OnnxModel, feeds
 from exporters.signature import bind
 from surgery.capture import evaluating
 from surgery.config import Recipe, to_toml
-from surgery.core import Callee, Clock, Plan, Progress, quiet
+from surgery.core import Callee, Clock, Plan, Progress, locked_folder, quiet, remove_abandoned, scratch_folder
 from surgery.errors import BudgetUnreachable, CheckFailed, InvalidInput, UnsupportedModel
 from surgery.inputs import Calibration
 from surgery.latency import Limits, Settings, by_operator, ort
@@ -58,7 +55,7 @@ FEWER_BITS = tuple(f"{name}.{precision}.onnx" for name in ("dense", "compact") f
 """Files written on request."""
 _OURS = {*NAMES, *FEWER_BITS, *REPORT_FILES, f"{DENSE_ONNX}.data", f"{COMPACT_ONNX}.data"}
 _USERS_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EBUSY}
-_LOCK, _PREVIOUS = ".lock", ".previous"
+_PREVIOUS = ".previous"
 
 
 def save(
@@ -94,8 +91,8 @@ def save(
     result = _evaluated(result)
     how, notes = deployed_recipe(result, asked)
     clock = Clock(progress)
-    with output_set(out) as folder, tempfile.TemporaryDirectory(prefix="surgery-") as scratch:
-        files = _Files(result, how, folder, Path(scratch), clock)
+    with output_set(out) as folder, scratch_folder() as scratch:
+        files = _Files(result, how, folder, scratch, clock)
         (folder / RECIPE).write_text(to_toml(replace(result.recipe, output=asked.output)), encoding="utf-8")
         data = files.described(notes)
         data["files"] = {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
@@ -540,13 +537,10 @@ def prepare(out: str | Path) -> Path:
         target = Path(out).expanduser().resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         _require_replaceable(target)
-        for folder in sorted(target.parent.glob(f".{target.name}.partial-*")):
-            if _abandoned(folder):
-                if (folder / _PREVIOUS).exists() and not target.exists():
-                    (folder / _PREVIOUS).rename(target)
-                shutil.rmtree(folder, ignore_errors=True)
-        _new_folder(target).rmdir()
-    except (OSError, ValueError, TypeError) as error:
+        remove_abandoned(target.parent, _partial(target), lambda folder: _restore(folder / _PREVIOUS, target))
+        with locked_folder(target.parent, _partial(target)):
+            pass
+    except (OSError, ValueError, TypeError, RuntimeError) as error:  # the last by a loop of links
         raise InvalidInput(_cannot_write(out, error)) from error
     return target
 
@@ -555,22 +549,16 @@ def prepare(out: str | Path) -> Path:
 def output_set(out: str | Path) -> Iterator[Path]:
     """Yield an empty folder that replaces `out` if the block succeeds; errors are those of `prepare`."""
     target = prepare(out)
-    partial = _new_folder(target)
-    lock = FileLock(partial / _LOCK)
-    with suppress(OSError, NotImplementedError):  # a file system without locks
-        lock.acquire()
     try:
-        made = partial / target.name
-        made.mkdir()
-        yield made
-        _replace(target, made, partial / _PREVIOUS)
+        with locked_folder(target.parent, _partial(target)) as partial:
+            made = partial / target.name
+            made.mkdir()
+            yield made
+            _replace(target, made, partial / _PREVIOUS)
     except OSError as error:
         if error.errno in _USERS_FAULT:
             raise InvalidInput(_cannot_write(target, error)) from error
         raise
-    finally:
-        lock.release()
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _require_replaceable(target: Path) -> None:
@@ -582,7 +570,8 @@ def _require_replaceable(target: Path) -> None:
     if target == Path.cwd() or os.path.ismount(target):
         raise InvalidInput(f"--out {target}: cannot be replaced as a whole here; name a folder inside it")
     converted = {f"compact{bits}{form.suffix}" for form in FORMATS.values() for bits in ("", ".fp16", ".int8")}
-    foreign = sorted({entry.name for entry in target.iterdir()} - _OURS - converted)
+    ours = _OURS | converted
+    foreign = sorted(entry.name for entry in target.iterdir() if entry.name not in ours or entry.is_dir())
     if foreign:
         shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise InvalidInput(
@@ -590,30 +579,23 @@ def _require_replaceable(target: Path) -> None:
         )
 
 
+def _partial(target: Path) -> str:
+    return f".{target.name}.partial-"
+
+
 def _replace(target: Path, made: Path, aside: Path) -> None:
     """Move `made` to `target`, and what is there to `aside`."""
-    if target.exists():
-        target.rename(aside)
     try:
+        if target.exists():
+            target.rename(aside)
         made.rename(target)
-    finally:
-        if aside.exists() and not target.exists():  # Ctrl-C between the two steps must not lose both sets
-            aside.rename(target)
+    finally:  # Ctrl-C between the two steps must not lose both sets
+        _restore(aside, target)
 
 
-def _abandoned(folder: Path) -> bool:
-    """Return whether no running process has locked the folder."""
-    try:
-        with FileLock(folder / _LOCK, timeout=0):
-            return True
-    except (OSError, NotImplementedError, Timeout):
-        return False
-
-
-def _new_folder(target: Path) -> Path:
-    folder = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
-    folder.mkdir()
-    return folder
+def _restore(aside: Path, target: Path) -> None:
+    if aside.exists() and not target.exists():
+        aside.rename(target)
 
 
 def _cannot_write(target: str | Path, error: Exception) -> str:

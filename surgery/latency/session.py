@@ -6,7 +6,6 @@ import json
 import platform
 import re
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -21,7 +20,7 @@ import onnxruntime
 import psutil
 from numpy.typing import NDArray
 
-from surgery.core import explained
+from surgery.core import explained, scratch_folder
 from surgery.errors import InvalidInput
 from surgery.latency.probe import (
     PROVIDER,
@@ -110,8 +109,8 @@ def by_operator(path: Path, settings: Settings) -> Mapping[str, float]:
     Operators are those executed, after ONNX Runtime's optimisations. Profiling adds overhead, so that these figures are
     suitable for shares only. Errors are those of `inputs_of`.
     """
-    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        session = settings.open(path, profile=str(Path(folder, "profile")))
+    with scratch_folder() as folder:
+        session = settings.open(path, profile=str(folder / "profile"))
         inputs_of(session, path, settings, WARM_RUNS + PROFILED_RUNS)
         each = [Counter[str]() for _ in range(PROFILED_RUNS)]
         for total, run in zip(each, profiled(session)[WARM_RUNS:], strict=True):

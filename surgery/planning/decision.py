@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from surgery.capture import submodule as parts
 from surgery.config import Budget, Recipe, validate
-from surgery.core import Clock, Plan, Program, Progress
+from surgery.core import Clock, Plan, Program, Progress, scratch_folder
 from surgery.coupling import drop, require_own_cuts
 from surgery.cutting import tracer_of
 from surgery.errors import InvalidInput, PlanMismatch, UnsupportedModel
@@ -91,8 +89,8 @@ def refined(decision: Decision, clock: Clock) -> Decision:
     if planner is None or not (recipe.target.correct and planner.source.live):
         return decision
     tracer = tracer_of(recipe.selection.tracer)
-    with clock("correct the plan"), tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        bench = LatencyBench(choice.program.dense, Path(folder), recipe, decision.seen, clock.progress)
+    with clock("correct the plan"), scratch_folder() as folder:
+        bench = LatencyBench(choice.program.dense, folder, recipe, decision.seen, clock.progress)
         found = refine(choice, planner.plan, lambda choice: tracer.cut(choice.cut).module, bench)
     return replace(decision, choice=found)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.config import Recipe
-from surgery.core import Block, Coupling, Plan, Program, Scores
+from surgery.core import Block, Coupling, Plan, Program, Scores, scratch_folder
 from surgery.coupling import find_blocks, flush_mib, plan_from_dead, reordered, reorderings
 from surgery.errors import BudgetUnreachable, InvalidInput
 from surgery.importance import Signal, block_losses, measures_losses, settled, signal_of, weights_of
@@ -149,8 +148,8 @@ class LatencyPlanner:
         if self.calibration is not None:
             dense_ms = self.calibration.dense_ms
         elif recipe.target.correct and self.source.live:
-            with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-                bench = LatencyBench(self._program, Path(folder), recipe, self._candidates.seen, self._clock.progress)
+            with scratch_folder() as folder:
+                bench = LatencyBench(self._program, folder, recipe, self._candidates.seen, self._clock.progress)
                 dense_ms = bench.ratio(bench.dense).dense_ms
         if recipe.goal.amount >= dense_ms:
             raise InvalidInput(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from rich.console import Console
 
 from surgery import __version__
 from surgery.config import Recipe
-from surgery.core import Clock, Program, Progress, replacing
+from surgery.core import Clock, Program, Progress, replacing, scratch_folder
 from surgery.errors import InvalidInput
 from surgery.inputs import LoadedModel
 from surgery.latency import LatencyTable, Measured, Point, device
@@ -146,8 +145,8 @@ def render_terminal(data: Mapping[str, Any], console: Console) -> None:
 def pack(subject: Survey, path: str | Path, *, name: str, progress: Progress | None = None) -> None:
     """Write a zip file that measures the model's kernels on a device with only Python, numpy and onnxruntime."""
     recipe, conditions = subject.recipe, conditions_of(subject.program, subject.recipe)
-    with replacing(path) as file, tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-        bench = LatencyBench(subject.program, Path(folder), recipe, progress=progress)
+    with replacing(path) as file, scratch_folder() as folder:
+        bench = LatencyBench(subject.program, folder, recipe, progress=progress)
         of = {"model": name, "fingerprint": subject.program.fingerprint, "part": recipe.selection.submodule}
         how = {"batch": recipe.target.batch, "seed": recipe.selection.seed, **asdict(conditions)}
         request = {"tool_version": __version__, **of, **how, "shapes": bench.shapes, "kernels": subject.keys}
@@ -157,7 +156,7 @@ def pack(subject: Survey, path: str | Path, *, name: str, progress: Progress | N
         with zipfile.ZipFile(file, "w") as archive:
             for part, text in texts.items():
                 archive.writestr(zipfile.ZipInfo(part, _EPOCH), text, zipfile.ZIP_DEFLATED)
-            for model in sorted(Path(folder).glob(f"{device.DENSE}*")):
+            for model in sorted(folder.glob(f"{device.DENSE}*")):
                 entry = zipfile.ZipInfo(model.name, _EPOCH)
                 entry.file_size = model.stat().st_size  # large files need another header
                 with model.open("rb") as read, archive.open(entry, "w") as write:

@@ -15,8 +15,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.core import visible
 from surgery.report.charts import Chart
-from surgery.report.sections import Code, Figure, Items, Part, Section, Table, headline, sections_of, visible
+from surgery.report.sections import Code, Figure, Items, Part, Section, Table, headline, sections_of
 
 if TYPE_CHECKING:
     import rich.table
@@ -102,7 +103,7 @@ def print_parts(parts: Iterable[Part], console: Console) -> None:
             continue
         lines = [part] if isinstance(part, str) else []
         if isinstance(part, Code):
-            lines = [part.text]
+            lines = part.text.splitlines()
         elif isinstance(part, Figure):
             lines = [f"{part.value:>8}  {part.what}: {part.detail}"]
         elif isinstance(part, Items):
@@ -110,7 +111,7 @@ def print_parts(parts: Iterable[Part], console: Console) -> None:
             if hidden := len(part.lines) - len(lines):
                 lines.append(f"  … and {hidden} more, all in the report (--json, report.json)")
         for line in lines:
-            console.print(line, markup=False, highlight=False, soft_wrap=isinstance(part, Code))
+            console.print(visible(line), markup=False, highlight=False, soft_wrap=isinstance(part, Code))
 
 
 def rich_table(table: Table) -> rich.table.Table:
@@ -123,7 +124,7 @@ def rich_table(table: Table) -> rich.table.Table:
     for k, column in enumerate(filled.columns):
         shown.add_column(Text(column.replace(" ", "\n")), justify="right" if k else "left")
     for row in filled.rows:
-        shown.add_row(*map(Text, row))
+        shown.add_row(*(Text(visible(cell)) for cell in row))
     return shown
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery.report import charts
+from surgery.core import visible
 from surgery.report.charts import Chart
 from surgery.report.data import deployed_precision
 
@@ -154,12 +155,6 @@ def ratio(value: Mapping[str, float] | None, *, digits: int = 2, unit: str = "x"
 def percent(value: float | None, digits: int = 2) -> str:
     """Return a fraction in percent: 0.9153 is ``91.53 %``."""
     return "-" if value is None else f"{100 * value:.{digits}f} %"
-
-
-def visible(text: str) -> str:
-    r"""Return the text on one line, control characters written out as escapes such as ``\x1b``."""
-    shown = (c if c.isprintable() else " " if c.isspace() else c.encode("unicode_escape").decode() for c in text)
-    return "".join(shown)
 
 
 # Speed, size and accuracy. -------------------------------------------------------------------------------------------

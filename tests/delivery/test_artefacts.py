@@ -5,11 +5,15 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from surgery.core import locked_folder, remove_abandoned, scratch_folder
+from surgery.core.scratch import LOCK
 from surgery.delivery import saving as artefacts
 from surgery.errors import InvalidInput
 
@@ -105,6 +109,7 @@ def test_a_set_that_a_killed_run_had_moved_aside_is_put_back(tmp_path: Path) -> 
     out = tmp_path / "net"
     write_set(out, "first")
     (tmp_path / ".net.partial-abc").mkdir()
+    (tmp_path / ".net.partial-abc" / LOCK).touch()
     out.rename(tmp_path / ".net.partial-abc" / ".previous")
     assert artefacts.prepare(out) == out
     assert contents(out) == {"plan.json": "first"}
@@ -144,3 +149,79 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
 def test_other_errors_of_the_system_are_not_disguised(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), artefacts.output_set(tmp_path / "net"):
         (tmp_path / "absent").read_text()
+
+
+def test_only_remains_of_the_same_folder_are_cleared(tmp_path: Path) -> None:
+    for out in (tmp_path / "out1", tmp_path / "out[0-9]"):
+        with child_in_the_middle(out) as child:
+            child.kill()
+    write_set(tmp_path / "out[0-9]", "first")
+    assert len(neighbours(tmp_path / "out[0-9]")) == 1
+    assert neighbours(tmp_path / "out[0-9]")[0].startswith(".out1.partial-")
+
+
+def test_folders_called_like_a_file_of_the_set_are_the_users(tmp_path: Path) -> None:
+    out, mine = tmp_path / "net", tmp_path / "net" / "plan.json" / "mine"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    with pytest.raises(InvalidInput, match=r"holds plan\.json"):
+        write_set(out, "first")
+    assert mine.exists()
+
+
+@pytest.mark.parametrize("name", ["loop", "loop/net", "~nobody-of-this-name/net", "/"])
+def test_paths_that_lead_nowhere_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InvalidInput, match=r"--out .*(cannot be written|cannot be replaced)"):
+        artefacts.prepare(name)
+
+
+def test_runs_that_start_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    def write(k: int) -> str:
+        for _ in range(20):
+            with locked_folder(tmp_path, ".net.partial-") as folder:
+                (folder / "file").write_text(str(k))
+                remove_abandoned(tmp_path, ".net.partial-")
+                assert (folder / "file").read_text() == str(k)
+        return "whole"
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(write, range(4))) == {"whole"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_between_the_two_steps_of_replacing_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rename = tmp_path / "net", Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        found = rename(path, target)
+        if target.name == ".previous":
+            raise KeyboardInterrupt
+        return found
+
+    write_set(out, "first")
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_set(out, "second")
+    assert contents(out) == {"plan.json": "first"}
+    assert neighbours(out) == []
+
+
+def test_scratch_of_killed_processes_is_cleared_and_folders_of_others_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "surgery-experiments").mkdir()
+    (tmp_path / "surgery-dead").mkdir()
+    (tmp_path / "surgery-dead" / LOCK).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / LOCK).touch()
+    (tmp_path / "surgery-link").symlink_to("elsewhere")
+    with scratch_folder() as alive, scratch_folder():
+        assert alive.is_dir()
+        assert not (tmp_path / "surgery-dead").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "surgery-experiments", "surgery-link"]
+    assert (tmp_path / "elsewhere" / LOCK).exists()

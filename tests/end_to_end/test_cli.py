@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 from processes import run_surgery
+from rich.console import Console
 from stairs import table_of
 
 import surgery
-from surgery import cli
+from surgery import cli, report
 from surgery.config import read_recipe
 from surgery.delivery import NAMES
 
@@ -382,3 +383,18 @@ def test_importing_the_package_is_light_and_lists_its_names() -> None:
     code = "import sys, surgery; print('torch' in sys.modules, set(surgery.__all__) <= set(dir(surgery)))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout == "False True\n"
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_names_in_progress_messages_and_tables_are_no_markup_and_no_control_characters(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, is_terminal: bool
+) -> None:
+    evil = "a[/b][red]\x1b[2J\nx.onnx"
+    monkeypatch.setattr(Console, "is_terminal", is_terminal)
+    with cli.work(cli.Session()) as progress:
+        progress(f"loading {evil}", 0.5)
+    cli.say(f"error: no {evil}")
+    report.print_parts([evil, report.Table(("file",), [(evil,)])], Console(file=sys.stderr, color_system=None))
+    found = capsys.readouterr().err
+    assert "\x1b[2J" not in found
+    assert found.count("a[/b][red]\\x1b[2J x.onnx") >= 3
