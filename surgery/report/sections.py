@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.report import charts
 from surgery.core import visible
+from surgery.report import charts
 from surgery.report.charts import Chart
 from surgery.report.data import deployed_precision
 
