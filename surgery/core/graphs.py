@@ -224,17 +224,18 @@ class Executor:
     def call(self, node: torch.fx.Node, values: Mapping[torch.fx.Node, Any], **changed: Any) -> Any:
         """Run one operator; `changed` replaces keyword arguments."""
         args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), lambda n: self.value(n, values))
-        args, kwargs = tuple(map(self._literal, args)), {name: self._literal(x) for name, x in kwargs.items()}
-        kwargs |= changed
+        made = not any(isinstance(x, Tensor) for x in pytree.tree_leaves((args, kwargs)))
+        # Constants are made in their own type and converted then, so that they have the same values as in the model.
+        dtype = None if made else self._dtype
+        args = tuple(self._literal(x, dtype) for x in args)
+        kwargs = {name: self._literal(x, dtype) for name, x in kwargs.items()} | changed
         result = NotImplemented if self._compute is None else self._compute(node, args, kwargs)
         if result is NotImplemented:
             result = node.target(*args, **kwargs)  # type: ignore[operator]
-        if self._dtype is None or not isinstance(result, Tensor) or not result.is_floating_point():
-            return result
-        made = not any(isinstance(x, Tensor) for x in pytree.tree_leaves((args, kwargs)))
-        return result.to(self._dtype) if made else result
+        floating = isinstance(result, Tensor) and result.is_floating_point()
+        return result.to(self._dtype) if made and floating and self._dtype is not None else result
 
-    def _literal(self, x: Any) -> Any:
+    def _literal(self, x: Any, dtype: torch.dtype | None) -> Any:
         if isinstance(x, torch.device):
             return x if self._device is None else self._device
-        return self._dtype if isinstance(x, torch.dtype) and x.is_floating_point and self._dtype is not None else x
+        return dtype if isinstance(x, torch.dtype) and x.is_floating_point and dtype is not None else x

@@ -17,7 +17,7 @@ from .coupler import (
     propagate_labels as propagate_labels,
 )
 from .dropping import BranchConstants as BranchConstants, branch_constants as branch_constants, drop as drop
-from .masking import InDouble as InDouble, batch_size as batch_size, masked_run as masked_run, values_in as values_in
+from .masking import batch_size as batch_size, called as called, masked_run as masked_run, values_in as values_in
 from .plans import (
     NO_SETTINGS as NO_SETTINGS,
     Cut as Cut,

@@ -7,24 +7,28 @@ zeroed unit would still contribute.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
-from surgery.capture import source_of
+from surgery.capture import evaluating, source_of
 from surgery.core import (
     ONE_AT_A_TIME,
     TOLERANCE,
+    Callee,
     Compute,
     Executor,
     LabelledGraph,
     Masks,
     Program,
     Value,
+    flat_outputs,
     sample_inputs,
     well_conditioned,
 )
@@ -57,9 +61,31 @@ class InDouble(TorchFunctionMode):
         def double(x: Any) -> Any:
             return torch.float64 if isinstance(x, torch.dtype) and x.is_floating_point else x
 
+        if not any(isinstance(x, Tensor) for x in pytree.tree_leaves((args, kwargs or {}))):  # as `Executor` makes them
+            torch.set_default_dtype(self._before)
+            try:
+                made = func(*args, **(kwargs or {}))
+            finally:
+                torch.set_default_dtype(torch.float64)
+            return made.double() if isinstance(made, Tensor) and made.is_floating_point() else made
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
             func = Tensor.double
         return func(*map(double, args), **{name: double(x) for name, x in (kwargs or {}).items()})
+
+
+def called(callee: Callee, state: Mapping[str, Tensor] | None, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return the outputs of a model's class in eval mode, in float64 on `state`, or on its own weights if None.
+
+    Tensors that are not in `state` keep their values. Whatever forward raises is raised.
+    """
+    module: torch.nn.Module = callee.module
+    own = {name: x.detach().cpu() for name, x in (*module.named_parameters(), *module.named_buffers())}
+    if state is not None:
+        own = {n: state.get(n, x.double() if x.is_floating_point() else x) for n, x in own.items()}
+    own |= {name: own[name].clone() for name, _ in module.named_buffers()}  # forward may write to them
+    args, kwargs = callee.arguments(inputs)
+    with torch.no_grad(), evaluating(module), nullcontext() if state is None else InDouble():
+        return flat_outputs(torch.func.functional_call(module, own, args, kwargs))
 
 
 def masked_run(

@@ -40,7 +40,8 @@ from surgery.core import (
     tensors_of,
     well_conditioned,
 )
-from surgery.coupling import CompactGraph, Cut, InDouble, hold, values_in
+from surgery.coupling import CompactGraph, Cut, called, hold, values_in
+from surgery.cutting.attention import resize_attention
 from surgery.errors import IllegalCut
 from surgery.ops import Replacement, Rewrite, Scaled, rules
 
@@ -183,6 +184,7 @@ def _own_class(
         if isinstance(weight, torch.fx.Node) and isinstance(count, int):
             groups[str(weight.target)] = count
     module = transplant(program.model, sliced, groups)
+    resize_attention(module, cut.plan.cuts)
     repaired = _repair(module, literals)
     differs, stuck = _differs(cut, graph, module)
     if why := differs or _fails_in_training(program, module):
@@ -193,10 +195,8 @@ def _own_class(
 def _differs(cut: Cut, graph: CompactGraph, module: nn.Module) -> tuple[str | None, str]:
     """Return why the user's class differs from the rewritten program (None if it does not), and in which submodule."""
     state = cut.kept(well_conditioned(cut.program))
-    named = {k: state[k] for k, _ in module.named_parameters() if k in state}
-    callee = Callee.of(cut.program, module)
 
-    def dense(other_batch: bool, by: int) -> tuple[str, list[Tensor], list[Tensor]] | None:
+    def ran(other_batch: bool, by: int) -> tuple[str, list[Tensor], list[Tensor]] | None:
         """Run the rewritten program; return a description of the sizes, the inputs and the outputs."""
         sizes = "the new sizes" + ", for another batch or image" * (other_batch or by != 0)
         drawn = sample_inputs(cut.program, seed=7, dtype=torch.float64, by=by)
@@ -206,13 +206,9 @@ def _differs(cut: Cut, graph: CompactGraph, module: nn.Module) -> tuple[str | No
             return sizes, inputs, flat_outputs(Executor(graph, state, dtype=torch.float64).run(*inputs))
         return None
 
-    for sizes, inputs, wanted in filter(None, (dense(False, 0), *elsewhere(cut.program, dense))):
-        args, kwargs = callee.arguments(inputs)
-        # forward may write to its buffers
-        named |= {k: state.get(k, buffer).clone() for k, buffer in module.named_buffers()}
+    for sizes, inputs, wanted in filter(None, (ran(False, 0), *elsewhere(cut.program, ran))):
         try:
-            with torch.no_grad(), evaluating(module), InDouble():
-                got = flat_outputs(torch.func.functional_call(module, named, args, kwargs))
+            got = called(Callee.of(cut.program, module), state, inputs)
         except Exception as error:  # any exception the user's forward raises at unexpected sizes
             return f"its forward does not run at {sizes}: {first_line(error)}", _raised_in(error, module)
         if [t.shape for t in got] != [t.shape for t in wanted]:
@@ -267,14 +263,14 @@ def transplant(model: nn.Module, sliced: Mapping[str, Tensor], groups: Mapping[s
 
 def _repair(model: nn.Module, literals: Literals) -> str:
     """Guess integer attributes from the literals of calls in their module; returns the first changed module."""
-    modules, repaired = dict(model.named_modules()), []
-    for (path, before), after in literals.items():
-        module = modules.get(path)
-        if module is None or len(after) > 1 or type(module).__module__.startswith("torch.nn.modules.conv"):
+    repaired = []
+    for path, module in model.named_modules():
+        if isinstance(module, (_ConvNd, nn.MultiheadAttention)):
             continue
         for name, value in list(vars(module).items()):
-            if type(value) is int and value == before and not name.startswith("_"):
-                setattr(module, name, next(iter(after)))
+            after = literals.get((path, value), ()) if type(value) is int and not name.startswith("_") else ()
+            if len(after) == 1:
+                setattr(module, name, *after)
                 repaired.append(path)
     return next(iter(repaired), "")
 

@@ -8,7 +8,7 @@ distinct well-conditioned values in float64, then on the real weights; dropped b
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,8 +53,8 @@ from surgery.core import (
 from surgery.coupling import (
     BranchConstants,
     Cut,
-    InDouble,
     branch_constants,
+    called,
     dead_blocks,
     find_blocks,
     in_float64,
@@ -389,18 +389,8 @@ def _of_module(cut: Cut, compact: CompactModel, state: Mapping[str, Tensor] | No
     """Return the outputs of the user's class, if that is the compact model, in a list of at most one item."""
     if compact.kind != "module":
         return []
-    module, callee = compact.module, Callee.of(cut.program, compact.module)
-    own = {k: v.detach().cpu() for k, v in (*module.named_parameters(), *module.named_buffers())}
-    values = own if state is None else {k: state.get(k, v) for k, v in own.items()}
-    written = [name for name, _ in module.named_buffers()]
-
-    def call(inputs: list[Tensor]) -> list[Tensor]:
-        args, kwargs = callee.arguments(inputs)
-        held = values | {name: values[name].clone() for name in written}  # forward may write to them
-        return flat_outputs(torch.func.functional_call(module, held, args, kwargs))
-
-    with torch.no_grad(), evaluating(module), nullcontext() if state is None else InDouble():
-        return [[call(inputs) for inputs in rounds]]
+    callee = Callee.of(cut.program, compact.module)
+    return [[called(callee, state, inputs) for inputs in rounds]]
 
 
 # Dropped blocks. -----------------------------------------------------------------------------------------------------
