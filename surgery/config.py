@@ -37,6 +37,7 @@ class Kind:
     accepted: Callable[[Any], object] = lambda value: True
     multiple: bool = False  # whether it may be repeated on the command line
     built_in: tuple[str, ...] = ()  # names, if the user's own code may register others
+    objects: bool = False  # whether Python objects are accepted, which a file cannot hold
 
     def check(self, value: Any) -> Any:
         """Return the normalized value; raises ValueError or TypeError if it is not accepted."""
@@ -140,7 +141,7 @@ ACCEPTED_IMAGES = (
     "a folder of images, an .npz file with 'images' (N,H,W,C), uint8, and optionally 'labels', or FILE.py:CALLABLE "
     "that returns a DataLoader"
 )
-IMAGES = Kind("IMAGES", ACCEPTED_IMAGES)
+IMAGES = Kind("IMAGES", ACCEPTED_IMAGES, objects=True)
 PER_CHANNEL = numbers("R,G,B", "a number for each channel, as in 0.5,0.5,0.5", float)
 
 
@@ -218,8 +219,9 @@ class Model(Group):
 
     HEADING = "Model"
     model: Any = option(
-        None, Kind("MODEL", "a model's name"), "A torchvision name (resnet18), timm:NAME, FILE.py:CALLABLE or "
-        "package.module:CALLABLE that returns a module, or a .pt2 exported program.")
+        None, Kind("MODEL", "a model's name", objects=True),
+        "A torchvision name (resnet18), timm:NAME, FILE.py:CALLABLE or package.module:CALLABLE that returns a module, "
+        "or a .pt2 exported program.")
     weights: str = option(
         "auto", text("auto|random|PATH", "auto, random, or the path of a checkpoint"), common=True,
         help="Pretrained if available, random, or a file. The file is a safetensors or weights-only checkpoint.")
@@ -336,7 +338,7 @@ class Target(Group):
     threads: int = option(1, whole(1), "Intra-op threads of ONNX Runtime.", common=True)
     batch: int = option(1, whole(1), "Items per timed run.")
     latency_table: Any = option(
-        None, Kind("FILE", "the path of a table that `surgery profile` wrote"), common=True,
+        None, Kind("FILE", "the path of a table that `surgery profile` wrote", objects=True), common=True,
         help="Plan with this latency table. It can be that of another device; planning measures nothing then.",
         unset="this machine's")
     acceptance: str | None = option(
@@ -359,7 +361,7 @@ class Data(Group):
     allow_chance: bool = option(
         False, FLAG, "Go on although the dense model is no better than chance on the labels of --val.")
     metric: Any = option(
-        None, Kind("FILE.py:CALLABLE", "a function of a model that returns {metric: value}"),
+        None, Kind("FILE.py:CALLABLE", "a function of a model that returns {metric: value}", objects=True),
         "A function from a model to {metric: value}; called with the torch models and the exported files.")
     max_images: int = option(512, whole(1), "Maximum number of images of --data used for selection and reconstruction.")
     mean: tuple[float, ...] | None = option(
@@ -545,7 +547,7 @@ def read_recipe(path: str | Path, *, registered: bool = False) -> tuple[dict[str
         given = tomllib.loads(content)
     except tomllib.TOMLDecodeError as error:
         raise InvalidInput(f"{path}: not TOML: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidInput(f"cannot read recipe {path}: {error}") from error
     found, messages = current(given)
     for name, value in found.items():
@@ -555,6 +557,8 @@ def read_recipe(path: str | Path, *, registered: bool = False) -> tuple[dict[str
             raise InvalidInput(f"{where}: recipes have no tables; write the keys of [{name}] without that line")
         if name not in OPTIONS:
             raise InvalidInput(f"{where}: there is no key '{name}'{_nearest(name)}")
+        if OPTIONS[name].kind.objects and not isinstance(value, str):
+            raise InvalidInput(f"{where}: {name} = {value!r:.80}: give {OPTIONS[name].kind.accepts}")
         if registered or not OPTIONS[name].kind.is_new(value):
             found[name] = OPTIONS[name].checked(value, f"{where}: {name} = {value!r:.80}")
     return found, [f"{path}: {message}" for message in messages]

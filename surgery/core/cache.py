@@ -32,7 +32,7 @@ def remembered(kind: str, depends_on: object, compute: Callable[[], Any]) -> Any
     """
     digest = hashlib.sha256(f"{_code()} {depends_on}".encode()).hexdigest()
     path = cache_folder() / f"{kind}-{digest[:32]}.json"
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         return json.loads(path.read_text("utf-8"))
     found = compute()
     with suppress(OSError, InvalidInput):

@@ -73,13 +73,18 @@ class Kernel:
         """Return the kernel of this key; raises ValueError if the text is not a kernel."""
         try:
             steps, operands, shape, image = json.loads(key)
-            return cls(
+            kernel = cls(
                 tuple(Step(op, as_tuples(inputs), tuple(sorted(as_tuples(a).items()))) for op, inputs, a in steps),
                 tuple(Operand(name, tuple(sizes), kind) for name, sizes, kind in operands),
                 tuple(shape),
                 bool(image),
             )
-        except (TypeError, AttributeError, ValueError) as error:
+            shapes = (*(operand.shape for operand in kernel.operands), kernel.shape)
+            sizes_fit = all(type(x) is str or (type(x) is int and x >= 0) for shape in shapes for x in shape)
+            if not sizes_fit or not kernel.title:  # the title reads the rest
+                raise ValueError(key)
+            return kernel
+        except (TypeError, AttributeError, ValueError, LookupError, RecursionError) as error:
             raise ValueError(f"not a kernel: {key:.80}") from error
 
     @property

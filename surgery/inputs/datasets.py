@@ -174,11 +174,12 @@ def _archive(place: Path, shape: tuple[int, int, int], how: Preprocessing, optio
     with explained(f"{option} {place}: give {ACCEPTED_IMAGES}"), np.load(place) as data:
         pixels, labels = data["images"], data.get("labels")
     channels = pixels.shape[3] if pixels.ndim == 4 else 1
-    if pixels.ndim not in (3, 4) or channels != shape[0] or pixels.dtype != np.uint8 or not len(pixels):
+    if pixels.ndim not in (3, 4) or channels != shape[0] or pixels.dtype != np.uint8 or not pixels.size:
         raise InvalidInput(
             f"{option} {place}: 'images' is {pixels.shape} of {pixels.dtype}; expected (N, H, W, {shape[0]}) of uint8"
         )
-    if labels is not None and (labels.shape != (len(pixels),) or labels.dtype.kind not in "iu" or labels.min() < 0):
+    fits = labels is None or (labels.shape == (len(pixels),) and labels.dtype.kind in "iu")
+    if labels is not None and not (fits and labels.min() >= 0 and labels.max() < 2**31):
         raise InvalidInput(
             f"{option} {place}: 'labels' is {labels.shape} of {labels.dtype}; expected ({len(pixels)},) whole numbers "
             "from 0 on"

@@ -83,7 +83,7 @@ def _request(archive: str) -> Dict[str, Any]:
         with zipfile.ZipFile(archive) as pack:
             request: Dict[str, Any] = json.loads(pack.read(REQUEST))
         return request
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, ValueError, RecursionError, zipfile.BadZipFile) as error:
         raise InvalidInput(
             f"{archive}: not a pack, or a damaged one ({error}); `surgery profile MODEL --pack FILE` writes one"
         ) from error

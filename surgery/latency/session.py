@@ -8,6 +8,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -91,8 +92,7 @@ def inputs_of(
 
 def _shapes(session: onnxruntime.InferenceSession, path: Path, settings: Settings) -> dict[str, tuple[int, ...]]:
     inputs = session.get_inputs()
-    exported = session.get_modelmeta().custom_metadata_map.get("example_shapes", "{}")  # as `exporters.onnx` writes it
-    examples = json.loads(exported)
+    examples = _example_shapes(session.get_modelmeta().custom_metadata_map.get("example_shapes", "{}"))
     shapes = {item.name: _shape(item.name, item.shape, path, settings, examples.get(item.name)) for item in inputs}
     if inputs and settings.batch not in {shape[0] for shape in shapes.values() if shape}:
         first = inputs[0].name
@@ -101,6 +101,14 @@ def _shapes(session: onnxruntime.InferenceSession, path: Path, settings: Setting
             "ask for its own batch or export it with a dynamic batch axis"
         )
     return shapes
+
+
+def _example_shapes(text: str) -> dict[str, list[int]]:
+    """Return the shapes that `exporters.onnx` wrote into a file; none if they are damaged."""
+    with suppress(ValueError, AttributeError, RecursionError):
+        found = json.loads(text).items()
+        return {name: shape for name, shape in found if all(type(size) is int and size > 0 for size in shape)}
+    return {}
 
 
 def by_operator(path: Path, settings: Settings) -> Mapping[str, float]:

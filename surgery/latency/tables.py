@@ -184,26 +184,33 @@ class LatencyTable:
             raise ValueError(f"schema {data['schema']}, this version reads {SCHEMA}")
         entries = {}
         for key, entry in data["kernels"].items():
-            Kernel.from_key(key)
+            kernel = Kernel.from_key(key)
+            kind_of(kernel)
             axes = tuple(tuple(map(_width, axis)) for axis in entry["axes"])
             grid = tuple(_time(ms) for ms in entry["grid"])
             if len(grid) != prod(map(len, axes)):
                 raise ValueError(f"kernel {key:.60} has a damaged grid")
+            points, widths = {tuple(map(_width, ws)): _time(ms) for ws, ms in entry["points"]}, len(kernel.letters)
+            if len(axes) != (widths if widths <= LADDER else 1) or any(len(place) != widths for place in points):
+                raise ValueError(f"kernel {key:.60} has other widths")
             if not all(axis and list(axis) == sorted({*axis}) for axis in axes):
                 raise ValueError(f"kernel {key:.60} has damaged axes")
-            entries[key] = Entry(axes, grid, {tuple(map(_width, ws)): _time(ms) for ws, ms in entry["points"]})
+            entries[key] = Entry(axes, grid, points)
         given = data["stairs"].items()
         stairs = {kind: Stairs(s["step"], {_width(w): _time(ms) for w, ms in s["curve"]}) for kind, s in given}
         if not all(type(s.step) is int and 1 <= s.step <= _LARGEST_STEP for s in stairs.values()):
             raise ValueError("its stairs are damaged")
-        return cls(dict(data["device"]), stairs, _time(data["overhead_ms"]), entries)
+        device, known = data["device"], {"threads": int, "precision": str}
+        if not isinstance(device, dict) or not all(type(device.get(k, kind())) is kind for k, kind in known.items()):
+            raise ValueError("its device is damaged")
+        return cls(device, stairs, _time(data["overhead_ms"]), entries)
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:
         """Read a table; raises InvalidInput if the file is missing or not a table."""
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, LookupError, StopIteration, RecursionError) as error:
             raise InvalidInput(
                 f"cannot read latency table {path} ({error!s:.120}); `surgery profile --out table.json` writes one"
             ) from error

@@ -70,10 +70,12 @@ class Acceptance:
             if not all(0 < figure < inf for figure in figures):
                 raise ValueError("latencies must be positive")
             (ratio, predicted, ms), fingerprint = figures, str(data["dense_fingerprint"])
-            return cls(str(path), ratio, predicted, ms, dict(data["device"]), fingerprint, int(data["batch"]))
+            if type(batch := data["batch"]) is not int or batch < 1:
+                raise ValueError("the batch must be a positive whole number")
+            return cls(str(path), ratio, predicted, ms, dict(data["device"]), fingerprint, batch)
         except OSError as error:
             raise InvalidInput(f"cannot read acceptance {path}: {error}; {_HINT}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InvalidInput(f"{path}: not an acceptance ({error!s:.120}); {_HINT}") from error
 
     def aim(self, target: float) -> float:

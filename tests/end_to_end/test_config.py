@@ -153,6 +153,10 @@ def test_objects_of_python_stand_in_a_recipe_as_comments(tmp_path: Path) -> None
         ('macs = 0.5\nscope = "all"\n', "line 2: scope = 'all': give one of global, uniform"),
         ("[budget]\nmacs = 0.5\n", "line 1: recipes have no tables; write the keys of .budget. without that line"),
         ("macs = \n", "not TOML: .*line 1"),
+        ('data = ["photos"]\n', r"line 1: data = \['photos'\]: give a folder of images"),
+        ("metric = 5\n", "line 1: metric = 5: give a function of a model"),
+        (f"keep = {'[' * 100_000}", "recursion"),
+        (f"threads = {'9' * 5000}", "digits"),
     ],
 )
 def test_what_is_wrong_in_a_recipe_is_told_with_its_line(tmp_path: Path, content: str, said: str) -> None:

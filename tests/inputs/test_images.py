@@ -231,7 +231,12 @@ def test_files_that_cannot_be_used_say_so(tmp_path: Path) -> None:
     np.savez(tmp_path / "floats.npz", images=np.zeros((2, 8, 8, 3)))
     np.savez(tmp_path / "short.npz", images=pixels(2, 8, 8, 3), labels=np.arange(3))
     np.savez(tmp_path / "negative.npz", images=pixels(2, 8, 8, 3), labels=np.array([0, -1]))
+    np.savez(tmp_path / "large.npz", images=pixels(2, 8, 8, 3), labels=np.array([0, 2**63], np.uint64))
+    np.savez(tmp_path / "flat.npz", images=pixels(2, 0, 8, 3))
     (tmp_path / "empty").mkdir()
+    for name in ("large.npz", "flat.npz"):
+        with pytest.raises(InvalidInput, match="expected"):
+            opened(tmp_path / name, (1, 3, 8, 8))
     for name in ("missing.npz", "broken.npz", "other.npz", "floats.npz", "short.npz", "negative.npz", "empty"):
         with pytest.raises(InvalidInput, match="--data"):
             opened(tmp_path / name, (1, 3, 8, 8))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -247,6 +249,29 @@ def test_a_cache_that_cannot_be_written_is_said_and_nothing_more(
     table = cache.Measured(Conditions(1), warn=said.append).cover([(CONV, (32, 32))])
     assert table.ms(CONV, (32, 32)) == 64.0
     assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data, entry: entry.update(axes=[[16]], grid=[1.0]),
+        lambda data, entry: entry.update(points=[[[16], 1.0]]),
+        lambda data, entry: entry["axes"][0].insert(0, float("inf")),
+        lambda data, entry: data["kernels"].update({'[[[5,[],{}]],[["a",[1,"b"],"weight"]],[1],true]': entry}),
+        lambda data, entry: data["kernels"].update({'[[["Conv",[],{}]],[],[1,"a"],true]': entry}),
+        lambda data, entry: data["kernels"].update({"[" * 5000: entry}),
+        lambda data, entry: data["kernels"].update({CONV.key.replace("8,8]", "8,-8]"): entry}),
+        lambda data, entry: data.update(device=[]),
+        lambda data, entry: data["device"].update(threads={}),
+        lambda data, entry: data["device"].update(precision=["int8"]),
+    ],
+)
+def test_a_table_that_was_tampered_with_is_refused(tmp_path: Path, damage: Callable[[Any, Any], None]) -> None:
+    data = json.loads(grid().to_json())
+    damage(data, data["kernels"][CONV.key])
+    (tmp_path / "table.json").write_text(json.dumps(data))
+    with pytest.raises(InvalidInput, match="cannot read latency table"):
+        LatencyTable.load(tmp_path / "table.json")
 
 
 def _fill_one(folder: str, size: int) -> None:

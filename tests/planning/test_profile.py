@@ -338,12 +338,14 @@ def test_the_aim_moves_by_what_the_table_predicted_wrongly_and_stays_a_fraction(
         ({"ratio": 0.0}, "must be positive"),
         ({"ratio": "fast"}, "not an acceptance"),
         ({"device": None}, "not an acceptance"),
+        ({"batch": float("inf")}, "the batch must be a positive whole number"),
+        ({"device": "[" * 100_000}, "not an acceptance"),
         ({"predicted_latency_ratio": None}, "surgery shrink --latency"),
     ],
 )
 def test_files_that_are_no_acceptance_are_refused(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
     path = tmp_path / "acceptance.json"
-    path.write_text(json.dumps({**ACCEPTANCE, **changed}))
+    path.write_text(json.dumps({**ACCEPTANCE, **changed}).replace('"[[', "[").replace('[["', "[["))
     with pytest.raises(InvalidInput, match=said):
         Acceptance.load(path)
 
