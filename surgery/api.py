@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,18 @@ import torch
 
 from exporters.quantize import FEWEST
 from surgery import config, pipeline
+from surgery.capture import evaluating
 from surgery.config import Recipe
-from surgery.core import Clock, Progress, buffers_kept
+from surgery.core import Callee, Clock, Progress, buffers_kept, flat_outputs
 from surgery.errors import InvalidInput
 from surgery.inputs import Images, LoadedModel, load_model, open_images
 from surgery.latency import Limits, Settings, ort
 from surgery.pipeline import Result
 from surgery.recovery import Subject, copy_of, open_metric, recovered, with_recovery
+from surgery.registry import RECOVERY_METHODS
 from surgery.report import with_origin
+
+LOG = logging.getLogger(__name__)
 
 
 def shrink(
@@ -148,6 +154,10 @@ def opened(recipe: Recipe, loaded: LoadedModel, *, trained: bool) -> Recipe:
         for name in ("data", "val")
         if isinstance(x := getattr(given, name), str)
     }
+    _assign_classes(recipe, loaded, found)
+    for images in found.values():
+        if isinstance(images, Images):
+            LOG.info("%s", images)
     if isinstance(images := found.get("data"), Images) and "int8" in recipe.precisions:
         count = min(len(images), given.max_images)  # how many a loader has is known later
         if count < FEWEST:
@@ -156,6 +166,22 @@ def opened(recipe: Recipe, loaded: LoadedModel, *, trained: bool) -> Recipe:
         found["metric"] = open_metric(given.metric)
     can_fold = trained and recipe.selection.has_graph and len(shape) == 4
     return recipe.but(recover=config.resolved(recipe, trained=can_fold).recovery.recover, **found)
+
+
+def _assign_classes(recipe: Recipe, loaded: LoadedModel, found: Mapping[str, Any]) -> None:
+    """Assign folders of images to the model's outputs; errors are those of `Images.assign_classes`."""
+    named = {name: images for name, images in found.items() if isinstance(images, Images) and images.folders}
+    module, given, kwargs = loaded.call
+    outputs = list[torch.Tensor]()
+    if named:
+        call = Callee(module, given if isinstance(given, tuple) else (given,), kwargs)
+        with suppress(Exception), torch.no_grad(), evaluating(call):  # tracing will say what is wrong
+            outputs = flat_outputs(call(*call.tensors))
+    if len(outputs) == 1 and outputs[0].dim() == 2:
+        needed = {"val": True, "data": RECOVERY_METHODS.has_need(recipe.recovery.recover, "labels")}
+        for name, images in named.items():
+            count = outputs[0].shape[1]
+            images.assign_classes(count, loaded.classes, recipe.data.classes, needed=needed[name])
 
 
 def _loaded(model: Any, example_inputs: Any, example_kwargs: Mapping[str, Any] | None, recipe: Recipe) -> LoadedModel:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -566,7 +567,7 @@ def work(session: Session) -> Iterator[Progress]:
             elif not console.is_terminal and now.name:
                 console.print(visible(str(now)), markup=False, highlight=False)
 
-    with only_result_on_stdout(), warnings.catch_warnings():
+    with only_result_on_stdout(), warnings.catch_warnings(), _logged(console, quiet):
         if not session.debug:
             warnings.simplefilter("ignore")
         if not quiet:
@@ -576,6 +577,32 @@ def work(session: Session) -> Iterator[Progress]:
                 yield progress
         finally:
             over.set()
+
+
+class _Said(logging.Handler):
+    """Prints what the package logs, above the progress bar."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = f"surgery: {visible(record.getMessage())}"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _logged(console: Console, quiet: bool) -> Iterator[None]:
+    """Print what the package logs, such as the dense model's accuracy as soon as it is known."""
+    logger, handler = logging.getLogger("surgery"), _Said(console)
+    before, handler.level = logger.level, logging.CRITICAL if quiet else logging.INFO
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 @contextlib.contextmanager

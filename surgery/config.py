@@ -358,6 +358,10 @@ class Data(Group):
         None, IMAGES, common=True,
         help=f"Images for selection and recovery, labels not needed. Accepted are {ACCEPTED_IMAGES}.")
     val: Any = option(None, IMAGES, "Images for evaluation; with labels, the accuracy lost is measured.", common=True)
+    classes: str | None = option(
+        None, text("FILE", "the path of a text file with a class's name a line"),
+        "Names of the model's classes, one a line in the order of its outputs, which folders of --val and --data are "
+        "called by.", unset="those of ImageNet or the published weights, else folders in alphabetical order")
     allow_chance: bool = option(
         False, FLAG, "Go on although the dense model is no better than chance on the labels of --val.")
     metric: Any = option(
@@ -651,7 +655,7 @@ def _rules(recipe: Recipe) -> Sequence[tuple[bool, str]]:
          f"criterion {selection.criterion} uses images: give some with --data"),
         *((blind and data.val is None and getattr(data, name) is not None,
            f"--{name} is for images: give those with --data or --val, or leave it out")
-          for name in ("mean", "std", "size", "crop")),
+          for name in ("mean", "std", "size", "crop", "classes")),
         (blind and RECOVERY_METHODS.has_need(method, "images"),
          f"--recover {method} uses images: give them with --data, or choose fold, which needs none"),
         *((not trains and getattr(recovery, found.name) != found.default,

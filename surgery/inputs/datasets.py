@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from surgery.config import ACCEPTED_IMAGES
 from surgery.core import explained, first_line
 from surgery.errors import InvalidInput
+from surgery.inputs.classes import outputs_by_name, read_classes
 from surgery.inputs.libraries import Preprocessing, import_torchvision
 from surgery.inputs.usercode import user_object
 
@@ -42,7 +43,7 @@ class Images(Dataset[tuple[Tensor, int]]):
     how: Preprocessing
     items: Sequence[Path] | np.ndarray  # files, or pixels: (N, H, W, 3) or (N, H, W) of uint8
     classes: Sequence[int] = ()  # of each image; empty if unknown
-    folders: int = 0  # number of class folders; 0 if classes are unknown, or not from folders
+    folders: Sequence[str] = ()  # those of classes; empty if classes are unknown, or not from folders
     folder_notes: Sequence[str] = ()  # on how the folder was read
     unreadable: dict[str, str] = field(default_factory=dict)  # files that could not be read as images, and why
 
@@ -92,6 +93,34 @@ class Images(Dataset[tuple[Tensor, int]]):
             raise InvalidInput(
                 f"{self.option} {self.place}: at least {len(self.unreadable)} of {count} images cannot be read, the "
                 f"first is {file} ({why}); remove, restore or convert them"
+            )
+
+    def __str__(self) -> str:
+        (_, height, width), how = self.shape, self.how
+        of = f" of {len(set(self.classes))} classes" if self.classes else ""
+        mean, std = (",".join(f"{x:g}" for x in values) for values in (how.mean, how.std))
+        return (
+            f"{self.option} {self.place}: {len(self)} images{of}, --size {height},{width} --crop {how.crop:g} "
+            f"--mean {mean} --std {std}"
+        )
+
+    def assign_classes(self, outputs: int, known: Sequence[str], file: str | None, *, needed: bool) -> None:
+        """Assign folders to the model's outputs by name where names are known; arguments of `outputs_by_name`.
+
+        Raises InvalidInput if classes are `needed`, names unknown, and there are not as many folders as outputs.
+        """
+        lines = known if len(known) == outputs else ("",) * outputs
+        lines = read_classes(file, outputs) if file is not None else lines
+        found = outputs_by_name(self.folders, lines, file, self.option)
+        if found is not None and found != list(range(outputs)):
+            self.classes = tuple(found[label] for label in self.classes)
+            note = f"{self.option}: {len(found)} folders are classes of the model's {outputs}, by name"
+            self.folder_notes = [*self.folder_notes, note]
+        elif found is None and needed and len(self.folders) != outputs:
+            raise InvalidInput(
+                f"{self.option} has {len(self.folders)} folders of classes and the model has {outputs}: which is which "
+                "is not known; name the model's classes with --classes FILE, a line for each output, or give a folder "
+                "for each class, empty ones too"
             )
 
     def notes(self) -> list[str]:
@@ -207,7 +236,7 @@ def _folder(place: Path, shape: tuple[int, int, int], how: Preprocessing, option
         notes = [f"{option}: all images are in one folder, so that no classes are known"] if names and files else []
     if not files or shape[0] not in (1, 3):
         raise InvalidInput(f"{option} {place}: no images ({', '.join(SUFFIXES)}) for {shape[0]} channels")
-    return Images(option, place, shape, how, files, classes, len(names) if classes else 0, notes)
+    return Images(option, place, shape, how, files, classes, names if classes else (), notes)
 
 
 def _is_image(name: str) -> bool:

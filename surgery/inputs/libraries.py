@@ -17,7 +17,7 @@ import socket
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +84,7 @@ class Source:
     notes: tuple[str, ...] = ()
     shape_notes: tuple[str, ...] = ()  # notes if no input shape was given
     preprocessing: Callable[[nn.Module], Preprocessing] = lambda module: Preprocessing()
+    classes: Callable[[nn.Module], Sequence[str]] = lambda module: ()  # names of the published weights' classes
 
 
 def import_torchvision() -> ModuleType:
@@ -175,6 +176,7 @@ def torchvision_source(name: str) -> Source:
         shape=lambda module, args: _torchvision_shape(family, module, default),
         variants=tuple(v for v in _AUXILIARY if v.keys() <= parameters or (name in _INCEPTIONS and "aux_logits" in v)),
         preprocessing=lambda module: _torchvision_preprocessing(default),
+        classes=lambda module: getattr(default, "meta", {}).get("categories", ()),
         **_FAMILIES.get(family, {}),
     )
 
@@ -210,6 +212,7 @@ def timm_source(name: str) -> Source:
         pretrained=lambda args: _timm_pretrained(name, args),
         shape=_timm_shape,
         preprocessing=_timm_preprocessing,
+        classes=lambda module: (getattr(module, "pretrained_cfg", None) or {}).get("label_names") or (),
     )
 
 

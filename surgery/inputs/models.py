@@ -7,7 +7,7 @@ A model is a library model (`resnet18`, `timm:NAME`), the result of the user's o
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -51,6 +51,7 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()  # for the user, such as random weights because pretrained ones are unavailable
     preprocessing: Preprocessing = field(default_factory=Preprocessing)  # that the model expects
+    classes: Sequence[str] = ()  # names of the outputs of the published weights, if known
 
     def __post_init__(self) -> None:
         eager = getattr(self.module, "_orig_mod", self.module)  # of a model that torch.compile returned
@@ -105,7 +106,8 @@ def load_model(
         if source.runs:
             check_runs(module, args, kwargs)
     notes = notes if input_shape else (*source.shape_notes, *notes)
-    return LoadedModel(module, args, kwargs, source.name, label, notes, warnings, source.preprocessing(module))
+    how, classes = source.preprocessing(module), source.classes(module)
+    return LoadedModel(module, args, kwargs, source.name, label, notes, warnings, how, classes)
 
 
 def check_runs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +27,8 @@ from surgery.recovery.random_images import drawn_batches
 from surgery.recovery.reconstruction import Fitted
 from surgery.recovery.training import NO_CLASSES, History, classes_in
 from surgery.registry import RECOVERY_METHODS, Entry
+
+LOG = logging.getLogger(__name__)
 
 Batches = Sequence[Sequence[Tensor]]
 
@@ -306,12 +309,6 @@ def validate_training(program: Program, whole: Whole | None, recipe: Recipe, see
         return
     with evaluating(call), torch.no_grad():
         outputs = flat_outputs(call(*call.tensors))
-    folders = getattr(recipe.data.val, "folders", 0)
-    if folders and len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] != folders:
-        raise InvalidInput(
-            f"--val has {folders} folders of classes and the model has {outputs[0].shape[1]}: which is which is not "
-            "known; give a folder for each class, empty ones too, or an .npz file with 'labels'"
-        )
     for option, ends in known.items():
         if ends is not None and len(outputs) == 1 and outputs[0].dim() == 2:
             validate_labels(option, *ends, outputs[0].shape[1])
@@ -322,17 +319,22 @@ EARLY, DOUBT = 256, 0.01
 
 
 def validate_dense(program: Program, whole: Whole | None, recipe: Recipe) -> None:
-    """Raise InvalidInput if the dense model is at chance on some labelled images; arguments as of `recovered`."""
+    """Raise InvalidInput if the dense model is at chance on some labelled images; arguments as of `recovered`.
+
+    Its accuracy is logged.
+    """
     call, specs = _example_of(program, whole)
     reference = Reference(in_eval_mode(call), Pairs(recipe.data.val, specs, recipe.selection.seed, EARLY), "--val")
     if (accuracy := reference.judge(None).accuracy) is None or reference.labels is None:
         return
     count = len(reference.labels)
+    LOG.info("dense model: accuracy %.2f %% on %d images of --val", 100 * accuracy, count)
     if binomtest(round(accuracy * count), count, 1 / reference.classes, alternative="greater").pvalue > DOUBT:
         raise InvalidInput(
             f"the dense model classifies {accuracy:.1%} of {count} images of --val correctly, no better than chance: "
             "labels or preprocessing do not fit the model; check the order of the classes (that of folders is "
-            "alphabetical), --mean, --std, --size and --crop, or go on with --allow-chance"
+            "alphabetical, unless --classes FILE names them), --mean, --std, --size and --crop, or go on with "
+            "--allow-chance"
         )
 
 
