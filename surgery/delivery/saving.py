@@ -8,10 +8,12 @@ sibling, so that the next run can distinguish remains of killed runs, which it r
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import product
@@ -21,7 +23,7 @@ from typing import Any
 
 import torch
 from onnx import load as load_onnx
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save as to_safetensors
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -55,7 +57,7 @@ FEWER_BITS = tuple(f"{name}.{precision}.onnx" for name in ("dense", "compact") f
 """Files written on request."""
 _OURS = {*NAMES, *FEWER_BITS, *REPORT_FILES, f"{DENSE_ONNX}.data", f"{COMPACT_ONNX}.data"}
 _USERS_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EBUSY}
-_PREVIOUS = ".previous"
+_PREVIOUS, _PLAN_DIGEST = ".previous", "plan_sha256"
 
 
 def save(
@@ -118,8 +120,8 @@ def _evaluated(result: Result) -> Result:
     """Return the result with figures of the weights that it has now."""
     if (before := result.recovery) is None:
         return result
-    asked, model = result.recipe.data.metric, Subject.of(result.cut, result.compact, result.model, result.whole).model
-    found = evaluated_again(before, model, open_metric(asked) if asked is not None else None)
+    asked, subject = result.recipe.data.metric, Subject.of(result.cut, result.compact, result.model, result.whole)
+    found = evaluated_again(before, subject, open_metric(asked) if asked is not None else None)
     if found is before:
         return result
     notes = [note for note in result.report["notes"] if note not in found.notes]
@@ -160,11 +162,25 @@ def load(
     plan = Plan.load(Path(folder) / PLAN)
     compact = apply(plan, dense_model, example_inputs, example_kwargs=example_kwargs)
     try:
+        with safe_open(place, "pt") as file:
+            made_for = (file.metadata() or {}).get(_PLAN_DIGEST, plan.digest)
+        if made_for != plan.digest:
+            raise InvalidInput(f"{place} has the weights of another plan than {PLAN} beside it; take both from one run")
+        _warn_if_replaced(place)
         compact.load_state_dict(load_file(place))
     except (OSError, SafetensorError, RuntimeError) as error:
         why = " ".join(str(error).split())
         raise InvalidInput(f"{place}: not the weights of this plan's compact model ({why}); shrink it again") from error
     return compact.eval()
+
+
+def _warn_if_replaced(weights: Path) -> None:
+    """Warn if a report beside the weights is of other ones."""
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # no report
+        reported = json.loads((weights.parent / REPORT_FILES[0]).read_text("utf-8"))["files"][weights.name]
+        if reported != sha256(weights.read_bytes()).hexdigest():
+            message = f"{weights} was changed after {REPORT_FILES[0]} beside it, whose figures are of other weights"
+            warnings.warn(message, stacklevel=3)
 
 
 def _validate_runtime(recipe: Recipe) -> None:
@@ -179,10 +195,10 @@ def _validate_runtime(recipe: Recipe) -> None:
 # Files. --------------------------------------------------------------------------------------------------------------
 
 
-def weights_bytes(module: torch.nn.Module) -> bytes:
-    """Return the state dict in safetensors format, deterministic and with tied tensors duplicated."""
+def weights_bytes(module: torch.nn.Module, plan: Plan | None = None) -> bytes:
+    """Return the state dict in safetensors format, with its plan's digest; deterministic, tied tensors duplicated."""
     state = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
-    return bytes(to_safetensors(state))
+    return bytes(to_safetensors(state, None if plan is None else {_PLAN_DIGEST: plan.digest}))
 
 
 def fewer_bits(recipe: Recipe) -> tuple[str, ...]:
@@ -215,7 +231,7 @@ class _Files:
     def __init__(self, result: Result, recipe: Recipe, folder: Path, scratch: Path, clock: Clock) -> None:
         self._result, self._recipe, self._folder, self._scratch, self._clock = result, recipe, folder, scratch, clock
         result.plan.save(folder / PLAN)
-        (folder / COMPACT_WEIGHTS).write_bytes(weights_bytes(result.model))
+        (folder / COMPACT_WEIGHTS).write_bytes(weights_bytes(result.model, result.plan))
         with clock("save"):
             self.notes = _save_program(result, folder / COMPACT_PT2)
         self.subject, self.exports = self._exported()
@@ -273,7 +289,7 @@ class _Files:
         }
         origin = {
             "budget": f"{plan.budget.kind} {plan.budget.amount:g}" if plan.budget else "none",
-            "plan_sha256": plan.digest,
+            _PLAN_DIGEST: plan.digest,
             "dense_fingerprint": program.fingerprint,
         }
         if (predicted := plan.settings.get("predicted_latency_ratio")) is not None:

@@ -88,6 +88,10 @@ class Reference:
             self.labels = torch.cat(known)
             validate_labels(named, int(self.labels.min()), int(self.labels.max()), self.classes)
 
+    def renewed(self) -> Reference:
+        """Return the reference of the same model and images, with the weights that the model has now."""
+        return Reference(self._dense, self._batches, self.named)
+
     def judge(self, model: Model | None) -> Agreement:
         """Return the agreement of a model with the dense one; of the dense one with itself for None."""
         sums, cosines, divergences, predicted = _Sums(), list[Tensor](), list[Tensor](), list[Tensor]()

@@ -154,7 +154,7 @@ class Recovery:
     notes: tuple[str, ...] = ()
     reference: Reference | None = field(default=None, repr=False)
     seen: Calibration | None = field(default=None, repr=False)
-    weights: str = ""  # digest of the model's state at the end, which the last step's figures are of
+    weights: tuple[str, str] = ("", "")  # digests of the dense and the compact state that the figures are of
 
     @property
     def judged_by(self) -> str:
@@ -234,18 +234,30 @@ def recovered(
     fitted, held = (x.place.resolve() if isinstance(x, Images) else id(x) for x in (data.data, data.val))
     if data.data is not None and fitted == held:
         notes.append("--val has the images of --data, which the model is fitted to: figures on others will be worse")
-    weights = digest_of(subject.model.module.state_dict().values())
-    return Recovery(level, tuple(steps), tuple(notes), reference, seen, weights) if steps else None
+    return Recovery(level, tuple(steps), tuple(notes), reference, seen, _digests(subject)) if steps else None
 
 
-def evaluated_again(recovery: Recovery, model: Callee, metric: Evaluate | None) -> Recovery:
-    """Return the recovery with one more step if the model's weights have been changed since, as by training."""
-    weights = digest_of(model.module.state_dict().values())
+def _digests(subject: Subject) -> tuple[str, str]:
+    dense, compact = (digest_of(callee.module.state_dict().values()) for callee in (subject.dense, subject.model))
+    return dense, compact
+
+
+def evaluated_again(recovery: Recovery, subject: Subject, metric: Evaluate | None) -> Recovery:
+    """Return the recovery with one more step if weights have been changed since, as by training.
+
+    If the dense model's have, earlier steps, which were compared with it, are left out.
+    """
+    weights, (dense, _) = _digests(subject), recovery.weights
     if weights == recovery.weights:
         return recovery
-    notes = (*recovery.notes, "the weights were changed after the last step of recovery; figures are of those now")
-    step = _Judge(recovery.reference, metric).step(model, "changed since")
-    return replace(recovery, steps=(*recovery.steps, step), notes=notes, weights=weights)
+    reference, steps, whose = recovery.reference, recovery.steps, "the"
+    if weights[0] != dense:
+        reference, whose = None if reference is None else reference.renewed(), "the dense model's"
+        exact = None if reference is None else reference.judge(None)
+        steps = (_Judge(reference, metric).step(subject.dense, "dense", agreement=exact),)
+    notes = (*recovery.notes, f"{whose} weights were changed after the last step of recovery; figures are of those now")
+    step = _Judge(reference, metric).step(subject.model, "changed since")
+    return replace(recovery, steps=(*steps, step), notes=notes, weights=weights, reference=reference)
 
 
 def _methods(level: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import zipfile
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from processes import run_surgery
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -511,6 +513,36 @@ def test_figures_are_of_the_weights_that_are_saved(
     assert row["agreement"]["accuracy"] == pytest.approx(accuracy)
     assert f"accuracy {100 * accuracy:.2f} %" in data["accuracy"]["verdict"]
     assert sum("the weights were changed" in note for note in data["notes"]) == 1
+
+
+def test_figures_of_a_dense_model_that_changed_are_measured_again(
+    model: nn.Module, images: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    dense = copy.deepcopy(model)
+    found = surgery.shrink(dense, images[0][:1], recipe(macs=0.5, val=images, recover="none", runs=3))
+    with torch.no_grad():
+        dense.fc.weight.neg_()  # type: ignore[union-attr, operator]
+    data = surgery.save(found, tmp_path / "out").data
+    accuracy = float((dense(images[0]).argmax(1) == images[1]).double().mean())
+    first, last = data["recovery"]["steps"]
+    assert first["agreement"]["accuracy"] == pytest.approx(accuracy)
+    assert last["agreement"]["drop"][0] == pytest.approx(100 * (accuracy - last["agreement"]["accuracy"]))
+    assert any("the dense model's weights were changed" in note for note in data["notes"])
+
+
+def test_weights_are_loaded_with_their_own_plan_and_report(cut: surgery.Result, tmp_path: Path) -> None:
+    first, other = tmp_path / "first", tmp_path / "other"
+    for folder, plan in ((first, cut.plan), (other, replace(cut.plan, notes=("another",)))):
+        surgery.save(replace(cut, plan=plan), folder, recipe(runs=3))
+    weights = (first / "compact.safetensors").read_bytes()
+    (first / "compact.safetensors").write_bytes((other / "compact.safetensors").read_bytes())
+    with pytest.raises(InvalidInput, match=r"has the weights of another plan than plan\.json beside it"):
+        surgery.load(first, Net())
+    (first / "compact.safetensors").write_bytes(weights)
+    tuned = surgery.load(first, Net())
+    save_file({name: x + 1 for name, x in tuned.state_dict().items()}, first / "compact.safetensors")
+    with pytest.warns(UserWarning, match=r"changed after report\.json beside it, whose figures are of other weights"):
+        assert torch.equal(surgery.load(first, Net()).fc.bias, tuned.fc.bias + 1)  # type: ignore[arg-type, operator]
 
 
 def test_labels_that_do_not_fit_are_refused_before_any_work(model: nn.Module, images: tuple[Tensor, Tensor]) -> None:
