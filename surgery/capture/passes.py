@@ -7,15 +7,17 @@ verifies this after each pass.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import count, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._decomp import decomposition_table
 from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -124,6 +126,7 @@ def drop_assertions(graph: fx.GraphModule) -> None:
     """Erase run-time checks: the valid sizes are known from the graph's guards."""
     for node in reversed(list(assertions(graph))):
         graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
 
 
 def value_dependent_sizes(graph: fx.GraphModule) -> Iterator[fx.Node]:
@@ -254,9 +257,26 @@ def _alias_families(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
     return family
 
 
+def replace_copies(graph: fx.GraphModule) -> None:
+    """Replace copies over a whole tensor, which have no derivative, by what they copy, in its shape and dtype."""
+    for node in graph.graph.find_nodes(op="call_function", target=aten.copy.default):
+        target, source = node.all_input_nodes[0], node.all_input_nodes[-1]
+        before, after = target.meta["val"], source.meta["val"]
+        with graph.graph.inserting_before(node):
+            if after.shape != before.shape:
+                source = graph.graph.call_function(aten.expand_as.default, (source, target))
+                source.meta = {**node.meta, "val": before.to(after.dtype)}
+            if after.dtype != before.dtype:
+                source = graph.graph.call_function(aten._to_copy.default, (source,), {"dtype": before.dtype})
+                source.meta = {**node.meta, "val": before}
+        node.replace_all_uses_with(source)
+        graph.graph.erase_node(node)
+
+
 # Composite operators. ------------------------------------------------------------------------------------------------
 
 _COMPOSITES = (aten.einsum.default, aten.reshape_as.default, aten.view_as.default)
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # would be unrolled
 
 
 def composites(graph: fx.GraphModule) -> Iterator[fx.Node]:
@@ -266,22 +286,97 @@ def composites(graph: fx.GraphModule) -> Iterator[fx.Node]:
 
 def decompose(graph: fx.GraphModule) -> None:
     """Replace composites by the matrix products and movements that torch computes them with."""
-    for node in list(composites(graph)):
-        operands = node.all_input_nodes
-        places = {x: k for k, x in enumerate(operands)}
+    _decompose(graph, composites(graph))
 
-        def run(*values: Tensor, of: fx.Node = node, at: Mapping[fx.Node, int] = places) -> Any:
-            return of.target(*fx.map_arg(of.args, lambda n: values[at[n]]))  # type: ignore[operator]
 
-        body = make_fx(run)(*(x.meta["val"] for x in operands)).graph
-        made = _inline(node, body, operands)
+def finish(graph: fx.GraphModule) -> None:
+    """Make operators without a rule prunable, and the graph trainable; what a plan's fingerprint does not depend on.
+
+    Operators are replaced by those that torch computes them with, if all of these have rules: aliases, norms, products
+    with a vector, writes of one value by a mask. Others keep the name the user wrote.
+    """
+    _decompose(graph, graph.graph.nodes)
+    replace_copies(graph)
+    graph.graph.eliminate_dead_code()
+
+
+def _decompose(graph: fx.GraphModule, nodes: Iterable[fx.Node]) -> None:
+    for node in list(nodes):
+        if (body := _decomposition(node)) is None:
+            continue
+        made = _inline(node, body, node.all_input_nodes)
         origin = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
         for step in made.keys() - set(body.find_nodes(op="placeholder")):
             made[step].meta = {**origin, "val": step.meta.get("val")}
             if step.target in (aten.view.default, aten._unsafe_view.default):  # strides may differ in another call
                 made[step].target = aten.reshape.default
-        node.replace_all_uses_with(made[body.output_node().all_input_nodes[0]])
+        result: Any = fx.map_arg(body.output_node().args[0], made.__getitem__)
+        for user in list(node.users) if not isinstance(result, fx.Node) else ():  # each takes one of the results
+            user.replace_all_uses_with(result[user.args[1]])
+            graph.graph.erase_node(user)
+        if isinstance(result, fx.Node):
+            node.replace_all_uses_with(result)
         graph.graph.erase_node(node)
+
+
+def _decomposition(node: fx.Node) -> fx.Graph | None:
+    """The operators that torch computes a node with, if it is a composite and each of them has a rule."""
+    operands, op = node.all_input_nodes, node.target
+    if not isinstance(op, OpOverload) or op._schema.name.removeprefix("aten::") in _RECURRENT:
+        return None
+    if _is_known(node) and not _is_special(node):
+        return None
+    places = {x: k for k, x in enumerate(operands)}
+
+    def run(*values: Tensor) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[places[n]])
+        return op(*args, **kwargs)
+
+    try:
+        body = make_fx(run, _decompositions())(*(x.meta["val"] for x in operands))
+        functionalize(body)
+        replace_copies(body)
+    except Exception:  # whatever an operator or its decomposition raises on symbolic sizes
+        return None
+    for step in body.graph.find_nodes(op="call_function", target=aten.t.default):
+        if step.meta["val"].dim() == 1:  # the vector itself, which torch's ONNX exporter fails on
+            step.replace_all_uses_with(step.args[0])
+    body.graph.eliminate_dead_code()
+    return body.graph if all(map(_is_known, body.graph.nodes)) else None
+
+
+def _is_known(node: fx.Node) -> bool:
+    """Whether labels pass a node: it has a rule, computes a size, or reads no tensor."""
+    if not isinstance(node.target, OpOverload):
+        return node.op != "get_attr"
+    reads = any(isinstance(n.meta.get("val"), Tensor) for n in node.all_input_nodes)
+    return not reads or node.target is aten.sym_size.int or str(node.target) in rules()
+
+
+def _is_special(node: fx.Node) -> bool:
+    """Whether the rule of an operator is not for this call: a product with a vector, a write by mask."""
+    if node.target in (aten.matmul.default, aten.linear.default):
+        return any(n.meta["val"].dim() == 1 for n in node.all_input_nodes[:2])
+    if node.target is not aten.index_put.default:
+        return False
+    values: Any = fx.map_arg(node.args[:3], lambda n: n.meta["val"])
+    x, (mask, *others), value = values
+    return bool(not others and mask.dtype == torch.bool and value.dim() <= x.dim() - mask.dim())
+
+
+@cache
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """Torch's decompositions of operators without a rule, and those of special cases of operators with one."""
+    return {op: function for op, function in decomposition_table.items() if str(op) not in rules()} | {
+        aten.mv.default: lambda a, v: torch.mm(a, v.unsqueeze(1)).squeeze(1),
+        aten.dot.default: lambda a, b: torch.mm(a.unsqueeze(0), b.unsqueeze(1)).squeeze(0).squeeze(0),
+        aten.index_put.default: lambda x, masks, value: torch.where(_aligned(x, *masks), value, x),
+    }
+
+
+def _aligned(x: Tensor, mask: Tensor) -> Tensor:
+    """A mask of the first axes of a tensor, with one axis for each of the others."""
+    return mask[(..., *[None] * (x.dim() - mask.dim()))]
 
 
 # Constants: computed weights become parameters, computed numbers become literals. ------------------------------------

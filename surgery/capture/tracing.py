@@ -22,7 +22,7 @@ from torch.export import Dim
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from surgery.capture.passes import normalise, sources_of_weights
+from surgery.capture.passes import finish, normalise, sources_of_weights
 from surgery.core import (
     TOLERANCE,
     UNKNOWN,
@@ -80,11 +80,13 @@ def trace(
     with evaluating(model), buffers_kept(model), quiet():
         (exported, captured, (args, kwargs)), notes = _capture(traceable(model), args, kwargs, fixed_size=fixed_size)
         graph = normalise(exported, captured)
+        fingerprint = _fingerprint(graph)
+        finish(graph)
     inputs = _input_specs(graph)
     computed = sources_of_weights(graph.graph)
     weights = (f"'{name}' holds the weight that forward computed from {', '.join(s)}" for name, s in computed.items())
     notes = (*notes, *_notes_on_space(inputs, fixed_size), *weights)
-    return Program(graph, inputs, args, kwargs, _fingerprint(graph), notes, model, materialised=computed)
+    return Program(graph, inputs, args, kwargs, fingerprint, notes, model, materialised=computed)
 
 
 def require_module(model: Any) -> None:

@@ -156,6 +156,8 @@ register(
 def _couple_linear(call: Call) -> Value:
     """Input (.., I), weight (O, I), bias (O,), output (.., O)."""
     x, weight, bias = call.value("input"), call.value("weight"), call.optional("bias")
+    if len(weight.shape) == 1:  # a vector that no pass has made a matrix
+        return call.out({})
     call.tie(x, -1, weight, 1)
     out = call.passed(weight, 0)
     if bias is not None:
@@ -164,15 +166,12 @@ def _couple_linear(call: Call) -> Value:
 
 
 def _matmul(call: Call, a: Value, b: Value) -> Value:
-    """(.., M, K) @ (.., K, N); vectors as in torch.matmul; leading axes broadcast."""
-    contracted = call.tie(a, -1, b, -2 if len(b.shape) > 1 else 0)
-    call.labels.claim(contracted)
+    """(.., M, K) @ (.., K, N); leading axes broadcast; a pass makes matrices of vectors, or they stay whole."""
+    if 1 in (len(a.shape), len(b.shape)):
+        return call.out({})
+    call.labels.claim(call.tie(a, -1, b, -2))
     rank = len(call.outputs[0])
-    axes: dict[int, Layers] = {}
-    if len(b.shape) > 1:
-        axes[rank - 1] = call.passed(b, -1)
-    if len(a.shape) > 1:
-        axes[rank - (2 if len(b.shape) > 1 else 1)] = call.passed(a, -2)
+    axes: dict[int, Layers] = {rank - 2: call.passed(a, -2), rank - 1: call.passed(b, -1)}
     for back in range(3, max(len(a.shape), len(b.shape)) + 1):  # tied if neither operand is broadcast
         wide = [v for v in (a, b) if len(v.shape) >= back and v.shape[-back] > 1]
         found = [call.passed(v, -back) for v in wide]
@@ -307,6 +306,12 @@ def _heads(call: Call, operands: tuple[Value, Value, Value], back: int) -> Layer
     return layers
 
 
+def _explicit_scale(r: Rewrite) -> Mapping[str, Any]:
+    """Where features are cut; else their number may be another in another call."""
+    whole = r.bound["scale"] is not None or r.keep("query", -1).all()
+    return {} if whole else {"scale": 1.0 / sqrt(r.bound["query"].shape[-1])}
+
+
 def _sdpa_macs(shapes: Mapping[str, Shape], out: Shape) -> int:
     q, k, v = shapes["query"], shapes["key"], shapes["value"]
     return prod(q) * k[-2] + prod(q[:-1]) * k[-2] * v[-1]
@@ -350,7 +355,7 @@ register(
         "attention",
         _couple_sdpa,
         between_linears(_attention, after=4),
-        lambda r: {} if r.bound["scale"] is not None else {"scale": 1.0 / sqrt(r.bound["query"].shape[-1])},
+        _explicit_scale,
         masked=("query", "key", "value"),
         macs=_sdpa_macs,
         onnx=_onnx_sdpa,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -125,6 +125,38 @@ def _couple_select_scatter(call: Call) -> Value:
     return call.out({a: call.tie(x, a, src, k) for k, a in enumerate(others) if x.shape[a] > 1})
 
 
+def _couple_along(call: Call) -> Value:
+    """`x.gather(dim, index)`, `x.scatter(dim, index, src)`, ..: all tensors are tied along the other axes."""
+    rank = len(call.outputs[0])
+    dim = call["dim"] % rank
+    first, *others = (x for x in call.tensors() if len(x.shape) == rank)
+    axes = {}
+    for a in range(rank):
+        if a != dim and all(x.shape[a] == first.shape[a] for x in others):
+            axes[a] = call.passed(first, a)
+            for x in others:
+                axes[a] = call.tie(first, a, x, a)
+    return call.out(axes)
+
+
+def _couple_index_put(call: Call) -> Value:
+    """`x[:, i] = values` with one list of indices: the other axes are tied to those of the values."""
+    x, values, indexed = call.value("self"), call.value("values"), _indexed(call.bound)
+    if [len(i.shape) for i in indexed.values()] != [1]:
+        return call.out({})
+    rank = len(x.shape)
+    axes = {a: call.passed(x, a) for a in range(rank) if a not in indexed}
+    for a in axes.keys() & range(rank - len(values.shape), rank):
+        if values.shape[a - rank] > 1:
+            axes[a] = call.tie(x, a, values, a - rank)
+    return call.out(axes)
+
+
+def _along(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> Rule:
+    summary = "the axis that it indexes is never cut, the others are tied"
+    return Rule(f"aten.{name}", "look-up", _couple_along, fork_convs(function), summary=summary)
+
+
 _ROWS = torch.tensor([0, 2, 4, 6, 8, 1])
 
 
@@ -137,6 +169,21 @@ def _biased(x: Tensor, table: Tensor) -> Tensor:
 
 
 register(
+    Rule(
+        "aten.index_put.default",
+        "look-up",
+        _couple_index_put,
+        fork_convs(lambda a, b: aten.index_put(b, [None, None, _ROWS], a[:, :, :6])),
+        summary="the axis of one list of indices is never cut, the others are tied; several keep all axes whole",
+    ),
+    _along("gather.default", lambda a, b: b.gather(2, a.argsort(2))),
+    _along("scatter.src", lambda a, b: b.scatter(2, a.argsort(2), a)),
+    _along("scatter.value", lambda a, b: b.scatter(2, a.argsort(2)[:, :, :3], 0.5)),
+    _along("scatter_add.default", lambda a, b: b.scatter_add(2, a.argsort(2), a)),
+    _along("scatter_reduce.two", lambda a, b: b.scatter_reduce(2, a.argsort(2), a, "amax")),
+    _along("index_add.default", lambda a, b: b.index_add(2, _ROWS, a[:, :, :6])),
+    _along("index_copy.default", lambda a, b: b.index_copy(2, _ROWS, a[:, :, :6])),
+    _along("index_fill.int_Scalar", lambda a, b: a + b.index_fill(2, _ROWS, 0.5)),
     Rule(
         "aten.embedding.default",
         "look-up",

@@ -136,8 +136,12 @@ _ALIKE_UNARY: tuple[tuple[str, Callable[[Any], One]], ...] = (
     ("relu relu6 hardtanh silu gelu sigmoid hardsigmoid hardswish tanh leaky_relu elu celu selu mish", lambda op: op),
     ("softplus exp square abs neg sin cos erf softshrink hardshrink", lambda op: op),
     ("clone detach alias lift_fresh_copy _to_copy", lambda op: op),
-    ("log log1p sqrt rsqrt reciprocal", lambda op: lambda x: op(x.abs() + 1)),
-    ("sign floor round zeros_like ones_like", lambda op: lambda x: x + op(x)),
+    ("sinh cosh tan asinh atan erfc exp2 expm1 i0 nan_to_num rrelu", lambda op: op),
+    ("log log1p log2 log10 sqrt rsqrt reciprocal acosh lgamma digamma", lambda op: lambda x: op(x.abs() + 1)),
+    ("acos asin atanh erfinv", lambda op: lambda x: op(x.sigmoid())),
+    ("sign floor ceil trunc frac round zeros_like ones_like isnan signbit", lambda op: lambda x: x + op(x)),
+    ("pow.Scalar", lambda op: lambda x: op(2.0, x)),
+    ("fmod.Scalar remainder.Scalar", lambda op: lambda x: op(x, 2.0)),
     ("add.Scalar sub.Scalar mul.Scalar div.Scalar rsub.Scalar", lambda op: lambda x: op(x, 2.0)),
     (
         "gt.Scalar ge.Scalar lt.Scalar le.Scalar eq.Scalar ne.Scalar",
@@ -146,12 +150,16 @@ _ALIKE_UNARY: tuple[tuple[str, Callable[[Any], One]], ...] = (
 )
 _ALIKE_BINARY: tuple[tuple[str, Callable[[Any], Two]], ...] = (
     ("add.Tensor sub.Tensor rsub.Tensor maximum minimum max.other min.other atan2 type_as", lambda op: op),
+    ("fmax fmin hypot copysign.Tensor logaddexp2", lambda op: op),
+    ("fmod.Tensor remainder.Tensor floor_divide", lambda op: lambda a, b: a + op(a, b.abs() + 1)),
+    ("xlogy.Tensor igamma igammac heaviside", lambda op: lambda a, b: b + op(a.sigmoid(), b.sigmoid())),
     (
         "gt.Tensor lt.Tensor ge.Tensor le.Tensor eq.Tensor ne.Tensor",
         lambda op: lambda a, b: torch.where(op(a, b), a, 2 * b),
     ),
     (
-        "logical_and logical_or logical_xor __and__.Tensor __or__.Tensor bitwise_and.Tensor bitwise_or.Tensor",
+        "logical_and logical_or logical_xor __and__.Tensor __or__.Tensor bitwise_and.Tensor bitwise_or.Tensor "
+        "bitwise_xor.Tensor",
         lambda op: lambda a, b: torch.where(op(a > 0, b > 0), a, b),
     ),
 )
@@ -182,13 +190,6 @@ for _name, _one in {**_UNARY, **_named(_ALIKE_UNARY)}.items():
 for _name, _two in {**_BINARY, **_named(_ALIKE_BINARY)}.items():
     register(_rule(_name, fork_convs(_two), "ties its operands index by index, broadcast axes apart"))
 register(
-    Rule(
-        "aten.copy.default",
-        "movement",
-        _couple,
-        fork_convs(lambda a, b: aten.copy.default(a, b)),
-        summary="ties what is written with where it goes",
-    ),
     Rule(
         "aten.prelu.default",
         "element-wise",

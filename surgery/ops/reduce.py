@@ -127,8 +127,18 @@ register(
     _frozen("logsumexp.default", lambda x: x + x.logsumexp(2, keepdim=True)),
     _frozen("prod.dim_int", lambda x: x + x.prod(2, keepdim=True)),
     _frozen("argmax.default", lambda x: x + x.argmax(2, keepdim=True)),
+    _frozen("argmin.default", lambda x: x + x.argmin(2, keepdim=True)),
+    _frozen("median.dim", lambda x: x + x.median(2, keepdim=True)[0]),
+    _frozen("mode.default", lambda x: x + x.mode(2, keepdim=True)[0]),
+    _frozen("kthvalue.default", lambda x: x + x.kthvalue(3, 2, keepdim=True)[0]),
+    _frozen("quantile.scalar", lambda x: x + x.quantile(0.3, 2, keepdim=True)),
     _frozen("cumsum.default", lambda x: x.cumsum(2), scan=True),
+    _frozen("cumprod.default", lambda x: x.cumprod(2), scan=True),
+    _frozen("cummax.default", lambda x: x.cummax(2)[0], scan=True),
+    _frozen("cummin.default", lambda x: x.cummin(2)[0], scan=True),
+    _frozen("logcumsumexp.default", lambda x: x.logcumsumexp(2), scan=True),
     _frozen("sort.default", lambda x: x.sort(2)[0], scan=True),
+    _frozen("topk.default", lambda x: x.topk(5, 2)[0], scan=True),
 )
 
 
@@ -172,14 +182,21 @@ def _window(
 
 
 def _resize(name: str, function: Callable[[Tensor], Tensor]) -> Rule:
-    mode, each = ("linear", 4) if "bilinear" in name else ("nearest", 1)
+    mode, spatial = "linear" if "linear" in name else "nearest", int(name.partition("d.")[0][-1])
+    each = 2**spatial if mode == "linear" else 1
 
     def onnx(a: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
         (name, source), *_ = shapes.items()
         scales = (1.0, 1.0, *(o / s for o, s in zip(out[2:], source[2:], strict=True)))
         return [step("Resize", name, None, scales, mode=mode)]
 
-    return _window(name, 2, function, lambda shapes, out: each * prod(out), onnx)
+    return _window(name, spatial, function, lambda shapes, out: each * prod(out), onnx)
+
+
+def _couple_grid_sampler(call: Call) -> Value:
+    """Input (N, C, H, W), grid (N, H', W', 2), output (N, C, H', W')."""
+    x = call.value("input")
+    return call.out({0: call.tie(x, 0, call.value("grid"), 0), 1: call.passed(x, 1)})
 
 
 def _per_input(shapes: Mapping[str, Shape], out: Shape) -> int:
@@ -200,10 +217,27 @@ register(
     _window(
         "_adaptive_avg_pool2d.default", 2, lambda x: aten._adaptive_avg_pool2d(x, [5, 5]), _per_input, _onnx_adaptive
     ),
+    _window("adaptive_max_pool3d.default", 3, lambda x: aten.adaptive_max_pool3d(x, [1, 5, 5])[0]),
     _window("adaptive_max_pool2d.default", 2, lambda x: aten.adaptive_max_pool2d(x, [5, 5])[0]),
     _resize("upsample_nearest2d.default", lambda x: aten.upsample_nearest2d(x, [20, 20])),
     _resize("upsample_nearest2d.vec", lambda x: aten.upsample_nearest2d.vec(x, [20, 20], None)),
     _resize("upsample_bilinear2d.default", lambda x: aten.upsample_bilinear2d(x, [20, 20], False)),
     _resize("upsample_bilinear2d.vec", lambda x: aten.upsample_bilinear2d.vec(x, [20, 20], False, None)),
+    _resize("upsample_nearest1d.vec", lambda x: aten.upsample_nearest1d.vec(x, [200], None)),
+    _resize("upsample_nearest3d.vec", lambda x: aten.upsample_nearest3d.vec(x, [1, 20, 20], None)),
+    _resize("upsample_linear1d.vec", lambda x: aten.upsample_linear1d.vec(x, [200], False, None)),
+    _resize("upsample_trilinear3d.vec", lambda x: aten.upsample_trilinear3d.vec(x, [1, 20, 20], False, None)),
+    _resize("_upsample_nearest_exact1d.vec", lambda x: aten._upsample_nearest_exact1d.vec(x, [200], None)),
+    _resize("_upsample_nearest_exact2d.vec", lambda x: aten._upsample_nearest_exact2d.vec(x, [20, 20], None)),
+    _resize("_upsample_nearest_exact3d.vec", lambda x: aten._upsample_nearest_exact3d.vec(x, [1, 20, 20], None)),
     _window("upsample_bicubic2d.vec", 2, lambda x: aten.upsample_bicubic2d.vec(x, [20, 20], False, None)),
+    _window("_upsample_bicubic2d_aa.vec", 2, lambda x: aten._upsample_bicubic2d_aa.vec(x, [20, 20], False, None)),
+    _window("_upsample_bilinear2d_aa.vec", 2, lambda x: aten._upsample_bilinear2d_aa.vec(x, [20, 20], False, None)),
+    Rule(
+        "aten.grid_sampler.default",
+        "pooling and resizing",
+        _couple_grid_sampler,
+        between_convs(lambda x: F.grid_sample(x, x[:, 3:5].tanh().permute(0, 2, 3, 1), align_corners=False)),
+        summary="passes batch and channels; the grid is never cut",
+    ),
 )

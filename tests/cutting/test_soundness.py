@@ -261,3 +261,37 @@ def test_own_class_that_holds_no_cut_is_refused() -> None:
 
     with pytest.raises(UnsupportedModel, match="own-class"):
         surgery.shrink(Fixed().eval(), torch.randn(2, 3, 10, 10), surgery.recipe(own_class=True, macs=0.5))
+
+
+class Written(nn.Module):
+    """Writes into slices, with a broadcast and by a mask, between two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, 4, H - 4, W - 4)."""
+        y = self.one(x)
+        z = y.clone()
+        z[:, :, 1:3] = y[:, :, 3:5]
+        z[:, :, 4:6] = y[:, :, 6:7]
+        z[z > 1] = 0.5
+        out: Tensor = self.two(z)
+        return out
+
+
+def test_a_graph_with_writes_trains_like_the_masked_dense_model() -> None:
+    torch.manual_seed(0)
+    model, x, dead = Written(), torch.randn(2, 3, 12, 12), [1, 4, 6]
+    cutting = cut_model(model, x, dead={"one.weight:0": dead})
+    cutting.check()
+    keep = [k for k in range(8) if k not in dead]
+    graph = cutting.compact.graph
+    with torch.no_grad():
+        model.two.weight[:, dead] = 0
+    for each in (model, graph):
+        each.train()
+        each(x).square().mean().backward()
+    torch.testing.assert_close(graph.one.weight.grad, model.one.weight.grad[keep])
+    torch.testing.assert_close(graph.two.weight.grad, model.two.weight.grad[:, keep])
