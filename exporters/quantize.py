@@ -8,7 +8,7 @@ kernels for that combination (signed activations ran three times slower on ResNe
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -148,6 +148,16 @@ def _calibration(
         raise InvalidInput(f"too few images to calibrate on ({count}); give {least} or more, better a few hundred")
     with explained(f"{source} does not take these images"):
         return seen, _outputs(session, seen if compare else seen[:1])
+
+
+def validate_kept(keep: Sequence[str], layers: Collection[str], export: Callable[[], Path]) -> None:
+    """Raise InvalidInput early if a pattern names no layer.
+
+    `layers` are the modules with weights; a file is exported for patterns that may be of its nodes.
+    """
+    known = (FIRST, LAST, *_LAYERS, *layers)
+    if others := [pattern for pattern in keep if not any(fnmatchcase(name, pattern) for name in known)]:
+        _kept(onnx.load(export()), others)
 
 
 def _kept(model: onnx.ModelProto, keep: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from exporters.quantize import FEWEST, validate_kept
 from surgery.capture import submodule as parts
 from surgery.config import Budget, Recipe, validate
 from surgery.core import Clock, Plan, Program, Progress, scratch_folder
@@ -54,6 +55,8 @@ def decide(loaded: LoadedModel, recipe: Recipe, progress: Progress | None = None
         with clock("read images"):
             seen = calibration_images(recipe.data.data, program, whole, recipe.data.max_images, recipe.selection.seed)
     validate_training(program, whole, recipe, seen)
+    if "int8" in recipe.precisions and seen is not None:
+        _validate_int8(program, whole, recipe, seen)
     if recipe.data.val is not None and not recipe.data.allow_chance:
         with clock("evaluate the dense model"):
             validate_dense(program, whole, recipe)
@@ -62,6 +65,16 @@ def decide(loaded: LoadedModel, recipe: Recipe, progress: Progress | None = None
         recipe = recipe.but(keep=(*recipe.selection.keep, module))
         choice, planner = _chosen(program, recipe, seen, clock)
     return Decision(recipe, choice, clock.seconds, whole, seen, planner=planner)
+
+
+def _validate_int8(program: Program, whole: parts.Whole | None, recipe: Recipe, seen: Calibration) -> None:
+    """Raise InvalidInput early if there are too few images to calibrate on, or names to keep are of no layer."""
+    if seen.count < FEWEST:
+        raise InvalidInput(f"too few images to calibrate int8 files on ({seen.count}); give {FEWEST} or more")
+    if whole is None and program.has_graph:
+        layers = [name.removesuffix(".weight") for name, x in program.model.named_parameters() if x.dim() > 1]
+        with scratch_folder() as folder:
+            validate_kept(recipe.output.int8_keep, layers, lambda: LatencyBench(program, folder, recipe).dense)
 
 
 def _chosen(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import surgery
 from exporters import onnx as exporter, quantize
 from exporters.quantize import METHODS, Int8, to_fp16, to_int8
 from exporters.session import OnnxModel
@@ -269,7 +270,7 @@ def test_all_files_are_written_timed_and_judged(shrink: Shrink, tmp_path: Path) 
         (("--precision", "int4", "--data", "nets.py:data"), "'int4' is not accepted; give some of fp32, fp16, int8"),
         (("--format", "tflite"), "format 'tflite' is not accepted; give some of onnx, ort"),
         (("--min-ort", "0.9"), "older than 1.14"),
-        (("--precision", "int8", "--data", "nets.py:few", "--recover", "none"), "calibrate on (4)"),
+        (("--precision", "int8", "--data", "nets.py:few", "--recover", "none"), "calibrate int8 files on (4)"),
         (("--precision", "int8", "--data", "nets.py:data", "--int8-keep", "nothing"), "names no layer"),
     ],
 )
@@ -354,3 +355,24 @@ def test_files_say_their_precision(source: Path, tmp_path: Path) -> None:
     ):
         props = {p.key: p.value for p in onnx.load(made.path).metadata_props}
         assert (props["precision"], props["model"]) == (precision, "compact")
+
+
+@pytest.mark.parametrize(
+    ("images", "keep", "said"),
+    [
+        (4, (), r"too few images to calibrate int8 files on \(4\)"),
+        (16, ("nosuch",), "'nosuch' names no layer to keep in float32; there are first, last, Conv"),
+        (16, ("node_*", "first", "0", "Conv"), "scored"),
+    ],
+)
+def test_what_int8_files_cannot_be_made_with_is_told_before_units_are_scored(
+    images: int, keep: tuple[str, ...], said: str
+) -> None:
+    def criterion(group: object, parameters: object) -> list[float]:
+        raise InvalidInput("scored")
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    data = torch.zeros(images, 3, 8, 8)
+    asked = surgery.recipe(macs=0.5, data=data, precision=("int8",), int8_keep=keep, criterion=criterion)
+    with pytest.raises(InvalidInput, match=said):
+        surgery.shrink(model, data[:1], asked)
