@@ -37,7 +37,7 @@ from surgery.capture import evaluating
 from surgery.config import Recipe, to_toml
 from surgery.core import Callee, Clock, Plan, Progress, locked_folder, quiet, remove_abandoned, scratch_folder
 from surgery.errors import BudgetUnreachable, CheckFailed, InvalidInput, UnsupportedModel
-from surgery.inputs import Calibration
+from surgery.inputs import Calibration, validate_kinds
 from surgery.latency import Limits, Settings, by_operator, ort
 from surgery.pipeline import Result, apply
 from surgery.planning import HIGHEST, int8_of
@@ -167,7 +167,9 @@ def load(
         if made_for != plan.digest:
             raise InvalidInput(f"{place} has the weights of another plan than {PLAN} beside it; take both from one run")
         _warn_if_replaced(place)
-        compact.load_state_dict(load_file(place))
+        tensors = load_file(place)
+        validate_kinds(tensors, compact.state_dict(), str(place))
+        compact.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError) as error:
         why = " ".join(str(error).split())
         raise InvalidInput(f"{place}: not the weights of this plan's compact model ({why}); shrink it again") from error

@@ -11,6 +11,7 @@ from .batches import (
     unlabelled as unlabelled,
     validated_input as validated_input,
 )
+from .checkpoints import validate_kinds as validate_kinds
 from .datasets import (
     UNKNOWN as UNKNOWN,
     Images as Images,

@@ -120,8 +120,22 @@ def fit(module: nn.Module, checkpoint: Checkpoint, *, label: str) -> None:
     if mismatch:
         hint = "give the class count with --model-arg num_classes=N" if mismatch.shapes else "check the model's name"
         raise InvalidInput(f"checkpoint {checkpoint.path} does not fit {label}: {mismatch.describe()}; {hint}")
+    validate_kinds(tensors, module.state_dict(), str(checkpoint.path))
     module.load_state_dict(tensors, strict=False)
     require_finite(module.state_dict(keep_vars=True), str(checkpoint.path))
+
+
+def validate_kinds(tensors: Mapping[str, Tensor], wanted: Mapping[str, Any], origin: str) -> None:
+    """Raise InvalidInput for tensors that loading would cast or fail at: sparse, quantised, complex, integer, meta."""
+    for name, x in tensors.items():
+        fits = x.is_floating_point() and x.dtype.itemsize > 1
+        of_values = x.layout == torch.strided and not (x.is_quantized or x.is_meta)
+        if not of_values or (getattr(wanted.get(name), "is_floating_point", lambda: False)() and not fits):
+            kind = "meta" if x.is_meta else str(x.dtype if x.layout == torch.strided else x.layout).partition(".")[2]
+            raise InvalidInput(
+                f"{origin}: {name} is a tensor of kind {kind}, and the model's is not; give the state dict of the "
+                "model in floating point"
+            )
 
 
 def _some(names: Collection[str], separator: str = ", ") -> str:

@@ -143,6 +143,25 @@ def test_nan_and_infinite_weights_are_named(tmp_path: Path, name: str, value: fl
         load_into(net(), saved(state, tmp_path / "a.pth"))
 
 
+@pytest.mark.parametrize(
+    ("weight", "kind"),
+    [
+        (torch.eye(2).to_sparse(), "sparse_coo"),
+        (torch.ones(2, 2, dtype=torch.complex64), "complex64"),
+        (torch.ones(2, 2, dtype=torch.int8), "int8"),
+        (torch.ones(2, 2, dtype=torch.bool), "bool"),
+        (torch.ones(2, 2).to(torch.float8_e4m3fn), "float8_e4m3fn"),
+        (torch.ones(2, 2, device="meta"), "meta"),
+    ],
+)
+def test_tensors_that_are_no_floating_point_weights_are_refused_not_cast(
+    tmp_path: Path, weight: torch.Tensor, kind: str
+) -> None:
+    torch.save({"weight": weight, "bias": torch.zeros(2)}, tmp_path / "c.pt")
+    with pytest.raises(InvalidInput, match=rf"c\.pt: weight is a tensor of kind {kind}"):
+        fit(nn.Linear(2, 2), read_checkpoint(tmp_path / "c.pt"), label="a layer")
+
+
 def test_an_attention_mask_of_minus_infinity_is_no_fault() -> None:
     module = net()
     module.register_buffer("mask", torch.full((2, 2), float("-inf")))
