@@ -128,7 +128,7 @@ def _couple_select_scatter(call: Call) -> Value:
 def _couple_along(call: Call) -> Value:
     """`x.gather(dim, index)`, `x.scatter(dim, index, src)`, ..: all tensors are tied along the other axes."""
     rank = len(call.outputs[0])
-    dim = call["dim"] % rank
+    dim = call["dim"] % max(rank, 1)
     first, *others = (x for x in call.tensors() if len(x.shape) == rank)
     axes = {}
     for a in range(rank):

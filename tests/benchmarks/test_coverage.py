@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from benchmarks.studies.coverage.__main__ import wanted
 from benchmarks.studies.coverage.conditioned import condition
 from benchmarks.studies.coverage.isolated import limited
 from benchmarks.studies.coverage.models import CI_SLICE, models
-from benchmarks.studies.coverage.oracle import judge
+from benchmarks.studies.coverage.oracle import TOLERANCE, judge
 from benchmarks.studies.coverage.table import outcome, render
 from benchmarks.studies.coverage.tools import PARITY
 
@@ -50,6 +51,36 @@ def test_the_oracle_accepts_what_is_right(dense: nn.Module, batches: list[tuple[
     verdict = judge(dense, result.model, batches)
     assert verdict.sound is True, verdict
     assert verdict.meaning == {"never": "zeroed", "always": "survivors"}[inexact]
+    assert verdict.gradients is not None and verdict.gradients <= TOLERANCE
+
+
+class OwnGradient(torch.autograd.Function):
+    """The identity; its gradient is twice too large, or missing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, missing: bool) -> Tensor:
+        """Return a copy."""
+        ctx.missing = missing
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Return twice the gradient."""
+        if ctx.missing:
+            raise NotImplementedError("no derivative")
+        return 2 * grad, None
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_the_oracle_tells_models_that_train_wrongly(
+    dense: nn.Module, batches: list[tuple[Tensor]], missing: bool
+) -> None:
+    cut = cut_by_hand(dense, consumers=[14, 15])
+    cut.bn.register_forward_hook(lambda _, args, out: OwnGradient.apply(out, missing))
+    verdict = judge(dense, cut, batches)
+    assert verdict.sound is True
+    assert verdict.untrainable == ("NotImplementedError: no derivative" if missing else "")
+    assert verdict.gradients is None if missing else verdict.gradients == pytest.approx(1, rel=0.5)
 
 
 def cut_by_hand(dense: nn.Module, *, consumers: list[int]) -> nn.Module:
@@ -83,6 +114,7 @@ def test_a_slice_of_the_list_is_cut_soundly(name: str) -> None:
     (model,) = wanted([name], models())
     row = limited(model, "surgery", seconds=300)
     assert outcome(row) == "sound", row
+    assert row["gradients"] is not None and row["gradients"] <= TOLERANCE, row
     explained = any("rounding" in note for note in row["onnx_notes"])  # by torch's own float32, on the same inputs
     assert row["stage"] == "done" and (row["onnx_error"] <= PARITY or explained), row
 
@@ -103,7 +135,7 @@ def test_every_model_of_the_list_has_a_name_of_its_own() -> None:
 def test_the_table_counts_every_outcome() -> None:
     sound = {
         "sound": True, "macs_kept": 0.49, "parameters_kept": 0.5, "seconds": 1.0, "groups_cut": 1, "groups_inexact": 0,
-        "kind": "module", "frozen_share": 0.0, "error": 1e-15, "why": "",
+        "kind": "module", "frozen_share": 0.0, "error": 1e-15, "why": "", "gradients": 1e-12,
     }  # fmt: skip
     refused = {"failed": "UnsupportedModel", "message": "torch.export cannot capture this model, at net.py:3"}
     machine = {
@@ -115,4 +147,5 @@ def test_the_table_counts_every_outcome() -> None:
     text = render({"machine": machine, "rows": rows}, chosen)
     assert "| surgery | 1 | 1 | 0 | 0 | 0 | 0 | 0 | 0 | 1 |" in text
     assert "| torch-pruning | 0 | 0 | 1 |" in text
+    assert "| 1e-15 | yes |" in text and "of 1 models that this was\nmeasured on, 1 do" in text
     assert "**resnet18** (refused): torch.export cannot capture this model" in text

@@ -36,12 +36,17 @@ class Verdict:
         error: relative difference of the outputs; None where they could not be compared.
         meaning: `zeroed`, or `survivors` if norms and means are taken over the remaining channels.
         why: in words, where `sound` is not True.
+        gradients: of a sound cut: largest relative difference of the gradients of one training step, over parameters;
+            None where they could not be computed.
+        untrainable: why they could not.
     """
 
     sound: bool | None
     error: float | None = None
     meaning: str = "zeroed"
     why: str = ""
+    gradients: float | None = None
+    untrainable: str = ""
 
 
 def judge(dense: nn.Module, compact: nn.Module, batches: Sequence[tuple[Any, ...]]) -> Verdict:
@@ -79,7 +84,11 @@ def judge(dense: nn.Module, compact: nn.Module, batches: Sequence[tuple[Any, ...
         if varying < 1e-9:
             return Verdict(None, why="the masked dense model's output does not vary with its input")
         if found <= TOLERANCE:
-            return Verdict(True, found, meaning)
+            try:
+                gradients = _step_difference(masked, compact, kept, batches[0], mode)
+            except Exception as error:  # as may its backward pass
+                return Verdict(True, found, meaning, untrainable=said(error))
+            return Verdict(True, found, meaning, gradients=gradients)
         least = min(least, found)
     return Verdict(False, least, why=f"outputs differ by {least:.1e}")
 
@@ -322,6 +331,39 @@ def _difference(wanted: Sequence[Sequence[Tensor]], got: Sequence[Sequence[Tenso
         )
         least = min(least, varying / size)
     return worst, least
+
+
+def _step_difference(
+    masked: nn.Module,
+    compact: nn.Module,
+    kept: Mapping[str, Kept],
+    batch: tuple[Any, ...],
+    mode: Callable[[], TorchFunctionMode],
+) -> float:
+    """Largest difference of a parameter's gradients, relative to its largest one; layers as in evaluation mode.
+
+    A parameter whose gradients are rounding errors of others (below 1e-9 of the largest of all) is relative to those.
+    """
+    theirs = {n: p for n, p in masked.named_parameters(remove_duplicate=False) if n in kept and p.requires_grad}
+    mine = {n: p for n, p in compact.named_parameters() if n in theirs}
+    got = _gradients(compact, list(mine.values()), batch)
+    with mode():
+        wanted = _gradients(masked, [theirs[n] for n in mine], batch)
+    found = []
+    for (name, p), g, w in zip(mine.items(), got, wanted, strict=True):
+        alive, dense = kept[name], theirs[name].detach()
+        order, place = p.detach().flatten().argsort(), dense[alive].argsort()
+        found.append((g.flatten()[order], w[alive][place]))
+    floor = 1e-9 * max(float(w.abs().max()) for _, w in found)
+    return max(float((g - w).abs().max()) / max(float(w.abs().max()), floor, 1e-300) for g, w in found)
+
+
+def _gradients(model: nn.Module, parameters: list[nn.Parameter], batch: tuple[Any, ...]) -> list[Tensor]:
+    """Of the mean square of each output, zero where a parameter is not used."""
+    leaves = [x for x in _pytree.tree_leaves(model(*batch)) if isinstance(x, Tensor) and x.requires_grad]
+    loss = torch.stack([x.square().mean() for x in leaves]).sum()
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
 
 def said(error: Exception) -> str:

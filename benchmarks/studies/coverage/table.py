@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.studies import record
 from benchmarks.studies.coverage.models import Model
-from benchmarks.studies.coverage.oracle import DOES_NOT_RUN
+from benchmarks.studies.coverage.oracle import DOES_NOT_RUN, TOLERANCE
 from benchmarks.studies.coverage.tools import LEAST, MACS, PARITY
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "results" / "coverage.md"
@@ -69,6 +69,10 @@ tensors identify the dense elements they contain, and the dense model without th
 this compiler, the result is also cast to float32, exported, and compared in ONNX Runtime (largest difference
 {parity}, or what torch's own float32 rounding explains on the same inputs).
 
+A model "trains" if the gradients of one training step, with layers as in evaluation mode, are those of the dense
+model without the removed elements, to a relative difference of {tolerance:.0e}; of {judged} models that this was
+measured on, {trained} do. Rows without an entry are from before this was measured.
+
 torch-pruning is told to ignore attention heads, an output transform and the classifier, and prunes in steps until
 half of the MACs is left: with global L1 ranking or, if that fails, with the same ratio in every layer (marked as
 such). onnxsim prunes ONNX files (from torch's TorchScript exporter if possible) with its defaults and sparsity 0.5;
@@ -88,11 +92,16 @@ idle machine. Rows with a date in the results file are of that day's code, rows 
 def render(data: Mapping[str, Any], models: Iterable[Model]) -> str:
     """Return the document."""
     models, rows = tuple(models), data["rows"]
-    lines = [
-        _HEAD.format(models=len(models), parity=f"{PARITY:.0e}", machine=record.sentence(data["machine"])),
-        "| tool | " + " | ".join(_OUTCOMES.values()) + " |",
-        "|---" * (len(_OUTCOMES) + 1) + "|",
-    ]
+    trains = [_trains(row) for m in models if "failed" not in (row := rows.get("surgery", {}).get(m.name, {}))]
+    head = _HEAD.format(
+        models=len(models),
+        parity=f"{PARITY:.0e}",
+        tolerance=TOLERANCE,
+        judged=sum(map(bool, trains)),
+        trained=trains.count("yes"),
+        machine=record.sentence(data["machine"]),
+    )
+    lines = [head, "| tool | " + " | ".join(_OUTCOMES.values()) + " |", "|---" * (len(_OUTCOMES) + 1) + "|"]
     for tool, counts in summary(rows, models).items():
         lines.append(f"| {tool} | " + " | ".join(str(counts.get(kind, 0)) for kind in _OUTCOMES) + " |")
     lines += ["", *_comparison(rows, models), "", *_refusals(rows, models), "", *_whole(rows, models)]
@@ -164,8 +173,8 @@ def _whole(rows: Rows, models: tuple[Model, ...]) -> list[str]:
 def _table(rows: Rows, models: list[Model]) -> list[str]:
     lines = [
         "| model | input | MACs kept | parameters kept | seconds | groups cut (inexact) | result | frozen | error "
-        "| torch-pruning | MACs kept | seconds | frozen | onnxsim: MACs kept |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| trains | torch-pruning | MACs kept | seconds | frozen | onnxsim: MACs kept |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for model in models:
         ours, peer, third = (rows.get(t, {}).get(model.name) for t in ("surgery", "torch-pruning", "onnxsim"))
@@ -176,7 +185,7 @@ def _table(rows: Rows, models: list[Model]) -> list[str]:
 def _ours(row: Mapping[str, Any] | None) -> list[str]:
     kind = outcome(row)
     if row is None or "failed" in row:
-        return ["", "", "", "", kind, "", ""]
+        return ["", "", "", "", kind, "", "", ""]
     return [
         f"{row['macs_kept']:.3f}",
         f"{row['parameters_kept']:.3f}",
@@ -185,7 +194,17 @@ def _ours(row: Mapping[str, Any] | None) -> list[str]:
         f"{kind}, {row['kind']}",
         f"{row['frozen_share']:.1%}",
         f"{row['error']:.0e}" if row["error"] is not None else "",
+        _trains(row),
     ]
+
+
+def _trains(row: Mapping[str, Any]) -> str:
+    """Whether one training step gives the right gradients; empty in rows from before this was measured."""
+    if row.get("untrainable"):
+        return f"no: {row['untrainable'].replace('|', '/')}"
+    if (difference := row.get("gradients")) is None:
+        return ""
+    return "yes" if difference <= TOLERANCE else f"other gradients, by {difference:.0e}"
 
 
 def _peer(row: Mapping[str, Any] | None) -> list[str]:

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
@@ -118,7 +119,7 @@ def surgery_row(model: Model) -> Row:
         row |= _groups(result)
         tell("oracle")
         verdict = judge(subject.dense, compact := subject.of(result.model), subject.batches)
-        row |= _verdict(verdict)
+        row |= asdict(verdict)
         row["stage"] = "onnx"
         tell("ONNX")
         with tempfile.TemporaryDirectory() as folder:
@@ -152,10 +153,6 @@ def _groups(result: Any) -> Row:
         "frozen_share": sum(p.numel() for name, p in parameters.items() if name not in movable) / total,
         "frozen": dict(sorted(reasons.items(), key=lambda kv: -kv[1])[:6]),
     }
-
-
-def _verdict(verdict: Any) -> Row:
-    return {"sound": verdict.sound, "error": verdict.error, "meaning": verdict.meaning, "why": verdict.why}
 
 
 # torch-pruning, at its best settings. --------------------------------------------------------------------------------
@@ -222,7 +219,7 @@ def _pruned(subject: Subject, scope: str) -> Row:
             "parameters_kept": kept[1] / dense_params,
         }
         row["frozen_share"] = 1 - sum(movable.values()) / total
-        row |= _verdict(judge(subject.dense, module, subject.batches)) | {"stage": "done"}
+        row |= asdict(judge(subject.dense, module, subject.batches)) | {"stage": "done"}
     return row
 
 
