@@ -149,21 +149,24 @@ _STEPS = 100
 dozen."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CaptureLimits:
     """Limits of a capture with symbolic sizes, from its construction on."""
 
     cpu_s: float = inf
     bytes: float = inf
+    next_s: float = 0.0  # CPU time of the next check
     start_s: float = field(default_factory=process_time)
     start_bytes: int = field(default_factory=lambda: int(psutil.Process().memory_info().rss))
 
     def check(self) -> None:
         """Raise LongSizes if a limit is exceeded."""
-        used_s = process_time() - self.start_s
+        if self.cpu_s == inf or (used_s := process_time() - self.start_s) < self.next_s:
+            return
+        self.next_s = used_s + 0.5
         if used_s > self.cpu_s:
             raise LongSizes(f"solving for the sizes takes more than {self.cpu_s:g} s of CPU time")
-        if used_s > 1 and psutil.Process().memory_info().rss - self.start_bytes > self.bytes:
+        if psutil.Process().memory_info().rss - self.start_bytes > self.bytes:
             raise LongSizes(f"solving for the sizes takes more than {self.bytes / 2**30:g} GiB of memory")
 
 

@@ -141,6 +141,8 @@ _ALIKE_UNARY: tuple[tuple[str, Callable[[Any], One]], ...] = (
     ("acos asin atanh erfinv", lambda op: lambda x: op(x.sigmoid())),
     ("sign floor ceil trunc frac round zeros_like ones_like isnan signbit", lambda op: lambda x: x + op(x)),
     ("pow.Scalar", lambda op: lambda x: op(2.0, x)),
+    ("fill.Scalar", lambda op: lambda x: x + op(x, 0.5)),
+    ("fill.Tensor", lambda op: lambda x: x + op(x, torch.tensor(0.5))),
     ("fmod.Scalar remainder.Scalar", lambda op: lambda x: op(x, 2.0)),
     ("add.Scalar sub.Scalar mul.Scalar div.Scalar rsub.Scalar", lambda op: lambda x: op(x, 2.0)),
     (

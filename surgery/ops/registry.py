@@ -9,6 +9,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -262,8 +263,9 @@ def register(*rules: Rule) -> None:
         _RULES[rule.op] = rule
 
 
+@cache
 def rules() -> Mapping[str, Rule]:
-    """Return all rules by operator name; imports the families on first use."""
+    """Return a view of all rules by operator name; imports the families on first use."""
     package = importlib.import_module("surgery.ops")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"surgery.ops.{module.name}")
