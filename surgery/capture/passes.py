@@ -43,6 +43,7 @@ def normalise(exported: Any, graph: fx.GraphModule, *, checked: bool = False) ->
         graph = exported.run_decompositions({}).module(check_guards=False)
         _apply(graph, checked, without=functionalize)
     graph.graph.eliminate_dead_code()
+    require_deterministic(graph)
     return _plain_module(graph)
 
 
@@ -146,6 +147,20 @@ def validate_sizes(graph: fx.GraphModule) -> None:
             f"'{node.target}' at {where} returns a tensor whose size depends on values (a selection by a mask), which "
             "leaves no size to plan with; shrink a submodule without it by --submodule, or try --tracer torch-pruning"
         )
+
+
+def require_deterministic(graph: fx.GraphModule) -> None:
+    """Raise UnsupportedModel if an operator draws random numbers."""
+    for node in graph.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            given = arguments_of(node)
+            if any(not given[name] for name in ("train", "training", "dropout_p") if name in given):
+                continue
+            raise UnsupportedModel(
+                f"'{node.target}' at {source_of(node) or UNKNOWN} draws random numbers in evaluation mode too, so that "
+                "a cut cannot be verified; draw them only if self.training is set, or shrink a submodule without them "
+                "by --submodule"
+            )
 
 
 # In-place operators. -------------------------------------------------------------------------------------------------

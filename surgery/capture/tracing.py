@@ -93,13 +93,37 @@ def require_module(model: Any) -> None:
     """Raise InvalidInput unless the model is a Python module whose parameters have values."""
     if not isinstance(model, nn.Module):
         raise InvalidInput(f"not a torch.nn.Module but of type {type(model).__name__}: pass the module itself")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise UnsupportedModel("the model is a TorchScript module; pass the Python module that it was made from")
+    if torch.get_default_device().type == "meta":
+        raise InvalidInput("torch's default device is meta, where tensors have no values: set_default_device('cpu')")
+    for path, module in model.named_modules():
+        if kind := _foreign_kind(module):
+            where = f"submodule '{path}'" if path else "the model"
+            raise UnsupportedModel(f"{where} is {kind}")
     for name, parameter in model.named_parameters():
         if nn.parameter.is_lazy(parameter):
             raise InvalidInput(f"parameter '{name}' has no size yet; run the model once on an example first")
         if parameter.is_meta:
             raise InvalidInput(f"parameter '{name}' is on the meta device and has no values; load weights first")
+
+
+_QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+_PREPARED = (
+    *("torch.ao.nn.qat", "torch.ao.nn.intrinsic.qat", "torch.ao.quantization.observer"),
+    "torch.ao.quantization.fake_quantize",
+)
+
+
+def _foreign_kind(module: nn.Module) -> str:
+    """Return what a module is that cannot be pruned, and what to pass instead; "" for ordinary modules."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "a TorchScript module; pass the Python module that it was made from"
+    origins = [kind.__module__ for kind in type(module).__mro__]
+    float_model = "pass the float model, and ask for an int8 file with --precision int8"
+    if any(origin.startswith(_QUANTISED) for origin in origins):
+        return f"quantized: its weights are packed integers, which cannot be sliced; {float_model}"
+    if any(origin.startswith(_PREPARED) for origin in origins):
+        return f"prepared for quantization, by observers or fake quantization; {float_model}"
+    return ""
 
 
 def _at_batch_two(args: Args, kwargs: dict[str, Any]) -> Inputs:
@@ -172,10 +196,13 @@ def _capture(
         return _export(model, (args, kwargs), None, None), (note,)
     except Exception as error:  # likewise
         validate_inputs(model, args, kwargs)
+        why = first_line(error)
+        if "data-dependent" in str(error):  # in torch's words, with names such as u0 that the user has not seen
+            why = "which path the code takes, or the size of a tensor, depends on the values of a tensor"
         raise UnsupportedModel(
-            f"torch.export cannot capture this model, at {where_raised(error)}: {first_line(error)}; rewrite that line "
-            "without control flow on tensor values, or try --tracer torch-pruning, or --submodule for a submodule that "
-            "can be captured"
+            f"torch.export cannot capture this model, at {where_raised(error)}: {why}; rewrite that line without "
+            "control flow on tensor values, or try --tracer torch-pruning, or --submodule for a submodule that can be "
+            "captured"
         ) from error
 
 

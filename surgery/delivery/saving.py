@@ -8,6 +8,7 @@ sibling, so that the next run can distinguish remains of killed runs, which it r
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import os
 import shutil
@@ -423,8 +424,8 @@ def _save_program(result: Result, path: Path) -> list[str]:
         return {axis: torch.export.Dim.DYNAMIC if axis == 0 else torch.export.Dim.AUTO for axis in dims}
 
     by_argument, by_keyword = pytree.tree_map(axes, (args, kwargs))
-    shapes = (*by_argument, *by_keyword.values())
     module = result.compact.module
+    shapes = dict(inspect.signature(module.forward).bind(*by_argument, **by_keyword).arguments)
     with evaluating(module), quiet(), torch.no_grad():
         exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
         for node in exported.graph.nodes:  # they contain local file names

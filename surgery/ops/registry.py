@@ -263,13 +263,17 @@ def register(*rules: Rule) -> None:
         _RULES[rule.op] = rule
 
 
-@cache
 def rules() -> Mapping[str, Rule]:
-    """Return a view of all rules by operator name; imports the families on first use."""
+    """Return all rules by operator name; imports the families on first use."""
+    _import_families()
+    return MappingProxyType(_RULES)
+
+
+@cache
+def _import_families() -> None:
     package = importlib.import_module("surgery.ops")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"surgery.ops.{module.name}")
-    return MappingProxyType(_RULES)
 
 
 def free(arguments: Mapping[str, Any], shapes: Mapping[str, Shape], out: Shape) -> Sequence[Step]:
