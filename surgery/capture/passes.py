@@ -374,8 +374,8 @@ def _is_special(node: fx.Node) -> bool:
         return any(n.meta["val"].dim() == 1 for n in node.all_input_nodes[:2])
     if node.target is not aten.index_put.default:
         return False
-    values: Any = fx.map_arg(node.args[:3], lambda n: n.meta["val"])
-    x, (mask, *others), value = values
+    given: Any = fx.map_arg(arguments_of(node), lambda n: n.meta["val"])
+    x, (mask, *others), value = given["self"], given["indices"], given["values"]
     return bool(not others and mask.dtype == torch.bool and value.dim() <= x.dim() - mask.dim())
 
 
