@@ -133,8 +133,15 @@ def compare(
 def load_named(recipe: Recipe) -> LoadedModel:
     """Return the model that a recipe names; errors are those of `load_model`."""
     asked, seed = recipe.model, recipe.selection.seed
-    weights, shape, arguments, trust = asked.weights, asked.input_shape, asked.model_arg, asked.trust
-    return load_model(asked.model, weights=weights, input_shape=shape, model_args=arguments, seed=seed, trust=trust)
+    return load_model(
+        asked.model,
+        weights=asked.weights,
+        ignore_extra=asked.ignore_extra,
+        input_shape=asked.input_shape,
+        model_args=asked.model_arg,
+        seed=seed,
+        trust=asked.trust,
+    )
 
 
 def opened(recipe: Recipe, loaded: LoadedModel, *, trained: bool) -> Recipe:

@@ -228,6 +228,8 @@ class Model(Group):
     input_shape: tuple[int, ...] | None = option(
         None, numbers("N,C,H,W", "a shape: positive whole numbers, as in 1,3,224,224", int),
         "Shape of the example input.", common=True, unset="the model's own")
+    ignore_extra: bool = option(
+        False, FLAG, "Ignore tensors of the checkpoint that the model does not have, as of losses and teachers.")
     model_arg: Mapping[str, Any] = option(
         dict, ASSIGNMENTS, "Passed to the model's constructor, as in num_classes=10; may be repeated.")
     trust: bool = option(

@@ -41,6 +41,14 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     notes: tuple[str, ...] = ()
 
+    def without_extra(self, wanted: Collection[str]) -> Checkpoint:
+        """Return the checkpoint with only the tensors that a model has, under its names, and a note on the others."""
+        tensors = without_prefixes(self.tensors, wanted)
+        if not (extra := [name for name in tensors if name not in wanted]):
+            return self
+        note = f"ignored {len(extra)} tensors of {self.path.name} that the model does not have ({_some(extra)})"
+        return Checkpoint(self.path, {name: tensors[name] for name in tensors.keys() - extra}, (*self.notes, note))
+
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
@@ -92,10 +100,12 @@ def compare(module: nn.Module, tensors: Mapping[str, Tensor]) -> Mismatch:
 
 
 def without_prefixes(tensors: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
-    """Strip up to three of `module.`, `model.`, `_orig_mod.` and a name common to all keys, if more match `wanted`."""
+    """Strip up to three of `module.`, `model.`, `_orig_mod.` and a name of the file's own, if more match `wanted`."""
     best, names = dict(tensors), set(wanted)
-    tops = {key.partition(".")[0] for key in tensors}  # one, as in a Lightning module's `net.`
-    for prefixes in product(dict.fromkeys(("", *_PREFIXES, *(f"{top}." for top in tops if len(tops) == 1))), repeat=3):
+    parts = [key.partition(".") for key in tensors]
+    common = len({top for top, _, _ in parts}) == 1
+    own = dict.fromkeys(f"{top}." for top, _, rest in parts if common or rest in names)  # a Lightning module's `net.`
+    for prefixes in product(dict.fromkeys(("", *_PREFIXES, *own)), repeat=3):
         variant = {reduce(_strip, prefixes, key): value for key, value in tensors.items()}
         if len(variant.keys() & names) > len(best.keys() & names) and len(variant) == len(best):
             best = variant
@@ -119,6 +129,7 @@ def fit(module: nn.Module, checkpoint: Checkpoint, *, label: str) -> None:
     mismatch = compare(module, tensors)
     if mismatch:
         hint = "give the class count with --model-arg num_classes=N" if mismatch.shapes else "check the model's name"
+        hint = hint if mismatch.shapes or mismatch.missing else "--ignore-extra leaves these tensors out"
         raise InvalidInput(f"checkpoint {checkpoint.path} does not fit {label}: {mismatch.describe()}; {hint}")
     validate_kinds(tensors, module.state_dict(), str(checkpoint.path))
     module.load_state_dict(tensors, strict=False)

@@ -82,7 +82,8 @@ class Source:
     variants: tuple[Arguments, ...] = ()  # to try for a checkpoint that does not fit the default
     runs: bool = True  # whether the whole model runs on its example inputs (detectors may not)
     notes: tuple[str, ...] = ()
-    shape_notes: tuple[str, ...] = ()  # notes if no input shape was given
+    initial_notes: tuple[str, ...] = ()  # notes if no weights were given
+    shape_notes: tuple[str, ...] = ()  # notes if no input shape was given, and the source has no inputs of its own
     preprocessing: Callable[[nn.Module], Preprocessing] = lambda module: Preprocessing()
     classes: Callable[[nn.Module], Sequence[str]] = lambda module: ()  # names of the published weights' classes
 

@@ -72,6 +72,7 @@ def load_model(
     spec: str,
     *,
     weights: str = "auto",
+    ignore_extra: bool = False,
     input_shape: tuple[int, ...] | None = None,
     model_args: Mapping[str, Any] = _NOTHING,
     seed: int = 0,
@@ -83,6 +84,7 @@ def load_model(
         spec: a torchvision name, `timm:NAME`, `FILE.py:CALLABLE`, `package.module:CALLABLE`, or the path of a `.pt2`.
         weights: `auto` (pretrained, else seeded random with a warning), `random` (nothing is downloaded), or the path
             of a checkpoint.
+        ignore_extra: ignore tensors of the checkpoint that the model does not have; they are named in the notes.
         input_shape: shape of the example input, such as (1, 3, 224, 224); None for the model's default.
         model_args: keyword arguments of the builder, such as num_classes.
         seed: seed of random weights and example inputs; the global random states are restored afterwards.
@@ -99,13 +101,13 @@ def load_model(
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     with states_kept(), torch.random.fork_rng(devices=devices):
         source = _find_source(spec, trust)
-        built, label, notes, warnings = _with_weights(source, weights, model_args, seed)
+        built, label, notes, warnings = _with_weights(source, weights, ignore_extra, model_args, seed)
         module = getattr(built.module, "_orig_mod", built.module).eval()  # not compiled: it would be, on its first run
         require_finite(module.state_dict(keep_vars=True), source.label)
         args, kwargs = _example_inputs(source, built, input_shape, model_args, seed)
         if source.runs:
             check_runs(module, args, kwargs)
-    notes = notes if input_shape else (*source.shape_notes, *notes)
+    notes = notes if input_shape or built.args is not None else (*source.shape_notes, *notes)
     how, classes = source.preprocessing(module), source.classes(module)
     return LoadedModel(module, args, kwargs, source.name, label, notes, warnings, how, classes)
 
@@ -127,7 +129,7 @@ def check_runs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def _with_weights(
-    source: Source, weights: str, model_args: Mapping[str, Any], seed: int
+    source: Source, weights: str, ignore_extra: bool, model_args: Mapping[str, Any], seed: int
 ) -> tuple[Built, str, tuple[str, ...], tuple[str, ...]]:
     """Build the model and load its weights; return it with the weights' name, notes and warnings."""
     warnings: tuple[str, ...] = ()
@@ -139,8 +141,11 @@ def _with_weights(
             warnings = (f"random weights: no pretrained weights for {source.label} ({reason}); the model is untrained",)
     _seed(seed)
     if weights in ("auto", "random"):
-        return source.build(model_args), source.initial.format(seed=seed), source.notes, warnings
+        notes = (*source.notes, *(source.initial_notes if weights == "auto" else ()))
+        return source.build(model_args), source.initial.format(seed=seed), notes, warnings
     checkpoint = checkpoints.read_checkpoint(Path(weights).expanduser())
+    if ignore_extra:
+        checkpoint = checkpoint.without_extra(source.build(model_args).module.state_dict())
     built = _build_for(source, checkpoint, model_args)
     checkpoints.fit(built.module, checkpoint, label=source.label)
     return built, f"checkpoint {checkpoint.path.name}", (*source.notes, *checkpoint.notes), ()

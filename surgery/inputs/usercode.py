@@ -46,7 +46,15 @@ def user_source(owner: str, name: str) -> Source:
 
     stem = Path(owner).stem if owner.endswith(".py") else owner.rpartition(".")[2]
     initial = f"of {label} (seed {{seed}})"
-    return Source(name=folder_name(f"{stem}_{name}"), label=label, build=build, initial=initial, accepts=accepts)
+    return Source(
+        name=folder_name(f"{stem}_{name}"),
+        label=label,
+        build=build,
+        initial=initial,
+        accepts=accepts,
+        initial_notes=(f"weights are those that {label} returns, which are random unless it loads some (--weights)",),
+        shape_notes=(f"{label} returns no example inputs: they are 1 x 3 x 224 x 224 (--input-shape)",),
+    )
 
 
 def _unpack(label: str, result: Any) -> Built:

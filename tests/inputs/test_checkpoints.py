@@ -15,6 +15,7 @@ from torch import nn
 from surgery.core import require_finite
 from surgery.errors import InvalidInput
 from surgery.inputs.checkpoints import class_counts, compare, fit, read_checkpoint
+from surgery.inputs.models import load_model
 
 
 def net(classes: int = 10) -> nn.Module:
@@ -125,6 +126,23 @@ def test_mismatching_keys_are_counted_and_listed_up_to_three(tmp_path: Path) -> 
     other = nn.Sequential(*(nn.Linear(2, 2) for _ in range(6)))
     with pytest.raises(InvalidInput, match=r"does not fit net: .* missing .* unexpected \(.*\.\.\.\)"):
         load_into(net(), saved({f"blocks.{k}": v for k, v in other.state_dict().items()}, tmp_path / "a.pth"))
+
+
+def test_tensors_of_losses_and_teachers_are_left_out_on_request(tmp_path: Path) -> None:
+    donor, teacher = net(), net()
+    data = {f"net.{key}": value for key, value in donor.state_dict().items()}
+    data |= {f"teacher.{key}": value for key, value in teacher.state_dict().items()} | {"loss.weight": torch.ones(3)}
+    path = saved(data, tmp_path / "a.ckpt")
+    with pytest.raises(InvalidInput, match="--ignore-extra leaves these tensors out"):
+        load_into(net(), path)
+    file = tmp_path / "nets.py"
+    layers = "nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)"
+    file.write_text(f"from torch import nn\n\n\ndef make():\n    return nn.Sequential({layers})\n")
+    loaded = load_model(f"{file}:make", weights=str(path), ignore_extra=True)
+    assert torch.equal(loaded.module.state_dict()["0.weight"], donor[0].weight)
+    assert any("ignored 10 tensors of a.ckpt" in note for note in loaded.notes)
+    assert any("1 x 3 x 224 x 224" in note for note in loaded.notes)
+    assert any("random unless it loads some" in note for note in load_model(f"{file}:make").notes)
 
 
 def test_mismatching_shapes_name_expected_and_found(tmp_path: Path) -> None:
