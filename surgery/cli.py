@@ -724,7 +724,7 @@ def _explain(error: BaseException, session: Session) -> int:
             time.sleep(distributed.GRACE)
         return code
     say((ended and distributed.word()) or sentence)
-    if session.as_json:
+    if session.as_json or "--json" in session.arguments:
         found = {"exit_code": code, "message": sentence.removeprefix("error: ")}
         click.echo(json.dumps({"error": {**found, "figures": getattr(error, "figures", {})}}))
     return code

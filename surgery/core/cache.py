@@ -26,14 +26,15 @@ def cache_folder() -> Path:
 
 
 def remembered(kind: str, depends_on: object, compute: Callable[[], Any]) -> Any:
-    """Return JSON values computed earlier by the same code from the same things, whose text identifies them.
+    """Return a dictionary of JSON values computed earlier by the same code from the same JSON values.
 
-    They are computed, and kept if the folder can be written, where there are none.
+    It is computed, and kept if the folder can be written, where there is none.
     """
-    digest = hashlib.sha256(f"{_code()} {depends_on}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{_code()} {json.dumps(depends_on)}".encode()).hexdigest()
     path = cache_folder() / f"{kind}-{digest[:32]}.json"
     with suppress(OSError, ValueError, RecursionError):
-        return json.loads(path.read_text("utf-8"))
+        if isinstance(known := json.loads(path.read_text("utf-8")), dict):
+            return known
     found = compute()
     with suppress(OSError, InvalidInput):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ def block_losses(
     used, names = first(batches, most), [block.name for block in blocks]
     given = digest_of([*state_of(program).values(), *chain.from_iterable(used)])
     compute = partial(_block_losses, program, blocks, used, progress)
-    losses: dict[str, float] = remembered("ablation", (names, program.graph.graph, given), compute)
+    losses: dict[str, float] = remembered("ablation", (names, str(program.graph.graph), given), compute)
     return losses
 
 

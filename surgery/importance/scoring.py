@@ -143,11 +143,13 @@ def score(
         found = entry.function(evidence)
         return {g.name: _numbers(found.get(g.name), g, entry) for g in coupling.groups}
 
+    if not coupling.groups:
+        return {}
     if not evidence.images or not entry.function.__module__.startswith("surgery."):
         return numbers()
     groups = [(group.name, group.size) for group in coupling.groups]
     given = digest_of([*weights.values(), *state.values(), *chain.from_iterable(evidence.images)])
-    on = (entry.name, seed, macs, groups, program.graph.graph if program.has_graph else program.fingerprint, given)
+    on = (entry.name, seed, macs, groups, str(program.graph.graph) if program.has_graph else program.fingerprint, given)
     return {name: tuple(values) for name, values in remembered("scores", on, numbers).items()}
 
 

@@ -259,10 +259,10 @@ def test_scores_on_images_are_kept_for_the_same_weights_and_images(
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.Flatten(), nn.Linear(16, 3)).eval()
     monkeypatch.setenv("SURGERY_CACHE", str(tmp_path))
     images, runs = [(torch.randn(8, 3, 4, 4),)], list[float]()
-    program = trace(model, images[0])
-    coupling = couple(program)
 
     def scores(images: list[tuple[Tensor]]) -> Scores:
+        program = trace(model, images[0])  # anew, as in another run
+        coupling = couple(program)
         runs.clear()
         return score(program, coupling, "second-order", images=images, progress=runs.append)
 
