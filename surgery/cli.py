@@ -348,10 +348,10 @@ def profile(session: Session, /, out: Path | None, pack: Path | None, **paramete
 @click.argument("files", nargs=-1, required=True, type=_PATH)
 @click.pass_obj
 def bench(session: Session, /, files: tuple[Path, ...], shapes: Any, **parameters: Any) -> None:
-    """Time ONNX FILES against each other, in blocks of runs, in shuffled order, next to a copy of the first.
+    """Time ONNX FILES, and a copy of the first one as a control, in blocks of runs in shuffled order.
 
-    Disturbances of the machine thus affect all files alike. Times are relative to those of the first file, with 95 %
-    intervals; load time and peak memory are measured in a fresh process.
+    Other load on the machine therefore affects all files alike. Times are relative to those of the first file, with
+    95 % intervals; load time and peak memory are measured in a fresh process.
     """
     with work(session) as progress:
         from surgery.latency import Limits, ort  # saves start-up seconds
@@ -368,7 +368,7 @@ def bench(session: Session, /, files: tuple[Path, ...], shapes: Any, **parameter
 @click.argument("model")
 @click.pass_obj
 def show(session: Session, /, **parameters: Any) -> None:
-    """Show what would be cut from MODEL and why, without cutting, exporting or writing anything.
+    """Show which units of MODEL would be removed, and why, without changing or writing anything.
 
     MODEL and the options are those of `surgery shrink`.
     """

@@ -365,7 +365,7 @@ class Data(Group):
         "Names of the model's classes, one a line in the order of its outputs, which folders of --val and --data are "
         "called by.", unset="those of ImageNet or the published weights, else folders in alphabetical order")
     allow_chance: bool = option(
-        False, FLAG, "Go on although the dense model is no better than chance on the labels of --val.")
+        False, FLAG, "Continue even if the dense model is no better than chance on the labels of --val.")
     metric: Any = option(
         None, Kind("FILE.py:CALLABLE", "a function of a model that returns {metric: value}", objects=True),
         "A function from a model to {metric: value}; called with the torch models and the exported files.")

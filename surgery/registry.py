@@ -1,7 +1,7 @@
 """Registries of criteria and recovery methods, built-in and user-defined, registered by the same decorators.
 
 Names are read from the decorators in a package's files, so that a command line can offer them without loading torch; a
-module is loaded when an entry of its is first asked for.
+module is imported when one of its entries is first used.
 """
 
 from __future__ import annotations

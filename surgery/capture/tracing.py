@@ -424,7 +424,7 @@ def _input_specs(graph: torch.fx.GraphModule) -> tuple[InputSpec, ...]:
 
 
 def _notes_on_space(inputs: tuple[InputSpec, ...], asked: bool) -> Iterator[str]:
-    why = "as asked for" if asked else "the model bakes it in, or other sizes could not be examined"
+    why = "as asked for" if asked else "the model depends on this size, or other sizes could not be checked"
     for spec in inputs:
         free, fixed = ([a for a in (2, 3) if (a in spec.dynamic) is yes] for yes in (True, False))
         if len(spec.shape) == 4 and free:

@@ -1,4 +1,4 @@
-"""Around a stage: progress reports, timings, and suppressed output of libraries."""
+"""What surrounds a stage: progress reports, timings, and suppressed output of libraries."""
 
 from __future__ import annotations
 

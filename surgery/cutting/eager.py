@@ -412,7 +412,7 @@ def check_module(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResu
     else:
         kinds = [p.dtype for p in model.parameters() if p.dtype in TOLERANCE]
         require(error, max(kinds, key=lambda d: TOLERANCE[d], default=torch.float32), "the real weights", _ADVICE)
-    reference = f"dense model with the dead input slices of every layer zeroed, on {_ROUNDS} inputs"
+    reference = f"masked original (inputs from removed units set to zero in every layer), on {_ROUNDS} inputs"
     return CheckResult(0, error64, None if varying < BLIND else error, varying, reference, tuple(notes))
 
 

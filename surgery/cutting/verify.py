@@ -115,7 +115,7 @@ def check_cut(cut: Cut, compact: CompactModel, *, seed: int = 0) -> CheckResult:
         notes += _explained(reference, rounds, real, narrowest(cut.program), "the real weights")
     if cut.program.whole is not None:
         notes += check_dropped(cut.program, cut.plan, seed=seed)
-    meaning = "dense model with the dead input slices of every contraction zeroed"
+    meaning = "masked original (inputs from removed units set to zero in every layer)"
     if any(group.inexact and cut.plan.dead.get(group.name) for group in cut.coupling.groups):
         meaning += ", norms, means and sums over the survivors"
     return CheckResult(replayed, error64, real, varying, meaning, notes)

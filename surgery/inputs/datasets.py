@@ -118,9 +118,9 @@ class Images(Dataset[tuple[Tensor, int]]):
             self.folder_notes = [*self.folder_notes, note]
         elif found is None and needed and len(self.folders) != outputs:
             raise InvalidInput(
-                f"{self.option} has {len(self.folders)} folders of classes and the model has {outputs}: which is which "
-                "is not known; name the model's classes with --classes FILE, a line for each output, or give a folder "
-                "for each class, empty ones too"
+                f"{self.option} has {len(self.folders)} folders of classes and the model has {outputs} outputs, so "
+                "that folders cannot be matched to outputs; name the model's classes with --classes FILE, a line for "
+                "each output, or give a folder for each class, empty ones too"
             )
 
     def notes(self) -> list[str]:

@@ -144,7 +144,7 @@ def near(name: str, names: Collection[str], otherwise: Collection[str] = ()) -> 
     similar = difflib.get_close_matches(name, names, n=3)
     if similar:
         return f"did you mean {' or '.join(similar)}?"
-    return f"it defines {', '.join(list(otherwise)[:5])}" if otherwise else "nothing there has a similar name"
+    return f"it defines {', '.join(list(otherwise)[:5])}" if otherwise else "no similar name exists"
 
 
 def folder_name(text: str) -> str:

@@ -300,10 +300,10 @@ def _verdict(found: _Measurement) -> tuple[bool, str]:
     if CONTROL not in found.models:
         return False, "the timer was not tested against a copy of the baseline (aa=False)"
     aa, rounds = found.ratio(CONTROL), len(found.used)
-    came_out = f"the baseline against its own copy came out at {aa.value:.3f} [{aa.low:.3f}, {aa.high:.3f}]"
+    came_out = f"A/A ratio (the baseline against its own copy) {aa.value:.3f} [{aa.low:.3f}, {aa.high:.3f}]"
     others = f"; other processes used {found.others:.0%} of the machine" if found.others > 0.02 else ""
     if rounds < MIN_ROUNDS:
-        return False, f"{rounds} of at least {MIN_ROUNDS} rounds were made: allow more runs or more time{others}"
+        return False, f"only {rounds} of the {MIN_ROUNDS} required rounds were run: allow more runs or time{others}"
     if abs(aa.value - 1.0) > AA_TOLERANCE:
         return False, f"{came_out}, outside 1.00 ± {AA_TOLERANCE}{others}"
     if max(aa.high - 1.0, 1.0 - aa.low) > 2 * AA_TOLERANCE:

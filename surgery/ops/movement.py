@@ -1,4 +1,7 @@
-"""Operators that compute nothing: movement runs on integer labels, creation makes new ones. Sizes follow survivors."""
+"""Operators that move or create values.
+
+Movement is run on integer labels, created values get new ones, and sizes follow the remaining units.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Normalisation. Per-channel norms tie index by index; norms that average over a cut axis become inexact.
 
-Normalising over an axis does not commute with zeroing: if the axis is cut, it means "normalise over the survivors".
+Normalising over an axis does not commute with zeroing: if the axis is cut, statistics are those of the remaining
+units.
 """
 
 from __future__ import annotations

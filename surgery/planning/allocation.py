@@ -251,7 +251,7 @@ def _left_whole(
 def _hints(coupling: Coupling, selection: Selection, *, shrinks: bool) -> list[str]:
     hints = ["raise the budget"] if shrinks else []
     if any(frozen.reason.startswith(KEPT) for frozen in coupling.frozen):
-        hints.append("narrow the --keep patterns")
+        hints.append("keep fewer layers with --keep")
     if selection.inexact == "never" and any(group.inexact for group in coupling.groups):
         hints.append("allow inexact groups to be cut")
     if selection.round_to > 1:

@@ -225,8 +225,8 @@ class LatencyPlanner:
         signal = signal_of(base.program, base.coupling, parameters, blocks)
         if seen is not None and blocks:
             with self._clock("score blocks"):
-                told = partial(self._clock.progress, "score blocks")
-                lost = block_losses(base.program, blocks, seen.batches, macs=base.costs["macs"]({}), progress=told)
+                report = partial(self._clock.progress, "score blocks")
+                lost = block_losses(base.program, blocks, seen.batches, macs=base.costs["macs"]({}), progress=report)
             signal = replace(signal, blocks=lost)
         if measures_losses(recipe.criterion):
             return replace(signal, losses=base.scores)

@@ -233,7 +233,7 @@ def recovered(
     notes += reference.notes if reference is not None else ()
     fitted, held = (x.place.resolve() if isinstance(x, Images) else id(x) for x in (data.data, data.val))
     if data.data is not None and fitted == held:
-        notes.append("--val has the images of --data, which the model is fitted to: figures on others will be worse")
+        notes.append("--val has the images of --data, to which the model is fitted: expect less on other images")
     return Recovery(level, tuple(steps), tuple(notes), reference, seen, _digests(subject)) if steps else None
 
 
@@ -255,8 +255,8 @@ def evaluated_again(recovery: Recovery, subject: Subject, metric: Evaluate | Non
         reference, whose = None if reference is None else reference.renewed(), "the dense model's"
         exact = None if reference is None else reference.judge(None)
         steps = (_Judge(reference, metric).step(subject.dense, "dense", agreement=exact),)
-    notes = (*recovery.notes, f"{whose} weights were changed after the last step of recovery; figures are of those now")
-    step = _Judge(reference, metric).step(subject.model, "changed since")
+    notes = (*recovery.notes, f"{whose} weights changed after recovery; figures are for the current ones")
+    step = _Judge(reference, metric).step(subject.model, "current weights")
     return replace(recovery, steps=(*steps, step), notes=notes, weights=weights, reference=reference)
 
 
@@ -367,7 +367,7 @@ def _reference(subject: Subject, recipe: Recipe, seen: Calibration | None) -> Re
     if seen is None:
         return None
     batches = [(batch, None) for batch in seen.given or seen.batches]
-    return Reference(in_eval_mode(subject.dense), batches, f"{seen.count} images of --data, those it was made with")
+    return Reference(in_eval_mode(subject.dense), batches, f"{seen.count} images of --data, to which it was fitted")
 
 
 def _reference_on(subject: Subject, batches: Batches) -> Reference:

@@ -165,7 +165,7 @@ def _summary(data: Data) -> Iterator[Part]:
     yield from _figures(data)
     if budget := data["budget"]:
         yield (
-            f"target {100 * budget['fraction']:g} % of the {budget['kind']}: reached "
+            f"target {100 * budget['fraction']:g} % of the {budget['kind'].replace('macs', 'MACs')}: reached "
             f"{percent(budget['kept_fraction'])} ({si(budget['kept'])} of {si(budget['dense'])})"
         )
     if latency := data["latency"]:
@@ -174,10 +174,10 @@ def _summary(data: Data) -> Iterator[Part]:
         kind = "an instance of the model's own class" if compact["kind"] == "module" else "a graph module"
         yield f"compact model: {kind} ({compact['why']})"
     if check := data["check"]:
-        labels = f"labels of {check['replayed']} values replayed" if check["replayed"] else "no label replay"
+        labels = f"unit labels of {check['replayed']} tensors replayed" if check["replayed"] else "no label replay"
         real = "not measurable" if check["error_real"] is None else f"{check['error_real']:.1e}"
         yield (
-            f"verified: equal to {check['reference']}; {labels}, relative error {check['error_float64']:.1e} in "
+            f"verified: equal to the {check['reference']}; {labels}, relative error {check['error_float64']:.1e} in "
             f"float64, {real} with the real weights"
         )
     recovery = data.get("recovery")

@@ -165,7 +165,7 @@ MISHAPS = {
     "control flow on data": (["nets.py:branching"], 3, "nets.py:"),
     "a wrong cut": (["nets.py:wrong_cut"], 4, ""),
     "an unreachable budget": (["nets.py:net", "--macs", "0.001"], 5, "0.1 %"),
-    "nothing left to cut": (["nets.py:net", "--keep", "*"], 5, "narrow the --keep patterns"),
+    "nothing left to cut": (["nets.py:net", "--keep", "*"], 5, "keep fewer layers with --keep"),
     "a batch beyond all memory": (["nets.py:net", "--batch", "1000000000000"], 2, "GiB"),
     "a folder below a file": (["nets.py:net", "--out", "nets.py/deep/out"], 2, "nets.py is a file"),
     "a bug": (["nets.py:bug"], 1, "please report it"),

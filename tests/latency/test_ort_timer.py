@@ -194,7 +194,7 @@ def test_a_processor_that_the_system_does_not_name_is_looked_up(
 def test_too_few_rounds_are_marked_unreliable_with_the_reason(model: Path) -> None:
     found = quick({"m": model})
     assert not found.reliable
-    assert "3 of at least 12 rounds" in found.why
+    assert "only 3 of the 12 required rounds" in found.why
     assert found.stopped == "9 runs of a model"
 
 

@@ -504,7 +504,7 @@ def test_figures_are_of_the_weights_that_are_saved(
     with torch.no_grad():
         recovered.model.fc.weight.neg_()  # type: ignore[union-attr, operator]
     data = surgery.save(recovered, tmp_path / "changed", fast).data
-    assert [step["name"] for step in data["recovery"]["steps"]] == ["dense", "cut", "bn", "changed since"]
+    assert [step["name"] for step in data["recovery"]["steps"]] == ["dense", "cut", "bn", "current weights"]
     loaded = surgery.load(tmp_path / "changed", Net().train())
     assert not any(module.training for module in loaded.modules())
     with torch.no_grad():
@@ -512,7 +512,7 @@ def test_figures_are_of_the_weights_that_are_saved(
     row = next(row for row in data["models"] if row["name"] == "compact")
     assert row["agreement"]["accuracy"] == pytest.approx(accuracy)
     assert f"accuracy {100 * accuracy:.2f} %" in data["accuracy"]["verdict"]
-    assert sum("the weights were changed" in note for note in data["notes"]) == 1
+    assert sum("the weights changed after" in note for note in data["notes"]) == 1
 
 
 def test_figures_of_a_dense_model_that_changed_are_measured_again(
@@ -527,7 +527,7 @@ def test_figures_of_a_dense_model_that_changed_are_measured_again(
     first, last = data["recovery"]["steps"]
     assert first["agreement"]["accuracy"] == pytest.approx(accuracy)
     assert last["agreement"]["drop"][0] == pytest.approx(100 * (accuracy - last["agreement"]["accuracy"]))
-    assert any("the dense model's weights were changed" in note for note in data["notes"])
+    assert any("the dense model's weights changed after" in note for note in data["notes"])
 
 
 def test_weights_are_loaded_with_their_own_plan_and_report(cut: surgery.Result, tmp_path: Path) -> None:

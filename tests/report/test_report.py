@@ -177,7 +177,7 @@ def test_markdown_holds_the_table_and_the_notes(data: dict[str, Any]) -> None:
 
 
 def test_targets_are_reported_in_percent_with_what_was_reached(data: dict[str, Any]) -> None:
-    assert "target 50 % of the macs: reached 49.50 % (990 k of 2 M)" in terminal(data)
+    assert "target 50 % of the MACs: reached 49.50 % (990 k of 2 M)" in terminal(data)
     latency = {
         "target": 0.6, "taken": 0, "rounds": [{"measured": 0.601}], "met": True, "verdict": "too slow", "device": {},
         "predicted_ms": 5.9, "predicted_dense_ms": 10.0,
